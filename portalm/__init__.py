@@ -1,0 +1,32 @@
+"""PortaLM: LLM inference and serving that runs fast on any accelerator.
+
+Importing this imports no torch: the names below load on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from portalm.llm import LLM as LLM
+    from portalm.outputs import CompletionOutput as CompletionOutput
+    from portalm.outputs import RequestOutput as RequestOutput
+    from portalm.sampling_params import SamplingParams as SamplingParams
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "LLM": "portalm.llm",
+    "SamplingParams": "portalm.sampling_params",
+    "RequestOutput": "portalm.outputs",
+    "CompletionOutput": "portalm.outputs",
+}
+
+__all__ = ["LLM", "CompletionOutput", "RequestOutput", "SamplingParams", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'portalm' has no attribute {name!r}")

@@ -1,0 +1,477 @@
+"""The seam: everything PortaLM asks of a device. Above this line nothing knows which one it is.
+
+Shapes: T tokens this step, S requests, MB blocks of the longest request, B block size, H/H_kv
+query/KV heads, D head size, C hidden size, V vocabulary, R rows whose logits are wanted.
+Index tensors are int32. The rules behind it are in docs/adding-a-backend.md.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+
+from portalm.errors import BackendUnavailable, ConfigError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+ENTRY_POINT_GROUP = "portalm.backends"
+
+KV: TypeAlias = Any
+"""The KV cache: a handle private to its backend, passed in and returned (never copied)."""
+
+PackedWeight: TypeAlias = Any
+"""A linear layer's weight in the device's own layout, as `pack` made it."""
+
+Weights: TypeAlias = dict[str, Any]
+"""A model's tensors and packed weights by name."""
+
+
+# -- what a backend says of itself ------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Capabilities:
+    """What a backend can do. A claim is tested; what is not claimed raises `Unsupported`."""
+
+    dtypes: frozenset[str]
+    """Weights and activations: names such as "bfloat16"."""
+    kv_dtypes: frozenset[str]
+    """Keys and values in the cache."""
+    head_sizes: frozenset[int] | None = None
+    """Head sizes that attention takes; None: any."""
+    block_sizes: frozenset[int] | None = None
+    """KV block sizes; None: any."""
+    features: frozenset[str] = frozenset()
+    """Of: sliding_window, soft_cap, batch_invariant (a request's logits do not depend, bit for
+    bit, on what else is in the batch)."""
+    static_shapes: bool = False
+    """Steps must be padded to one of `buckets()`."""
+    max_steps_in_flight: int = 1
+    """1: `to_host` waits for the step. 2: a step may be enqueued while another one runs."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceReport:
+    """What a backend found on this machine, without touching the device."""
+
+    is_available: bool
+    summary: str
+    """One line: the device if it can run, else exactly what is missing and how to get it."""
+    details: tuple[tuple[str, str], ...] = ()
+    """More lines for `portalm doctor`: driver, library and instruction set versions."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemInfo:
+    """Bytes of device memory."""
+
+    total: int
+    free: int
+    host_shared: bool
+    """The memory is the host's own (a CPU): other programs live in it too."""
+
+
+# -- one step ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KVSpec:
+    """The shape of a KV cache."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_size: int
+    block_size: int
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionSpec:
+    """What kind of attention a layer computes; causal always."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    scale: float
+    """Multiplies the scores before the softmax."""
+    sliding_window: int | None = None
+    """A token sees itself and this many less one before it; None: all."""
+    soft_cap: float | None = None
+    """Scores become cap * tanh(score / cap); None: as they are."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Bucket:
+    """A padded step size that a backend captures once."""
+
+    num_tokens: int
+    num_requests: int
+    num_blocks: int
+
+
+@dataclass(slots=True, kw_only=True)
+class StepMeta:
+    """Which tokens, requests and KV blocks one step is about; built once, shared by all layers.
+
+    Requests with one query token come first. Padding is data: pad tokens have a slot in block 0
+    (the null block, never allocated), pad requests repeat the last query_start_loc and have
+    seq_len 0. The fields on the host let a backend plan without asking the device.
+    """
+
+    positions: torch.Tensor
+    """int32 [T]: place of each token in its request, from 0."""
+    slot_mapping: torch.Tensor
+    """int32 [T]: where its key and value go, block * B + offset."""
+    query_start_loc: torch.Tensor
+    """int32 [S + 1]: request i owns tokens query_start_loc[i] to query_start_loc[i + 1]."""
+    seq_lens: torch.Tensor
+    """int32 [S]: context length of each request, this step's tokens included."""
+    block_table: torch.Tensor
+    """int32 [S, MB]: physical block of each logical block; entries past seq_len are 0."""
+    logits_rows: torch.Tensor
+    """int32 [R]: tokens whose logits are wanted."""
+    host_query_start_loc: np.ndarray
+    """query_start_loc on the host."""
+    host_seq_lens: np.ndarray
+    """seq_lens on the host."""
+    num_decodes: int
+    """Requests [0, num_decodes) have exactly one query token."""
+    max_query_len: int
+    max_seq_len: int
+    bucket: Bucket | None = None
+    """The padded size, None where steps are not padded."""
+    plan: dict[str, Any] = field(default_factory=dict)
+    """Filled by `Backend.prepare`: split of the work, launch geometry."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Penalties:
+    """Penalties on tokens that were seen before; applied before the temperature."""
+
+    prompt_ids: torch.Tensor
+    """int32 [R, Lp]: prompt tokens, padded with -1."""
+    output_ids: torch.Tensor
+    """int32 [R, Lo]: generated tokens, padded with -1."""
+    presence: torch.Tensor
+    """float32 [R]"""
+    frequency: torch.Tensor
+    """float32 [R]"""
+    repetition: torch.Tensor
+    """float32 [R]"""
+
+
+@dataclass(slots=True, kw_only=True)
+class LogitBias:
+    """Sparse additions to the logits; -inf forbids a token."""
+
+    rows: torch.Tensor
+    """int32 [N]"""
+    token_ids: torch.Tensor
+    """int32 [N]"""
+    values: torch.Tensor
+    """float32 [N]"""
+
+
+@dataclass(slots=True, kw_only=True)
+class SampleParams:
+    """How to draw a token from each row of logits, vectorised over the batch.
+
+    The order is: penalties, bias, allowed mask, then (unless greedy) temperature, min_p, top_k,
+    top_p, and the largest of logit + Gumbel noise. A threshold keeps its ties; an argmax takes
+    the lowest id. Row r's noise for token v is -log(-log(u)), u = ((x >> 9) + 0.5) * 2^-23 in
+    float32, x = word v % 4 of Philox4x32-10 with key = seed[r] (low word first) and counter =
+    (v // 4, 0, position[r] low word, position[r] high word).
+    """
+
+    temperature: torch.Tensor
+    """float32 [R]: 0 is greedy."""
+    top_k: torch.Tensor
+    """int32 [R]: 0 is off."""
+    top_p: torch.Tensor
+    """float32 [R]: 1 is off."""
+    min_p: torch.Tensor
+    """float32 [R]: 0 is off."""
+    seed: torch.Tensor
+    """int64 [R]"""
+    position: torch.Tensor
+    """int64 [R]: place of the drawn token in its request."""
+    is_greedy: bool
+    """Every temperature is 0 (known on the host: it may change the captured step)."""
+    has_filters: bool
+    """Some row has top_k, top_p or min_p."""
+    penalties: Penalties | None = None
+    bias: LogitBias | None = None
+    allowed: torch.Tensor | None = None
+    """int32 [R, ceil(V / 32)]: bit v % 32 of word v // 32 is 1 where token v may be drawn."""
+    targets: torch.Tensor | None = None
+    """int32 [R]: where >= 0, nothing is drawn: the row reports this token (prompt logprobs)."""
+    num_logprobs: int | None = None
+    """None: no logprobs; k: the k most likely tokens' as well as the drawn one's."""
+
+
+@dataclass(slots=True, kw_only=True)
+class SampleOutput:
+    """What came of each row. Logprobs are of the raw logits, before penalties and temperature."""
+
+    token_ids: torch.Tensor
+    """int32 [R]"""
+    logprobs: torch.Tensor | None = None
+    """float32 [R], where asked for."""
+    ranks: torch.Tensor | None = None
+    """int32 [R]: 1 is the most likely token."""
+    top_ids: torch.Tensor | None = None
+    """int32 [R, k], most likely first, ties to the lowest id."""
+    top_logprobs: torch.Tensor | None = None
+    """float32 [R, k]"""
+
+
+@dataclass(slots=True, kw_only=True)
+class StepInputs:
+    """All a step reads besides weights and KV cache."""
+
+    token_ids: torch.Tensor
+    """int32 [T]; where `previous_rows` is >= 0 the value is not looked at."""
+    meta: StepMeta
+    sample: SampleParams
+    previous_ids: torch.Tensor | None = None
+    """int32 [R']: ids that the step before drew, still on the device; None in a step that
+    depends on none."""
+    previous_rows: torch.Tensor | None = None
+    """int32 [T]: row of `previous_ids` that holds this token, or -1."""
+
+
+StepFn: TypeAlias = Callable[[Weights, KV, StepInputs], tuple[KV, SampleOutput]]
+"""One step from token ids to drawn ids: what `compile` captures. No output shape and no branch
+in it depends on a value on the device."""
+
+
+class HostFuture(Protocol):
+    """A device-to-host copy under way."""
+
+    def done(self) -> bool:
+        """True once `result` would not wait."""
+        ...
+
+    def result(self) -> np.ndarray:
+        """The values; waits for the device. Raises `BackendError` if the step failed."""
+        ...
+
+
+# -- the device -------------------------------------------------------------------------------
+
+
+class Backend(Protocol):
+    """One accelerator. `portalm_backends.portable` gives a torch default for most of it."""
+
+    name: str
+    """What users type after --device."""
+    rank: int
+    """`auto` takes the available backend of the highest rank; below 0: only when named."""
+    capabilities: Capabilities
+
+    @classmethod
+    def find(cls) -> DeviceReport:
+        """What is here; never raises, never starts the device."""
+        ...
+
+    # device and memory
+    def device(self) -> torch.device:
+        """Where tensors of this backend live."""
+        ...
+
+    def memory(self) -> MemInfo:
+        """Total and free bytes, right now; container limits count."""
+        ...
+
+    def peak(self) -> AbstractContextManager[Callable[[], int]]:
+        """`with backend.peak() as used:` — used() is the most bytes allocated since, above start."""
+        ...
+
+    def to_device(self, host: np.ndarray) -> torch.Tensor:
+        """A copy on the device, dtype kept; may return before the copy is done."""
+        ...
+
+    def to_host(self, x: torch.Tensor) -> HostFuture:
+        """Start copying `x` to the host."""
+        ...
+
+    def probe(self, timeout_s: float) -> None:
+        """One tiny operation with a deadline; `BackendError` if the device does not answer."""
+        ...
+
+    # KV cache
+    def kv_bytes_per_block(self, spec: KVSpec) -> int:
+        """Bytes of one block over all layers."""
+        ...
+
+    def kv_alloc(self, spec: KVSpec, num_blocks: int) -> KV:
+        """An uninitialised cache of `num_blocks` blocks, the null block included."""
+        ...
+
+    def kv_write(
+        self, kv: KV, layer: int, key: torch.Tensor, value: torch.Tensor, meta: StepMeta
+    ) -> KV:
+        """Put this step's keys and values, [T, H_kv, D] each, into their slots."""
+        ...
+
+    def kv_copy(self, kv: KV, src: torch.Tensor, dst: torch.Tensor) -> KV:
+        """Copy blocks src[i] to dst[i], int32 [N] each, over all layers; the sets are disjoint."""
+        ...
+
+    def kv_export(self, kv: KV, blocks: torch.Tensor) -> torch.Tensor:
+        """Blocks int32 [N] in the wire layout: [N, L, 2, B, H_kv, D] on the host."""
+        ...
+
+    def kv_import(self, kv: KV, blocks: torch.Tensor, wire: torch.Tensor) -> KV:
+        """The inverse of `kv_export`."""
+        ...
+
+    # attention
+    def prepare(self, meta: StepMeta, specs: Sequence[AttentionSpec]) -> StepMeta:
+        """Plan the step's attention: outside the captured step, once a step."""
+        ...
+
+    def attend(
+        self, kv: KV, layer: int, query: torch.Tensor, meta: StepMeta, spec: AttentionSpec
+    ) -> torch.Tensor:
+        """Causal attention of each query token over its request's context.
+
+        `query` is [T, H, D]; the cache already holds this step. Decode, prefill and mixed in one
+        call. Returns [T, H, D] in the dtype of `query`; rows of pad tokens are unspecified.
+        """
+        ...
+
+    # layers
+    def pack(self, weight: torch.Tensor) -> PackedWeight:
+        """A linear weight [N, K] (host, any float dtype already cast) in the device's layout."""
+        ...
+
+    def linear(
+        self, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """[T, K] times the packed [N, K] transposed, plus bias [N]: [T, N] in x's dtype."""
+        ...
+
+    def logits(self, x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
+        """The output head: [R, C] times the packed [V, C] transposed, in float32: [R, V]."""
+        ...
+
+    def embed(self, token_ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        """Rows int32 [T] of table [V, C]: [T, C]."""
+        ...
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in float32 inside."""
+        ...
+
+    def add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(rms_norm(x + residual), x + residual); the sum is rounded to x's dtype once."""
+        ...
+
+    def rope(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        positions: torch.Tensor,
+        cos_sin: torch.Tensor,
+        *,
+        is_interleaved: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rotate query [T, H, D] and key [T, H_kv, D] by their positions int32 [T].
+
+        cos_sin is float32 [max_position, rotary_dim]: cosines, then sines.
+        """
+        ...
+
+    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """silu(gate) * up of [T, 2 I] (gate first): [T, I]."""
+        ...
+
+    def take_rows(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Rows int32 [R] of x [T, C]: [R, C]."""
+        ...
+
+    # execution
+    def buckets(
+        self, max_tokens: int, max_requests: int, max_blocks: int
+    ) -> Sequence[Bucket] | None:
+        """Padded step sizes to capture; None: any size runs without capturing it first."""
+        ...
+
+    def compile(self, fn: StepFn, bucket: Bucket | None, example: StepInputs | None) -> StepFn:
+        """Capture a step: a CUDA graph, an XLA program, a native program; same meaning as `fn`."""
+        ...
+
+    def seal(self) -> AbstractContextManager[None]:
+        """Within it a new capture or compilation raises `BackendError`."""
+        ...
+
+    def sample(self, logits: torch.Tensor, params: SampleParams) -> SampleOutput:
+        """Draw one token from each row of float32 logits [R, V]."""
+        ...
+
+
+# -- finding one ------------------------------------------------------------------------------
+
+
+def find_backends() -> dict[str, type[Backend] | Exception]:
+    """Every installed backend's class by name; an exception where it could not be imported."""
+    found: dict[str, type[Backend] | Exception] = {}
+    for entry_point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
+        try:
+            found[entry_point.name] = entry_point.load()
+        except Exception as error:  # a broken third-party backend must not hide the others
+            found[entry_point.name] = error
+    return found
+
+
+def report_backends() -> dict[str, DeviceReport]:
+    """What each installed backend found here, best first as `auto` would take them."""
+    found = find_backends()
+
+    def rank(name: str) -> int:
+        backend = found[name]
+        return -100 if isinstance(backend, Exception) else backend.rank
+
+    return {name: _report(found[name]) for name in sorted(found, key=lambda n: (-rank(n), n))}
+
+
+def load_backend(device: str = "auto") -> Backend:
+    """The backend called `device`, started; auto: the available one of the highest rank."""
+    found = find_backends()
+    reports = {name: _report(backend) for name, backend in found.items()}
+    available = sorted(name for name, report in reports.items() if report.is_available)
+    if device == "auto":
+        ranked = [b for n in available if not isinstance(b := found[n], Exception) and b.rank >= 0]
+        if not ranked:
+            raise BackendUnavailable("auto", "no backend found a device it can use", available)
+        return max(ranked, key=lambda backend: backend.rank)()
+    if not device:
+        raise ConfigError("device must not be empty: auto, or a name that `portalm devices` lists")
+    if device not in found:
+        raise BackendUnavailable(
+            device,
+            f"no installed package brings a backend of that name (entry-point group "
+            f"{ENTRY_POINT_GROUP!r}; installed: {', '.join(sorted(found)) or 'none'})",
+            available,
+        )
+    backend = found[device]
+    if isinstance(backend, Exception) or not reports[device].is_available:
+        raise BackendUnavailable(device, reports[device].summary, available)
+    return backend()
+
+
+def _report(backend: type[Backend] | Exception) -> DeviceReport:
+    if isinstance(backend, Exception):
+        return DeviceReport(
+            is_available=False,
+            summary=f"its package does not import ({type(backend).__name__}: {backend})",
+        )
+    return backend.find()

@@ -1,0 +1,142 @@
+"""A request as the core sees it: tokens known, tokens computed, blocks held."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from typing import Literal
+
+from portalm.sampling_params import SamplingParams
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+class RequestStatus(enum.Enum):
+    """Where a request stands. Blocks are held only while running."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class Request:
+    """One prompt being answered.
+
+    The scheduler owns every field: others read. `num_computed_tokens` runs ahead of the device
+    when steps are planned asynchronously: it counts tokens that a planned step will have put
+    into the KV cache, and `num_placeholders` counts drawn tokens whose ids are still on the
+    device.
+    """
+
+    __slots__ = (
+        "arrival",
+        "block_hashes",
+        "block_table",
+        "cache_salt",
+        "epoch",
+        "finish_reason",
+        "fork_of",
+        "num_cached_tokens",
+        "num_computed_tokens",
+        "num_placeholders",
+        "num_preemptions",
+        "num_prompt_tokens",
+        "params",
+        "priority",
+        "request_id",
+        "seed",
+        "status",
+        "stop_ids",
+        "stop_reason",
+        "token_ids",
+        "max_total_tokens",
+    )
+
+    def __init__(
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        seed: int,
+        max_total_tokens: int,
+        eos_token_ids: Sequence[int] = (),
+        priority: int = 0,
+        cache_salt: str = "",
+        output_token_ids: Sequence[int] = (),
+        fork_of: str | None = None,
+    ) -> None:
+        """A waiting request.
+
+        Args:
+            request_id: unique among live requests.
+            prompt_token_ids: at least one.
+            params: checked already; `n` is not looked at (each answer is its own request).
+            seed: of the random numbers; the same seed gives the same tokens.
+            max_total_tokens: prompt plus answer may not be longer (max_tokens and the model's
+                length, whichever comes first).
+            eos_token_ids: end the answer, unless `params.ignore_eos`.
+            priority: lower runs first, where the policy is priority.
+            cache_salt: prefix cache blocks are shared only between requests of equal salt.
+            output_token_ids: generated before (a request that is resumed).
+            fork_of: id of a request with the same prompt whose KV blocks may be shared.
+        """
+        self.request_id = request_id
+        self.token_ids: list[int] = [*prompt_token_ids, *output_token_ids]
+        self.num_prompt_tokens = len(prompt_token_ids)
+        self.params = params
+        self.seed = seed
+        self.max_total_tokens = max_total_tokens
+        self.stop_ids = frozenset(params.stop_token_ids).union(
+            () if params.ignore_eos else eos_token_ids
+        )
+        self.priority = priority
+        self.cache_salt = cache_salt
+        self.fork_of = fork_of
+        self.arrival = 0
+        """Place in the order of arrival; set by the scheduler."""
+        self.status = RequestStatus.WAITING
+        self.num_computed_tokens = 0
+        self.num_placeholders = 0
+        self.block_table: list[int] = []
+        self.block_hashes: list[bytes] = []
+        """Chained hash of each full block of known tokens; grown as blocks fill."""
+        self.num_cached_tokens = 0
+        """Prompt tokens found in the prefix cache when it was first admitted."""
+        self.num_preemptions = 0
+        self.epoch = 0
+        """Grows when the request is preempted: results of steps planned before are dropped."""
+        self.finish_reason: FinishReason | None = None
+        self.stop_reason: int | str | None = None
+        """The stop token id or stop string that ended it; None for end of sequence."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens known to the host: prompt and answer so far."""
+        return len(self.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens generated so far."""
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def num_pending_tokens(self) -> int:
+        """Tokens known (or drawn, on the device) but not yet in the KV cache."""
+        return len(self.token_ids) + self.num_placeholders - self.num_computed_tokens
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        """The generated tokens (a copy)."""
+        return self.token_ids[self.num_prompt_tokens :]
+
+    @property
+    def is_finished(self) -> bool:
+        """True once it has ended, for whatever reason."""
+        return self.status is RequestStatus.FINISHED
+
+    def __repr__(self) -> str:
+        return (
+            f"Request({self.request_id!r}, {self.status.value}, tokens={self.num_tokens}, "
+            f"computed={self.num_computed_tokens}, blocks={len(self.block_table)})"
+        )

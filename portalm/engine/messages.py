@@ -1,0 +1,116 @@
+"""What crosses between an engine and its clients: plain data, msgpack on the wire, no pickle."""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import msgspec
+
+from portalm.core.plan import TokenLogprobs
+from portalm.core.request import FinishReason
+from portalm.sampling_params import SamplingParams
+
+
+class AddRequest(msgspec.Struct, tag=True, kw_only=True):
+    """One answer to generate (a request with n > 1 is sent as n of these)."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    seed: int
+    priority: int = 0
+    cache_salt: str = ""
+    output_token_ids: list[int] = []
+    """Generated before: the answer goes on behind them."""
+    fork_of: str | None = None
+    """Id of an earlier request with the same prompt, whose KV blocks may be shared."""
+
+
+class AbortRequests(msgspec.Struct, tag=True):
+    """Stop these; ids that are not live are passed over."""
+
+    request_ids: list[str]
+
+
+class ResetPrefixCache(msgspec.Struct, tag=True):
+    """Forget every cached block that no running request holds."""
+
+
+class Shutdown(msgspec.Struct, tag=True):
+    """End the engine process: abort what runs, then exit."""
+
+
+ToEngine: TypeAlias = AddRequest | AbortRequests | ResetPrefixCache | Shutdown
+
+
+class TokenOutput(msgspec.Struct, kw_only=True):
+    """News of one request after a step."""
+
+    request_id: str
+    token_ids: list[int]
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    """Of prompt tokens, in order; the first prompt token has none. May come in parts."""
+    num_cached_tokens: int = 0
+    error: str | None = None
+    """Why, where finish_reason is error."""
+
+
+class EngineStats(msgspec.Struct, kw_only=True):
+    """The engine's counters after a step; those named total only grow."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_blocks: int = 0
+    """Blocks in the pool, the null block not counted."""
+    num_used_blocks: int = 0
+    """Held by running requests."""
+    num_cached_blocks: int = 0
+    """Held by nobody, kept for a prefix hit."""
+    kv_waste: float = 0.0
+    """Share of the slots in held blocks that no token uses, last partial blocks not counted."""
+    prefix_queries_total: int = 0
+    """Prompt tokens looked up in the prefix cache."""
+    prefix_hits_total: int = 0
+    """Prompt tokens found there."""
+    preemptions_total: int = 0
+    prompt_tokens_total: int = 0
+    generation_tokens_total: int = 0
+    steps_total: int = 0
+    last_step_tokens: int = 0
+    last_step_s: float = 0.0
+    """Seconds from planning a step to having its ids."""
+
+
+class EngineReady(msgspec.Struct, tag=True, kw_only=True):
+    """The engine has loaded its model and takes requests."""
+
+    model: str
+    device: str
+    """Name of the backend."""
+    device_summary: str
+    dtype: str
+    vocab_size: int
+    max_model_len: int
+    num_blocks: int
+    block_size: int
+    startup_s: dict[str, float]
+    """Seconds by phase: load, budget, warm_up."""
+
+
+class EngineFailed(msgspec.Struct, tag=True):
+    """The engine could not start, or ended; the text is for the user."""
+
+    message: str
+
+
+class StepOutputs(msgspec.Struct, tag=True):
+    """All news of one step, in one message."""
+
+    outputs: list[TokenOutput]
+    stats: EngineStats
+
+
+FromEngine: TypeAlias = EngineReady | EngineFailed | StepOutputs

@@ -1,0 +1,203 @@
+"""What a caller may ask of sampling: checked once, frozen, the same names as in vLLM and OpenAI."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from portalm.errors import InvalidRequest
+
+MAX_LOGPROBS = 20
+"""Largest `logprobs` and `prompt_logprobs`, as in OpenAI's API."""
+
+_MAX_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How the tokens of one request are drawn and when it ends."""
+
+    n: int = 1
+    """Answers to the same prompt; they share the prompt's KV blocks."""
+    presence_penalty: float = 0.0
+    """Subtracted from the logit of each token already generated; -2 to 2."""
+    frequency_penalty: float = 0.0
+    """Subtracted once for every time a token was generated; -2 to 2."""
+    repetition_penalty: float = 1.0
+    """Divides positive and multiplies negative logits of tokens in prompt or answer; above 0."""
+    temperature: float = 1.0
+    """Divides the logits; 0 is greedy."""
+    top_p: float = 1.0
+    """Keep the smallest set of most likely tokens whose probability reaches this; (0, 1]."""
+    top_k: int = 0
+    """Keep the k most likely tokens; 0 (or -1) keeps all."""
+    min_p: float = 0.0
+    """Drop tokens less likely than this share of the most likely one's probability; [0, 1]."""
+    seed: int | None = None
+    """Same seed, same tokens: alone, in a batch, after preemption. None draws one."""
+    stop: tuple[str, ...] = ()
+    """Texts that end the answer. A single string or any sequence is accepted."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Token ids that end the answer."""
+    ignore_eos: bool = False
+    """Go on after the model's end-of-sequence token."""
+    max_tokens: int | None = 16
+    """Most tokens to generate; None means up to the model's context length."""
+    min_tokens: int = 0
+    """No end-of-sequence or stop token before this many tokens."""
+    logprobs: int | None = None
+    """Report this many most likely tokens at each generated position, and the drawn one."""
+    prompt_logprobs: int | None = None
+    """The same for each prompt token but the first."""
+    detokenize: bool = True
+    """False: token ids only, no text (stop strings are refused then)."""
+    skip_special_tokens: bool = True
+    """Leave special tokens out of the text."""
+    spaces_between_special_tokens: bool = True
+    """Put a space between special tokens that are shown."""
+    include_stop_str_in_output: bool = False
+    """Keep the stop string at the end of the text."""
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    """Added to the logits of these token ids; -100 to 100."""
+    allowed_token_ids: tuple[int, ...] | None = None
+    """Only these tokens may be drawn."""
+    bad_words: tuple[str, ...] = ()
+    """Texts whose last token may not be drawn after the ones before it."""
+
+    def __post_init__(self) -> None:
+        """Normalise strings and sequences, then reject what cannot work, naming the field."""
+        put = object.__setattr__
+        put(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()))
+        put(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        put(self, "bad_words", tuple(self.bad_words or ()))
+        put(self, "top_k", 0 if self.top_k == -1 else self.top_k)
+        put(self, "logit_bias", _int_keys(self.logit_bias or {}))
+        if self.allowed_token_ids is not None:
+            put(self, "allowed_token_ids", tuple(self.allowed_token_ids))
+        self._check_numbers()
+        self._check_sequences()
+
+    def _check_numbers(self) -> None:
+        _integer("n", self.n, low=1, high=1024)
+        _number("presence_penalty", self.presence_penalty, low=-2, high=2)
+        _number("frequency_penalty", self.frequency_penalty, low=-2, high=2)
+        _number("repetition_penalty", self.repetition_penalty, above=0)
+        _number("temperature", self.temperature, low=0)
+        _number("top_p", self.top_p, above=0, high=1)
+        _integer("top_k", self.top_k, low=0)
+        _number("min_p", self.min_p, low=0, high=1)
+        if self.seed is not None:
+            _integer("seed", self.seed, low=-_MAX_SEED, high=_MAX_SEED)
+        if self.max_tokens is not None:
+            _integer("max_tokens", self.max_tokens, low=1)
+        _integer("min_tokens", self.min_tokens, low=0)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            _refuse(
+                "min_tokens", f"({self.min_tokens}) is above max_tokens ({self.max_tokens})"
+            )
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            if value is not None:
+                _integer(name, value, low=0, high=MAX_LOGPROBS)
+
+    def _check_sequences(self) -> None:
+        if any(not isinstance(s, str) or not s for s in self.stop):
+            _refuse("stop", "must hold non-empty strings")
+        if self.stop and not self.detokenize:
+            _refuse("stop", "needs detokenize=True: stop strings are found in the text")
+        if any(not isinstance(s, str) or not s for s in self.bad_words):
+            _refuse("bad_words", "must hold non-empty strings")
+        for token_id in self.stop_token_ids:
+            _integer("stop_token_ids", token_id, low=0)
+        if self.allowed_token_ids is not None:
+            if not self.allowed_token_ids:
+                _refuse("allowed_token_ids", "must not be empty: no token could be drawn")
+            for token_id in self.allowed_token_ids:
+                _integer("allowed_token_ids", token_id, low=0)
+        for token_id, bias in self.logit_bias.items():
+            _integer("logit_bias", token_id, low=0)
+            _number("logit_bias", bias, low=-100, high=100)
+
+    @property
+    def is_greedy(self) -> bool:
+        """True if the most likely token is always taken."""
+        return self.temperature == 0.0
+
+    @property
+    def has_penalties(self) -> bool:
+        """True if earlier tokens change the logits."""
+        return (
+            self.presence_penalty != 0.0
+            or self.frequency_penalty != 0.0
+            or self.repetition_penalty != 1.0
+        )
+
+    @property
+    def needs_history(self) -> bool:
+        """True if a token cannot be drawn before the host knows the one before it."""
+        return self.has_penalties or bool(self.bad_words)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> SamplingParams:
+        """The params that `values` spell; an unknown name is an error, never ignored."""
+        known = {f.name for f in fields(cls)}
+        for name in values:
+            if name not in known:
+                _refuse(name, f"is not a sampling parameter; known: {', '.join(sorted(known))}")
+        return cls(**values)
+
+
+def _int_keys(bias: Mapping[Any, float]) -> dict[int, float]:
+    try:
+        return {int(token_id): float(value) for token_id, value in bias.items()}
+    except (TypeError, ValueError, AttributeError):
+        raise InvalidRequest(
+            "logit_bias must map token ids to numbers, for example {50256: -100}",
+            param="logit_bias",
+        ) from None
+
+
+def _refuse(name: str, problem: str) -> None:
+    raise InvalidRequest(f"{name} {problem}", param=name)
+
+
+def _number(
+    name: str,
+    value: object,
+    *,
+    low: float | None = None,
+    above: float | None = None,
+    high: float | None = None,
+) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        _refuse(name, f"must be a number, not {value!r}")
+        return
+    if not math.isfinite(value):
+        _refuse(name, f"must be finite, not {value}")
+    if (
+        (low is not None and value < low)
+        or (above is not None and value <= above)
+        or (high is not None and value > high)
+    ):
+        lower = f"at least {low}" if low is not None else f"above {above}" if above is not None else ""
+        upper = f"at most {high}" if high is not None else ""
+        _refuse(name, f"must be {' and '.join(x for x in (lower, upper) if x)}, not {value}")
+
+
+def _integer(name: str, value: object, *, low: int, high: int | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        _refuse(name, f"must be an integer, not {value!r}")
+    _number(name, value, low=low, high=high)
+
+
+def as_token_ids(values: Sequence[int]) -> list[int]:
+    """`values` as a list of ints; an `InvalidRequest` for anything that is not a token id."""
+    ids = list(values)
+    for token_id in ids:
+        if isinstance(token_id, bool) or not isinstance(token_id, int):
+            raise InvalidRequest(
+                f"prompt token ids must be integers, not {token_id!r}", param="prompt"
+            )
+    return ids
