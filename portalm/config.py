@@ -1,14 +1,29 @@
-"""Settings: frozen, checked once, named as users know them. No torch, no files, no environment."""
+"""Settings: frozen, checked once, named as users know them. No torch.
+
+The one place that reads the environment: PORTALM_CACHE_DIR, where models are kept.
+"""
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from portalm.errors import ConfigError
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 """The model that is used where none is named."""
+
+
+def cache_dir() -> Path:
+    """The folder that models are kept in: $PORTALM_CACHE_DIR, or the user's cache folder."""
+    chosen = os.environ.get("PORTALM_CACHE_DIR")  # noqa: TID251 - this is portalm.config
+    if chosen:
+        return Path(chosen).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"  # noqa: TID251
+    return Path(base).expanduser() / "portalm"
+
 
 DTypeName = Literal["float32", "float16", "bfloat16"]
 LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
@@ -192,9 +207,7 @@ class EngineConfig:
         known = {f.name for f in fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
-            raise ConfigError(
-                f"unknown setting {unknown[0]!r}; known: {', '.join(sorted(known))}"
-            )
+            raise ConfigError(f"unknown setting {unknown[0]!r}; known: {', '.join(sorted(known))}")
         return cls(**values)
 
     def scheduler_config(self, *, max_model_len: int, num_blocks: int) -> SchedulerConfig:

@@ -94,9 +94,7 @@ class SamplingParams:
             _integer("max_tokens", self.max_tokens, low=1)
         _integer("min_tokens", self.min_tokens, low=0)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            _refuse(
-                "min_tokens", f"({self.min_tokens}) is above max_tokens ({self.max_tokens})"
-            )
+            _refuse("min_tokens", f"({self.min_tokens}) is above max_tokens ({self.max_tokens})")
         for name in ("logprobs", "prompt_logprobs"):
             value = getattr(self, name)
             if value is not None:
@@ -181,7 +179,9 @@ def _number(
         or (above is not None and value <= above)
         or (high is not None and value > high)
     ):
-        lower = f"at least {low}" if low is not None else f"above {above}" if above is not None else ""
+        lower = (
+            f"at least {low}" if low is not None else f"above {above}" if above is not None else ""
+        )
         upper = f"at most {high}" if high is not None else ""
         _refuse(name, f"must be {' and '.join(x for x in (lower, upper) if x)}, not {value}")
 
