@@ -366,7 +366,7 @@ class Backend(Protocol):
         ...
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in float32 inside."""
+        """X / sqrt(mean(x^2) + eps) * weight over the last dimension, in float32 inside."""
         ...
 
     def add_rms_norm(

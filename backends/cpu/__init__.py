@@ -1,1 +1,1 @@
-"""TODO"""
+"""The CPU: native kernels over paged KV blocks."""

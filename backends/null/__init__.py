@@ -1,1 +1,1 @@
-"""TODO"""
+"""A device that answers at once: tests of scheduling and overhead."""

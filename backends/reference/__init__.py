@@ -1,1 +1,1 @@
-"""TODO"""
+"""The meaning of every operation, in plain torch."""

@@ -36,6 +36,7 @@ class Request:
         "epoch",
         "finish_reason",
         "fork_of",
+        "max_total_tokens",
         "num_cached_tokens",
         "num_computed_tokens",
         "num_placeholders",
@@ -49,7 +50,6 @@ class Request:
         "stop_ids",
         "stop_reason",
         "token_ids",
-        "max_total_tokens",
     )
 
     def __init__(

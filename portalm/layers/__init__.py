@@ -1,1 +1,1 @@
-
+"""What models are built of, over the seam alone."""

@@ -1,1 +1,1 @@
-
+"""The OpenAI-compatible HTTP server: one file an endpoint family."""

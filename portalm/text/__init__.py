@@ -1,1 +1,1 @@
-
+"""Between text and token ids: tokenizer, detokeniser, chat templates, stop strings."""

@@ -1,1 +1,1 @@
-
+"""Checkpoints as named tensors, whatever their format."""
