@@ -443,16 +443,26 @@ def report_backends() -> dict[str, DeviceReport]:
     return {name: _report(found[name]) for name in sorted(found, key=lambda n: (-rank(n), n))}
 
 
+def choose_backend() -> str | None:
+    """What `auto` means here: the available backend of the highest rank; None if there is none."""
+    found = find_backends()
+    for name, report in report_backends().items():
+        backend = found[name]
+        if report.is_available and not isinstance(backend, Exception) and backend.rank >= 0:
+            return name
+    return None
+
+
 def load_backend(device: str = "auto") -> Backend:
     """The backend called `device`, started; auto: the available one of the highest rank."""
     found = find_backends()
-    reports = {name: _report(backend) for name, backend in found.items()}
+    reports = report_backends()
     available = sorted(name for name, report in reports.items() if report.is_available)
     if device == "auto":
-        ranked = [b for n in available if not isinstance(b := found[n], Exception) and b.rank >= 0]
-        if not ranked:
+        chosen = choose_backend()
+        if chosen is None:
             raise BackendUnavailable("auto", "no backend found a device it can use", available)
-        return max(ranked, key=lambda backend: backend.rank)()
+        device = chosen
     if not device:
         raise ConfigError("device must not be empty: auto, or a name that `portalm devices` lists")
     if device not in found:

@@ -77,5 +77,7 @@ class RequestUpdate:
     finish_reason: FinishReason | None = None
     logprobs: TokenLogprobs | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs_start: int = 0
+    """How many prompt positions with logprobs come before the first of `prompt_logprobs`."""
     error: str | None = None
     """Why, where finish_reason is error."""

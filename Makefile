@@ -1,0 +1,67 @@
+# `make demo` talks to a model; `make test` checks everything. Both set up what they need.
+
+PYTHON ?= python3
+VENV ?= .venv
+# Where pip finds torch's CPU build, if not where it looks anyway, for example
+#   make demo TORCH_ARGS="--index-url <the index of PyTorch's CPU wheels>"
+TORCH_ARGS ?=
+
+PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint ci/constraints.txt
+BIN := $(VENV)/bin
+NATIVE := $(shell find csrc_cpu csrc_cuda csrc_rocm -type f 2>/dev/null)
+
+.PHONY: demo install install-dev model check lint types layers test bench clean
+
+demo: install model
+	$(BIN)/portalm generate
+	@echo
+	@echo "Next:  . $(VENV)/bin/activate"
+	@echo "       portalm chat                 talk to it"
+	@echo "       portalm serve                serve it: OpenAI's API on http://127.0.0.1:8000"
+	@echo "       portalm devices              what else could run here"
+
+install: $(VENV)/.installed
+install-dev: $(VENV)/.installed-dev
+
+$(VENV)/bin/pip:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "PortaLM needs Python 3.10 or newer: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+
+# torch first and pinned, so that nothing resolves it to a build of many gigabytes
+$(VENV)/.torch: ci/constraints.txt | $(VENV)/bin/pip
+	$(PIP) $(TORCH_ARGS) torch
+	$(PIP) scikit-build-core nanobind ninja
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml CMakeLists.txt $(NATIVE)
+	$(PIP) --no-build-isolation --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+model: install
+	$(BIN)/portalm pull
+
+# what to run before a push: `make test` runs the same
+check: test
+
+lint: install-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: install-dev
+	$(BIN)/mypy
+
+layers: install-dev
+	$(BIN)/lint-imports
+
+test: lint types layers model
+	$(BIN)/pytest
+
+bench: install-dev model
+	$(BIN)/python benchmarks/engine/against_transformers.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

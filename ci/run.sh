@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Runs one job of ci/matrix.yml here: ci/run.sh cpu
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+job=${1:?usage: ci/run.sh JOB, one of those in ci/matrix.yml}
+make --no-print-directory install-dev
+eval "$(.venv/bin/python ci/matrix.py shell "$job")"
+
+if [ -n "$command" ]; then
+  exec bash -c "$command"
+fi
+make --no-print-directory model
+exec .venv/bin/pytest -m "$markers"

@@ -1,0 +1,108 @@
+"""`portalm devices`, `doctor` and `collect-env`: what is here, what would be used, and why."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add_devices(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """`portalm devices`: one line a backend."""
+    parser = commands.add_parser("devices", help="list backends: what runs here, and why not")
+    parser.set_defaults(run=run_devices)
+
+
+def run_devices(arguments: argparse.Namespace) -> int:
+    """Print every backend; 1 if `auto` would find none."""
+    from portalm.backend import choose_backend, report_backends
+
+    chosen = choose_backend()
+    for name, report in report_backends().items():
+        mark = "*" if name == chosen else " "
+        state = "available" if report.is_available else "not here"
+        print(f"{mark} {name:<10} {state:<10} {report.summary}")
+    print()
+    if chosen is None:
+        print("--device auto finds no device it can use; `portalm doctor` says more")
+        return 1
+    print(f"* is what --device auto uses: {chosen}")
+    return 0
+
+
+def add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """`portalm doctor`: versions, devices, the model cache, and a small test of each device."""
+    parser = commands.add_parser("doctor", help="check this installation and say what is wrong")
+    parser.set_defaults(run=run_doctor)
+
+
+def run_doctor(arguments: argparse.Namespace) -> int:
+    """Print what was found and try every device; 1 if something is wrong."""
+    from portalm.backend import choose_backend, load_backend, report_backends
+    from portalm.errors import PortaLMError
+
+    _print_versions()
+    _print_cache()
+    chosen = choose_backend()
+    is_well = chosen is not None
+    for name, report in report_backends().items():
+        used = " (what --device auto uses)" if name == chosen else ""
+        print(f"\ndevice {name}{used}: {report.summary}")
+        for key, value in report.details:
+            print(f"  {key}: {value}")
+        if not report.is_available:
+            continue
+        try:
+            backend = load_backend(name)
+            backend.probe(timeout_s=10.0)
+        except PortaLMError as error:
+            print(f"  BROKEN: {error}")
+            is_well = False
+            continue
+        memory = backend.memory()
+        where = "shared with the host" if memory.host_shared else "its own"
+        print(
+            f"  answers; memory {memory.free / 2**30:.1f} of {memory.total / 2**30:.1f} GiB free, "
+            f"{where}"
+        )
+    print(f"\n{'all is well' if is_well else 'something is wrong: see above'}")
+    return 0 if is_well else 1
+
+
+def add_collect_env(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """`portalm collect-env`: what a bug report should say of the machine."""
+    parser = commands.add_parser("collect-env", help="print what a bug report should contain")
+    parser.set_defaults(run=run_collect_env)
+
+
+def run_collect_env(arguments: argparse.Namespace) -> int:
+    """Print versions, machine and devices."""
+    from portalm.backend import report_backends
+
+    _print_versions()
+    for name, report in report_backends().items():
+        print(f"device {name}: {report.summary}")
+        for key, value in report.details:
+            print(f"  {key}: {value}")
+    return 0
+
+
+def _print_versions() -> None:
+    import importlib.metadata
+    import platform
+
+    print(f"machine: {platform.platform()}, {platform.machine()}")
+    print(f"python: {platform.python_version()}")
+    for package in ("portalm", "torch", "numpy", "tokenizers", "transformers", "gguf"):
+        try:
+            print(f"{package}: {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            print(f"{package}: not installed")
+
+
+def _print_cache() -> None:
+    from portalm.config import DEFAULT_MODEL, cache_dir
+    from portalm.models.hub import find_cached
+
+    found = find_cached(DEFAULT_MODEL)
+    print(f"cache folder: {cache_dir()}")
+    state = f"at {found}" if found else "not here yet (`portalm pull` fetches it)"
+    print(f"default model {DEFAULT_MODEL}: {state}")

@@ -1,0 +1,79 @@
+"""`portalm generate`: one prompt, one answer, streamed to the terminal."""
+
+from __future__ import annotations
+
+import argparse
+
+DEMO_PROMPT = "Explain in three sentences why the sky is blue."
+
+
+def add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """`portalm generate`: answer a prompt and say how fast it went."""
+    from portalm.cli.engine_flags import add_engine_flags
+
+    parser = commands.add_parser("generate", help="answer one prompt in the terminal")
+    parser.add_argument("prompt", nargs="?", default=DEMO_PROMPT, help="what to answer")
+    parser.add_argument(
+        "--raw", action="store_true", help="continue the text as it is, without a chat template"
+    )
+    parser.add_argument("--max-tokens", type=int, default=256, help="most tokens to generate")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    parser.add_argument("--top-p", type=float, default=1.0, help="nucleus sampling")
+    parser.add_argument("--sampling-seed", type=int, default=None, help="same seed, same answer")
+    parser.add_argument("--quiet", action="store_true", help="print the answer and nothing else")
+    add_engine_flags(parser)
+    parser.set_defaults(run=run_generate)
+
+
+def run_generate(arguments: argparse.Namespace) -> int:
+    """Stream the answer to stdout; what else there is to say goes to stderr."""
+    import sys
+    import time
+
+    from portalm.cli.engine_flags import engine_settings
+    from portalm.llm import LLM, Prompt
+    from portalm.sampling_params import SamplingParams
+
+    params = SamplingParams(
+        max_tokens=arguments.max_tokens,
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        seed=arguments.sampling_seed,
+    )
+    started = time.perf_counter()
+    llm = LLM(**engine_settings(arguments), use_tqdm=not arguments.quiet)
+    ready = llm.engine.ready
+    if not arguments.quiet:
+        print(
+            f"{ready.model} in {ready.dtype} on {ready.device} ({ready.device_summary}), "
+            f"loaded in {time.perf_counter() - started:.1f} s\n"
+            f"> {arguments.prompt}\n",
+            file=sys.stderr,
+        )
+    prompt: Prompt = arguments.prompt
+    if not arguments.raw and llm.get_tokenizer().chat_template is not None:
+        prompt = llm.get_tokenizer().apply_chat_template(
+            [{"role": "user", "content": arguments.prompt}]
+        )
+
+    asked = time.perf_counter()
+    first = last = asked
+    num_tokens = 0
+    for delta in llm.stream(prompt, params):
+        if delta.error is not None:
+            print(f"\nportalm: {delta.error}", file=sys.stderr)
+            return 1
+        last = time.perf_counter()
+        first = last if num_tokens == 0 else first
+        num_tokens += len(delta.token_ids)
+        sys.stdout.write(delta.text)
+        sys.stdout.flush()
+    print()
+    if not arguments.quiet:
+        rate = (num_tokens - 1) / (last - first) if num_tokens > 1 else 0.0
+        print(
+            f"\n{num_tokens} tokens, {rate:.1f} tokens/s, first token after "
+            f"{(first - asked) * 1000:.0f} ms (and {first - started:.1f} s after the start)",
+            file=sys.stderr,
+        )
+    return 0

@@ -1,0 +1,54 @@
+"""`portalm`: finds the verb, runs it, turns a PortaLMError into one line and exit status 2."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from portalm import __version__
+from portalm.cli.chat import add_chat
+from portalm.cli.conformance import add_conformance
+from portalm.cli.devices import add_collect_env, add_devices, add_doctor
+from portalm.cli.generate import add_generate
+from portalm.cli.pull import add_pull
+from portalm.cli.serve import add_serve
+from portalm.errors import PortaLMError
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all verbs; `run` of what it parses takes the arguments."""
+    parser = argparse.ArgumentParser(
+        prog="portalm", description="LLM inference and serving that runs fast on any accelerator."
+    )
+    parser.add_argument("--version", action="version", version=f"portalm {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for add in (
+        add_serve,
+        add_generate,
+        add_chat,
+        add_pull,
+        add_devices,
+        add_doctor,
+        add_conformance,
+        add_collect_env,
+    ):
+        add(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit status."""
+    arguments = build_parser().parse_args(argv)
+    try:
+        status = arguments.run(arguments)
+    except PortaLMError as error:
+        print(f"portalm: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return int(status or 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,406 @@
+"""The engine: requests in, tokens out, one step at a time.
+
+The only writer of a request besides the scheduler. It runs in its own process under the server,
+in the caller's under `LLM`.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from portalm.backend import Backend, load_backend
+from portalm.config import EngineConfig, ModelConfig
+from portalm.core.plan import RequestUpdate, StepPlan, StepResult
+from portalm.core.request import Request
+from portalm.core.scheduler import Scheduler
+from portalm.engine.messages import AddRequest, EngineReady, EngineStats, StepOutputs, TokenOutput
+from portalm.errors import BackendError, ConfigError, InvalidRequest, Unsupported
+from portalm.models.hub import resolve_model
+from portalm.models.loader import open_checkpoint
+from portalm.models.registry import model_class
+from portalm.runner.memory import activation_bytes, kv_budget
+from portalm.runner.model_runner import ModelRunner, StepInFlight
+from portalm.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from portalm.models.model import Model
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[str, float], None]
+"""Called with a phase (load, warm_up) and its share done, 0 to 1."""
+
+_DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+_WARM_UP_ID = "portalm-warm-up"
+
+
+class Engine:
+    """A model on a device, answering requests in continuous batches."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        backend: Backend | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        """Load the model and make the KV cache.
+
+        Args:
+            config: what to run, where.
+            backend: a started backend; None: `config.device`'s.
+            progress: told how far loading is.
+
+        Raises:
+            PortaLMError: the model, the device or the settings do not work; the text says why.
+        """
+        started = time.perf_counter()
+        tell = progress or (lambda phase, share: None)
+        self.config = config
+        self.backend = backend if backend is not None else load_backend(config.device)
+
+        self.model_path = resolve_model(config.model, revision=config.revision)
+        self.tokenizer_path = (
+            self.model_path if config.tokenizer is None else resolve_model(config.tokenizer)
+        )
+        checkpoint = open_checkpoint(self.model_path, config)
+        try:
+            self.model_config = checkpoint.config
+            dtype = _choose_dtype(config, checkpoint.config, self.backend)
+            model = model_class(checkpoint.config.architecture)(checkpoint.config, dtype)
+            max_model_len = _choose_max_model_len(config, checkpoint.config)
+            _check_claims(config, model, self.backend, dtype)
+            weights = model.load(
+                checkpoint, self.backend, progress=lambda share: tell("load", share)
+            )
+        finally:
+            checkpoint.close()
+        loaded = time.perf_counter()
+
+        self._spec = model.kv_spec(config.block_size, _kv_dtype(config, dtype))
+        self._make_scheduler(model, dtype, max_model_len)
+        kv = self.backend.kv_alloc(self._spec, self.scheduler.config.num_blocks)
+        self.runner = ModelRunner(
+            model,
+            weights,
+            kv,
+            self.backend,
+            self.scheduler.config,
+            enforce_eager=config.enforce_eager,
+        )
+        self._max_in_flight = (
+            self.backend.capabilities.max_steps_in_flight if config.async_scheduling else 1
+        )
+        self._in_flight: deque[StepInFlight] = deque()
+        self._num_prompt_logprobs_sent: dict[str, int] = {}
+        self._stats = EngineStats()
+        budgeted = time.perf_counter()
+
+        self._warm_up()
+        tell("warm_up", 1.0)
+        self.ready = EngineReady(
+            model=config.model,
+            device=self.backend.name,
+            device_summary=self.backend.find().summary,
+            dtype=dtype,
+            vocab_size=self.model_config.vocab_size,
+            max_model_len=max_model_len,
+            num_blocks=self.scheduler.config.num_blocks - 1,
+            block_size=config.block_size,
+            startup_s={
+                "load": loaded - started,
+                "budget": budgeted - loaded,
+                "warm_up": time.perf_counter() - budgeted,
+            },
+        )
+
+    # -- requests -----------------------------------------------------------------------------
+
+    def add(self, message: AddRequest) -> None:
+        """Take a request. Raises `InvalidRequest` for one that can never be answered."""
+        self._check(message)
+        params = message.params
+        num_prompt = len(message.prompt_token_ids)
+        most = self.max_model_len if params.max_tokens is None else (num_prompt + params.max_tokens)
+        self.scheduler.add(
+            Request(
+                message.request_id,
+                message.prompt_token_ids,
+                params,
+                seed=message.seed,
+                max_total_tokens=min(most, self.max_model_len),
+                eos_token_ids=self.model_config.eos_token_ids,
+                priority=message.priority,
+                cache_salt=message.cache_salt,
+                output_token_ids=message.output_token_ids,
+                fork_of=message.fork_of,
+                bad_words_ids=message.bad_words_ids,
+            )
+        )
+
+    @property
+    def max_model_len(self) -> int:
+        """Longest prompt plus answer, in tokens."""
+        return self.scheduler.config.max_model_len
+
+    def _check(self, message: AddRequest) -> None:
+        """What the device would not survive: everything else is checked where it came in."""
+        vocab_size = self.model_config.vocab_size
+        for token_id in (*message.prompt_token_ids, *message.output_token_ids):
+            if not 0 <= token_id < vocab_size:
+                raise InvalidRequest(
+                    f"token id {token_id} is outside the vocabulary (0 to {vocab_size - 1})",
+                    param="prompt",
+                )
+        params = message.params
+        for name, ids in (
+            ("logit_bias", params.logit_bias),
+            ("allowed_token_ids", params.allowed_token_ids or ()),
+            ("stop_token_ids", params.stop_token_ids),
+        ):
+            if any(token_id >= vocab_size for token_id in ids):
+                raise InvalidRequest(
+                    f"{name} holds token id {max(ids)}, outside the vocabulary "
+                    f"(0 to {vocab_size - 1})",
+                    param=name,
+                )
+
+    def abort(self, request_ids: Sequence[str]) -> list[TokenOutput]:
+        """End these requests now; the outputs of those that were live."""
+        outputs = []
+        for request_id in request_ids:
+            request = self.scheduler.abort(request_id)
+            if request is not None:
+                self._num_prompt_logprobs_sent.pop(request_id, None)
+                outputs.append(
+                    TokenOutput(request_id=request_id, token_ids=[], finish_reason="abort")
+                )
+        return outputs
+
+    def has_work(self) -> bool:
+        """True while a request is unfinished or a step is on the device."""
+        return bool(self._in_flight) or self.scheduler.has_unfinished()
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget cached blocks that nobody holds; False if some are held."""
+        return self.scheduler.reset_prefix_cache()
+
+    # -- steps --------------------------------------------------------------------------------
+
+    def step(self) -> StepOutputs:
+        """Keep the device busy, wait for its oldest step and give out what it drew.
+
+        Raises:
+            BackendError: of kind device_lost: the engine cannot go on. Any other failure of the
+                device ends one request (the one with the most tokens in the step).
+        """
+        started = time.perf_counter()
+        plan: StepPlan | None = None
+        try:
+            while len(self._in_flight) < self._max_in_flight:
+                plan = self.scheduler.schedule()
+                if plan.is_empty:
+                    self.runner.forget(plan.released)
+                    break
+                self._in_flight.append(self.runner.dispatch(plan))
+            if not self._in_flight:
+                return self._outputs([])
+            step = self._in_flight.popleft()
+            plan = step.plan
+            result = step.result()
+        except BackendError as error:
+            if error.kind == "device_lost" or plan is None:
+                raise
+            return self._outputs(self._recover(plan, error))
+        updates = self.scheduler.update(plan, result)
+        self._count(plan, result, time.perf_counter() - started)
+        return self._outputs(updates)
+
+    def _recover(self, plan: StepPlan, error: BackendError) -> list[RequestUpdate]:
+        """A step failed: its largest request ends, all others are computed again.
+
+        Sampling is stateless, so those draw the same tokens as if nothing had happened.
+        """
+        largest = max(plan.requests, key=lambda p: (p.num_tokens, p.start))
+        logger.error(
+            "step %d failed (%s: %s); request %s ends, %d others are computed again",
+            plan.step_id,
+            error.kind,
+            error,
+            largest.request.request_id,
+            len(plan.requests) - 1,
+        )
+        for step in self._in_flight:  # planned on top of the failed one: their ids mean nothing
+            try:
+                step.result()
+            except BackendError as later:
+                if later.kind == "device_lost":
+                    raise
+        self._in_flight.clear()
+        return self.scheduler.rewind(
+            failed={
+                largest.request.request_id: (
+                    f"the device failed on this request ({error.kind}): {error}"
+                )
+            }
+        )
+
+    def _outputs(self, updates: list[RequestUpdate]) -> StepOutputs:
+        return StepOutputs(outputs=[self._output(u) for u in updates], stats=self.stats())
+
+    def _output(self, update: RequestUpdate) -> TokenOutput:
+        request = update.request
+        output = TokenOutput(
+            request_id=request.request_id,
+            token_ids=update.new_token_ids,
+            finish_reason=update.finish_reason,
+            stop_reason=request.stop_reason if update.finish_reason else None,
+            logprobs=None if update.logprobs is None else [update.logprobs],
+            num_cached_tokens=request.num_cached_tokens,
+            error=update.error,
+        )
+        if update.prompt_logprobs:
+            # a prompt that is computed again after preemption reports again: once is enough
+            sent = self._num_prompt_logprobs_sent.get(request.request_id, 0)
+            first = update.prompt_logprobs_start
+            output.prompt_logprobs = update.prompt_logprobs[max(0, sent - first) :]
+            self._num_prompt_logprobs_sent[request.request_id] = max(
+                sent, first + len(update.prompt_logprobs)
+            )
+        if update.finish_reason is not None:
+            self._num_prompt_logprobs_sent.pop(request.request_id, None)
+        return output
+
+    # -- accounting ---------------------------------------------------------------------------
+
+    def _count(self, plan: StepPlan, result: StepResult, seconds: float) -> None:
+        stats = self._stats
+        stats.steps_total += 1
+        stats.last_step_tokens = plan.num_tokens
+        stats.last_step_s = seconds
+        stats.generation_tokens_total += sum(token_id >= 0 for token_id in result.token_ids)
+        for planned in plan.requests:
+            prompt_left = planned.request.num_prompt_tokens - planned.start
+            if prompt_left > 0:
+                stats.prompt_tokens_total += min(prompt_left, planned.num_tokens)
+
+    def stats(self) -> EngineStats:
+        """Counters and gauges as of now."""
+        for name, value in self.scheduler.stats().items():
+            setattr(self._stats, name, value)
+        return self._stats
+
+    # -- start and end ------------------------------------------------------------------------
+
+    def _make_scheduler(self, model: Model, dtype: str, max_model_len: int) -> None:
+        config = self.config
+        self.budget = kv_budget(
+            config,
+            self.model_config,
+            self.backend,
+            self._spec,
+            max_model_len=max_model_len,
+            weight_bytes=model.weight_bytes(),
+            activations=activation_bytes(
+                self.model_config,
+                dtype_bytes=_DTYPE_BYTES[dtype],
+                max_tokens=config.max_num_batched_tokens,
+                max_logits_rows=max(config.max_num_seqs, 256),
+            ),
+        )
+        self.scheduler = Scheduler(
+            config.scheduler_config(max_model_len=max_model_len, num_blocks=self.budget.num_blocks)
+        )
+
+    def _warm_up(self) -> None:
+        """One prompt token and one answer: a device that cannot compute fails here."""
+        self.add(
+            AddRequest(
+                request_id=_WARM_UP_ID,
+                prompt_token_ids=[0],
+                params=SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True),
+                seed=0,
+            )
+        )
+        outputs: list[TokenOutput] = []
+        while self.has_work():
+            outputs += self.step().outputs
+        if outputs[-1].finish_reason == "error":
+            raise BackendError("kernel", f"the first step failed: {outputs[-1].error}")
+        self.reset_prefix_cache()
+        self._stats = EngineStats()
+        self.scheduler.reset_stats()
+
+    def close(self) -> None:
+        """Wait for the device; the engine may not be used after."""
+        while self._in_flight:
+            self._in_flight.popleft().result()
+
+
+def _choose_dtype(config: EngineConfig, model: ModelConfig, backend: Backend) -> str:
+    claimed = backend.capabilities.dtypes
+    wanted = model.dtype if config.dtype == "auto" else config.dtype
+    if wanted in claimed:
+        return wanted
+    if config.dtype == "auto" and "float32" in claimed:
+        logger.warning(
+            "backend %s does not compute in %s, the model's dtype: using float32",
+            backend.name,
+            wanted,
+        )
+        return "float32"
+    raise Unsupported(
+        f"backend {backend.name!r} does not compute in {wanted}; it does in "
+        f"{', '.join(sorted(claimed))}: choose one with --dtype"
+    )
+
+
+def _kv_dtype(config: EngineConfig, dtype: str) -> str:
+    return dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype
+
+
+def _choose_max_model_len(config: EngineConfig, model: ModelConfig) -> int:
+    if config.max_model_len is None:
+        return model.max_position
+    if config.max_model_len > model.max_position:
+        raise ConfigError(
+            f"max_model_len ({config.max_model_len}) is above what the model was made for "
+            f"({model.max_position} positions): lower it, or change max_position_embeddings and "
+            f"rope_scaling with --hf-overrides"
+        )
+    return config.max_model_len
+
+
+def _check_claims(config: EngineConfig, model: Model, backend: Backend, dtype: str) -> None:
+    """Raise `Unsupported` at start-up for what the backend does not claim."""
+    claims = backend.capabilities
+    kv_dtype = _kv_dtype(config, dtype)
+    if kv_dtype not in claims.kv_dtypes:
+        raise Unsupported(
+            f"backend {backend.name!r} does not keep keys and values in {kv_dtype}; it does in "
+            f"{', '.join(sorted(claims.kv_dtypes))}: choose one with --kv-cache-dtype"
+        )
+    if claims.block_sizes is not None and config.block_size not in claims.block_sizes:
+        raise Unsupported(
+            f"backend {backend.name!r} has no KV blocks of {config.block_size} tokens; it has "
+            f"{', '.join(map(str, sorted(claims.block_sizes)))}: choose one with --block-size"
+        )
+    for spec in model.attention_specs():
+        if claims.head_sizes is not None and spec.head_size not in claims.head_sizes:
+            raise Unsupported(
+                f"backend {backend.name!r} has no attention for head size {spec.head_size}; it "
+                f"has {', '.join(map(str, sorted(claims.head_sizes)))}"
+            )
+        for feature, is_wanted in (
+            ("sliding_window", spec.sliding_window is not None),
+            ("soft_cap", spec.soft_cap is not None),
+        ):
+            if is_wanted and feature not in claims.features:
+                raise Unsupported(
+                    f"the model needs {feature}, which backend {backend.name!r} does not claim"
+                )

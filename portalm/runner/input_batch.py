@@ -1,0 +1,273 @@
+"""Rows of the running requests in numpy, and one step's index arrays made of them.
+
+Everything that grows with the tokens of a step is one numpy call over all of them; Python loops
+only over the requests of a step, to copy what is new since the step before.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from portalm.config import SchedulerConfig
+from portalm.core.plan import PlannedRequest, StepPlan
+from portalm.core.request import Request
+
+IntArray = npt.NDArray[np.int32]
+
+
+@dataclass(slots=True, kw_only=True)
+class StepArrays:
+    """One step on the host. Views into buffers that the step after the next one reuses.
+
+    T, S, MB and R are padded as `pad` asked; `num_tokens`, `num_requests`, `num_rows` are not.
+    """
+
+    num_tokens: int
+    num_requests: int
+    num_rows: int
+    num_decodes: int
+    rows: npt.NDArray[np.intp]
+    """[S unpadded]: each request's row in the batch."""
+    token_ids: IntArray
+    """[T]"""
+    positions: IntArray
+    """[T]"""
+    slot_mapping: IntArray
+    """[T]"""
+    query_start_loc: IntArray
+    """[S + 1]"""
+    seq_lens: IntArray
+    """[S]"""
+    block_table: IntArray
+    """[S, MB]"""
+    logits_rows: IntArray
+    """[R]: at least one, so that no backend meets an empty tensor; pad rows name token 0."""
+    max_query_len: int
+    max_seq_len: int
+    previous_rows: IntArray | None
+    """[T]: row of the step before that draws this token, or -1; None where no token waits."""
+
+
+@dataclass(slots=True, frozen=True)
+class PaddedShape:
+    """What T, S, MB and R are padded to."""
+
+    num_tokens: int
+    num_requests: int
+    num_blocks: int
+    num_rows: int
+
+
+class InputBatch:
+    """A row for every request that may be planned, kept from step to step."""
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        """Room for `max_batch_requests` rows (memory is touched as tokens come)."""
+        num_rows, max_len = config.max_batch_requests, config.max_model_len
+        self.block_size = config.block_size
+        self.max_blocks = -(-max_len // config.block_size)
+        self.token_ids = np.zeros((num_rows, max_len), np.int32)
+        """[rows, max_model_len]: tokens known to the host."""
+        self.block_table = np.zeros((num_rows, self.max_blocks), np.int32)
+        self.num_prompt_tokens = np.zeros(num_rows, np.int32)
+        self.requests: list[Request | None] = [None] * num_rows
+        self._row_of: dict[str, int] = {}
+        self._free_rows = list(range(num_rows - 1, -1, -1))
+        self._num_known = [0] * num_rows
+        self._num_blocks = [0] * num_rows
+        self._last_block = [0] * num_rows
+        self._buffers = [_Buffers(config, self.max_blocks) for _ in range(2)]
+        self._step = 0
+
+    def forget(self, request_ids: list[str]) -> None:
+        """Free the rows of requests that no longer run; unknown ids are passed over."""
+        for request_id in request_ids:
+            row = self._row_of.pop(request_id, None)
+            if row is not None:
+                self.requests[row] = None
+                self._free_rows.append(row)
+
+    def update(self, plan: StepPlan) -> npt.NDArray[np.intp]:
+        """Take over what is new of the plan's requests; their rows, in the plan's order."""
+        row_of = self._row_of
+        rows = np.empty(len(plan.requests), np.intp)
+        for i, planned in enumerate(plan.requests):
+            request = planned.request
+            row = row_of.get(request.request_id)
+            if row is None:
+                row = self._enter(request)
+            num_known = self._num_known[row]
+            if num_known != len(request.token_ids):
+                new = request.token_ids[num_known:]
+                self.token_ids[row, num_known : num_known + len(new)] = new
+                self._num_known[row] = num_known + len(new)
+            table = request.block_table
+            num_blocks = self._num_blocks[row]
+            if num_blocks != len(table) or table[-1] != self._last_block[row]:
+                # from the last known block on: copy-on-write may have replaced that one
+                first = max(0, num_blocks - 1)
+                self.block_table[row, first : len(table)] = table[first:]
+                self._num_blocks[row] = len(table)
+                self._last_block[row] = table[-1]
+            rows[i] = row
+        return rows
+
+    def _enter(self, request: Request) -> int:
+        row = self._free_rows.pop()
+        self._row_of[request.request_id] = row
+        self.requests[row] = request
+        self.num_prompt_tokens[row] = request.num_prompt_tokens
+        self._num_known[row] = 0
+        self._num_blocks[row] = 0
+        self._last_block[row] = -1
+        return row
+
+    def build(
+        self,
+        plan: StepPlan,
+        rows: npt.NDArray[np.intp],
+        *,
+        drawn_rows: dict[str, int],
+        pad: PaddedShape | None = None,
+    ) -> StepArrays:
+        """The step's index arrays.
+
+        Args:
+            plan: not empty; `rows` is what `update` gave for it.
+            rows: [S]
+            drawn_rows: by request id, the row of the step before that draws its last token, for
+                tokens that the host does not know yet.
+            pad: sizes to pad to; None: as they are.
+        """
+        buffers = self._buffers[self._step % 2]
+        self._step += 1
+        planned = plan.requests
+        num_requests, num_tokens = len(planned), plan.num_tokens
+        starts = np.fromiter((p.start for p in planned), np.int32, num_requests)
+        lengths = np.fromiter((p.num_tokens for p in planned), np.int32, num_requests)
+        shape = pad or PaddedShape(
+            num_tokens,
+            num_requests,
+            int(np.max((starts + lengths - 1) // self.block_size)) + 1,
+            0,
+        )
+
+        loc = buffers.query_start_loc[: shape.num_requests + 1]
+        loc[0] = 0
+        np.cumsum(lengths, out=loc[1 : num_requests + 1])
+        loc[num_requests + 1 :] = num_tokens
+
+        seq_lens = buffers.seq_lens[: shape.num_requests]
+        np.add(starts, lengths, out=seq_lens[:num_requests])
+        seq_lens[num_requests:] = 0
+
+        rows_of_tokens = np.repeat(rows, lengths)
+        positions = buffers.positions[: shape.num_tokens]
+        np.subtract(
+            buffers.arange[:num_tokens],
+            np.repeat(loc[:num_requests] - starts, lengths),
+            out=positions[:num_tokens],
+        )
+        positions[num_tokens:] = 0
+
+        token_ids = buffers.token_ids[: shape.num_tokens]
+        token_ids[:num_tokens] = self.token_ids[rows_of_tokens, positions[:num_tokens]]
+        token_ids[num_tokens:] = 0
+
+        block, offset = np.divmod(positions[:num_tokens], self.block_size)
+        slots = buffers.slot_mapping[: shape.num_tokens]
+        slots[:num_tokens] = self.block_table[rows_of_tokens, block] * self.block_size + offset
+        slots[num_tokens:] = 0
+
+        table = buffers.block_table[: shape.num_requests * shape.num_blocks]
+        table = table.reshape(shape.num_requests, shape.num_blocks)
+        self._fill_block_table(table, rows, seq_lens[:num_requests])
+
+        logits_rows = self._logits_rows(planned, loc)
+        num_rows = len(logits_rows)
+        num_padded_rows = max(1, num_rows) if pad is None else pad.num_rows
+        logits_rows = np.pad(logits_rows, (0, num_padded_rows - num_rows))
+        num_decodes = int(np.count_nonzero(lengths == 1))
+        return StepArrays(
+            num_tokens=num_tokens,
+            num_requests=num_requests,
+            num_rows=num_rows,
+            num_decodes=num_decodes,
+            rows=rows,
+            token_ids=token_ids,
+            positions=positions,
+            slot_mapping=slots,
+            query_start_loc=loc,
+            seq_lens=seq_lens,
+            block_table=table,
+            logits_rows=logits_rows,
+            max_query_len=int(lengths.max()),
+            max_seq_len=int(seq_lens[:num_requests].max()),
+            previous_rows=self._previous_rows(planned, loc, shape.num_tokens, drawn_rows),
+        )
+
+    def _fill_block_table(
+        self, table: IntArray, rows: npt.NDArray[np.intp], seq_lens: IntArray
+    ) -> None:
+        """Each request's blocks; 0, the null block, past its context."""
+        num_requests = len(rows)
+        table[num_requests:] = 0
+        num_blocks = -(-seq_lens // self.block_size)
+        held = np.arange(table.shape[1]) < num_blocks[:, None]
+        np.multiply(self.block_table[rows, : table.shape[1]], held, out=table[:num_requests])
+
+    @staticmethod
+    def _logits_rows(planned: list[PlannedRequest], loc: IntArray) -> IntArray:
+        """Tokens whose logits are wanted: where one is drawn, and of prompts scored all."""
+        rows: list[int] = []
+        for i, p in enumerate(planned):
+            wanted = num_prompt_rows(p)
+            first = int(loc[i])
+            rows.extend(range(first, first + wanted))
+            if p.draws_token:
+                rows.append(int(loc[i + 1]) - 1)
+        return np.array(rows, np.int32)
+
+    @staticmethod
+    def _previous_rows(
+        planned: list[PlannedRequest], loc: IntArray, num_tokens: int, drawn_rows: dict[str, int]
+    ) -> IntArray | None:
+        waiting = [
+            (int(loc[i + 1]) - 1, drawn_rows[p.request.request_id])
+            for i, p in enumerate(planned)
+            if p.start + p.num_tokens > len(p.request.token_ids)
+        ]
+        if not waiting:
+            return None
+        previous = np.full(num_tokens, -1, np.int32)
+        for token, row in waiting:
+            previous[token] = row
+        return previous
+
+
+def num_prompt_rows(planned: PlannedRequest) -> int:
+    """Tokens of this step that predict a prompt token whose logprob was asked for."""
+    request = planned.request
+    if request.params.prompt_logprobs is None:
+        return 0
+    last = request.num_prompt_tokens - 1  # the last prompt token predicts an answer token
+    return max(0, min(planned.start + planned.num_tokens, last) - planned.start)
+
+
+class _Buffers:
+    """Arrays of the largest step, written anew every other step."""
+
+    def __init__(self, config: SchedulerConfig, max_blocks: int) -> None:
+        # a bucket may pad up to the next power of two
+        num_tokens = 2 * config.max_batch_tokens
+        num_requests = 2 * config.max_batch_requests
+        self.arange = np.arange(num_tokens, dtype=np.int32)
+        self.token_ids = np.zeros(num_tokens, np.int32)
+        self.positions = np.zeros(num_tokens, np.int32)
+        self.slot_mapping = np.zeros(num_tokens, np.int32)
+        self.query_start_loc = np.zeros(num_requests + 1, np.int32)
+        self.seq_lens = np.zeros(num_requests, np.int32)
+        self.block_table = np.zeros(num_requests * 2 * max_blocks, np.int32)

@@ -1,0 +1,101 @@
+"""How many KV blocks fit: memory less weights, activations, logits and sampling."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from portalm.backend import Backend, KVSpec
+from portalm.config import EngineConfig, ModelConfig
+from portalm.errors import ConfigError
+
+_OWN_MEMORY_SHARE = 0.9
+"""Of a device's own memory: what weights, activations and KV may take together by default."""
+
+_HOST_MEMORY_SHARE = 0.5
+"""Of what is free on a host that other programs use too: what KV may take by default."""
+
+_HOST_KV_LIMIT = 4 << 30
+"""Bytes of KV by default in the host's memory; --kv-cache-memory-bytes asks for more."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KVBudget:
+    """The size of the KV pool and of what it had to leave room for."""
+
+    num_blocks: int
+    """The null block included."""
+    block_bytes: int
+    activation_bytes: int
+    """Activations, logits and sampling of the largest step."""
+
+
+def activation_bytes(
+    model: ModelConfig, *, dtype_bytes: int, max_tokens: int, max_logits_rows: int
+) -> int:
+    """Upper bound of what the largest step allocates beside weights and KV, in bytes.
+
+    A layer holds at most: residual, normed input, qkv, rotated q and k, attention's output,
+    gate-up and its product; logits are float32 and sampling keeps three more arrays like them.
+    """
+    heads = (2 * model.num_heads + 3 * model.num_kv_heads) * model.head_size
+    per_token = 4 * model.hidden_size + 2 * heads + 3 * model.intermediate_size
+    return max_tokens * per_token * dtype_bytes + max_logits_rows * model.vocab_size * 4 * 4
+
+
+def kv_budget(
+    config: EngineConfig,
+    model: ModelConfig,
+    backend: Backend,
+    spec: KVSpec,
+    *,
+    max_model_len: int,
+    weight_bytes: int,
+    activations: int,
+) -> KVBudget:
+    """The KV pool for an engine whose weights are on the device already.
+
+    Raises:
+        ConfigError: not even one request of `max_model_len` tokens fits; with the numbers.
+    """
+    block_bytes = backend.kv_bytes_per_block(spec)
+    blocks_per_request = -(-max_model_len // spec.block_size)
+    if config.num_gpu_blocks_override is not None:
+        num_blocks = config.num_gpu_blocks_override
+    else:
+        room = _room(config, backend, weight_bytes=weight_bytes, activations=activations)
+        most_useful = config.max_num_seqs * blocks_per_request
+        num_blocks = min(room // block_bytes, most_useful)
+    if num_blocks < blocks_per_request:
+        raise ConfigError(
+            f"the KV cache has room for {max(0, num_blocks) * spec.block_size} tokens "
+            f"({max(0, num_blocks)} blocks of {block_bytes / 2**10:.0f} KiB), one request of "
+            f"max_model_len={max_model_len} needs {blocks_per_request} blocks "
+            f"({blocks_per_request * block_bytes / 2**20:.0f} MiB): lower --max-model-len, raise "
+            f"--kv-cache-memory-bytes or --gpu-memory-utilization, or lower "
+            f"--max-num-batched-tokens ({activations / 2**20:.0f} MiB are kept for activations)"
+        )
+    return KVBudget(
+        num_blocks=num_blocks + 1, block_bytes=block_bytes, activation_bytes=activations
+    )
+
+
+def _room(config: EngineConfig, backend: Backend, *, weight_bytes: int, activations: int) -> int:
+    """Bytes that the KV pool may take."""
+    if config.kv_cache_memory_bytes is not None:
+        return config.kv_cache_memory_bytes
+    memory = backend.memory()
+    share = config.gpu_memory_utilization
+    if memory.host_shared:
+        # weights are resident already: what is free does not hold them
+        if share is None:
+            return min(int((memory.free - activations) * _HOST_MEMORY_SHARE), _HOST_KV_LIMIT)
+        return min(
+            int(memory.total * share) - weight_bytes - activations, memory.free - activations
+        )
+    return (
+        min(
+            int(memory.total * (share or _OWN_MEMORY_SHARE)) - (memory.total - memory.free),
+            memory.free,
+        )
+        - activations
+    )

@@ -1,0 +1,222 @@
+"""Runs step plans on the device: step plan in, drawn ids out."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from portalm.backend import (
+    KV,
+    Backend,
+    HostFuture,
+    SampleOutput,
+    StepInputs,
+    StepMeta,
+    Weights,
+)
+from portalm.config import SchedulerConfig
+from portalm.core.plan import StepPlan, StepResult, TokenLogprobs
+from portalm.runner.graphs import StepGraphs
+from portalm.runner.input_batch import InputBatch
+from portalm.runner.sampler import SampledRow, Sampler, num_logprobs_of, sampled_rows
+
+if TYPE_CHECKING:
+    from portalm.models.model import Model
+
+
+class ModelRunner:
+    """The model on its device: weights, KV cache and the captured step.
+
+    `dispatch` only enqueues where the backend is asynchronous; `StepInFlight.result` waits.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        weights: Weights,
+        kv: KV,
+        backend: Backend,
+        config: SchedulerConfig,
+        *,
+        enforce_eager: bool = False,
+    ) -> None:
+        """Take over weights and KV cache.
+
+        Args:
+            model: its functions.
+            weights: as `model.load` gave them.
+            kv: as `backend.kv_alloc` gave it, with `config.num_blocks` blocks.
+            backend: where both live.
+            config: limits of a step.
+            enforce_eager: do not capture steps.
+        """
+        self.batch = InputBatch(config)
+        self.graphs = StepGraphs(
+            backend,
+            self._make_step(model, backend),
+            max_tokens=config.max_batch_tokens,
+            max_requests=config.max_batch_requests,
+            max_blocks=self.batch.max_blocks,
+            enforce_eager=enforce_eager,
+        )
+        self._backend = backend
+        self._model = model
+        self._weights = weights
+        self._kv = kv
+        self._sampler = Sampler(model.config.vocab_size)
+        self._specs = model.attention_specs()
+        self._drawn_rows: dict[str, int] = {}
+        """By request id: the row of the last dispatched step that draws its token."""
+        self._last_ids: torch.Tensor | None = None
+
+    @staticmethod
+    def _make_step(model: Model, backend: Backend) -> _Step:
+        return _Step(model, backend)
+
+    def forget(self, request_ids: list[str]) -> None:
+        """These requests do not run any more; their rows are free."""
+        self.batch.forget(request_ids)
+
+    def dispatch(self, plan: StepPlan) -> StepInFlight:
+        """Start computing `plan`, which must not be empty."""
+        self.batch.forget(plan.released)
+        rows = self.batch.update(plan)
+        if plan.block_copies:
+            self._copy_blocks(plan.block_copies)
+        sampled = sampled_rows(plan)
+        inputs = self._inputs(plan, rows, sampled)
+        step = self.graphs.step_for(inputs)
+        self._kv, out = step(self._weights, self._kv, inputs)
+        self._last_ids = out.token_ids
+        self._drawn_rows = {
+            row.request.request_id: i for i, row in enumerate(sampled) if row.target < 0
+        }
+        return StepInFlight(plan, sampled, out, self._backend)
+
+    def _copy_blocks(self, copies: list[tuple[int, int]]) -> None:
+        pairs = np.array(copies, np.int32)
+        src, dst = (self._backend.to_device(np.ascontiguousarray(x)) for x in pairs.T)
+        self._kv = self._backend.kv_copy(self._kv, src, dst)
+
+    def _inputs(
+        self, plan: StepPlan, rows: npt.NDArray[np.intp], sampled: list[SampledRow]
+    ) -> StepInputs:
+        longest = max(p.start + p.num_tokens for p in plan.requests)
+        bucket, pad = self.graphs.shape(
+            plan.num_tokens,
+            len(plan.requests),
+            -(-longest // self.batch.block_size),
+            len(sampled),
+        )
+        arrays = self.batch.build(plan, rows, drawn_rows=self._drawn_rows, pad=pad)
+        to_device = self._backend.to_device
+        meta = StepMeta(
+            positions=to_device(arrays.positions),
+            slot_mapping=to_device(arrays.slot_mapping),
+            query_start_loc=to_device(arrays.query_start_loc),
+            seq_lens=to_device(arrays.seq_lens),
+            block_table=to_device(arrays.block_table),
+            logits_rows=to_device(arrays.logits_rows),
+            host_query_start_loc=arrays.query_start_loc,
+            host_seq_lens=arrays.seq_lens,
+            num_decodes=arrays.num_decodes,
+            max_query_len=arrays.max_query_len,
+            max_seq_len=arrays.max_seq_len,
+            bucket=bucket,
+        )
+        waits = arrays.previous_rows is not None
+        return StepInputs(
+            token_ids=to_device(arrays.token_ids),
+            meta=self._backend.prepare(meta, self._specs),
+            sample=self._sampler.build(sampled, arrays, self.batch, to_device),
+            previous_ids=self._last_ids if waits else None,
+            previous_rows=to_device(arrays.previous_rows) if waits else None,
+        )
+
+
+class _Step:
+    """One step, from token ids to drawn ids: what a backend captures."""
+
+    def __init__(self, model: Model, backend: Backend) -> None:
+        self._model = model
+        self._backend = backend
+
+    def __call__(self, weights: Weights, kv: KV, inputs: StepInputs) -> tuple[KV, SampleOutput]:
+        token_ids = inputs.token_ids
+        if inputs.previous_ids is not None and inputs.previous_rows is not None:
+            rows = inputs.previous_rows
+            drawn = inputs.previous_ids[rows.clamp(min=0).long()]
+            token_ids = torch.where(rows >= 0, drawn, token_ids)
+        kv, hidden = self._model.forward(self._backend, weights, kv, token_ids, inputs.meta)
+        logits = self._model.logits(self._backend, weights, hidden)
+        return kv, self._backend.sample(logits, inputs.sample)
+
+
+class StepInFlight:
+    """A dispatched step whose ids are on their way to the host."""
+
+    def __init__(
+        self, plan: StepPlan, sampled: list[SampledRow], out: SampleOutput, backend: Backend
+    ) -> None:
+        """Start the copies to the host."""
+        self.plan = plan
+        self._sampled = sampled
+        self._token_ids = backend.to_host(out.token_ids)
+        self._logprobs: list[HostFuture] = []
+        if out.logprobs is not None:
+            assert out.ranks is not None and out.top_ids is not None
+            assert out.top_logprobs is not None
+            self._logprobs = [
+                backend.to_host(x) for x in (out.logprobs, out.ranks, out.top_ids, out.top_logprobs)
+            ]
+
+    def done(self) -> bool:
+        """True once `result` would not wait."""
+        return self._token_ids.done()
+
+    def result(self) -> StepResult:
+        """What the step drew; waits for it. Raises `BackendError` if the device failed."""
+        ids = self._token_ids.result().tolist()
+        token_ids = [-1] * len(self.plan.requests)
+        for i, row in enumerate(self._sampled):
+            if row.target < 0:
+                token_ids[row.index] = ids[i]
+        result = StepResult(token_ids=token_ids)
+        if self._logprobs:
+            self._add_logprobs(result, ids)
+        self._mark_broken(result)
+        return result
+
+    def _mark_broken(self, result: StepResult) -> None:
+        """A row whose logits were not numbers has drawn -1: its request fails, no other."""
+        for planned, token_id in zip(self.plan.requests, result.token_ids, strict=True):
+            if planned.draws_token and token_id < 0:
+                result.failed[planned.request.request_id] = (
+                    "the model's logits are not numbers (NaN or all -inf) after token "
+                    f"{planned.start + planned.num_tokens - 1}; nothing can be drawn"
+                )
+
+    def _add_logprobs(self, result: StepResult, ids: list[int]) -> None:
+        logprobs, ranks, top_ids, top_logprobs = (x.result() for x in self._logprobs)
+        for i, row in enumerate(self._sampled):
+            wanted = num_logprobs_of(row)
+            if wanted is None or (not math.isfinite(logprobs[i]) and ids[i] < 0):
+                continue
+            entry = TokenLogprobs(
+                token_id=ids[i],
+                logprob=float(logprobs[i]),
+                rank=int(ranks[i]),
+                top=list(
+                    zip(
+                        top_ids[i, :wanted].tolist(), top_logprobs[i, :wanted].tolist(), strict=True
+                    )
+                ),
+            )
+            if row.target >= 0:
+                result.prompt_logprobs.setdefault(row.request.request_id, []).append(entry)
+            else:
+                result.logprobs[row.request.request_id] = entry
