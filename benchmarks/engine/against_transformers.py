@@ -73,7 +73,7 @@ class Transformers:
 
 
 class PortaLM:
-    """This engine through its offline API."""
+    """PortaLM through its offline API."""
 
     def __init__(self, dtype: str) -> None:
         self.llm = LLM(
