@@ -30,6 +30,7 @@ class Request:
 
     __slots__ = (
         "arrival",
+        "bad_words_ids",
         "block_hashes",
         "block_table",
         "cache_salt",
@@ -37,11 +38,14 @@ class Request:
         "finish_reason",
         "fork_of",
         "max_total_tokens",
+        "max_total_tokens",
+        "needs_history",
         "num_cached_tokens",
         "num_computed_tokens",
         "num_placeholders",
         "num_preemptions",
         "num_prompt_tokens",
+        "num_published_blocks",
         "params",
         "priority",
         "request_id",
@@ -65,6 +69,7 @@ class Request:
         cache_salt: str = "",
         output_token_ids: Sequence[int] = (),
         fork_of: str | None = None,
+        bad_words_ids: Sequence[Sequence[int]] = (),
     ) -> None:
         """A waiting request.
 
@@ -80,6 +85,7 @@ class Request:
             cache_salt: prefix cache blocks are shared only between requests of equal salt.
             output_token_ids: generated before (a request that is resumed).
             fork_of: id of a request with the same prompt whose KV blocks may be shared.
+            bad_words_ids: the last token of each may not be drawn after the ones before it.
         """
         self.request_id = request_id
         self.token_ids: list[int] = [*prompt_token_ids, *output_token_ids]
@@ -93,6 +99,9 @@ class Request:
         self.priority = priority
         self.cache_salt = cache_salt
         self.fork_of = fork_of
+        self.bad_words_ids = bad_words_ids
+        self.needs_history = params.needs_history
+        """A token may not be drawn before the host knows the one before it."""
         self.arrival = 0
         """Place in the order of arrival; set by the scheduler."""
         self.status = RequestStatus.WAITING
@@ -101,6 +110,8 @@ class Request:
         self.block_table: list[int] = []
         self.block_hashes: list[bytes] = []
         """Chained hash of each full block of known tokens; grown as blocks fill."""
+        self.num_published_blocks = 0
+        """Leading blocks that the prefix cache was told of."""
         self.num_cached_tokens = 0
         """Prompt tokens found in the prefix cache when it was first admitted."""
         self.num_preemptions = 0

@@ -24,6 +24,8 @@ class AddRequest(msgspec.Struct, tag=True, kw_only=True):
     """Generated before: the answer goes on behind them."""
     fork_of: str | None = None
     """Id of an earlier request with the same prompt, whose KV blocks may be shared."""
+    bad_words_ids: list[list[int]] = []
+    """`params.bad_words` as token ids."""
 
 
 class AbortRequests(msgspec.Struct, tag=True):

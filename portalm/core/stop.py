@@ -1,0 +1,17 @@
+"""When a drawn token ends its request."""
+
+from __future__ import annotations
+
+from portalm.core.request import FinishReason, Request
+
+
+def finish_reason(request: Request) -> FinishReason | None:
+    """Why the last token of `request` ends it; None if it does not. Sets `stop_reason`."""
+    token_id = request.token_ids[-1]
+    if token_id in request.stop_ids and request.num_output_tokens > request.params.min_tokens:
+        if token_id in request.params.stop_token_ids:
+            request.stop_reason = token_id
+        return "stop"
+    if len(request.token_ids) >= request.max_total_tokens:
+        return "length"
+    return None
