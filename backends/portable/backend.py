@@ -1,0 +1,275 @@
+"""TorchBackend: a torch default for every part of the seam that needs no device of its own."""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+
+from portalm.backend import (
+    KV,
+    AttentionSpec,
+    Bucket,
+    Capabilities,
+    DeviceReport,
+    HostFuture,
+    KVSpec,
+    MemInfo,
+    PackedWeight,
+    SampleOutput,
+    SampleParams,
+    StepFn,
+    StepInputs,
+    StepMeta,
+)
+from portalm.errors import BackendError
+from portalm_backends.portable.sampling import sample
+
+
+class DoneFuture:
+    """A copy to the host that is done already."""
+
+    def __init__(self, value: npt.NDArray[np.generic]) -> None:
+        """Of `value`."""
+        self._value = value
+
+    def done(self) -> bool:
+        """Always."""
+        return True
+
+    def result(self) -> npt.NDArray[np.generic]:
+        """The values."""
+        return self._value
+
+
+class TorchBackend(abc.ABC):
+    """What a device gets for nothing.
+
+    A backend writes `find` and five methods: `memory`, `kv_bytes_per_block`, `kv_alloc`,
+    `kv_write` and `attend`. The defaults of `kv_copy`, `kv_export` and `kv_import` take a KV
+    handle that is one tensor [L, 2, NB, B, H_kv, D]; a backend with another layout overrides
+    those too. Anything else may be overridden by something faster.
+    """
+
+    name = "torch"
+    rank = -10
+    capabilities: Capabilities
+
+    def __init__(self) -> None:
+        """Nothing is captured yet."""
+        self._is_sealed = False
+
+    @classmethod
+    @abc.abstractmethod
+    def find(cls) -> DeviceReport:
+        """What is here; never raises, never starts the device."""
+
+    # -- device and memory --------------------------------------------------------------------
+
+    def device(self) -> torch.device:
+        """The host."""
+        return torch.device("cpu")
+
+    @abc.abstractmethod
+    def memory(self) -> MemInfo:
+        """Total and free bytes."""
+
+    @contextlib.contextmanager
+    def peak(self) -> Iterator[Callable[[], int]]:
+        """Bytes of the largest set of tensors alive at once, by torch's own allocation events.
+
+        Slow (every operation is recorded); the count is there once the block has ended.
+        """
+        peak_bytes = 0
+        with torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+        ) as profile:
+            yield lambda: peak_bytes
+        held = 0
+        result = profile.profiler.kineto_results if profile.profiler is not None else None
+        for event in result.events() if result is not None else ():
+            if event.name() == "[memory]":
+                held += event.nbytes()
+                peak_bytes = max(peak_bytes, held)
+
+    def to_device(self, host: npt.NDArray[np.generic]) -> torch.Tensor:
+        """A copy, so that the host may write its buffer again."""
+        return torch.from_numpy(np.ascontiguousarray(host)).to(self.device(), copy=True)
+
+    def to_host(self, x: torch.Tensor) -> HostFuture:
+        """A copy that is done when this returns."""
+        return DoneFuture(x.cpu().numpy())
+
+    def probe(self, timeout_s: float) -> None:
+        """One addition on another thread, waited for at most `timeout_s` seconds."""
+        answered = threading.Event()
+
+        def add() -> None:
+            if int((torch.ones(1, device=self.device()) + 1).cpu()) == 2:
+                answered.set()
+
+        threading.Thread(target=add, daemon=True).start()
+        if not answered.wait(timeout_s):
+            raise BackendError("timeout", f"device {self.name} did not answer in {timeout_s} s")
+
+    # -- KV cache -----------------------------------------------------------------------------
+
+    @abc.abstractmethod
+    def kv_bytes_per_block(self, spec: KVSpec) -> int:
+        """Bytes of one block over all layers."""
+
+    @abc.abstractmethod
+    def kv_alloc(self, spec: KVSpec, num_blocks: int) -> KV:
+        """An uninitialised cache of `num_blocks` blocks."""
+
+    @abc.abstractmethod
+    def kv_write(
+        self, kv: KV, layer: int, key: torch.Tensor, value: torch.Tensor, meta: StepMeta
+    ) -> KV:
+        """Put keys and values, [T, H_kv, D] each, into their slots."""
+
+    def kv_copy(self, kv: KV, src: torch.Tensor, dst: torch.Tensor) -> KV:
+        """Copy blocks src[i] to dst[i], int32 [N] each, over all layers."""
+        kv[:, :, dst.long()] = kv[:, :, src.long()]
+        return kv
+
+    def kv_export(self, kv: KV, blocks: torch.Tensor) -> torch.Tensor:
+        """Blocks int32 [N] as [N, L, 2, B, H_kv, D] on the host."""
+        return torch.as_tensor(kv[:, :, blocks.long()].permute(2, 0, 1, 3, 4, 5).cpu()).contiguous()
+
+    def kv_import(self, kv: KV, blocks: torch.Tensor, wire: torch.Tensor) -> KV:
+        """The inverse of `kv_export`."""
+        kv[:, :, blocks.long()] = wire.to(self.device()).permute(1, 2, 0, 3, 4, 5)
+        return kv
+
+    # -- attention ----------------------------------------------------------------------------
+
+    def prepare(self, meta: StepMeta, specs: Sequence[AttentionSpec]) -> StepMeta:
+        """Nothing to plan."""
+        return meta
+
+    @abc.abstractmethod
+    def attend(
+        self, kv: KV, layer: int, query: torch.Tensor, meta: StepMeta, spec: AttentionSpec
+    ) -> torch.Tensor:
+        """Causal attention of query [T, H, D] over each request's context: [T, H, D]."""
+
+    # -- layers -------------------------------------------------------------------------------
+
+    def pack(self, weight: torch.Tensor) -> PackedWeight:
+        """The weight [N, K] itself, on the device."""
+        return weight.to(self.device())
+
+    def linear(
+        self, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """x [T, K] times weight [N, K] transposed, plus bias [N]: [T, N]."""
+        return F.linear(x, weight, bias)
+
+    def logits(self, x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
+        """x [R, C] times weight [V, C] transposed in float32: [R, V].
+
+        Both sides are cast up: the products are the same, their sum keeps its digits.
+        """
+        return F.linear(x.float(), weight.float())
+
+    def embed(self, token_ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        """Rows int32 [T] of table [V, C]: [T, C]."""
+        return F.embedding(token_ids, table)
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """x / sqrt(mean(x^2) + eps), rounded to x's dtype, times weight.
+
+        Zhang and Sennrich, "Root mean square layer normalization", 2019; rounded where
+        transformers rounds.
+        """
+        wide = x.float()
+        normed = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
+        return normed.to(x.dtype) * weight
+
+    def add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(rms_norm(x + residual), x + residual)."""
+        total = x + residual
+        return self.rms_norm(total, weight, eps), total
+
+    def rope(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        positions: torch.Tensor,
+        cos_sin: torch.Tensor,
+        *,
+        is_interleaved: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Query [T, H, D] and key [T, H_kv, D] rotated by positions int32 [T].
+
+        Su et al., "RoFormer", 2021. cos_sin is float32 [max_position, rotary_dim].
+        """
+        cos, sin = cos_sin[positions.long()].chunk(2, dim=-1)  # [T, rotary_dim / 2]
+        return tuple(
+            _rotate(x, cos[:, None], sin[:, None], is_interleaved=is_interleaved)
+            for x in (query, key)
+        )  # type: ignore[return-value]
+
+    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """silu(gate) * up of [T, 2 I]: [T, I]."""
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+    def take_rows(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Rows int32 [R] of x [T, C]: [R, C]."""
+        return x.index_select(0, rows)
+
+    # -- execution ----------------------------------------------------------------------------
+
+    def buckets(
+        self, max_tokens: int, max_requests: int, max_blocks: int
+    ) -> Sequence[Bucket] | None:
+        """None: a step of any size runs as it is."""
+        return None
+
+    def compile(self, fn: StepFn, bucket: Bucket | None, example: StepInputs | None) -> StepFn:
+        """`fn` itself; refused once sealed, as it is on devices where this costs something."""
+        if self._is_sealed:
+            raise BackendError(
+                "unsupported",
+                f"device {self.name} was asked to capture a step of {bucket} while it is sealed: "
+                f"all steps that service needs must be captured at start-up",
+            )
+        return fn
+
+    @contextlib.contextmanager
+    def seal(self) -> Iterator[None]:
+        """Within it `compile` raises `BackendError`."""
+        self._is_sealed = True
+        try:
+            yield
+        finally:
+            self._is_sealed = False
+
+    def sample(self, logits: torch.Tensor, params: SampleParams) -> SampleOutput:
+        """One token from each row of float32 logits [R, V]."""
+        return sample(logits, params)
+
+
+def _rotate(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, is_interleaved: bool
+) -> torch.Tensor:
+    """x [T, H, D], its first 2 * cos.shape[-1] dimensions rotated in float32."""
+    rotary_dim = 2 * cos.shape[-1]
+    turned, rest = x[..., :rotary_dim].float(), x[..., rotary_dim:]
+    if is_interleaved:
+        a, b = turned[..., 0::2], turned[..., 1::2]
+        out = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
+    else:
+        a, b = turned.chunk(2, dim=-1)
+        out = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    return torch.cat((out.to(x.dtype), rest), dim=-1)

@@ -1,0 +1,133 @@
+"""Drawing tokens from logits, vectorised over the rows; the meaning of `Backend.sample`."""
+
+from __future__ import annotations
+
+import torch
+from portalm_backends.portable.philox import gumbel
+
+from portalm.backend import LogitBias, Penalties, SampleOutput, SampleParams
+
+BROKEN = -1
+"""The token of a row that has a NaN, or nothing that may be drawn."""
+
+
+def sample(logits: torch.Tensor, params: SampleParams) -> SampleOutput:
+    """One token from each row.
+
+    Args:
+        logits: float32 [R, V], not changed.
+        params: see `SampleParams`, which says what happens in which order.
+
+    Returns:
+        int32 [R] ids, -1 where a row is broken; logprobs of the raw logits where asked for.
+    """
+    raw = logits.float()
+    scores = raw
+    if params.penalties is not None:
+        scores = apply_penalties(scores, params.penalties)
+    if params.bias is not None:
+        scores = apply_bias(scores, params.bias)
+    if params.allowed is not None:
+        scores = apply_mask(scores, params.allowed)
+    token_ids = first_argmax(scores) if params.is_greedy else draw(scores, params)
+    is_broken = raw.isnan().any(dim=-1) | (scores.amax(dim=-1) == float("-inf"))
+    token_ids = torch.where(is_broken, BROKEN, token_ids)
+    if params.targets is not None:
+        token_ids = torch.where(params.targets >= 0, params.targets.long(), token_ids)
+    output = SampleOutput(token_ids=token_ids.to(torch.int32))
+    if params.num_logprobs is not None:
+        add_logprobs(output, raw, params.num_logprobs)
+    return output
+
+
+def apply_penalties(logits: torch.Tensor, penalties: Penalties) -> torch.Tensor:
+    """Logits [R, V] less what tokens seen before cost.
+
+    Repetition: Keskar et al., "CTRL", 2019; presence and frequency as in OpenAI's API.
+    """
+    in_prompt = _count(penalties.prompt_ids, logits)
+    in_output = _count(penalties.output_ids, logits)
+    repetition = penalties.repetition[:, None]
+    repeated = torch.where(logits > 0, logits / repetition, logits * repetition)
+    logits = torch.where((in_prompt + in_output) > 0, repeated, logits)
+    logits = logits - penalties.frequency[:, None] * in_output
+    return logits - penalties.presence[:, None] * (in_output > 0)
+
+
+def _count(token_ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """How often each token is among `token_ids` [R, L], -1 aside: float32 [R, V]."""
+    num_rows, vocab_size = logits.shape
+    counts = torch.zeros(num_rows, vocab_size + 1, device=logits.device)
+    ids = token_ids.long()
+    ids = torch.where(ids < 0, vocab_size, ids)  # padding is counted in a column of its own
+    counts.scatter_add_(1, ids, torch.ones_like(ids, dtype=counts.dtype))
+    return counts[:, :vocab_size]
+
+
+def apply_bias(logits: torch.Tensor, bias: LogitBias) -> torch.Tensor:
+    """Logits [R, V] plus sparse additions."""
+    return logits.index_put(
+        (bias.rows.long(), bias.token_ids.long()), bias.values, accumulate=True
+    )
+
+
+def apply_mask(logits: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
+    """Logits [R, V], -inf where the bit mask int32 [R, ceil(V / 32)] has a 0."""
+    bit = torch.arange(32, dtype=torch.int32, device=logits.device)
+    is_allowed = ((allowed[:, :, None] >> bit) & 1).flatten(1)[:, : logits.shape[1]].bool()
+    return logits.masked_fill(~is_allowed, float("-inf"))
+
+
+def first_argmax(scores: torch.Tensor) -> torch.Tensor:
+    """int64 [R]: the lowest id among the largest of each row of [R, V]."""
+    vocab_size = scores.shape[1]
+    ids = torch.arange(vocab_size, device=scores.device)
+    is_best = scores == scores.amax(dim=-1, keepdim=True)
+    # a row of NaN has no best: any id will do, the row is marked as broken
+    return torch.where(is_best, ids, vocab_size).amin(dim=-1).clamp(max=vocab_size - 1)
+
+
+def draw(scores: torch.Tensor, params: SampleParams) -> torch.Tensor:
+    """int64 [R]: drawn by temperature, min_p, top_k and top_p; greedy rows take the best."""
+    is_greedy = params.temperature == 0
+    temperature = torch.where(is_greedy, 1.0, params.temperature)
+    scaled = scores / temperature[:, None]
+    if params.has_filters:
+        scaled = apply_filters(scaled, params)
+    noisy = scaled + gumbel(params.seed, params.position, scores.shape[1])
+    return torch.where(is_greedy, first_argmax(scores), first_argmax(noisy))
+
+
+def apply_filters(scaled: torch.Tensor, params: SampleParams) -> torch.Tensor:
+    """Scores [R, V], -inf where min_p, top_k or top_p drop a token.
+
+    Each is a threshold on the score: tokens that tie with the last one kept are kept.
+    """
+    ordered = scaled.sort(dim=-1, descending=True).values  # [R, V]
+    best = ordered[:, :1]
+    vocab_size = scaled.shape[1]
+
+    log_min_p = torch.log(params.min_p[:, None])  # -inf where off
+    kept = torch.where(ordered >= best + log_min_p, ordered, float("-inf"))
+
+    k = torch.where(params.top_k > 0, params.top_k, vocab_size).clamp(max=vocab_size)
+    threshold = kept.gather(1, (k.long() - 1)[:, None])
+    kept = torch.where(kept >= threshold, kept, float("-inf"))
+
+    probs = kept.softmax(dim=-1)
+    before = probs.cumsum(dim=-1) - probs  # probability of all tokens ahead of this one
+    is_needed = (before < params.top_p[:, None]) | (params.top_p[:, None] >= 1.0)
+    kept = torch.where(is_needed, kept, float("inf"))
+    threshold = torch.where(kept == float("-inf"), float("inf"), kept).amin(dim=-1, keepdim=True)
+    return torch.where(scaled >= threshold, scaled, float("-inf"))
+
+
+def add_logprobs(output: SampleOutput, raw: torch.Tensor, num_top: int) -> None:
+    """Logprob and rank of each row's token, and the `num_top` most likely tokens."""
+    logprobs = raw.log_softmax(dim=-1)
+    chosen = logprobs.gather(1, output.token_ids.long().clamp(min=0)[:, None])
+    output.logprobs = chosen[:, 0]
+    output.ranks = ((logprobs > chosen).sum(dim=-1) + 1).to(torch.int32)
+    top_ids = torch.sort(raw, dim=-1, descending=True, stable=True).indices[:, :num_top]
+    output.top_ids = top_ids.to(torch.int32)
+    output.top_logprobs = logprobs.gather(1, top_ids)

@@ -1,0 +1,56 @@
+"""Paged attention in the plainest torch that says what it means."""
+
+from __future__ import annotations
+
+import torch
+
+from portalm.backend import AttentionSpec, StepMeta
+
+
+def paged_attention(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    meta: StepMeta,
+    spec: AttentionSpec,
+) -> torch.Tensor:
+    """Causal attention of each query token over its request's cached context.
+
+    Args:
+        query: [T, H, D], all requests' new tokens end to end.
+        key_cache: [NB, B, H_kv, D] of one layer; already holds this step.
+        value_cache: the same shape.
+        meta: which query tokens and which blocks belong to which request.
+        spec: scale, sliding window, soft cap.
+
+    Returns:
+        [T, H, D], in the dtype of `query`; rows of pad tokens are zero.
+    """
+    out = torch.zeros_like(query)
+    group_size = spec.num_heads // spec.num_kv_heads
+    for i, seq_len in enumerate(meta.host_seq_lens.tolist()):
+        start, end = meta.host_query_start_loc[i : i + 2].tolist()
+        if seq_len == 0:
+            continue
+        q = query[start:end].float()  # [q_len, H, D]
+        k = _gather(key_cache, meta.block_table[i], seq_len)  # [seq_len, H_kv, D]
+        v = _gather(value_cache, meta.block_table[i], seq_len)
+        k, v = (x.float().repeat_interleave(group_size, dim=1) for x in (k, v))  # [seq_len, H, D]
+
+        scores = torch.einsum("qhd,khd->hqk", q, k) * spec.scale
+        if spec.soft_cap is not None:
+            scores = spec.soft_cap * torch.tanh(scores / spec.soft_cap)
+        position = torch.arange(seq_len - len(q), seq_len)[:, None]
+        context = torch.arange(seq_len)[None, :]
+        is_hidden = context > position
+        if spec.sliding_window is not None:
+            is_hidden |= context <= position - spec.sliding_window
+        probs = scores.masked_fill(is_hidden, float("-inf")).softmax(dim=-1)
+        out[start:end] = torch.einsum("hqk,khd->qhd", probs, v).to(query.dtype)
+    return out
+
+
+def _gather(cache: torch.Tensor, block_table: torch.Tensor, seq_len: int) -> torch.Tensor:
+    """A request's keys or values in order: [seq_len, H_kv, D]."""
+    num_blocks = -(-seq_len // cache.shape[1])
+    return cache[block_table[:num_blocks].long()].flatten(0, 1)[:seq_len]

@@ -1,0 +1,29 @@
+"""The KV cache as one tensor: [L, 2, NB, B, H_kv, D], keys then values."""
+
+from __future__ import annotations
+
+import torch
+
+from portalm.backend import KVSpec, StepMeta
+
+
+def bytes_per_block(spec: KVSpec) -> int:
+    """Bytes of one block over all layers."""
+    size = getattr(torch, spec.dtype).itemsize
+    return spec.num_layers * 2 * spec.block_size * spec.num_kv_heads * spec.head_size * int(size)
+
+
+def allocate(spec: KVSpec, num_blocks: int) -> torch.Tensor:
+    """An uninitialised cache."""
+    shape = (spec.num_layers, 2, num_blocks, spec.block_size, spec.num_kv_heads, spec.head_size)
+    return torch.empty(shape, dtype=getattr(torch, spec.dtype))
+
+
+def write(
+    kv: torch.Tensor, layer: int, key: torch.Tensor, value: torch.Tensor, meta: StepMeta
+) -> torch.Tensor:
+    """Scatter key and value, [T, H_kv, D] each, into the slots of `meta.slot_mapping`."""
+    slots = meta.slot_mapping.long()
+    kv[layer, 0].flatten(0, 1)[slots] = key.to(kv.dtype)
+    kv[layer, 1].flatten(0, 1)[slots] = value.to(kv.dtype)
+    return kv
