@@ -14,9 +14,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 @pytest.fixture(scope="session")
 def default_model() -> Path:
     """The default model's file in the cache; `make model` (or `portalm pull`) puts it there."""
-    from portalm.models.hub import find_cached
-
     from portalm.config import DEFAULT_MODEL
+    from portalm.models.hub import find_cached
 
     path = find_cached(DEFAULT_MODEL)
     if path is None:

@@ -142,9 +142,7 @@ class NullBackend(TorchBackend):
         _check_meta(meta, self._block_size)
         return meta
 
-    def _step(
-        self, weights: Weights, kv: KV, inputs: StepInputs
-    ) -> tuple[KV, SampleOutput]:
+    def _step(self, weights: Weights, kv: KV, inputs: StepInputs) -> tuple[KV, SampleOutput]:
         number = self.num_steps
         self.num_steps += 1
         if int(inputs.meta.block_table.max()) >= kv:
@@ -169,7 +167,7 @@ class NullBackend(TorchBackend):
         return kv, output
 
     def _draw(self, inputs: StepInputs) -> torch.Tensor:
-        """int32 [R]"""
+        """The drawn ids, int32 [R]."""
         token_ids = inputs.token_ids
         if inputs.previous_ids is not None and inputs.previous_rows is not None:
             rows = inputs.previous_rows
@@ -193,9 +191,7 @@ class NullBackend(TorchBackend):
 class _StreamFuture:
     """A copy that is done when its step is."""
 
-    def __init__(
-        self, step: Future[None], value: Callable[[], npt.NDArray[np.generic]]
-    ) -> None:
+    def __init__(self, step: Future[None], value: Callable[[], npt.NDArray[np.generic]]) -> None:
         self._step = step
         self._value = value
 

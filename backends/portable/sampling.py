@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from portalm_backends.portable.philox import gumbel
 
 from portalm.backend import LogitBias, Penalties, SampleOutput, SampleParams
+from portalm_backends.portable.philox import gumbel
 
 BROKEN = -1
 """The token of a row that has a NaN, or nothing that may be drawn."""
@@ -66,9 +66,7 @@ def _count(token_ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
 
 def apply_bias(logits: torch.Tensor, bias: LogitBias) -> torch.Tensor:
     """Logits [R, V] plus sparse additions."""
-    return logits.index_put(
-        (bias.rows.long(), bias.token_ids.long()), bias.values, accumulate=True
-    )
+    return logits.index_put((bias.rows.long(), bias.token_ids.long()), bias.values, accumulate=True)
 
 
 def apply_mask(logits: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:

@@ -6,9 +6,9 @@ import random
 from pathlib import Path
 
 import pytest
-from portalm_backends.null.backend import NullBackend, next_id
 
 from portalm.errors import BackendError, ConfigError, InvalidRequest, Unsupported
+from portalm_backends.null.backend import NullBackend, next_id
 from tests.tiny import VOCAB_SIZE, ask, make_engine, run, tokens
 
 
