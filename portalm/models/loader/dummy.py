@@ -1,0 +1,52 @@
+"""Random weights of any config: benchmarks and tests without a download."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from portalm.config import ModelConfig
+from portalm.errors import CheckpointError
+
+
+class DummyCheckpoint:
+    """Tensors made when asked for; the same name and seed give the same values."""
+
+    def __init__(
+        self,
+        folder: Path,
+        config: ModelConfig,
+        shapes: dict[str, tuple[int, ...]],
+        *,
+        seed: int,
+    ) -> None:
+        """For a model whose tensors are `shapes`."""
+        self.path = folder
+        self.config = config
+        self._shapes = shapes
+        self._seed = seed
+
+    def names(self) -> Sequence[str]:
+        """Every tensor of the model."""
+        return list(self._shapes)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Norms near 1; matrices scaled so that activations keep their size."""
+        if name not in self._shapes:
+            raise CheckpointError(self.path, f"the model has no tensor {name!r}")
+        shape = self._shapes[name]
+        generator = torch.Generator().manual_seed(
+            self._seed * 1_000_003 + zlib.crc32(name.encode())
+        )
+        dtype = getattr(torch, self.config.dtype)
+        if name.endswith("norm.weight"):
+            return (1 + 0.1 * torch.randn(shape, generator=generator)).to(dtype)
+        scale = 1.0 if len(shape) == 1 else 1 / math.sqrt(shape[-1])
+        return torch.empty(shape, dtype=dtype).normal_(0, scale, generator=generator)
+
+    def close(self) -> None:
+        """Nothing is open."""

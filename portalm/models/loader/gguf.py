@@ -1,0 +1,350 @@
+"""Checkpoints in one GGUF file: a strict reader of our own, dequantised by the gguf package.
+
+The format: "GGUF" in ggml's docs/gguf.md, versions 2 and 3, little-endian. A header is believed
+only as far as the file reaches: no count in it makes us allocate.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from portalm.config import ConfigError, ModelConfig
+from portalm.errors import CheckpointError, UnsupportedModel
+from portalm.models.loader.config_json import model_config
+
+_MAGIC = b"GGUF"
+_VERSIONS = (2, 3)
+_MAX_DIMENSIONS = 4
+_ARRAY, _STRING, _BOOL = 9, 8, 7
+_SCALARS = {
+    0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d",
+}  # fmt: skip
+_ARCHITECTURES = {"llama": "LlamaForCausalLM"}
+
+_TOP_NAMES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+}
+_LAYER_NAMES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_ROPE_FACTORS = "rope_freqs.weight"
+
+
+@dataclass(frozen=True, slots=True)
+class _TensorInfo:
+    """One tensor's place in the file."""
+
+    shape: tuple[int, ...]
+    """Rows first, as torch has it (the file has it the other way round)."""
+    kind: int
+    """A value of gguf.GGMLQuantizationType."""
+    offset: int
+    """Bytes from the beginning of the data."""
+
+
+class _Reader:
+    """Reads little-endian values and refuses to go past the end."""
+
+    def __init__(self, path: Path, data: mmap.mmap) -> None:
+        self.path = path
+        self.data = data
+        self.at = 0
+
+    def fail(self, reason: str) -> CheckpointError:
+        return CheckpointError(self.path, f"{reason} (at byte {self.at} of {len(self.data)})")
+
+    def need(self, num_bytes: int, what: str) -> None:
+        if num_bytes > len(self.data) - self.at:
+            raise self.fail(f"it is truncated or corrupt: {what} reaches past its end")
+
+    def scalar(self, code: str) -> Any:
+        size = struct.calcsize("<" + code)
+        self.need(size, "a value")
+        (value,) = struct.unpack_from("<" + code, self.data, self.at)
+        self.at += size
+        return value
+
+    def string(self) -> str:
+        length = self.scalar("Q")
+        self.need(length, "a text")
+        raw = self.data[self.at : self.at + length]
+        self.at += length
+        return raw.decode("utf-8", errors="replace")
+
+    def value(self, kind: int) -> Any:
+        if kind == _STRING:
+            return self.string()
+        if kind == _ARRAY:
+            return self.array()
+        if kind not in _SCALARS:
+            raise self.fail(f"metadata of unknown type {kind}")
+        return self.scalar(_SCALARS[kind])
+
+    def array(self) -> list[Any]:
+        kind, count = self.scalar("I"), self.scalar("Q")
+        if kind in _SCALARS:
+            code = f"<{count}{_SCALARS[kind]}"
+            self.need(count * struct.calcsize(_SCALARS[kind]), "an array")
+            values = list(struct.unpack_from(code, self.data, self.at))
+            self.at += struct.calcsize(code)
+            return values
+        if kind != _STRING:
+            raise self.fail(f"an array of unknown type {kind}")
+        self.need(8 * count, "an array of texts")  # each has at least its length
+        return [self.string() for _ in range(count)]
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """All metadata of a GGUF file as Python values. Raises `CheckpointError` for a broken file."""
+    data = _map(path)
+    return _read_header(_Reader(path, data))[0]
+
+
+def _map(path: Path) -> mmap.mmap:
+    try:
+        with path.open("rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except ValueError:
+        raise CheckpointError(path, "it is empty") from None
+    except OSError as error:
+        raise CheckpointError(path, error.strerror or str(error)) from error
+
+
+def _read_header(reader: _Reader) -> tuple[dict[str, Any], int]:
+    """The metadata and the number of tensors; the reader stands before the first tensor's info."""
+    if reader.data[:4] != _MAGIC:
+        raise reader.fail(f"it begins with {reader.data[:4]!r}, a GGUF file with {_MAGIC!r}")
+    reader.at = 4
+    version = reader.scalar("I")
+    if version not in _VERSIONS:
+        raise reader.fail(f"GGUF version {version}; versions 2 and 3 (little-endian) are read")
+    num_tensors, num_values = reader.scalar("Q"), reader.scalar("Q")
+    # the least bytes that so many entries take
+    if num_values * 13 + num_tensors * 24 > len(reader.data):
+        raise reader.fail(
+            f"it is corrupt: the header counts {num_tensors} tensors and {num_values} values, "
+            f"more than the file has room for"
+        )
+    metadata: dict[str, Any] = {}
+    for _ in range(num_values):
+        key = reader.string()
+        metadata[key] = reader.value(reader.scalar("I"))
+    return metadata, num_tensors
+
+
+def _read_tensor_infos(reader: _Reader, num_tensors: int) -> dict[str, _TensorInfo]:
+    infos: dict[str, _TensorInfo] = {}
+    for _ in range(num_tensors):
+        name, num_dimensions = reader.string(), reader.scalar("I")
+        if num_dimensions > _MAX_DIMENSIONS:
+            raise reader.fail(f"tensor {name!r} has {num_dimensions} dimensions")
+        shape = tuple(reader.scalar("Q") for _ in range(num_dimensions))[::-1]
+        infos[name] = _TensorInfo(shape, reader.scalar("I"), reader.scalar("Q"))
+    return infos
+
+
+class GGUFCheckpoint:
+    """One .gguf file; tensors are dequantised when asked for."""
+
+    def __init__(self, path: Path, overrides: Mapping[str, Any]) -> None:
+        """Read the header and check that every tensor lies within the file."""
+        self.path = path
+        self._data: mmap.mmap = _map(path)
+        reader = _Reader(path, self._data)
+        self.metadata, num_tensors = _read_header(reader)
+        infos = _read_tensor_infos(reader, num_tensors)
+        alignment = self.metadata.get("general.alignment", 32)
+        if not isinstance(alignment, int) or alignment < 1:
+            raise reader.fail(f"general.alignment is {alignment!r}")
+        self._start = -(-reader.at // alignment) * alignment
+        for name, info in infos.items():
+            self._check_extent(name, info)
+        self._infos = {hf_name: info for name, info in infos.items() if (hf_name := _hf_name(name))}
+        factors = infos.get(_ROPE_FACTORS)
+        self._architecture = str(self.metadata.get("general.architecture", ""))
+        self.config = self._config(overrides, self._read(factors) if factors else None)
+
+    def _check_extent(self, name: str, info: _TensorInfo) -> None:
+        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+        try:
+            kind = GGMLQuantizationType(info.kind)
+        except ValueError:
+            raise CheckpointError(
+                self.path, f"tensor {name!r} is of type {info.kind}, which is not known"
+            ) from None
+        block_size, block_bytes = GGML_QUANT_SIZES[kind]
+        if not info.shape or info.shape[-1] % block_size:
+            raise CheckpointError(
+                self.path,
+                f"tensor {name!r} of type {kind.name} has shape {list(info.shape)}; its rows must "
+                f"be a multiple of {block_size} long",
+            )
+        num_bytes = math.prod(info.shape) // block_size * block_bytes
+        if self._start + info.offset + num_bytes > len(self._data):
+            raise CheckpointError(
+                self.path,
+                f"it is truncated: tensor {name!r} ends at byte "
+                f"{self._start + info.offset + num_bytes}, the file at {len(self._data)}; "
+                f"fetch it again",
+            )
+
+    def names(self) -> Sequence[str]:
+        """Every tensor there is, by its Hugging Face name."""
+        return list(self._infos)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The tensor in its own float dtype, float32 where it was quantised."""
+        info = self._infos.get(name)
+        if info is None:
+            raise CheckpointError(self.path, f"no tensor {name!r} among its {len(self._infos)}")
+        tensor = self._read(info)
+        if self._architecture == "llama":
+            for suffix, num_heads in (
+                ("q_proj", self.config.num_heads),
+                ("k_proj", self.config.num_kv_heads),
+            ):
+                if name.endswith((f"{suffix}.weight", f"{suffix}.bias")):
+                    tensor = _unpermute(tensor, num_heads)
+        return tensor
+
+    def _read(self, info: _TensorInfo) -> torch.Tensor:
+        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+        from gguf.quants import dequantize
+
+        kind = GGMLQuantizationType(info.kind)
+        block_size, block_bytes = GGML_QUANT_SIZES[kind]
+        num_bytes = math.prod(info.shape) // block_size * block_bytes
+        raw = np.frombuffer(self._data, np.uint8, num_bytes, self._start + info.offset)
+        plain = {
+            GGMLQuantizationType.F32: torch.float32,
+            GGMLQuantizationType.F16: torch.float16,
+            GGMLQuantizationType.BF16: torch.bfloat16,
+        }.get(kind)
+        if plain is not None:
+            return torch.from_numpy(raw.copy()).view(plain).reshape(info.shape)
+        try:
+            values = dequantize(raw.reshape(-1, info.shape[-1] // block_size * block_bytes), kind)
+        except NotImplementedError:
+            raise UnsupportedModel(
+                f"{self.path}: tensors of type {kind.name} cannot be dequantised yet"
+            ) from None
+        return torch.from_numpy(np.ascontiguousarray(values, np.float32)).reshape(info.shape)
+
+    def close(self) -> None:
+        """Let go of the file (the mapping goes with the last view of it)."""
+        self._infos = {}
+
+    # -- config -------------------------------------------------------------------------------
+
+    def _config(
+        self, overrides: Mapping[str, Any], rope_factors: torch.Tensor | None
+    ) -> ModelConfig:
+        if self._architecture not in _ARCHITECTURES:
+            raise UnsupportedModel(
+                f"{self.path}: GGUF architecture {self._architecture!r} is not supported; "
+                f"supported: {', '.join(_ARCHITECTURES)}"
+            )
+        try:
+            values = {**self._hf_values(rope_factors), **overrides}
+            return model_config(values, {})
+        except KeyError as error:
+            raise CheckpointError(self.path, f"its metadata has no {error.args[0]!r}") from None
+        except (ConfigError, TypeError, ValueError, ZeroDivisionError) as error:
+            raise CheckpointError(self.path, f"its metadata makes no model: {error}") from error
+
+    def _hf_values(self, rope_factors: torch.Tensor | None) -> dict[str, Any]:
+        """The metadata under config.json's names."""
+        metadata, prefix = self.metadata, self._architecture
+        get: Callable[[str], Any] = lambda key: metadata[f"{prefix}.{key}"]  # noqa: E731
+        maybe: Callable[[str], Any] = lambda key: metadata.get(f"{prefix}.{key}")  # noqa: E731
+        num_heads = get("attention.head_count")
+        embedding = self._infos.get("model.embed_tokens.weight")
+        if embedding is None:
+            raise KeyError("token_embd.weight")
+        rope = _rope_scaling(maybe, rope_factors)
+        return {
+            "architectures": [_ARCHITECTURES[prefix]],
+            "vocab_size": embedding.shape[0],
+            "hidden_size": get("embedding_length"),
+            "intermediate_size": get("feed_forward_length"),
+            "num_hidden_layers": get("block_count"),
+            "num_attention_heads": num_heads,
+            "num_key_value_heads": maybe("attention.head_count_kv") or num_heads,
+            "head_dim": maybe("attention.key_length"),
+            "max_position_embeddings": get("context_length"),
+            "rms_norm_eps": get("attention.layer_norm_rms_epsilon"),
+            "rope_theta": maybe("rope.freq_base"),
+            "rope_scaling": rope,
+            "tie_word_embeddings": "lm_head.weight" not in self._infos,
+            "attention_bias": "model.layers.0.self_attn.q_proj.bias" in self._infos,
+            "mlp_bias": "model.layers.0.mlp.gate_proj.bias" in self._infos,
+            "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
+            "eos_token_id": [
+                metadata[key]
+                for key in ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
+                if key in metadata
+            ],
+            "torch_dtype": self._dtype(),
+        }
+
+    def _dtype(self) -> str:
+        """What most weights are in; bfloat16 where they are quantised."""
+        from gguf import GGMLQuantizationType as Kind
+
+        names = {Kind.F32: "float32", Kind.F16: "float16", Kind.BF16: "bfloat16"}
+        down = self._infos.get("model.layers.0.mlp.down_proj.weight")
+        return names.get(Kind(down.kind), "bfloat16") if down is not None else "bfloat16"
+
+
+def _rope_scaling(
+    maybe: Callable[[str], Any], factors: torch.Tensor | None
+) -> dict[str, Any] | None:
+    if factors is not None:
+        return {"rope_type": "factors", "factors": tuple(factors.flatten().tolist())}
+    kind = maybe("rope.scaling.type")
+    if kind in (None, "none"):
+        return None
+    scaling = {"rope_type": kind, "factor": maybe("rope.scaling.factor") or 1.0}
+    original = maybe("rope.scaling.original_context_length")
+    if original:
+        scaling["original_max_position_embeddings"] = original
+    return scaling
+
+
+def _hf_name(name: str) -> str | None:
+    """The Hugging Face name of a GGUF tensor; None for one that models do not read."""
+    stem, _, suffix = name.rpartition(".")
+    if stem in _TOP_NAMES:
+        return f"{_TOP_NAMES[stem]}.{suffix}"
+    parts = stem.split(".")
+    if len(parts) == 3 and parts[0] == "blk" and parts[2] in _LAYER_NAMES:
+        return f"model.layers.{parts[1]}.{_LAYER_NAMES[parts[2]]}.{suffix}"
+    return None
+
+
+def _unpermute(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """Rows in halves again: GGUF has a head's rotary pairs side by side."""
+    shape = weight.shape
+    head_size = shape[0] // num_heads
+    pairs = weight.reshape(num_heads, head_size // 2, 2, *shape[1:])
+    return pairs.transpose(1, 2).reshape(shape)

@@ -1,0 +1,71 @@
+"""What a model family is to the rest: shapes, loading, and a forward pass over the seam."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+
+from portalm.backend import KV, AttentionSpec, Backend, KVSpec, StepMeta, Weights
+from portalm.config import ModelConfig
+from portalm.models.loader.checkpoint import Checkpoint
+
+LoadProgress = Callable[[float], None]
+"""Called with the share of the tensors that are loaded, 0 to 1."""
+
+
+class Model(Protocol):
+    """Functions over weights: nothing of a model lives in the object but its shape."""
+
+    config: ModelConfig
+    dtype: str
+    """What weights and activations are computed in."""
+
+    def __init__(self, config: ModelConfig, dtype: str) -> None:
+        """A model of this shape."""
+        ...
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor that `load` reads from a checkpoint, with its shape."""
+        ...
+
+    def attention_specs(self) -> list[AttentionSpec]:
+        """One for each layer."""
+        ...
+
+    def kv_spec(self, block_size: int, kv_dtype: str) -> KVSpec:
+        """The KV cache that the model needs."""
+        ...
+
+    def load(
+        self, checkpoint: Checkpoint, backend: Backend, progress: LoadProgress | None = None
+    ) -> Weights:
+        """The checkpoint's tensors in the device's layout, cast one at a time."""
+        ...
+
+    def forward(
+        self,
+        backend: Backend,
+        weights: Weights,
+        kv: KV,
+        token_ids: torch.Tensor,
+        meta: StepMeta,
+    ) -> tuple[KV, torch.Tensor]:
+        """Hidden states behind the last norm: [R, C] for meta.logits_rows of int32 [T] ids."""
+        ...
+
+    def logits(self, backend: Backend, weights: Weights, hidden: torch.Tensor) -> torch.Tensor:
+        """[R, C] -> float32 [R, V]."""
+        ...
+
+    def weight_bytes(self) -> int:
+        """Bytes of all weights in `dtype`."""
+        ...
+
+
+def bytes_of(shapes: dict[str, tuple[int, ...]], dtype: str) -> int:
+    """Bytes of tensors of these shapes in `dtype`."""
+    item = int(getattr(torch, dtype).itemsize)
+    return item * sum(math.prod(shape) for shape in shapes.values())
