@@ -1,0 +1,241 @@
+"""From an engine's tokens to text: detokenised, stopped at stop strings, collected by request."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from portalm.core.plan import TokenLogprobs
+from portalm.core.request import FinishReason
+from portalm.engine.input_processor import ProcessedInput
+from portalm.engine.messages import TokenOutput
+from portalm.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+from portalm.sampling_params import SamplingParams
+from portalm.text.detokenizer import Detokenizer
+from portalm.text.stop_strings import StopStrings
+from portalm.text.tokenizer import Tokenizer
+
+
+@dataclass(slots=True, kw_only=True)
+class AnswerDelta:
+    """What one step added to one answer."""
+
+    request_id: str
+    """As the caller gave it."""
+    index: int
+    """Which of the request's n answers."""
+    text: str
+    token_ids: list[int]
+    logprobs: list[dict[int, Logprob]] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    error: str | None = None
+    is_last: bool = False
+    """All answers of the request have ended."""
+
+
+@dataclass(slots=True)
+class ProcessedOutputs:
+    """What one step's outputs came to."""
+
+    deltas: list[AnswerDelta] = field(default_factory=list)
+    abort_ids: list[str] = field(default_factory=list)
+    """Engine-side ids of answers that a stop string ended: the engine does not know yet."""
+
+
+class OutputProcessor:
+    """The live requests of one engine, and the text of their answers so far."""
+
+    def __init__(self, tokenizer: Tokenizer | None) -> None:
+        """Without a tokenizer answers have token ids and no text."""
+        self._tokenizer = tokenizer
+        self._requests: dict[str, _Request] = {}
+        self._answers: dict[str, _Answer] = {}
+
+    def add(
+        self, processed: ProcessedInput, params: SamplingParams, *, arrival_time: float
+    ) -> None:
+        """Expect the answers of a request.
+
+        Args:
+            processed: what the engine is asked.
+            params: as the caller gave them.
+            arrival_time: seconds since the epoch.
+        """
+        request = _Request(processed, params, arrival_time)
+        for index, message in enumerate(processed.requests):
+            answer = _Answer(message.request_id, index, request, self._tokenizer)
+            request.answers.append(answer)
+            self._answers[message.request_id] = answer
+        self._requests[processed.request_id] = request
+
+    def process(self, outputs: Sequence[TokenOutput]) -> ProcessedOutputs:
+        """Take over a step's outputs; those of requests that are over are passed by."""
+        processed = ProcessedOutputs()
+        now = time.time()
+        for output in outputs:
+            answer = self._answers.get(output.request_id)
+            if answer is None:
+                continue
+            delta = answer.take(output, now)
+            if delta is None:
+                continue
+            processed.deltas.append(delta)
+            if delta.finish_reason is not None:
+                del self._answers[output.request_id]
+                if output.finish_reason is None:
+                    processed.abort_ids.append(output.request_id)
+        return processed
+
+    def is_finished(self, request_id: str) -> bool:
+        """True once every answer of the request has ended (or if there is no such request)."""
+        request = self._requests.get(request_id)
+        return request is None or request.num_open == 0
+
+    def engine_ids(self, request_id: str) -> list[str]:
+        """Engine-side ids of the request's answers that have not ended."""
+        request = self._requests.get(request_id)
+        answers = request.answers if request is not None else []
+        return [a.engine_id for a in answers if a.output.finish_reason is None]
+
+    def snapshot(self, request_id: str) -> RequestOutput:
+        """The request and its answers so far."""
+        return self._requests[request_id].snapshot()
+
+    def forget(self, request_id: str) -> None:
+        """Expect nothing more of a request; later outputs of it are passed by."""
+        request = self._requests.pop(request_id, None)
+        for answer in request.answers if request is not None else []:
+            self._answers.pop(answer.engine_id, None)
+
+
+class _Request:
+    """A caller's request: what its answers share."""
+
+    def __init__(
+        self, processed: ProcessedInput, params: SamplingParams, arrival_time: float
+    ) -> None:
+        self.request_id = processed.request_id
+        self.prompt = processed.prompt
+        self.prompt_token_ids = processed.prompt_token_ids
+        self.params = params
+        self.answers: list[_Answer] = []
+        self.num_open = params.n
+        self.num_cached_tokens = 0
+        self.error: str | None = None
+        self.metrics = RequestMetrics(arrival_time)
+        self.prompt_logprobs: list[dict[int, Logprob] | None] | None = (
+            None if params.prompt_logprobs is None else [None]
+        )
+
+    def snapshot(self) -> RequestOutput:
+        return RequestOutput(
+            request_id=self.request_id,
+            prompt=self.prompt,
+            prompt_token_ids=self.prompt_token_ids,
+            outputs=[answer.output for answer in self.answers],
+            finished=self.num_open == 0,
+            prompt_logprobs=self.prompt_logprobs,
+            metrics=self.metrics,
+            num_cached_tokens=self.num_cached_tokens,
+            error=self.error,
+        )
+
+
+class _Answer:
+    """One answer on its way."""
+
+    def __init__(
+        self, engine_id: str, index: int, request: _Request, tokenizer: Tokenizer | None
+    ) -> None:
+        params = request.params
+        self.engine_id = engine_id
+        self.request = request
+        self.output = CompletionOutput(index=index, text="", token_ids=[])
+        if params.logprobs is not None:
+            self.output.logprobs = []
+            self.output.cumulative_logprob = 0.0
+        self._tokenizer = tokenizer
+        self._detokenizer = (
+            Detokenizer(
+                tokenizer,
+                request.prompt_token_ids,
+                skip_special_tokens=params.skip_special_tokens,
+                spaces_between_special_tokens=params.spaces_between_special_tokens,
+            )
+            if tokenizer is not None and params.detokenize
+            else None
+        )
+        self._stops = StopStrings(params.stop, include=params.include_stop_str_in_output)
+
+    def take(self, output: TokenOutput, now: float) -> AnswerDelta | None:
+        """What `output` adds; None if nothing that a caller can see."""
+        request, answer = self.request, self.output
+        request.num_cached_tokens = max(request.num_cached_tokens, output.num_cached_tokens)
+        if output.prompt_logprobs and request.prompt_logprobs is not None and answer.index == 0:
+            request.prompt_logprobs.extend(self._logprob(e) for e in output.prompt_logprobs)
+        if not output.token_ids and output.finish_reason is None:
+            return None
+        if output.token_ids and request.metrics.first_token_time is None:
+            request.metrics.first_token_time = now
+
+        text, stop = self._text(output)
+        answer.token_ids.extend(output.token_ids)
+        answer.text += text
+        if stop is not None:
+            answer.finish_reason, answer.stop_reason = "stop", stop
+        elif output.finish_reason is not None:
+            answer.finish_reason, answer.stop_reason = output.finish_reason, output.stop_reason
+        delta = AnswerDelta(
+            request_id=request.request_id,
+            index=answer.index,
+            text=text,
+            token_ids=output.token_ids,
+            logprobs=self._take_logprobs(output),
+            finish_reason=answer.finish_reason,
+            stop_reason=answer.stop_reason,
+            error=output.error,
+        )
+        if answer.finish_reason is not None:
+            request.num_open -= 1
+            request.error = request.error or output.error
+            delta.is_last = request.num_open == 0
+            if delta.is_last:
+                request.metrics.finished_time = now
+        return delta
+
+    def _text(self, output: TokenOutput) -> tuple[str, str | None]:
+        """New text that may be shown, and the stop string if one was found."""
+        if self._detokenizer is None:
+            return "", None
+        params, token_ids = self.request.params, output.token_ids
+        if output.finish_reason == "stop" and not params.include_stop_str_in_output:
+            token_ids = token_ids[:-1]  # the token that ended it is not part of the text
+        text = self._detokenizer.feed(token_ids)
+        if output.finish_reason is not None:
+            text += self._detokenizer.flush()
+        text, stop = self._stops.feed(text)
+        if stop is None and output.finish_reason is not None:
+            text += self._stops.flush()
+        return text, stop
+
+    def _take_logprobs(self, output: TokenOutput) -> list[dict[int, Logprob]] | None:
+        answer = self.output
+        if answer.logprobs is None or answer.cumulative_logprob is None:
+            return None
+        new = [self._logprob(entry) for entry in output.logprobs or []]
+        answer.logprobs.extend(new)
+        answer.cumulative_logprob += sum(entry.logprob for entry in output.logprobs or [])
+        return new
+
+    def _logprob(self, entry: TokenLogprobs) -> dict[int, Logprob]:
+        """The drawn token first, then the most likely ones."""
+        found = {entry.token_id: Logprob(entry.logprob, entry.rank, self._token(entry.token_id))}
+        for rank, (token_id, logprob) in enumerate(entry.top, start=1):
+            if token_id not in found:
+                found[token_id] = Logprob(logprob, rank, self._token(token_id))
+        return found
+
+    def _token(self, token_id: int) -> str | None:
+        return None if self._tokenizer is None else self._tokenizer.text_of(token_id)
