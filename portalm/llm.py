@@ -55,7 +55,11 @@ class LLM:
         """
         config = EngineConfig.from_dict({"model": model, **settings})
         with tqdm(
-            total=100, desc="Loading model", unit="%", disable=not use_tqdm, leave=False
+            total=100,
+            desc="Loading model",
+            bar_format="{desc}: {percentage:3.0f}%|{bar}|",
+            disable=not use_tqdm,
+            leave=False,
         ) as bar:
 
             def show(phase: str, share: float) -> None:

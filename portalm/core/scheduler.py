@@ -266,7 +266,9 @@ class Scheduler:
             if request.status is not RequestStatus.WAITING:
                 continue
             parent = self._parent(request)
-            if parent is not None and parent.num_computed_tokens < request.num_prompt_tokens:
+            if parent is not None and self._num_computed_before(parent, plan) < (
+                request.num_prompt_tokens - 1
+            ):
                 forks_to_come.append(entry)
                 continue
             if not self._admit(request, parent, plan):
@@ -274,6 +276,14 @@ class Scheduler:
                 break
         for entry in forks_to_come:
             heapq.heappush(self._waiting, entry)
+
+    @staticmethod
+    def _num_computed_before(request: Request, plan: StepPlan) -> int:
+        """Tokens in the cache before `plan` runs: what its block copies can read."""
+        for planned in plan.requests:
+            if planned.request is request:
+                return planned.start
+        return request.num_computed_tokens
 
     def _parent(self, request: Request) -> Request | None:
         """The live request whose prompt blocks `request` may share, computed or about to be."""
