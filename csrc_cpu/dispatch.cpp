@@ -1,0 +1,65 @@
+// Chooses the kernels of the best instruction set that this CPU has.
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "dispatch.h"
+
+namespace portalm {
+
+namespace baseline { extern const Kernels table; }
+#if PORTALM_HAS_avx2
+namespace avx2 { extern const Kernels table; }
+#endif
+#if PORTALM_HAS_avx512
+namespace avx512 { extern const Kernels table; }
+#endif
+#if PORTALM_HAS_emulated512
+namespace emulated512 { extern const Kernels table; }
+#endif
+
+std::vector<const Kernels*> runnable_kernels() {
+  std::vector<const Kernels*> found{&baseline::table};
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                        __builtin_cpu_supports("f16c");
+#if PORTALM_HAS_emulated512
+  if (has_avx2) found.push_back(&emulated512::table);
+#endif
+#if PORTALM_HAS_avx2
+  if (has_avx2) found.push_back(&avx2::table);
+#endif
+#if PORTALM_HAS_avx512
+  if (has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+    found.push_back(&avx512::table);
+#endif
+#endif
+  return found;
+}
+
+namespace {
+
+const Kernels* choose() {
+  std::vector<const Kernels*> found = runnable_kernels();
+  const char* wanted = std::getenv("PORTALM_CPU_ISA");
+  if (wanted == nullptr || *wanted == 0) return found.back();
+  std::string names;
+  for (const Kernels* k : found) {
+    if (std::strcmp(k->name, wanted) == 0) return k;
+    names += names.empty() ? k->name : std::string(", ") + k->name;
+  }
+  throw std::invalid_argument("PORTALM_CPU_ISA is " + std::string(wanted) +
+                              ", this CPU runs: " + names);
+}
+
+}  // namespace
+
+const Kernels& kernels() {
+  static const Kernels* chosen = choose();
+  return *chosen;
+}
+
+}  // namespace portalm

@@ -1,0 +1,161 @@
+// The table of kernels: plain functions over structs of raw pointers and sizes, the same for every
+// instruction set, so that a step can be replayed without Python.
+//
+// To add an operation: write its struct here and a pointer in Kernels; its code in a header of its
+// own (over simd.h, in namespace portalm::PORTALM_ISA); one line in kernels.cpp; one binding in
+// bindings.cpp; its check in tests/unit/test_cpu_kernels.py.
+//
+// T tokens, S requests, H / H_kv query / KV heads, D head size, V vocabulary. Strides are in
+// elements. DType says what a pointer points to.
+#pragma once
+
+#include <cstdint>
+
+namespace portalm {
+
+enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
+
+constexpr int64_t kDTypeBytes[] = {4, 2, 2};
+
+struct PackArgs {  // linear.h
+  const void* source;  // [N, K], contiguous
+  DType dtype;
+  int64_t n, k;
+  void* packed;  // packed_bytes(dtype, n, k), 64-byte aligned
+};
+
+struct LinearArgs {  // linear.h: out = x * weight^T + bias
+  const void* x;  // [rows, K]
+  DType x_dtype;
+  int64_t rows, x_stride;
+  const void* packed;
+  DType w_dtype;
+  int64_t n, k;
+  const void* bias;  // [N] in x_dtype, or null
+  void* out;  // [rows, N]
+  DType out_dtype;
+  int64_t out_stride;
+};
+
+struct NormArgs {  // rms_norm.h
+  const void* x;         // [T, C]
+  const void* residual;  // [T, C] or null: then x + residual is normed and stored in total
+  const void* weight;    // [C]
+  void* out;             // [T, C]
+  void* total;           // [T, C] or null
+  DType dtype;
+  int64_t rows, columns, x_stride, residual_stride;
+  float eps;
+};
+
+struct SiluMulArgs {  // silu_mul.h
+  const void* gate_up;  // [T, 2 I]
+  void* out;            // [T, I]
+  DType dtype;
+  int64_t rows, columns, stride;
+};
+
+struct TakeRowsArgs {  // take_rows.h
+  const void* x;  // [T, C]
+  const int32_t* rows;  // [R]
+  void* out;            // [R, C]
+  int64_t num_rows, num_source_rows, row_bytes, stride_bytes;
+};
+
+struct RopeArgs {  // rope.h
+  const void* query;  // [T, H, D]
+  const void* key;    // [T, H_kv, D]
+  void* query_out;    // [T, H, D], contiguous
+  void* key_out;      // [T, H_kv, D], contiguous
+  const int32_t* positions;  // [T]
+  const float* cos_sin;      // [max_position, rotary_dim]: cosines, then sines
+  DType dtype;
+  int64_t tokens, heads, kv_heads, head_size, rotary_dim, query_stride, key_stride;
+  bool is_interleaved;
+};
+
+// The KV cache: per layer, block and KV head the keys of B tokens, then their values.
+// Keys lie transposed, [D, B]: one load brings the same dimension of many tokens, so that scores
+// come out of it without sums over lanes. Values lie as [B, D].
+struct KVShape {
+  DType dtype;
+  int64_t num_blocks, block_size, kv_heads, head_size;
+};
+
+struct KVWriteArgs {  // kv_cache.h
+  void* cache;  // one layer
+  KVShape shape;
+  const void* key;    // [T, H_kv, D]
+  const void* value;  // [T, H_kv, D]
+  DType dtype;
+  int64_t tokens, key_stride, value_stride;
+  const int32_t* slots;  // [T]
+};
+
+struct KVCopyArgs {  // kv_cache.h
+  char* cache;  // all layers
+  int64_t num_layers, layer_bytes, block_bytes, num_copies;
+  const int32_t* source;       // [N]
+  const int32_t* destination;  // [N]
+};
+
+struct KVWireArgs {  // kv_cache.h: [N, L, 2, B, H_kv, D] and back
+  char* cache;
+  KVShape shape;
+  int64_t num_layers, layer_bytes, num_wire_blocks;
+  const int32_t* blocks;  // [N]
+  void* wire;
+  bool is_export;
+};
+
+struct AttentionArgs {  // attention.h
+  const void* query;  // [T, H, D]
+  void* out;          // [T, H, D], contiguous
+  DType dtype;
+  int64_t query_stride, heads;
+  const void* cache;  // one layer
+  KVShape shape;
+  const int32_t* block_table;  // [S, MB]
+  int64_t max_blocks;
+  const int32_t* items;  // [num_items, kItemFields], made by backends/cpu/attention.py
+  int64_t num_items;
+  float* partials;  // kPartialFloats(...) each, for split items
+  int32_t* counters;  // one a split tile and KV head, zero before and after
+  float scale;
+  float soft_cap;  // 0: none
+  int64_t window;  // 0: none
+};
+
+struct SampleArgs {  // sample.h
+  const float* logits;  // [R, V]
+  int64_t rows, vocab, stride;
+  const float* temperature;  // [R]
+  const int32_t* top_k;      // [R]
+  const float* top_p;        // [R]
+  const float* min_p;        // [R]
+  const int64_t* seed;       // [R]
+  const int64_t* position;   // [R]
+  int32_t* out;              // [R]
+};
+
+struct Kernels {
+  const char* name;
+  int lanes;
+  int64_t (*packed_bytes)(DType dtype, int64_t n, int64_t k);
+  void (*pack)(const PackArgs&);
+  void (*linear)(const LinearArgs&);
+  void (*rms_norm)(const NormArgs&);
+  void (*silu_mul)(const SiluMulArgs&);
+  void (*take_rows)(const TakeRowsArgs&);
+  void (*rope)(const RopeArgs&);
+  void (*kv_write)(const KVWriteArgs&);
+  void (*kv_copy)(const KVCopyArgs&);
+  void (*kv_wire)(const KVWireArgs&);
+  void (*attention)(const AttentionArgs&);
+  void (*sample)(const SampleArgs&);
+};
+
+// The kernels in use: the best that the CPU can run, or what PORTALM_CPU_ISA names.
+const Kernels& kernels();
+
+}  // namespace portalm

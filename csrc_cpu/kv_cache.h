@@ -1,0 +1,97 @@
+// kv_write, kv_copy, kv_wire: into the paged KV cache, between its blocks, out of it and back.
+//
+//   cache   per layer, block and KV head: keys [D, B], then values [B, D]
+//   wire    [N, L, 2, B, H_kv, D], the layout that every backend exchanges
+//
+// Mapping:  the team shares tokens, copies, or (block, layer) pairs. Bound by: memory.
+// Needs:    slots and blocks within the cache; padding points into block 0, which is never read.
+#pragma once
+
+#include "parallel.h"
+
+namespace portalm::PORTALM_ISA {
+
+// Elements of one block's keys or values of one KV head.
+PORTALM_INLINE int64_t head_elements(const KVShape& s) { return s.block_size * s.head_size; }
+
+PORTALM_INLINE int64_t keys_at(const KVShape& s, int64_t block, int64_t head) {
+  return (block * s.kv_heads + head) * 2 * head_elements(s);
+}
+
+template <typename K, typename T>
+inline void write_token(K* cache, const KVShape& s, const T* key, const T* value, int64_t slot) {
+  const int64_t block = slot / s.block_size, offset = slot % s.block_size;
+  for (int64_t h = 0; h < s.kv_heads; ++h) {
+    K* keys = cache + keys_at(s, block, h);
+    K* values = keys + head_elements(s) + offset * s.head_size;
+    const T* k = key + h * s.head_size;
+    const T* v = value + h * s.head_size;
+    for (int64_t d = 0; d < s.head_size; ++d) put(keys + d * s.block_size + offset, to_float(k[d]));
+    for (int64_t d = 0; d < s.head_size; ++d) put(values + d, to_float(v[d]));
+  }
+}
+
+inline void kv_write(const KVWriteArgs& a) {
+  with_dtype(a.shape.dtype, [&](auto c) {
+    with_dtype(a.dtype, [&](auto t) {
+      using K = decltype(c);
+      using T = decltype(t);
+      parallel_for(a.tokens, 16, [&](int64_t begin, int64_t end) {
+        for (int64_t token = begin; token < end; ++token) {
+          // padding is not written: nobody reads it, and two members would race for its slot
+          if (a.slots[token] < a.shape.block_size) continue;
+          write_token(static_cast<K*>(a.cache), a.shape,
+                      static_cast<const T*>(a.key) + token * a.key_stride,
+                      static_cast<const T*>(a.value) + token * a.value_stride, a.slots[token]);
+        }
+      });
+    });
+  });
+}
+
+inline void kv_copy(const KVCopyArgs& a) {
+  parallel_for(a.num_layers * a.num_copies, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      char* layer = a.cache + i / a.num_copies * a.layer_bytes;
+      const int64_t copy = i % a.num_copies;
+      memcpy(layer + a.destination[copy] * a.block_bytes, layer + a.source[copy] * a.block_bytes,
+             a.block_bytes);
+    }
+  });
+}
+
+template <typename K>
+inline void wire_block(const KVWireArgs& a, int64_t index, int64_t layer) {
+  const KVShape& s = a.shape;
+  K* cache = reinterpret_cast<K*>(a.cache + layer * a.layer_bytes);
+  const int64_t side = s.block_size * s.kv_heads * s.head_size;
+  K* wire = static_cast<K*>(a.wire) + (index * a.num_layers + layer) * 2 * side;
+  for (int64_t h = 0; h < s.kv_heads; ++h) {
+    K* keys = cache + keys_at(s, a.blocks[index], h);
+    K* values = keys + head_elements(s);
+    for (int64_t b = 0; b < s.block_size; ++b) {
+      K* wire_key = wire + (b * s.kv_heads + h) * s.head_size;
+      K* wire_value = wire_key + side;
+      for (int64_t d = 0; d < s.head_size; ++d) {
+        if (a.is_export) {
+          wire_key[d] = keys[d * s.block_size + b];
+          wire_value[d] = values[b * s.head_size + d];
+        } else {
+          keys[d * s.block_size + b] = wire_key[d];
+          values[b * s.head_size + d] = wire_value[d];
+        }
+      }
+    }
+  }
+}
+
+inline void kv_wire(const KVWireArgs& a) {
+  with_dtype(a.shape.dtype, [&](auto c) {
+    parallel_for(a.num_wire_blocks * a.num_layers, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i)
+        wire_block<decltype(c)>(a, i / a.num_layers, i % a.num_layers);
+    });
+  });
+}
+
+}  // namespace portalm::PORTALM_ISA

@@ -1,0 +1,46 @@
+// Loops over the thread team, and dtypes as template arguments.
+#pragma once
+
+#include "kernels.h"
+#include "simd.h"
+#include "thread_team.h"
+
+namespace portalm::PORTALM_ISA {
+
+// Call body(begin, end) for pieces of at most `grain` that make up [0, count); members take the
+// next piece when they are done with one. Work of fewer than `serial_below` items stays here.
+template <typename Body>
+PORTALM_INLINE void parallel_for(int64_t count, int64_t grain, const Body& body,
+                                 int64_t serial_below = 0) {
+  ThreadTeam& team = ThreadTeam::instance();
+  if (count <= grain || count < serial_below || team.size() == 1) {
+    if (count > 0) body(0, count);
+    return;
+  }
+  struct Context {
+    const Body& body;
+    int64_t count, grain;
+    alignas(64) int64_t next;
+  } context{body, count, grain, 0};
+  team.run(
+      [](void* p, int, int) {
+        Context& c = *static_cast<Context*>(p);
+        for (;;) {
+          int64_t begin = __atomic_fetch_add(&c.next, c.grain, __ATOMIC_RELAXED);
+          if (begin >= c.count) return;
+          c.body(begin, min_of(begin + c.grain, c.count));
+        }
+      },
+      &context);
+}
+
+template <typename Body>
+PORTALM_INLINE void with_dtype(DType dtype, const Body& body) {
+  switch (dtype) {
+    case DType::f32: body(float{}); break;
+    case DType::bf16: body(bf16{}); break;
+    case DType::f16: body(fp16{}); break;
+  }
+}
+
+}  // namespace portalm::PORTALM_ISA

@@ -1,0 +1,168 @@
+// Vectors of PORTALM_LANES floats by GCC's and Clang's vector extensions, so that one source serves
+// every instruction set; intrinsics only where the compiler does not find the instruction itself.
+//
+// Everything lives in a namespace named after the instruction set: the same function compiled with
+// other flags must be another function, or the linker would mix them up. For the same reason
+// kernels use no inline functions of the standard library.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__F16C__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+#define PORTALM_INLINE inline __attribute__((always_inline))
+
+namespace portalm::PORTALM_ISA {
+
+constexpr int kLanes = PORTALM_LANES;
+
+typedef float Vec __attribute__((vector_size(4 * kLanes)));
+typedef int32_t VecI __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t VecU __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t Vec16 __attribute__((vector_size(2 * kLanes)));
+
+struct bf16 { uint16_t bits; };
+struct fp16 { uint16_t bits; };
+
+template <typename T>
+PORTALM_INLINE T min_of(T a, T b) { return b < a ? b : a; }
+template <typename T>
+PORTALM_INLINE T max_of(T a, T b) { return a < b ? b : a; }
+
+PORTALM_INLINE Vec splat(float x) { return x - Vec{}; }
+
+// -- one number ----------------------------------------------------------------------------------
+
+PORTALM_INLINE float to_float(float x) { return x; }
+PORTALM_INLINE float to_float(bf16 x) {
+  return __builtin_bit_cast(float, static_cast<uint32_t>(x.bits) << 16);
+}
+PORTALM_INLINE float to_float(fp16 x) {
+#if defined(__F16C__)
+  return _cvtsh_ss(x.bits);
+#else
+  return static_cast<float>(__builtin_bit_cast(_Float16, x.bits));
+#endif
+}
+
+PORTALM_INLINE void put(float* p, float x) { *p = x; }
+PORTALM_INLINE void put(bf16* p, float x) {  // to nearest, ties to even; a NaN stays one
+  uint32_t bits = __builtin_bit_cast(uint32_t, x);
+  uint32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+  p->bits = static_cast<uint16_t>((bits & 0x7FFFFFFF) > 0x7F800000 ? (bits >> 16) | 0x40 : rounded);
+}
+PORTALM_INLINE void put(fp16* p, float x) {
+#if defined(__F16C__)
+  p->bits = static_cast<uint16_t>(_cvtss_sh(x, 0));
+#else
+  p->bits = __builtin_bit_cast(uint16_t, static_cast<_Float16>(x));
+#endif
+}
+
+// -- whole vectors, at any address ----------------------------------------------------------------
+
+PORTALM_INLINE Vec load(const float* p) {
+  Vec x;
+  memcpy(&x, p, sizeof x);
+  return x;
+}
+PORTALM_INLINE Vec load(const bf16* p) {
+  Vec16 x;
+  memcpy(&x, p, sizeof x);
+  return __builtin_bit_cast(Vec, __builtin_convertvector(x, VecU) << 16);
+}
+PORTALM_INLINE Vec load(const fp16* p) {
+#if defined(__AVX512F__) && PORTALM_LANES == 16
+  return __builtin_bit_cast(Vec, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)));
+#elif defined(__F16C__) && PORTALM_LANES == 8
+  return __builtin_bit_cast(Vec, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)));
+#else
+  Vec x;
+  for (int i = 0; i < kLanes; ++i) x[i] = to_float(p[i]);
+  return x;
+#endif
+}
+
+PORTALM_INLINE void store(float* p, Vec x) { memcpy(p, &x, sizeof x); }
+PORTALM_INLINE void store(bf16* p, Vec x) {
+  VecU bits = __builtin_bit_cast(VecU, x);
+  VecU rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+  VecU quiet = (bits >> 16) | 0x40;
+  VecU is_nan = __builtin_bit_cast(VecU, (bits & 0x7FFFFFFF) > 0x7F800000);
+  Vec16 narrow = __builtin_convertvector((quiet & is_nan) | (rounded & ~is_nan), Vec16);
+  memcpy(p, &narrow, sizeof narrow);
+}
+PORTALM_INLINE void store(fp16* p, Vec x) {
+#if defined(__AVX512F__) && PORTALM_LANES == 16
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(__builtin_bit_cast(__m512, x), 0));
+#elif defined(__F16C__) && PORTALM_LANES == 8
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(__builtin_bit_cast(__m256, x), 0));
+#else
+  for (int i = 0; i < kLanes; ++i) put(p + i, x[i]);
+#endif
+}
+
+// The first `count` elements, others 0 (not read); the first `count` elements stored.
+template <typename T>
+PORTALM_INLINE Vec load_part(const T* p, int64_t count) {
+  Vec x{};
+  for (int64_t i = 0; i < count; ++i) x[i] = to_float(p[i]);
+  return x;
+}
+template <typename T>
+PORTALM_INLINE void store_part(T* p, Vec x, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) put(p + i, x[i]);
+}
+
+// -- arithmetic ----------------------------------------------------------------------------------
+
+PORTALM_INLINE Vec select(VecI mask, Vec yes, Vec no) {
+  return __builtin_bit_cast(Vec, (__builtin_bit_cast(VecI, yes) & mask) |
+                                     (__builtin_bit_cast(VecI, no) & ~mask));
+}
+PORTALM_INLINE Vec max_of(Vec a, Vec b) { return select(a < b, b, a); }
+
+// Sums and maxima over the lanes, always in the same order.
+PORTALM_INLINE float sum(Vec x) {
+  float lane[kLanes];
+  memcpy(lane, &x, sizeof x);
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
+  return lane[0];
+}
+PORTALM_INLINE float max_lane(Vec x) {
+  float best = x[0];
+  for (int i = 1; i < kLanes; ++i) best = max_of(best, static_cast<float>(x[i]));
+  return best;
+}
+
+// e^x within 2 ulp for x <= 0 (and up to 88): Cody and Waite's reduction, a polynomial of degree 6
+// (Cephes expf). Below -87 it is 0; a NaN stays one.
+PORTALM_INLINE Vec exp_of(Vec x) {
+  VecI too_small = x < splat(-87.0f);
+  Vec clamped = select(too_small, splat(-87.0f), x);
+  clamped = select(clamped > splat(88.0f), splat(88.0f), clamped);
+  Vec n = clamped * splat(1.44269504088896341f);
+  // round to nearest: adding and taking away 1.5 * 2^23 leaves a whole number
+  Vec magic = splat(12582912.0f);
+  n = (n + magic) - magic;
+  Vec r = clamped - n * splat(0.693359375f);
+  r = r - n * splat(-2.12194440e-4f);
+  Vec p = splat(1.9875691500e-4f);
+  p = p * r + splat(1.3981999507e-3f);
+  p = p * r + splat(8.3334519073e-3f);
+  p = p * r + splat(4.1665795894e-2f);
+  p = p * r + splat(1.6666665459e-1f);
+  p = p * r + splat(5.0000001201e-1f);
+  p = p * (r * r) + r + splat(1.0f);
+  VecI exponent = (__builtin_convertvector(n, VecI) + 127) << 23;
+  Vec result = p * __builtin_bit_cast(Vec, exponent);
+  result = select(too_small, splat(0.0f), result);
+  return select(x == x, result, x);
+}
+
+}  // namespace portalm::PORTALM_ISA

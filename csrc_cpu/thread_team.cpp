@@ -1,0 +1,176 @@
+#include "thread_team.h"
+
+#include <cmath>
+#include <cstdio>
+#include <fstream>
+#include <string>
+#include <thread>
+#include <vector>
+
+#if defined(__linux__)
+#include <pthread.h>
+#include <sched.h>
+#include <unistd.h>
+#endif
+
+namespace portalm {
+namespace {
+
+constexpr int kSpins = 2000;  // some 50 to 100 microseconds; a step's pieces follow each other faster
+
+inline void relax() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+std::vector<int> allowed_cores() {
+  std::vector<int> cores;
+#if defined(__linux__)
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof set, &set) == 0)
+    for (int core = 0; core < CPU_SETSIZE; ++core)
+      if (CPU_ISSET(core, &set)) cores.push_back(core);
+#endif
+  if (cores.empty())
+    for (unsigned i = 0; i < std::max(1u, std::thread::hardware_concurrency()); ++i)
+      cores.push_back(static_cast<int>(i));
+  return cores;
+}
+
+// One thread a physical core: siblings share the units that the kernels fill.
+std::vector<int> physical_cores(const std::vector<int>& cores) {
+  std::vector<int> first;
+  for (int core : cores) {
+    std::ifstream file("/sys/devices/system/cpu/cpu" + std::to_string(core) +
+                       "/topology/thread_siblings_list");
+    int lowest = core;
+    if (file) file >> lowest;
+    bool has_sibling = false;
+    for (int other : first) has_sibling = has_sibling || other == lowest;
+    if (!has_sibling) first.push_back(lowest == core ? core : lowest);
+  }
+  return first.empty() ? cores : first;
+}
+
+double cgroup_quota() {  // cores; 0: none
+  std::ifstream v2("/sys/fs/cgroup/cpu.max");
+  std::string quota;
+  double period = 0;
+  if (v2 && (v2 >> quota >> period) && quota != "max" && period > 0)
+    return std::stod(quota) / period;
+  std::ifstream v1_quota("/sys/fs/cgroup/cpu/cpu.cfs_quota_us");
+  std::ifstream v1_period("/sys/fs/cgroup/cpu/cpu.cfs_period_us");
+  double q = 0;
+  if ((v1_quota >> q) && (v1_period >> period) && q > 0 && period > 0) return q / period;
+  return 0;
+}
+
+std::vector<std::thread>& as_threads(void* p) { return *static_cast<std::vector<std::thread>*>(p); }
+
+}  // namespace
+
+int usable_cores() {
+  int cores = static_cast<int>(physical_cores(allowed_cores()).size());
+  double quota = cgroup_quota();
+  if (quota > 0) cores = std::min(cores, std::max(1, static_cast<int>(std::ceil(quota))));
+  return cores;
+}
+
+ThreadTeam& ThreadTeam::instance() {
+  static ThreadTeam* team = nullptr;
+#if defined(__linux__)
+  static pid_t owner = 0;
+  if (team != nullptr && owner != getpid()) team = nullptr;  // the parent's threads are not here
+  if (team == nullptr) {
+    team = new ThreadTeam(usable_cores());
+    owner = getpid();
+  }
+#else
+  if (team == nullptr) team = new ThreadTeam(usable_cores());
+#endif
+  return *team;
+}
+
+void ThreadTeam::resize(int size) {
+  while (in_use_.test_and_set(std::memory_order_acquire)) relax();
+  stop();
+  size_ = std::max(1, size);
+  in_use_.clear(std::memory_order_release);
+}
+
+void ThreadTeam::start() {
+  auto* threads = new std::vector<std::thread>;
+  std::vector<int> cores = physical_cores(allowed_cores());
+  stopping_ = false;
+  uint32_t generation = generation_.load();
+  for (int member = 1; member < size_; ++member) {
+    threads->emplace_back([this, member, generation] { loop(member, generation); });
+#if defined(__linux__)
+    if (member < static_cast<int>(cores.size())) {
+      cpu_set_t set;
+      CPU_ZERO(&set);
+      CPU_SET(cores[member], &set);
+      pthread_setaffinity_np(threads->back().native_handle(), sizeof set, &set);
+    }
+#endif
+  }
+  threads_ = threads;
+}
+
+void ThreadTeam::stop() {
+  if (threads_ == nullptr) return;
+  stopping_ = true;
+  generation_.fetch_add(1, std::memory_order_release);
+  generation_.notify_all();
+  for (std::thread& thread : as_threads(threads_)) thread.join();
+  delete &as_threads(threads_);
+  threads_ = nullptr;
+}
+
+void ThreadTeam::loop(int member, uint32_t generation) {
+  for (;;) {
+    uint32_t now = generation_.load(std::memory_order_acquire);
+    for (int spin = 0; now == generation && spin < kSpins; ++spin) {
+      relax();
+      now = generation_.load(std::memory_order_acquire);
+    }
+    while (now == generation) {
+      generation_.wait(generation, std::memory_order_acquire);
+      now = generation_.load(std::memory_order_acquire);
+    }
+    generation = now;
+    if (stopping_) return;
+    work_(context_, member, size_);
+    if (num_busy_.fetch_sub(1, std::memory_order_acq_rel) == 1) num_busy_.notify_one();
+  }
+}
+
+void ThreadTeam::run(Work work, void* context) {
+  if (size_ == 1) {
+    work(context, 0, 1);
+    return;
+  }
+  while (in_use_.test_and_set(std::memory_order_acquire)) relax();
+  if (threads_ == nullptr) start();
+  work_ = work;
+  context_ = context;
+  num_busy_.store(size_ - 1, std::memory_order_relaxed);
+  generation_.fetch_add(1, std::memory_order_release);
+  generation_.notify_all();
+  work(context, 0, size_);
+  int busy = num_busy_.load(std::memory_order_acquire);
+  for (int spin = 0; busy != 0 && spin < 100 * kSpins; ++spin) {
+    relax();
+    busy = num_busy_.load(std::memory_order_acquire);
+  }
+  while (busy != 0) {
+    num_busy_.wait(busy, std::memory_order_acquire);
+    busy = num_busy_.load(std::memory_order_acquire);
+  }
+  in_use_.clear(std::memory_order_release);
+}
+
+}  // namespace portalm

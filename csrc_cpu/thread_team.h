@@ -1,0 +1,46 @@
+// A team of threads for the length of a process: spins for the next piece of work for a moment,
+// then sleeps. The caller is a member; workers are pinned, one a core of the process's affinity.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+
+namespace portalm {
+
+class ThreadTeam {
+ public:
+  using Work = void (*)(void* context, int member, int num_members);
+
+  // The process's team; started on first use, again after a fork (threads do not survive one).
+  static ThreadTeam& instance();
+
+  // Members, the caller included: the cores that affinity and the container's quota leave.
+  int size() const { return size_; }
+
+  // A team of `size` members from the next run on.
+  void resize(int size);
+
+  // Call work(context, member, size) in every member; returns when all have. One run at a time;
+  // what a caller wrote before is seen by all members, what they write is seen by the caller.
+  void run(Work work, void* context);
+
+ private:
+  explicit ThreadTeam(int size) : size_(size) {}
+  void start();
+  void stop();
+  void loop(int member, uint32_t generation);
+
+  int size_;
+  void* threads_ = nullptr;  // a std::vector of std::thread, left alone in a forked child
+  Work work_ = nullptr;
+  void* context_ = nullptr;
+  bool stopping_ = false;
+  alignas(64) std::atomic<uint32_t> generation_{0};  // grows with every run
+  alignas(64) std::atomic<int> num_busy_{0};         // workers that have not finished this run
+  alignas(64) std::atomic_flag in_use_ = ATOMIC_FLAG_INIT;
+};
+
+// Cores this process may use: affinity and the cgroup's CPU quota, whichever is less.
+int usable_cores();
+
+}  // namespace portalm
