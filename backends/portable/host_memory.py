@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from portalm.backend import MemInfo
@@ -42,10 +42,8 @@ def peak(proc: Path = _PROC) -> Iterator[Callable[[], int]]:
     """
     status = proc / "self" / "status"
     start = _fields(status, unit=1024).get("VmRSS", 0)
-    try:
+    with suppress(OSError):  # some sandboxes forbid it; see above
         (proc / "self" / "clear_refs").write_text(_RESET_PEAK)
-    except OSError:
-        pass  # some sandboxes forbid it; see above
     yield lambda: max(0, _fields(status, unit=1024).get("VmHWM", 0) - start)
 
 

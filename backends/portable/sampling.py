@@ -21,22 +21,30 @@ def sample(logits: torch.Tensor, params: SampleParams) -> SampleOutput:
     Returns:
         int32 [R] ids, -1 where a row is broken; logprobs of the raw logits where asked for.
     """
-    raw = logits.float()
-    scores = raw
-    if params.penalties is not None:
-        scores = apply_penalties(scores, params.penalties)
-    if params.bias is not None:
-        scores = apply_bias(scores, params.bias)
-    if params.allowed is not None:
-        scores = apply_mask(scores, params.allowed)
+    scores = adjust(logits, params)
     token_ids = first_argmax(scores) if params.is_greedy else draw(scores, params)
-    is_broken = raw.isnan().any(dim=-1) | (scores.amax(dim=-1) == float("-inf"))
-    token_ids = torch.where(is_broken, BROKEN, token_ids)
+    is_broken = scores.isnan().any(dim=-1) | (scores.amax(dim=-1) == float("-inf"))
+    return finish(torch.where(is_broken, BROKEN, token_ids).to(torch.int32), logits, params)
+
+
+def adjust(logits: torch.Tensor, params: SampleParams) -> torch.Tensor:
+    """Logits [R, V] after penalties, bias and mask; itself where there are none."""
+    if params.penalties is not None:
+        logits = apply_penalties(logits, params.penalties)
+    if params.bias is not None:
+        logits = apply_bias(logits, params.bias)
+    if params.allowed is not None:
+        logits = apply_mask(logits, params.allowed)
+    return logits
+
+
+def finish(token_ids: torch.Tensor, logits: torch.Tensor, params: SampleParams) -> SampleOutput:
+    """The output for drawn int32 [R] ids: target rows report theirs, logprobs where asked for."""
     if params.targets is not None:
-        token_ids = torch.where(params.targets >= 0, params.targets.long(), token_ids)
-    output = SampleOutput(token_ids=token_ids.to(torch.int32))
+        token_ids = torch.where(params.targets >= 0, params.targets, token_ids)
+    output = SampleOutput(token_ids=token_ids)
     if params.num_logprobs is not None:
-        add_logprobs(output, raw, params.num_logprobs)
+        add_logprobs(output, logits, params.num_logprobs)
     return output
 
 

@@ -1,0 +1,404 @@
+"""CpuBackend: the seam over native kernels, chosen at run time by instruction set.
+
+Every kernel of the step is one call into `_cpu` with addresses and sizes: what a call needs to know
+of a tensor is asked once, and nothing in the step runs through torch but the allocation of outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from portalm.backend import (
+    AttentionSpec,
+    Capabilities,
+    DeviceReport,
+    KVSpec,
+    MemInfo,
+    SampleOutput,
+    SampleParams,
+    StepMeta,
+)
+from portalm.errors import BackendError
+from portalm_backends.cpu import attention, cache
+from portalm_backends.cpu.cache import CODES, CpuKV
+from portalm_backends.portable import host_memory, sampling
+from portalm_backends.portable.backend import TorchBackend
+
+_DTYPES = frozenset(cache.DTYPES)
+_FLOAT32 = CODES[torch.float32]
+_ALIGNMENT = 64
+
+
+@dataclass(slots=True, frozen=True)
+class CpuWeight:
+    """A linear weight [N, K] in panels of rows (csrc_cpu/linear.h)."""
+
+    data: torch.Tensor
+    ptr: int
+    code: int
+    n: int
+    k: int
+
+
+class CpuBackend(TorchBackend):
+    """The host's CPU through csrc_cpu."""
+
+    name = "cpu"
+    rank = 10
+    capabilities = Capabilities(
+        dtypes=_DTYPES,
+        kv_dtypes=_DTYPES,
+        head_sizes=cache.HEAD_SIZES,
+        block_sizes=cache.BLOCK_SIZES,
+        features=frozenset({"sliding_window", "soft_cap", "batch_invariant"}),
+    )
+
+    def __init__(self) -> None:
+        """Raises `BackendError` if PORTALM_CPU_ISA names what this CPU cannot run."""
+        super().__init__()
+        from portalm_backends import _cpu
+
+        try:
+            _cpu.isa()
+        except ValueError as error:
+            raise BackendError("unsupported", str(error)) from None
+        self._native: Any = _cpu
+
+    @classmethod
+    def find(cls) -> DeviceReport:
+        """Whether the native module loads, and what it found."""
+        try:
+            from portalm_backends import _cpu
+        except ImportError as error:
+            return DeviceReport(
+                is_available=False,
+                summary=f"the native module is missing ({error}): install PortaLM from source "
+                f"with a C++ compiler (`pip install .`), or use --device reference",
+            )
+        try:
+            isa = _cpu.isa()
+        except ValueError as error:
+            return DeviceReport(is_available=False, summary=str(error))
+        return DeviceReport(
+            is_available=True,
+            summary=f"{isa} kernels on {_cpu.num_threads()} cores of {_cpu_name()}",
+            details=(
+                ("instruction sets that run here", ", ".join(_cpu.runnable_isas())),
+                ("instruction set in use", f"{isa} (PORTALM_CPU_ISA chooses another)"),
+                ("usable cores", str(_cpu.usable_cores())),
+            ),
+        )
+
+    # -- device and memory --------------------------------------------------------------------
+
+    def memory(self) -> MemInfo:
+        """The host's, or what its container allows."""
+        return host_memory.memory()
+
+    def peak(self) -> AbstractContextManager[Callable[[], int]]:
+        """Bytes that became resident."""
+        return host_memory.peak()
+
+    def to_device(self, host: npt.NDArray[np.generic]) -> torch.Tensor:
+        """The array itself: a step is over before the host writes its buffers again."""
+        return torch.from_numpy(host)
+
+    # -- KV cache -----------------------------------------------------------------------------
+
+    def kv_bytes_per_block(self, spec: KVSpec) -> int:
+        """Keys and values of one block over all layers."""
+        return cache.bytes_per_block(spec)
+
+    def kv_alloc(self, spec: KVSpec, num_blocks: int) -> CpuKV:
+        """Reserved, not committed, until blocks are written."""
+        return cache.alloc(spec, num_blocks)
+
+    def kv_write(
+        self, kv: CpuKV, layer: int, key: torch.Tensor, value: torch.Tensor, meta: StepMeta
+    ) -> CpuKV:
+        """Scatter [T, H_kv, D] each into their slots; rows may lie apart, heads may not."""
+        self._native.kv_write(
+            kv.ptr + layer * kv.layer_bytes,
+            *kv.shape,
+            key.data_ptr(),
+            value.data_ptr(),
+            CODES[key.dtype],
+            key.shape[0],
+            key.stride(0),
+            value.stride(0),
+            meta.slot_mapping.data_ptr(),
+        )
+        return kv
+
+    def kv_copy(self, kv: CpuKV, src: torch.Tensor, dst: torch.Tensor) -> CpuKV:
+        """Blocks src[i] to dst[i], int32 [N] each, over all layers."""
+        src, dst = src.contiguous(), dst.contiguous()
+        self._native.kv_copy(
+            kv.ptr,
+            kv.spec.num_layers,
+            kv.layer_bytes,
+            kv.layer_bytes // kv.num_blocks,
+            len(src),
+            src.data_ptr(),
+            dst.data_ptr(),
+        )
+        return kv
+
+    def kv_export(self, kv: CpuKV, blocks: torch.Tensor) -> torch.Tensor:
+        """Blocks int32 [N] as [N, L, 2, B, H_kv, D]."""
+        spec = kv.spec
+        wire = torch.empty(
+            (len(blocks), spec.num_layers, 2, spec.block_size, spec.num_kv_heads, spec.head_size),
+            dtype=cache.DTYPES[spec.dtype],
+        )
+        self._wire(kv, blocks, wire, is_export=True)
+        return wire
+
+    def kv_import(self, kv: CpuKV, blocks: torch.Tensor, wire: torch.Tensor) -> CpuKV:
+        """The inverse of `kv_export`."""
+        self._wire(kv, blocks, wire.to(cache.DTYPES[kv.spec.dtype]), is_export=False)
+        return kv
+
+    def _wire(
+        self, kv: CpuKV, blocks: torch.Tensor, wire: torch.Tensor, *, is_export: bool
+    ) -> None:
+        blocks, wire = blocks.to(torch.int32).contiguous(), wire.contiguous()
+        self._native.kv_wire(
+            kv.ptr,
+            *kv.shape,
+            kv.spec.num_layers,
+            kv.layer_bytes,
+            len(blocks),
+            blocks.data_ptr(),
+            wire.data_ptr(),
+            is_export,
+        )
+
+    # -- attention ----------------------------------------------------------------------------
+
+    def prepare(self, meta: StepMeta, specs: Sequence[AttentionSpec]) -> StepMeta:
+        """Cut the step's attention into work items, once for every kind of layer."""
+        num_threads = self._native.num_threads()
+        for spec in dict.fromkeys(specs):
+            meta.plan[spec] = attention.plan_attention(meta, spec, num_threads)
+        return meta
+
+    def attend(
+        self, kv: CpuKV, layer: int, query: torch.Tensor, meta: StepMeta, spec: AttentionSpec
+    ) -> torch.Tensor:
+        """Attention of [T, H, D]; rows of pad tokens are not written."""
+        plan = meta.plan.get(spec)
+        if plan is None:
+            plan = attention.plan_attention(meta, spec, self._native.num_threads())
+            meta.plan[spec] = plan
+        out = torch.empty(query.shape, dtype=query.dtype)
+        self._native.attention(
+            query.data_ptr(),
+            out.data_ptr(),
+            CODES[query.dtype],
+            query.stride(0),
+            spec.num_heads,
+            kv.ptr + layer * kv.layer_bytes,
+            *kv.shape,
+            meta.block_table.data_ptr(),
+            meta.block_table.shape[1],
+            plan.items_ptr,
+            plan.num_items,
+            plan.partials_ptr,
+            plan.counters_ptr,
+            spec.scale,
+            spec.soft_cap or 0.0,
+            spec.sliding_window or 0,
+        )
+        return out
+
+    # -- layers -------------------------------------------------------------------------------
+
+    def pack(self, weight: torch.Tensor) -> CpuWeight:
+        """A weight [N, K] in panels; the original may be dropped."""
+        weight = weight.contiguous()
+        n, k = weight.shape
+        code = CODES[weight.dtype]
+        size = self._native.packed_bytes(code, n, k)
+        whole = torch.empty(size + _ALIGNMENT, dtype=torch.uint8)
+        start = -whole.data_ptr() % _ALIGNMENT
+        data = whole[start : start + size]
+        self._native.pack(weight.data_ptr(), code, n, k, data.data_ptr())
+        return CpuWeight(data, data.data_ptr(), code, n, k)
+
+    def linear(
+        self, x: torch.Tensor, weight: CpuWeight, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """x [T, K] times the packed [N, K] transposed, plus bias [N]: [T, N]."""
+        return self._linear(x, weight, bias, x.dtype)
+
+    def logits(self, x: torch.Tensor, weight: CpuWeight) -> torch.Tensor:
+        """x [R, C] times the packed [V, C] transposed: float32 [R, V]."""
+        return self._linear(x, weight, None, torch.float32)
+
+    def _linear(
+        self, x: torch.Tensor, weight: CpuWeight, bias: torch.Tensor | None, dtype: torch.dtype
+    ) -> torch.Tensor:
+        if x.shape[1] != weight.k or x.stride(1) != 1:
+            raise BackendError("shape", f"linear: {list(x.shape)} times [{weight.n}, {weight.k}]^T")
+        out = torch.empty((x.shape[0], weight.n), dtype=dtype)
+        self._native.linear(
+            x.data_ptr(),
+            CODES[x.dtype],
+            x.shape[0],
+            x.stride(0),
+            weight.ptr,
+            weight.code,
+            weight.n,
+            weight.k,
+            0 if bias is None else bias.data_ptr(),
+            out.data_ptr(),
+            CODES[dtype],
+            weight.n,
+        )
+        return out
+
+    def embed(self, token_ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        """Rows int32 [T] of table [V, C]: [T, C]."""
+        return self.take_rows(table, token_ids)
+
+    def take_rows(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Rows int32 [R] of x [T, C]: [R, C]."""
+        out = torch.empty((len(rows), x.shape[1]), dtype=x.dtype)
+        size = x.element_size()
+        self._native.take_rows(
+            x.data_ptr(),
+            rows.data_ptr(),
+            out.data_ptr(),
+            len(rows),
+            x.shape[0],
+            x.shape[1] * size,
+            x.stride(0) * size,
+        )
+        return out
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """x / sqrt(mean(x^2) + eps), rounded to x's dtype, times weight."""
+        out = torch.empty(x.shape, dtype=x.dtype)
+        self._native.rms_norm(
+            x.data_ptr(),
+            0,
+            weight.data_ptr(),
+            out.data_ptr(),
+            0,
+            CODES[x.dtype],
+            x.shape[0],
+            x.shape[1],
+            x.stride(0),
+            0,
+            eps,
+        )
+        return out
+
+    def add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(rms_norm(x + residual), x + residual)."""
+        out = torch.empty(x.shape, dtype=x.dtype)
+        total = torch.empty(x.shape, dtype=x.dtype)
+        self._native.rms_norm(
+            x.data_ptr(),
+            residual.data_ptr(),
+            weight.data_ptr(),
+            out.data_ptr(),
+            total.data_ptr(),
+            CODES[x.dtype],
+            x.shape[0],
+            x.shape[1],
+            x.stride(0),
+            residual.stride(0),
+            eps,
+        )
+        return out, total
+
+    def rope(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        positions: torch.Tensor,
+        cos_sin: torch.Tensor,
+        *,
+        is_interleaved: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Query [T, H, D] and key [T, H_kv, D] rotated by positions int32 [T]."""
+        query_out = torch.empty(query.shape, dtype=query.dtype)
+        key_out = torch.empty(key.shape, dtype=key.dtype)
+        self._native.rope(
+            query.data_ptr(),
+            key.data_ptr(),
+            query_out.data_ptr(),
+            key_out.data_ptr(),
+            positions.data_ptr(),
+            cos_sin.data_ptr(),
+            CODES[query.dtype],
+            query.shape[0],
+            query.shape[1],
+            key.shape[1],
+            query.shape[2],
+            cos_sin.shape[1],
+            query.stride(0),
+            key.stride(0),
+            is_interleaved,
+        )
+        return query_out, key_out
+
+    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """silu(gate) * up of [T, 2 I]: [T, I]."""
+        num_rows, width = gate_up.shape
+        out = torch.empty((num_rows, width // 2), dtype=gate_up.dtype)
+        self._native.silu_mul(
+            gate_up.data_ptr(),
+            out.data_ptr(),
+            CODES[gate_up.dtype],
+            num_rows,
+            width // 2,
+            gate_up.stride(0),
+        )
+        return out
+
+    # -- sampling -----------------------------------------------------------------------------
+
+    def sample(self, logits: torch.Tensor, params: SampleParams) -> SampleOutput:
+        """One token from each row; penalties, bias and masks change the logits first."""
+        scores = sampling.adjust(logits, params)
+        token_ids = torch.empty(len(logits), dtype=torch.int32)
+        self._native.sample(
+            scores.data_ptr(),
+            scores.shape[0],
+            scores.shape[1],
+            scores.stride(0),
+            params.temperature.data_ptr(),
+            params.top_k.data_ptr(),
+            params.top_p.data_ptr(),
+            params.min_p.data_ptr(),
+            params.seed.data_ptr(),
+            params.position.data_ptr(),
+            token_ids.data_ptr(),
+        )
+        return sampling.finish(token_ids, logits, params)
+
+
+def _cpu_name() -> str:
+    """The processor's name; its architecture where the system does not tell."""
+    import platform
+    from pathlib import Path
+
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.machine()

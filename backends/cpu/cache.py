@@ -1,0 +1,110 @@
+"""The KV cache's memory, in a layout made for dot products with a vector of tokens.
+
+Per layer, block and KV head, one after the other: the keys of B tokens, [D, B], then their values,
+[B, D]. Keys are transposed, so that one load brings the same dimension of many tokens and scores
+come out of it without sums over lanes (csrc_cpu/kv_cache.h).
+"""
+
+from __future__ import annotations
+
+import mmap
+from dataclasses import dataclass
+
+import torch
+
+from portalm.backend import KVSpec
+from portalm.errors import BackendError, Unsupported
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""How the native module names a dtype."""
+
+HEAD_SIZES = frozenset(range(8, 257, 8))
+BLOCK_SIZES = frozenset(range(8, 257, 8))
+
+_HUGE_PAGE = 2 << 20
+_SLACK = 256
+"""Bytes past the last block that a whole-vector load of its last row may touch."""
+
+
+@dataclass(slots=True, frozen=True)
+class CpuKV:
+    """A KV cache of `num_blocks` blocks, the null block included."""
+
+    spec: KVSpec
+    num_blocks: int
+    data: torch.Tensor
+    """1-D, all layers, with a little slack at the end. Untouched memory is not committed."""
+    ptr: int
+    """Address of layer 0."""
+    layer_bytes: int
+    shape: tuple[int, int, int, int, int]
+    """dtype (as the native module names it), blocks, block size, KV heads, head size."""
+
+
+def bytes_per_block(spec: KVSpec) -> int:
+    """Bytes of one block over all layers."""
+    numbers = 2 * spec.block_size * spec.num_kv_heads * spec.head_size
+    return spec.num_layers * numbers * DTYPES[spec.dtype].itemsize
+
+
+def check_spec(spec: KVSpec) -> None:
+    """Raise `Unsupported` for a shape that the kernels do not take."""
+    for what, value, taken in (
+        ("head size", spec.head_size, HEAD_SIZES),
+        ("block size", spec.block_size, BLOCK_SIZES),
+    ):
+        if value not in taken:
+            raise Unsupported(
+                f"the cpu backend takes a {what} that is a multiple of 8 up to {max(taken)}, "
+                f"not {value}: use --device reference"
+            )
+    if spec.dtype not in DTYPES:
+        raise Unsupported(
+            f"the cpu backend stores keys and values as {', '.join(DTYPES)}, not {spec.dtype}"
+        )
+
+
+def alloc(spec: KVSpec, num_blocks: int) -> CpuKV:
+    """Reserve a cache; pages are committed when they are first written.
+
+    Raises:
+        Unsupported: a shape or dtype that the kernels do not take.
+        BackendError: of kind oom, with the numbers.
+    """
+    check_spec(spec)
+    dtype = DTYPES[spec.dtype]
+    num_bytes = num_blocks * bytes_per_block(spec)
+    data = _reserve(num_bytes + _SLACK).view(dtype)
+    return CpuKV(
+        spec=spec,
+        num_blocks=num_blocks,
+        data=data,
+        ptr=data.data_ptr(),
+        layer_bytes=num_bytes // spec.num_layers,
+        shape=(
+            CODES[dtype],
+            num_blocks,
+            spec.block_size,
+            spec.num_kv_heads,
+            spec.head_size,
+        ),
+    )
+
+
+def _reserve(num_bytes: int) -> torch.Tensor:
+    """uint8 [num_bytes], on huge pages where the system has them: fewer TLB misses."""
+    size = num_bytes + _HUGE_PAGE
+    try:
+        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise BackendError(
+            "oom",
+            f"cannot reserve {num_bytes / 2**20:.0f} MiB for the KV cache ({error}): lower "
+            f"--kv-cache-memory-bytes, --max-model-len or --max-num-seqs",
+        ) from error
+    if num_bytes > 8 * _HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    whole = torch.frombuffer(memory, dtype=torch.uint8)  # keeps the mapping alive
+    start = -whole.data_ptr() % _HUGE_PAGE
+    return whole[start : start + num_bytes]
