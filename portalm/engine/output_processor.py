@@ -31,8 +31,13 @@ class AnswerDelta:
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     error: str | None = None
-    is_last: bool = False
-    """All answers of the request have ended."""
+    final: RequestOutput | None = None
+    """With the last delta of a request: the request and all its answers."""
+
+    @property
+    def is_last(self) -> bool:
+        """All answers of the request have ended."""
+        return self.final is not None
 
 
 @dataclass(slots=True)
@@ -200,9 +205,9 @@ class _Answer:
         if answer.finish_reason is not None:
             request.num_open -= 1
             request.error = request.error or output.error
-            delta.is_last = request.num_open == 0
-            if delta.is_last:
+            if request.num_open == 0:
                 request.metrics.finished_time = now
+                delta.final = request.snapshot()
         return delta
 
     def _text(self, output: TokenOutput) -> tuple[str, str | None]:

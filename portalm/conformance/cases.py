@@ -1,0 +1,338 @@
+"""Named batches and head layouts, laid out in shuffled KV blocks with NaN wherever no token is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from portalm.backend import KV, AttentionSpec, Bucket, KVSpec, StepMeta
+from portalm.conformance.numerics import FloatArray, rounded
+from portalm.conformance.subject import Subject
+
+F32 = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """New tokens and context length of each request; those with one new token come first."""
+
+    name: str
+    query_lens: tuple[int, ...]
+    seq_lens: tuple[int, ...]
+
+
+BATCHES = (
+    Batch("prefill", (17,), (17,)),
+    Batch("decode", (1, 1, 1), (5, 16, 33)),
+    Batch("chunked prefill", (8,), (40,)),
+    Batch("mixed", (1, 1, 24, 9), (129, 24, 24, 30)),
+    Batch("exactly one block", (16,), (16,)),
+    Batch("one token", (1,), (1,)),
+    Batch("long context", (1, 3), (311, 290)),
+    Batch("ragged", (1, 1, 1, 2, 31, 7), (1, 17, 64, 2, 31, 71)),
+)
+"""Lengths around multiples of the usual block sizes, and the shapes a step can have."""
+
+
+def batch_named(name: str) -> Batch:
+    """The batch called `name`."""
+    return next(b for b in BATCHES if b.name == name)
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """A head layout."""
+
+    name: str
+    num_heads: int
+    num_kv_heads: int
+
+
+HEADS = (Heads("mha", 4, 4), Heads("gqa", 8, 2), Heads("gqa of 3", 9, 3), Heads("mqa", 8, 1))
+
+
+@dataclass(frozen=True, slots=True)
+class Pad:
+    """What a step is padded by; a backend of static shapes pads to a bucket on top."""
+
+    num_tokens: int = 0
+    num_requests: int = 0
+    num_blocks: int = 0
+
+
+NO_PAD = Pad()
+PAD = Pad(num_tokens=5, num_requests=3, num_blocks=2)
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Tokens [start, end) of one request, computed in one step."""
+
+    table: Sequence[int]
+    """Physical block of each logical block."""
+    start: int
+    end: int
+
+
+class PagedBatch:
+    """Requests of a batch in physical blocks: shuffled, with unallocated ones between them."""
+
+    def __init__(self, seq_lens: Sequence[int], block_size: int, rng: np.random.Generator) -> None:
+        """Blocks for `seq_lens` tokens, drawn by `rng`; block 0 is the null block."""
+        self.seq_lens = tuple(seq_lens)
+        self.block_size = block_size
+        needed = [-(-length // block_size) for length in seq_lens]
+        self.num_blocks = 1 + sum(needed) + 4
+        free = iter((1 + rng.permutation(self.num_blocks - 1)).tolist())
+        self.tables = [[next(free) for _ in range(count)] for count in needed]
+
+    def chunks(self, query_lens: Sequence[int]) -> list[Chunk]:
+        """The last `query_lens` tokens of each request."""
+        return [
+            Chunk(table, length - count, length)
+            for table, length, count in zip(self.tables, self.seq_lens, query_lens, strict=True)
+        ]
+
+    def before(self, chunks: Sequence[Chunk]) -> list[Chunk]:
+        """All tokens that `chunks` leave out, in an order that a step may have."""
+        rest = [Chunk(c.table, 0, c.start) for c in chunks if c.start]
+        return sorted(rest, key=lambda c: c.end != 1)
+
+    def slots(self, request: int) -> list[int]:
+        """The slot of each of a request's tokens."""
+        table = self.tables[request]
+        size = self.block_size
+        return [table[i // size] * size + i % size for i in range(self.seq_lens[request])]
+
+
+@dataclass(frozen=True, slots=True)
+class Padded:
+    """Sizes of a step's tensors."""
+
+    num_tokens: int
+    num_requests: int
+    num_blocks: int
+    bucket: Bucket | None
+
+
+def padded_shape(
+    subject: Subject, chunks: Sequence[Chunk], block_size: int, pad: Pad = NO_PAD
+) -> Padded:
+    """The step's size with `pad`, or the smallest bucket that holds it."""
+    num_tokens = sum(c.end - c.start for c in chunks) + pad.num_tokens
+    num_requests = len(chunks) + pad.num_requests
+    num_blocks = max(-(-c.end // block_size) for c in chunks) + pad.num_blocks
+    if subject.buckets is None:
+        return Padded(num_tokens, num_requests, num_blocks, None)
+    bucket = next(
+        b
+        for b in subject.buckets
+        if b.num_tokens >= num_tokens
+        and b.num_requests >= num_requests
+        and b.num_blocks >= num_blocks
+    )
+    return Padded(bucket.num_tokens, bucket.num_requests, bucket.num_blocks, bucket)
+
+
+def step_meta(
+    subject: Subject,
+    chunks: Sequence[Chunk],
+    block_size: int,
+    specs: Sequence[AttentionSpec],
+    pad: Pad = NO_PAD,
+) -> StepMeta:
+    """The prepared meta of a step that computes `chunks`; logits of each request's last token."""
+    shape = padded_shape(subject, chunks, block_size, pad)
+    lengths = [c.end - c.start for c in chunks]
+    assert sorted(lengths, key=lambda n: n != 1) == lengths, "decodes come first"
+    positions = np.zeros(shape.num_tokens, np.int32)
+    slots = np.zeros(shape.num_tokens, np.int32)
+    loc = np.full(shape.num_requests + 1, sum(lengths), np.int32)
+    seq_lens = np.zeros(shape.num_requests, np.int32)
+    tables = np.zeros((shape.num_requests, shape.num_blocks), np.int32)
+    rows = np.zeros(shape.num_requests, np.int32)
+    token = 0
+    for i, chunk in enumerate(chunks):
+        loc[i], seq_lens[i] = token, chunk.end
+        num_blocks = -(-chunk.end // block_size)
+        tables[i, :num_blocks] = chunk.table[:num_blocks]
+        for position in range(chunk.start, chunk.end):
+            positions[token] = position
+            block = chunk.table[position // block_size]
+            slots[token] = block * block_size + position % block_size
+            token += 1
+        rows[i] = token - 1
+    meta = StepMeta(
+        positions=subject.index(positions),
+        slot_mapping=subject.index(slots),
+        query_start_loc=subject.index(loc),
+        seq_lens=subject.index(seq_lens),
+        block_table=subject.index(tables),
+        logits_rows=subject.index(rows),
+        host_query_start_loc=loc,
+        host_seq_lens=seq_lens,
+        num_decodes=lengths.count(1),
+        max_query_len=max(lengths),
+        max_seq_len=max(c.end for c in chunks),
+        bucket=shape.bucket,
+    )
+    return subject.backend.prepare(meta, specs)
+
+
+def pad_rows(x: FloatArray, num_rows: int) -> F32:
+    """`x` with rows of NaN up to `num_rows`: what a pad token holds must not matter."""
+    out = np.full((num_rows, *x.shape[1:]), np.nan, np.float32)
+    out[: len(x)] = x
+    return out
+
+
+# -- attention --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionProblem:
+    """Random queries, keys and values of a batch, rounded to what the device will hold."""
+
+    batch: Batch
+    spec: AttentionSpec
+    dtype: str
+    kv_spec: KVSpec
+    query: list[F32]
+    """Of each request, [Q, H, D]."""
+    key: list[F32]
+    """Of each request, its whole context [N, H_kv, D]."""
+    value: list[F32]
+
+
+def attention_problem(
+    subject: Subject,
+    batch: Batch,
+    heads: Heads,
+    dtype: str,
+    *,
+    seed: int = 0,
+    head_size: int | None = None,
+    block_size: int | None = None,
+    kv_dtype: str | None = None,
+    sliding_window: int | None = None,
+    soft_cap: float | None = None,
+    spread: float = 2.0,
+) -> AttentionProblem:
+    """A problem whose scores have a standard deviation of `spread`.
+
+    Keys and values are rounded to `dtype`, in which they come, and then to the cache's dtype.
+    """
+    size = subject.head_size if head_size is None else head_size
+    spec = AttentionSpec(
+        num_heads=heads.num_heads,
+        num_kv_heads=heads.num_kv_heads,
+        head_size=size,
+        scale=size**-0.5,
+        sliding_window=sliding_window,
+        soft_cap=soft_cap,
+    )
+    kv_spec = KVSpec(
+        num_layers=3,
+        num_kv_heads=heads.num_kv_heads,
+        head_size=size,
+        block_size=subject.block_size if block_size is None else block_size,
+        dtype=subject.kv_dtype(dtype) if kv_dtype is None else kv_dtype,
+    )
+    rng = np.random.default_rng(seed)
+
+    def random(length: int, num_heads: int) -> F32:
+        return rng.standard_normal((length, num_heads, size), np.float32)
+
+    def stored(x: F32) -> F32:
+        return rounded(rounded(x, dtype), kv_spec.dtype)
+
+    return AttentionProblem(
+        batch=batch,
+        spec=spec,
+        dtype=dtype,
+        kv_spec=kv_spec,
+        query=[rounded(spread * random(n, heads.num_heads), dtype) for n in batch.query_lens],
+        key=[stored(random(n, heads.num_kv_heads)) for n in batch.seq_lens],
+        value=[stored(random(n, heads.num_kv_heads)) for n in batch.seq_lens],
+    )
+
+
+class AttentionRun:
+    """A problem's context in a cache of NaN on the device, step by step."""
+
+    LAYER = 1
+    """The layer that is written and read; those around it stay NaN."""
+
+    def __init__(
+        self, subject: Subject, problem: AttentionProblem, *, layout_seed: int = 1
+    ) -> None:
+        """A cache of NaN with blocks assigned by `layout_seed`; no token is in it yet."""
+        self.subject = subject
+        self.problem = problem
+        rng = np.random.default_rng(layout_seed)
+        self.paged = PagedBatch(problem.batch.seq_lens, problem.kv_spec.block_size, rng)
+        self.kv: KV = subject.nan_cache(problem.kv_spec, self.paged.num_blocks)
+
+    def fill_context(self) -> None:
+        """Write every token that comes before the batch's queries."""
+        chunks = self.paged.before(self.paged.chunks(self.problem.batch.query_lens))
+        if chunks:
+            self.write(chunks, self.meta(chunks))
+
+    def meta(self, chunks: Sequence[Chunk], pad: Pad = NO_PAD) -> StepMeta:
+        """The prepared meta of a step that computes `chunks`."""
+        spec = self.problem.spec
+        specs = [spec] * self.problem.kv_spec.num_layers
+        return step_meta(self.subject, chunks, self.paged.block_size, specs, pad)
+
+    def write(self, chunks: Sequence[Chunk], meta: StepMeta) -> None:
+        """Put the keys and values of `chunks` into the cache; pad tokens bring NaN."""
+        key, value = (
+            self._rows(chunks, of, len(meta.positions))
+            for of in (self.problem.key, self.problem.value)
+        )
+        dtype = self.problem.dtype
+        self.kv = self.subject.backend.kv_write(
+            self.kv, self.LAYER, self.subject.put(key, dtype), self.subject.put(value, dtype), meta
+        )
+
+    def attend(self, chunks: Sequence[Chunk], pad: Pad = NO_PAD) -> list[F32]:
+        """One step over `chunks`: the output of each, [Q, H, D]."""
+        meta = self.meta(chunks, pad)
+        self.write(chunks, meta)
+        num_rows = len(meta.positions)
+        query = self._rows(chunks, self._queries_by_position(), num_rows)
+        out = self.subject.get(
+            self.subject.backend.attend(
+                self.kv,
+                self.LAYER,
+                self.subject.put(query, self.problem.dtype),
+                meta,
+                self.problem.spec,
+            )
+        )
+        loc = meta.host_query_start_loc
+        return [out[loc[i] : loc[i + 1]] for i in range(len(chunks))]
+
+    def run(self, pad: Pad = NO_PAD) -> list[F32]:
+        """The whole batch in one step behind its context: each request's output."""
+        self.fill_context()
+        return self.attend(self.paged.chunks(self.problem.batch.query_lens), pad)
+
+    def _queries_by_position(self) -> list[F32]:
+        """Queries aligned with the context: NaN where a token is not a query of this batch."""
+        aligned = []
+        for query, length in zip(self.problem.query, self.problem.batch.seq_lens, strict=True):
+            out = np.full((length, *query.shape[1:]), np.nan, np.float32)
+            out[length - len(query) :] = query
+            aligned.append(out)
+        return aligned
+
+    def _rows(self, chunks: Sequence[Chunk], of: Sequence[F32], num_rows: int) -> F32:
+        """The tokens of `chunks` end to end, padded with NaN."""
+        tables = [id(table) for table in self.paged.tables]
+        parts = [of[tables.index(id(c.table))][c.start : c.end] for c in chunks]
+        return pad_rows(np.concatenate(parts), num_rows)

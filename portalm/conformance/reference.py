@@ -1,0 +1,94 @@
+"""What each operation means, in float64: plain loops over numpy, no paging, no backend.
+
+Nothing here is shared with the code under test, and nothing is written to be fast.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from portalm.backend import AttentionSpec
+
+Array = npt.NDArray[np.float64]
+
+
+def attention(query: Array, key: Array, value: Array, spec: AttentionSpec) -> Array:
+    """Causal attention of one request's newest tokens over its whole context.
+
+    Args:
+        query: [Q, H, D], the last Q tokens of the context.
+        key: [N, H_kv, D], the context in order, the query tokens' own keys included.
+        value: [N, H_kv, D]
+        spec: scale, window and soft cap.
+
+    Returns:
+        [Q, H, D]
+    """
+    num_queries, num_heads, _ = query.shape
+    group = num_heads // key.shape[1]
+    out = np.empty(query.shape, np.float64)
+    for i in range(num_queries):
+        position = len(key) - num_queries + i
+        first = 0
+        if spec.sliding_window is not None:
+            first = max(0, position - spec.sliding_window + 1)
+        for head in range(num_heads):
+            seen = slice(first, position + 1), head // group
+            scores = key[seen] @ query[i, head] * spec.scale  # [position + 1 - first]
+            if spec.soft_cap is not None:
+                scores = spec.soft_cap * np.tanh(scores / spec.soft_cap)
+            weights = np.exp(scores - scores.max())
+            out[i, head] = weights @ value[seen] / weights.sum()
+    return out
+
+
+def rms_norm(x: Array, weight: Array, eps: float) -> Array:
+    """`x` [T, C] over its root mean square, times `weight` [C]."""
+    return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * weight
+
+
+def rope(x: Array, positions: npt.NDArray[np.int32], cos_sin: Array, is_interleaved: bool) -> Array:
+    """`x` [T, H, D] with each pair of its first rotary_dim numbers turned by its position's angle.
+
+    Args:
+        x: [T, H, D]
+        positions: [T]
+        cos_sin: [max_position, rotary_dim]: cosines, then sines.
+        is_interleaved: pairs are neighbours; else the two halves of the rotary dimensions.
+    """
+    half = cos_sin.shape[1] // 2
+    out = x.copy()
+    for token, position in enumerate(positions):
+        for pair in range(half):
+            cos, sin = cos_sin[position, pair], cos_sin[position, half + pair]
+            first, second = (2 * pair, 2 * pair + 1) if is_interleaved else (pair, half + pair)
+            a, b = x[token, :, first], x[token, :, second]
+            out[token, :, first] = a * cos - b * sin
+            out[token, :, second] = b * cos + a * sin
+    return out
+
+
+def silu_mul(gate_up: Array) -> Array:
+    """gate / (1 + exp(-gate)) * up of [T, 2 I], gate first: [T, I]."""
+    gate, up = np.split(gate_up, 2, axis=-1)
+    return gate * _sigmoid(gate) * up
+
+
+def _sigmoid(x: Array) -> Array:
+    """1 / (1 + exp(-x)), the exponent never positive: no overflow at either end."""
+    small = np.exp(-np.abs(x))
+    return np.where(x >= 0, 1 / (1 + small), small / (1 + small))
+
+
+def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
+    """`x` [T, K] times `weight` [N, K] transposed, plus bias [N]: [T, N]."""
+    out = x @ weight.T
+    return out if bias is None else out + bias
+
+
+def rope_table(max_position: int, rotary_dim: int, theta: float) -> Array:
+    """Cosines, then sines, of position / theta^(2 i / rotary_dim): [max_position, rotary_dim]."""
+    inverse = theta ** (-np.arange(0, rotary_dim, 2) / rotary_dim)
+    angles = np.arange(max_position)[:, None] * inverse
+    return np.concatenate([np.cos(angles), np.sin(angles)], axis=1)

@@ -1,0 +1,72 @@
+"""Whole answers, for requests that do not stream."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi import Request
+
+from portalm.engine.input_processor import ProcessedInput
+from portalm.errors import InvalidRequest
+from portalm.outputs import RequestOutput
+from portalm.sampling_params import SamplingParams
+from portalm.server.state import ServerState
+from portalm.server.stream import usage
+
+_LOOK_FOR_CLIENT_S = 0.5
+
+
+@dataclass(slots=True)
+class Answers:
+    """The outputs of one HTTP request, one for each prompt."""
+
+    outputs: list[RequestOutput] = field(default_factory=list)
+
+    def num_cached(self) -> int:
+        """Prompt tokens that the prefix cache had."""
+        return sum(output.num_cached_tokens for output in self.outputs)
+
+    def usage(self) -> dict[str, Any]:
+        """OpenAI's usage object."""
+        return usage(
+            sum(len(output.prompt_token_ids) for output in self.outputs),
+            sum(len(a.token_ids) for output in self.outputs for a in output.outputs),
+            self.num_cached(),
+        )
+
+
+async def collect(
+    request: Request, state: ServerState, inputs: Sequence[ProcessedInput], params: SamplingParams
+) -> Answers:
+    """All answers, when they are whole; aborted if the client leaves before.
+
+    Raises:
+        InvalidRequest: an answer failed on what was asked.
+    """
+    found: dict[int, RequestOutput] = {}
+
+    async def gather() -> None:
+        async for i, delta in state.answers(inputs, params):
+            if delta.error is not None:
+                raise InvalidRequest(delta.error)
+            if delta.final is not None:
+                found[i] = delta.final
+
+    gathering = asyncio.create_task(gather())
+    try:
+        while not gathering.done():
+            await asyncio.wait({gathering}, timeout=_LOOK_FOR_CLIENT_S)
+            if not gathering.done() and await request.is_disconnected():
+                break
+    finally:
+        if not gathering.done():
+            gathering.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await gathering
+    if not gathering.cancelled():
+        gathering.result()
+    return Answers([found[i] for i in sorted(found)])

@@ -1,0 +1,77 @@
+"""Errors as OpenAI's error object."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from portalm.errors import EngineDead, InvalidRequest, PortaLMError
+from portalm.server.state import ModelUnknown, Overloaded
+
+_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    404: "not_found_error",
+    405: "invalid_request_error",
+    413: "invalid_request_error",
+    429: "rate_limit_error",
+    503: "service_unavailable_error",
+}
+
+
+def error_object(
+    status: int, message: str, *, param: str | None = None, code: str | None = None
+) -> dict[str, dict[str, str | None]]:
+    """The body of an error response."""
+    kind = _TYPES.get(status, "internal_server_error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def error_response(
+    status: int, message: str, *, param: str | None = None, code: str | None = None
+) -> JSONResponse:
+    """An error response; one that may be tried again says when."""
+    headers = {"Retry-After": "1"} if status in (429, 503) else None
+    return JSONResponse(
+        error_object(status, message, param=param, code=code), status, headers=headers
+    )
+
+
+def status_of(error: Exception) -> int:
+    """The HTTP status that says what kind of error it is."""
+    if isinstance(error, ModelUnknown):
+        return 404
+    if isinstance(error, InvalidRequest):
+        return 400
+    if isinstance(error, Overloaded):
+        return 429
+    return 503 if isinstance(error, EngineDead) else 500
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    """Every error of `app` becomes an error object."""
+
+    @app.exception_handler(PortaLMError)
+    async def known(request: Request, error: PortaLMError) -> JSONResponse:
+        code = "model_not_found" if isinstance(error, ModelUnknown) else None
+        param = error.param if isinstance(error, InvalidRequest) else None
+        return error_response(status_of(error), str(error), param=param, code=code)
+
+    @app.exception_handler(RequestValidationError)
+    async def malformed(request: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        where = [str(part) for part in first["loc"] if part != "body"]
+        name = ".".join(where)
+        if first["type"] == "extra_forbidden":
+            message = f"unknown field {name!r}: this endpoint does not know it"
+        elif first["type"] == "json_invalid":
+            message = "the body is not valid JSON"
+        else:
+            message = f"{name or 'the body'}: {first['msg']}"
+        return error_response(400, message, param=where[0] if where else None)
+
+    @app.exception_handler(HTTPException)
+    async def plain(request: Request, error: HTTPException) -> JSONResponse:
+        return error_response(error.status_code, str(error.detail))

@@ -1,0 +1,50 @@
+"""/health, /health/live, /health/ready, /load and /version."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Depends
+from fastapi.responses import JSONResponse
+
+from portalm import __version__
+from portalm.server.errors import error_response
+from portalm.server.state import ServerState, state_of
+
+router = APIRouter()
+State = Annotated[ServerState, Depends(state_of)]
+
+
+@router.get("/health/live")
+async def live() -> dict[str, str]:
+    """The server process answers."""
+    return {"status": "alive"}
+
+
+@router.get("/health")
+async def health(state: State) -> JSONResponse:
+    """200 while the engine lives, 503 when it has ended."""
+    if not state.client.is_alive:
+        return error_response(503, "the engine has ended")
+    return JSONResponse({"status": "healthy"})
+
+
+@router.get("/health/ready")
+async def ready(state: State) -> JSONResponse:
+    """200 while new requests are taken."""
+    if state.is_draining or not state.client.is_alive:
+        reason = "shutting down" if state.is_draining else "the engine has ended"
+        return error_response(503, f"not ready: {reason}")
+    return JSONResponse({"status": "ready"})
+
+
+@router.get("/load")
+async def load(state: State) -> dict[str, int]:
+    """Requests that are being answered."""
+    return {"server_load": state.client.num_open}
+
+
+@router.get("/version")
+async def version() -> dict[str, str]:
+    """PortaLM's version."""
+    return {"version": __version__}

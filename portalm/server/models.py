@@ -1,0 +1,66 @@
+"""/v1/models, /tokenize and /detokenize: what is served, and its tokenizer."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends
+
+from portalm.errors import InvalidRequest
+from portalm.server.protocol import DetokenizeRequest, TokenizeRequest
+from portalm.server.state import ServerState, state_of
+
+router = APIRouter()
+State = Annotated[ServerState, Depends(state_of)]
+
+
+def _card(state: ServerState, name: str) -> dict[str, Any]:
+    ready = state.client.ready
+    return {
+        "id": name,
+        "object": "model",
+        "created": state.created,
+        "owned_by": "portalm",
+        "root": state.client.config.model,
+        "max_model_len": ready.max_model_len if ready is not None else None,
+    }
+
+
+@router.get("/v1/models")
+async def list_models(state: State) -> dict[str, Any]:
+    """Every name of the served model."""
+    return {"object": "list", "data": [_card(state, name) for name in state.model_names]}
+
+
+@router.get("/v1/models/{name:path}")
+async def show_model(name: str, state: State) -> dict[str, Any]:
+    """One of them."""
+    return _card(state, state.check_model(name))
+
+
+@router.post("/tokenize")
+async def tokenize(body: TokenizeRequest, state: State) -> dict[str, Any]:
+    """Token ids of a text or a conversation."""
+    state.check_model(body.model)
+    if (body.prompt is None) == (body.messages is None):
+        raise InvalidRequest("give either prompt or messages", param="prompt")
+    tokenizer = state.client.tokenizer
+    if body.messages is not None:
+        ids = tokenizer.apply_chat_template(
+            body.messages, add_generation_prompt=body.add_generation_prompt
+        )
+    else:
+        ids = tokenizer.encode(body.prompt or "", add_special_tokens=body.add_special_tokens)
+    ready = state.client.ready
+    length = ready.max_model_len if ready is not None else None
+    return {"count": len(ids), "max_model_len": length, "tokens": ids}
+
+
+@router.post("/detokenize")
+async def detokenize(body: DetokenizeRequest, state: State) -> dict[str, str]:
+    """The text of token ids."""
+    state.check_model(body.model)
+    for token_id in body.tokens:
+        if not 0 <= token_id < state.client.tokenizer.vocab_size:
+            raise InvalidRequest(f"token id {token_id} is outside the vocabulary", param="tokens")
+    return {"prompt": state.client.tokenizer.decode(body.tokens, skip_special_tokens=False)}
