@@ -11,7 +11,8 @@
 //           are taken in spans of kSplit tokens from the beginning of the context, each span has its
 //           own softmax, and spans are merged in order, whether one thread did them all or each
 //           another. So a result does not depend on the batch or on how a prompt was chunked.
-// Needs:    slots past a request's context may hold anything, NaN too: they are not read.
+// Needs:    block sizes that divide kSplit. Slots past a request's context may hold anything, NaN
+//           too: a token that a row may not see never shows in it.
 #pragma once
 
 #include "kv_cache.h"
@@ -78,16 +79,16 @@ PORTALM_INLINE void block_scores(const float* query, const K* keys, float* score
     }
 }
 
-// value[r] += sum over the block's first `count` tokens of probs[r][b] * values[b], R rows.
+// value[r] += sum over the block's tokens [from, to) of probs[r][b] * values[b], R rows.
 template <int R, typename K>
 PORTALM_INLINE void block_values(const float* probs, const K* values, float* value,
-                                 int64_t head_size, int64_t count) {
+                                 int64_t head_size, int64_t from, int64_t to) {
   int64_t d = 0;
   for (; d + 2 * kLanes <= head_size; d += 2 * kLanes) {
     Vec acc[R][2];
     for (int r = 0; r < R; ++r)
       for (int i = 0; i < 2; ++i) acc[r][i] = load(value + r * head_size + d + i * kLanes);
-    for (int64_t b = 0; b < count; ++b) {
+    for (int64_t b = from; b < to; ++b) {
       const Vec v0 = load(values + b * head_size + d), v1 = load(values + b * head_size + d + kLanes);
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
@@ -102,7 +103,7 @@ PORTALM_INLINE void block_values(const float* probs, const K* values, float* val
   for (; d < head_size; ++d)
     for (int r = 0; r < R; ++r) {
       float v = value[r * head_size + d];
-      for (int64_t b = 0; b < count; ++b)
+      for (int64_t b = from; b < to; ++b)
         v += probs[r * kSplit + b] * to_float(values[b * head_size + d]);
       value[r * head_size + d] = v;
     }
@@ -117,6 +118,15 @@ PORTALM_INLINE void for_rows(int64_t row, int64_t rows, const Body& body) {
   }
 }
 
+// Tokens [from, to) of the context that row `r` of an item may see.
+struct Seen {
+  int64_t from, to;
+};
+PORTALM_INLINE Seen seen_by(const AttentionArgs& a, const Item& item, int64_t group, int64_t r) {
+  const int64_t position = item.position + r / group;
+  return {a.window ? max_of<int64_t>(position - a.window + 1, 0) : 0, position + 1};
+}
+
 // Scores of a span become weights; its largest score and their sum are kept. Tokens that a row may
 // not see weigh 0.
 inline void span_softmax(const AttentionArgs& a, const Item& item, int64_t group, int64_t span,
@@ -124,9 +134,9 @@ inline void span_softmax(const AttentionArgs& a, const Item& item, int64_t group
   const int64_t width = (end - span + kLanes - 1) / kLanes * kLanes;  // at most kSplit
   for (int64_t r = 0; r < rows; ++r) {
     float* s = scores + r * kSplit;
-    const int64_t position = item.position + r / group;
-    const int64_t from = max_of(begin, a.window ? position - a.window + 1 : begin) - span;
-    const int64_t to = min_of(end, position + 1) - span;
+    const Seen seen = seen_by(a, item, group, r);
+    const int64_t from = max_of(begin, seen.from) - span;
+    const int64_t to = min_of(end, seen.to) - span;
     const float hidden = -__builtin_inff();
     if (a.soft_cap > 0)
       for (int64_t i = max_of<int64_t>(from, 0); i < to; ++i)
@@ -231,11 +241,26 @@ inline void attend_span(const AttentionArgs& a, const Item& item, int64_t head, 
   memset(out.value, 0, rows * s.head_size * sizeof(float));
   for (int64_t block = first; block < last; ++block) {
     const K* values = cache + keys_at(s, table[block], head) + head_elements(s);
-    const int64_t count = min_of(s.block_size, end - block * s.block_size);
-    for_rows<kRowTile>(0, rows, [&]<int R>(int64_t r) {
-      block_values<R>(scores + r * kSplit + block * s.block_size - span, values,
-                      out.value + r * s.head_size, s.head_size, count);
-    });
+    const int64_t start = block * s.block_size;
+    const float* weights = scores + start - span;
+    // where some row does not see all of the block each has its own bounds: a weight of 0 would not
+    // hide a value that is not finite
+    const bool all_seen = seen_by(a, item, group, 0).to >= min_of(start + s.block_size, end) &&
+                          seen_by(a, item, group, rows - 1).from <= start;
+    if (all_seen) {
+      const int64_t count = min_of(s.block_size, end - start);
+      for_rows<kRowTile>(0, rows, [&]<int R>(int64_t r) {
+        block_values<R>(weights + r * kSplit, values, out.value + r * s.head_size, s.head_size, 0,
+                        count);
+      });
+      continue;
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      const Seen seen = seen_by(a, item, group, r);
+      block_values<1>(weights + r * kSplit, values, out.value + r * s.head_size, s.head_size,
+                      max_of<int64_t>(seen.from - start, 0),
+                      min_of(min_of(seen.to, end) - start, s.block_size));
+    }
   }
 }
 

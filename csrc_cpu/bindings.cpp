@@ -31,8 +31,8 @@ portalm::KVShape kv_shape(int code, int64_t blocks, int64_t block_size, int64_t 
 
 NB_MODULE(_cpu, m) {
   m.def("isa", [] { return std::string(kernels().name); });
-  m.def("lanes", [] { return kernels().lanes; });
-  m.def("runnable_isas", [] {
+  m.def("set_isa", &portalm::set_isa);
+  m.def("isas", [] {  // that this CPU runs, best last
     std::vector<std::string> names;
     for (const portalm::Kernels* k : portalm::runnable_kernels()) names.emplace_back(k->name);
     return names;

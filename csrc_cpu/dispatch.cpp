@@ -1,6 +1,5 @@
 // Chooses the kernels of the best instruction set that this CPU has.
 #include <cstdlib>
-#include <cstring>
 #include <stdexcept>
 #include <string>
 
@@ -42,24 +41,27 @@ std::vector<const Kernels*> runnable_kernels() {
 
 namespace {
 
-const Kernels* choose() {
-  std::vector<const Kernels*> found = runnable_kernels();
-  const char* wanted = std::getenv("PORTALM_CPU_ISA");
-  if (wanted == nullptr || *wanted == 0) return found.back();
+const Kernels* named(const std::string& wanted) {
   std::string names;
-  for (const Kernels* k : found) {
-    if (std::strcmp(k->name, wanted) == 0) return k;
+  for (const Kernels* k : runnable_kernels()) {
+    if (wanted == k->name) return k;
     names += names.empty() ? k->name : std::string(", ") + k->name;
   }
-  throw std::invalid_argument("PORTALM_CPU_ISA is " + std::string(wanted) +
-                              ", this CPU runs: " + names);
+  throw std::invalid_argument("no instruction set " + wanted + " on this CPU, which runs: " + names);
+}
+
+const Kernels*& chosen() {
+  static const Kernels* kernels = [] {
+    const char* wanted = std::getenv("PORTALM_CPU_ISA");
+    return wanted && *wanted ? named(wanted) : runnable_kernels().back();
+  }();
+  return kernels;
 }
 
 }  // namespace
 
-const Kernels& kernels() {
-  static const Kernels* chosen = choose();
-  return *chosen;
-}
+void set_isa(const std::string& name) { chosen() = named(name); }
+
+const Kernels& kernels() { return *chosen(); }
 
 }  // namespace portalm

@@ -90,7 +90,7 @@ class CpuBackend(TorchBackend):
             is_available=True,
             summary=f"{isa} kernels on {_cpu.num_threads()} cores of {_cpu_name()}",
             details=(
-                ("instruction sets that run here", ", ".join(_cpu.runnable_isas())),
+                ("instruction sets that run here", ", ".join(_cpu.isas())),
                 ("instruction set in use", f"{isa} (PORTALM_CPU_ISA chooses another)"),
                 ("usable cores", str(_cpu.usable_cores())),
             ),
@@ -287,6 +287,8 @@ class CpuBackend(TorchBackend):
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """x / sqrt(mean(x^2) + eps), rounded to x's dtype, times weight."""
         out = torch.empty(x.shape, dtype=x.dtype)
+        if x.dim() != 2:
+            x = x.reshape(-1, x.shape[-1])
         self._native.rms_norm(
             x.data_ptr(),
             0,

@@ -20,7 +20,8 @@ CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """How the native module names a dtype."""
 
 HEAD_SIZES = frozenset(range(8, 257, 8))
-BLOCK_SIZES = frozenset(range(8, 257, 8))
+BLOCK_SIZES = frozenset({8, 16, 32, 64, 128, 256})
+"""They divide the span of 256 tokens that has a softmax of its own (csrc_cpu/attention.h)."""
 
 _HUGE_PAGE = 2 << 20
 _SLACK = 256
@@ -50,14 +51,14 @@ def bytes_per_block(spec: KVSpec) -> int:
 
 def check_spec(spec: KVSpec) -> None:
     """Raise `Unsupported` for a shape that the kernels do not take."""
-    for what, value, taken in (
-        ("head size", spec.head_size, HEAD_SIZES),
-        ("block size", spec.block_size, BLOCK_SIZES),
+    for what, value, taken, rule in (
+        ("head size", spec.head_size, HEAD_SIZES, "a multiple of 8"),
+        ("block size", spec.block_size, BLOCK_SIZES, "a power of 2 from 8"),
     ):
         if value not in taken:
             raise Unsupported(
-                f"the cpu backend takes a {what} that is a multiple of 8 up to {max(taken)}, "
-                f"not {value}: use --device reference"
+                f"the cpu backend takes a {what} that is {rule} up to {max(taken)}, not {value}: "
+                f"use another one or --device reference"
             )
     if spec.dtype not in DTYPES:
         raise Unsupported(

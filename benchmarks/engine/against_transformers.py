@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from portalm.models.hub import resolve_model
 
 from portalm import LLM, SamplingParams
 from portalm.config import DEFAULT_MODEL
+from portalm.models.hub import resolve_model
 
 NUM_REQUESTS, NUM_IN, NUM_OUT = 32, 128, 64
 STATIC_BATCH = 8
@@ -42,13 +42,32 @@ class Transformers:
     """Hugging Face transformers, static batches."""
 
     def __init__(self, dtype: str) -> None:
-        from transformers import AutoModelForCausalLM
+        from transformers import LlamaConfig, LlamaForCausalLM
 
-        path = resolve_model(DEFAULT_MODEL)
-        source: dict[str, Any] = {"pretrained_model_name_or_path": str(path)}
-        if path.is_file():
-            source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-        self.model = AutoModelForCausalLM.from_pretrained(**source, dtype=getattr(torch, dtype))
+        from portalm.config import EngineConfig
+        from portalm.models.loader import open_checkpoint
+
+        # from the same dequantised weights; transformers would run the file's 4-bit ones
+        checkpoint = open_checkpoint(resolve_model(DEFAULT_MODEL), EngineConfig())
+        config = checkpoint.config
+        self.model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=config.vocab_size,
+                hidden_size=config.hidden_size,
+                intermediate_size=config.intermediate_size,
+                num_hidden_layers=config.num_layers,
+                num_attention_heads=config.num_heads,
+                num_key_value_heads=config.num_kv_heads,
+                max_position_embeddings=config.max_position,
+                rms_norm_eps=config.rms_norm_eps,
+                rope_theta=config.rope.theta,
+                tie_word_embeddings=config.tie_word_embeddings,
+            )
+        )
+        state = {name: checkpoint.tensor(name) for name in checkpoint.names()}
+        missing, unexpected = self.model.load_state_dict(state, strict=False)
+        assert not unexpected and set(missing) <= {"lm_head.weight"}, (missing, unexpected)
+        self.model.to(getattr(torch, dtype))
         self.model.eval()
 
     def generate(self, prompts: list[list[int]], num_out: int) -> None:

@@ -1,0 +1,436 @@
+"""Every CPU kernel against plain float64 loops, on every instruction set that this machine runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+
+from portalm.backend import AttentionSpec, KVSpec, StepMeta
+from portalm_backends.cpu.backend import CpuBackend
+
+native = pytest.importorskip("portalm_backends._cpu")
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+NMSE = {"float32": 1e-11, "float16": 1e-6, "bfloat16": 1e-4}
+
+
+@pytest.fixture(params=native.isas())
+def backend(request) -> Iterator[CpuBackend]:
+    before = native.isa()
+    native.set_isa(request.param)
+    yield CpuBackend()
+    native.set_isa(before)
+
+
+def rounded(shape, dtype, seed=0, scale=1.0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(shape, generator=generator) * scale).to(DTYPES[dtype])
+
+
+def f64(x: torch.Tensor) -> np.ndarray:
+    return x.to(torch.float64).numpy()
+
+
+def assert_near(actual: torch.Tensor, expected: np.ndarray, dtype: str) -> None:
+    difference = f64(actual) - expected
+    assert np.isfinite(difference).all()
+    error = float((difference**2).sum() / max(float((expected**2).sum()), 1e-30))
+    assert error < NMSE[dtype], f"NMSE {error:.2e}, allowed {NMSE[dtype]:.0e}"
+
+
+# -- rows -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 576), (3, 64), (5, 41), (64, 2048), (2, 7)], ids=str)
+def test_rms_norm_scales_rows_to_unit_mean_square(backend, shape, dtype):
+    x, weight = rounded(shape, dtype, 1, 3.0), rounded(shape[1:], dtype, 2)
+
+    actual = backend.rms_norm(x, weight, 1e-5)
+
+    rows = f64(x)
+    scale = 1 / np.sqrt((rows**2).mean(axis=1, keepdims=True) + 1e-5)
+    assert_near(actual, rows * scale * f64(weight), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rms_norm_takes_the_last_dimension_of_heads_inside_wider_rows(backend, dtype):
+    qkv, weight = rounded((5, 8 * 24), dtype, 1), rounded((24,), dtype, 2)
+    heads = qkv.view(5, 8, 24)[:, 2:5]
+
+    actual = backend.rms_norm(heads, weight, 1e-6)
+
+    x = f64(heads)
+    expected = x / np.sqrt((x**2).mean(axis=2, keepdims=True) + 1e-6) * f64(weight)
+    assert actual.shape == heads.shape
+    assert_near(actual, expected, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 576), (5, 41), (64, 256)], ids=str)
+def test_add_rms_norm_returns_the_sum_rounded_once(backend, shape, dtype):
+    x, residual = rounded(shape, dtype, 1, 3.0), rounded(shape, dtype, 2, 3.0)
+    weight = rounded(shape[1:], dtype, 3)
+    before = x.clone(), residual.clone()
+
+    actual, total = backend.add_rms_norm(x, residual, weight, 1e-5)
+
+    assert torch.equal(total, (x.float() + residual.float()).to(x.dtype))
+    rows = f64(total)
+    scale = 1 / np.sqrt((rows**2).mean(axis=1, keepdims=True) + 1e-5)
+    assert_near(actual, rows * scale * f64(weight), dtype)
+    assert torch.equal(x, before[0]) and torch.equal(residual, before[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [1, 24, 41, 1536])
+def test_silu_mul_gates_the_second_half_with_the_first(backend, size, dtype):
+    gate_up = rounded((3, 2 * size), dtype, 1, 4.0)
+    gate_up[0, 0] = -90.0  # silu underflows to 0 here, exp(90) overflows nothing
+    gate_up[1, 0] = 90.0
+
+    actual = backend.silu_mul(gate_up)
+
+    x = f64(gate_up)
+    gate, up = x[:, :size], x[:, size:]
+    assert_near(actual, gate / (1 + np.exp(-gate)) * up, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("is_interleaved", [False, True], ids=["neox", "interleaved"])
+@pytest.mark.parametrize(("head_size", "rotary_dim"), [(64, 64), (80, 80), (64, 20), (40, 2)])
+def test_rope_rotates_leading_dimensions_and_keeps_the_rest(
+    backend, head_size, rotary_dim, is_interleaved, dtype
+):
+    num_heads, num_kv_heads = 3, 2
+    row = rounded((7, (num_heads + 2 * num_kv_heads) * head_size), dtype, 1)
+    query = row[:, : num_heads * head_size].view(7, num_heads, head_size)
+    key = row[:, num_heads * head_size : (num_heads + num_kv_heads) * head_size]
+    key = key.view(7, num_kv_heads, head_size)
+    positions = torch.tensor([0, 1, 5, 63, 2, 2, 40], dtype=torch.int32)
+    angle = np.outer(np.arange(64), 1e4 ** -(np.arange(rotary_dim // 2) / (rotary_dim / 2)))
+    cos_sin = torch.tensor(np.hstack([np.cos(angle), np.sin(angle)]), dtype=torch.float32)
+    before = row.clone()
+
+    q, k = backend.rope(query, key, positions, cos_sin, is_interleaved=is_interleaved)
+
+    table = f64(cos_sin)[positions.numpy()]
+    for x, actual in ((query, q), (key, k)):
+        expected = rotated(f64(x), table, rotary_dim, is_interleaved)
+        assert_near(actual, expected, dtype)
+    assert torch.equal(row, before)
+
+
+def rotated(x, table, rotary_dim, is_interleaved) -> np.ndarray:
+    half = rotary_dim // 2
+    cos, sin = table[:, None, :half], table[:, None, half:]
+    first = slice(0, rotary_dim, 2) if is_interleaved else slice(0, half)
+    second = slice(1, rotary_dim, 2) if is_interleaved else slice(half, rotary_dim)
+    out = x.copy()
+    out[..., first] = x[..., first] * cos - x[..., second] * sin
+    out[..., second] = x[..., second] * cos + x[..., first] * sin
+    return out
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_embed_and_take_rows_copy_rows(backend, dtype):
+    table = rounded((50, 41), dtype)
+    ids = torch.tensor([0, 49, 7, 7], dtype=torch.int32)
+
+    assert torch.equal(backend.embed(ids, table), table[ids.long()])
+    assert torch.equal(backend.take_rows(table[:, 3:30], ids), table[:, 3:30][ids.long()])
+
+
+# -- attention --------------------------------------------------------------------------------
+
+
+@dataclass
+class Case:
+    """A batch: per request its context [seq_len, H_kv, D] and its last query tokens."""
+
+    spec: AttentionSpec
+    block_size: int
+    query_lens: list[int]
+    seq_lens: list[int]
+    query: torch.Tensor
+    keys: list[torch.Tensor]
+    values: list[torch.Tensor]
+
+
+def make_case(
+    query_lens, seq_lens, *, heads=(4, 2), head_size=64, block_size=16, dtype="float32",
+    window=None, soft_cap=None, seed=0,
+) -> Case:  # fmt: skip
+    num_heads, num_kv_heads = heads
+    spec = AttentionSpec(
+        num_heads=num_heads, num_kv_heads=num_kv_heads, head_size=head_size,
+        scale=head_size**-0.5, sliding_window=window, soft_cap=soft_cap,
+    )  # fmt: skip
+    total = sum(query_lens)
+    return Case(
+        spec=spec,
+        block_size=block_size,
+        query_lens=query_lens,
+        seq_lens=seq_lens,
+        query=rounded((total, num_heads, head_size), dtype, seed, 2.0),
+        keys=[
+            rounded((n, num_kv_heads, head_size), dtype, seed + 100 + i)
+            for i, n in enumerate(seq_lens)
+        ],
+        values=[
+            rounded((n, num_kv_heads, head_size), dtype, seed + 200 + i)
+            for i, n in enumerate(seq_lens)
+        ],
+    )
+
+
+def make_meta(query_lens, seq_lens, tables, slots) -> StepMeta:
+    width = max(len(table) for table in tables)
+    block_table = np.zeros((len(tables), width), np.int32)
+    for i, table in enumerate(tables):
+        block_table[i, : len(table)] = table
+    loc = np.concatenate([[0], np.cumsum(query_lens)]).astype(np.int32)
+    lens = np.array(seq_lens, np.int32)
+    starts = [s - q for s, q in zip(seq_lens, query_lens, strict=True)]
+    positions = [np.arange(a, s) for a, s in zip(starts, seq_lens, strict=True)]
+    return StepMeta(
+        positions=torch.tensor(np.concatenate(positions).astype(np.int32)),
+        slot_mapping=torch.tensor(np.array(slots, np.int32)),
+        query_start_loc=torch.tensor(loc),
+        seq_lens=torch.tensor(lens),
+        block_table=torch.tensor(block_table),
+        logits_rows=torch.tensor(loc[1:] - 1),
+        host_query_start_loc=loc,
+        host_seq_lens=lens,
+        num_decodes=sum(q == 1 for q in query_lens),
+        max_query_len=max(query_lens),
+        max_seq_len=max(seq_lens),
+    )
+
+
+def tables_of(seq_lens, block_size, seed=0) -> list[list[int]]:
+    """Blocks in a random order; block 0 and one in three stay unallocated."""
+    needed = [-(-n // block_size) for n in seq_lens]
+    pool = np.random.default_rng(seed).permutation(np.arange(1, 1 + sum(needed) * 3 // 2 + 1))
+    ends = np.cumsum(needed)
+    return [pool[e - n : e].tolist() for e, n in zip(ends, needed, strict=True)]
+
+
+def run(backend, case: Case, kv_dtype: str, *, num_layers=2, layer=1) -> torch.Tensor:
+    """Write all contexts into a cache full of NaN, then attend."""
+    spec = KVSpec(
+        num_layers=num_layers, num_kv_heads=case.spec.num_kv_heads, dtype=kv_dtype,
+        head_size=case.spec.head_size, block_size=case.block_size,
+    )  # fmt: skip
+    tables = tables_of(case.seq_lens, case.block_size)
+    num_blocks = max(max(table, default=0) for table in tables) + 2
+    kv = backend.kv_alloc(spec, num_blocks)
+    kv.data.fill_(float("nan"))
+    for table, key, value in zip(tables, case.keys, case.values, strict=True):
+        token = np.arange(len(key))
+        slots = np.array(table)[token // case.block_size] * case.block_size
+        meta = make_meta([len(key)], [len(key)], [table], slots + token % case.block_size)
+        kv = backend.kv_write(kv, layer, key, value, meta)
+    meta = make_meta(case.query_lens, case.seq_lens, tables, [0] * sum(case.query_lens))
+    meta = backend.prepare(meta, [case.spec] * num_layers)
+    return backend.attend(kv, layer, case.query, meta, case.spec)
+
+
+def expected_of(case: Case, kv_dtype: str) -> np.ndarray:
+    group = case.spec.num_heads // case.spec.num_kv_heads
+    out = np.zeros(case.query.shape)
+    row = 0
+    for i, (query_len, seq_len) in enumerate(zip(case.query_lens, case.seq_lens, strict=True)):
+        key = f64(case.keys[i].to(DTYPES[kv_dtype]))
+        value = f64(case.values[i].to(DTYPES[kv_dtype]))
+        for position in range(seq_len - query_len, seq_len):
+            first = max(0, position + 1 - (case.spec.sliding_window or seq_len))
+            for head in range(case.spec.num_heads):
+                k = key[first : position + 1, head // group]
+                scores = k @ f64(case.query)[row, head] * case.spec.scale
+                if case.spec.soft_cap:
+                    scores = case.spec.soft_cap * np.tanh(scores / case.spec.soft_cap)
+                weights = np.exp(scores - scores.max())
+                v = value[first : position + 1, head // group]
+                out[row, head] = weights @ v / weights.sum()
+            row += 1
+    return out
+
+
+BATCHES = {
+    "prefill": ([17], [17]),
+    "long prefill": ([70], [70]),
+    "decode": ([1, 1, 1, 1], [5, 16, 33, 1]),
+    "long decode": ([1], [700]),
+    "chunked prefill": ([8], [300]),
+    "mixed": ([1, 1, 24, 9], [129, 520, 24, 280]),
+    "exactly one block": ([16], [16]),
+    "with pad requests": ([1, 7, 0, 0], [20, 7, 0, 0]),
+}
+
+
+def check(backend, case: Case, dtype: str, kv_dtype: str | None = None) -> None:
+    kv_dtype = kv_dtype or dtype
+    actual = run(backend, case, kv_dtype)
+    assert_near(actual, expected_of(case, kv_dtype), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("batch", BATCHES)
+def test_attention_equals_plain_loops(backend, batch, dtype):
+    check(backend, make_case(*BATCHES[batch], dtype=dtype), dtype)
+
+
+@pytest.mark.parametrize("kv_dtype", DTYPES)
+@pytest.mark.parametrize("heads", [(4, 4), (8, 1), (9, 3), (10, 2), (7, 1), (64, 2)], ids=str)
+def test_attention_groups_query_heads_over_their_kv_head(backend, heads, kv_dtype):
+    check(backend, make_case(*BATCHES["mixed"], heads=heads, head_size=32), "float32", kv_dtype)
+
+
+@pytest.mark.parametrize("kv_dtype", DTYPES)
+@pytest.mark.parametrize("head_size", [8, 24, 64, 80, 96, 120, 128, 256])
+def test_attention_takes_head_sizes_that_are_multiples_of_8(backend, head_size, kv_dtype):
+    check(backend, make_case(*BATCHES["mixed"], head_size=head_size), "float32", kv_dtype)
+
+
+@pytest.mark.parametrize("kv_dtype", DTYPES)
+@pytest.mark.parametrize("block_size", [8, 16, 32, 64, 128, 256])
+def test_attention_takes_block_sizes_that_are_powers_of_2(backend, block_size, kv_dtype):
+    check(backend, make_case(*BATCHES["mixed"], block_size=block_size), "float32", kv_dtype)
+
+
+@pytest.mark.parametrize("kv_dtype", DTYPES)
+@pytest.mark.parametrize("window", [1, 2, 7, 16, 63, 64, 300])
+@pytest.mark.parametrize("batch", ["mixed", "long prefill", "long decode"])
+def test_sliding_window_sees_itself_and_those_before(backend, batch, window, kv_dtype):
+    check(backend, make_case(*BATCHES[batch], window=window, dtype=kv_dtype), kv_dtype)
+
+
+@pytest.mark.parametrize("batch", ["mixed", "long prefill"])
+def test_soft_cap_bounds_the_scores(backend, batch):
+    case = make_case(*BATCHES[batch], soft_cap=2.0)
+    case.query *= 20
+
+    check(backend, case, "float32")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_with_huge_scores_stays_finite(backend, dtype):
+    case = make_case([3, 1], [40, 300], dtype=dtype)
+    case.query *= 100
+
+    check(backend, case, dtype)
+
+
+def test_a_token_of_the_future_never_shows_even_if_it_is_not_a_number(backend):
+    case = make_case([40], [40], dtype="float32")
+    clean = expected_of(case, "float32")
+    case.keys[0][30:], case.values[0][30:] = math.nan, math.inf
+
+    actual = run(backend, case, "float32")
+
+    assert_near(actual[:30], clean[:30], "float32")
+    assert actual[30:].isnan().all()
+
+
+def test_attention_reads_a_query_inside_wider_rows(backend):
+    case = make_case(*BATCHES["mixed"])
+    plain = run(backend, case, "float32")
+    wide = torch.full((len(case.query), 12, 64), math.nan)
+    wide[:, 3:7] = case.query
+    case.query = wide[:, 3:7]
+
+    assert torch.equal(run(backend, case, "float32"), plain)
+
+
+# -- laws, bit for bit ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kv_dtype", DTYPES)
+@pytest.mark.parametrize("window", [None, 50, 301])
+def test_a_request_attends_alike_alone_and_in_a_batch(backend, window, kv_dtype):
+    query_lens, seq_lens = [1, 1, 1, 5, 33, 90], [700, 3, 256, 517, 33, 600]
+    case = make_case(query_lens, seq_lens, heads=(6, 2), window=window, dtype="bfloat16")
+
+    together = run(backend, case, kv_dtype)
+
+    row = 0
+    for i, (query_len, seq_len) in enumerate(zip(query_lens, seq_lens, strict=True)):
+        query = case.query[row : row + query_len]
+        alone = Case(
+            case.spec, 16, [query_len], [seq_len], query, [case.keys[i]], [case.values[i]]
+        )
+        assert torch.equal(run(backend, alone, kv_dtype), together[row : row + query_len])
+        row += query_len
+
+
+@pytest.mark.parametrize("kv_dtype", DTYPES)
+@pytest.mark.parametrize("window", [None, 50])
+@pytest.mark.parametrize("heads", [(6, 2), (4, 4)], ids=str)
+def test_chunked_prefill_attends_like_whole_prefill(backend, heads, window, kv_dtype):
+    case = make_case([600], [600], heads=heads, window=window, dtype="bfloat16")
+    whole = run(backend, case, kv_dtype)
+
+    for start, end in ((0, 1), (0, 64), (64, 100), (255, 256), (100, 599), (599, 600)):
+        part = Case(
+            case.spec, 16, [end - start], [end], case.query[start:end],
+            [case.keys[0][:end]], [case.values[0][:end]],
+        )  # fmt: skip
+        assert torch.equal(run(backend, part, kv_dtype), whole[start:end])
+
+
+# -- the cache --------------------------------------------------------------------------------
+
+
+def filled_cache(backend, dtype, *, block_size=16, num_blocks=7, head_size=24):
+    spec = KVSpec(
+        num_layers=3, num_kv_heads=2, head_size=head_size, block_size=block_size, dtype=dtype
+    )
+    kv = backend.kv_alloc(spec, num_blocks)
+    wire = rounded((num_blocks, 3, 2, block_size, 2, head_size), dtype)
+    everything = torch.arange(num_blocks, dtype=torch.int32)
+    return backend.kv_import(kv, everything, wire), wire
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("block_size", [8, 16, 32])
+def test_export_gives_what_import_took(backend, block_size, dtype):
+    kv, wire = filled_cache(backend, dtype, block_size=block_size)
+    blocks = torch.tensor([5, 0, 3], dtype=torch.int32)
+
+    assert torch.equal(backend.kv_export(kv, blocks), wire[blocks.long()])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_copy_copies_blocks_over_all_layers(backend, dtype):
+    kv, wire = filled_cache(backend, dtype)
+
+    kv = backend.kv_copy(
+        kv, torch.tensor([1, 6], dtype=torch.int32), torch.tensor([4, 2], dtype=torch.int32)
+    )
+
+    wire[4], wire[2] = wire[1], wire[6]
+    assert torch.equal(backend.kv_export(kv, torch.arange(7, dtype=torch.int32)), wire)
+
+
+@pytest.mark.parametrize("kv_dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_tokens", [1, 3, 90])
+def test_write_puts_tokens_into_their_slots_of_one_layer(backend, num_tokens, dtype, kv_dtype):
+    kv, wire = filled_cache(backend, kv_dtype)
+    slots = 16 + np.random.default_rng(0).permutation(6 * 16)[:num_tokens]
+    qkv = rounded((num_tokens, 9, 24), dtype, 3)
+    key, value = qkv[:, 4:6], qkv[:, 7:9]
+    meta = make_meta([num_tokens], [num_tokens], [[0]], slots)
+
+    kv = backend.kv_write(kv, 1, key, value, meta)
+
+    for token, slot in enumerate(slots):
+        wire[slot // 16, 1, 0, slot % 16] = key[token].to(wire.dtype)
+        wire[slot // 16, 1, 1, slot % 16] = value[token].to(wire.dtype)
+    assert torch.equal(backend.kv_export(kv, torch.arange(7, dtype=torch.int32)), wire)
