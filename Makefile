@@ -52,6 +52,7 @@ lint: install-dev
 	$(BIN)/ruff check .
 
 types: install-dev
+	@mkdir -p build/types && ln -sfn ../../backends build/types/portalm_backends
 	$(BIN)/mypy
 
 layers: install-dev

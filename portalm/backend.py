@@ -145,8 +145,8 @@ class StepMeta:
     max_seq_len: int
     bucket: Bucket | None = None
     """The padded size, None where steps are not padded."""
-    plan: dict[str, Any] = field(default_factory=dict)
-    """Filled by `Backend.prepare`: split of the work, launch geometry."""
+    plan: dict[Any, Any] = field(default_factory=dict)
+    """Filled by `Backend.prepare` for itself: split of the work, launch geometry."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -289,7 +289,7 @@ class Backend(Protocol):
         ...
 
     def peak(self) -> AbstractContextManager[Callable[[], int]]:
-        """`with backend.peak() as used:` — used() is the most bytes allocated since, above start."""
+        """`with backend.peak() as used:` - used() is the most bytes allocated, above start."""
         ...
 
     def to_device(self, host: np.ndarray) -> torch.Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from tqdm import tqdm
 
@@ -133,7 +133,10 @@ class LLM:
         """
         if not messages:
             raise InvalidRequest("messages must not be empty", param="messages")
-        conversations = [messages] if isinstance(messages[0], Mapping) else messages
+        conversations = cast(
+            "Sequence[Sequence[Message]]",
+            [messages] if isinstance(messages[0], Mapping) else messages,
+        )
         prompts = [
             self._tokenizer.apply_chat_template(
                 list(conversation),

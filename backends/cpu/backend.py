@@ -6,8 +6,8 @@ of a tensor is asked once, and nothing in the step runs through torch but the al
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,9 +102,11 @@ class CpuBackend(TorchBackend):
         """The host's, or what its container allows."""
         return host_memory.memory()
 
-    def peak(self) -> AbstractContextManager[Callable[[], int]]:
+    @contextmanager
+    def peak(self) -> Iterator[Callable[[], int]]:
         """Bytes that became resident."""
-        return host_memory.peak()
+        with host_memory.peak() as used:
+            yield used
 
     def to_device(self, host: npt.NDArray[np.generic]) -> torch.Tensor:
         """The array itself: a step is over before the host writes its buffers again."""
@@ -194,10 +196,9 @@ class CpuBackend(TorchBackend):
         self, kv: CpuKV, layer: int, query: torch.Tensor, meta: StepMeta, spec: AttentionSpec
     ) -> torch.Tensor:
         """Attention of [T, H, D]; rows of pad tokens are not written."""
-        plan = meta.plan.get(spec)
+        plan: attention.AttentionPlan | None = meta.plan.get(spec)
         if plan is None:
-            plan = attention.plan_attention(meta, spec, self._native.num_threads())
-            meta.plan[spec] = plan
+            raise BackendError("shape", "attend: the step was not prepared for this attention")
         out = torch.empty(query.shape, dtype=query.dtype)
         self._native.attention(
             query.data_ptr(),

@@ -60,7 +60,9 @@ def gumbel(seed: torch.Tensor, position: torch.Tensor, vocab_size: int) -> torch
         (group, zero, position & _MASK, (position >> 32) & _MASK),
         (seed & _MASK, (seed >> 32) & _MASK),
     )
-    bits = torch.stack(torch.broadcast_tensors(*words), dim=-1).flatten(1)[:, :vocab_size]  # [R, V]
+    shape = (len(seed), num_words)
+    bits = torch.stack([word.expand(shape) for word in words], dim=-1)  # [R, V / 4, 4]
+    bits = bits.flatten(1)[:, :vocab_size]
     # 23 bits and a half: exact in float32, never 0 and never 1
     uniform = ((bits >> 9).to(torch.float32) + 0.5) * 2.0**-23
     return -torch.log(-torch.log(uniform))

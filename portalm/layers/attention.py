@@ -35,7 +35,7 @@ class Attention:
         num_tokens = x.shape[0]
         query_size, kv_size = spec.num_heads * spec.head_size, spec.num_kv_heads * spec.head_size
         projected = self.qkv(backend, x)  # [T, (H + 2 H_kv) D]
-        query, key, value = projected.split((query_size, kv_size, kv_size), dim=-1)
+        query, key, value = torch.split(projected, [query_size, kv_size, kv_size], dim=-1)
         query, key = backend.rope(
             query.view(num_tokens, spec.num_heads, spec.head_size),
             key.view(num_tokens, spec.num_kv_heads, spec.head_size),

@@ -57,7 +57,7 @@ class ModelRunner:
         self.batch = InputBatch(config)
         self.graphs = StepGraphs(
             backend,
-            self._make_step(model, backend),
+            _Step(model, backend),
             max_tokens=config.max_batch_tokens,
             max_requests=config.max_batch_requests,
             max_blocks=self.batch.max_blocks,
@@ -72,10 +72,6 @@ class ModelRunner:
         self._drawn_rows: dict[str, int] = {}
         """By request id: the row of the last dispatched step that draws its token."""
         self._last_ids: torch.Tensor | None = None
-
-    @staticmethod
-    def _make_step(model: Model, backend: Backend) -> _Step:
-        return _Step(model, backend)
 
     def forget(self, request_ids: list[str]) -> None:
         """These requests do not run any more; their rows are free."""
@@ -128,13 +124,13 @@ class ModelRunner:
             max_seq_len=arrays.max_seq_len,
             bucket=bucket,
         )
-        waits = arrays.previous_rows is not None
+        previous = arrays.previous_rows
         return StepInputs(
             token_ids=to_device(arrays.token_ids),
             meta=self._backend.prepare(meta, self._specs),
             sample=self._sampler.build(sampled, arrays, self.batch, to_device),
-            previous_ids=self._last_ids if waits else None,
-            previous_rows=to_device(arrays.previous_rows) if waits else None,
+            previous_ids=None if previous is None else self._last_ids,
+            previous_rows=None if previous is None else to_device(previous),
         )
 
 

@@ -70,7 +70,7 @@ class Sampler:
         params = [row.request.params for row in rows]
 
         def column(values: list[float] | list[int], dtype: type, fill: float) -> torch.Tensor:
-            padded = np.full(num_rows, fill, dtype)
+            padded: npt.NDArray[np.generic] = np.full(num_rows, fill, dtype)
             padded[: len(values)] = values
             return to_device(padded)
 

@@ -362,9 +362,7 @@ def test_a_request_attends_alike_alone_and_in_a_batch(backend, window, kv_dtype)
     row = 0
     for i, (query_len, seq_len) in enumerate(zip(query_lens, seq_lens, strict=True)):
         query = case.query[row : row + query_len]
-        alone = Case(
-            case.spec, 16, [query_len], [seq_len], query, [case.keys[i]], [case.values[i]]
-        )
+        alone = Case(case.spec, 16, [query_len], [seq_len], query, [case.keys[i]], [case.values[i]])
         assert torch.equal(run(backend, alone, kv_dtype), together[row : row + query_len])
         row += query_len
 

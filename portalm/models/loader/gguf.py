@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from portalm.config import ConfigError, ModelConfig
-from portalm.errors import CheckpointError, UnsupportedModel
+from portalm.config import ModelConfig
+from portalm.errors import CheckpointError, ConfigError, UnsupportedModel
 from portalm.models.loader.config_json import model_config
 
 _MAGIC = b"GGUF"

@@ -1,0 +1,90 @@
+"""Rules that hold the house together, besides those that import-linter checks."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+DEVICE_NAMES = re.compile(
+    r"torch\.cuda|torch\.xpu|torch_xla|\bimport jax\b|\bfrom jax\b|is_cuda\b|is_rocm\b|is_xla\b"
+)
+PATHS = re.compile(r"(?<![\w.])/(home|root|work|farm|mnt)/\w")
+
+
+def python(code: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/"
+    )
+    return done.stdout.strip()
+
+
+def sources(*folders: str) -> list[Path]:
+    return [p for f in folders for p in (ROOT / f).rglob("*.py")]
+
+
+def test_importing_portalm_imports_no_torch() -> None:
+    loaded = python("import sys, portalm; print([m for m in sys.modules if m in "
+                    "('torch', 'numpy', 'transformers', 'fastapi', 'zmq')])")  # fmt: skip
+
+    assert loaded == "[]"
+
+
+def test_importing_portalm_takes_less_than_300_ms() -> None:
+    code = "import time; t = time.perf_counter(); import portalm; print(time.perf_counter() - t)"
+
+    assert min(float(python(code)) for _ in range(3)) < 0.3
+
+
+def test_help_imports_no_torch() -> None:
+    loaded = python(
+        "import sys\nfrom portalm.cli.main import build_parser\nbuild_parser().format_help()\n"
+        "print('torch' in sys.modules)"
+    )
+
+    assert loaded == "False"
+
+
+def test_the_core_runs_without_torch_and_numpy() -> None:
+    loaded = python(
+        "import sys\nfrom portalm.core import block_manager, plan, prefix_cache, request, "
+        "scheduler, stop\nprint([m for m in ('torch', 'numpy') if m in sys.modules])"
+    )
+
+    assert loaded == "[]"
+
+
+def test_the_usual_way_imports_no_transformers() -> None:
+    loaded = python("import sys, portalm.llm\nprint('transformers' in sys.modules)")
+
+    assert loaded == "False"
+
+
+@pytest.mark.parametrize("path", sources("portalm"), ids=lambda p: str(p.relative_to(ROOT)))
+def test_portalm_names_no_device(path: Path) -> None:
+    assert DEVICE_NAMES.search(path.read_text()) is None
+
+
+def test_no_path_of_a_machine_is_written_down() -> None:
+    found = [
+        f"{path.relative_to(ROOT)}: {match.group()}"
+        for path in sources("portalm", "backends", "benchmarks", "ci")
+        if (match := PATHS.search(path.read_text()))
+    ]
+
+    assert found == []
+
+
+def test_csrc_cpu_knows_no_torch() -> None:
+    for path in (ROOT / "csrc_cpu").iterdir():
+        assert "torch/" not in path.read_text(), path
+
+
+def test_every_backend_folder_has_a_readme_that_says_how_it_was_tested() -> None:
+    for path in (ROOT / "backends").iterdir():
+        if (path / "backend.py").exists() and path.name != "portable":
+            assert "tested by" in (path / "README.md").read_text(), path
