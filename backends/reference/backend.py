@@ -17,8 +17,6 @@ from portalm_backends.portable import host_memory
 from portalm_backends.portable.backend import TorchBackend
 from portalm_backends.reference import attention, cache
 
-_DTYPES = frozenset({"float32", "float16", "bfloat16"})
-
 
 class ReferenceBackend(TorchBackend):
     """Plain torch on the host: slow, short, and the measure of every other backend."""
@@ -26,8 +24,8 @@ class ReferenceBackend(TorchBackend):
     name = "reference"
     rank = 0
     capabilities = Capabilities(
-        dtypes=_DTYPES,
-        kv_dtypes=_DTYPES,
+        dtypes=cache.DTYPES,
+        kv_dtypes=cache.DTYPES,
         features=frozenset({"sliding_window", "soft_cap"}),
     )
 

@@ -5,6 +5,10 @@ from __future__ import annotations
 import torch
 
 from portalm.backend import KVSpec, StepMeta
+from portalm.errors import Unsupported
+
+DTYPES = frozenset({"float32", "float16", "bfloat16"})
+"""What keys and values may be stored as."""
 
 
 def bytes_per_block(spec: KVSpec) -> int:
@@ -14,7 +18,12 @@ def bytes_per_block(spec: KVSpec) -> int:
 
 
 def allocate(spec: KVSpec, num_blocks: int) -> torch.Tensor:
-    """An uninitialised cache."""
+    """An uninitialised cache. Raises `Unsupported` for a dtype that is not claimed."""
+    if spec.dtype not in DTYPES:
+        raise Unsupported(
+            f"the reference backend stores keys and values as {', '.join(sorted(DTYPES))}, "
+            f"not {spec.dtype}"
+        )
     shape = (spec.num_layers, 2, num_blocks, spec.block_size, spec.num_kv_heads, spec.head_size)
     return torch.empty(shape, dtype=getattr(torch, spec.dtype))
 

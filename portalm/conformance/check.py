@@ -89,7 +89,7 @@ class Result:
 
     @property
     def name(self) -> str:
-        """check[case]"""
+        """Check and case: check[case]."""
         return _name(self.check, self.case)
 
 
@@ -105,7 +105,7 @@ class Item:
 
     @property
     def name(self) -> str:
-        """check[case]"""
+        """Check and case: check[case]."""
         return _name(self.check, self.case)
 
     def run(self, subject: Subject) -> Result:

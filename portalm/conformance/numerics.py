@@ -12,6 +12,8 @@ from portalm.conformance.check import CheckFailed
 
 FloatArray: TypeAlias = npt.NDArray[np.floating[Any]]
 
+F32Array: TypeAlias = npt.NDArray[np.float32]
+
 DTYPES = ("float32", "float16", "bfloat16")
 """Dtypes of weights and activations that a backend may claim."""
 

@@ -45,7 +45,8 @@ def attention(query: Array, key: Array, value: Array, spec: AttentionSpec) -> Ar
 
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
     """`x` [T, C] over its root mean square, times `weight` [C]."""
-    return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * weight
+    normed: Array = x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * weight
+    return normed
 
 
 def rope(x: Array, positions: npt.NDArray[np.int32], cos_sin: Array, is_interleaved: bool) -> Array:
@@ -58,7 +59,7 @@ def rope(x: Array, positions: npt.NDArray[np.int32], cos_sin: Array, is_interlea
         is_interleaved: pairs are neighbours; else the two halves of the rotary dimensions.
     """
     half = cos_sin.shape[1] // 2
-    out = x.copy()
+    out: Array = x.copy()
     for token, position in enumerate(positions):
         for pair in range(half):
             cos, sin = cos_sin[position, pair], cos_sin[position, half + pair]
@@ -83,7 +84,7 @@ def _sigmoid(x: Array) -> Array:
 
 def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
     """`x` [T, K] times `weight` [N, K] transposed, plus bias [N]: [T, N]."""
-    out = x @ weight.T
+    out: Array = x @ weight.T
     return out if bias is None else out + bias
 
 

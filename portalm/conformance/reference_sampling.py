@@ -21,8 +21,9 @@ _MASK = 0xFFFFFFFF
 def philox4x32_10(
     counter: tuple[int, int, int, int], key: tuple[int, int]
 ) -> tuple[int, int, int, int]:
-    """Four random words of 32 bits (Salmon et al. 2011, "Parallel random numbers: as easy as
-    1, 2, 3"; ten rounds).
+    """Four random words of 32 bits, by ten rounds.
+
+    Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key
@@ -99,7 +100,7 @@ def draw(row: Row) -> Draw:
 
 def _changed_logits(row: Row) -> Array:
     """Logits after penalties, bias and the allowed mask."""
-    scores = row.logits.copy()
+    scores: Array = row.logits.copy()
     for token in set(row.prompt_ids) | set(row.output_ids):
         scores[token] *= 1 / row.repetition if scores[token] > 0 else row.repetition
     for token in row.output_ids:
@@ -149,7 +150,8 @@ def _largest(scores: Array) -> tuple[int, float]:
 def logprobs(logits: Array) -> Array:
     """Natural logarithm of the softmax of raw logits: [V]."""
     shifted = logits - logits.max()
-    return shifted - math.log(float(np.sum(np.exp(shifted))))
+    result: Array = shifted - math.log(float(np.sum(np.exp(shifted))))
+    return result
 
 
 def rank(logits: Array, token_id: int) -> int:

@@ -95,6 +95,11 @@ class Subject:
             x = x.to(torch.float32)
         return np.array(self.backend.to_host(x).result())
 
+    @staticmethod
+    def get_dtype(name: str) -> torch.dtype:
+        """The torch dtype called `name`."""
+        return torch_dtype(name)
+
     # -- KV cache -----------------------------------------------------------------------------
 
     def nan_cache(self, spec: KVSpec, num_blocks: int) -> KV:

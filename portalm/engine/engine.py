@@ -82,6 +82,7 @@ class Engine:
             checkpoint.close()
         loaded = time.perf_counter()
 
+        self.attention_specs = model.attention_specs()
         self._spec = model.kv_spec(config.block_size, _kv_dtype(config, dtype))
         self._make_scheduler(model, dtype, max_model_len)
         kv = self.backend.kv_alloc(self._spec, self.scheduler.config.num_blocks)

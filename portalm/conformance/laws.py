@@ -1,0 +1,219 @@
+"""L2: what must hold bit for bit on one backend, whatever it computes."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import numpy as np
+
+from portalm.backend import KV, SampleOutput, StepInputs, StepMeta, Weights
+from portalm.conformance.cases import (
+    HEADS,
+    PAD,
+    AttentionRun,
+    Batch,
+    attention_problem,
+    batch_named,
+    step_meta,
+)
+from portalm.conformance.check import Check, CheckFailed, Named
+from portalm.conformance.numerics import NMSE_BOUND, FloatArray, require_close, require_equal
+from portalm.conformance.operations import run_sample, sample_params, sampling_rows
+from portalm.conformance.reference_sampling import Row
+from portalm.conformance.subject import Subject
+from portalm.errors import BackendError
+
+_GQA = HEADS[1]
+_BATCHES = tuple(Named(n) for n in ("decode", "mixed", "ragged", "long context"))
+
+
+def _problem(subject: Subject, name: str):  # type: ignore[no-untyped-def]
+    return attention_problem(subject, batch_named(name), _GQA, subject.dtype)
+
+
+def check_padding(subject: Subject, case: Named) -> None:
+    """Pad tokens, pad requests and pad blocks change nothing."""
+    problem = _problem(subject, case.name)
+    plain = AttentionRun(subject, problem).run()
+    padded = AttentionRun(subject, problem).run(PAD)
+    for a, b in zip(plain, padded, strict=True):
+        require_equal("with padding", b, a)
+
+
+def check_permutation(subject: Subject, case: Named) -> None:
+    """The same tokens in other physical blocks give the same."""
+    problem = _problem(subject, case.name)
+    one, other = (AttentionRun(subject, problem, layout_seed=s).run() for s in (1, 2))
+    for a, b in zip(one, other, strict=True):
+        require_equal("in other blocks", b, a)
+
+
+def check_chunks(subject: Subject, case: Named) -> float | None:
+    """A prompt in chunks gives what it gives whole."""
+    batch = Batch("whole", (70,), (70,))
+    problem = attention_problem(subject, batch, _GQA, subject.dtype)
+    [whole] = AttentionRun(subject, problem).run()
+    run = AttentionRun(subject, problem)
+    [chunk] = run.paged.chunks(batch.query_lens)
+    cuts = {"in the middle": (0, 33, 70), "token by token": tuple(range(71))}[case.name]
+    parts = [run.attend([replace(chunk, start=a, end=b)])[0] for a, b in itertools.pairwise(cuts)]
+    return _same(subject, "in chunks", np.concatenate(parts), whole)
+
+
+def check_alone(subject: Subject, case: Named) -> float | None:
+    """A request alone gives what it gives in a batch."""
+    problem = _problem(subject, case.name)
+    together = AttentionRun(subject, problem).run()
+    worst = 0.0
+    for i, expected in enumerate(together):
+        batch = Batch("alone", (problem.batch.query_lens[i],), (problem.batch.seq_lens[i],))
+        alone = replace(
+            problem,
+            batch=batch,
+            query=[problem.query[i]],
+            key=[problem.key[i]],
+            value=[problem.value[i]],
+        )
+        [actual] = AttentionRun(subject, alone).run()
+        worst = max(worst, _same(subject, f"request {i} alone", actual, expected) or 0.0)
+    return worst
+
+
+def check_linear_alone(subject: Subject, case: None) -> float | None:
+    """A row of a linear layer alone gives what it gives among others."""
+    rng = np.random.default_rng(3)
+    x = rng.standard_normal((37, 96)).astype(np.float32)
+    packed = subject.backend.pack(subject.put(rng.standard_normal((130, 96)), subject.dtype).cpu())
+    rows = subject.put(x, subject.dtype)
+    together = subject.get(subject.backend.linear(rows, packed))
+    worst = 0.0
+    for start, end in ((0, 1), (5, 8), (11, 30), (36, 37)):
+        part = subject.get(subject.backend.linear(rows[start:end], packed))
+        worst = max(worst, _same(subject, f"rows {start} to {end}", part, together[start:end]) or 0)
+    return worst
+
+
+def _same(subject: Subject, what: str, actual: FloatArray, expected: FloatArray) -> float | None:
+    """Bit for bit where batch_invariant is claimed; the NMSE elsewhere."""
+    if subject.has("batch_invariant"):
+        require_equal(what, actual, expected)
+        return None
+    return require_close(what, actual, expected, NMSE_BOUND[subject.dtype])
+
+
+def check_sample_alone(subject: Subject, case: Named) -> None:
+    """A row drawn alone gives what it gives in a batch."""
+    rows = sampling_rows(case.name, 12)
+    together = subject.get(run_sample(subject, rows).token_ids)
+    for i, row in enumerate(rows):
+        alone = subject.get(run_sample(subject, [row]).token_ids)
+        require_equal(f"row {i} alone", alone, together[i : i + 1])
+
+
+def check_export_import(subject: Subject, case: None) -> None:
+    """Blocks that go out and come back elsewhere are what they were, over all layers."""
+    problem = _problem(subject, "ragged")
+    spec = problem.kv_spec
+    rng = np.random.default_rng(5)
+    shape = (4, spec.num_layers, 2, spec.block_size, spec.num_kv_heads, spec.head_size)
+    kv = subject.nan_cache(spec, 10)
+    wire = subject.put(rng.standard_normal(shape)).cpu().to(subject.get_dtype(spec.dtype))
+    kv = subject.backend.kv_import(kv, subject.index([7, 2, 9, 4]), wire)
+    exported = subject.export(kv, [9, 7])
+    require_equal("export", exported, wire[[2, 0]].float().numpy())
+    if not np.isnan(subject.export(kv, [1, 3, 5, 6, 8])).all():
+        raise CheckFailed("kv_import wrote to blocks that it was not given")
+
+
+def check_copy(subject: Subject, case: None) -> None:
+    """kv_copy copies every layer of its blocks and no other."""
+    spec = _problem(subject, "ragged").kv_spec
+    rng = np.random.default_rng(6)
+    shape = (6, spec.num_layers, 2, spec.block_size, spec.num_kv_heads, spec.head_size)
+    wire = subject.put(rng.standard_normal(shape)).cpu().to(subject.get_dtype(spec.dtype))
+    kv = subject.backend.kv_import(subject.nan_cache(spec, 6), subject.index(range(6)), wire)
+    kv = subject.backend.kv_copy(kv, subject.index([1, 4]), subject.index([5, 2]))
+    expected = wire.clone()
+    expected[5], expected[2] = wire[1], wire[4]
+    require_equal("after kv_copy", subject.export(kv, range(6)), expected.float().numpy())
+
+
+# -- captured steps ---------------------------------------------------------------------------
+
+
+def _small_step(subject: Subject):  # type: ignore[no-untyped-def]
+    """A step of one layer of everything, its weights, cache and inputs."""
+    backend, dtype = subject.backend, subject.dtype
+    problem = _problem(subject, "ragged")
+    run = AttentionRun(subject, problem)
+    run.fill_context()
+    spec = problem.spec
+    rng = np.random.default_rng(9)
+    width = spec.num_heads * spec.head_size
+    weights: Weights = {
+        "embedding": subject.put(rng.standard_normal((120, width)), dtype),
+        "norm": subject.put(rng.standard_normal(width), dtype),
+        "head": backend.pack(subject.put(rng.standard_normal((120, width)) / 8, dtype).cpu()),
+    }
+    chunks = run.paged.chunks(problem.batch.query_lens)
+    meta: StepMeta = step_meta(subject, chunks, run.paged.block_size, [spec] * 3)
+    rows = [
+        Row(logits=np.zeros(120), seed=i, position=9, top_k=20)
+        for i in range(len(meta.logits_rows))
+    ]
+    inputs = StepInputs(
+        token_ids=subject.index(rng.integers(0, 120, len(meta.positions))),
+        meta=meta,
+        sample=sample_params(subject, rows),
+    )
+
+    def step(weights: Weights, kv: KV, inputs: StepInputs) -> tuple[KV, SampleOutput]:
+        x = backend.embed(inputs.token_ids, weights["embedding"])
+        x = backend.rms_norm(x, weights["norm"], 1e-5)
+        query = x.view(x.shape[0], spec.num_heads, spec.head_size)
+        key = query[:, : spec.num_kv_heads]
+        kv = backend.kv_write(kv, 1, key, key, inputs.meta)
+        attended = backend.attend(kv, 1, query, inputs.meta, spec).view(x.shape)
+        last = backend.take_rows(attended, inputs.meta.logits_rows)
+        return kv, backend.sample(backend.logits(last, weights["head"]), inputs.sample)
+
+    return step, weights, run.kv, inputs
+
+
+def check_compiled(subject: Subject, case: None) -> None:
+    """A captured step draws what the step itself draws, again and again."""
+    step, weights, kv, inputs = _small_step(subject)
+    kv, eager = step(weights, kv, inputs)
+    expected = subject.get(eager.token_ids).copy()
+    captured = subject.backend.compile(step, inputs.meta.bucket, inputs)
+    for _ in range(3):
+        kv, out = captured(weights, kv, inputs)
+        require_equal("the captured step", subject.get(out.token_ids), expected)
+
+
+def check_seal(subject: Subject, case: None) -> None:
+    """Within seal() a new capture is refused, after it it is not."""
+    step, _, _, inputs = _small_step(subject)
+    with subject.backend.seal():
+        try:
+            subject.backend.compile(step, inputs.meta.bucket, inputs)
+        except BackendError:
+            pass
+        else:
+            raise CheckFailed("a step was captured while the backend was sealed")
+    subject.backend.compile(step, inputs.meta.bucket, inputs)
+
+
+CHECKS = (
+    Check("L2", "padding", check_padding, _BATCHES),
+    Check("L2", "block permutation", check_permutation, _BATCHES),
+    Check("L2", "chunked prefill", check_chunks, (Named("in the middle"), Named("token by token"))),
+    Check("L2", "alone or in a batch", check_alone, _BATCHES),
+    Check("L2", "linear rows alone", check_linear_alone),
+    Check("L2", "sampling alone", check_sample_alone, (Named("mixed"), Named("all filters"))),
+    Check("L2", "export and import", check_export_import),
+    Check("L2", "copy", check_copy),
+    Check("L2", "captured step", check_compiled),
+    Check("L2", "seal", check_seal),
+)

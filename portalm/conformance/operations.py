@@ -1,0 +1,499 @@
+"""L0 and L1: claims hold, what is not claimed is refused, operations are what they mean."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from portalm.backend import KVSpec, LogitBias, Penalties, SampleOutput, SampleParams
+from portalm.conformance import reference, reference_sampling
+from portalm.conformance.cases import (
+    BATCHES,
+    HEADS,
+    AttentionProblem,
+    AttentionRun,
+    Batch,
+    Heads,
+    attention_problem,
+    batch_named,
+)
+from portalm.conformance.check import Check, CheckFailed, Named, NotClaimed
+from portalm.conformance.numerics import (
+    DTYPES,
+    NMSE_BOUND,
+    F32Array,
+    require_close,
+    require_equal,
+    rounded,
+)
+from portalm.conformance.reference_sampling import Row
+from portalm.conformance.subject import Subject
+
+_GQA = HEADS[1]
+_NEAR = 1e-4
+"""A draw whose closest comparison is nearer than this may go either way in float32."""
+
+
+@dataclass(frozen=True, slots=True)
+class Attend:
+    """A batch, a head layout and what else a case of attention varies."""
+
+    batch: Batch
+    heads: Heads
+    dtype: str
+    head_size: int | None = None
+    block_size: int | None = None
+    kv_dtype: str | None = None
+    sliding_window: int | None = None
+    soft_cap: float | None = None
+
+    @property
+    def name(self) -> str:
+        """All that differs from the usual."""
+        parts = [self.batch.name, self.heads.name, self.dtype]
+        for label, value in (
+            ("head", self.head_size),
+            ("block", self.block_size),
+            ("kv", self.kv_dtype),
+            ("window", self.sliding_window),
+            ("cap", self.soft_cap),
+        ):
+            if value is not None:
+                parts.append(f"{label} {value}")
+        return ", ".join(parts)
+
+    def problem(self, subject: Subject) -> AttentionProblem:
+        """The inputs; `NotClaimed` for what the backend does not claim."""
+        claims = subject.claims
+        subject.needs_dtype(self.dtype)
+        for value, claimed, what in (
+            (self.head_size, claims.head_sizes, "head size"),
+            (self.block_size, claims.block_sizes, "block size"),
+            (self.kv_dtype, claims.kv_dtypes, "KV dtype"),
+        ):
+            if value is not None and claimed is not None and value not in claimed:
+                raise NotClaimed(f"{what} {value}")
+        if self.sliding_window is not None:
+            subject.needs_feature("sliding_window")
+        if self.soft_cap is not None:
+            subject.needs_feature("soft_cap")
+        return attention_problem(
+            subject,
+            self.batch,
+            self.heads,
+            self.dtype,
+            head_size=self.head_size,
+            block_size=self.block_size,
+            kv_dtype=self.kv_dtype,
+            sliding_window=self.sliding_window,
+            soft_cap=self.soft_cap,
+        )
+
+
+def check_attend(subject: Subject, case: Attend) -> float:
+    """Write the context, attend, compare with plain loops."""
+    problem = case.problem(subject)
+    actual = AttentionRun(subject, problem).run()
+    expected = [
+        reference.attention(
+            q.astype(np.float64), k.astype(np.float64), v.astype(np.float64), problem.spec
+        )
+        for q, k, v in zip(problem.query, problem.key, problem.value, strict=True)
+    ]
+    kv_bound = NMSE_BOUND.get(problem.kv_spec.dtype, 1e-4)
+    bound = max(NMSE_BOUND[case.dtype], kv_bound if case.kv_dtype else 0.0)
+    return require_close("attention", np.concatenate(actual), np.concatenate(expected), bound)
+
+
+def attend_cases() -> list[Attend]:
+    """Batches by dtype, head layouts, sizes and features."""
+    mixed = batch_named("mixed")
+    cases = [Attend(batch, _GQA, dtype) for dtype in DTYPES for batch in BATCHES]
+    cases += [Attend(mixed, heads, DTYPES[0]) for heads in HEADS]
+    cases += [Attend(mixed, _GQA, DTYPES[0], head_size=size) for size in (16, 80, 96, 128, 256)]
+    cases += [Attend(mixed, _GQA, DTYPES[0], block_size=size) for size in (8, 32, 64, 128)]
+    cases += [Attend(mixed, _GQA, DTYPES[0], kv_dtype=dtype) for dtype in DTYPES[1:]]
+    long = batch_named("long context")
+    cases += [
+        Attend(batch, _GQA, DTYPES[0], sliding_window=w)
+        for batch in (mixed, long)
+        for w in (1, 7, 100)
+    ]
+    cases += [Attend(batch, _GQA, DTYPES[0], soft_cap=2.0) for batch in (mixed, long)]
+    return cases
+
+
+# -- L0 ---------------------------------------------------------------------------------------
+
+
+def check_unclaimed_is_refused(subject: Subject, case: Named) -> None:
+    """A KV cache of a shape that is not claimed raises `Unsupported`."""
+    claims = subject.claims
+    usual = KVSpec(
+        num_layers=1,
+        num_kv_heads=2,
+        head_size=subject.head_size,
+        block_size=subject.block_size,
+        dtype=subject.kv_dtype(subject.dtype),
+    )
+    claimed: frozenset[int] | frozenset[str] | None
+    claimed, value, shape = {
+        "head size": (claims.head_sizes, 60, replace(usual, head_size=60)),
+        "block size": (claims.block_sizes, 12, replace(usual, block_size=12)),
+        "KV dtype": (claims.kv_dtypes, "float8_e5m2", replace(usual, dtype="float8_e5m2")),
+    }[case.name]
+    if claimed is None or value in claimed:
+        return
+    with contextlib.suppress(NotClaimed):
+        subject.must_refuse(f"{case.name} {value}", lambda: subject.backend.kv_alloc(shape, 4))
+
+
+def check_memory_and_probe(subject: Subject, case: None) -> None:
+    """The device answers and its memory figures make sense."""
+    subject.backend.probe(30.0)
+    memory = subject.backend.memory()
+    if not 0 < memory.free <= memory.total:
+        raise CheckFailed(f"memory: {memory.free} bytes free of {memory.total}")
+
+
+def check_round_trip(subject: Subject, case: Named) -> None:
+    """What goes to the device comes back, for every dtype that steps use."""
+    host = np.arange(-6, 6).reshape(3, 4).astype(case.name)
+    require_equal("to_device, to_host", subject.get(subject.backend.to_device(host)), host)
+
+
+# -- L1: layers -------------------------------------------------------------------------------
+
+
+def _random(shape: tuple[int, ...], dtype: str, seed: int, scale: float = 1.0) -> F32Array:
+    return rounded(np.random.default_rng(seed).standard_normal(shape) * scale, dtype)
+
+
+def check_linear(subject: Subject, case: Named) -> float:
+    """Rows, widths and a bias around tile sizes."""
+    subject.needs_dtype(case.name)
+    worst = 0.0
+    for i, (rows, n, k) in enumerate(((1, 64, 64), (3, 7, 65), (17, 130, 96), (64, 33, 256))):
+        x, w = _random((rows, k), case.name, i), _random((n, k), case.name, i + 50)
+        bias = _random((n,), case.name, i + 99)
+        packed = subject.backend.pack(subject.put(w, case.name).cpu())
+        out = subject.backend.linear(
+            subject.put(x, case.name), packed, subject.put(bias, case.name)
+        )
+        expected = reference.linear(*(a.astype(np.float64) for a in (x, w, bias)))
+        error = require_close(
+            f"linear {rows} x {n} x {k}", subject.get(out), expected, NMSE_BOUND[case.name]
+        )
+        worst = max(worst, error)
+    return worst
+
+
+def check_logits(subject: Subject, case: Named) -> float:
+    """float32 out, whatever goes in, and more precise than the dtype."""
+    subject.needs_dtype(case.name)
+    x, w = _random((5, 96), case.name, 1), _random((301, 96), case.name, 2)
+    packed = subject.backend.pack(subject.put(w, case.name).cpu())
+    out = subject.backend.logits(subject.put(x, case.name), packed)
+    if out.dtype != torch.float32:
+        raise CheckFailed(f"logits are {out.dtype}, float32 is asked for")
+    expected = reference.linear(x.astype(np.float64), w.astype(np.float64))
+    return require_close("logits", subject.get(out), expected, NMSE_BOUND["float32"])
+
+
+def check_norms(subject: Subject, case: Named) -> float:
+    """rms_norm, and add_rms_norm with its sum rounded once."""
+    subject.needs_dtype(case.name)
+    x, residual = _random((7, 72), case.name, 1, 3.0), _random((7, 72), case.name, 2)
+    weight = _random((72,), case.name, 3)
+
+    def put(a: F32Array) -> torch.Tensor:
+        return subject.put(a, case.name)
+
+    bound = NMSE_BOUND[case.name]
+    normed = subject.get(subject.backend.rms_norm(put(x), put(weight), 1e-5))
+    expected = reference.rms_norm(x.astype(np.float64), weight.astype(np.float64), 1e-5)
+    first = require_close("rms_norm", normed, expected, bound)
+    out, total = subject.backend.add_rms_norm(put(x), put(residual), put(weight), 1e-5)
+    summed = rounded(x + residual, case.name)
+    require_equal("add_rms_norm's sum", subject.get(total), summed)
+    expected = reference.rms_norm(summed.astype(np.float64), weight.astype(np.float64), 1e-5)
+    return max(first, require_close("add_rms_norm", subject.get(out), expected, bound))
+
+
+def check_silu_mul(subject: Subject, case: Named) -> float:
+    """Large values of both signs included."""
+    subject.needs_dtype(case.name)
+    gate_up = _random((5, 2 * 41), case.name, 1, 4.0)
+    gate_up[0, :2] = (-90.0, 90.0)
+    out = subject.get(subject.backend.silu_mul(subject.put(gate_up, case.name)))
+    return require_close(
+        "silu_mul", out, reference.silu_mul(gate_up.astype(np.float64)), NMSE_BOUND[case.name]
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Rope:
+    """How many dimensions rotate, and how pairs lie."""
+
+    dtype: str
+    rotary_dim: int
+    is_interleaved: bool
+
+    @property
+    def name(self) -> str:
+        """All of it."""
+        kind = "interleaved" if self.is_interleaved else "halves"
+        return f"{self.dtype}, {self.rotary_dim} of 64, {kind}"
+
+
+def check_rope(subject: Subject, case: Rope) -> float:
+    """Query and key, positions out of order."""
+    subject.needs_dtype(case.dtype)
+    query, key = _random((6, 4, 64), case.dtype, 1), _random((6, 2, 64), case.dtype, 2)
+    table = reference.rope_table(128, case.rotary_dim, 10_000.0).astype(np.float32)
+    positions = np.array([0, 1, 77, 5, 5, 127], np.int32)
+    rotated = subject.backend.rope(
+        subject.put(query, case.dtype),
+        subject.put(key, case.dtype),
+        subject.index(positions),
+        subject.put(table),
+        is_interleaved=case.is_interleaved,
+    )
+    return max(
+        require_close(
+            "rope",
+            subject.get(actual),
+            reference.rope(
+                x.astype(np.float64), positions, table.astype(np.float64), case.is_interleaved
+            ),
+            NMSE_BOUND[case.dtype],
+        )
+        for x, actual in zip((query, key), rotated, strict=True)
+    )
+
+
+def check_rows(subject: Subject, case: Named) -> None:
+    """embed and take_rows copy rows as they are."""
+    subject.needs_dtype(case.name)
+    table, rows = _random((50, 40), case.name, 1), np.array([0, 49, 7, 7], np.int32)
+    for operation in (
+        subject.backend.embed(subject.index(rows), subject.put(table, case.name)),
+        subject.backend.take_rows(subject.put(table, case.name), subject.index(rows)),
+    ):
+        require_equal("rows", subject.get(operation), table[rows])
+
+
+# -- L1: sampling -----------------------------------------------------------------------------
+
+
+def sample_params(
+    subject: Subject, rows: list[Row], num_logprobs: int | None = None
+) -> SampleParams:
+    """`rows` as the device gets them."""
+
+    def column(values: list[float] | list[int], dtype: type) -> torch.Tensor:
+        return subject.backend.to_device(np.array(values, dtype))
+
+    def padded(lists: list[tuple[int, ...]]) -> torch.Tensor:
+        width = max(1, *(len(one) for one in lists))
+        return column([[*one, *[-1] * (width - len(one))] for one in lists], np.int32)  # type: ignore[arg-type]
+
+    vocab = len(rows[0].logits)
+    has_penalties = any(r.presence or r.frequency or r.repetition != 1.0 for r in rows)
+    bias = [(i, token, value) for i, r in enumerate(rows) for token, value in r.bias]
+    allowed = None
+    if any(r.allowed is not None for r in rows):
+        mask = np.zeros((len(rows), -(-vocab // 32)), np.uint32)
+        for i, row in enumerate(rows):
+            for token in range(vocab) if row.allowed is None else row.allowed:
+                mask[i, token // 32] |= np.uint32(1) << np.uint32(token % 32)
+        allowed = subject.backend.to_device(mask.view(np.int32))
+    return SampleParams(
+        temperature=column([r.temperature for r in rows], np.float32),
+        top_k=column([r.top_k for r in rows], np.int32),
+        top_p=column([r.top_p for r in rows], np.float32),
+        min_p=column([r.min_p for r in rows], np.float32),
+        seed=column([r.seed for r in rows], np.int64),
+        position=column([r.position for r in rows], np.int64),
+        is_greedy=all(r.temperature == 0 for r in rows),
+        has_filters=any(r.top_k or r.top_p < 1 or r.min_p for r in rows),
+        penalties=Penalties(
+            prompt_ids=padded([r.prompt_ids for r in rows]),
+            output_ids=padded([r.output_ids for r in rows]),
+            presence=column([r.presence for r in rows], np.float32),
+            frequency=column([r.frequency for r in rows], np.float32),
+            repetition=column([r.repetition for r in rows], np.float32),
+        )
+        if has_penalties
+        else None,
+        bias=LogitBias(
+            rows=column([b[0] for b in bias], np.int32),
+            token_ids=column([b[1] for b in bias], np.int32),
+            values=column([b[2] for b in bias], np.float32),
+        )
+        if bias
+        else None,
+        allowed=allowed,
+        targets=column([r.target for r in rows], np.int32)
+        if any(r.target >= 0 for r in rows)
+        else None,
+        num_logprobs=num_logprobs,
+    )
+
+
+def run_sample(subject: Subject, rows: list[Row], num_logprobs: int | None = None) -> SampleOutput:
+    """Draw from all rows in one call."""
+    logits = subject.put(np.stack([r.logits for r in rows]).astype(np.float32))
+    return subject.backend.sample(logits, sample_params(subject, rows, num_logprobs))
+
+
+def sampling_rows(kind: str, count: int = 24, vocab: int = 203) -> list[Row]:
+    """Random rows of one kind."""
+    rng = np.random.default_rng(sum(map(ord, kind)))
+    rows = []
+    for i in range(count):
+        logits = (rng.standard_normal(vocab) * 2).astype(np.float32).astype(np.float64)
+        ids = tuple(int(x) for x in np.argsort(-logits)[:9])  # the likely ones: it must show
+        kinds: dict[str, Any] = {
+            "greedy": {"temperature": 0.0},
+            "temperature": {"temperature": float(np.float32(0.3 + i / 10))},
+            "top_k": {"top_k": 1 + i % 7},
+            "top_p": {"top_p": float(np.float32(0.05 + 0.9 * i / count))},
+            "min_p": {"min_p": float(np.float32(0.02 + i / 50))},
+            "all filters": {"top_k": 5 + i, "top_p": 0.75, "min_p": 0.015625, "temperature": 0.75},
+            "penalties": {
+                "temperature": float(i % 2),
+                "presence": 0.5,
+                "frequency": 0.25,
+                "repetition": 1.25,
+                "prompt_ids": ids[:4],
+                "output_ids": ids[2:] + ids[3:5],
+            },
+            "bias": {"bias": ((ids[0], 3.0), (ids[1], -np.inf), (ids[0], 1.0)), "temperature": 0.0},
+            "allowed": {"allowed": frozenset(ids)},
+            "targets": {"target": ids[0] if i % 2 else -1},
+            "mixed": [
+                {"temperature": 0.0},
+                {"top_k": 3},
+                {"allowed": frozenset(ids), "temperature": 0.5},
+                {"presence": 1.5, "output_ids": ids},
+            ][i % 4],
+        }
+        options: dict[str, Any] = kinds[kind]
+        seed = int(rng.integers(-(2**62), 2**62))
+        rows.append(Row(logits=logits, seed=seed, position=int(rng.integers(0, 2**33)), **options))
+    return rows
+
+
+SAMPLING_KINDS = (
+    "greedy", "temperature", "top_k", "top_p", "min_p", "all filters", "penalties", "bias",
+    "allowed", "targets", "mixed",
+)  # fmt: skip
+
+
+def check_sample(subject: Subject, case: Named) -> None:
+    """The same integers as the reference, wherever float32 can tell."""
+    rows = sampling_rows(case.name)
+    actual = subject.get(run_sample(subject, rows).token_ids)
+    num_clear = 0
+    for i, row in enumerate(rows):
+        expected = reference_sampling.draw(row)
+        if expected.margin < _NEAR:
+            continue
+        num_clear += 1
+        if int(actual[i]) != expected.token_id:
+            raise CheckFailed(
+                f"row {i} of {case.name}: drew {int(actual[i])}, expected {expected.token_id} "
+                f"(margin {expected.margin:.3g})"
+            )
+    if num_clear < len(rows) // 2:
+        raise CheckFailed(f"{num_clear} of {len(rows)} rows are clear: the case shows too little")
+
+
+def check_ties(subject: Subject, case: None) -> None:
+    """The lowest id wins a tie, and a threshold keeps its ties."""
+    logits = np.zeros(70)
+    logits[[11, 40, 66]] = 5.0
+    logits[[20, 30]] = 4.0
+    greedy = subject.get(run_sample(subject, [Row(logits=logits, temperature=0.0)]).token_ids)
+    require_equal("a tie", greedy, np.array([11], np.int32))
+    filters: tuple[dict[str, Any], ...] = ({"top_k": 1}, {"top_k": 2}, {"top_p": 0.1})
+    for options in filters:
+        rows = [Row(logits=logits, seed=s, **options) for s in range(60)]
+        drawn = {int(x) for x in subject.get(run_sample(subject, rows).token_ids)}
+        if drawn != {11, 40, 66}:
+            raise CheckFailed(f"{options} over three tied tokens drew {sorted(drawn)}")
+
+
+def check_broken_rows(subject: Subject, case: None) -> None:
+    """A row with a NaN, or with nothing that may be drawn, gives -1; the others are drawn."""
+    good = np.arange(40, dtype=np.float64)
+    nan = good.copy()
+    nan[3] = np.nan
+    for temperature in (0.0, 1.0):
+        rows = [
+            Row(logits=good, temperature=temperature, top_k=1),
+            Row(logits=nan, temperature=temperature),
+            Row(logits=np.full(40, -np.inf), temperature=temperature),
+        ]
+        drawn = subject.get(run_sample(subject, rows).token_ids)
+        require_equal("broken rows", drawn, np.array([39, -1, -1], np.int32))
+
+
+def check_logprobs(subject: Subject, case: None) -> float:
+    """Of the raw logits, with ranks and the most likely tokens."""
+    rows = sampling_rows("penalties", 6) + sampling_rows("targets", 6)
+    out = run_sample(subject, rows, num_logprobs=4)
+    if out.logprobs is None or out.ranks is None or out.top_ids is None or out.top_logprobs is None:
+        raise CheckFailed("logprobs were asked for and are not there")
+    ids, ranks = subject.get(out.token_ids), subject.get(out.ranks)
+    expected = [reference_sampling.logprobs(r.logits) for r in rows]
+    for i, row in enumerate(rows):
+        if int(ranks[i]) != reference_sampling.rank(row.logits, int(ids[i])):
+            raise CheckFailed(f"rank {int(ranks[i])} of row {i}")
+        require_equal(
+            "top ids",
+            subject.get(out.top_ids)[i],
+            np.array(reference_sampling.top(row.logits, 4), np.int32),
+        )
+    chosen = np.array([e[int(t)] for e, t in zip(expected, ids, strict=True)])
+    return require_close("logprobs", subject.get(out.logprobs), chosen, NMSE_BOUND["float32"])
+
+
+def check_distribution(subject: Subject, case: None) -> None:
+    """Draws follow the softmax: chi-square over 4,000 seeds."""
+    logits = np.array([0.0, 1.0, 2.0, -1.0, 0.5])
+    rows = [Row(logits=logits, seed=s, position=s % 7) for s in range(4000)]
+    drawn = np.bincount(subject.get(run_sample(subject, rows).token_ids), minlength=5)
+    probs = np.exp(logits) / np.exp(logits).sum()
+    statistic = float((np.square(drawn - 4000 * probs) / (4000 * probs)).sum())
+    if statistic > 23.5:  # 4 degrees of freedom: one in 10,000
+        raise CheckFailed(f"chi-square {statistic:.1f} of {drawn.tolist()}")
+
+
+_DTYPE_CASES = tuple(Named(d) for d in DTYPES)
+
+CHECKS = (
+    Check("L0", "unclaimed shapes are refused", check_unclaimed_is_refused,
+          (Named("head size"), Named("block size"), Named("KV dtype"))),
+    Check("L0", "the device answers", check_memory_and_probe),
+    Check("L0", "host round trip", check_round_trip,
+          (Named("int32"), Named("float32"), Named("int64"))),
+    Check("L1", "attend", check_attend, attend_cases()),
+    Check("L1", "linear", check_linear, _DTYPE_CASES),
+    Check("L1", "logits", check_logits, _DTYPE_CASES),
+    Check("L1", "rms_norm", check_norms, _DTYPE_CASES),
+    Check("L1", "silu_mul", check_silu_mul, _DTYPE_CASES),
+    Check("L1", "rope", check_rope,
+          tuple(Rope(d, n, i) for d in DTYPES for n in (64, 32) for i in (False, True))),
+    Check("L1", "embed and take_rows", check_rows, _DTYPE_CASES),
+    Check("L1", "sample", check_sample, tuple(Named(k) for k in SAMPLING_KINDS)),
+    Check("L1", "ties", check_ties),
+    Check("L1", "broken rows", check_broken_rows),
+    Check("L1", "logprobs", check_logprobs),
+    Check("L1", "distribution", check_distribution),
+)  # fmt: skip

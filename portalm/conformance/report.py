@@ -1,0 +1,82 @@
+"""What came of a run: a table to read, JSON to keep, Markdown for the support matrix."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from portalm import __version__
+from portalm.backend import Backend
+from portalm.conformance.check import LEVELS, Result
+
+
+def counts(results: Sequence[Result]) -> dict[str, dict[str, int]]:
+    """By level: how many passed, failed or are not claimed."""
+    found: dict[str, dict[str, int]] = {}
+    for result in results:
+        level = found.setdefault(result.level, {"pass": 0, "fail": 0, "unsupported": 0})
+        level[result.status] += 1
+    return found
+
+
+def as_table(device: str, results: Sequence[Result]) -> str:
+    """A line a level, then every failure with its numbers."""
+    lines = [
+        f"conformance of {device}",
+        f"{'level':<36}{'pass':>6}{'fail':>6}{'not claimed':>13}{'seconds':>9}",
+    ]
+    for level, count in counts(results).items():
+        seconds = sum(r.seconds for r in results if r.level == level)
+        lines.append(
+            f"{level + ' ' + LEVELS[level]:<36}{count['pass']:>6}{count['fail']:>6}"
+            f"{count['unsupported']:>13}{seconds:>9.1f}"
+        )
+    lines += [
+        f"\nFAILED {result.level} {result.name}\n  {result.message}"
+        for result in results
+        if result.status == "fail"
+    ]
+    return "\n".join(lines)
+
+
+def as_json(backend: Backend, results: Sequence[Result]) -> str:
+    """Everything, for the record."""
+    claims = asdict(backend.capabilities)
+    for name, value in claims.items():
+        if isinstance(value, frozenset):
+            claims[name] = sorted(value)
+    record: dict[str, Any] = {
+        "portalm": __version__,
+        "device": backend.name,
+        "summary": backend.find().summary,
+        "capabilities": claims,
+        "counts": counts(results),
+        "results": [asdict(result) for result in results],
+    }
+    return json.dumps(record, indent=1) + "\n"
+
+
+def as_markdown(records: Sequence[dict[str, Any]]) -> str:
+    """The support matrix: a row for each record that `as_json` wrote."""
+    levels = list(LEVELS)
+    lines = [
+        "| device | dtypes | features | " + " | ".join(levels) + " | checked on |",
+        "|---|---|---|" + "---|" * (len(levels) + 1),
+    ]
+    for record in records:
+        claims = record["capabilities"]
+        cells = []
+        for level in levels:
+            count = record["counts"].get(level)
+            cells.append(
+                "not run"
+                if count is None
+                else f"{count['pass']} of {count['pass'] + count['fail']}"
+            )
+        lines.append(
+            f"| {record['device']} | {', '.join(claims['dtypes'])} | "
+            f"{', '.join(claims['features']) or '-'} | {' | '.join(cells)} | {record['summary']} |"
+        )
+    return "\n".join(lines) + "\n"

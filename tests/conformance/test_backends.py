@@ -1,0 +1,69 @@
+"""The kit on the backends that come with PortaLM. A device that is here and fails is a failure."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from portalm.backend import load_backend
+from portalm.cli.main import main
+from portalm.conformance.check import Item
+from portalm.conformance.kit import all_items, run_kit
+from portalm.conformance.report import as_json, as_markdown
+from portalm.conformance.subject import Subject
+
+ITEMS = all_items()
+
+
+@pytest.fixture(scope="module", params=["reference", "cpu"])
+def subject(request: pytest.FixtureRequest) -> Subject:
+    return Subject(load_backend(request.param))
+
+
+@pytest.mark.parametrize("item", ITEMS, ids=[f"{i.level} {i.name}" for i in ITEMS])
+def test_conforms(subject: Subject, item: Item) -> None:
+    result = item.run(subject)
+
+    assert result.status == "pass", result.message
+
+
+def test_the_command_writes_what_it_found(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "found.json"
+
+    status = main(["conformance", "--device", "reference", "--level", "L0", "--json", str(path)])
+
+    assert status == 0
+    assert "L0 claims" in capsys.readouterr().out
+    record = json.loads(path.read_text())
+    assert record["counts"]["L0"]["fail"] == 0
+    assert "| reference |" in as_markdown([record])
+
+
+def test_an_unknown_level_names_those_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["conformance", "--device", "reference", "--level", "L9"]) == 2
+    assert "L0, L1, L2, L3, L4" in capsys.readouterr().err
+
+
+def test_a_backend_elsewhere_runs_it_under_pytest() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "portalm.conformance.plugin"]
+    command += ["--portalm-device", "reference", "--portalm-level", "L0", "--noconftest"]
+    command += ["-c", "/dev/null", "--pyargs", "portalm.conformance.test_kit"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout
+
+
+def test_what_was_found_becomes_json() -> None:
+    backend = load_backend("reference")
+
+    record = json.loads(as_json(backend, run_kit(backend, levels=["L0"])))
+
+    assert record["device"] == "reference"
+    assert all(result["status"] == "pass" for result in record["results"])

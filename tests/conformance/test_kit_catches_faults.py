@@ -1,0 +1,218 @@
+"""Backends with a planted fault: the kit must catch each, and pass the clean one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from portalm.conformance.kit import run_kit
+from portalm_backends.portable import philox
+from portalm_backends.reference import attention
+from portalm_backends.reference.backend import ReferenceBackend
+
+
+class SlotOffByOne(ReferenceBackend):
+    def kv_write(self, kv, layer, key, value, meta):
+        last = kv.shape[2] * kv.shape[3] - 1
+        slots = (meta.slot_mapping + 1).clamp(max=last)
+        return super().kv_write(kv, layer, key, value, replace(meta, slot_mapping=slots))
+
+
+class SeqLenOffByOne(ReferenceBackend):
+    def attend(self, kv, layer, query, meta, spec):
+        shorter = meta.host_seq_lens.copy()
+        shorter[shorter > 1] -= 1
+        return super().attend(kv, layer, query, replace(meta, host_seq_lens=shorter), spec)
+
+
+class NoCausalMask(ReferenceBackend):
+    """Every token sees the whole context: as if each were the last of its request."""
+
+    def attend(self, kv, layer, query, meta, spec):
+        out = torch.zeros_like(query)
+        loc = meta.host_query_start_loc
+        for i in range(len(meta.host_seq_lens)):
+            one = replace(
+                meta,
+                host_query_start_loc=np.array([0, 1]),
+                host_seq_lens=meta.host_seq_lens[i : i + 1],
+                block_table=meta.block_table[i : i + 1],
+            )
+            for token in range(loc[i], loc[i + 1]):
+                out[token] = super().attend(kv, layer, query[token : token + 1], one, spec)[0]
+        return out
+
+
+class WindowOffByOne(ReferenceBackend):
+    def attend(self, kv, layer, query, meta, spec):
+        if spec.sliding_window is not None:
+            spec = replace(spec, sliding_window=spec.sliding_window + 1)
+        return super().attend(kv, layer, query, meta, spec)
+
+
+class NoSoftCap(ReferenceBackend):
+    def attend(self, kv, layer, query, meta, spec):
+        return super().attend(kv, layer, query, meta, replace(spec, soft_cap=None))
+
+
+class MaskByMultiplying(ReferenceBackend):
+    """Reads whole blocks and multiplies the dead slots away: 0 * NaN is NaN."""
+
+    def attend(self, kv, layer, query, meta, spec):
+        out = super().attend(kv, layer, query, meta, spec)
+        for i, seq_len in enumerate(meta.host_seq_lens.tolist()):
+            if seq_len % kv.shape[3]:
+                block = int(meta.block_table[i, (seq_len - 1) // kv.shape[3]])
+                dead = kv[layer, 1, block, seq_len % kv.shape[3] :].float().sum()
+                start, end = meta.host_query_start_loc[i : i + 2]
+                out[start:end] += (dead * 0).to(out.dtype)
+        return out
+
+
+class SwappedGroups(ReferenceBackend):
+    def attend(self, kv, layer, query, meta, spec):
+        group = spec.num_heads // spec.num_kv_heads
+        order = torch.arange(spec.num_heads).view(spec.num_kv_heads, group).T.flatten()
+        out = super().attend(kv, layer, query[:, order], meta, spec)
+        return out[:, torch.argsort(order)]
+
+
+class RopeOffByOne(ReferenceBackend):
+    def rope(self, query, key, positions, cos_sin, *, is_interleaved):
+        shifted = (positions + 1).clamp(max=len(cos_sin) - 1)
+        return super().rope(query, key, shifted, cos_sin, is_interleaved=is_interleaved)
+
+
+class RopeKeyForgotten(ReferenceBackend):
+    def rope(self, query, key, positions, cos_sin, *, is_interleaved):
+        rotated, _ = super().rope(query, key, positions, cos_sin, is_interleaved=is_interleaved)
+        return rotated, key
+
+
+class TiesToHighestId(ReferenceBackend):
+    def sample(self, logits, params):
+        out = super().sample(logits, params)
+        if params.is_greedy:
+            best = logits == logits.amax(dim=-1, keepdim=True)
+            ids = torch.where(best, torch.arange(logits.shape[1]), -1).amax(dim=-1)
+            out.token_ids = ids.to(torch.int32)
+        return out
+
+
+class SeedIgnored(ReferenceBackend):
+    def sample(self, logits, params):
+        return super().sample(logits, replace(params, seed=torch.zeros_like(params.seed)))
+
+
+class TopPOffByOne(ReferenceBackend):
+    def sample(self, logits, params):
+        return super().sample(logits, replace(params, top_p=params.top_p * 0.9))
+
+
+class PenaltyOfPrompt(ReferenceBackend):
+    def sample(self, logits, params):
+        if params.penalties is not None:
+            both = torch.cat([params.penalties.prompt_ids, params.penalties.output_ids], dim=1)
+            params = replace(params, penalties=replace(params.penalties, output_ids=both))
+        return super().sample(logits, params)
+
+
+class CopyMissesALayer(ReferenceBackend):
+    def kv_copy(self, kv, src, dst):
+        kv[1:, :, dst.long()] = kv[1:, :, src.long()]
+        return kv
+
+
+class EpsForgotten(ReferenceBackend):
+    def rms_norm(self, x, weight, eps):
+        return super().rms_norm(x, weight, 0.1)
+
+
+class ResidualUnrounded(ReferenceBackend):
+    def add_rms_norm(self, x, residual, weight, eps):
+        out, total = super().add_rms_norm(x, residual, weight, eps)
+        return out, total + residual * 1e-3
+
+
+class LogitsInTheDtype(ReferenceBackend):
+    def logits(self, x, weight):
+        return torch.nn.functional.linear(x.bfloat16(), weight.bfloat16()).float()
+
+
+class SealForgotten(ReferenceBackend):
+    def compile(self, fn, bucket, example):
+        return fn
+
+
+class Float16Inside(ReferenceBackend):
+    def linear(self, x, weight, bias=None):
+        return (
+            super()
+            .linear(x.half(), weight.half(), None if bias is None else bias.half())
+            .to(x.dtype)
+        )
+
+
+FAULTS = {  # and where it must show
+    SlotOffByOne: "attend",
+    SeqLenOffByOne: "attend",
+    NoCausalMask: "attend",
+    WindowOffByOne: "window",
+    NoSoftCap: "cap",
+    MaskByMultiplying: "attend",
+    SwappedGroups: "gqa",
+    RopeOffByOne: "rope",
+    RopeKeyForgotten: "rope",
+    TiesToHighestId: "ties",
+    SeedIgnored: "sample",
+    TopPOffByOne: "sample[top_p]",
+    PenaltyOfPrompt: "sample[penalties]",
+    CopyMissesALayer: "copy",
+    EpsForgotten: "rms_norm",
+    ResidualUnrounded: "rms_norm",
+    LogitsInTheDtype: "logits",
+    SealForgotten: "seal",
+    Float16Inside: "linear",
+}
+
+
+def failures(backend: ReferenceBackend, pattern: str = "") -> list[str]:
+    results = run_kit(backend, levels=["L0", "L1", "L2"], pattern=pattern)
+    assert results, f"no check is called {pattern}"
+    return [result.name for result in results if result.status == "fail"]
+
+
+def test_the_clean_backend_passes() -> None:
+    assert failures(ReferenceBackend()) == []
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_caught(fault: type[ReferenceBackend]) -> None:
+    assert failures(fault(), FAULTS[fault]) != []
+
+
+def test_a_wrong_philox_counter_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = philox.philox
+
+    def swapped(counter, key):
+        c0, c1, c2, c3 = counter
+        return right((c0, c2, c1, c3), key)
+
+    monkeypatch.setattr(philox, "philox", swapped)
+
+    assert failures(ReferenceBackend(), "sample") != []
+
+
+def test_a_batch_that_leaks_into_its_requests_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = attention.paged_attention
+
+    def leaky(query, key_cache, value_cache, meta, spec):
+        out = right(query, key_cache, value_cache, meta, spec)
+        return out + 1e-4 * (len(meta.host_seq_lens) - 1)
+
+    monkeypatch.setattr(attention, "paged_attention", leaky)
+
+    assert failures(ReferenceBackend(), "alone") != []
