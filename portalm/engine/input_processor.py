@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from portalm.engine.messages import AddRequest, EngineReady
-from portalm.errors import InvalidRequest
+from portalm.errors import InvalidRequest, RequestTooLarge
 from portalm.sampling_params import SamplingParams, as_token_ids
 from portalm.text.tokenizer import Tokenizer
 
@@ -70,19 +70,21 @@ class InputProcessor:
             )
         token_ids = self._token_ids(prompt)
         self._check_params(params)
-        sent = replace(params, n=1, stop=(), detokenize=False, bad_words=())
+        bad_words_ids = self._bad_words_ids(params.bad_words)
+        sent = replace(params, n=1, stop=())  # stop strings are found on this side
+        fork = replace(sent, prompt_logprobs=None)  # the first answer reports the prompt's
         seed = self._seeds.getrandbits(62) if params.seed is None else params.seed
-        first_id = request_id if params.n == 1 else f"{request_id}-0"
+        ids = [request_id if params.n == 1 else f"{request_id}-{i}" for i in range(params.n)]
         requests = [
             AddRequest(
-                request_id=first_id if i == 0 else f"{request_id}-{i}",
+                request_id=ids[i],
                 prompt_token_ids=token_ids,
-                params=sent,
-                seed=seed + i,
+                params=sent if i == 0 else fork,
+                seed=_as_int64(seed + i),
                 priority=priority,
                 cache_salt=cache_salt,
-                fork_of=None if i == 0 else first_id,
-                bad_words_ids=self._bad_words_ids(params.bad_words),
+                fork_of=None if i == 0 else ids[0],
+                bad_words_ids=bad_words_ids,
             )
             for i in range(params.n)
         ]
@@ -94,25 +96,34 @@ class InputProcessor:
         )
 
     def _token_ids(self, prompt: str | Sequence[int]) -> list[int]:
+        if not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray):
+            raise InvalidRequest(
+                f"a prompt must be a text or a list of token ids, not {type(prompt).__name__}",
+                param="prompt",
+            )
         if isinstance(prompt, str):
-            if self._tokenizer is None:
-                raise InvalidRequest(
-                    "there is no tokenizer: give the prompt as token ids", param="prompt"
-                )
-            token_ids = self._tokenizer.encode(prompt)
+            token_ids = self._need_tokenizer("a text prompt", "prompt").encode(prompt)
         else:
             token_ids = as_token_ids(prompt)
-            self._check_ids("prompt", token_ids)
         if not token_ids:
             raise InvalidRequest("the prompt is empty: it needs at least one token", param="prompt")
-        if len(token_ids) >= self._max_model_len:
-            raise InvalidRequest(
-                f"the prompt has {len(token_ids)} tokens; with max_model_len="
-                f"{self._max_model_len} it may have {self._max_model_len - 1}, so that at least "
-                f"one can be generated: shorten it, or serve with a larger --max-model-len",
+        self._check_ids("prompt", token_ids)
+        longest = self._max_model_len - 1
+        if len(token_ids) > longest:
+            raise RequestTooLarge(
+                f"the prompt has {len(token_ids)} tokens; with a max_model_len of "
+                f"{self._max_model_len} it may have {longest}, so that at least one can be "
+                f"generated: shorten it, or raise --max-model-len",
                 param="prompt",
             )
         return token_ids
+
+    def _need_tokenizer(self, what: str, param: str) -> Tokenizer:
+        if self._tokenizer is None:
+            raise InvalidRequest(
+                f"{what} needs a tokenizer and this engine has none: use token ids", param=param
+            )
+        return self._tokenizer
 
     def _check_params(self, params: SamplingParams) -> None:
         for name in ("logprobs", "prompt_logprobs"):
@@ -122,14 +133,16 @@ class InputProcessor:
                     f"{name} ({wanted}) is above the engine's max_logprobs ({self._max_logprobs})",
                     param=name,
                 )
-        if params.stop and self._tokenizer is None:
-            raise InvalidRequest("stop needs a tokenizer: use stop_token_ids", param="stop")
+        if params.stop:
+            self._need_tokenizer("stop", "stop")
         self._check_ids("logit_bias", params.logit_bias)
         self._check_ids("stop_token_ids", params.stop_token_ids)
         self._check_ids("allowed_token_ids", params.allowed_token_ids or ())
 
-    def _check_ids(self, name: str, token_ids: Iterable[int]) -> None:
-        for token_id in token_ids:
+    def _check_ids(self, name: str, token_ids: Collection[int]) -> None:
+        if not token_ids:
+            return
+        for token_id in (min(token_ids), max(token_ids)):
             if not 0 <= token_id < self._vocab_size:
                 raise InvalidRequest(
                     f"{name} holds token id {token_id}, outside the vocabulary "
@@ -139,13 +152,17 @@ class InputProcessor:
 
     def _bad_words_ids(self, words: Sequence[str]) -> list[list[int]]:
         """Each word as it begins a text and as it follows a space."""
-        if words and self._tokenizer is None:
-            raise InvalidRequest("bad_words needs a tokenizer", param="bad_words")
         found: list[list[int]] = []
         for word in words:
+            tokenizer = self._need_tokenizer("bad_words", "bad_words")
             for text in (word, " " + word.lstrip()):
-                assert self._tokenizer is not None
-                ids = self._tokenizer.encode(text, add_special_tokens=False)
+                ids = tokenizer.encode(text, add_special_tokens=False)
+                self._check_ids("bad_words", ids)
                 if ids and ids not in found:
                     found.append(ids)
         return found
+
+
+def _as_int64(seed: int) -> int:
+    """`seed` wrapped to 64 bits: the last answers of the largest seed go on with the smallest."""
+    return (seed + 2**63) % 2**64 - 2**63

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from portalm.core.plan import TokenLogprobs
 from portalm.core.request import FinishReason
 from portalm.engine.input_processor import ProcessedInput
 from portalm.engine.messages import TokenOutput
+from portalm.errors import InvalidRequest
 from portalm.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from portalm.sampling_params import SamplingParams
 from portalm.text.detokenizer import Detokenizer
-from portalm.text.stop_strings import StopStrings
+from portalm.text.stop_strings import StopMatch, StopStrings
 from portalm.text.tokenizer import Tokenizer
 
 
@@ -31,6 +32,8 @@ class AnswerDelta:
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     error: str | None = None
+    is_refused: bool = False
+    """The error is the request's own: it can never be answered as asked."""
     final: RequestOutput | None = None
     """With the last delta of a request: the request and all its answers."""
 
@@ -67,7 +70,17 @@ class OutputProcessor:
             processed: what the engine is asked.
             params: as the caller gave them.
             arrival_time: seconds since the epoch.
+
+        Raises:
+            InvalidRequest: an earlier request of that id is not forgotten yet.
         """
+        ids = [processed.request_id, *(message.request_id for message in processed.requests)]
+        for request_id in ids:
+            if request_id in self._requests or request_id in self._answers:
+                raise InvalidRequest(
+                    f"request id {request_id!r} is in use: wait for that request, or give another",
+                    param="request_id",
+                )
         request = _Request(processed, params, arrival_time)
         for index, message in enumerate(processed.requests):
             answer = _Answer(message.request_id, index, request, self._tokenizer)
@@ -104,6 +117,22 @@ class OutputProcessor:
         answers = request.answers if request is not None else []
         return [a.engine_id for a in answers if a.output.finish_reason is None]
 
+    def abort(self, request_id: str) -> list[str]:
+        """End what is left of a request; the engine-side ids to abort.
+
+        The text that was held back is given out: it can be no stop string any more.
+        """
+        request, now = self._requests.get(request_id), time.time()
+        ended = []
+        for answer in request.answers if request is not None else []:
+            if self._answers.pop(answer.engine_id, None) is not None:
+                output = TokenOutput(
+                    request_id=answer.engine_id, token_ids=[], finish_reason="abort"
+                )
+                answer.take(output, now)
+                ended.append(answer.engine_id)
+        return ended
+
     def snapshot(self, request_id: str) -> RequestOutput:
         """The request and its answers so far."""
         return self._requests[request_id].snapshot()
@@ -139,10 +168,10 @@ class _Request:
             request_id=self.request_id,
             prompt=self.prompt,
             prompt_token_ids=self.prompt_token_ids,
-            outputs=[answer.output for answer in self.answers],
+            outputs=[answer.snapshot() for answer in self.answers],
             finished=self.num_open == 0,
-            prompt_logprobs=self.prompt_logprobs,
-            metrics=self.metrics,
+            prompt_logprobs=None if self.prompt_logprobs is None else [*self.prompt_logprobs],
+            metrics=replace(self.metrics),
             num_cached_tokens=self.num_cached_tokens,
             error=self.error,
         )
@@ -155,6 +184,7 @@ class _Answer:
         self, engine_id: str, index: int, request: _Request, tokenizer: Tokenizer | None
     ) -> None:
         params = request.params
+        self._params = params
         self.engine_id = engine_id
         self.request = request
         self.output = CompletionOutput(index=index, text="", token_ids=[])
@@ -162,17 +192,24 @@ class _Answer:
             self.output.logprobs = []
             self.output.cumulative_logprob = 0.0
         self._tokenizer = tokenizer
-        self._detokenizer = (
-            Detokenizer(
-                tokenizer,
+        self._detokenizer: Detokenizer | None = None
+        if tokenizer is not None and params.detokenize:
+            self._detokenizer = tokenizer.detokenizer(
                 request.prompt_token_ids,
                 skip_special_tokens=params.skip_special_tokens,
                 spaces_between_special_tokens=params.spaces_between_special_tokens,
             )
-            if tokenizer is not None and params.detokenize
-            else None
-        )
-        self._stops = StopStrings(params.stop, include=params.include_stop_str_in_output)
+        self._stops: StopStrings | None = None
+        if params.stop:
+            self._stops = StopStrings(
+                params.stop, include_stop_str_in_output=params.include_stop_str_in_output
+            )
+
+    def snapshot(self) -> CompletionOutput:
+        """A copy of the answer so far: what comes later does not change it."""
+        now = self.output
+        logprobs = None if now.logprobs is None else [*now.logprobs]
+        return replace(now, token_ids=[*now.token_ids], logprobs=logprobs)
 
     def take(self, output: TokenOutput, now: float) -> AnswerDelta | None:
         """What `output` adds; None if nothing that a caller can see."""
@@ -185,8 +222,9 @@ class _Answer:
         if output.token_ids and request.metrics.first_token_time is None:
             request.metrics.first_token_time = now
 
-        text, stop = self._text(output)
-        answer.token_ids.extend(output.token_ids)
+        text, num_tokens, stop = self._text(output)
+        token_ids = output.token_ids[:num_tokens]
+        answer.token_ids.extend(token_ids)
         answer.text += text
         if stop is not None:
             answer.finish_reason, answer.stop_reason = "stop", stop
@@ -196,11 +234,12 @@ class _Answer:
             request_id=request.request_id,
             index=answer.index,
             text=text,
-            token_ids=output.token_ids,
-            logprobs=self._take_logprobs(output),
+            token_ids=token_ids,
+            logprobs=self._take_logprobs(output, num_tokens),
             finish_reason=answer.finish_reason,
             stop_reason=answer.stop_reason,
             error=output.error,
+            is_refused=output.is_refused,
         )
         if answer.finish_reason is not None:
             request.num_open -= 1
@@ -210,28 +249,49 @@ class _Answer:
                 delta.final = request.snapshot()
         return delta
 
-    def _text(self, output: TokenOutput) -> tuple[str, str | None]:
-        """New text that may be shown, and the stop string if one was found."""
-        if self._detokenizer is None:
-            return "", None
-        params, token_ids = self.request.params, output.token_ids
-        if output.finish_reason == "stop" and not params.include_stop_str_in_output:
-            token_ids = token_ids[:-1]  # the token that ended it is not part of the text
-        text = self._detokenizer.feed(token_ids)
-        if output.finish_reason is not None:
-            text += self._detokenizer.flush()
-        text, stop = self._stops.feed(text)
-        if stop is None and output.finish_reason is not None:
-            text += self._stops.flush()
-        return text, stop
+    def _text(self, output: TokenOutput) -> tuple[str, int, str | None]:
+        """New text that may be shown, the tokens used up, and the stop string if one was found.
 
-    def _take_logprobs(self, output: TokenOutput) -> list[dict[int, Logprob]] | None:
+        Tokens after the one that completes a stop string are not used.
+        """
+        token_ids = output.token_ids
+        if self._detokenizer is None:
+            return "", len(token_ids), None
+        # the token that ended the answer is not part of the text
+        is_hidden = output.finish_reason == "stop" and not self._params.include_stop_str_in_output
+        shown = token_ids[:-1] if is_hidden else token_ids
+        text = ""
+        for i, token_id in enumerate(shown, start=1):
+            new, stop = self._search(self._detokenizer.feed(token_id), i)
+            text += new
+            if stop is not None:
+                return text, i, stop
+        if output.finish_reason is not None:
+            new, stop = self._search(self._detokenizer.flush(), len(token_ids))
+            text += new
+            if stop is None and self._stops is not None:
+                text += self._stops.flush()
+            return text, len(token_ids), stop
+        return text, len(token_ids), None
+
+    def _search(self, text: str, num_new_tokens: int) -> StopMatch:
+        """`text`, the last of `num_new_tokens`, as far as it can be no stop string."""
+        if self._stops is None:
+            return StopMatch(text, None)
+        if len(self.output.token_ids) + num_new_tokens <= self._params.min_tokens:
+            return StopMatch(self._stops.skip(text), None)
+        return self._stops.push(text)
+
+    def _take_logprobs(
+        self, output: TokenOutput, num_tokens: int
+    ) -> list[dict[int, Logprob]] | None:
         answer = self.output
         if answer.logprobs is None or answer.cumulative_logprob is None:
             return None
-        new = [self._logprob(entry) for entry in output.logprobs or []]
+        entries = (output.logprobs or [])[:num_tokens]
+        new = [self._logprob(entry) for entry in entries]
         answer.logprobs.extend(new)
-        answer.cumulative_logprob += sum(entry.logprob for entry in output.logprobs or [])
+        answer.cumulative_logprob += sum(entry.logprob for entry in entries)
         return new
 
     def _logprob(self, entry: TokenLogprobs) -> dict[int, Logprob]:
@@ -243,4 +303,4 @@ class _Answer:
         return found
 
     def _token(self, token_id: int) -> str | None:
-        return None if self._tokenizer is None else self._tokenizer.text_of(token_id)
+        return None if self._tokenizer is None else self._tokenizer.id_to_text(token_id)

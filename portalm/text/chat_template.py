@@ -1,135 +1,281 @@
-"""Chat templates: Jinja from the checkpoint, rendered in a sandbox."""
+"""Conversations to text, by the Jinja templates that models ship.
+
+Templates come with models (and from callers): they run in Jinja's sandbox and see plain data only.
+The environment is the one that Hugging Face templates are written for.
+"""
 
 from __future__ import annotations
 
-import datetime
-import functools
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from datetime import datetime
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NoReturn
 
-import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
-import jinja2.sandbox
+from portalm.errors import ConfigError, InvalidRequest
 
-from portalm.errors import InvalidRequest
+if TYPE_CHECKING:
+    from jinja2 import Template
 
-Message = Mapping[str, Any]
-
-
-class _Generation(jinja2.ext.Extension):
-    """{% generation %} marks the assistant's words for training; here its body is just text."""
-
-    tags = frozenset({"generation"})
-
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        """The nodes between the tags."""
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+_CUT = "CONTINUE-HERE-7f3a "
+"""Stands behind the final message while it is rendered, to find where it ends. Without the space
+at its end: the template strips messages."""
 
 
-def render(
-    template: str,
-    messages: Sequence[Message],
-    *,
-    add_generation_prompt: bool = True,
-    continue_final_message: bool = False,
-    **variables: Any,
-) -> str:
-    """The conversation as the model was taught to read it.
+class ChatTemplates:
+    """The templates of a model, by name."""
 
-    Args:
-        template: Jinja text.
-        messages: objects with a role and content; text parts are joined.
-        add_generation_prompt: end where the assistant begins to speak.
-        continue_final_message: end within the last message, which the answer goes on with.
-        **variables: special tokens, tools, documents and what else the template reads.
+    def __init__(self, templates: Mapping[str, str], *, compile_now: bool = False) -> None:
+        """The templates; most models have one, named default.
+
+        Args:
+            templates: Jinja texts by name.
+            compile_now: raise `ConfigError` for a text that is no template.
+        """
+        self._templates = dict(templates)
+        if compile_now:
+            for text in self._templates.values():
+                try:
+                    _compile(text)
+                except InvalidRequest as error:
+                    raise ConfigError(str(error)) from None
+
+    @property
+    def default(self) -> str | None:
+        """The template that is used where none is named."""
+        return self._templates.get("default")
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        template: str | None,
+        tools: Sequence[Mapping[str, Any]] | None,
+        add_generation_prompt: bool,
+        continue_final_message: bool,
+        variables: Mapping[str, Any],
+    ) -> str:
+        """A conversation as text; arguments as in `Tokenizer.render_chat`."""
+        plain = check_messages(messages)
+        if continue_final_message:
+            _check_continue(plain, add_generation_prompt)
+            plain[-1] = {**plain[-1], "content": plain[-1]["content"] + _CUT}
+        text = self._run(
+            self._choose(template, has_tools=bool(tools)),
+            {
+                "documents": None,
+                **variables,
+                "messages": plain,
+                "tools": _plain(tools, "tools") if tools else None,
+                "add_generation_prompt": add_generation_prompt,
+            },
+        )
+        return _cut_final(text) if continue_final_message else text
+
+    def _choose(self, template: str | None, *, has_tools: bool) -> str:
+        if template is not None:
+            return self._templates.get(template, template)
+        if has_tools and "tool_use" in self._templates:
+            return self._templates["tool_use"]
+        if self.default is None:
+            raise InvalidRequest(
+                "the model has no chat template: give one with --chat-template (or chat_template "
+                "in the request), or send a text prompt instead of messages",
+                param="messages",
+            )
+        return self.default
+
+    def _run(self, template: str, variables: Mapping[str, Any]) -> str:
+        try:
+            return _compile(template).render(variables)
+        except InvalidRequest:
+            raise
+        except Exception as error:  # a template is a program: it may raise anything
+            raise InvalidRequest(
+                f"the chat template refuses this conversation: {error or type(error).__name__}",
+                param="messages",
+            ) from error
+
+
+# -- messages ---------------------------------------------------------------------------------
+
+
+def check_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """`messages` as plain data that templates expect.
+
+    Content becomes a text (parts of type text are joined by newlines, none is empty), arguments
+    of tool calls become objects.
 
     Raises:
-        InvalidRequest: the messages do not fit the template, or it is broken.
+        InvalidRequest: no messages, or one that is malformed, named by its place.
     """
-    if add_generation_prompt and continue_final_message:
-        raise InvalidRequest(
-            "add_generation_prompt and continue_final_message exclude each other: set "
-            "add_generation_prompt to false to go on with the last message",
-            param="continue_final_message",
-        )
-    plain = [_plain(i, message) for i, message in enumerate(messages)]
-    if not plain:
-        raise InvalidRequest("messages must not be empty", param="messages")
-    try:
-        text = _compile(template).render(
-            messages=plain, add_generation_prompt=add_generation_prompt, **variables
-        )
-    except jinja2.TemplateError as error:
-        raise InvalidRequest(
-            f"the chat template refused these messages: {error}", param="messages"
-        ) from error
-    except (TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError) as error:
-        raise InvalidRequest(
-            f"the chat template failed on these messages: {type(error).__name__}: {error}",
-            param="messages",
-        ) from error
-    return _cut_after_final(text, plain[-1]) if continue_final_message else text
+    if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
+        _refuse("must be a list of {'role': ..., 'content': ...} objects")
+    if not messages:
+        _refuse("must not be empty")
+    return [_check_message(message, f"[{i}]") for i, message in enumerate(messages)]
 
 
-def _plain(index: int, message: Message) -> dict[str, Any]:
-    """The message with its content as one text."""
-    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-        raise InvalidRequest(
-            f"messages[{index}] must be an object with a role and content", param="messages"
-        )
-    content = message.get("content")
-    if isinstance(content, Sequence) and not isinstance(content, str):
-        texts = []
-        for part in content:
-            kind = part.get("type") if isinstance(part, Mapping) else None
-            if kind != "text" or not isinstance(part.get("text"), str):
-                raise InvalidRequest(
-                    f"messages[{index}] has a content part of type {kind!r}: this model reads "
-                    f"text only",
-                    param="messages",
-                )
-            texts.append(part["text"])
-        content = "\n".join(texts)
-    elif content is not None and not isinstance(content, str):
-        raise InvalidRequest(
-            f"messages[{index}].content must be a text or a list of parts", param="messages"
-        )
-    return {**message, "content": content if content is not None else ""}
-
-
-def _cut_after_final(text: str, final: Mapping[str, Any]) -> str:
-    """`text` up to the end of the last message's content."""
-    content = final["content"].strip()
-    at = text.rfind(content)
-    if not content or at < 0:
-        raise InvalidRequest(
-            "continue_final_message: the chat template does not show the last message as it is",
-            param="continue_final_message",
-        )
-    return text[: at + len(content)]
-
-
-@functools.lru_cache(maxsize=32)
-def _compile(template: str) -> jinja2.Template:
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True,
-        lstrip_blocks=True,
-        extensions=[_Generation, jinja2.ext.loopcontrols],
+def _check_message(message: Any, place: str) -> dict[str, Any]:
+    if not isinstance(message, Mapping):
+        _refuse(f"{place} must be an object with role and content, not {type(message).__name__}")
+    role = message.get("role")
+    if not isinstance(role, str) or not role:
+        _refuse(f"{place}.role must be a text such as system, user or assistant, not {role!r}")
+    plain: dict[str, Any] = _plain(message, "messages")
+    has_calls = bool(plain.get("tool_calls"))
+    plain["content"] = _flatten(
+        plain.get("content"), f"{place}.content", may_lack=has_calls or role == "assistant"
     )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    return environment.from_string(template)
+    if has_calls:
+        plain["tool_calls"] = _check_calls(plain["tool_calls"], f"{place}.tool_calls")
+    else:
+        plain.pop("tool_calls", None)
+    return plain
 
 
-def _to_json(value: Any, indent: int | None = None, **options: Any) -> str:
-    """JSON as it is: Jinja's own filter would escape it for HTML."""
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+def _flatten(content: Any, place: str, *, may_lack: bool) -> str:
+    if isinstance(content, str):
+        return content
+    if content is None and may_lack:
+        return ""
+    if not isinstance(content, list):
+        _refuse(f"{place} must be a text or a list of parts, not {type(content).__name__}")
+    texts = []
+    for i, part in enumerate(content):
+        if isinstance(part, str):
+            texts.append(part)
+            continue
+        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+        if kind not in ("text", "input_text", "output_text"):
+            _refuse(f"{place}[{i}] is of type {kind!r}: this model reads parts of type text only")
+        if not isinstance(part.get("text"), str):
+            _refuse(f"{place}[{i}].text must be a text")
+        texts.append(part["text"])
+    return "\n".join(texts)
 
 
-def _raise(message: str) -> None:
-    raise jinja2.TemplateError(message)
+def _check_calls(calls: Any, place: str) -> list[Any]:
+    if not isinstance(calls, list):
+        _refuse(f"{place} must be a list")
+    for i, call in enumerate(calls):
+        function = call.get("function") if isinstance(call, dict) else None
+        if not isinstance(function, dict):
+            _refuse(f"{place}[{i}].function must be an object with name and arguments")
+        arguments = function.get("arguments")
+        if isinstance(arguments, str) or arguments is None:
+            try:
+                function["arguments"] = json.loads(arguments or "{}")
+            except ValueError as error:
+                _refuse(f"{place}[{i}].function.arguments is not JSON: {error}")
+    return calls
+
+
+def _plain(value: Any, param: str) -> Any:
+    """A copy of `value` made of JSON's types alone: templates must not reach methods."""
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item, param) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray):
+        return [_plain(item, param) for item in value]
+    raise InvalidRequest(
+        f"{param} may hold JSON values only, not {type(value).__name__}", param=param
+    )
+
+
+def _refuse(problem: str) -> NoReturn:
+    raise InvalidRequest(f"messages{'' if problem[0] == '[' else ' '}{problem}", param="messages")
+
+
+# -- going on with the final message ----------------------------------------------------------
+
+
+def _check_continue(messages: list[dict[str, Any]], add_generation_prompt: bool) -> None:
+    if add_generation_prompt:
+        raise InvalidRequest(
+            "continue_final_message and add_generation_prompt exclude each other: the one goes on "
+            "with the last message, the other begins a new one; set one of them to false",
+            param="continue_final_message",
+        )
+    if not messages[-1]["content"]:
+        raise InvalidRequest(
+            "continue_final_message needs a last message with content to go on with",
+            param="continue_final_message",
+        )
+
+
+def _cut_final(text: str) -> str:
+    end = text.rfind(_CUT.rstrip())
+    if end < 0:
+        raise InvalidRequest(
+            "continue_final_message is not possible: the chat template leaves out or changes the "
+            "last message",
+            param="continue_final_message",
+        )
+    return text[:end] if text.startswith(_CUT, end) else text[:end].rstrip()
+
+
+# -- Jinja ------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=64)
+def _compile(text: str) -> Template:
+    """The compiled template; `InvalidRequest` with the line for one that is none."""
+    from jinja2 import TemplateSyntaxError
+
+    try:
+        template: Template = _environment().from_string(text)
+    except TemplateSyntaxError as error:
+        raise InvalidRequest(
+            f"the chat template is not valid Jinja, line {error.lineno}: {error.message}",
+            param="chat_template",
+        ) from None
+    return template
+
+
+@lru_cache(maxsize=1)
+def _environment() -> Any:
+    from jinja2 import TemplateError, nodes
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """`{% generation %}`: marks the assistant's words for training; here it is nothing."""
+
+        tags = {"generation"}  # noqa: RUF012 - Jinja's own declaration
+
+        def parse(self, parser: Any) -> nodes.Node | list[nodes.Node]:
+            """What is inside the tag."""
+            next(parser.stream)
+            body: list[nodes.Node] = parser.parse_statements(
+                ("name:endgeneration",), drop_needle=True
+            )
+            return body
+
+    def raise_exception(message: str) -> NoReturn:
+        raise TemplateError(message)
+
+    def tojson(
+        value: Any,
+        ensure_ascii: bool = False,
+        indent: int | None = None,
+        separators: tuple[str, str] | None = None,
+        sort_keys: bool = False,
+    ) -> str:
+        """JSON without HTML escapes, which Jinja's own filter makes."""
+        return json.dumps(
+            value,
+            ensure_ascii=ensure_ascii,
+            indent=indent,
+            separators=separators,
+            sort_keys=sort_keys,
+        )
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return environment

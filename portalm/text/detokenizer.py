@@ -1,82 +1,132 @@
-"""Text from token ids as they come, never with half a character."""
+"""Incremental detokenising: feed token ids, get the text they complete."""
 
 from __future__ import annotations
 
+from codecs import utf_8_decode
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-_REPLACEMENT = "\ufffd"
+if TYPE_CHECKING:
+    from portalm.text.spelling import Spelling
+    from portalm.text.tokenizer import Tokenizer
 
-_NUM_CONTEXT = 6
-"""Prompt tokens before the answer: whether a word begins with a space shows in what is before."""
+_NUM_PRIMING_TOKENS = 8
+"""Prompt tokens that the first token's text may depend on (a character has at most 4 bytes)."""
 
-_MAX_HELD = 16
-"""No character has more tokens than this: what is held back longer is no beginning of one."""
-
-
-class Decoder(Protocol):
-    """What a detokeniser needs of a tokenizer."""
-
-    def decode(
-        self,
-        token_ids: Sequence[int],
-        *,
-        skip_special_tokens: bool = True,
-        spaces_between_special_tokens: bool = True,
-    ) -> str:
-        """The text of `token_ids`."""
-        ...
+_MAX_HELD_TOKENS = 16
+"""More tokens than this never make one character: what they decode to is broken for good."""
 
 
-class Detokenizer:
-    """One answer's text. A token costs two decodings of a few tokens, however long the answer."""
+class Detokenizer(Protocol):
+    """The text of one answer, as it grows (`Tokenizer.detokenizer` makes one).
+
+    The pieces that `feed` and `flush` return, put together, are what `Tokenizer.decode` makes of
+    prompt and answer together, less what it makes of the prompt. No piece ends inside a UTF-8
+    character.
+    """
+
+    def feed(self, token_id: int) -> str:
+        """The text that `token_id` completes; empty while a character is not whole."""
+
+    def flush(self) -> str:
+        """The text that is left at the end: U+FFFD for a character that never became whole."""
+
+
+class SpelledDetokenizer:
+    """For tokenizers whose tokens are bytes: one UTF-8 stream."""
+
+    __slots__ = ("_at_start", "_pending", "_skipped", "_spelling", "_token_bytes")
 
     def __init__(
         self,
-        decoder: Decoder,
+        tokenizer: Tokenizer,
+        spelling: Spelling,
+        prompt_token_ids: Sequence[int] = (),
+        *,
+        skip_special_tokens: bool = True,
+    ) -> None:
+        """At the end of a prompt, whose own text is not given out."""
+        self._token_bytes = tokenizer.token_bytes
+        self._spelling = spelling
+        self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
+        self._pending = b""
+        self._at_start = all(token_id in self._skipped for token_id in prompt_token_ids)
+        for token_id in prompt_token_ids[-_NUM_PRIMING_TOKENS:]:
+            self.feed(token_id)
+
+    def feed(self, token_id: int) -> str:
+        """The text that `token_id` completes; empty while a character is not whole."""
+        if token_id in self._skipped:
+            return ""
+        data = self._token_bytes(token_id)
+        if self._at_start and data:
+            data = self._spelling.strip_start(data)
+            self._at_start = False
+        if self._pending:
+            data = self._pending + data
+        text, used = utf_8_decode(data, "replace", False)
+        self._pending = data[used:]
+        return text
+
+    def flush(self) -> str:
+        """The text that is left at the end: U+FFFD for a character that never became whole."""
+        text, _ = utf_8_decode(self._pending, "replace", True)
+        self._pending = b""
+        return text
+
+
+class WindowDetokenizer:
+    """For any other tokenizer: decodes a window of the last tokens and gives out what is new.
+
+    The window begins at a token whose text is out already, so that what decoding does to the
+    beginning of a text (a space dropped, say) cancels out.
+    """
+
+    __slots__ = ("_fresh", "_ids", "_shown", "_shown_special", "_skips", "_spaces", "_tokenizer")
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
         prompt_token_ids: Sequence[int] = (),
         *,
         skip_special_tokens: bool = True,
         spaces_between_special_tokens: bool = True,
     ) -> None:
-        """For the answer to a prompt."""
-        self._decoder = decoder
-        self._ids = list(prompt_token_ids[-_NUM_CONTEXT:])
-        self._read = len(self._ids)
-        """Tokens before this have been given out."""
-        self._skip_special = skip_special_tokens
-        self._spaces = spaces_between_special_tokens
+        """At the end of a prompt, whose own text is not given out."""
+        self._tokenizer = tokenizer
+        self._skips = skip_special_tokens
+        self._spaces = spaces_between_special_tokens or skip_special_tokens
+        self._ids = list(prompt_token_ids[-_NUM_PRIMING_TOKENS:])
+        self._fresh = len(self._ids)  # tokens of the window before this are out
+        self._shown = self._decode(self._ids)
+        self._shown_special = bool(self._ids) and self._ids[-1] in tokenizer.special_ids
 
-    def feed(self, token_ids: Sequence[int]) -> str:
-        """The text that these tokens add; what may be half a character is held back."""
-        text = ""
-        for token_id in token_ids:
-            self._ids.append(token_id)
-            text += self._new_text(is_last=False)
-        return text
+    def _decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=self._skips)
+
+    def feed(self, token_id: int) -> str:
+        """The text that `token_id` completes; empty while a character is not whole."""
+        is_special = token_id in self._tokenizer.special_ids
+        if is_special and self._skips:
+            return ""
+        self._ids.append(token_id)
+        text = self._decode(self._ids)
+        is_cut = text.endswith("\ufffd") and len(self._ids) - self._fresh < _MAX_HELD_TOKENS
+        if is_cut or len(text) <= len(self._shown):
+            return ""
+        new = self._advance(text)
+        if is_special and self._shown_special and not self._spaces:
+            new = new.lstrip(" ")
+        self._shown_special = is_special
+        return new
+
+    def _advance(self, text: str) -> str:
+        new = text[len(self._shown) :]
+        del self._ids[: self._fresh]
+        self._fresh = len(self._ids)
+        self._shown = self._decode(self._ids)
+        return new
 
     def flush(self) -> str:
-        """What was held back, now that no more tokens will come."""
-        return self._new_text(is_last=True)
-
-    def _new_text(self, *, is_last: bool) -> str:
-        if self._read == len(self._ids):
-            return ""
-        before = self._decode(self._ids[: self._read])
-        after = self._decode(self._ids)
-        num_held = len(self._ids) - self._read
-        if after.endswith(_REPLACEMENT) and not is_last and num_held < _MAX_HELD:
-            return ""
-        if len(after) > len(before):
-            del self._ids[: self._read]  # what was just given out is the context of what follows
-        else:
-            del self._ids[self._read :]  # tokens without a text are no context
-        self._read = len(self._ids)
-        return after[len(before) :]
-
-    def _decode(self, token_ids: Sequence[int]) -> str:
-        return self._decoder.decode(
-            token_ids,
-            skip_special_tokens=self._skip_special,
-            spaces_between_special_tokens=self._spaces,
-        )
+        """The text that is left at the end: U+FFFD for a character that never became whole."""
+        return self._advance(self._decode(self._ids))

@@ -1,169 +1,211 @@
-"""Tokenizers built from a GGUF file's metadata."""
+"""A tokenizer from the metadata of a GGUF file.
+
+GGUF keeps vocabulary, merges (or scores) and token types, and only the name of the rule that cuts
+a text into words before merging (`tokenizer.ggml.pre`). The rules here are those that the models'
+own tokenizer.json files have under that name.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
-from tokenizers import Tokenizer as FastTokenizer
+from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers
+from tokenizers import Tokenizer as RustTokenizer
+from tokenizers.models import BPE
 
 from portalm.errors import CheckpointError, UnsupportedModel
 from portalm.models.loader.gguf import read_metadata
+from portalm.text.chat_template import ChatTemplates
+from portalm.text.rust_tokenizer import set_bos_and_eos, wrap
 from portalm.text.tokenizer import Tokenizer
 
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
-"""Values of tokenizer.ggml.token_type."""
+_UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # tokenizer.ggml.token_type
 
-_LLAMA3_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_LLAMA3 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _TAIL
+_QWEN2 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + _TAIL
+_TEKKEN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_QWEN2_PATTERN = _LLAMA3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
+_DEFAULT = (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")
+_DIGITS_ALONE = (r"\p{N}", _GPT2)
+
+SPLITS: dict[str, tuple[str, ...]] = {
+    "default": _DEFAULT,
+    **dict.fromkeys(("gpt-2", "phi-2", "mpt", "olmo", "jais"), (_GPT2,)),
+    **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "exaone"), _DIGITS_ALONE),
+    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "smaug-bpe"), (_LLAMA3,)),
+    **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "stablelm2"), (_QWEN2,)),
+    "tekken": (_TEKKEN,),
+}
+"""How each pre-tokenizer cuts a text: one expression after the other, on the pieces so far."""
+
+_NORMALISED = frozenset({"qwen2", "deepseek-r1-qwen", "stablelm2"})
+"""Pre-tokenizers of models whose text is brought into Unicode's form NFC first."""
+
+_WHOLE_WORDS_FIRST = frozenset({"llama-bpe", "llama3", "llama-v3", "falcon3", "tekken"})
+"""Vocabularies in which a word that is a token is taken as such, whatever the merges make."""
+
+_BOS_BY_DEFAULT = frozenset({"llama-bpe", "llama3", "llama-v3", "tekken"})
+"""Pre-tokenizers of models that begin with BOS where the file does not say."""
 
 
-def load_gguf_tokenizer(path: Path, chat_template: str | None) -> Tokenizer:
-    """The tokenizer in a .gguf file.
+_TEMPLATE = "tokenizer.chat_template"
+
+
+def load_gguf_tokenizer(path: Path, chosen: ChatTemplates | None) -> Tokenizer:
+    """The tokenizer in a .gguf file, with the `chosen` chat template or the file's own."""
+    metadata = read_metadata(path)
+    rust = build_gguf_tokenizer(path, metadata)
+    templates = {
+        key[len(_TEMPLATE) + 1 :] or "default": text
+        for key, text in metadata.items()
+        if (key == _TEMPLATE or key.startswith(_TEMPLATE + ".")) and isinstance(text, str)
+    }
+    roles = {
+        f"{role}_token": rust.id_to_token(token_id)
+        for role, name in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown"))
+        if (token_id := _role_id(metadata, name)) is not None
+    }
+    return wrap(rust, roles, chosen or ChatTemplates(templates))
+
+
+def _role_id(metadata: Mapping[str, Any], name: str) -> int | None:
+    """The token with a role; SentencePiece vocabularies begin with unknown, BOS, EOS."""
+    is_llama = metadata["tokenizer.ggml.model"] == "llama"
+    usual = {"unknown": 0, "bos": 1, "eos": 2} if is_llama else {}
+    token_id: int | None = metadata.get(f"tokenizer.ggml.{name}_token_id", usual.get(name))
+    return token_id
+
+
+def build_gguf_tokenizer(path: Path, metadata: Mapping[str, Any]) -> RustTokenizer:
+    """The tokenizer that a GGUF file describes.
 
     Raises:
-        CheckpointError: its metadata is incomplete.
-        UnsupportedModel: a kind of tokenizer that is not known.
+        UnsupportedModel: a kind of tokenizer, or a pre-tokenizer, that is not known.
+        CheckpointError: the metadata does not make a tokenizer.
     """
-    metadata = read_metadata(path)
+    kind = metadata.get("tokenizer.ggml.model")
+    if kind not in ("gpt2", "llama"):
+        raise UnsupportedModel(
+            f"{path.name}: tokenizers of type {kind!r} are not supported in GGUF files (gpt2 and "
+            f"llama are): give a folder with a tokenizer.json as --tokenizer"
+        )
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    if not tokens:
+        raise CheckpointError(path, "tokenizer.ggml.tokens is missing or empty")
+    if len(set(tokens)) != len(tokens):
+        raise CheckpointError(path, "tokenizer.ggml.tokens holds the same token twice")
     try:
-        tokens: list[str] = metadata["tokenizer.ggml.tokens"]
-        kind: str = metadata["tokenizer.ggml.model"]
-        types = metadata.get("tokenizer.ggml.token_type") or [_NORMAL] * len(tokens)
-        if kind == "gpt2":
-            encoder = _byte_level(path, metadata, tokens)
-        elif kind == "llama":
-            encoder = _sentence_piece(metadata, tokens, types)
-        else:
-            raise UnsupportedModel(
-                f"{path}: tokenizer model {kind!r} is not supported; supported: gpt2, llama"
-            )
-    except KeyError as error:
-        raise CheckpointError(path, f"its metadata has no {error.args[0]!r}") from None
+        build = _build_byte_level if kind == "gpt2" else _build_sentencepiece
+        tokenizer = build(path, metadata, tokens)
+        _add_special_tokens(tokenizer, metadata, tokens)
+        _add_bos_and_eos(tokenizer, metadata, tokens)
+    except (UnsupportedModel, CheckpointError):
+        raise
+    except Exception as error:  # the library raises bare Exceptions
+        raise CheckpointError(path, f"its tokenizer does not fit together: {error}") from error
+    return tokenizer
 
-    special = [i for i, t in enumerate(types) if t in (_CONTROL, _UNKNOWN)]
-    encoder.add_special_tokens(
-        [AddedToken(tokens[i], special=True, normalized=False) for i in special]
-    )
-    encoder.add_tokens(
+
+def _build_byte_level(path: Path, metadata: Mapping[str, Any], tokens: list[str]) -> RustTokenizer:
+    pre = metadata.get("tokenizer.ggml.pre", "default")
+    if pre not in SPLITS:
+        raise UnsupportedModel(
+            f"{path.name}: pre-tokenizer {pre!r} is not known; known: "
+            f"{', '.join(sorted(SPLITS))}. "
+            f"Give a folder with the model's tokenizer.json as --tokenizer"
+        )
+    merges = [tuple(merge.split(" ", 1)) for merge in metadata.get("tokenizer.ggml.merges", ())]
+    model = BPE(_ids(tokens), merges, ignore_merges=pre in _WHOLE_WORDS_FIRST)
+    tokenizer = RustTokenizer(model)
+    if pre in _NORMALISED:
+        tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            AddedToken(tokens[i], special=False, normalized=False)
-            for i, t in enumerate(types)
-            if t == _USER_DEFINED
+            *(pre_tokenizers.Split(Regex(split), "isolated") for split in SPLITS[pre]),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
-    bos, eos = (metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos"))
-    _add_begin_and_end(encoder, metadata, tokens, bos, eos)
-    return Tokenizer(
-        encoder=encoder,
-        bos_token_id=bos,
-        eos_token_id=eos,
-        special_ids=frozenset(special),
-        chat_template=chat_template or metadata.get("tokenizer.chat_template"),
-        template_variables={
-            name: tokens[i]
-            for name, i in (("bos_token", bos), ("eos_token", eos))
-            if i is not None and i < len(tokens)
-        },
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _build_sentencepiece(
+    path: Path, metadata: Mapping[str, Any], tokens: list[str]
+) -> RustTokenizer:
+    scores = metadata.get("tokenizer.ggml.scores")
+    if scores is None or len(scores) != len(tokens):
+        raise CheckpointError(path, "tokenizer.ggml.scores must have one entry for each token")
+    unknown = tokens[_role_id(metadata, "unknown") or 0]
+    model = BPE(
+        _ids(tokens),
+        _merges_from_scores(tokens, scores),
+        unk_token=unknown,
+        fuse_unk=True,
+        byte_fallback=True,
     )
-
-
-def _byte_level(path: Path, metadata: dict[str, Any], tokens: list[str]) -> FastTokenizer:
-    """Byte-level BPE, as in GPT-2; the way text is split first differs from model to model."""
-    merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]
-    split = metadata.get("tokenizer.ggml.pre", "default")
-    encoder = FastTokenizer(
-        models.BPE(
-            vocab={token: i for i, token in enumerate(tokens)},
-            merges=merges,
-            ignore_merges=split == "llama-bpe",
-        )
+    tokenizer = RustTokenizer(model)
+    has_prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
+    marks = normalizers.Replace(" ", "▁")
+    tokenizer.normalizer = (
+        normalizers.Sequence([normalizers.Prepend("▁"), marks]) if has_prefix else marks
     )
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    only_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    if split in ("default", "gpt-2"):
-        encoder.pre_tokenizer = byte_level
-    elif split in ("smollm", "starcoder", "refact", "codeshell"):
-        encoder.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Digits(individual_digits=True), byte_level]
-        )
-    elif split in ("llama-bpe", "qwen2"):
-        pattern = _LLAMA3_PATTERN if split == "llama-bpe" else _QWEN2_PATTERN
-        encoder.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Split(Regex(pattern), "isolated"), only_bytes]
-        )
-        if split == "qwen2":
-            encoder.normalizer = normalizers.NFC()
-    else:
-        raise UnsupportedModel(
-            f"{path}: tokenizer.ggml.pre {split!r} is not supported; supported: default, gpt-2, "
-            f"smollm, starcoder, refact, codeshell, llama-bpe, qwen2"
-        )
-    encoder.decoder = decoders.ByteLevel()
-    return encoder
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    if has_prefix:
+        steps.append(decoders.Strip(" ", 1, 0))
+    tokenizer.decoder = decoders.Sequence(steps)
+    return tokenizer
 
 
-def _sentence_piece(metadata: dict[str, Any], tokens: list[str], types: list[int]) -> FastTokenizer:
-    """SentencePiece BPE with byte fallback, as in Llama 2."""
-    vocab = {token: i for i, token in enumerate(tokens)}
-    unknown = metadata.get("tokenizer.ggml.unknown_token_id", 0)
-    encoder = FastTokenizer(
-        models.BPE(
-            vocab=vocab,
-            merges=_merges(vocab, metadata["tokenizer.ggml.scores"], types),
-            unk_token=tokens[unknown],
-            fuse_unk=True,
-            byte_fallback=True,
-        )
-    )
-    prefix = (
-        [normalizers.Prepend("▁")] if metadata.get("tokenizer.ggml.add_space_prefix", True) else []
-    )
-    encoder.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", "▁")])
-    strip = [decoders.Strip(" ", 1, 0)] if prefix else []
-    encoder.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
-    )
-    return encoder
-
-
-def _merges(vocab: dict[str, int], scores: list[float], types: list[int]) -> list[tuple[str, str]]:
-    """Every way to make a token of two others; the result's score decides what is merged first."""
-    found: list[tuple[float, int, int, tuple[str, str]]] = []
-    for token, i in vocab.items():
-        if types[i] in (_CONTROL, _UNKNOWN, _BYTE):
-            continue
+def _merges_from_scores(tokens: list[str], scores: list[float]) -> list[tuple[str, str]]:
+    """The pair of tokens that makes the token with the highest score merges first."""
+    ids = _ids(tokens)
+    merges: list[tuple[float, int, int, str, str]] = []
+    for token, score in zip(tokens, scores, strict=True):
         for cut in range(1, len(token)):
-            left, right = vocab.get(token[:cut]), vocab.get(token[cut:])
-            if left is not None and right is not None:
-                found.append((-scores[i], left, right, (token[:cut], token[cut:])))
-    return [pair for *_, pair in sorted(found)]
+            left, right = token[:cut], token[cut:]
+            if left in ids and right in ids:
+                merges.append((-score, ids[left], ids[right], left, right))
+    merges.sort(key=lambda merge: merge[:3])
+    return [(left, right) for *_, left, right in merges]
 
 
-def _add_begin_and_end(
-    encoder: FastTokenizer,
-    metadata: dict[str, Any],
-    tokens: list[str],
-    bos: int | None,
-    eos: int | None,
+def _ids(tokens: list[str]) -> dict[str, int]:
+    return {token: i for i, token in enumerate(tokens)}
+
+
+def _add_special_tokens(
+    tokenizer: RustTokenizer, metadata: Mapping[str, Any], tokens: list[str]
 ) -> None:
-    """Put the beginning- and end-of-sequence tokens around texts, where the model wants them."""
-    is_spm = metadata.get("tokenizer.ggml.model") == "llama"
-    wants_bos = metadata.get("tokenizer.ggml.add_bos_token", is_spm) and bos is not None
-    wants_eos = metadata.get("tokenizer.ggml.add_eos_token", False) and eos is not None
-    if not wants_bos and not wants_eos:
-        return
-    around = []
-    if wants_bos and bos is not None:
-        around.append((tokens[bos], bos))
-    pieces = [f"{token}:0" for token, _ in around] + ["$A:0"]
-    if wants_eos and eos is not None:
-        around.append((tokens[eos], eos))
-        pieces.append(f"{tokens[eos]}:0")
-    encoder.post_processor = processors.TemplateProcessing(
-        single=" ".join(pieces), special_tokens=around
+    """Tokens that are found in a text before anything else is done to it."""
+    special, plain = [], []
+    kinds = metadata.get("tokenizer.ggml.token_type", ())
+    for token, kind in zip(tokens, kinds, strict=False):
+        if kind in (_CONTROL, _UNKNOWN):
+            special.append(AddedToken(token, normalized=False, special=True))
+        elif kind == _USER_DEFINED:
+            plain.append(AddedToken(token, normalized=False, special=False))
+    tokenizer.add_special_tokens(special)
+    tokenizer.add_tokens(plain)
+
+
+def _add_bos_and_eos(
+    tokenizer: RustTokenizer, metadata: Mapping[str, Any], tokens: list[str]
+) -> None:
+    is_llama = metadata["tokenizer.ggml.model"] == "llama"
+    by_default = is_llama or metadata.get("tokenizer.ggml.pre") in _BOS_BY_DEFAULT
+    bos, eos = _role_id(metadata, "bos"), _role_id(metadata, "eos")
+    begins = metadata.get("tokenizer.ggml.add_bos_token", by_default)
+    ends = metadata.get("tokenizer.ggml.add_eos_token", False)
+    set_bos_and_eos(
+        tokenizer,
+        bos=tokens[bos] if begins and bos is not None else None,
+        eos=tokens[eos] if ends and eos is not None else None,
     )

@@ -3,83 +3,161 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-from tokenizers import Tokenizer as FastTokenizer
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as RustTokenizer
 
 from portalm.errors import CheckpointError
-from portalm.text.tokenizer import Tokenizer
+from portalm.text.chat_template import ChatTemplates
+from portalm.text.rust_tokenizer import set_bos_and_eos, vocab_size, wrap
+from portalm.text.tokenizer import SpecialTokens, Tokenizer
 
-_SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
+_ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
+
+_BOS_BY_FLAG = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer")
+"""Tokenizer classes for which add_bos_token and add_eos_token overrule tokenizer.json."""
 
 
-def load_fast_tokenizer(folder: Path, chat_template: str | None) -> Tokenizer:
-    """From tokenizer.json, by the tokenizers library; transformers is not imported."""
-    path = folder / "tokenizer.json"
+def load_fast_tokenizer(path: Path, chosen: ChatTemplates | None) -> Tokenizer:
+    """From tokenizer.json, with the `chosen` chat template or the folder's own."""
+    file = path / "tokenizer.json"
     try:
-        encoder = FastTokenizer.from_file(str(path))
-    except Exception as error:  # the library raises plain Exception for a broken file
-        raise CheckpointError(path, f"it is not a tokenizer ({error})") from error
-    encoder.no_truncation()
-    encoder.no_padding()
-    config = _read_json(folder / "tokenizer_config.json")
-    names = {
-        name: text for name in _SPECIAL_NAMES if (text := _token_text(config.get(name))) is not None
-    }
-    special = {i for i, token in encoder.get_added_tokens_decoder().items() if token.special}
+        rust = RustTokenizer.from_file(str(file))
+    except Exception as error:  # the library raises bare Exceptions
+        raise CheckpointError(file, f"it is no tokenizer: {error}") from error
+    rust.no_truncation()
+    rust.no_padding()
+    config = {**_read_json(path / "special_tokens_map.json"), **_read_config(path)}
+    names = {role: _content(config.get(role)) for role in _ROLES}
+    _add_listed_tokens(rust, config, names)
+    _follow_flags(rust, config, names)
+    return wrap(rust, names, chosen or ChatTemplates(_folder_templates(path, config)))
 
-    def id_of(name: str) -> int | None:
-        return encoder.token_to_id(names[name]) if name in names else None
 
-    return Tokenizer(
-        encoder=encoder,
-        bos_token_id=id_of("bos_token"),
-        eos_token_id=id_of("eos_token"),
-        special_ids=frozenset(special),
-        chat_template=chat_template or _chat_template(folder, config),
-        template_variables=names,
+def _read_config(path: Path) -> dict[str, Any]:
+    """tokenizer_config.json, without entries that say nothing."""
+    config = _read_json(path / "tokenizer_config.json")
+    return {key: value for key, value in config.items() if value is not None}
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(file, f"it is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(file, "it must hold a JSON object")
+    return values
+
+
+def _content(token: Any) -> str | None:
+    """A token's text: written as such, or as an object with its flags."""
+    if isinstance(token, dict):
+        token = token.get("content")
+    return token if isinstance(token, str) else None
+
+
+def _add_listed_tokens(
+    rust: RustTokenizer, config: Mapping[str, Any], names: Mapping[str, str | None]
+) -> None:
+    """Tokens that tokenizer_config.json adds, and those whose role makes them special."""
+    listed = config.get("added_tokens_decoder") or {}
+    for token_id, entry in sorted(listed.items(), key=lambda item: int(item[0])):
+        token = AddedToken(
+            entry["content"],
+            single_word=entry.get("single_word", False),
+            lstrip=entry.get("lstrip", False),
+            rstrip=entry.get("rstrip", False),
+            normalized=entry.get("normalized", False),
+            special=entry.get("special", False),
+        )
+        if rust.token_to_id(token.content) is None and int(token_id) == vocab_size(rust):
+            rust.add_tokens([token])
+    special = {token.content for token in rust.get_added_tokens_decoder().values() if token.special}
+    more = [_content(token) for token in config.get("additional_special_tokens") or ()]
+    rust.add_special_tokens(
+        [
+            AddedToken(token, normalized=False, special=True)
+            for token in dict.fromkeys([*names.values(), *more])
+            if token and token not in special and rust.token_to_id(token) is not None
+        ]
     )
+
+
+def _follow_flags(
+    rust: RustTokenizer, config: Mapping[str, Any], names: Mapping[str, str | None]
+) -> None:
+    """add_bos_token and add_eos_token, for the classes that go by them."""
+    kind = str(config.get("tokenizer_class", "")).removesuffix("Fast")
+    if kind not in _BOS_BY_FLAG or not {"add_bos_token", "add_eos_token"} & config.keys():
+        return
+    bos, eos = names["bos_token"], names["eos_token"]
+    set_bos_and_eos(
+        rust,
+        bos=bos if config.get("add_bos_token", True) else None,
+        eos=eos if config.get("add_eos_token", False) else None,
+    )
+
+
+def _folder_templates(path: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """Chat templates by name, from tokenizer_config.json and from the files beside it."""
+    listed = config.get("chat_template")
+    if isinstance(listed, str):
+        listed = [{"name": "default", "template": listed}]
+    templates = {entry["name"]: entry["template"] for entry in listed or ()}
+    file = path / "chat_template.jinja"
+    if file.is_file():
+        templates["default"] = file.read_text(encoding="utf-8")
+    for more in sorted((path / "additional_chat_templates").glob("*.jinja")):
+        templates[more.stem] = more.read_text(encoding="utf-8")
+    return templates
+
+
+# -- transformers -----------------------------------------------------------------------------
 
 
 def load_slow_tokenizer(
-    folder: Path, chat_template: str | None, *, trust_remote_code: bool
+    path: Path, chosen: ChatTemplates | None, *, trust_remote_code: bool
 ) -> Tokenizer:
-    """By transformers, for folders without a tokenizer.json."""
+    """For formats that only transformers reads; importing it takes seconds."""
     from transformers import AutoTokenizer
 
     try:
-        slow = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
-    except Exception as error:  # it raises whatever a tokenizer's own code raises
-        raise CheckpointError(
-            folder, f"there is no tokenizer that can be read ({type(error).__name__}: {error})"
-        ) from error
-    names = {
-        name: text for name in _SPECIAL_NAMES if isinstance(text := getattr(slow, name, None), str)
-    }
+        slow = AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
+    except Exception as error:  # whatever its code for that format raises
+        raise CheckpointError(path, f"transformers cannot read its tokenizer: {error}") from error
+    names = {role: getattr(slow, role, None) for role in _ROLES}
+    listed = getattr(slow, "chat_template", None) or {}
+    templates = chosen or ChatTemplates({"default": listed} if isinstance(listed, str) else listed)
+    rust = getattr(slow, "backend_tokenizer", None)
+    if isinstance(rust, RustTokenizer):
+        return wrap(rust, names, templates)
     return Tokenizer(
-        encoder=_Slow(slow),
-        bos_token_id=slow.bos_token_id,
-        eos_token_id=slow.eos_token_id,
-        special_ids=frozenset(slow.all_special_ids),
-        chat_template=chat_template or slow.chat_template,
-        template_variables=names,
+        _TransformersCodec(slow),
+        spelling=None,
+        special=SpecialTokens(
+            roles={role: token for role, token in names.items() if token is not None},
+            ids=frozenset(slow.all_special_ids),
+        ),
+        templates=templates,
     )
 
 
-class _Slow:
-    """A transformers tokenizer behind the tokenizers library's names."""
+class _TransformersCodec:
+    """A tokenizer written in Python."""
 
     def __init__(self, slow: Any) -> None:
         self._slow = slow
 
-    def encode(self, sequence: str, *, add_special_tokens: bool = True) -> Any:
-        ids = self._slow.encode(sequence, add_special_tokens=add_special_tokens)
-        return SimpleNamespace(ids=ids)
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        return list(self._slow.encode(text, add_special_tokens=add_special_tokens))
 
-    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         return str(
             self._slow.decode(
                 list(ids),
@@ -88,42 +166,14 @@ class _Slow:
             )
         )
 
-    def id_to_token(self, id: int) -> str | None:
-        token = self._slow.convert_ids_to_tokens(id)
-        return None if token is None else str(token)
+    def id_to_token(self, token_id: int) -> str | None:
+        return (
+            str(self._slow.convert_ids_to_tokens(token_id)) if token_id < len(self._slow) else None
+        )
 
     def token_to_id(self, token: str) -> int | None:
-        found = self._slow.convert_tokens_to_ids(token)
-        return None if found is None else int(found)
+        token_id: int | None = self._slow.get_vocab().get(token)
+        return token_id
 
-    def get_vocab_size(self, with_added_tokens: bool = True) -> int:
+    def vocab_size(self) -> int:
         return len(self._slow)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(path, f"it is not valid JSON ({error})") from error
-    return values if isinstance(values, dict) else {}
-
-
-def _token_text(value: Any) -> str | None:
-    """A token is spelled as a text or as an object with its content."""
-    if isinstance(value, dict):
-        value = value.get("content")
-    return value if isinstance(value, str) else None
-
-
-def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
-    """chat_template.jinja, else tokenizer_config.json's (the one named default, of several)."""
-    path = folder / "chat_template.jinja"
-    if path.exists():
-        return path.read_text(encoding="utf-8")
-    template = config.get("chat_template")
-    if isinstance(template, list):
-        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
-        template = named.get("default")
-    return template if isinstance(template, str) else None

@@ -1,4 +1,4 @@
-"""Between text and token ids, whatever the checkpoint keeps its tokenizer in."""
+"""Text to token ids and back, whatever the tokenizer's file format."""
 
 from __future__ import annotations
 
@@ -7,158 +7,291 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from portalm.errors import CheckpointError, InvalidRequest
-from portalm.text.chat_template import Message, render
+from portalm.errors import ConfigError, InvalidRequest, ModelNotFound
+from portalm.text.chat_template import ChatTemplates
+from portalm.text.detokenizer import Detokenizer, SpelledDetokenizer, WindowDetokenizer
+from portalm.text.spelling import Spelling
 
 
-class Encoder(Protocol):
-    """The part of the `tokenizers` library's Tokenizer that is used here."""
+class Codec(Protocol):
+    """What a tokenizer library does for `Tokenizer`."""
 
-    def encode(self, sequence: str, *, add_special_tokens: bool = True) -> Any:
-        """An object with `ids`."""
-        ...
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """The ids of `text`."""
 
-    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Text."""
-        ...
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+        """The text of `ids`."""
 
-    def id_to_token(self, id: int) -> str | None:
-        """The token as the vocabulary spells it."""
-        ...
+    def id_to_token(self, token_id: int) -> str | None:
+        """A token as the vocabulary writes it; None if there is none of that id."""
 
     def token_to_id(self, token: str) -> int | None:
-        """Its id."""
-        ...
+        """The id of a token as the vocabulary writes it; None if there is none."""
 
-    def get_vocab_size(self, with_added_tokens: bool = True) -> int:
-        """Number of tokens."""
-        ...
+    def vocab_size(self) -> int:
+        """One more than the largest id."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SpecialTokens:
+    """The tokens that are no text."""
+
+    roles: Mapping[str, str] = field(default_factory=dict)
+    """As the vocabulary writes them, by role: bos_token, eos_token, pad_token, unk_token..."""
+    ids: frozenset[int] = frozenset()
+    """All of them, with or without a role."""
+
+
 class Tokenizer:
-    """A tokenizer, its special tokens and its chat template."""
+    """A model's tokenizer (`load_tokenizer` makes one)."""
 
-    encoder: Encoder
-    bos_token_id: int | None = None
-    eos_token_id: int | None = None
-    special_ids: frozenset[int] = frozenset()
-    chat_template: str | None = None
-    template_variables: Mapping[str, Any] = field(default_factory=dict)
-    """What templates may read: bos_token, eos_token and so on."""
+    def __init__(
+        self,
+        codec: Codec,
+        *,
+        spelling: Spelling | None,
+        special: SpecialTokens,
+        templates: ChatTemplates,
+    ) -> None:
+        """A tokenizer over a library's.
 
-    @property
-    def vocab_size(self) -> int:
-        """Number of tokens, added ones included."""
-        return self.encoder.get_vocab_size()
+        Args:
+            codec: does the work.
+            spelling: what bytes its tokens are; None: only `codec.decode` knows.
+            special: the tokens with a role.
+            templates: how the model writes a conversation.
+        """
+        self._codec = codec
+        self.spelling = spelling
+        self.special = special
+        self._templates = templates
+        self.special_ids = special.ids
+        self.vocab_size = codec.vocab_size()
+        self.bos_token_id = self._id_of("bos_token")
+        self.eos_token_id = self._id_of("eos_token")
+        self.pad_token_id = self._id_of("pad_token")
+        self._bytes: dict[int, bytes] = {}
+        self._texts: dict[int, str] = {}
+
+    def _id_of(self, role: str) -> int | None:
+        token = self.special.roles.get(role)
+        return None if token is None else self._codec.token_to_id(token)
+
+    # -- text and ids -------------------------------------------------------------------------
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of `text`."""
-        ids: list[int] = self.encoder.encode(text, add_special_tokens=add_special_tokens).ids
-        return ids
+        """The token ids of `text`; special tokens written in it are those tokens.
+
+        Args:
+            text: any text.
+            add_special_tokens: put what the model wants around a text (BOS, say).
+
+        Raises:
+            InvalidRequest: `text` is no valid Unicode (half of a surrogate pair).
+        """
+        try:
+            return self._codec.encode(text, add_special_tokens=add_special_tokens)
+        except UnicodeEncodeError as error:
+            raise InvalidRequest(
+                f"the text is not valid Unicode: character {error.start} is half of a surrogate "
+                f"pair ({text[error.start]!a}); send the whole pair",
+                param="prompt",
+            ) from None
 
     def decode(
         self,
-        token_ids: Sequence[int],
+        ids: Sequence[int],
         *,
         skip_special_tokens: bool = True,
         spaces_between_special_tokens: bool = True,
     ) -> str:
-        """Text of `token_ids`."""
-        if skip_special_tokens or not spaces_between_special_tokens:
-            return self.encoder.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
-        return self._decode_spaced(token_ids)
+        """The text of `ids`; broken UTF-8 shows as U+FFFD, unknown ids as nothing."""
+        if self.spelling is None:
+            if skip_special_tokens or spaces_between_special_tokens:
+                return self._codec.decode(ids, skip_special_tokens=skip_special_tokens)
+            stream = self.detokenizer(
+                skip_special_tokens=False, spaces_between_special_tokens=False
+            )
+            return "".join(map(stream.feed, ids)) + stream.flush()
+        if skip_special_tokens:
+            ids = [token_id for token_id in ids if token_id not in self.special_ids]
+        pieces = [data for data in map(self.token_bytes, ids) if data]
+        if pieces:
+            pieces[0] = self.spelling.strip_start(pieces[0])
+        return b"".join(pieces).decode("utf-8", "replace")
 
-    def _decode_spaced(self, token_ids: Sequence[int]) -> str:
-        """Special tokens shown with a space between neighbours, as transformers does it."""
-        pieces: list[str] = []
-        plain: list[int] = []
-        for token_id in [*token_ids, None]:
-            if token_id is not None and token_id not in self.special_ids:
-                plain.append(token_id)
-                continue
-            if plain:
-                pieces.append(self.encoder.decode(plain, skip_special_tokens=False))
-                plain = []
-            if token_id is not None:
-                pieces.append(self.encoder.id_to_token(token_id) or "")
-        return " ".join(pieces)
-
-    def text_of(self, token_id: int) -> str:
-        """One token as text, special or not (for logprobs)."""
-        return self.encoder.decode([token_id], skip_special_tokens=False)
-
-    def apply_chat_template(
+    def detokenizer(
         self,
-        messages: Sequence[Message],
+        prompt_token_ids: Sequence[int] = (),
+        *,
+        skip_special_tokens: bool = True,
+        spaces_between_special_tokens: bool = True,
+    ) -> Detokenizer:
+        """A stream of text that goes on from a prompt.
+
+        Args:
+            prompt_token_ids: what the answer goes on from; empty: it begins a text.
+            skip_special_tokens: special tokens have no text.
+            spaces_between_special_tokens: False: no space between special tokens that follow
+                each other (byte-level tokenizers never put one there).
+        """
+        if self.spelling is not None:
+            return SpelledDetokenizer(
+                self, self.spelling, prompt_token_ids, skip_special_tokens=skip_special_tokens
+            )
+        return WindowDetokenizer(
+            self,
+            prompt_token_ids,
+            skip_special_tokens=skip_special_tokens,
+            spaces_between_special_tokens=spaces_between_special_tokens,
+        )
+
+    # -- single tokens ------------------------------------------------------------------------
+
+    def id_to_token(self, token_id: int) -> str | None:
+        """The token as the vocabulary writes it ("Ġthe"); None if there is none of that id."""
+        return self._codec.id_to_token(token_id) if token_id >= 0 else None
+
+    def token_to_id(self, token: str) -> int | None:
+        """The id of a token as the vocabulary writes it; None if there is none."""
+        return self._codec.token_to_id(token)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that the token adds to a text; none for an unknown id."""
+        data = self._bytes.get(token_id)
+        if data is None:
+            data = self._bytes[token_id] = self._spell(token_id)
+        return data
+
+    def _spell(self, token_id: int) -> bytes:
+        token = self.id_to_token(token_id)
+        if token is None:
+            return b""
+        if self.spelling is None:
+            return self._codec.decode([token_id], skip_special_tokens=False).encode()
+        return self.spelling.token_bytes(token)
+
+    def id_to_text(self, token_id: int) -> str:
+        """The token's own text, for logprobs; U+FFFD for parts of a character."""
+        text = self._texts.get(token_id)
+        if text is None:
+            text = self._texts[token_id] = self.token_bytes(token_id).decode("utf-8", "replace")
+        return text
+
+    # -- conversations ------------------------------------------------------------------------
+
+    @property
+    def chat_template(self) -> str | None:
+        """The model's Jinja template for conversations; None if it has none."""
+        return self._templates.default
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
         *,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
         template: str | None = None,
-        **variables: Any,
-    ) -> list[int]:
-        """Token ids of a conversation.
+        **kwargs: Any,
+    ) -> str:
+        """A conversation as the text that the model was trained on.
+
+        Args:
+            messages: {"role": ..., "content": ...} each; content is a text or a list of parts of
+                type text.
+            add_generation_prompt: end where the assistant begins to speak.
+            continue_final_message: end inside the last message, for the model to go on with it.
+            tools: functions that the model may call, as in OpenAI's API.
+            template: Jinja text, or the name of one of the model's templates, to use instead of
+                its default one.
+            **kwargs: more variables for the template.
 
         Raises:
-            InvalidRequest: the model has no chat template, or the messages do not fit it.
+            InvalidRequest: the messages are malformed, or the template refuses them.
         """
+        return self._templates.render(
+            messages,
+            template=template,
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            variables={**self.special.roles, **kwargs},
+        )
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template: str | None = None,
+        **kwargs: Any,
+    ) -> list[int]:
+        """The token ids of a conversation; arguments and errors as in `render_chat`."""
         text = self.render_chat(
             messages,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             tools=tools,
             template=template,
-            **variables,
+            **kwargs,
         )
-        return self.encode(text, add_special_tokens=False)
+        return self.encode(text, add_special_tokens=False)  # the template writes BOS itself
 
-    def render_chat(
-        self, messages: Sequence[Message], *, template: str | None = None, **options: Any
-    ) -> str:
-        """The text that `apply_chat_template` tokenises; the template brings special tokens."""
-        template = template or self.chat_template
-        if template is None:
-            raise InvalidRequest(
-                "the model has no chat template: use completions, or give one with --chat-template",
-                param="messages",
-            )
-        return render(template, messages, **{**self.template_variables, **options})
+
+# -- loading ----------------------------------------------------------------------------------
+
+_OTHER_FILES = ("tokenizer_config.json", "tokenizer.model", "vocab.json", "tekken.json")
+"""Any of these tells that a folder has a tokenizer, of a kind that transformers reads."""
 
 
 def load_tokenizer(
     path: Path, *, chat_template: str | None = None, trust_remote_code: bool = False
 ) -> Tokenizer:
-    """The tokenizer of the checkpoint at `path`, a folder or a .gguf file.
+    """The tokenizer of a model.
 
     Args:
-        path: as `resolve_model` gave it.
-        chat_template: Jinja text or the path of a file, instead of the checkpoint's.
-        trust_remote_code: let a tokenizer run Python code from its repository.
+        path: a model folder or a .gguf file, as `resolve_model` gives it.
+        chat_template: a Jinja template, or the path of one, instead of the model's.
+        trust_remote_code: let the tokenizer run Python code that the folder ships.
 
     Raises:
-        CheckpointError: there is no tokenizer, or it is broken.
+        ModelNotFound: there is no tokenizer at `path`.
+        CheckpointError: a file of it is broken.
+        UnsupportedModel: it is of a kind that is not known.
+        ConfigError: `chat_template` cannot be read or is no Jinja template.
     """
-    template = _read_template(chat_template)
-    if path.suffix == ".gguf":
+    chosen = None
+    if chat_template is not None:  # compiled now: a broken one must not wait for a request
+        chosen = ChatTemplates({"default": _read_template(chat_template)}, compile_now=True)
+    if path.is_file():
         from portalm.text.gguf_tokenizer import load_gguf_tokenizer
 
-        return load_gguf_tokenizer(path, template)
-    if (path / "tokenizer.json").exists():
+        return load_gguf_tokenizer(path, chosen)
+    if (path / "tokenizer.json").is_file():
         from portalm.text.hf_tokenizer import load_fast_tokenizer
 
-        return load_fast_tokenizer(path, template)
-    from portalm.text.hf_tokenizer import load_slow_tokenizer
+        return load_fast_tokenizer(path, chosen)
+    if any((path / name).is_file() for name in _OTHER_FILES):
+        from portalm.text.hf_tokenizer import load_slow_tokenizer
 
-    return load_slow_tokenizer(path, template, trust_remote_code=trust_remote_code)
+        return load_slow_tokenizer(path, chosen, trust_remote_code=trust_remote_code)
+    raise ModelNotFound(
+        f"no tokenizer in {str(path)!r}: it has neither tokenizer.json nor any of "
+        f"{', '.join(_OTHER_FILES)}; name a folder or .gguf file that has one with --tokenizer"
+    )
 
 
-def _read_template(chat_template: str | None) -> str | None:
-    """The template itself; a value without Jinja's braces is a path."""
-    if chat_template is None or "{" in chat_template:
-        return chat_template
-    path = Path(chat_template).expanduser()
+def _read_template(chosen: str) -> str:
+    """A template given as such, or as the path of a file: templates have braces or newlines."""
+    if "{" in chosen or "\n" in chosen:
+        return chosen
     try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise CheckpointError(path, f"no chat template there ({error.strerror})") from error
+        return Path(chosen).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"chat_template {chosen!r} is neither a Jinja template (it has no braces) nor a file "
+            f"that can be read: {error}"
+        ) from None
