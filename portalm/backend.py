@@ -219,7 +219,8 @@ class SampleOutput:
     """What came of each row. Logprobs are of the raw logits, before penalties and temperature."""
 
     token_ids: torch.Tensor
-    """int32 [R]"""
+    """int32 [R]; -1 where the row's logits, after penalties, bias and mask, hold a NaN or nothing
+    but -inf: no token can be drawn, and no other row is affected."""
     logprobs: torch.Tensor | None = None
     """float32 [R], where asked for."""
     ranks: torch.Tensor | None = None
@@ -484,4 +485,9 @@ def _report(backend: type[Backend] | Exception) -> DeviceReport:
             is_available=False,
             summary=f"its package does not import ({type(backend).__name__}: {backend})",
         )
-    return backend.find()
+    try:
+        return backend.find()
+    except Exception as error:  # it must never raise; one that does must not hide the others
+        return DeviceReport(
+            is_available=False, summary=f"it cannot tell ({type(error).__name__}: {error})"
+        )

@@ -29,6 +29,7 @@ from portalm.backend import (
     StepMeta,
 )
 from portalm.errors import BackendError
+from portalm_backends.portable import host_memory
 from portalm_backends.portable.sampling import sample
 
 
@@ -82,21 +83,9 @@ class TorchBackend(abc.ABC):
 
     @contextlib.contextmanager
     def peak(self) -> Iterator[Callable[[], int]]:
-        """Bytes of the largest set of tensors alive at once, by torch's own allocation events.
-
-        Slow (every operation is recorded); the count is there once the block has ended.
-        """
-        peak_bytes = 0
-        with torch.profiler.profile(
-            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-        ) as profile:
-            yield lambda: peak_bytes
-        held = 0
-        result = profile.profiler.kineto_results if profile.profiler is not None else None
-        for event in result.events() if result is not None else ():
-            if event.name() == "[memory]":
-                held += event.nbytes()
-                peak_bytes = max(peak_bytes, held)
+        """Bytes of this process that became resident: right where the device is the host."""
+        with host_memory.peak() as used:
+            yield used
 
     def to_device(self, host: npt.NDArray[np.generic]) -> torch.Tensor:
         """A copy, so that the host may write its buffer again."""
@@ -108,15 +97,29 @@ class TorchBackend(abc.ABC):
 
     def probe(self, timeout_s: float) -> None:
         """One addition on another thread, waited for at most `timeout_s` seconds."""
-        answered = threading.Event()
+        failures: list[Exception] = []
+        is_over = threading.Event()
 
         def add() -> None:
-            if int((torch.ones(1, device=self.device()) + 1).cpu()) == 2:
-                answered.set()
+            try:
+                answer = int((torch.ones(1, device=self.device()) + 1).cpu())
+                if answer != 2:
+                    failures.append(ArithmeticError(f"1 + 1 is {answer}"))
+            except Exception as error:  # whatever it is, the caller has to hear of it
+                failures.append(error)
+            is_over.set()
 
         threading.Thread(target=add, daemon=True).start()
-        if not answered.wait(timeout_s):
-            raise BackendError("timeout", f"device {self.name} did not answer in {timeout_s} s")
+        if not is_over.wait(timeout_s):
+            raise BackendError(
+                "timeout",
+                f"device {self.name} did not answer in {timeout_s} s: another program may be "
+                f"using it, or its driver hangs",
+            )
+        if failures:
+            raise BackendError(
+                "kernel", f"device {self.name} cannot add two numbers: {failures[0]}"
+            ) from failures[0]
 
     # -- KV cache -----------------------------------------------------------------------------
 
@@ -141,11 +144,12 @@ class TorchBackend(abc.ABC):
 
     def kv_export(self, kv: KV, blocks: torch.Tensor) -> torch.Tensor:
         """Blocks int32 [N] as [N, L, 2, B, H_kv, D] on the host."""
-        return torch.as_tensor(kv[:, :, blocks.long()].permute(2, 0, 1, 3, 4, 5).cpu()).contiguous()
+        wire: torch.Tensor = kv[:, :, blocks.long()].permute(2, 0, 1, 3, 4, 5)
+        return wire.cpu().contiguous()
 
     def kv_import(self, kv: KV, blocks: torch.Tensor, wire: torch.Tensor) -> KV:
-        """The inverse of `kv_export`."""
-        kv[:, :, blocks.long()] = wire.to(self.device()).permute(1, 2, 0, 3, 4, 5)
+        """The inverse of `kv_export`; a wire of another dtype is converted."""
+        kv[:, :, blocks.long()] = wire.to(kv).permute(1, 2, 0, 3, 4, 5)
         return kv
 
     # -- attention ----------------------------------------------------------------------------
@@ -175,7 +179,9 @@ class TorchBackend(abc.ABC):
     def logits(self, x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
         """x [R, C] times weight [V, C] transposed in float32: [R, V].
 
-        Both sides are cast up: the products are the same, their sum keeps its digits.
+        Both sides are cast up, so that products are exact and their sum is not rounded to the
+        weight's dtype, which would make ties of different tokens. The whole weight is copied for
+        it every step: a device that adds in float32 anyway overrides this.
         """
         return F.linear(x.float(), weight.float())
 
@@ -213,11 +219,11 @@ class TorchBackend(abc.ABC):
 
         Su et al., "RoFormer", 2021. cos_sin is float32 [max_position, rotary_dim].
         """
-        cos, sin = cos_sin[positions.long()].chunk(2, dim=-1)  # [T, rotary_dim / 2]
-        return tuple(
-            _rotate(x, cos[:, None], sin[:, None], is_interleaved=is_interleaved)
-            for x in (query, key)
-        )  # type: ignore[return-value]
+        turns = cos_sin.index_select(0, positions)[:, None]  # [T, 1, rotary_dim]
+        return (
+            _rotate(query, turns, is_interleaved=is_interleaved),
+            _rotate(key, turns, is_interleaved=is_interleaved),
+        )
 
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         """silu(gate) * up of [T, 2 I]: [T, I]."""
@@ -260,11 +266,13 @@ class TorchBackend(abc.ABC):
         return sample(logits, params)
 
 
-def _rotate(
-    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, is_interleaved: bool
-) -> torch.Tensor:
-    """x [T, H, D], its first 2 * cos.shape[-1] dimensions rotated in float32."""
-    rotary_dim = 2 * cos.shape[-1]
+def _rotate(x: torch.Tensor, turns: torch.Tensor, *, is_interleaved: bool) -> torch.Tensor:
+    """x [T, H, D] turned in float32 by cosines, then sines, [T, 1, rotary_dim].
+
+    Dimensions past rotary_dim stay as they are.
+    """
+    rotary_dim = turns.shape[-1]
+    cos, sin = turns.chunk(2, dim=-1)
     turned, rest = x[..., :rotary_dim].float(), x[..., rotary_dim:]
     if is_interleaved:
         a, b = turned[..., 0::2], turned[..., 1::2]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -24,8 +25,8 @@ def memory(proc: Path = _PROC, cgroup_root: Path = _CGROUP_ROOT) -> MemInfo:
         cgroup_root: where control groups (version 1 or 2) are mounted.
     """
     info = _fields(proc / "meminfo", unit=1024)
-    total = info.get("MemTotal", 0)
-    free = info.get("MemAvailable", info.get("MemFree", 0))
+    total = info.get("MemTotal") or _physical_bytes()
+    free = info.get("MemAvailable", info.get("MemFree", total))
     for limit, used in _cgroup_limits(proc, cgroup_root):
         if limit < total:
             total = limit
@@ -35,7 +36,7 @@ def memory(proc: Path = _PROC, cgroup_root: Path = _CGROUP_ROOT) -> MemInfo:
 
 @contextmanager
 def peak(proc: Path = _PROC) -> Iterator[Callable[[], int]]:
-    """Measure the most bytes that became resident since, above the start.
+    """`with peak() as used:` - used() is the most bytes that became resident, above the start.
 
     Where the kernel does not let the peak be reset, the peak since the process began is used:
     too much rather than too little.
@@ -44,7 +45,22 @@ def peak(proc: Path = _PROC) -> Iterator[Callable[[], int]]:
     start = _fields(status, unit=1024).get("VmRSS", 0)
     with suppress(OSError):  # some sandboxes forbid it; see above
         (proc / "self" / "clear_refs").write_text(_RESET_PEAK)
-    yield lambda: max(0, _fields(status, unit=1024).get("VmHWM", 0) - start)
+    at_the_end: int | None = None
+
+    def used() -> int:
+        if at_the_end is not None:
+            return at_the_end
+        return max(0, _fields(status, unit=1024).get("VmHWM", 0) - start)
+
+    try:
+        yield used
+    finally:
+        at_the_end = used()
+
+
+def _physical_bytes() -> int:
+    """The machine's memory where there is no procfs to say more."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _fields(path: Path, *, unit: int = 1) -> dict[str, int]:
@@ -55,9 +71,9 @@ def _fields(path: Path, *, unit: int = 1) -> dict[str, int]:
     except OSError:
         return values
     for line in lines:
-        name, *rest = line.replace(":", " ").split()
-        if rest and rest[0].isdigit():
-            values[name] = int(rest[0]) * unit
+        words = line.replace(":", " ").split()
+        if len(words) > 1 and words[1].isdigit():
+            values[words[0]] = int(words[1]) * unit
     return values
 
 

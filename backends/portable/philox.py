@@ -52,17 +52,15 @@ def gumbel(seed: torch.Tensor, position: torch.Tensor, vocab_size: int) -> torch
     Returns:
         float32 [R, V]
     """
-    num_words = -(-vocab_size // 4)
-    group = torch.arange(num_words, dtype=torch.int64, device=seed.device)[None, :]
+    num_groups = -(-vocab_size // 4)
+    group = torch.arange(num_groups, dtype=torch.int64, device=seed.device)[None, :]
     seed, position = seed[:, None], position[:, None]
     zero = torch.zeros_like(group)
     words = philox(
         (group, zero, position & _MASK, (position >> 32) & _MASK),
         (seed & _MASK, (seed >> 32) & _MASK),
     )
-    shape = (len(seed), num_words)
-    bits = torch.stack([word.expand(shape) for word in words], dim=-1)  # [R, V / 4, 4]
-    bits = bits.flatten(1)[:, :vocab_size]
     # 23 bits and a half: exact in float32, never 0 and never 1
-    uniform = ((bits >> 9).to(torch.float32) + 0.5) * 2.0**-23
-    return -torch.log(-torch.log(uniform))
+    uniform = [((word >> 9).to(torch.float32) + 0.5) * 2.0**-23 for word in words]
+    noise = -torch.log(-torch.log(torch.stack(uniform, dim=-1)))  # [R, V / 4, 4]
+    return noise.flatten(1)[:, :vocab_size]

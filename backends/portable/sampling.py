@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from portalm.backend import LogitBias, Penalties, SampleOutput, SampleParams
 from portalm_backends.portable.philox import gumbel
 
 BROKEN = -1
-"""The token of a row that has a NaN, or nothing that may be drawn."""
+"""The token of a row whose scores hold a NaN, or nothing that may be drawn."""
 
 
 def sample(logits: torch.Tensor, params: SampleParams) -> SampleOutput:
@@ -89,7 +90,7 @@ def first_argmax(scores: torch.Tensor) -> torch.Tensor:
     vocab_size = scores.shape[1]
     ids = torch.arange(vocab_size, device=scores.device)
     is_best = scores == scores.amax(dim=-1, keepdim=True)
-    # a row of NaN has no best: any id will do, the row is marked as broken
+    # a row with a NaN has no best: any id will do, the row is marked as broken
     return torch.where(is_best, ids, vocab_size).amin(dim=-1).clamp(max=vocab_size - 1)
 
 
@@ -107,33 +108,47 @@ def draw(scores: torch.Tensor, params: SampleParams) -> torch.Tensor:
 def apply_filters(scaled: torch.Tensor, params: SampleParams) -> torch.Tensor:
     """Scores [R, V], -inf where min_p, top_k or top_p drop a token.
 
-    Each is a threshold on the score: tokens that tie with the last one kept are kept.
+    Each comes down to a threshold on the score, so that tokens which tie with the last one kept
+    are kept, in whatever order a sort may put them.
     """
+    none = float("-inf")
     ordered = scaled.sort(dim=-1, descending=True).values  # [R, V]
-    best = ordered[:, :1]
     vocab_size = scaled.shape[1]
 
-    log_min_p = torch.log(params.min_p[:, None])  # -inf where off
-    kept = torch.where(ordered >= best + log_min_p, ordered, float("-inf"))
-
+    min_p = params.min_p[:, None]
+    threshold = torch.where(min_p > 0, ordered[:, :1] + torch.log(min_p), none)  # [R, 1]
     k = torch.where(params.top_k > 0, params.top_k, vocab_size).clamp(max=vocab_size)
-    threshold = kept.gather(1, (k.long() - 1)[:, None])
-    kept = torch.where(kept >= threshold, kept, float("-inf"))
+    threshold = torch.maximum(threshold, ordered.gather(1, (k.long() - 1)[:, None]))
+    kept = torch.where(ordered >= threshold, ordered, none)
 
-    probs = kept.softmax(dim=-1)
-    before = probs.cumsum(dim=-1) - probs  # probability of all tokens ahead of this one
-    is_needed = (before < params.top_p[:, None]) | (params.top_p[:, None] >= 1.0)
-    kept = torch.where(is_needed, kept, float("inf"))
-    threshold = torch.where(kept == float("-inf"), float("inf"), kept).amin(dim=-1, keepdim=True)
-    return torch.where(scaled >= threshold, scaled, float("-inf"))
+    top_p = params.top_p[:, None]
+    reached = kept.softmax(dim=-1).cumsum(dim=-1)
+    ahead = F.pad(reached[:, :-1], (1, 0))  # probability of the more likely tokens: from 0
+    is_needed = ((ahead < top_p) | (top_p >= 1.0)) & (kept > none)
+    threshold = torch.where(is_needed, kept, float("inf")).amin(dim=-1, keepdim=True)
+    return torch.where(scaled >= threshold, scaled, none)
 
 
 def add_logprobs(output: SampleOutput, raw: torch.Tensor, num_top: int) -> None:
     """Logprob and rank of each row's token, and the `num_top` most likely tokens."""
     logprobs = raw.log_softmax(dim=-1)
-    chosen = logprobs.gather(1, output.token_ids.long().clamp(min=0)[:, None])
-    output.logprobs = chosen[:, 0]
-    output.ranks = ((logprobs > chosen).sum(dim=-1) + 1).to(torch.int32)
-    top_ids = torch.sort(raw, dim=-1, descending=True, stable=True).indices[:, :num_top]
+    ids = output.token_ids.long().clamp(min=0)[:, None]  # a broken row has no logprobs: any id
+    output.logprobs = logprobs.gather(1, ids)[:, 0]
+    output.ranks = ((raw > raw.gather(1, ids)).sum(dim=-1) + 1).to(torch.int32)
+    top_ids = most_likely(raw, num_top)
     output.top_ids = top_ids.to(torch.int32)
     output.top_logprobs = logprobs.gather(1, top_ids)
+
+
+def most_likely(raw: torch.Tensor, count: int) -> torch.Tensor:
+    """int64 [R, count]: tokens of the largest of float32 [R, V], ties to the lowest id.
+
+    A score and its id together are one number without ties: the score's bits, made to count
+    upwards as integers do, above the id, counted from the end.
+    """
+    vocab_size = raw.shape[1]
+    bits = (raw + 0.0).view(torch.int32).long()  # -0.0 becomes 0.0, which it equals
+    ascending = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    from_end = torch.arange(vocab_size - 1, -1, -1, device=raw.device)
+    best = ((ascending << 32) + from_end).topk(min(count, vocab_size), dim=-1).values
+    return vocab_size - 1 - (best & 0xFFFFFFFF)

@@ -33,21 +33,29 @@ def paged_attention(
         if seq_len == 0:
             continue
         q = query[start:end].float()  # [q_len, H, D]
-        k = _gather(key_cache, meta.block_table[i], seq_len)  # [seq_len, H_kv, D]
-        v = _gather(value_cache, meta.block_table[i], seq_len)
-        k, v = (x.float().repeat_interleave(group_size, dim=1) for x in (k, v))  # [seq_len, H, D]
+        first = _first_seen(seq_len - len(q), spec)
+        k, v = (
+            _gather(x, meta.block_table[i], seq_len)[first:].float()
+            for x in (key_cache, value_cache)
+        )  # [seq_len - first, H_kv, D]
+        k, v = (x.repeat_interleave(group_size, dim=1) for x in (k, v))  # [.., H, D]
 
         scores = torch.einsum("qhd,khd->hqk", q, k) * spec.scale
         if spec.soft_cap is not None:
             scores = spec.soft_cap * torch.tanh(scores / spec.soft_cap)
         position = torch.arange(seq_len - len(q), seq_len)[:, None]
-        context = torch.arange(seq_len)[None, :]
+        context = torch.arange(first, seq_len)[None, :]
         is_hidden = context > position
         if spec.sliding_window is not None:
             is_hidden |= context <= position - spec.sliding_window
         probs = scores.masked_fill(is_hidden, float("-inf")).softmax(dim=-1)
         out[start:end] = torch.einsum("hqk,khd->qhd", probs, v).to(query.dtype)
     return out
+
+
+def _first_seen(position: int, spec: AttentionSpec) -> int:
+    """The first token that a query at `position` sees; slots before it may hold anything."""
+    return 0 if spec.sliding_window is None else max(0, position - spec.sliding_window + 1)
 
 
 def _gather(cache: torch.Tensor, block_table: torch.Tensor, seq_len: int) -> torch.Tensor:

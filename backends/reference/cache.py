@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from portalm.backend import KVSpec, StepMeta
-from portalm.errors import Unsupported
+from portalm.errors import BackendError, Unsupported
 
 DTYPES = frozenset({"float32", "float16", "bfloat16"})
 """What keys and values may be stored as."""
@@ -18,14 +18,26 @@ def bytes_per_block(spec: KVSpec) -> int:
 
 
 def allocate(spec: KVSpec, num_blocks: int) -> torch.Tensor:
-    """An uninitialised cache. Raises `Unsupported` for a dtype that is not claimed."""
+    """An uninitialised cache.
+
+    Raises:
+        Unsupported: a dtype that is not claimed.
+        BackendError: of kind oom, with the size.
+    """
     if spec.dtype not in DTYPES:
         raise Unsupported(
             f"the reference backend stores keys and values as {', '.join(sorted(DTYPES))}, "
             f"not {spec.dtype}"
         )
     shape = (spec.num_layers, 2, num_blocks, spec.block_size, spec.num_kv_heads, spec.head_size)
-    return torch.empty(shape, dtype=getattr(torch, spec.dtype))
+    try:
+        return torch.empty(shape, dtype=getattr(torch, spec.dtype))
+    except RuntimeError as error:
+        raise BackendError(
+            "oom",
+            f"no memory for a KV cache of {num_blocks * bytes_per_block(spec) / 2**20:.0f} MiB: "
+            f"lower --kv-cache-memory-bytes, --max-model-len or --max-num-seqs",
+        ) from error
 
 
 def write(
