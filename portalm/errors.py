@@ -90,5 +90,9 @@ class Unsupported(BackendError):
 # -- engine -----------------------------------------------------------------------------------
 
 
+class RequestFailed(PortaLMError):
+    """A request that was fine and could not be finished: a fault of the engine or its device."""
+
+
 class EngineDead(PortaLMError):
     """The engine process has ended; requests in flight cannot be answered by it."""

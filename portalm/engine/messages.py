@@ -58,6 +58,8 @@ class TokenOutput(msgspec.Struct, kw_only=True):
     num_cached_tokens: int = 0
     error: str | None = None
     """Why, where finish_reason is error."""
+    is_refused: bool = False
+    """The error is the request's own: it can never be answered as asked."""
 
 
 class EngineStats(msgspec.Struct, kw_only=True):
