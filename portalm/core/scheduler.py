@@ -296,7 +296,7 @@ class Scheduler:
         return parent if same_prompt and parent.cache_salt == request.cache_salt else None
 
     def _admit(self, request: Request, parent: Request | None, plan: StepPlan) -> bool:
-        """Give `request` its first blocks and tokens; False, changing nothing, if they do not fit."""
+        """Give `request` its first blocks and tokens; False, changing nothing, if it cannot."""
         if parent is None:
             shared, num_computed, copy_from = self._find_cached(request)
         else:

@@ -80,6 +80,10 @@ async def serve(engine: EngineConfig, config: ServerConfig) -> None:
             ),
             state,
         )
+        # uvicorn handles signals while it serves and raises them again when it is done: by then
+        # they have done what they were for
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: None)
         running = asyncio.create_task(server.serve())
         while not server.started and not running.done():
             await asyncio.sleep(0.01)

@@ -148,7 +148,7 @@ def test_a_wrong_shape_is_named_with_both_shapes(tmp_path: Path) -> None:
 def test_an_unknown_architecture_names_those_that_run(tmp_path: Path) -> None:
     config_text(saved(tmp_path), "LlamaForCausalLM", "VaxForCausalLM")
 
-    with pytest.raises(UnsupportedModel, match="'VaxForCausalLM'.*LlamaForCausalLM"):
+    with pytest.raises(UnsupportedModel, match=r"'VaxForCausalLM'.*LlamaForCausalLM"):
         engine_of(tmp_path, device="reference")
 
 
@@ -156,7 +156,7 @@ def test_an_unknown_architecture_names_those_that_run(tmp_path: Path) -> None:
 def test_a_broken_config_is_a_checkpoint_error(tmp_path: Path, text: str) -> None:
     (saved(tmp_path) / "config.json").write_text(text)
 
-    with pytest.raises(CheckpointError, match="config.json"):
+    with pytest.raises(CheckpointError, match=r"config\.json"):
         engine_of(tmp_path, device="reference")
 
 

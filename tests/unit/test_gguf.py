@@ -101,7 +101,7 @@ def test_query_rows_are_in_halves_again(tmp_path: Path) -> None:
 
 
 def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no tensor 'lm_head.weight'"):
+    with pytest.raises(CheckpointError, match=r"no tensor 'lm_head\.weight'"):
         GGUFCheckpoint(write_file(tmp_path / "a.gguf"), {}).tensor("lm_head.weight")
 
 

@@ -1,0 +1,112 @@
+"""Real servers in processes of their own, on loopback."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.tiny import make_config_folder
+
+START_S = 90
+
+
+@dataclass
+class RunningServer:
+    url: str
+    process: subprocess.Popen[str]
+    output: list[str]
+
+    def client(self, **options: object) -> httpx.Client:
+        return httpx.Client(base_url=self.url, timeout=60, **options)
+
+    def metric(self, name: str) -> float:
+        text = self.client().get("/metrics").text
+        [value] = re.findall(rf"^portalm:{name}(?:{{[^}}]*}})? (\S+)$", text, re.MULTILINE)
+        return float(value)
+
+    def wait_for(self, name: str, value: float, seconds: float = 10) -> None:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            if self.metric(name) == value:
+                return
+            time.sleep(0.05)
+        raise AssertionError(f"{name} is {self.metric(name)}, not {value}")
+
+    def engine_pid(self) -> int:
+        found = subprocess.run(
+            ["pgrep", "-P", str(self.process.pid), "-f", "portalm.engine"],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        return int(found.stdout.split()[0])
+
+
+@contextlib.contextmanager
+def running_server(*flags: str) -> Iterator[RunningServer]:
+    command = [sys.executable, "-m", "portalm.cli.main", "serve", "--port", "0", *flags]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd="/"
+    )
+    output: list[str] = []
+    found: list[str] = []
+    ready = threading.Event()
+
+    def read() -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            output.append(line)
+            match = re.search(r"on (http://127\.0\.0\.1:\d+)", line)
+            if match and not found:
+                found.append(match.group(1))
+                ready.set()
+        ready.set()
+
+    threading.Thread(target=read, daemon=True).start()
+    try:
+        ready.wait(START_S)
+        assert found, "".join(output)
+        yield RunningServer(found[0], process, output)
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def make_model_folder(folder: Path) -> Path:
+    """A tiny config and a tokenizer of 512 words, for a device that computes nothing."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    make_config_folder(folder)
+    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, 512)}}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "</s>", "bos_token": "<s>"}')
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.content }} {% endfor %}"
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def null_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    folder = make_model_folder(tmp_path_factory.mktemp("server") / "tiny")
+    flags = ("--device", "null", "--load-format", "dummy", "--served-model-name", "tiny", "alias")
+    with running_server(str(folder), *flags) as server:
+        yield server
