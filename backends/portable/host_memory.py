@@ -36,7 +36,7 @@ def memory(proc: Path = _PROC, cgroup_root: Path = _CGROUP_ROOT) -> MemInfo:
 
 @contextmanager
 def peak(proc: Path = _PROC) -> Iterator[Callable[[], int]]:
-    """Most bytes that became resident, above the start: `with peak() as used: ...; used()`.
+    """Most bytes that became resident, above the start, by a call of what this yields.
 
     Where the kernel does not let the peak be reset, the peak since the process began is used:
     too much rather than too little.

@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# The native kernels under AddressSanitizer and UBSan, on every instruction set this machine runs.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+make --no-print-directory install-dev
+# over the release build, which the trap puts back
+trap '.venv/bin/pip install --quiet --no-build-isolation --no-deps --editable .' EXIT
+.venv/bin/pip install --quiet --no-build-isolation --no-deps --editable . \
+  -C cmake.define.PORTALM_SANITIZE=address,undefined -C build-dir=build/sanitize
+
+# Python itself is not instrumented: the runtimes come first, and its own leaks are its own
+export LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)"
+export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
+.venv/bin/pytest -q tests/unit/test_cpu_kernels.py
