@@ -16,6 +16,8 @@
 namespace portalm {
 namespace {
 
+constexpr uint64_t kOpen = uint64_t{1} << 31;    // of gate_: this run may be entered
+constexpr uint64_t kInside = kOpen - 1;          // of gate_: workers that are inside
 constexpr int kSpins = 2000;  // some 50 to 100 microseconds; a step's pieces follow each other faster
 
 inline void relax() {
@@ -143,8 +145,13 @@ void ThreadTeam::loop(int member, uint32_t generation) {
     }
     generation = now;
     if (stopping_) return;
+    uint64_t gate = gate_.load(std::memory_order_acquire);
+    bool is_inside = false;
+    while (!is_inside && gate >> 32 == generation && (gate & kOpen))
+      is_inside = gate_.compare_exchange_weak(gate, gate + 1, std::memory_order_acq_rel);
+    if (!is_inside) continue;  // too late: the caller did it all
     work_(context_, member, size_);
-    if (num_busy_.fetch_sub(1, std::memory_order_acq_rel) == 1) num_busy_.notify_one();
+    gate_.fetch_sub(1, std::memory_order_release);
   }
 }
 
@@ -153,22 +160,20 @@ void ThreadTeam::run(Work work, void* context) {
     work(context, 0, 1);
     return;
   }
-  while (in_use_.test_and_set(std::memory_order_acquire)) relax();
+  while (in_use_.test_and_set(std::memory_order_acquire)) std::this_thread::yield();
   if (threads_ == nullptr) start();
   work_ = work;
   context_ = context;
-  num_busy_.store(size_ - 1, std::memory_order_relaxed);
-  generation_.fetch_add(1, std::memory_order_release);
+  const uint32_t generation = generation_.load(std::memory_order_relaxed) + 1;
+  gate_.store(uint64_t{generation} << 32 | kOpen, std::memory_order_release);
+  generation_.store(generation, std::memory_order_release);
   generation_.notify_all();
   work(context, 0, size_);
-  int busy = num_busy_.load(std::memory_order_acquire);
-  for (int spin = 0; busy != 0 && spin < 100 * kSpins; ++spin) {
-    relax();
-    busy = num_busy_.load(std::memory_order_acquire);
-  }
-  while (busy != 0) {
-    num_busy_.wait(busy, std::memory_order_acquire);
-    busy = num_busy_.load(std::memory_order_acquire);
+  uint64_t gate = gate_.fetch_and(~kOpen, std::memory_order_acq_rel);
+  for (int spin = 0; gate & kInside; ++spin) {
+    if (spin < kSpins) relax();
+    else std::this_thread::yield();  // a worker lost its core in the middle of a piece
+    gate = gate_.load(std::memory_order_acquire);
   }
   in_use_.clear(std::memory_order_release);
 }

@@ -20,8 +20,11 @@ class ThreadTeam {
   // A team of `size` members from the next run on.
   void resize(int size);
 
-  // Call work(context, member, size) in every member; returns when all have. One run at a time;
-  // what a caller wrote before is seen by all members, what they write is seen by the caller.
+  // Call work(context, member, size) here and in every worker that is awake in time, and return when
+  // all that began have ended. So `work` shares out pieces by a counter (parallel.h) and must be
+  // complete when the caller's own call returns: on a busy machine a worker may come too late, and
+  // is not waited for. One run at a time; what the caller wrote before is seen by all members, what
+  // they write is seen by the caller.
   void run(Work work, void* context);
 
  private:
@@ -35,8 +38,8 @@ class ThreadTeam {
   Work work_ = nullptr;
   void* context_ = nullptr;
   bool stopping_ = false;
-  alignas(64) std::atomic<uint32_t> generation_{0};  // grows with every run
-  alignas(64) std::atomic<int> num_busy_{0};         // workers that have not finished this run
+  alignas(64) std::atomic<uint32_t> generation_{0};  // grows with every run: what workers wait for
+  alignas(64) std::atomic<uint64_t> gate_{0};  // generation, whether it may be entered, who is inside
   alignas(64) std::atomic_flag in_use_ = ATOMIC_FLAG_INIT;
 };
 
