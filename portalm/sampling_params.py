@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, NoReturn
 
 from portalm.errors import InvalidRequest
 
@@ -13,6 +13,8 @@ MAX_LOGPROBS = 20
 """Largest `logprobs` and `prompt_logprobs`, as in OpenAI's API."""
 
 _MAX_SEED = 2**63 - 1
+_MAX_COUNT = 2**31 - 1
+"""Largest count: devices hold them in 32 bits."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +40,7 @@ class SamplingParams:
     seed: int | None = None
     """Same seed, same tokens: alone, in a batch, after preemption. None draws one."""
     stop: tuple[str, ...] = ()
-    """Texts that end the answer. A single string or any sequence is accepted."""
+    """Texts that end the answer. A single one or any sequence is accepted."""
     stop_token_ids: tuple[int, ...] = ()
     """Token ids that end the answer."""
     ignore_eos: bool = False
@@ -69,15 +71,24 @@ class SamplingParams:
     def __post_init__(self) -> None:
         """Normalise strings and sequences, then reject what cannot work, naming the field."""
         put = object.__setattr__
-        put(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()))
-        put(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
-        put(self, "bad_words", tuple(self.bad_words or ()))
+        put(self, "stop", _as_tuple("stop", self.stop))
+        put(self, "stop_token_ids", _as_tuple("stop_token_ids", self.stop_token_ids))
+        put(self, "bad_words", _as_tuple("bad_words", self.bad_words))
         put(self, "top_k", 0 if self.top_k == -1 else self.top_k)
         put(self, "logit_bias", _int_keys(self.logit_bias or {}))
         if self.allowed_token_ids is not None:
-            put(self, "allowed_token_ids", tuple(self.allowed_token_ids))
+            put(self, "allowed_token_ids", _as_tuple("allowed_token_ids", self.allowed_token_ids))
+        self._check_flags()
         self._check_numbers()
         self._check_sequences()
+
+    def _check_flags(self) -> None:
+        for name in (
+            "ignore_eos", "detokenize", "skip_special_tokens", "spaces_between_special_tokens",
+            "include_stop_str_in_output",
+        ):  # fmt: skip
+            if not isinstance(getattr(self, name), bool):
+                _refuse(name, f"must be true or false, not {getattr(self, name)!r}")
 
     def _check_numbers(self) -> None:
         _integer("n", self.n, low=1, high=1024)
@@ -86,13 +97,13 @@ class SamplingParams:
         _number("repetition_penalty", self.repetition_penalty, above=0)
         _number("temperature", self.temperature, low=0)
         _number("top_p", self.top_p, above=0, high=1)
-        _integer("top_k", self.top_k, low=0)
+        _integer("top_k", self.top_k, low=0, high=_MAX_COUNT)
         _number("min_p", self.min_p, low=0, high=1)
         if self.seed is not None:
             _integer("seed", self.seed, low=-_MAX_SEED, high=_MAX_SEED)
         if self.max_tokens is not None:
-            _integer("max_tokens", self.max_tokens, low=1)
-        _integer("min_tokens", self.min_tokens, low=0)
+            _integer("max_tokens", self.max_tokens, low=1, high=_MAX_COUNT)
+        _integer("min_tokens", self.min_tokens, low=0, high=_MAX_COUNT)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             _refuse("min_tokens", f"({self.min_tokens}) is above max_tokens ({self.max_tokens})")
         for name in ("logprobs", "prompt_logprobs"):
@@ -147,6 +158,18 @@ class SamplingParams:
         return cls(**values)
 
 
+def _as_tuple(name: str, value: Any) -> tuple[Any, ...]:
+    """`value`'s items; a text or a number alone counts as one item, None as none."""
+    if value is None:
+        return ()
+    if isinstance(value, str | int):
+        return (value,)
+    try:
+        return tuple(value)
+    except TypeError:
+        _refuse(name, f"must be a list, not {value!r}")
+
+
 def _int_keys(bias: Mapping[Any, float]) -> dict[int, float]:
     try:
         return {int(token_id): float(value) for token_id, value in bias.items()}
@@ -157,7 +180,7 @@ def _int_keys(bias: Mapping[Any, float]) -> dict[int, float]:
         ) from None
 
 
-def _refuse(name: str, problem: str) -> None:
+def _refuse(name: str, problem: str) -> NoReturn:
     raise InvalidRequest(f"{name} {problem}", param=name)
 
 
@@ -171,7 +194,6 @@ def _number(
 ) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         _refuse(name, f"must be a number, not {value!r}")
-        return
     if not math.isfinite(value):
         _refuse(name, f"must be finite, not {value}")
     if (

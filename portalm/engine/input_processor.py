@@ -11,8 +11,10 @@ from portalm.errors import InvalidRequest, RequestTooLarge
 from portalm.sampling_params import SamplingParams, as_token_ids
 from portalm.text.tokenizer import Tokenizer
 
-MAX_REQUEST_ID = 256
-"""Characters of a request id."""
+MAX_LABEL = 256
+"""Characters of a request id or a cache salt."""
+
+MAX_PRIORITY = 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,10 +65,12 @@ class InputProcessor:
         Raises:
             InvalidRequest: the request can never be answered; it says why.
         """
-        if not request_id or len(request_id) > MAX_REQUEST_ID:
+        _check_label("request_id", request_id, low=1)
+        _check_label("cache_salt", cache_salt, low=0)
+        if not -MAX_PRIORITY <= priority <= MAX_PRIORITY:
             raise InvalidRequest(
-                f"request_id must have 1 to {MAX_REQUEST_ID} characters, not {len(request_id)}",
-                param="request_id",
+                f"priority must be from -{MAX_PRIORITY} to {MAX_PRIORITY}, not {priority}",
+                param="priority",
             )
         token_ids = self._token_ids(prompt)
         self._check_params(params)
@@ -161,6 +165,20 @@ class InputProcessor:
                 if ids and ids not in found:
                     found.append(ids)
         return found
+
+
+def _check_label(name: str, label: str, *, low: int) -> None:
+    """Raise `InvalidRequest` for a text that could not cross to the engine."""
+    if not low <= len(label) <= MAX_LABEL:
+        raise InvalidRequest(
+            f"{name} must have {low} to {MAX_LABEL} characters, not {len(label)}", param=name
+        )
+    try:
+        label.encode()
+    except UnicodeEncodeError:
+        raise InvalidRequest(
+            f"{name} is not valid Unicode: it has half of a surrogate pair", param=name
+        ) from None
 
 
 def _as_int64(seed: int) -> int:

@@ -79,7 +79,11 @@ def _add_listed_tokens(
         if rust.token_to_id(token.content) is None and int(token_id) == vocab_size(rust):
             rust.add_tokens([token])
     special = {token.content for token in rust.get_added_tokens_decoder().values() if token.special}
-    more = [_content(token) for token in config.get("additional_special_tokens") or ()]
+    more = [
+        _content(token)
+        for key in ("additional_special_tokens", "extra_special_tokens")
+        for token in _listed(config.get(key))
+    ]
     rust.add_special_tokens(
         [
             AddedToken(token, normalized=False, special=True)
@@ -87,6 +91,11 @@ def _add_listed_tokens(
             if token and token not in special and rust.token_to_id(token) is not None
         ]
     )
+
+
+def _listed(tokens: Any) -> list[Any]:
+    """Special tokens without a role: a list, or an object with names for them."""
+    return list(tokens.values() if isinstance(tokens, dict) else tokens or ())
 
 
 def _follow_flags(

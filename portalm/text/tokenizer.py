@@ -91,12 +91,9 @@ class Tokenizer:
         """
         try:
             return self._codec.encode(text, add_special_tokens=add_special_tokens)
-        except UnicodeEncodeError as error:
-            raise InvalidRequest(
-                f"the text is not valid Unicode: character {error.start} is half of a surrogate "
-                f"pair ({text[error.start]!a}); send the whole pair",
-                param="prompt",
-            ) from None
+        except (UnicodeEncodeError, TypeError):  # what the libraries say of a lone surrogate
+            _refuse_surrogates(text)
+            raise
 
     def decode(
         self,
@@ -239,6 +236,17 @@ class Tokenizer:
             **kwargs,
         )
         return self.encode(text, add_special_tokens=False)  # the template writes BOS itself
+
+
+def _refuse_surrogates(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(
+            f"the text is not valid Unicode: character {error.start} is half of a surrogate pair "
+            f"({text[error.start]!a}); send the whole pair",
+            param="prompt",
+        ) from None
 
 
 # -- loading ----------------------------------------------------------------------------------

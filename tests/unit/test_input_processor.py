@@ -1,0 +1,194 @@
+"""From prompts and parameters to what an engine is asked."""
+
+from __future__ import annotations
+
+import pytest
+from tokenizers import AddedToken, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer as RustTokenizer
+
+from portalm.engine.input_processor import MAX_LABEL, InputProcessor
+from portalm.engine.messages import EngineReady
+from portalm.errors import InvalidRequest, RequestTooLarge
+from portalm.sampling_params import SamplingParams
+from portalm.text.chat_template import ChatTemplates
+from portalm.text.rust_tokenizer import set_bos_and_eos, wrap
+from portalm.text.tokenizer import Tokenizer
+
+VOCAB_SIZE, MAX_MODEL_LEN = 32, 16
+
+
+def letters() -> Tokenizer:
+    """One token for each small letter; a text begins with <s>; `z` is outside the model."""
+    vocab = {char: i for i, char in enumerate("_abcdefghijklmnopqrstuvwxy")} | {"z": 40}
+    rust = RustTokenizer(models.BPE(vocab, []))
+    rust.normalizer = normalizers.Replace(" ", "_")
+    rust.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    rust.add_special_tokens([AddedToken("<s>")])
+    set_bos_and_eos(rust, bos="<s>", eos=None)
+    return wrap(rust, {"bos_token": "<s>"}, ChatTemplates({}))
+
+
+def make(tokenizer: Tokenizer | None = None, *, default_seed: int = 0) -> InputProcessor:
+    ready = EngineReady(
+        model="m",
+        device="d",
+        device_summary="",
+        dtype="float32",
+        vocab_size=VOCAB_SIZE,
+        max_model_len=MAX_MODEL_LEN,
+        num_blocks=8,
+        block_size=16,
+        startup_s={},
+    )
+    return InputProcessor(tokenizer, ready, max_logprobs=3, default_seed=default_seed)
+
+
+def test_a_text_is_tokenised_with_the_models_special_tokens():
+    tokenizer = letters()
+    processed = make(tokenizer).process("r", "ab", SamplingParams())
+
+    [request] = processed.requests
+    assert (processed.request_id, request.request_id) == ("r", "r")
+    assert processed.prompt == "ab"
+    assert request.prompt_token_ids == processed.prompt_token_ids == [tokenizer.bos_token_id, 1, 2]
+
+
+def test_token_ids_are_taken_as_they_are():
+    processed = make().process("r", (5, 6), SamplingParams(), priority=3, cache_salt="s")
+
+    [request] = processed.requests
+    assert processed.prompt is None
+    assert request.prompt_token_ids == [5, 6]
+    assert (request.priority, request.cache_salt, request.fork_of) == (3, "s", None)
+
+
+def test_each_answer_is_a_fork_of_the_first_with_the_next_seed():
+    params = SamplingParams(n=3, seed=7, prompt_logprobs=1)
+
+    first, *forks = make().process("r", [1], params).requests
+
+    assert [first.request_id, *(r.request_id for r in forks)] == ["r-0", "r-1", "r-2"]
+    assert [first.fork_of, *(r.fork_of for r in forks)] == [None, "r-0", "r-0"]
+    assert [first.seed, *(r.seed for r in forks)] == [7, 8, 9]
+    assert {r.params.n for r in (first, *forks)} == {1}
+    # the prompt is the same: one answer reports on it
+    assert [first.params.prompt_logprobs, *(r.params.prompt_logprobs for r in forks)] == [
+        1,
+        None,
+        None,
+    ]
+
+
+def test_seeds_stay_in_64_bits():
+    params = SamplingParams(n=2, seed=2**63 - 1)
+
+    assert [r.seed for r in make().process("r", [1], params).requests] == [2**63 - 1, -(2**63)]
+
+
+def test_seeds_that_are_left_out_follow_from_the_default_seed():
+    def seeds(default_seed: int) -> list[int]:
+        processor = make(default_seed=default_seed)
+        return [processor.process(str(i), [1], SamplingParams()).requests[0].seed for i in range(3)]
+
+    assert seeds(1) == seeds(1)
+    assert len({*seeds(1), *seeds(2)}) == 6
+
+
+def test_stop_strings_stay_on_this_side():
+    params = SamplingParams(stop=["x"], stop_token_ids=[3], temperature=0.5)
+
+    [request] = make(letters()).process("r", "a", params).requests
+
+    assert request.params == SamplingParams(stop_token_ids=[3], temperature=0.5)
+
+
+def test_bad_words_are_tokenised_as_they_begin_a_text_and_as_they_follow_a_space():
+    [request] = make(letters()).process("r", "a", SamplingParams(bad_words=["bc", " d"])).requests
+
+    assert request.bad_words_ids == [[2, 3], [0, 2, 3], [0, 4]]
+    assert request.params.needs_history
+
+
+@pytest.mark.parametrize(
+    ("prompt", "reason"),
+    [
+        ([], "prompt is empty"),
+        ([1, "a"], "must be integers, not 'a'"),
+        ([1, 2.0], "must be integers"),
+        ([1, -1], r"-1, outside the vocabulary \(0 to 31\)"),
+        ([VOCAB_SIZE], "32, outside the vocabulary"),
+        (None, "must be a text or a list of token ids, not NoneType"),
+        ({"prompt": "a"}, "not dict"),
+        (b"ab", "not bytes"),
+        ("az", "40, outside the vocabulary"),
+        ("\ud800", "surrogate"),
+    ],
+)
+def test_a_prompt_that_cannot_be_answered_is_refused(prompt, reason):
+    with pytest.raises(InvalidRequest, match=reason) as caught:
+        make(letters()).process("r", prompt, SamplingParams())
+
+    assert caught.value.param == "prompt"
+
+
+def test_an_empty_text_is_refused_where_the_model_has_no_bos():
+    tokenizer = letters()
+    rust_without_bos = RustTokenizer(models.BPE({"a": 0}, []))
+    assert make(tokenizer).process("r", "", SamplingParams()).prompt_token_ids
+
+    with pytest.raises(InvalidRequest, match="prompt is empty"):
+        make(wrap(rust_without_bos, {}, ChatTemplates({}))).process("r", "", SamplingParams())
+
+
+def test_a_prompt_must_leave_room_for_one_token():
+    make().process("r", [1] * (MAX_MODEL_LEN - 1), SamplingParams())
+
+    with pytest.raises(RequestTooLarge, match=r"16 tokens.*max_model_len of 16.*may have 15"):
+        make().process("r", [1] * MAX_MODEL_LEN, SamplingParams())
+
+
+@pytest.mark.parametrize(
+    ("params", "param", "reason"),
+    [
+        ({"logprobs": 4}, "logprobs", r"\(4\) is above .* max_logprobs \(3\)"),
+        ({"prompt_logprobs": 4}, "prompt_logprobs", "above"),
+        ({"logit_bias": {32: 1.0}}, "logit_bias", "32, outside"),
+        ({"allowed_token_ids": [1, 99]}, "allowed_token_ids", "99, outside"),
+        ({"stop_token_ids": [32]}, "stop_token_ids", "32, outside"),
+        ({"bad_words": ["z"]}, "bad_words", "40, outside"),
+    ],
+)
+def test_parameters_beyond_the_engine_are_refused(params, param, reason):
+    with pytest.raises(InvalidRequest, match=reason) as caught:
+        make(letters()).process("r", [1], SamplingParams(**params))
+
+    assert caught.value.param == param
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "param"),
+    [("a", {}, "prompt"), ([1], {"stop": "x"}, "stop"), ([1], {"bad_words": ["x"]}, "bad_words")],
+)
+def test_text_needs_a_tokenizer(prompt, params, param):
+    with pytest.raises(InvalidRequest, match="needs a tokenizer") as caught:
+        make(None).process("r", prompt, SamplingParams(**params))
+
+    assert caught.value.param == param
+
+
+@pytest.mark.parametrize(
+    ("label", "reason"),
+    [
+        ({"request_id": ""}, "must have 1 to 256 characters, not 0"),
+        ({"request_id": "x" * (MAX_LABEL + 1)}, "not 257"),
+        ({"request_id": "\ud800"}, "surrogate"),
+        ({"cache_salt": "x" * (MAX_LABEL + 1)}, "must have 0 to 256 characters"),
+        ({"cache_salt": "\udfff"}, "surrogate"),
+        ({"priority": 2**63}, "priority must be from"),
+    ],
+)
+def test_what_could_not_cross_to_the_engine_is_refused(label, reason):
+    with pytest.raises(InvalidRequest, match=reason) as caught:
+        make().process(label.pop("request_id", "r"), [1], SamplingParams(), **label)
+
+    assert str(caught.value).startswith(str(caught.value.param))
