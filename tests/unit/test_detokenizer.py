@@ -151,6 +151,9 @@ def test_the_first_word_of_an_answer_keeps_its_space():
 
     assert stream(tokenizer, [the], [], True) == ["the", ""]
     assert stream(tokenizer, [the], [the], True) == [" the", ""]
+    many_special = [tokenizer.token_to_id("<s>")] * 20
+    assert stream(tokenizer, [the], many_special, True) == ["the", ""]
+    assert stream(tokenizer, [the], [the, *many_special], True) == [" the", ""]
 
 
 def test_a_character_cut_between_prompt_and_answer_belongs_to_the_answer():

@@ -211,10 +211,10 @@ def test_text_held_back_is_shown_when_the_answer_ends():
 def test_stop_strings_count_only_after_min_tokens():
     caller = Caller(stop=["a"], min_tokens=3)
 
-    deltas = [caller.send(char) for char in "aaba"]
+    deltas = [caller.send(char) for char in "aaaa"]
 
-    assert shown(deltas) == "aab"
-    assert deltas[-1].stop_reason == "a"
+    assert shown(deltas) == "aaa"
+    assert [delta.stop_reason for delta in deltas] == [None, None, None, "a"]
 
 
 @given(

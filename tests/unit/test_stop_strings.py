@@ -90,6 +90,15 @@ def test_skipping_lets_go_of_what_was_held_back():
     assert matcher.skip("ND") == "END"
 
 
+def test_what_was_let_go_of_is_no_beginning_any_more():
+    matcher = StopStrings(["END"])
+    matcher.push("E")
+    matcher.flush()
+
+    assert matcher.push("NDE") == ("ND", None)
+    assert matcher.push("ND") == ("", "END")
+
+
 def test_a_stop_string_that_repeats_itself_costs_no_more_than_its_length():
     matcher = StopStrings(["a" * 100_000 + "b"])
 

@@ -221,6 +221,35 @@ def test_a_folder_is_read_without_importing_torch_or_transformers(tmp_path):
     assert result.stdout.strip() == "set()"
 
 
+# -- formats that only transformers reads -----------------------------------------------------
+
+
+def test_a_folder_with_an_older_format_is_read_by_transformers(tmp_path):
+    vocab = {token: i for i, token in enumerate([*byte_level_alphabet(), "he", "<|endoftext|>"])}
+    (tmp_path / "vocab.json").write_text(json.dumps(vocab))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\nh e\n")
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
+
+    tokenizer = load_tokenizer(tmp_path)
+
+    assert tokenizer.encode("hé") == [vocab["h"], vocab["Ã"], vocab["©"]]
+    assert tokenizer.decode([vocab["he"], tokenizer.eos_token_id]) == "he"
+
+
+def test_a_tokenizer_written_in_python_works_the_same(tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "ByT5Tokenizer"}')
+    tokenizer = load_tokenizer(tmp_path, chat_template="{{ messages[0].content }}{{ eos_token }}")
+    ids = [byte + 3 for byte in "é!".encode()]
+
+    assert tokenizer.encode("é!") == [*ids, tokenizer.eos_token_id]
+    assert tokenizer.encode("é!", add_special_tokens=False) == ids
+    assert tokenizer.decode([*ids, tokenizer.eos_token_id]) == "é!"
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "é!"}]) == [*ids, 1]
+    stream = tokenizer.detokenizer()
+    assert "".join(map(stream.feed, ids)) + stream.flush() == "é!"
+    assert tokenizer.id_to_text(ids[-1]) == "!"
+
+
 # -- tokens -----------------------------------------------------------------------------------
 
 
