@@ -6,6 +6,11 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# the same examples every time, and no clock: CI machines are busy
+settings.register_profile("portalm", derandomize=True, deadline=None)
+settings.load_profile("portalm")
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests take models from the cache or make them
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
