@@ -5,7 +5,8 @@ cd "$(dirname "$0")/.."
 
 job=${1:?usage: ci/run.sh JOB, one of those in ci/matrix.yml}
 make --no-print-directory install-dev
-eval "$(.venv/bin/python ci/matrix.py shell "$job")"
+fields=$(.venv/bin/python ci/matrix.py shell "$job")
+eval "$fields"
 
 if [ -n "$command" ]; then
   exec bash -c "$command"
