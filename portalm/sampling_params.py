@@ -204,7 +204,8 @@ def _number(
         lower = (
             f"at least {low}" if low is not None else f"above {above}" if above is not None else ""
         )
-        upper = f"at most {high}" if high is not None else ""
+        is_near = high is not None and (high < _MAX_COUNT or value > high)
+        upper = f"at most {high}" if is_near else ""  # nobody who sends 0 needs to know 2**31
         _refuse(name, f"must be {' and '.join(x for x in (lower, upper) if x)}, not {value}")
 
 
