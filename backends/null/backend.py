@@ -2,11 +2,12 @@
 
 It draws tokens by a formula that a test can work out, so that a step fed with the wrong tokens,
 positions or blocks shows as a wrong chain or as an error. It is synchronous, or runs steps on a
-stream of its own like an accelerator: late, in order, with faults where a test wants them.
+stream of its own like an accelerator: late, in order, with a fault where a test wants one.
 """
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,17 +25,19 @@ from portalm.backend import (
     HostFuture,
     KVSpec,
     MemInfo,
-    PackedWeight,
     SampleOutput,
     StepFn,
     StepInputs,
     StepMeta,
     Weights,
 )
-from portalm.errors import BackendError, BackendErrorKind
+from portalm.errors import BackendError, BackendErrorKind, Unsupported
+from portalm_backends.null.cache import NullKV
+from portalm_backends.null.checks import check_inputs, check_meta
 from portalm_backends.portable.backend import DoneFuture, TorchBackend
 
 _DTYPES = frozenset({"float32", "float16", "bfloat16"})
+_FIRST_ID = 3
 
 
 def next_id(token_id: int, position: int, vocab_size: int) -> int:
@@ -43,7 +46,7 @@ def next_id(token_id: int, position: int, vocab_size: int) -> int:
     Tokens 0 to 2 are never drawn: they end answers in many vocabularies.
     """
     mixed = (token_id * 2654435761 + position * 40503 + 12345) & 0xFFFFFFFF
-    return 3 + (mixed >> 7) % (vocab_size - 3)
+    return _FIRST_ID + (mixed >> 7) % (vocab_size - _FIRST_ID)
 
 
 class NullBackend(TorchBackend):
@@ -59,15 +62,18 @@ class NullBackend(TorchBackend):
         max_steps_in_flight: int = 1,
         fail_at_step: int | None = None,
         fail_kind: BackendErrorKind = "oom",
+        reads_cache: bool = False,
     ) -> None:
         """A device as slow and as faulty as a test needs.
 
         Args:
             latency_s: seconds that a step takes.
             max_steps_in_flight: 1: a step is done when its call returns; 2 or more: steps run in
-                order on a thread of their own.
-            fail_at_step: this step (from 0) raises, once.
+                order on a thread of their own, and what goes wrong shows in the future.
+            fail_at_step: this step (from 0; an engine's first one warms up) raises, once.
             fail_kind: what it raises.
+            reads_cache: draw behind the `context_hash` of all tokens that the request's blocks
+                hold, instead of behind its last token alone: one wrong block, one wrong chain.
         """
         super().__init__()
         self.capabilities = Capabilities(
@@ -77,12 +83,16 @@ class NullBackend(TorchBackend):
             max_steps_in_flight=max_steps_in_flight,
         )
         self.num_steps = 0
+        """Steps called so far."""
         self._latency_s = latency_s
         self._fail_at_step = fail_at_step
         self._fail_kind = fail_kind
-        self._vocab_size = 0
+        self._reads_cache = reads_cache
         self._block_size = 0
-        self._stream = ThreadPoolExecutor(1) if max_steps_in_flight > 1 else None
+        self._vocab_size = 0
+        self._is_tracing = False
+        self._stream = ThreadPoolExecutor(1, "null") if max_steps_in_flight > 1 else None
+        self._last_step: Future[None] | None = None
 
     @classmethod
     def find(cls) -> DeviceReport:
@@ -95,29 +105,71 @@ class NullBackend(TorchBackend):
         """Sixteen GiB that nobody uses."""
         return MemInfo(total=16 << 30, free=16 << 30, host_shared=False)
 
-    # -- nothing is stored --------------------------------------------------------------------
+    def to_host(self, x: torch.Tensor) -> HostFuture:
+        """Done when the step that was called last is."""
+        if self._last_step is None:
+            return DoneFuture(x.numpy())
+        return _StepFuture(self._last_step, x)
+
+    # -- KV cache: token ids instead of keys and values ----------------------------------------
 
     def kv_bytes_per_block(self, spec: KVSpec) -> int:
         """What a real device would need."""
-        return 2 * spec.num_layers * spec.block_size * spec.num_kv_heads * spec.head_size * 2
+        numbers = 2 * spec.num_layers * spec.block_size * spec.num_kv_heads * spec.head_size
+        return numbers * int(getattr(torch, spec.dtype).itemsize)
 
-    def kv_alloc(self, spec: KVSpec, num_blocks: int) -> KV:
-        """The number of blocks: all there is to know."""
+    def kv_alloc(self, spec: KVSpec, num_blocks: int) -> NullKV:
+        """Room for token ids."""
         self._block_size = spec.block_size
-        return num_blocks
+        return NullKV(num_blocks, spec.block_size)
 
     def kv_write(
         self, kv: KV, layer: int, key: torch.Tensor, value: torch.Tensor, meta: StepMeta
     ) -> KV:
-        """Nothing is written."""
+        """Nothing: the step writes its token ids once for all layers."""
         return kv
 
-    def kv_copy(self, kv: KV, src: torch.Tensor, dst: torch.Tensor) -> KV:
-        """Nothing is copied; blocks that do not exist are found out."""
+    def kv_copy(self, kv: NullKV, src: torch.Tensor, dst: torch.Tensor) -> NullKV:
+        """Copy blocks on the stream. Blocks that do not exist are an error at once."""
         for name, blocks in (("source", src), ("destination", dst)):
-            if ((blocks < 1) | (blocks >= kv)).any():
-                raise BackendError("shape", f"kv_copy: {name} blocks {blocks.tolist()} of {kv}")
+            if bool(((blocks < 1) | (blocks >= kv.num_blocks)).any()):
+                raise BackendError(
+                    "shape",
+                    f"kv_copy: {name} blocks {blocks.tolist()} are not all among 1 to "
+                    f"{kv.num_blocks - 1}",
+                )
+        self._enqueue(lambda: kv.copy(src.numpy(), dst.numpy()))
         return kv
+
+    def kv_export(self, kv: KV, blocks: torch.Tensor) -> torch.Tensor:
+        """Not possible."""
+        raise Unsupported("the null device has no keys and values to export")
+
+    def kv_import(self, kv: KV, blocks: torch.Tensor, wire: torch.Tensor) -> KV:
+        """Not possible."""
+        raise Unsupported("the null device has no room for keys and values")
+
+    # -- layers: shapes only -------------------------------------------------------------------
+
+    def pack(self, weight: torch.Tensor) -> torch.Size:
+        """The shape; the weight itself may go."""
+        return weight.shape
+
+    def linear(
+        self, x: torch.Tensor, weight: torch.Size, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Zeros [T, N]; refused outside of `compile`, as their answers would mean nothing."""
+        if not self._is_tracing:
+            raise Unsupported(
+                "the null device only runs captured steps: leave enforce_eager off, or use "
+                "--device reference"
+            )
+        return x.new_zeros(len(x), weight[0])
+
+    def logits(self, x: torch.Tensor, weight: torch.Size) -> torch.Tensor:
+        """Zeros [R, V]; this is where the device learns how large the vocabulary is."""
+        self._vocab_size = weight[0]
+        return self.linear(x.float(), weight)
 
     def attend(
         self, kv: KV, layer: int, query: torch.Tensor, meta: StepMeta, spec: AttentionSpec
@@ -125,82 +177,99 @@ class NullBackend(TorchBackend):
         """The query itself."""
         return query
 
-    def pack(self, weight: torch.Tensor) -> PackedWeight:
-        """The shape; the head has the most rows, which are the vocabulary."""
-        self._vocab_size = max(self._vocab_size, weight.shape[0])
-        return weight.shape
-
-    # -- steps --------------------------------------------------------------------------------
-
-    def compile(self, fn: StepFn, bucket: Bucket | None, example: StepInputs | None) -> StepFn:
-        """A step that looks at its inputs and draws by `next_id`; `fn` never runs."""
-        super().compile(fn, bucket, example)
-        return self._step
+    # -- steps ---------------------------------------------------------------------------------
 
     def prepare(self, meta: StepMeta, specs: Sequence[AttentionSpec]) -> StepMeta:
         """Check that slots, positions, lengths and blocks agree."""
-        _check_meta(meta, self._block_size)
+        check_meta(meta, self._block_size)
         return meta
 
-    def _step(self, weights: Weights, kv: KV, inputs: StepInputs) -> tuple[KV, SampleOutput]:
+    def compile(self, fn: StepFn, bucket: Bucket | None, example: StepInputs | None) -> StepFn:
+        """A step that draws by `next_id` from its inputs; `fn` runs once, for its shapes."""
+        super().compile(fn, bucket, example)
+        return functools.partial(self._step, fn)
+
+    def _step(
+        self, fn: StepFn, weights: Weights, kv: NullKV, inputs: StepInputs
+    ) -> tuple[NullKV, SampleOutput]:
         number = self.num_steps
         self.num_steps += 1
-        if int(inputs.meta.block_table.max()) >= kv:
-            raise BackendError("shape", f"block {int(inputs.meta.block_table.max())} of {kv}")
-        # what a device would have on it: filled when the stream gets there
+        if not self._vocab_size:
+            self._trace(fn, weights, kv, inputs)
+        check_inputs(inputs, kv.num_blocks, self._vocab_size)
+        # filled when the stream gets there, as on a device; -1 until then
         token_ids = torch.full((len(inputs.meta.logits_rows),), -1, dtype=torch.int32)
 
         def compute() -> None:
-            if self._latency_s:
-                time.sleep(self._latency_s)
+            time.sleep(self._latency_s)
+            drawn = self._draw(kv, inputs)
             if number == self._fail_at_step:
                 raise BackendError(self._fail_kind, f"injected fault at step {number}")
-            token_ids.copy_(self._draw(inputs))
+            token_ids.copy_(drawn)
 
-        if self._stream is None:
-            compute()
-        else:
-            self._last = self._stream.submit(compute)
+        self._last_step = self._enqueue(compute)
         output = SampleOutput(token_ids=token_ids)
         if inputs.sample.num_logprobs is not None:
             _add_even_logprobs(output, self._vocab_size, inputs.sample.num_logprobs)
         return kv, output
 
-    def _draw(self, inputs: StepInputs) -> torch.Tensor:
-        """The drawn ids, int32 [R]."""
+    def _trace(self, fn: StepFn, weights: Weights, kv: NullKV, inputs: StepInputs) -> None:
+        self._is_tracing = True
+        try:
+            fn(weights, kv, inputs)
+        finally:
+            self._is_tracing = False
+        if self._vocab_size <= _FIRST_ID:
+            raise Unsupported(
+                f"the null device draws tokens from {_FIRST_ID} up: a vocabulary of "
+                f"{self._vocab_size} has none"
+            )
+
+    def _enqueue(self, work: Callable[[], None]) -> Future[None] | None:
+        """Run `work` now, or behind all that is on the stream."""
+        if self._stream is not None:
+            return self._stream.submit(work)
+        work()
+        return None
+
+    def _draw(self, kv: NullKV, inputs: StepInputs) -> torch.Tensor:
+        """The drawn ids, int32 [R]; on the stream, so nothing is read that the host reuses."""
+        meta = inputs.meta
         token_ids = inputs.token_ids
         if inputs.previous_ids is not None and inputs.previous_rows is not None:
             rows = inputs.previous_rows
             drawn = inputs.previous_ids[rows.clamp(min=0).long()]
             token_ids = torch.where(rows >= 0, drawn, token_ids)
-        rows_wanted = inputs.meta.logits_rows.long()
-        mixed = token_ids[rows_wanted].long() * 2654435761
-        mixed += inputs.meta.positions[rows_wanted].long() * 40503 + 12345
-        drawn = 3 + ((mixed & 0xFFFFFFFF) >> 7) % (self._vocab_size - 3)
+        kv.write(meta.slot_mapping.numpy(), token_ids.numpy(), meta.positions.numpy())
+        hashes = torch.from_numpy(kv.read(meta.block_table.numpy(), meta.seq_lens.numpy()))
+
+        wanted = meta.logits_rows.long()
+        last = token_ids[wanted].long()
+        if self._reads_cache:
+            request = torch.searchsorted(meta.query_start_loc[1:], meta.logits_rows, right=True)
+            last = hashes[request]
+        mixed = last * 2654435761 + meta.positions[wanted].long() * 40503 + 12345
+        drawn = _FIRST_ID + ((mixed & 0xFFFFFFFF) >> 7) % (self._vocab_size - _FIRST_ID)
         if inputs.sample.targets is not None:
             drawn = torch.where(inputs.sample.targets >= 0, inputs.sample.targets, drawn)
         return drawn.to(torch.int32)
 
-    def to_host(self, x: torch.Tensor) -> HostFuture:
-        """Done when the stream has come to it."""
-        if self._stream is None:
-            return DoneFuture(x.numpy())
-        return _StreamFuture(self._last, lambda: x.numpy())
 
+class _StepFuture:
+    """A copy to the host behind the step that makes it."""
 
-class _StreamFuture:
-    """A copy that is done when its step is."""
-
-    def __init__(self, step: Future[None], value: Callable[[], npt.NDArray[np.generic]]) -> None:
+    def __init__(self, step: Future[None], value: torch.Tensor) -> None:
         self._step = step
         self._value = value
 
     def done(self) -> bool:
+        """True once the step is over, well or not."""
         return self._step.done()
 
     def result(self) -> npt.NDArray[np.generic]:
+        """The values; raises what the step raised."""
         self._step.result()
-        return self._value()
+        return self._value.numpy()
 
 
 def _add_even_logprobs(output: SampleOutput, vocab_size: int, num_top: int) -> None:
@@ -211,28 +280,3 @@ def _add_even_logprobs(output: SampleOutput, vocab_size: int, num_top: int) -> N
     output.ranks = torch.ones(num_rows, dtype=torch.int32)
     output.top_ids = torch.arange(num_top, dtype=torch.int32).repeat(num_rows, 1)
     output.top_logprobs = torch.full((num_rows, num_top), logprob)
-
-
-def _check_meta(meta: StepMeta, block_size: int) -> None:
-    """Raise `BackendError` of kind shape where the step contradicts itself."""
-    loc = torch.from_numpy(meta.host_query_start_loc).long()
-    lens = torch.from_numpy(meta.host_seq_lens).long()
-    lengths = loc[1:] - loc[:-1]
-    num_tokens = int(loc[-1])
-    request = torch.repeat_interleave(torch.arange(len(lens)), lengths)
-    within = torch.arange(num_tokens) - loc[request]
-    positions = lens[request] - lengths[request] + within
-    blocks = meta.block_table[request, positions // block_size].long()
-    slots = blocks * block_size + positions % block_size
-    for name, actual, expected in (
-        ("positions", meta.positions[:num_tokens].long(), positions),
-        ("slot_mapping", meta.slot_mapping[:num_tokens].long(), slots),
-    ):
-        if not torch.equal(actual, expected):
-            raise BackendError("shape", f"{name} {actual.tolist()}, expected {expected.tolist()}")
-    if num_tokens and int(blocks.min()) < 1:
-        raise BackendError("shape", "a token would be written to the null block")
-    if len(set(slots.tolist())) != num_tokens:
-        raise BackendError("shape", "two tokens would be written to one slot")
-    if bool((lengths[: meta.num_decodes] != 1).any()):
-        raise BackendError("shape", f"the first {meta.num_decodes} requests are not all decodes")
