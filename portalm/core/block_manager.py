@@ -55,15 +55,12 @@ class BlockManager:
 
     # -- taking and giving back ---------------------------------------------------------------
 
-    def grow(self, table: list[int], num_tokens: int, *, keep_free: int = 0) -> bool:
-        """Extend `table` to hold `num_tokens` in all; False, changing nothing, if it cannot.
-
-        `keep_free` blocks must be left over.
-        """
+    def grow(self, table: list[int], num_tokens: int) -> bool:
+        """Extend `table` to hold `num_tokens` in all; False, changing nothing, if it cannot."""
         num_new = -(-num_tokens // self.block_size) - len(table)
         if num_new <= 0:
             return True
-        if num_new + keep_free > len(self._unheld):
+        if num_new > len(self._unheld):
             return False
         table.extend(self._take() for _ in range(num_new))
         return True

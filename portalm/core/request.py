@@ -38,7 +38,6 @@ class Request:
         "finish_reason",
         "fork_of",
         "max_total_tokens",
-        "max_total_tokens",
         "needs_history",
         "num_cached_tokens",
         "num_computed_tokens",

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import bisect
-import heapq
 
 from portalm.config import SchedulerConfig
 from portalm.core.block_manager import BlockManager
+from portalm.core.forks import blocks_to_fork, fork_parent, fork_root, is_prompt_computed
 from portalm.core.plan import PlannedRequest, RequestUpdate, StepPlan, StepResult
 from portalm.core.prefix_cache import extend_hashes
 from portalm.core.request import FinishReason, Request, RequestStatus
 from portalm.core.stop import finish_reason
+from portalm.core.waiting_queue import Key, WaitingQueue
 from portalm.errors import InvalidRequest, RequestTooLarge
-
-Key = tuple[int, int]
 
 _WATERMARK = 0.01
 """Share of the pool that admitting a request leaves free, so that it is not preempted at once."""
@@ -22,16 +21,20 @@ _WATERMARK = 0.01
 class Scheduler:
     """Continuous batching over a pool of KV blocks.
 
-    Requests are ordered by (priority, arrival), under the fcfs policy by arrival alone. The queue
-    is served in that order and the last in it loses its blocks when they run out. So the first
-    request in the order never loses them to another: it always makes progress, ends, and makes
-    the next one first. That is why no set of requests can preempt each other for ever. A request
-    that could not run alone is refused at the door.
+    Order. Requests are ordered by (priority, arrival), under the fcfs policy by arrival alone.
+    The queue is served in that order, and when blocks run out the last running request in that
+    order loses its own. So no request ever loses blocks to one behind it, and the first running
+    one loses them to nobody: it computes at least one token a step (the budget has room for one
+    of each running request), ends, and makes the next one first. What others compute and lose
+    on the way delays it in nothing. That is why requests cannot preempt each other for ever.
+    One that could not run alone is refused at the door.
 
-    `schedule` counts tokens as computed when it plans them, so that a step may be planned while
-    the one before runs. Steps run in order on the device: a block that a planned step fills may
-    be read by any later step, and by the same step, since a layer writes all its keys and values
-    before it attends.
+    Running ahead. `schedule` counts tokens as computed when it plans them, so that a step may be
+    planned while the one before runs. Steps run in order on the device, which makes two things
+    safe: blocks of a request that ended are used again at once, since whatever still writes to
+    them runs first; and a full block of known tokens may be found by others as soon as the step
+    that fills it is planned, since whatever reads it runs later, or in the same step, where a
+    layer writes all keys and values before it attends.
     """
 
     def __init__(self, config: SchedulerConfig) -> None:
@@ -40,8 +43,7 @@ class Scheduler:
         self.blocks = BlockManager(config.num_blocks, config.block_size)
         self.running: list[Request] = []
         """In order; these hold blocks."""
-        self._waiting: list[tuple[Key, Request]] = []
-        """A heap; requests that ended while they waited are dropped when they surface."""
+        self._waiting = WaitingQueue()
         self._requests: dict[str, Request] = {}
         """All that are not finished."""
         self._released: list[str] = []
@@ -55,10 +57,11 @@ class Scheduler:
     def add(self, request: Request) -> None:
         """Queue `request`; `InvalidRequest` for one that can never be answered."""
         self._check(request)
+        request.fork_of = fork_root(request, self._requests)
         request.arrival = self._num_arrivals
         self._num_arrivals += 1
         self._requests[request.request_id] = request
-        heapq.heappush(self._waiting, (self._key(request), request))
+        self._waiting.push(self._key(request), request)
 
     def _check(self, request: Request) -> None:
         name, config = request.request_id, self.config
@@ -91,9 +94,27 @@ class Scheduler:
         """End a request at any moment; None if no such request is live."""
         request = self._requests.get(request_id)
         if request is not None:
-            self._finish(request, "abort")
-            self._drop_finished()
+            self.finish(request, "abort")
         return request
+
+    def finish(self, request: Request, reason: FinishReason) -> None:
+        """End a live request at any moment; what is in flight for it will be ignored."""
+        was_running = request.status is RequestStatus.RUNNING
+        self._end(request, reason)
+        if was_running:
+            self.running.remove(request)
+
+    def _end(self, request: Request, reason: FinishReason) -> None:
+        """End a request and free its blocks; the caller takes it off the running list."""
+        if request.status is RequestStatus.RUNNING:
+            self.blocks.release(request.block_table)
+            self._released.append(request.request_id)
+            request.status = RequestStatus.FINISHED
+        else:
+            request.status = RequestStatus.FINISHED
+            self._waiting.note_end()
+        request.finish_reason = reason
+        del self._requests[request.request_id]
 
     def has_unfinished(self) -> bool:
         """True while any request waits or runs."""
@@ -113,79 +134,70 @@ class Scheduler:
     # -- planning -----------------------------------------------------------------------------
 
     def schedule(self) -> StepPlan:
-        """Plan the next step: running requests first, then whoever fits from the queue."""
+        """Plan the next step: running requests first, then whoever fits from the queue.
+
+        Prefill, chunked prefill and decode are one case: a request has pending tokens, and the
+        plan says how many of them to compute now.
+        """
         plan = StepPlan(step_id=self._step_id)
         self._step_id += 1
-        self._plan_decodes(plan)
-        self._plan_prefills(plan)
-        self._publish_planned(plan)
+        unfinished_prompts = self._plan_decodes(plan)
+        self._plan_chunks(unfinished_prompts, plan)
         if not plan.preempted:  # a pool that just overflowed admits nobody
-            self._admit_waiting(plan)
+            self._admit_waiting(unfinished_prompts, plan)
         self._decodes_first(plan)
         plan.released, self._released = self._released, []
         return plan
 
-    def _plan_decodes(self, plan: StepPlan) -> None:
-        """One token for every running request that has just one: no prompt holds them up."""
-        block_size, grow = self.blocks.block_size, self.blocks.grow
-        requests = plan.requests
-        running, index, num_tokens = self.running, 0, 0
-        while index < len(running):
-            request = running[index]
-            index += 1
+    def _plan_decodes(self, plan: StepPlan) -> list[Request]:
+        """One token for each running request that has just one; those that have more, in order.
+
+        Decodes come first so that no prompt holds them up. The loop is the hot one: 256 times a
+        step it does what `_grant` does.
+        """
+        block_size, requests = self.blocks.block_size, plan.requests
+        unfinished_prompts: list[Request] = []
+        for request in self.running:  # preemption only takes from its end
             start = request.num_computed_tokens
-            known = len(request.token_ids) + request.num_placeholders
-            if known - start != 1 or not self._may_run_ahead(request, known):
+            num_placeholders = request.num_placeholders
+            known = len(request.token_ids) + num_placeholders
+            if known - start > 1:
+                unfinished_prompts.append(request)
                 continue
-            if start >= len(request.block_table) * block_size:
-                while not grow(request.block_table, known):
-                    victim = running[-1]
-                    self._preempt(victim, plan)
-                    if victim is request:
-                        break
-                if request.status is not RequestStatus.RUNNING:
-                    continue
+            if num_placeholders and (request.needs_history or known >= request.max_total_tokens):
+                continue  # the next token must wait for one that is still on the device
+            if start >= len(request.block_table) * block_size and not self._grow(
+                request, known, plan
+            ):
+                continue
             requests.append(PlannedRequest(request, start, 1, True, request.epoch))
             request.num_computed_tokens = known
-            request.num_placeholders += 1
-            num_tokens += 1
-        plan.num_tokens += num_tokens
+            request.num_placeholders = num_placeholders + 1
+        plan.num_tokens = len(requests)
+        return unfinished_prompts
 
-    @staticmethod
-    def _may_run_ahead(request: Request, known: int) -> bool:
-        """False where the next token must wait for one that is still on the device."""
-        if request.num_placeholders == 0:
-            return True
-        return known < request.max_total_tokens and not request.needs_history
-
-    def _plan_prefills(self, plan: StepPlan) -> None:
+    def _plan_chunks(self, unfinished_prompts: list[Request], plan: StepPlan) -> None:
         """Go on with prompts, in order, in what is left of the budget."""
-        index = 0
-        while index < len(self.running) and plan.num_tokens < self.config.max_batch_tokens:
-            request = self.running[index]
-            index += 1
-            if request.num_pending_tokens <= 1:
-                continue
-            num_tokens = self._chunk(request, plan)
-            if num_tokens == 0:
-                continue
+        for request in unfinished_prompts:
+            if request.status is not RequestStatus.RUNNING:
+                break  # preempted for one before it, as are those behind it
+            num_tokens = self._chunk(request, request.num_pending_tokens, plan)
             total = request.num_computed_tokens + num_tokens
-            while not self.blocks.grow(request.block_table, total):
-                victim = self.running[-1]
-                self._preempt(victim, plan)
-                if victim is request:
-                    break
-            if request.status is RequestStatus.RUNNING:
+            if num_tokens and self._grow(request, total, plan):
                 self._grant(request, num_tokens, plan)
+        for request in unfinished_prompts:  # not before it is certain that they stay in the plan
+            if request.status is RequestStatus.RUNNING:
+                self._publish(request)
 
-    def _chunk(self, request: Request, plan: StepPlan) -> int:
-        """How many of its pending tokens `request` may compute in this step."""
+    def _chunk(self, request: Request, num_pending: int, plan: StepPlan) -> int:
+        """How many of its `num_pending` tokens `request` may compute in this step."""
         left = self.config.max_batch_tokens - plan.num_tokens
         if request.params.prompt_logprobs is not None:
-            left = min(left, self.config.max_prompt_logprob_rows)
-        elif request.num_pending_tokens > left and not self.config.enable_chunked_prefill:
+            num_rows = sum(_num_logprob_rows(planned) for planned in plan.requests)
+            left = min(left, self.config.max_prompt_logprob_rows - num_rows)
+        elif num_pending > left and not self.config.enable_chunked_prefill:
             return 0
-        return min(request.num_pending_tokens, left)
+        return min(num_pending, left)
 
     def _grant(self, request: Request, num_tokens: int, plan: StepPlan) -> None:
         draws = num_tokens == request.num_pending_tokens
@@ -199,20 +211,32 @@ class Scheduler:
     @staticmethod
     def _decodes_first(plan: StepPlan) -> None:
         requests = plan.requests
-        if len(requests) > 1 and any(p.num_tokens > 1 for p in requests):
+        if plan.num_tokens > len(requests):
             plan.requests = [p for p in requests if p.num_tokens == 1]
             plan.requests += [p for p in requests if p.num_tokens > 1]
 
     # -- preemption ---------------------------------------------------------------------------
 
+    def _grow(self, request: Request, num_tokens: int, plan: StepPlan) -> bool:
+        """Blocks for `num_tokens` in all, taken from the last in order if there are no others.
+
+        False if `request` is the last itself: it waits again.
+        """
+        while not self.blocks.grow(request.block_table, num_tokens):
+            victim = self.running[-1]
+            self._preempt(victim, plan)
+            if victim is request:
+                return False
+        return True
+
     def _preempt(self, victim: Request, plan: StepPlan) -> None:
         """Take the blocks of the last running request; it waits again in its place."""
         assert victim is self.running[-1]
         self.running.pop()
-        for planned in plan.requests:
+        for i, planned in enumerate(plan.requests):
             if planned.request is victim:
                 plan.num_tokens -= planned.num_tokens
-                plan.requests.remove(planned)
+                del plan.requests[i]
                 break
         plan.preempted.append(victim)
         self._num_preemptions += 1
@@ -220,7 +244,10 @@ class Scheduler:
         self._requeue(victim)
 
     def _requeue(self, request: Request) -> None:
-        """Back to the queue, to be computed again; it keeps its tokens, not its blocks."""
+        """Back to the queue, to be computed again; it keeps its tokens, not its blocks.
+
+        Tokens that are still on the device are dropped: drawn again, they are the same.
+        """
         self.blocks.release(request.block_table)
         request.status = RequestStatus.WAITING
         request.epoch += 1
@@ -228,7 +255,7 @@ class Scheduler:
         request.num_placeholders = 0
         request.num_published_blocks = 0
         self._released.append(request.request_id)
-        heapq.heappush(self._waiting, (self._key(request), request))
+        self._waiting.push(self._key(request), request)
 
     def rewind(self, failed: dict[str, str]) -> list[RequestUpdate]:
         """After a step that failed: nothing on the device is trusted, all is computed again.
@@ -243,9 +270,8 @@ class Scheduler:
         for request_id, reason in failed.items():
             request = self._requests.get(request_id)
             if request is not None:
-                self._finish(request, "error")
+                self.finish(request, "error")
                 updates.append(RequestUpdate(request, [], "error", error=reason))
-        self._drop_finished()
         while self.running:
             self._requeue(self.running.pop())
         self.blocks.clear_cache()
@@ -253,109 +279,88 @@ class Scheduler:
 
     # -- admission ----------------------------------------------------------------------------
 
-    def _admit_waiting(self, plan: StepPlan) -> None:
+    def _admit_waiting(self, unfinished_prompts: list[Request], plan: StepPlan) -> None:
         """Admit from the queue in order; the first that does not fit holds up the rest."""
-        forks_to_come: list[tuple[Key, Request]] = []
+        num_promised = sum(self._num_missing_blocks(r) for r in unfinished_prompts)
+        admitted: set[Request] = set()
+        forks_to_come: list[Request] = []
         while (
-            self._waiting
-            and plan.num_tokens < self.config.max_batch_tokens
+            plan.num_tokens < self.config.max_batch_tokens
             and len(self.running) < self.config.max_batch_requests
         ):
-            entry = heapq.heappop(self._waiting)
-            request = entry[1]
-            if request.status is not RequestStatus.WAITING:
-                continue
-            parent = self._parent(request)
-            if parent is not None and self._num_computed_before(parent, plan) < (
-                request.num_prompt_tokens - 1
-            ):
-                forks_to_come.append(entry)
-                continue
-            if not self._admit(request, parent, plan):
-                heapq.heappush(self._waiting, entry)
+            request = self._waiting.first()
+            if request is None:
                 break
-        for entry in forks_to_come:
-            heapq.heappush(self._waiting, entry)
+            parent = fork_parent(request, self._requests)
+            if parent is not None and (parent in admitted or not is_prompt_computed(parent, plan)):
+                forks_to_come.append(request)
+                self._waiting.pop()
+                continue
+            if not self._admit(request, parent, num_promised, plan):
+                break
+            admitted.add(request)
+            num_promised += self._num_missing_blocks(request)
+        for request in forks_to_come:
+            self._waiting.push(self._key(request), request)
 
-    @staticmethod
-    def _num_computed_before(request: Request, plan: StepPlan) -> int:
-        """Tokens in the cache before `plan` runs: what its block copies can read."""
-        for planned in plan.requests:
-            if planned.request is request:
-                return planned.start
-        return request.num_computed_tokens
+    def _num_missing_blocks(self, request: Request) -> int:
+        """Blocks that the rest of a prompt will need."""
+        return self.blocks.num_blocks_for(request.num_tokens) - len(request.block_table)
 
-    def _parent(self, request: Request) -> Request | None:
-        """The live request whose prompt blocks `request` may share, computed or about to be."""
-        if request.fork_of is None or request.num_output_tokens or request.num_preemptions:
-            return None
-        parent = self._requests.get(request.fork_of)
-        if parent is None or parent.num_preemptions:
-            return None
-        same_prompt = parent.num_prompt_tokens == request.num_prompt_tokens
-        return parent if same_prompt and parent.cache_salt == request.cache_salt else None
+    def _admit(
+        self, request: Request, parent: Request | None, num_promised: int, plan: StepPlan
+    ) -> bool:
+        """Give the first in the queue its first blocks and tokens; False if they do not fit.
 
-    def _admit(self, request: Request, parent: Request | None, plan: StepPlan) -> bool:
-        """Give `request` its first blocks and tokens; False, changing nothing, if it cannot."""
+        All its known tokens must fit next to the `num_promised` blocks that other prompts are
+        about to take, though it takes only those of its first chunk: half a prompt that is
+        preempted was computed for nothing.
+        """
         if parent is None:
             shared, num_computed, copy_from = self._find_cached(request)
         else:
-            shared, num_computed, copy_from = self._blocks_to_fork(request, parent)
-        table = list(shared)
-        request.num_computed_tokens = num_computed
-        num_tokens = self._chunk(request, plan)
-        keep_free = self._watermark if self.running else 0
-        keep_free += self.blocks.num_unheld_of(shared)
-        request.num_computed_tokens = 0
-        if num_tokens == 0 or not self._can_grow(len(shared), num_computed + num_tokens, keep_free):
+            shared, num_computed, copy_from = blocks_to_fork(parent, self.config.block_size)
+        num_tokens = self._chunk(request, request.num_tokens - num_computed, plan)
+        num_taken = self.blocks.num_blocks_for(request.num_tokens) - len(shared)
+        num_taken += self.blocks.num_unheld_of(shared)
+        keep_free = num_promised + self._watermark if self.running else 0
+        if num_tokens == 0 or num_taken + keep_free > self.blocks.num_unheld:
             return False
+        self._waiting.pop()
         self.blocks.hold(shared)
-        self.blocks.grow(table, num_computed + num_tokens)
+        request.block_table = list(shared)
+        self.blocks.grow(request.block_table, num_computed + num_tokens)
         if copy_from is not None:
-            plan.block_copies.append((copy_from, table[len(shared)]))
-        request.block_table = table
+            plan.block_copies.append((copy_from, request.block_table[len(shared)]))
         request.num_computed_tokens = num_computed
         request.num_published_blocks = len(shared)
+        if request.epoch == 0:  # not if it is admitted again
+            request.num_cached_tokens = min(num_computed, request.num_prompt_tokens)
+            self._count_lookup(request, parent)
         request.status = RequestStatus.RUNNING
-        self._count_admission(request, num_computed)
         bisect.insort(self.running, request, key=self._key)
         self._grant(request, num_tokens, plan)
         self._publish(request)
         return True
 
-    def _can_grow(self, num_shared: int, num_tokens: int, keep_free: int) -> bool:
-        num_new = self.blocks.num_blocks_for(num_tokens) - num_shared
-        return num_new + keep_free <= self.blocks.num_unheld
+    # -- prefix cache -------------------------------------------------------------------------
+
+    def _reads_cache(self, request: Request) -> bool:
+        return self.config.enable_prefix_caching and request.params.prompt_logprobs is None
 
     def _find_cached(self, request: Request) -> tuple[list[int], int, None]:
         """Blocks of the prefix cache; at least the last token is left to compute."""
-        if not self.config.enable_prefix_caching or request.params.prompt_logprobs is not None:
+        if not self._reads_cache(request):
             return [], 0, None
         self._extend_hashes(request)
         most = (request.num_tokens - 1) // self.config.block_size
         found = self.blocks.find(request.block_hashes[:most])
         return found, len(found) * self.config.block_size, None
 
-    def _blocks_to_fork(
-        self, request: Request, parent: Request
-    ) -> tuple[list[int], int, int | None]:
-        """The parent's blocks of all prompt tokens but the last, which draws the first token.
-
-        The block that this token is written to is copied before (copy-on-write) if it holds
-        others.
-        """
-        num_computed = request.num_prompt_tokens - 1
-        num_full, rest = divmod(num_computed, self.config.block_size)
-        copy_from = parent.block_table[num_full] if rest else None
-        return parent.block_table[:num_full], num_computed, copy_from
-
-    def _count_admission(self, request: Request, num_computed: int) -> None:
-        if request.num_preemptions == 0:
-            request.num_cached_tokens = min(num_computed, request.num_prompt_tokens)
+    def _count_lookup(self, request: Request, parent: Request | None) -> None:
+        if parent is None and self._reads_cache(request):
             self._prefix_queries += request.num_prompt_tokens
             self._prefix_hits += request.num_cached_tokens
-
-    # -- prefix cache -------------------------------------------------------------------------
 
     def _extend_hashes(self, request: Request) -> None:
         extend_hashes(
@@ -364,11 +369,6 @@ class Scheduler:
             salt=request.cache_salt,
             block_size=self.config.block_size,
         )
-
-    def _publish_planned(self, plan: StepPlan) -> None:
-        for planned in plan.requests:
-            if planned.num_tokens > 1:  # decodes are published when their token is known
-                self._publish(planned.request)
 
     def _publish(self, request: Request) -> None:
         """Let full blocks be found whose tokens are known and whose computing is planned."""
@@ -386,34 +386,37 @@ class Scheduler:
     def update(self, plan: StepPlan, result: StepResult) -> list[RequestUpdate]:
         """Take over what the step drew; the news, one for each request that has any."""
         updates: list[RequestUpdate] = []
-        block_size, num_finished = self.config.block_size, 0
+        block_size, num_ended = self.config.block_size, 0
+        has_logprobs = bool(result.logprobs or result.prompt_logprobs)
         for planned, token_id in zip(plan.requests, result.token_ids, strict=True):
-            request = planned.request
-            if request.epoch != planned.epoch or request.status is not RequestStatus.RUNNING:
+            request, _, _, draws_token, epoch = planned
+            if request.epoch != epoch or request.status is not RequestStatus.RUNNING:
                 continue  # preempted, aborted or ended since it was planned
-            if result.failed and request.request_id in result.failed:
-                updates.append(self._fail(request, result.failed[request.request_id]))
-                num_finished += 1
-                continue
+            if (draws_token and token_id < 0) or result.failed:
+                reason = result.failed.get(request.request_id)
+                if reason is not None or (draws_token and token_id < 0):
+                    updates.append(self._fail(request, reason or _BROKEN_LOGITS))
+                    num_ended += 1
+                    continue
             update = None
-            if planned.draws_token:
+            if draws_token:
                 token_ids = request.token_ids
                 token_ids.append(token_id)
                 request.num_placeholders -= 1
                 update = RequestUpdate(request, [token_id])
-                if token_id in request.stop_ids or len(token_ids) >= request.max_total_tokens:
-                    update.finish_reason = finish_reason(request)
                 if len(token_ids) > (request.num_published_blocks + 1) * block_size:
                     self._publish(request)
-                if update.finish_reason is not None:
-                    self._finish(request, update.finish_reason)
-                    num_finished += 1
-            if result.logprobs or result.prompt_logprobs:
+                if token_id in request.stop_ids or len(token_ids) >= request.max_total_tokens:
+                    update.finish_reason = finish_reason(request)
+                    if update.finish_reason is not None:
+                        self._end(request, update.finish_reason)
+                        num_ended += 1
+            if has_logprobs:
                 update = self._add_logprobs(update, planned, result)
             if update is not None:
                 updates.append(update)
-        if num_finished:
-            self._drop_finished()
+        if num_ended:
+            self.running = [r for r in self.running if r.status is RequestStatus.RUNNING]
         return updates
 
     @staticmethod
@@ -431,22 +434,13 @@ class Scheduler:
         return update
 
     def _fail(self, request: Request, reason: str) -> RequestUpdate:
-        """Its keys and values are as broken as its logits: nobody may find them."""
-        self.blocks.unpublish(b for b in request.block_table if self.blocks.num_holders(b) == 1)
-        self._finish(request, "error")
+        """End a request whose logits are broken: so may be the keys and values it has read.
+
+        None of its blocks is found any more; requests that share them end on their own logits.
+        """
+        self.blocks.unpublish(request.block_table)
+        self._end(request, "error")
         return RequestUpdate(request, [], "error", error=reason)
-
-    def _finish(self, request: Request, reason: FinishReason) -> None:
-        """End a request and free its blocks; `_drop_finished` takes it off the running list."""
-        if request.status is RequestStatus.RUNNING:
-            self.blocks.release(request.block_table)
-            self._released.append(request.request_id)
-        request.status = RequestStatus.FINISHED
-        request.finish_reason = reason
-        del self._requests[request.request_id]
-
-    def _drop_finished(self) -> None:
-        self.running = [r for r in self.running if r.status is RequestStatus.RUNNING]
 
     # -- accounting ---------------------------------------------------------------------------
 
@@ -460,7 +454,7 @@ class Scheduler:
         """Counters and gauges, named as in `EngineStats`."""
         return {
             "num_running": len(self.running),
-            "num_waiting": len(self._requests) - len(self.running),
+            "num_waiting": len(self._waiting),
             "num_blocks": self.blocks.num_usable,
             "num_used_blocks": self.blocks.num_held,
             "num_cached_blocks": self.blocks.num_cached,
@@ -471,9 +465,22 @@ class Scheduler:
         }
 
     def _waste(self) -> float:
-        """Share of the slots in held blocks that no token uses, each request's last block aside."""
-        num_held = sum(len(r.block_table) for r in self.running)
-        if num_held == 0:
-            return 0.0
-        needed = sum(self.blocks.num_blocks_for(r.num_computed_tokens) for r in self.running)
-        return (num_held - needed) / num_held
+        """Share of the blocks in tables that no token has a slot in."""
+        block_size = self.config.block_size
+        num_held = num_needed = 0
+        for request in self.running:
+            num_held += len(request.block_table)
+            num_needed += -(-request.num_computed_tokens // block_size)
+        return (num_held - num_needed) / num_held if num_held else 0.0
+
+
+_BROKEN_LOGITS = "the model's logits are not numbers (NaN or all -inf): nothing can be drawn"
+
+
+def _num_logprob_rows(planned: PlannedRequest) -> int:
+    """Rows of logits that a planned request needs for its prompt's logprobs."""
+    request = planned.request
+    if request.params.prompt_logprobs is None:
+        return 0
+    end = min(planned.start + planned.num_tokens, request.num_prompt_tokens - 1)
+    return max(0, end - planned.start)

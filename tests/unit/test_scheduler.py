@@ -163,6 +163,16 @@ def test_prompt_logprobs_bound_the_rows_of_a_step() -> None:
     assert planned(scheduler.schedule()) == {"a": 6}
 
 
+def test_prompt_logprobs_of_all_requests_share_the_rows_of_a_step() -> None:
+    scheduler = make_scheduler(max_prompt_logprob_rows=6)
+    for name, first in (("a", 0), ("b", 50), ("c", 100)):
+        params = SamplingParams(max_tokens=4, prompt_logprobs=0)
+        scheduler.add(make_request(name, 5, 4, first=first, params=params))
+
+    assert planned(step(scheduler)) == {"a": 5, "b": 2}
+    assert planned(step(scheduler)) == {"a": 1, "b": 3, "c": 4}
+
+
 # -- blocks -----------------------------------------------------------------------------------
 
 
@@ -191,6 +201,48 @@ def test_a_step_that_preempted_admits_nobody() -> None:
         plan = step(scheduler)
 
     assert not any(p.request.num_computed_tokens == 1 for p in plan.requests)
+
+
+def test_a_prompt_is_not_admitted_beside_one_that_will_take_its_blocks() -> None:
+    scheduler = make_scheduler(num_blocks=13, max_batch_tokens=8, enable_prefix_caching=False)
+    scheduler.add(make_request("long", 28, 2))  # 7 blocks, in four steps
+    scheduler.add(make_request("next", 20, 2, first=50))  # 5 blocks, one more than is left over
+
+    steps = [planned(step(scheduler)) for _ in range(4)]
+
+    assert steps == [{"long": 8}, {"long": 8}, {"long": 8}, {"long": 4}]
+    while scheduler.has_unfinished():
+        step(scheduler)
+    assert scheduler.stats()["preemptions_total"] == 0
+
+
+def test_a_preempted_request_is_served_before_those_that_came_later() -> None:
+    scheduler = make_scheduler(num_blocks=8, enable_prefix_caching=False)
+    young = make_request("young", 8, 12, first=50)
+    scheduler.add(make_request("old", 8, 12))
+    scheduler.add(young)
+    while not young.num_preemptions:
+        step(scheduler)
+    scheduler.add(make_request("new", 1, 1, first=80))
+    plan = step(scheduler)
+    while "old" in planned(plan):
+        plan = step(scheduler)
+
+    assert list(planned(plan)) == ["new", "young"]
+    assert [r.request_id for r in scheduler.running] == ["young"]
+
+
+def test_requests_aborted_while_they_wait_are_not_kept() -> None:
+    scheduler = make_scheduler(max_batch_requests=1)
+    scheduler.add(make_request("runs"))
+    step(scheduler)
+    for i in range(100):
+        scheduler.add(make_request(f"waits{i}"))
+        scheduler.add(make_request(f"leaves{i}"))
+        scheduler.abort(f"leaves{i}")
+
+    assert scheduler.stats()["num_waiting"] == 100
+    assert len(scheduler._waiting._heap) <= 2 * 100
 
 
 def test_kv_waste_is_nothing_beyond_the_last_partial_block() -> None:
@@ -371,6 +423,50 @@ def test_broken_logits_end_their_request_and_nobody_finds_its_blocks() -> None:
     assert again.num_cached_tokens == 0
 
 
+def test_a_token_of_minus_one_is_broken_logits() -> None:
+    scheduler = make_scheduler()
+    request = make_request("a")
+    scheduler.add(request)
+    plan = scheduler.schedule()
+
+    updates = scheduler.update(plan, StepResult(token_ids=[-1]))
+
+    assert [(u.finish_reason, u.new_token_ids) for u in updates] == [("error", [])]
+    assert "not numbers" in str(updates[0].error)
+    assert request.output_token_ids == []
+
+
+def test_blocks_that_broken_logits_have_read_are_found_no_more_even_if_others_hold_them() -> None:
+    scheduler = make_scheduler()
+    scheduler.add(make_request("good", 9))
+    step(scheduler)
+    scheduler.add(make_request("bad", 9))
+    plan = scheduler.schedule()
+    assert planned(plan) == {"good": 1, "bad": 1}
+
+    scheduler.update(plan, StepResult(token_ids=[7, -1]))
+
+    scheduler.add(make_request("again", 9))
+    assert planned(scheduler.schedule()) == {"good": 1, "again": 9}
+
+
+def test_finish_ends_a_request_whose_token_is_in_flight() -> None:
+    scheduler = make_scheduler()
+    request = make_request("a")
+    scheduler.add(request)
+    plan = scheduler.schedule()
+
+    scheduler.finish(request, "stop")
+
+    assert request.finish_reason == "stop"
+    assert scheduler.update(plan, StepResult(token_ids=[7])) == []
+    assert scheduler.schedule().released == ["a"]
+    assert not scheduler.has_unfinished()
+
+
+# -- forks ------------------------------------------------------------------------------------
+
+
 def test_a_fork_recomputes_only_the_last_prompt_token_into_a_copied_block() -> None:
     scheduler = make_scheduler()
     parent = make_request("a-0", 10)
@@ -393,6 +489,68 @@ def test_a_fork_whose_parent_is_gone_is_an_ordinary_request() -> None:
     scheduler.abort("a-0")
 
     assert planned(scheduler.schedule()) == {"a-1": 10}
+
+
+def test_a_fork_of_a_fork_shares_the_blocks_of_the_first() -> None:
+    scheduler = make_scheduler()
+    first = make_request("a-0", 10)
+    scheduler.add(first)
+    scheduler.add(make_request("a-1", 10, fork_of="a-0"))
+    scheduler.add(make_request("a-2", 10, fork_of="a-1"))
+    step(scheduler)
+
+    plan = step(scheduler)
+
+    assert [source for source, _ in plan.block_copies] == [first.block_table[2]] * 2
+
+
+def test_a_fork_waits_for_a_parent_that_was_admitted_in_the_same_step() -> None:
+    scheduler = make_scheduler(max_batch_requests=3)
+    scheduler.add(make_request("computes", 16))
+    resumed = make_request("resumed", 10, output_token_ids=[10, 11, 12, 13, 14])
+    scheduler.add(resumed)  # finds blocks that the same step computes
+    scheduler.add(make_request("fork", 10, fork_of="resumed"))
+
+    assert planned(step(scheduler)) == {"computes": 16, "resumed": 3}
+    assert planned(step(scheduler)) == {"computes": 1, "resumed": 1, "fork": 1}
+
+
+@pytest.mark.parametrize(
+    "difference",
+    [{"first": 1}, {"num_prompt": 11}, {"cache_salt": "other"}],
+    ids=["other tokens", "another length", "another salt"],
+)
+def test_nothing_is_shared_with_a_parent_of_another_prompt(difference: dict[str, object]) -> None:
+    scheduler = make_scheduler(enable_prefix_caching=False)
+    scheduler.add(make_request("a-0", 10))
+    scheduler.add(make_request("a-1", **{"num_prompt": 10, **difference, "fork_of": "a-0"}))
+
+    assert planned(scheduler.schedule())["a-1"] >= 10
+
+
+def test_a_parent_that_came_later_under_the_same_id_is_not_waited_for() -> None:
+    scheduler = make_scheduler(max_batch_tokens=10, enable_prefix_caching=False)
+    scheduler.add(make_request("a-0", 10))
+    scheduler.add(make_request("a-1", 10, fork_of="a-0"))
+    scheduler.abort("a-0")
+    scheduler.add(make_request("a-0", 10, first=50))
+
+    assert planned(scheduler.schedule()) == {"a-1": 10}
+
+
+def test_requests_that_are_forks_of_each_other_or_themselves_are_answered() -> None:
+    scheduler = make_scheduler()
+    scheduler.add(make_request("a", fork_of="b"))
+    scheduler.add(make_request("b", fork_of="a"))
+    scheduler.add(make_request("c", fork_of="c"))
+
+    for _ in range(20):
+        step(scheduler)
+
+    assert not scheduler.has_unfinished()
+
+
+# -- speed ------------------------------------------------------------------------------------
 
 
 def test_planning_and_updating_256_decodes_is_fast() -> None:
