@@ -156,6 +156,7 @@ class Scheduler:
         step it does what `_grant` does.
         """
         block_size, requests = self.blocks.block_size, plan.requests
+        new_tuple = tuple.__new__  # a third of the time of the class's own constructor
         unfinished_prompts: list[Request] = []
         for request in self.running:  # preemption only takes from its end
             start = request.num_computed_tokens
@@ -170,7 +171,7 @@ class Scheduler:
                 request, known, plan
             ):
                 continue
-            requests.append(PlannedRequest(request, start, 1, True, request.epoch))
+            requests.append(new_tuple(PlannedRequest, (request, start, 1, True, request.epoch)))
             request.num_computed_tokens = known
             request.num_placeholders = num_placeholders + 1
         plan.num_tokens = len(requests)
