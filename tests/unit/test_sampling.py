@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +22,16 @@ from portalm_backends.reference.backend import ReferenceBackend
 
 SUBJECT = Subject(ReferenceBackend())
 INF, NAN = math.inf, math.nan
-NUM_DRAWS = 20_000
+NUM_DRAWS = 10_000
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    """One: the operations are small, and threads that wait for each other take turns badly."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def make_row(logits: Sequence[float], **options: Any) -> Row:
@@ -246,8 +255,12 @@ def equal_bits(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
     return torch.equal(a, b)
 
 
+@pytest.mark.parametrize("num_threads", [1, 2])
 @pytest.mark.parametrize("vocab", [5, 33, 1001, 4096])
-def test_a_row_gives_bit_for_bit_the_same_alone_and_in_a_batch(vocab: int) -> None:
+def test_a_row_gives_bit_for_bit_the_same_alone_and_in_a_batch(
+    vocab: int, num_threads: int
+) -> None:
+    torch.set_num_threads(num_threads)
     rng = np.random.default_rng(vocab)
     rows = [replace(random_row(rng, vocab), logits=rng.standard_normal(vocab)) for _ in range(17)]
     together = sample(rows, num_logprobs=4)
