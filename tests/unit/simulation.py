@@ -134,10 +134,11 @@ class Device:
         self._rows: dict[str, tuple[Request, int]] = {}
         """Requests (and their epoch) that the runner has a row for."""
 
-    def run(self, plan: StepPlan, asks: dict[str, Ask], holders: Counter[int]) -> StepResult:
+    def run(self, plan: StepPlan, asks: dict[str, Ask]) -> StepResult:
         self._take_rows(plan)
-        self._copy(plan.block_copies, holders)
-        chains, writers = [], {}
+        self._copy(plan.block_copies)
+        chains: list[list[int]] = []
+        writers: dict[int, Request] = {}
         for planned in plan.requests:  # all write before any reads, as layers do
             ask = asks[planned.request.request_id]
             digests = chain(self._tokens(planned, ask), ask.salt)
@@ -177,11 +178,10 @@ class Device:
         for request_id in request_ids:
             self._rows.pop(request_id, None)
 
-    def _copy(self, block_copies: list[tuple[int, int]], holders: Counter[int]) -> None:
+    def _copy(self, block_copies: list[tuple[int, int]]) -> None:
         size = self.config.block_size
         before = dict(self.memory)  # all at once, in no order
         for source, destination in block_copies:
-            require(holders[destination] == 1, "copied into a shared block")
             for i in range(size):
                 self._put(destination * size + i, before.get(source * size + i, -1))
 
@@ -329,7 +329,7 @@ class Simulation:
             )
             self.check()
             return False
-        result = self.device.run(plan, self.asks, self._holders())
+        result = self.device.run(plan, self.asks)
         self.in_flight.append((plan, result))
         self.num_steps += 1
         self.check()
