@@ -13,6 +13,7 @@ from typing import Any, Literal
 from portalm.errors import ConfigError
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+MAX_PROMPT_LOGPROB_ROWS = 256
 """The model that is used where none is named."""
 
 
@@ -106,8 +107,8 @@ class SchedulerConfig:
     """Split long prompts over steps. False: a prompt must fit one step's budget whole."""
     policy: SchedulingPolicy = "fcfs"
     """Order of the queue: by arrival, or by `priority` (lower first) and then arrival."""
-    max_prompt_logprob_rows: int = 256
-    """Prompt tokens a step of a request that asked for prompt_logprobs: bounds the logits."""
+    max_prompt_logprob_rows: int = MAX_PROMPT_LOGPROB_ROWS
+    """Prompt tokens a step of requests that asked for prompt_logprobs: bounds the logits."""
 
     def __post_init__(self) -> None:
         """Reject values that cannot work, naming the field and the fix."""

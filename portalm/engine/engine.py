@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from portalm.backend import Backend, load_backend
-from portalm.config import EngineConfig, ModelConfig
+from portalm.config import MAX_PROMPT_LOGPROB_ROWS, EngineConfig, ModelConfig
 from portalm.core.plan import RequestUpdate, StepPlan, StepResult
 from portalm.core.request import Request
 from portalm.core.scheduler import Scheduler
@@ -188,7 +188,7 @@ class Engine:
         return bool(self._in_flight) or self.scheduler.has_unfinished()
 
     def reset_prefix_cache(self) -> bool:
-        """Forget cached blocks that nobody holds; False if some are held."""
+        """Forget all cached blocks; False, changing nothing, while any request runs."""
         return self.scheduler.reset_prefix_cache()
 
     # -- steps --------------------------------------------------------------------------------
@@ -311,7 +311,7 @@ class Engine:
                 self.model_config,
                 dtype_bytes=_DTYPE_BYTES[dtype],
                 max_tokens=config.max_num_batched_tokens,
-                max_logits_rows=max(config.max_num_seqs, 256),
+                max_logits_rows=config.max_num_seqs + MAX_PROMPT_LOGPROB_ROWS,
             ),
         )
         self.scheduler = Scheduler(

@@ -35,7 +35,7 @@ class AbortRequests(msgspec.Struct, tag=True):
 
 
 class ResetPrefixCache(msgspec.Struct, tag=True):
-    """Forget every cached block that no running request holds."""
+    """Forget all cached blocks; refused, changing nothing, while any request runs."""
 
 
 class Shutdown(msgspec.Struct, tag=True):

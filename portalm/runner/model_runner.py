@@ -145,7 +145,7 @@ class _Step:
         token_ids = inputs.token_ids
         if inputs.previous_ids is not None and inputs.previous_rows is not None:
             rows = inputs.previous_rows
-            drawn = inputs.previous_ids[rows.clamp(min=0).long()]
+            drawn = inputs.previous_ids[rows.clamp(min=0).long()].clamp(min=0)  # -1: it failed
             token_ids = torch.where(rows >= 0, drawn, token_ids)
         kv, hidden = self._model.forward(self._backend, weights, kv, token_ids, inputs.meta)
         logits = self._model.logits(self._backend, weights, hidden)
