@@ -1,10 +1,13 @@
 // portalm_backends._cpu: the kernels as functions of integers. Pointers come from data_ptr(); the
 // caller keeps what they point to alive. Shapes are the caller's to check (backends/cpu).
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include "dispatch.h"
+#include "program.h"
 #include "thread_team.h"
 
 namespace nb = nanobind;
@@ -21,6 +24,7 @@ T* at(Ptr p) {
 }
 
 DType dtype(int code) { return static_cast<DType>(code); }
+portalm::Format format(int code) { return static_cast<portalm::Format>(code); }
 
 portalm::KVShape kv_shape(int code, int64_t blocks, int64_t block_size, int64_t kv_heads,
                           int64_t head_size) {
@@ -42,15 +46,21 @@ NB_MODULE(_cpu, m) {
   m.def("set_num_threads", [](int size) { portalm::ThreadTeam::instance().resize(size); });
 
   m.def("packed_bytes",
-        [](int code, int64_t n, int64_t k) { return kernels().packed_bytes(dtype(code), n, k); });
-  m.def("pack", [](Ptr source, int code, int64_t n, int64_t k, Ptr packed) {
+        [](int code, int64_t n, int64_t k) { return kernels().packed_bytes(format(code), n, k); });
+  m.def("pack", [](Ptr source, int code, int64_t n, int64_t k, Ptr packed, int format_code) {
     nb::gil_scoped_release released;
-    kernels().pack({at(source), dtype(code), n, k, at(packed)});
+    kernels().pack({at(source), dtype(code), n, k, at(packed), format(format_code)});
+  });
+  m.def("pack_codes", [](Ptr codes, Ptr scales, Ptr minimums, int64_t n, int64_t k, Ptr packed,
+                         int format_code) {
+    nb::gil_scoped_release released;
+    kernels().pack_codes({at<uint8_t>(codes), at<float>(scales), at<float>(minimums), n, k,
+                          at(packed), format(format_code)});
   });
   m.def("linear", [](Ptr x, int x_code, int64_t rows, int64_t x_stride, Ptr packed, int w_code,
                      int64_t n, int64_t k, Ptr bias, Ptr out, int out_code, int64_t out_stride) {
     nb::gil_scoped_release released;
-    kernels().linear({at(x), dtype(x_code), rows, x_stride, at(packed), dtype(w_code), n, k,
+    kernels().linear({at(x), dtype(x_code), rows, x_stride, at(packed), format(w_code), n, k,
                       at(bias), at(out), dtype(out_code), out_stride});
   });
   m.def("rms_norm", [](Ptr x, Ptr residual, Ptr weight, Ptr out, Ptr total, int code, int64_t rows,
@@ -110,6 +120,23 @@ NB_MODULE(_cpu, m) {
                          at<int32_t>(block_table), max_blocks, at<int32_t>(items), num_items,
                          at<float>(partials), at<int32_t>(counters), scale, soft_cap, window});
   });
+  using portalm::Program;
+  nb::class_<Program>(m, "Program")
+      .def(nb::init<>())
+      .def("add_slot", &Program::add_slot)
+      .def("add_call",
+           [](Program& program, const std::string& kernel, std::vector<int64_t> arguments,
+              const std::vector<std::tuple<int, int, int, int64_t>>& patches) {
+             std::vector<portalm::Patch> list;
+             for (auto [argument, kind, index, offset] : patches)
+               list.push_back({argument, static_cast<portalm::PatchKind>(kind), index, offset});
+             program.add_call(kernel, std::move(arguments), list);
+           })
+      .def("run", &Program::run, nb::call_guard<nb::gil_scoped_release>())
+      .def("__len__", &Program::size)
+      .def_rw("profile", &Program::profile)
+      .def("take_seconds", &Program::take_seconds);
+
   m.def("sample", [](Ptr logits, int64_t rows, int64_t vocab, int64_t stride, Ptr temperature,
                      Ptr top_k, Ptr top_p, Ptr min_p, Ptr seed, Ptr position, Ptr out) {
     nb::gil_scoped_release released;

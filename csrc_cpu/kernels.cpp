@@ -4,6 +4,7 @@
 #include "attention.h"
 #include "kv_cache.h"
 #include "linear.h"
+#include "linear_quantized.h"
 #include "rms_norm.h"
 #include "rope.h"
 #include "sample.h"
@@ -18,8 +19,9 @@ namespace portalm::PORTALM_ISA {
 
 extern const Kernels table;
 const Kernels table = {
-    PORTALM_NAME(PORTALM_ISA), kLanes,   packed_bytes, pack,    linear,  rms_norm,  silu_mul,
-    take_rows,                 rope,     kv_write,     kv_copy, kv_wire, attention, sample,
+    PORTALM_NAME(PORTALM_ISA), kLanes,   packed_bytes, pack,     pack_codes, linear,  rms_norm,
+    silu_mul,                  take_rows, rope,        kv_write, kv_copy,    kv_wire, attention,
+    sample,
 };
 
 }  // namespace portalm::PORTALM_ISA

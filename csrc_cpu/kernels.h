@@ -17,11 +17,24 @@ enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
 
 constexpr int64_t kDTypeBytes[] = {4, 2, 2};
 
-struct PackArgs {  // linear.h
+// How a linear weight is packed; the first three as DType. What the others are: linear_quantized.h.
+enum class Format : int { f32 = 0, bf16 = 1, f16 = 2, q8 = 3, q4 = 4, q4_min = 5, q8_16 = 6 };
+
+struct PackArgs {  // linear.h, linear_quantized.h
   const void* source;  // [N, K], contiguous
   DType dtype;
   int64_t n, k;
-  void* packed;  // packed_bytes(dtype, n, k), 64-byte aligned
+  void* packed;  // packed_bytes(format, n, k), 64-byte aligned
+  Format format;  // that of dtype, or one of 8 or 4 bits that the weight is rounded to
+};
+
+struct PackCodesArgs {  // linear_quantized.h
+  const uint8_t* codes;   // [N, K]
+  const float* scales;    // [N, groups]
+  const float* minimums;  // [N, groups], or null where the format has none
+  int64_t n, k;
+  void* packed;  // packed_bytes(format, n, k), 64-byte aligned
+  Format format;
 };
 
 struct LinearArgs {  // linear.h: out = x * weight^T + bias
@@ -29,7 +42,7 @@ struct LinearArgs {  // linear.h: out = x * weight^T + bias
   DType x_dtype;
   int64_t rows, x_stride;
   const void* packed;
-  DType w_dtype;
+  Format format;
   int64_t n, k;
   const void* bias;  // [N] in x_dtype, or null
   void* out;  // [rows, N]
@@ -141,8 +154,9 @@ struct SampleArgs {  // sample.h
 struct Kernels {
   const char* name;
   int lanes;
-  int64_t (*packed_bytes)(DType dtype, int64_t n, int64_t k);
+  int64_t (*packed_bytes)(Format format, int64_t n, int64_t k);
   void (*pack)(const PackArgs&);
+  void (*pack_codes)(const PackCodesArgs&);
   void (*linear)(const LinearArgs&);
   void (*rms_norm)(const NormArgs&);
   void (*silu_mul)(const SiluMulArgs&);

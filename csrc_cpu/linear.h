@@ -1,11 +1,16 @@
 // linear: out[r, n] = sum over k of x[r, k] * weight[n, k], plus bias[n]; float32 inside.
 //
-//   weight   [N, K] packed into panels of kPanel rows: panel p holds [K][kPanel], so that one load
-//            brings the same k of many rows of the weight, for one row of x and for many
-//   x        [rows, K] float32, bfloat16 or float16; out [rows, N]
+//   weight   [N, K] packed into panels of kPanel rows, so that one load brings the same k of many
+//            rows of the weight, for one row of x and for many: panel p is [K][kPanel]; bfloat16
+//            lies in pairs of k, [K / 2][kPanel][2], which widen by one instruction a vector (and
+//            are what bfloat16 dot products take)
+//   x        [rows, K] float32, bfloat16 or float16, widened once a call into tiles of
+//            [K][rows of the tile]; out [rows, N]
+//   quantised weights: linear_quantized.h
 //
 // Mapping:  the team shares the panels; a register tile is kTileRows rows of x by one panel. With
-//           few rows several panels are worked on at once, so that enough sums are in flight.
+//           few rows several panels are worked on at once, so that enough sums are in flight; with
+//           many a panel is widened once for all of them.
 // Bound by: memory up to about 8 rows (each weight is read once), multiply-adds from about 32 on.
 // Meaning:  every sum runs over k in order in one accumulator, whatever the tile: a row's result
 //           does not depend on how many rows there are, bit for bit.
@@ -19,66 +24,129 @@ namespace portalm::PORTALM_ISA {
 constexpr int kPanel = 2 * kLanes;
 constexpr int kTileRows = kLanes == 16 ? 12 : 6;  // 2 accumulators a row, as registers allow
 
+// Elements of one k pair of a panel lie side by side.
+template <typename W>
+constexpr bool kInPairs = false;
+template <>
+constexpr bool kInPairs<bf16> = true;
+
 // Rows of x that are kept in float32 at a time: what half of a core's second-level cache holds.
 constexpr int64_t kBlockFloats = 64 * 1024;
 
-inline int64_t packed_bytes(DType dtype, int64_t n, int64_t k) {
-  int64_t panels = (n + kPanel - 1) / kPanel;
-  return panels * k * kPanel * kDTypeBytes[static_cast<int>(dtype)];
+// Rows cut into as few tiles as can be, of nearly the same size: a small tile would leave the
+// multipliers idle.
+struct Tiles {
+  PORTALM_INLINE explicit Tiles(int64_t num_rows)
+      : count((num_rows + kTileRows - 1) / kTileRows),
+        base(num_rows / max_of<int64_t>(count, 1)),
+        num_larger(num_rows - base * count) {}
+  PORTALM_INLINE int64_t first(int64_t t) const { return t * base + min_of(t, num_larger); }
+  PORTALM_INLINE int64_t rows(int64_t t) const { return base + (t < num_larger ? 1 : 0); }
+  PORTALM_INLINE int64_t holding(int64_t row) const {
+    const int64_t in_larger = num_larger * (base + 1);
+    return row < in_larger ? row / (base + 1) : num_larger + (row - in_larger) / base;
+  }
+  int64_t count, base, num_larger;
+};
+
+// K rounded up to whole pairs.
+template <typename W>
+PORTALM_INLINE int64_t padded_k(int64_t k) {
+  return kInPairs<W> ? (k + 1) / 2 * 2 : k;
+}
+
+// Where row `j` of a panel has its `k`.
+template <typename W>
+PORTALM_INLINE int64_t in_panel(int64_t k, int64_t j) {
+  return kInPairs<W> ? (k / 2 * kPanel + j) * 2 + k % 2 : k * kPanel + j;
+}
+
+template <typename W>
+inline int64_t packed_bytes_of(int64_t n, int64_t k) {
+  return (n + kPanel - 1) / kPanel * padded_k<W>(k) * kPanel * static_cast<int64_t>(sizeof(W));
 }
 
 template <typename W>
 inline void pack_as(const PackArgs& a) {
   const W* source = static_cast<const W*>(a.source);
   W* packed = static_cast<W*>(a.packed);
+  const int64_t padded = padded_k<W>(a.k);
   parallel_for((a.n + kPanel - 1) / kPanel, 4, [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) {
-      W* panel = packed + p * a.k * kPanel;
+      W* panel = packed + p * padded * kPanel;
       for (int64_t j = 0; j < kPanel; ++j) {
-        int64_t row = p * kPanel + j;
-        if (row < a.n) {
-          for (int64_t k = 0; k < a.k; ++k) panel[k * kPanel + j] = source[row * a.k + k];
-        } else {
-          for (int64_t k = 0; k < a.k; ++k) panel[k * kPanel + j] = W{};
-        }
+        const int64_t row = p * kPanel + j;
+        for (int64_t k = 0; k < padded; ++k)
+          panel[in_panel<W>(k, j)] = row < a.n && k < a.k ? source[row * a.k + k] : W{};
       }
     }
   });
 }
 
-inline void pack(const PackArgs& a) {
-  with_dtype(a.dtype, [&](auto w) { pack_as<decltype(w)>(a); });
+// Both vectors of a panel at one k, or at a pair of them.
+struct PanelRow {
+  Vec low, high;
+};
+template <typename W>
+PORTALM_INLINE PanelRow panel_row(const W* at) {
+  return {load(at), load(at + kLanes)};
+}
+struct PanelPair {
+  PanelRow first, second;
+};
+PORTALM_INLINE PanelPair panel_pair(const bf16* at) {
+  VecU low, high;
+  memcpy(&low, at, sizeof low);
+  memcpy(&high, at + kPanel, sizeof high);
+  return {{__builtin_bit_cast(Vec, low << 16), __builtin_bit_cast(Vec, high << 16)},
+          {__builtin_bit_cast(Vec, low & 0xFFFF0000), __builtin_bit_cast(Vec, high & 0xFFFF0000)}};
 }
 
-// Sums of R rows of x (float32, x_stride apart) and P panels, into sums[R][P][kPanel].
+// Sums of a tile of R rows of x, [K][R], and P panels, into sums[R][P][kPanel].
 template <int R, int P, typename W>
-PORTALM_INLINE void tile(const float* x, int64_t x_stride, const W* panel, int64_t k_size,
-                         float* sums) {
-  Vec acc[R][P][2] = {};
-  const int64_t panel_size = k_size * kPanel;
-  for (int64_t k = 0; k < k_size; ++k) {
-    Vec w[P][2];
+PORTALM_INLINE void tile(const float* x, const W* panel, int64_t k_size, float* sums) {
+  Vec acc[R][P][2];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-    for (int p = 0; p < P; ++p) {
-      const W* at = panel + p * panel_size + k * kPanel;
-      if (R == 1) __builtin_prefetch(at + 1024 / sizeof(W), 0, 3);
-      w[p][0] = load(at);
-      w[p][1] = load(at + kLanes);
-    }
+    for (int p = 0; p < P; ++p) acc[r][p][0] = acc[r][p][1] = splat(0.0f);
+  const auto add = [&](int p, PanelRow w, const float* at) __attribute__((always_inline)) {
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      Vec xr = splat(x[r * x_stride + k]);
+      const Vec xr = splat(at[r]);
+      acc[r][p][0] += xr * w.low;
+      acc[r][p][1] += xr * w.high;
+    }
+  };
+  const int64_t panel_size = k_size * kPanel;
+  if constexpr (kInPairs<W>) {
+    for (int64_t k = 0; k < k_size; k += 2) {
 #pragma GCC unroll 8
       for (int p = 0; p < P; ++p) {
-        acc[r][p][0] += xr * w[p][0];
-        acc[r][p][1] += xr * w[p][1];
+        const W* at = panel + p * panel_size + k * kPanel;
+        __builtin_prefetch(at + (R <= 2 ? 1024 : panel_size), 0, 3);  // R > 2: the next panel
+        const PanelPair w = panel_pair(at);
+        add(p, w.first, x + k * R);
+        add(p, w.second, x + k * R + R);
+      }
+    }
+  } else {
+    for (int64_t k = 0; k < k_size; ++k) {
+#pragma GCC unroll 8
+      for (int p = 0; p < P; ++p) {
+        const W* at = panel + p * panel_size + k * kPanel;
+        if (R <= 2) __builtin_prefetch(at + 2048 / sizeof(W), 0, 3);
+        add(p, panel_row(at), x + k * R);
       }
     }
   }
+#pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
-    for (int p = 0; p < P; ++p)
-      for (int half = 0; half < 2; ++half)
-        store(sums + (r * P + p) * kPanel + half * kLanes, acc[r][p][half]);
+#pragma GCC unroll 8
+    for (int p = 0; p < P; ++p) {
+      store(sums + (r * P + p) * kPanel, acc[r][p][0]);
+      store(sums + (r * P + p) * kPanel + kLanes, acc[r][p][1]);
+    }
 }
 
 // A tile's sums, bias added, as out.
@@ -103,49 +171,53 @@ PORTALM_INLINE void finish(const LinearArgs& a, const float* bias, const float* 
 
 // What one linear call works on besides its arguments.
 struct Wide {
-  const float* x;     // [rows of this block, K]
+  const float* x;     // the tiles of this block
   const float* bias;  // [N] or null
   int64_t row;        // of the block's first row
+  int64_t k;          // padded
 };
 
-// R rows of the block, from `r` on, by panels [begin, end), P at a time.
+// The tile of R rows that begins at row `r` of the block, by panels [begin, end), P at a time.
 template <int R, int P, typename W>
-inline void rows_by_panels(const LinearArgs& a, const Wide& wide, int64_t r, int64_t begin,
-                           int64_t end) {
+inline void tile_by_panels_of(const LinearArgs& a, const Wide& wide, int64_t r, const W* packed,
+                              int64_t begin, int64_t end) {
   float sums[R * P * kPanel];
-  const W* packed = static_cast<const W*>(a.packed);
   int64_t p = begin;
   for (; p + P <= end; p += P) {
-    tile<R, P>(wide.x + r * a.k, a.k, packed + p * a.k * kPanel, a.k, sums);
+    tile<R, P>(wide.x + r * wide.k, packed + (p - begin) * wide.k * kPanel, wide.k, sums);
     finish(a, wide.bias, sums, wide.row + r, R, p * kPanel, P * kPanel);
   }
   if constexpr (P > 1) {
-    if (p < end) rows_by_panels<R, 1, W>(a, wide, r, p, end);
+    if (p < end)
+      tile_by_panels_of<R, 1, W>(a, wide, r, packed + (p - begin) * wide.k * kPanel, p, end);
   }
 }
 
 // Panels at a time, so that about 8 to 12 sums are in flight.
 constexpr int panels_for(int rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
 
-// `num_rows` rows, 0 to R.
+// A tile of `num_rows` rows, 1 to R.
 template <int R, typename W>
-inline void leftover(const LinearArgs& a, const Wide& wide, int64_t r, int64_t num_rows,
-                     int64_t begin, int64_t end) {
+inline void tile_by_panels(const LinearArgs& a, const Wide& wide, int64_t r, int64_t num_rows,
+                           const W* packed, int64_t begin, int64_t end) {
   if (num_rows == R) {
-    rows_by_panels<R, panels_for(R), W>(a, wide, r, begin, end);
+    tile_by_panels_of<R, panels_for(R), W>(a, wide, r, packed, begin, end);
   } else if constexpr (R > 1) {
-    leftover<R - 1, W>(a, wide, r, num_rows, begin, end);
+    tile_by_panels<R - 1, W>(a, wide, r, num_rows, packed, begin, end);
   }
 }
 
-template <typename X>
-inline void widen(const X* from, float* to, int64_t count) {
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) store(to + i, load(from + i));
-  for (; i < count; ++i) to[i] = to_float(from[i]);
+// All rows of the block by panels [begin, end).
+template <typename W>
+inline void rows_by_panels(const LinearArgs& a, const Wide& wide, int64_t num_rows, const W* packed,
+                           int64_t begin, int64_t end) {
+  const Tiles tiles(num_rows);
+  for (int64_t t = 0; t < tiles.count; ++t)
+    tile_by_panels<kTileRows, W>(a, wide, tiles.first(t), tiles.rows(t), packed, begin, end);
 }
 
-// Scratch of the calling thread, grown when needed.
+// Scratch of the calling thread, grown when needed; one piece of memory for each `Use`.
+template <int Use = 0>
 inline float* scratch(int64_t floats) {
   static thread_local float* data = nullptr;
   static thread_local int64_t size = 0;
@@ -157,44 +229,95 @@ inline float* scratch(int64_t floats) {
   return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(data) + 63) & ~uintptr_t{63});
 }
 
+// A panel in float32, [K][kPanel].
+PORTALM_INLINE void widen_panel(const bf16* panel, float* wide, int64_t k_size) {
+  for (int64_t k = 0; k < k_size; k += 2) {
+    __builtin_prefetch(panel + (k_size + k) * kPanel, 0, 3);  // the next panel
+    const PanelPair pair = panel_pair(panel + k * kPanel);
+    store(wide + k * kPanel, pair.first.low);
+    store(wide + k * kPanel + kLanes, pair.first.high);
+    store(wide + (k + 1) * kPanel, pair.second.low);
+    store(wide + (k + 1) * kPanel + kLanes, pair.second.high);
+  }
+}
+PORTALM_INLINE void widen_panel(const fp16* panel, float* wide, int64_t k_size) {
+  for (int64_t i = 0; i < k_size * kPanel; i += kLanes) store(wide + i, load(panel + i));
+}
+PORTALM_INLINE void widen_panel(const float*, float*, int64_t) {}
+
+// Panels a piece of the team's work: some 64 KiB of weights, small enough to share evenly, large
+// enough to stream.
+PORTALM_INLINE int64_t panel_grain(int64_t panels, int64_t panel_bytes) {
+  int64_t grain = max_of<int64_t>(64 * 1024 / max_of<int64_t>(panel_bytes, 1) / 4 * 4, 4);
+  while (grain > 1 && panels < 8 * grain) grain /= 2;
+  return grain;
+}
+
 template <typename W>
 inline void linear_block(const LinearArgs& a, const Wide& wide, int64_t num_rows) {
-  const int64_t panels = (a.n + kPanel - 1) / kPanel;
-  // some 64 KiB of weights a piece: small enough to share evenly, large enough to stream
-  const int64_t panel_bytes = max_of<int64_t>(a.k * kPanel * static_cast<int64_t>(sizeof(W)), 1);
-  int64_t grain = max_of<int64_t>(64 * 1024 / panel_bytes / 4 * 4, 4);
-  while (grain > 1 && panels < 8 * grain) grain /= 2;
+  const int64_t panels = (a.n + kPanel - 1) / kPanel, panel_size = wide.k * kPanel;
+  const W* packed = static_cast<const W*>(a.packed);
+  const int64_t grain = panel_grain(panels, panel_size * static_cast<int64_t>(sizeof(W)));
   parallel_for(panels, grain, [&](int64_t begin, int64_t end) {
-    if (num_rows < kTileRows) {
-      leftover<kTileRows - 1, W>(a, wide, 0, num_rows, begin, end);
+    if (num_rows <= kTileRows) {
+      rows_by_panels(a, wide, num_rows, packed + begin * panel_size, begin, end);
       return;
     }
     for (int64_t p = begin; p < end; ++p) {  // a panel stays in the cache for all its tiles
-      int64_t r = 0;
-      for (; r + kTileRows <= num_rows; r += kTileRows)
-        rows_by_panels<kTileRows, 1, W>(a, wide, r, p, p + 1);
-      leftover<kTileRows - 1, W>(a, wide, r, num_rows - r, p, p + 1);
+      const W* panel = packed + p * panel_size;
+      if (sizeof(W) < sizeof(float) && num_rows > 8 * kTileRows) {
+        float* wide_panel = scratch<1>(panel_size);
+        widen_panel(panel, wide_panel, wide.k);
+        rows_by_panels<float>(a, wide, num_rows, wide_panel, p, p + 1);
+      } else {
+        rows_by_panels(a, wide, num_rows, panel, p, p + 1);
+      }
     }
   });
 }
 
-inline void linear(const LinearArgs& a) {
-  const int64_t element = kDTypeBytes[static_cast<int>(a.x_dtype)];
-  int64_t block = kBlockFloats / max_of<int64_t>(a.k, 1) / kTileRows * kTileRows;
+// Rows of x as tiles of [K][R], in float32, zero where K is padded.
+template <typename X>
+inline void widen_rows(const X* x, int64_t stride, int64_t k_size, int64_t padded, int64_t begin,
+                       int64_t num_rows, int64_t all_rows, float* tiles) {
+  const Tiles shape(all_rows);
+  for (int64_t r = begin; r < begin + num_rows; ++r) {
+    const int64_t tile = shape.holding(r), first = shape.first(tile), width = shape.rows(tile);
+    float* to = tiles + first * padded + (r - first);
+    const X* from = x + r * stride;
+    if (width == 1) {
+      int64_t k = 0;
+      for (; k + kLanes <= k_size; k += kLanes) store(to + k, load(from + k));
+      for (; k < k_size; ++k) to[k] = to_float(from[k]);
+    } else {
+      for (int64_t k = 0; k < k_size; ++k) to[k * width] = to_float(from[k]);
+    }
+    for (int64_t k = k_size; k < padded; ++k) to[k * width] = 0;
+  }
+}
+
+template <typename W>
+inline void linear_as(const LinearArgs& a) {
+  const int64_t element = kDTypeBytes[static_cast<int>(a.x_dtype)], padded = padded_k<W>(a.k);
+  int64_t block = kBlockFloats / max_of<int64_t>(padded, 1) / kTileRows * kTileRows;
   block = min_of(max_of<int64_t>(block, kTileRows), a.rows);
-  float* x = scratch(block * a.k + (a.bias ? a.n : 0));
-  float* bias = a.bias ? x + block * a.k : nullptr;
-  if (bias) with_dtype(a.x_dtype, [&](auto t) { widen(static_cast<const decltype(t)*>(a.bias), bias, a.n); });
+  float* x = scratch(block * padded + (a.bias ? a.n : 0));
+  float* bias = a.bias ? x + block * padded : nullptr;
+  if (bias)
+    with_dtype(a.x_dtype, [&](auto t) {
+      for (int64_t i = 0; i < a.n; ++i) bias[i] = to_float(static_cast<const decltype(t)*>(a.bias)[i]);
+    });
   for (int64_t row = 0; row < a.rows; row += block) {
     const int64_t num_rows = min_of(block, a.rows - row);
     const char* from = static_cast<const char*>(a.x) + row * a.x_stride * element;
     with_dtype(a.x_dtype, [&](auto t) {
       using X = decltype(t);
-      for (int64_t r = 0; r < num_rows; ++r)
-        widen(reinterpret_cast<const X*>(from) + r * a.x_stride, x + r * a.k, a.k);
+      parallel_for(num_rows, 2 * kTileRows, [&](int64_t begin, int64_t end) {
+        widen_rows(reinterpret_cast<const X*>(from), a.x_stride, a.k, padded, begin, end - begin,
+                   num_rows, x);
+      });
     });
-    const Wide wide{x, bias, row};
-    with_dtype(a.w_dtype, [&](auto w) { linear_block<decltype(w)>(a, wide, num_rows); });
+    linear_block<W>(a, Wide{x, bias, row, padded}, num_rows);
   }
 }
 

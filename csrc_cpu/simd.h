@@ -10,7 +10,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__F16C__) || defined(__AVX512F__)
+#if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
@@ -71,9 +71,15 @@ PORTALM_INLINE Vec load(const float* p) {
   return x;
 }
 PORTALM_INLINE Vec load(const bf16* p) {
+#if defined(__AVX2__) && PORTALM_LANES == 8  // the compiler would widen each half by itself
+  return (Vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
+#elif defined(__AVX512F__) && PORTALM_LANES == 16
+  return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+#else
   Vec16 x;
   memcpy(&x, p, sizeof x);
   return __builtin_bit_cast(Vec, __builtin_convertvector(x, VecU) << 16);
+#endif
 }
 PORTALM_INLINE Vec load(const fp16* p) {
 #if defined(__AVX512F__) && PORTALM_LANES == 16
@@ -93,8 +99,15 @@ PORTALM_INLINE void store(bf16* p, Vec x) {
   VecU rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
   VecU quiet = (bits >> 16) | 0x40;
   VecU is_nan = __builtin_bit_cast(VecU, (bits & 0x7FFFFFFF) > 0x7F800000);
-  Vec16 narrow = __builtin_convertvector((quiet & is_nan) | (rounded & ~is_nan), Vec16);
+  VecU chosen = (quiet & is_nan) | (rounded & ~is_nan);
+#if defined(__AVX2__) && PORTALM_LANES == 8
+  __m256i packed = _mm256_packus_epi32((__m256i)chosen, (__m256i)chosen);  // within halves
+  packed = _mm256_permute4x64_epi64(packed, 0x08);
+  _mm_storeu_si128((__m128i*)p, _mm256_castsi256_si128(packed));
+#else
+  Vec16 narrow = __builtin_convertvector(chosen, Vec16);
   memcpy(p, &narrow, sizeof narrow);
+#endif
 }
 PORTALM_INLINE void store(fp16* p, Vec x) {
 #if defined(__AVX512F__) && PORTALM_LANES == 16

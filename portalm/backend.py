@@ -31,6 +31,44 @@ Weights: TypeAlias = dict[str, Any]
 """A model's tensors and packed weights by name."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizedWeight:
+    """A linear weight [N, K] of few bits: scale * (code - zero) + minimum, by groups of K.
+
+    The form that the simple integer formats of checkpoints have in common; what a device computes
+    with is up to it.
+    """
+
+    format: str
+    """One of `QUANTIZED_FORMATS`, which gives the group's size."""
+    codes: torch.Tensor
+    """uint8 [N, K]"""
+    scales: torch.Tensor
+    """float32 [N, K / group]"""
+    zero: int = 0
+    """The code that stands for 0; the same everywhere."""
+    minimums: torch.Tensor | None = None
+    """float32 [N, K / group], where the format has them (then `zero` is 0)."""
+
+    @property
+    def shape(self) -> torch.Size:
+        """Its rows and columns, [N, K]."""
+        return self.codes.shape
+
+    def dequantize(self) -> torch.Tensor:
+        """Float32 [N, K]."""
+        rows, columns = self.codes.shape
+        codes = self.codes.float().view(rows, self.scales.shape[1], -1) - self.zero
+        weight = codes * self.scales[:, :, None]
+        if self.minimums is not None:
+            weight = weight + self.minimums[:, :, None]
+        return weight.view(rows, columns)
+
+
+QUANTIZED_FORMATS = {"int8": 32, "int4": 32, "int4_min": 32, "int8_g16": 16}
+"""Group sizes. int8: zero is 128; int4: zero is 8; int4_min: with minimums."""
+
+
 # -- what a backend says of itself ------------------------------------------------------------
 
 
@@ -49,6 +87,8 @@ class Capabilities:
     features: frozenset[str] = frozenset()
     """Of: sliding_window, soft_cap, batch_invariant (a request's logits do not depend, bit for
     bit, on what else is in the batch)."""
+    quantizations: frozenset[str] = frozenset()
+    """Of `QUANTIZED_FORMATS`: weights that `pack` takes as they are, or rounds to."""
     static_shapes: bool = False
     """Steps must be padded to one of `buckets()`."""
     max_steps_in_flight: int = 1
@@ -348,8 +388,15 @@ class Backend(Protocol):
         ...
 
     # layers
-    def pack(self, weight: torch.Tensor) -> PackedWeight:
-        """A linear weight [N, K] (host, any float dtype already cast) in the device's layout."""
+    def pack(
+        self, weight: torch.Tensor | QuantizedWeight, *, quantization: str | None = None
+    ) -> PackedWeight:
+        """A linear weight [N, K] on the host in the device's layout.
+
+        A tensor has been cast to the model's dtype already; `quantization` names what it is
+        rounded to. That name, and the format of a `QuantizedWeight`, are among
+        `capabilities.quantizations`; a backend without any need not take either.
+        """
         ...
 
     def linear(

@@ -17,23 +17,29 @@ import torch
 
 from portalm.backend import (
     AttentionSpec,
+    Bucket,
     Capabilities,
     DeviceReport,
     KVSpec,
     MemInfo,
+    QuantizedWeight,
     SampleOutput,
     SampleParams,
+    StepFn,
+    StepInputs,
     StepMeta,
 )
 from portalm.errors import BackendError
 from portalm_backends.cpu import attention, cache
 from portalm_backends.cpu.cache import CODES, CpuKV
+from portalm_backends.cpu.memory import Arena
+from portalm_backends.cpu.program import RecordedStep, Recorder
 from portalm_backends.portable import host_memory, sampling
 from portalm_backends.portable.backend import TorchBackend
 
 _DTYPES = frozenset(cache.DTYPES)
-_FLOAT32 = CODES[torch.float32]
-_ALIGNMENT = 64
+_FORMATS = {"int8": 3, "int4": 4, "int4_min": 5, "int8_g16": 6}
+"""How the native module names them (Format in csrc_cpu/kernels.h)."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -58,6 +64,7 @@ class CpuBackend(TorchBackend):
         head_sizes=cache.HEAD_SIZES,
         block_sizes=cache.BLOCK_SIZES,
         features=frozenset({"sliding_window", "soft_cap", "batch_invariant"}),
+        quantizations=frozenset(_FORMATS),
     )
 
     def __init__(self) -> None:
@@ -70,6 +77,7 @@ class CpuBackend(TorchBackend):
         except ValueError as error:
             raise BackendError("unsupported", str(error)) from None
         self._native: Any = _cpu
+        self._weights = Arena("the weights")
 
     @classmethod
     def find(cls) -> DeviceReport:
@@ -222,17 +230,37 @@ class CpuBackend(TorchBackend):
 
     # -- layers -------------------------------------------------------------------------------
 
-    def pack(self, weight: torch.Tensor) -> CpuWeight:
-        """A weight [N, K] in panels; the original may be dropped."""
-        weight = weight.contiguous()
+    def pack(
+        self, weight: torch.Tensor | QuantizedWeight, *, quantization: str | None = None
+    ) -> CpuWeight:
+        """A weight [N, K] in panels, rounded to `quantization`; the original may be dropped."""
         n, k = weight.shape
+        if isinstance(weight, QuantizedWeight):
+            packed = self._reserve(_FORMATS[weight.format], n, k)
+            self._pack_codes(packed, weight)
+            return packed
+        weight = weight.contiguous()
         code = CODES[weight.dtype]
-        size = self._native.packed_bytes(code, n, k)
-        whole = torch.empty(size + _ALIGNMENT, dtype=torch.uint8)
-        start = -whole.data_ptr() % _ALIGNMENT
-        data = whole[start : start + size]
-        self._native.pack(weight.data_ptr(), code, n, k, data.data_ptr())
+        packed = self._reserve(code if quantization is None else _FORMATS[quantization], n, k)
+        self._native.pack(weight.data_ptr(), code, n, k, packed.ptr, packed.code)
+        return packed
+
+    def _reserve(self, code: int, n: int, k: int) -> CpuWeight:
+        data = self._weights.take(self._native.packed_bytes(code, n, k))
         return CpuWeight(data, data.data_ptr(), code, n, k)
+
+    def _pack_codes(self, packed: CpuWeight, weight: QuantizedWeight) -> None:
+        codes, scales = weight.codes.contiguous(), weight.scales.contiguous()
+        minimums = None if weight.minimums is None else weight.minimums.contiguous()
+        self._native.pack_codes(
+            codes.data_ptr(),
+            scales.data_ptr(),
+            0 if minimums is None else minimums.data_ptr(),
+            packed.n,
+            packed.k,
+            packed.ptr,
+            packed.code,
+        )
 
     def linear(
         self, x: torch.Tensor, weight: CpuWeight, bias: torch.Tensor | None = None
@@ -371,10 +399,29 @@ class CpuBackend(TorchBackend):
         )
         return out
 
+    # -- execution ----------------------------------------------------------------------------
+
+    def compile(self, fn: StepFn, bucket: Bucket | None, example: StepInputs | None) -> StepFn:
+        """One native program for steps of all sizes, recorded when `fn` first runs."""
+        return RecordedStep(self, super().compile(fn, bucket, example))
+
+    @contextmanager
+    def recording(self, inputs: StepInputs) -> Iterator[Recorder]:
+        """Within it the native calls of the step over `inputs` are written down."""
+        native = self._native
+        with Recorder(native, inputs) as recorder:
+            self._native = recorder
+            try:
+                yield recorder
+            finally:
+                self._native = native
+
     # -- sampling -----------------------------------------------------------------------------
 
     def sample(self, logits: torch.Tensor, params: SampleParams) -> SampleOutput:
         """One token from each row; penalties, bias and masks change the logits first."""
+        if isinstance(self._native, Recorder):
+            self._native.end(logits)
         scores = sampling.adjust(logits, params)
         token_ids = torch.empty(len(logits), dtype=torch.int32)
         self._native.sample(

@@ -7,13 +7,13 @@ come out of it without sums over lanes (csrc_cpu/kv_cache.h).
 
 from __future__ import annotations
 
-import mmap
 from dataclasses import dataclass
 
 import torch
 
 from portalm.backend import KVSpec
-from portalm.errors import BackendError, Unsupported
+from portalm.errors import Unsupported
+from portalm_backends.cpu.memory import reserve
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -23,7 +23,6 @@ HEAD_SIZES = frozenset(range(8, 257, 8))
 BLOCK_SIZES = frozenset({8, 16, 32, 64, 128, 256})
 """They divide the span of 256 tokens that has a softmax of its own (csrc_cpu/attention.h)."""
 
-_HUGE_PAGE = 2 << 20
 _SLACK = 256
 """Bytes past the last block that a whole-vector load of its last row may touch."""
 
@@ -76,7 +75,11 @@ def alloc(spec: KVSpec, num_blocks: int) -> CpuKV:
     check_spec(spec)
     dtype = DTYPES[spec.dtype]
     num_bytes = num_blocks * bytes_per_block(spec)
-    data = _reserve(num_bytes + _SLACK).view(dtype)
+    data = reserve(
+        num_bytes + _SLACK,
+        "the KV cache",
+        advice="lower --kv-cache-memory-bytes, --max-model-len or --max-num-seqs",
+    ).view(dtype)
     return CpuKV(
         spec=spec,
         num_blocks=num_blocks,
@@ -91,21 +94,3 @@ def alloc(spec: KVSpec, num_blocks: int) -> CpuKV:
             spec.head_size,
         ),
     )
-
-
-def _reserve(num_bytes: int) -> torch.Tensor:
-    """uint8 [num_bytes], on huge pages where the system has them: fewer TLB misses."""
-    size = num_bytes + _HUGE_PAGE
-    try:
-        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    except OSError as error:
-        raise BackendError(
-            "oom",
-            f"cannot reserve {num_bytes / 2**20:.0f} MiB for the KV cache ({error}): lower "
-            f"--kv-cache-memory-bytes, --max-model-len or --max-num-seqs",
-        ) from error
-    if num_bytes > 8 * _HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    whole = torch.frombuffer(memory, dtype=torch.uint8)  # keeps the mapping alive
-    start = -whole.data_ptr() % _HUGE_PAGE
-    return whole[start : start + num_bytes]

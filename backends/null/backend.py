@@ -25,6 +25,7 @@ from portalm.backend import (
     HostFuture,
     KVSpec,
     MemInfo,
+    QuantizedWeight,
     SampleOutput,
     StepFn,
     StepInputs,
@@ -151,7 +152,9 @@ class NullBackend(TorchBackend):
 
     # -- layers: shapes only -------------------------------------------------------------------
 
-    def pack(self, weight: torch.Tensor) -> torch.Size:
+    def pack(
+        self, weight: torch.Tensor | QuantizedWeight, *, quantization: str | None = None
+    ) -> torch.Size:
         """The shape; the weight itself may go."""
         return weight.shape
 

@@ -22,6 +22,7 @@ from portalm.backend import (
     KVSpec,
     MemInfo,
     PackedWeight,
+    QuantizedWeight,
     SampleOutput,
     SampleParams,
     StepFn,
@@ -166,8 +167,12 @@ class TorchBackend(abc.ABC):
 
     # -- layers -------------------------------------------------------------------------------
 
-    def pack(self, weight: torch.Tensor) -> PackedWeight:
-        """The weight [N, K] itself, on the device."""
+    def pack(
+        self, weight: torch.Tensor | QuantizedWeight, *, quantization: str | None = None
+    ) -> PackedWeight:
+        """The weight [N, K] itself, on the device; quantised ones are not claimed."""
+        if isinstance(weight, QuantizedWeight) or quantization is not None:
+            raise BackendError("unsupported", f"backend {self.name!r} has no weights of few bits")
         return weight.to(self.device())
 
     def linear(

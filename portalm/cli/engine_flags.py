@@ -22,6 +22,12 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     add("--tokenizer", "where the tokenizer is, if not with the model")
     add("--device", "backend to use, or auto; `portalm devices` lists them")
     add("--dtype", "of weights and activations", choices=_DTYPES)
+    add(
+        "--quantization",
+        "bits of the weights: auto keeps the checkpoint's, none computes all in --dtype, int8 and "
+        "int4 round those of more bits",
+        choices=("auto", "none", "int8", "int4"),
+    )
     add("--max-model-len", "longest prompt plus answer, for example 4096 or 32k", type=_length)
     add("--block-size", "tokens per KV block", type=int)
     flags.add_argument(

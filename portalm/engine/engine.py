@@ -21,6 +21,7 @@ from portalm.engine.messages import AddRequest, EngineReady, EngineStats, StepOu
 from portalm.errors import BackendError, ConfigError, InvalidRequest, Unsupported
 from portalm.models.hub import resolve_model
 from portalm.models.loader import open_checkpoint
+from portalm.models.model import AS_CAST, Quantization
 from portalm.models.registry import model_class
 from portalm.runner.memory import activation_bytes, kv_budget
 from portalm.runner.model_runner import ModelRunner, StepInFlight
@@ -35,6 +36,12 @@ Progress = Callable[[str, float], None]
 """Called with a phase (load, warm_up) and its share done, 0 to 1."""
 
 _DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+_ROUNDED = {
+    "int8": Quantization(keep=True, layers="int8", head="int8"),
+    # the head decides between tokens: 4 bits there cost more than they save
+    "int4": Quantization(keep=True, layers="int4_min", head="int8"),
+}
 
 _WARM_UP_ID = "portalm-warm-up"
 
@@ -76,7 +83,10 @@ class Engine:
             max_model_len = _choose_max_model_len(config, checkpoint.config)
             _check_claims(config, model, self.backend, dtype)
             weights = model.load(
-                checkpoint, self.backend, progress=lambda share: tell("load", share)
+                checkpoint,
+                self.backend,
+                quantization=_choose_quantization(config, self.backend, dtype),
+                progress=lambda share: tell("load", share),
             )
         finally:
             checkpoint.close()
@@ -319,11 +329,11 @@ class Engine:
         )
 
     def _warm_up(self) -> None:
-        """One prompt token and one answer: a device that cannot compute fails here."""
+        """Two prompt tokens and one answer: a device that cannot compute fails here."""
         self.add(
             AddRequest(
                 request_id=_WARM_UP_ID,
-                prompt_token_ids=[0],
+                prompt_token_ids=[0, 0],
                 params=SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True),
                 seed=0,
             )
@@ -359,6 +369,24 @@ def _choose_dtype(config: EngineConfig, model: ModelConfig, backend: Backend) ->
         f"backend {backend.name!r} does not compute in {wanted}; it does in "
         f"{', '.join(sorted(claimed))}: choose one with --dtype"
     )
+
+
+def _choose_quantization(config: EngineConfig, backend: Backend, dtype: str) -> Quantization:
+    """What `config.quantization` means on this backend; `Unsupported` if it cannot."""
+    if config.quantization == "auto":
+        # in float32 somebody wants exact products: rounding activations would spoil them
+        return Quantization(keep=dtype != "float32")
+    if config.quantization == "none":
+        return AS_CAST
+    quantization = _ROUNDED[config.quantization]
+    claimed = backend.capabilities.quantizations
+    for name in (quantization.layers, quantization.head):
+        if name not in claimed:
+            raise Unsupported(
+                f"backend {backend.name!r} does not compute with {config.quantization} weights; "
+                f"it does with: {', '.join(sorted(claimed)) or 'none of few bits'}"
+            )
+    return quantization
 
 
 def _kv_dtype(config: EngineConfig, dtype: str) -> str:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from portalm.backend import Backend, PackedWeight
+from portalm.backend import Backend, PackedWeight, QuantizedWeight
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,14 +25,49 @@ class Linear:
 
 def pack_linear(
     backend: Backend,
-    weights: Sequence[torch.Tensor],
+    weights: Sequence[torch.Tensor | QuantizedWeight],
     biases: Sequence[torch.Tensor],
     dtype: torch.dtype,
+    quantization: str | None = None,
 ) -> Linear:
     """One layer that computes what layers of `weights`, [N_i, K] each, give end to end.
 
-    `biases` is empty or has one [N_i] for each weight.
+    Args:
+        backend: packs.
+        weights: of one layer or several with the same input.
+        biases: empty, or one [N_i] for each weight.
+        dtype: what weights that are not of few bits are cast to.
+        quantization: what those are rounded to; None: as they are.
     """
-    merged = torch.cat([w.to(dtype) for w in weights]) if len(weights) > 1 else weights[0].to(dtype)
     bias = torch.cat([b.to(dtype) for b in biases]).to(backend.device()) if biases else None
-    return Linear(backend.pack(merged), bias)
+    return Linear(pack_weight(backend, weights, dtype, quantization), bias)
+
+
+def pack_weight(
+    backend: Backend,
+    weights: Sequence[torch.Tensor | QuantizedWeight],
+    dtype: torch.dtype,
+    quantization: str | None = None,
+) -> PackedWeight:
+    """Weights [N_i, K] end to end, packed; those of few bits stay so if the backend can."""
+    quantized = [w for w in weights if isinstance(w, QuantizedWeight)]
+    formats = {w.format for w in quantized}
+    is_uniform = len(quantized) == len(weights) and len(formats) == 1
+    if is_uniform and formats <= backend.capabilities.quantizations:
+        return backend.pack(concatenated(quantized))
+    plain = [(w.dequantize() if isinstance(w, QuantizedWeight) else w).to(dtype) for w in weights]
+    merged = torch.cat(plain) if len(plain) > 1 else plain[0]
+    return backend.pack(merged, quantization=quantization)
+
+
+def concatenated(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
+    """Weights of one format, row behind row."""
+    if len(weights) == 1:
+        return weights[0]
+    minimums = [w.minimums for w in weights if w.minimums is not None]
+    return replace(
+        weights[0],
+        codes=torch.cat([w.codes for w in weights]),
+        scales=torch.cat([w.scales for w in weights]),
+        minimums=torch.cat(minimums) if minimums else None,
+    )

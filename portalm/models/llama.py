@@ -11,14 +11,14 @@ from dataclasses import dataclass
 
 import torch
 
-from portalm.backend import KV, AttentionSpec, Backend, KVSpec, PackedWeight, StepMeta, Weights
+from portalm.backend import KV, AttentionSpec, Backend, KVSpec, QuantizedWeight, StepMeta, Weights
 from portalm.config import ModelConfig
 from portalm.layers.attention import Attention
-from portalm.layers.linear import Linear, pack_linear
+from portalm.layers.linear import Linear, pack_linear, pack_weight
 from portalm.layers.mlp import GatedMLP
 from portalm.layers.rope import cos_sin_table
-from portalm.models.loader.checkpoint import Checkpoint, checked_tensor
-from portalm.models.model import LoadProgress, bytes_of
+from portalm.models.loader.checkpoint import Checkpoint, checked_tensor, checked_weight
+from portalm.models.model import AS_CAST, LoadProgress, Quantization, bytes_of
 
 _EMBEDDING = "model.embed_tokens.weight"
 _HEAD = "lm_head.weight"
@@ -115,32 +115,48 @@ class Llama:
     # -- loading ------------------------------------------------------------------------------
 
     def load(
-        self, checkpoint: Checkpoint, backend: Backend, progress: LoadProgress | None = None
+        self,
+        checkpoint: Checkpoint,
+        backend: Backend,
+        *,
+        quantization: Quantization = AS_CAST,
+        progress: LoadProgress | None = None,
     ) -> Weights:
         """Weights by name: embedding, cos_sin, layers, norm, head."""
         config, shapes, dtype = self.config, self.shapes(), getattr(torch, self.dtype)
         device = backend.device()
         num_loaded = 0
 
-        def read(name: str) -> torch.Tensor:
+        def tell(name: str) -> str:
             nonlocal num_loaded
-            tensor = checked_tensor(checkpoint, name, shapes[name])
             num_loaded += 1
             if progress is not None:
                 progress(num_loaded / len(shapes))
-            return tensor
+            return name
+
+        def read(name: str) -> torch.Tensor:
+            return checked_tensor(checkpoint, tell(name), shapes[name])
+
+        def matrix(name: str) -> torch.Tensor | QuantizedWeight:
+            if quantization.keep:
+                return checked_weight(checkpoint, tell(name), shapes[name])
+            return read(name)
 
         def linear(prefix: str, *names: str) -> Linear:
             full = [f"{prefix}.{name}" for name in names]
             biases = [read(f"{n}.bias") for n in full if self._has_bias(n)]
-            return pack_linear(backend, [read(f"{n}.weight") for n in full], biases, dtype)
+            weights = [matrix(f"{n}.weight") for n in full]
+            return pack_linear(backend, weights, biases, dtype, quantization.layers)
 
         def vector(name: str) -> torch.Tensor:
             return read(name).to(dtype).to(device, copy=True)
 
         embedding = read(_EMBEDDING).to(dtype).to(device, copy=True)
-        head: PackedWeight = backend.pack(
-            embedding if config.tie_word_embeddings else read(_HEAD).to(dtype)
+        head = pack_weight(
+            backend,
+            [matrix(_EMBEDDING if config.tie_word_embeddings else _HEAD)],
+            dtype,
+            quantization.head,
         )
         layers = []
         for i, spec in enumerate(self.attention_specs()):

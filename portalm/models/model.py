@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -14,6 +15,22 @@ from portalm.models.loader.checkpoint import Checkpoint
 
 LoadProgress = Callable[[float], None]
 """Called with the share of the tensors that are loaded, 0 to 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class Quantization:
+    """What becomes of a model's linear weights at load."""
+
+    keep: bool = False
+    """Those of few bits stay as the checkpoint has them."""
+    layers: str | None = None
+    """The format that others are rounded to; None: they stay in the model's dtype."""
+    head: str | None = None
+    """The same for the output head."""
+
+
+AS_CAST = Quantization()
+"""All weights in the model's dtype."""
 
 
 class Model(Protocol):
@@ -40,7 +57,12 @@ class Model(Protocol):
         ...
 
     def load(
-        self, checkpoint: Checkpoint, backend: Backend, progress: LoadProgress | None = None
+        self,
+        checkpoint: Checkpoint,
+        backend: Backend,
+        *,
+        quantization: Quantization = AS_CAST,
+        progress: LoadProgress | None = None,
     ) -> Weights:
         """The checkpoint's tensors in the device's layout, cast one at a time."""
         ...

@@ -8,6 +8,7 @@ from typing import Protocol
 
 import torch
 
+from portalm.backend import QuantizedWeight
 from portalm.config import ModelConfig
 from portalm.errors import CheckpointError
 
@@ -30,6 +31,10 @@ class Checkpoint(Protocol):
         """
         ...
 
+    def weight(self, name: str) -> torch.Tensor | QuantizedWeight:
+        """As `tensor`, but a matrix of few bits as it is, if its format is one of ours."""
+        ...
+
     def close(self) -> None:
         """Let go of the files; tensors given out stay valid."""
         ...
@@ -38,9 +43,24 @@ class Checkpoint(Protocol):
 def checked_tensor(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> torch.Tensor:
     """The tensor `name`; a `CheckpointError` naming it if it is not of `shape`."""
     tensor = checkpoint.tensor(name)
-    if tuple(tensor.shape) != shape:
+    _check_shape(checkpoint, name, tensor.shape, shape)
+    return tensor
+
+
+def checked_weight(
+    checkpoint: Checkpoint, name: str, shape: tuple[int, ...]
+) -> torch.Tensor | QuantizedWeight:
+    """As `checked_tensor`, of few bits where the file has it so."""
+    weight = checkpoint.weight(name)
+    _check_shape(checkpoint, name, weight.shape, shape)
+    return weight
+
+
+def _check_shape(
+    checkpoint: Checkpoint, name: str, actual: torch.Size, expected: tuple[int, ...]
+) -> None:
+    if tuple(actual) != expected:
         raise CheckpointError(
             checkpoint.path,
-            f"tensor {name!r} is {list(tensor.shape)}, the model's config makes it {list(shape)}",
+            f"tensor {name!r} is {list(actual)}, the model's config makes it {list(expected)}",
         )
-    return tensor

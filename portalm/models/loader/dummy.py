@@ -48,5 +48,9 @@ class DummyCheckpoint:
         scale = 1.0 if len(shape) == 1 else 1 / math.sqrt(shape[-1])
         return torch.empty(shape, dtype=dtype).normal_(0, scale, generator=generator)
 
+    def weight(self, name: str) -> torch.Tensor:
+        """The tensor: nothing here is of few bits."""
+        return self.tensor(name)
+
     def close(self) -> None:
         """Nothing is open."""

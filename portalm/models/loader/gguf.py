@@ -10,16 +10,19 @@ import math
 import mmap
 import struct
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
+from portalm.backend import QuantizedWeight
 from portalm.config import ModelConfig
 from portalm.errors import CheckpointError, ConfigError, UnsupportedModel
 from portalm.models.loader.config_json import model_config
+from portalm.models.loader.gguf_quantized import as_quantized
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -214,27 +217,61 @@ class GGUFCheckpoint:
 
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor in its own float dtype, float32 where it was quantised."""
+        tensor = self._read(self._info(name))
+        num_heads = self._paired_heads(name)
+        return _unpermute(tensor, num_heads) if num_heads else tensor
+
+    def weight(self, name: str) -> torch.Tensor | QuantizedWeight:
+        """The tensor as it is where it is of a format that `gguf_quantized` knows."""
+        info = self._info(name)
+        _, blocks = self._blocks(info)
+        quantized = as_quantized(info.kind, blocks, info.shape)
+        if quantized is None:
+            return self.tensor(name)
+        num_heads = self._paired_heads(name)
+        if num_heads:
+            quantized = replace(
+                quantized,
+                codes=_unpermute(quantized.codes, num_heads),
+                scales=_unpermute(quantized.scales, num_heads),
+                minimums=None
+                if quantized.minimums is None
+                else _unpermute(quantized.minimums, num_heads),
+            )
+        return quantized
+
+    def _info(self, name: str) -> _TensorInfo:
         info = self._infos.get(name)
         if info is None:
             raise CheckpointError(self.path, f"no tensor {name!r} among its {len(self._infos)}")
-        tensor = self._read(info)
+        return info
+
+    def _paired_heads(self, name: str) -> int:
+        """Heads whose rotary pairs lie side by side in this tensor; 0: none do."""
         if self._architecture == "llama":
             for suffix, num_heads in (
                 ("q_proj", self.config.num_heads),
                 ("k_proj", self.config.num_kv_heads),
             ):
                 if name.endswith((f"{suffix}.weight", f"{suffix}.bias")):
-                    tensor = _unpermute(tensor, num_heads)
-        return tensor
+                    return num_heads
+        return 0
 
-    def _read(self, info: _TensorInfo) -> torch.Tensor:
+    def _blocks(self, info: _TensorInfo) -> tuple[Any, npt.NDArray[np.uint8]]:
+        """The tensor's type, and its bytes: [rows, bytes a row]."""
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-        from gguf.quants import dequantize
 
         kind = GGMLQuantizationType(info.kind)
         block_size, block_bytes = GGML_QUANT_SIZES[kind]
         num_bytes = math.prod(info.shape) // block_size * block_bytes
         raw = np.frombuffer(self._data, np.uint8, num_bytes, self._start + info.offset)
+        return kind, raw.reshape(-1, info.shape[-1] // block_size * block_bytes)
+
+    def _read(self, info: _TensorInfo) -> torch.Tensor:
+        from gguf import GGMLQuantizationType
+        from gguf.quants import dequantize
+
+        kind, raw = self._blocks(info)
         plain = {
             GGMLQuantizationType.F32: torch.float32,
             GGMLQuantizationType.F16: torch.float16,
@@ -243,7 +280,7 @@ class GGUFCheckpoint:
         if plain is not None:
             return torch.from_numpy(raw.copy()).view(plain).reshape(info.shape)
         try:
-            values = dequantize(raw.reshape(-1, info.shape[-1] // block_size * block_bytes), kind)
+            values = dequantize(raw, kind)
         except NotImplementedError:
             raise UnsupportedModel(
                 f"{self.path}: tensors of type {kind.name} cannot be dequantised yet"
