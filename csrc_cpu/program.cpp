@@ -11,6 +11,7 @@
 #endif
 
 #include "dispatch.h"
+#include "thread_team.h"
 
 namespace portalm {
 namespace {
@@ -137,6 +138,7 @@ void Program::place_slots(const std::vector<int64_t>& counts) {
 
 void Program::run(const std::vector<int64_t>& inputs, const std::vector<int64_t>& counts) {
   place_slots(counts);
+  ThreadTeam::instance().profile = profile;
   for (Call& call : calls_) {
     for (const Patch& patch : call.patches) {
       int64_t value = 0;
@@ -164,6 +166,7 @@ std::vector<std::pair<std::string, double>> Program::take_seconds() {
   std::vector<std::pair<std::string, double>> taken;
   for (size_t i = 0; i < seconds_.size(); ++i) taken.emplace_back(kKernels[i].name, seconds_[i]);
   seconds_.clear();
+  taken.emplace_back("waiting", ThreadTeam::instance().take_wait_seconds());
   return taken;
 }
 

@@ -43,7 +43,8 @@ class Program {
 
   int size() const { return static_cast<int>(calls_.size()); }
 
-  // Seconds by kernel since the last call of this; measured only while `profile` is set.
+  // Seconds by kernel since the last call of this, and under "waiting" those of them in which the
+  // caller waited for other threads; measured only while `profile` is set.
   std::vector<std::pair<std::string, double>> take_seconds();
   bool profile = false;
 

@@ -1,5 +1,6 @@
 #include "thread_team.h"
 
+#include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <fstream>
@@ -169,13 +170,22 @@ void ThreadTeam::run(Work work, void* context) {
   generation_.store(generation, std::memory_order_release);
   generation_.notify_all();
   work(context, 0, size_);
+  const auto ended = profile ? std::chrono::steady_clock::now() : std::chrono::steady_clock::time_point{};
   uint64_t gate = gate_.fetch_and(~kOpen, std::memory_order_acq_rel);
   for (int spin = 0; gate & kInside; ++spin) {
     if (spin < kSpins) relax();
     else std::this_thread::yield();  // a worker lost its core in the middle of a piece
     gate = gate_.load(std::memory_order_acquire);
   }
+  if (profile)
+    wait_seconds_ += std::chrono::duration<double>(std::chrono::steady_clock::now() - ended).count();
   in_use_.clear(std::memory_order_release);
+}
+
+double ThreadTeam::take_wait_seconds() {
+  const double seconds = wait_seconds_;
+  wait_seconds_ = 0;
+  return seconds;
 }
 
 }  // namespace portalm

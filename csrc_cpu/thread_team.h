@@ -27,6 +27,11 @@ class ThreadTeam {
   // they write is seen by the caller.
   void run(Work work, void* context);
 
+  // Seconds that callers waited for workers to end, since the last call of this; measured only
+  // while `profile` is set.
+  double take_wait_seconds();
+  bool profile = false;
+
  private:
   explicit ThreadTeam(int size) : size_(size) {}
   void start();
@@ -38,6 +43,7 @@ class ThreadTeam {
   Work work_ = nullptr;
   void* context_ = nullptr;
   bool stopping_ = false;
+  double wait_seconds_ = 0;
   alignas(64) std::atomic<uint32_t> generation_{0};  // grows with every run: what workers wait for
   alignas(64) std::atomic<uint64_t> gate_{0};  // generation, whether it may be entered, who is inside
   alignas(64) std::atomic_flag in_use_ = ATOMIC_FLAG_INIT;

@@ -310,6 +310,14 @@ class RecordedStep:
         logits = self._replay(inputs)
         return kv, self._backend.sample(logits, inputs.sample)
 
+    def profile(self, is_on: bool) -> None:
+        """Measure from now on where native time goes."""
+        self._program.profile = is_on
+
+    def take_seconds(self) -> dict[str, float]:
+        """Seconds by kernel since the last call, and of waiting among them."""
+        return dict(self._program.take_seconds())
+
     def _record(self, weights: Weights, kv: KV, inputs: StepInputs) -> tuple[KV, SampleOutput]:
         if len(inputs.token_ids) < 2 or len(inputs.meta.logits_rows) == 0:
             # of a single row torch does not tell how far apart rows lie

@@ -81,13 +81,15 @@ def _q5_0(blocks: Bytes, shape: tuple[int, ...]) -> QuantizedWeight:
     fifth = np.unpackbits(np.ascontiguousarray(block[..., 2:6]), axis=-1, bitorder="little")
     codes = _nibbles(block[..., 6:])
     codes |= np.left_shift(fifth, 4, dtype=np.uint8)
-    return _weight("int8", shape, codes + np.uint8(112), _float16(block[..., :2]), zero=128)
+    return _weight(
+        "int8", shape, np.add(codes, 112, dtype=np.uint8), _float16(block[..., :2]), zero=128
+    )
 
 
 def _q8_0(blocks: Bytes, shape: tuple[int, ...]) -> QuantizedWeight:
     """34 bytes for 32: d, signed bytes; w = d * q."""
     block = blocks.reshape(shape[0], -1, 34)
-    return _weight("int8", shape, block[..., 2:] ^ 0x80, _float16(block[..., :2]), zero=128)
+    return _weight("int8", shape, block[..., 2:] ^ np.uint8(0x80), _float16(block[..., :2]), zero=128)
 
 
 def _q4_k(blocks: Bytes, shape: tuple[int, ...]) -> QuantizedWeight:
@@ -117,7 +119,7 @@ def _q6_k(blocks: Bytes, shape: tuple[int, ...]) -> QuantizedWeight:
     codes |= np.left_shift(pairs, 4, dtype=np.uint8)
     scales = np.ascontiguousarray(block[..., 192:208]).view(np.int8).astype(np.float32)
     scales = scales * _float16(block[..., 208:210])[..., None]
-    return _weight("int8_g16", shape, codes + np.uint8(96), scales, zero=128)
+    return _weight("int8_g16", shape, np.add(codes, 96, dtype=np.uint8), scales, zero=128)
 
 
 _FORMATS: dict[int, Callable[[Bytes, tuple[int, ...]], QuantizedWeight]] = {
