@@ -21,8 +21,10 @@
 namespace portalm::PORTALM_ISA {
 
 constexpr int64_t kSplit = 256;  // SPLIT_TOKENS in backends/cpu/attention.py
+constexpr int64_t kChunk = 64;   // tokens whose scores are held at a time; divides kSplit
+constexpr int64_t kScoreStride = kChunk + kLanes;  // a whole vector may be stored at the last token
 constexpr int kItemFields = 10;
-constexpr int kRowTile = kLanes == 16 ? 8 : 4;
+constexpr int kRowTile = kLanes == 16 ? 8 : 4;  // rows whose sums fit the registers, two vectors each
 
 struct Item {
   int32_t request, first_token, num_tokens, position, begin, end;
@@ -30,160 +32,322 @@ struct Item {
 };
 static_assert(sizeof(Item) == kItemFields * sizeof(int32_t));
 
-// Softmax over one span or more: largest score, sum of weights, weighted values.
+// Softmax so far: largest score, sum of weights, weighted values.
 struct Running {
   float* largest;  // [rows]
   float* weight;   // [rows]
-  float* value;    // [rows, D]
+  float* value;    // [rows, stride]: head size, rounded up to whole vectors
+  int64_t stride;
 };
 
-PORTALM_INLINE Running running_at(float* p, int64_t rows) { return {p, p + rows, p + 2 * rows}; }
+PORTALM_INLINE int64_t row_stride(int64_t head_size) {
+  return (head_size + kLanes - 1) / kLanes * kLanes;
+}
+PORTALM_INLINE Running running_at(float* p, int64_t rows, int64_t head_size) {
+  return {p, p + rows, p + 2 * rows, row_stride(head_size)};
+}
 PORTALM_INLINE int64_t running_floats(int64_t rows, int64_t head_size) {
-  return rows * (head_size + 2);
+  return rows * (row_stride(head_size) + 2);
 }
 
-// scores[r][b] = query[r] . keys[:, b] for one block, R rows.
-template <int R, typename K>
-PORTALM_INLINE void block_scores(const float* query, const K* keys, float* scores, int64_t head_size,
-                                 int64_t block_size) {
-  int64_t b = 0;
-  for (; b + 2 * kLanes <= block_size; b += 2 * kLanes) {
-    Vec acc[R][2] = {};
-    for (int64_t d = 0; d < head_size; ++d) {
-      const Vec k0 = load(keys + d * block_size + b), k1 = load(keys + d * block_size + b + kLanes);
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-        const Vec q = splat(query[r * head_size + d]);
-        acc[r][0] += q * k0;
-        acc[r][1] += q * k1;
-      }
-    }
-    for (int r = 0; r < R; ++r)
-      for (int i = 0; i < 2; ++i) store(scores + r * kSplit + b + i * kLanes, acc[r][i]);
-  }
-  for (; b + kLanes <= block_size; b += kLanes) {
-    Vec acc[R] = {};
-    for (int64_t d = 0; d < head_size; ++d) {
-      const Vec k = load(keys + d * block_size + b);
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) acc[r] += splat(query[r * head_size + d]) * k;
-    }
-    for (int r = 0; r < R; ++r) store(scores + r * kSplit + b, acc[r]);
-  }
-  for (; b < block_size; ++b)  // blocks that are not a multiple of a vector
-    for (int r = 0; r < R; ++r) {
-      float s = 0;
-      for (int64_t d = 0; d < head_size; ++d)
-        s += query[r * head_size + d] * to_float(keys[d * block_size + b]);
-      scores[r * kSplit + b] = s;
-    }
-}
-
-// value[r] += sum over the block's tokens [from, to) of probs[r][b] * values[b], R rows.
-template <int R, typename K>
-PORTALM_INLINE void block_values(const float* probs, const K* values, float* value,
-                                 int64_t head_size, int64_t from, int64_t to) {
-  int64_t d = 0;
-  for (; d + 2 * kLanes <= head_size; d += 2 * kLanes) {
-    Vec acc[R][2];
-    for (int r = 0; r < R; ++r)
-      for (int i = 0; i < 2; ++i) acc[r][i] = load(value + r * head_size + d + i * kLanes);
-    for (int64_t b = from; b < to; ++b) {
-      const Vec v0 = load(values + b * head_size + d), v1 = load(values + b * head_size + d + kLanes);
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-        const Vec p = splat(probs[r * kSplit + b]);
-        acc[r][0] += p * v0;
-        acc[r][1] += p * v1;
-      }
-    }
-    for (int r = 0; r < R; ++r)
-      for (int i = 0; i < 2; ++i) store(value + r * head_size + d + i * kLanes, acc[r][i]);
-  }
-  for (; d < head_size; ++d)
-    for (int r = 0; r < R; ++r) {
-      float v = value[r * head_size + d];
-      for (int64_t b = from; b < to; ++b)
-        v += probs[r * kSplit + b] * to_float(values[b * head_size + d]);
-      value[r * head_size + d] = v;
-    }
-}
-
-// Call body<R>(row) for all rows, kRowTile at a time.
-template <int R, typename Body>
-PORTALM_INLINE void for_rows(int64_t row, int64_t rows, const Body& body) {
-  for (; row + R <= rows; row += R) body.template operator()<R>(row);
-  if constexpr (R > 1) {
-    if (row < rows) for_rows<R / 2>(row, rows, body);
-  }
-}
-
-// Tokens [from, to) of the context that row `r` of an item may see.
-struct Seen {
-  int64_t from, to;
-};
-PORTALM_INLINE Seen seen_by(const AttentionArgs& a, const Item& item, int64_t group, int64_t r) {
-  const int64_t position = item.position + r / group;
-  return {a.window ? max_of<int64_t>(position - a.window + 1, 0) : 0, position + 1};
-}
-
-// Scores of a span become weights; its largest score and their sum are kept. Tokens that a row may
-// not see weigh 0.
-inline void span_softmax(const AttentionArgs& a, const Item& item, int64_t group, int64_t span,
-                         int64_t begin, int64_t end, int64_t rows, float* scores, Running out) {
-  const int64_t width = (end - span + kLanes - 1) / kLanes * kLanes;  // at most kSplit
-  for (int64_t r = 0; r < rows; ++r) {
-    float* s = scores + r * kSplit;
-    const Seen seen = seen_by(a, item, group, r);
-    const int64_t from = max_of(begin, seen.from) - span;
-    const int64_t to = min_of(end, seen.to) - span;
-    const float hidden = -__builtin_inff();
-    if (a.soft_cap > 0)
-      for (int64_t i = max_of<int64_t>(from, 0); i < to; ++i)
-        s[i] = a.soft_cap * __builtin_tanhf(s[i] / a.soft_cap);
-    for (int64_t i = 0; i < min_of(from, width); ++i) s[i] = hidden;
-    for (int64_t i = max_of<int64_t>(to, 0); i < width; ++i) s[i] = hidden;
-    Vec best = splat(hidden);
-    for (int64_t i = 0; i < width; i += kLanes) best = max_of(best, load(s + i));
-    const float largest = max_lane(best);
-    out.largest[r] = largest;
-    Vec weight{};
-    if (largest > hidden) {
-      for (int64_t i = 0; i < width; i += kLanes) {
-        const Vec p = exp_of(load(s + i) - splat(largest));
-        store(s + i, p);
-        weight += p;
-      }
-    } else {
-      for (int64_t i = 0; i < width; ++i) s[i] = 0;
-    }
-    out.weight[r] = sum(weight);
-  }
+PORTALM_INLINE void clear(Running r, int64_t rows) {
+  for (int64_t i = 0; i < rows; ++i) r.largest[i] = -__builtin_inff();
+  memset(r.weight, 0, rows * sizeof(float));
+  memset(r.value, 0, rows * r.stride * sizeof(float));
 }
 
 // One more span behind those merged before.
-inline void merge(Running total, Running span, int64_t rows, int64_t head_size) {
-  const float none = -__builtin_inff();
+inline void merge(Running total, Running span, int64_t rows) {
   for (int64_t r = 0; r < rows; ++r) {
-    if (span.largest[r] == none) continue;
+    if (span.weight[r] == 0) continue;  // the row saw none of it
     const float largest = max_of(total.largest[r], span.largest[r]);
-    const float keep = total.largest[r] == none ? 0.0f : exp_of(splat(total.largest[r] - largest))[0];
-    const float add = exp_of(splat(span.largest[r] - largest))[0];
+    const bool is_first = total.weight[r] == 0;
+    const float keep = is_first ? 0.0f : exp_of(splat(total.largest[r] - largest))[0];
+    const float add = is_first ? 1.0f : exp_of(splat(span.largest[r] - largest))[0];
     total.largest[r] = largest;
     total.weight[r] = total.weight[r] * keep + span.weight[r] * add;
-    float* to = total.value + r * head_size;
-    const float* from = span.value + r * head_size;
-    int64_t d = 0;
-    for (; d + kLanes <= head_size; d += kLanes)
+    float* to = total.value + r * total.stride;
+    const float* from = span.value + r * span.stride;
+    for (int64_t d = 0; d < total.stride; d += kLanes)
       store(to + d, load(to + d) * splat(keep) + load(from + d) * splat(add));
-    for (; d < head_size; ++d) to[d] = to[d] * keep + from[d] * add;
   }
 }
 
-inline void clear(Running r, int64_t rows, int64_t head_size) {
-  for (int64_t i = 0; i < rows; ++i) r.largest[i] = -__builtin_inff();
-  memset(r.weight, 0, rows * sizeof(float));
-  memset(r.value, 0, rows * head_size * sizeof(float));
+// Two neighbours of a vector: dimensions of keys or tokens of values, `stride` apart.
+struct VecPair {
+  Vec first, second;
+};
+template <typename K>
+PORTALM_INLINE VecPair load_pair(const K* p, int64_t stride) {
+  return {load(p), load(p + stride)};
+}
+PORTALM_INLINE VecPair load_pair(const bf16* p, int64_t) {
+  VecU both;
+  memcpy(&both, p, sizeof both);
+  return {__builtin_bit_cast(Vec, both << 16), __builtin_bit_cast(Vec, both & 0xFFFF0000)};
+}
+
+// Where the next chunk's tokens lie, in bytes from this one's; 0: there is none. Whoever reads keys
+// or values in decode asks for those of the next chunk at the same place: memory is never idle.
+template <typename K>
+PORTALM_INLINE void read_ahead(const K* p, int64_t ahead, int64_t stride) {
+  if (ahead == 0) return;
+  __builtin_prefetch(reinterpret_cast<const char*>(p) + ahead, 0, 3);
+  if (kPack<K> == 1) __builtin_prefetch(reinterpret_cast<const char*>(p + stride) + ahead, 0, 3);
+}
+
+// scores[r][b] = query[r] . keys[:, b] for N vectors of tokens, R rows.
+template <int R, int N, typename K>
+PORTALM_INLINE void score_tile(const float* query, int64_t head_size, const K* keys,
+                               int64_t block_size, int64_t ahead, float* scores) {
+  Vec acc[R][N];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+    for (int n = 0; n < N; ++n) acc[r][n] = splat(0.0f);  // `= {}` would go through memory
+  for (int64_t d = 0; d < head_size; d += 2) {
+    read_ahead(keys + d * block_size, ahead, block_size);
+    VecPair k[N];
+    for (int n = 0; n < N; ++n)
+      k[n] = load_pair(keys + d * block_size + n * kLanes * kPack<K>, block_size);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const Vec q = splat(query[r * head_size + d]);
+      for (int n = 0; n < N; ++n) acc[r][n] += q * k[n].first;
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const Vec q = splat(query[r * head_size + d + 1]);
+      for (int n = 0; n < N; ++n) acc[r][n] += q * k[n].second;
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+    for (int n = 0; n < N; ++n) store(scores + r * kScoreStride + n * kLanes, acc[r][n]);
+}
+
+// Scores of `tokens` tokens that lie side by side in a block. Where they are fewer than a vector
+// the lanes behind them hold anything: what comes next, or the mask, writes over it.
+template <int R, typename K>
+PORTALM_INLINE void unit_scores(const float* query, int64_t head_size, const K* keys,
+                                int64_t block_size, int64_t tokens, int64_t ahead, float* scores) {
+  int64_t b = 0;
+  for (; b + 2 * kLanes <= tokens; b += 2 * kLanes)
+    score_tile<R, 2>(query, head_size, keys + b * kPack<K>, block_size, ahead, scores + b);
+  for (; b < tokens; b += kLanes)
+    score_tile<R, 1>(query, head_size, keys + b * kPack<K>, block_size, ahead, scores + b);
+}
+
+// Call body<R>(row) for all rows, kRowTile at a time and then the rest at once.
+template <int R, typename Body>
+PORTALM_INLINE void rest_of_rows(int64_t row, int64_t count, const Body& body) {
+  if (count == R) {
+    body.template operator()<R>(row);
+  } else if constexpr (R > 1) {
+    rest_of_rows<R - 1>(row, count, body);
+  }
+}
+template <typename Body>
+PORTALM_INLINE void for_rows(int64_t row, int64_t end, const Body& body) {
+  for (; row + kRowTile <= end; row += kRowTile) body.template operator()<kRowTile>(row);
+  rest_of_rows<kRowTile - 1>(row, end - row, body);
+}
+
+// A chunk of the context, [start, start + kChunk), in the units in which its tokens lie side by
+// side: whole blocks, or parts of one.
+template <typename K>
+struct Chunk {
+  int64_t start, unit, num_units;
+  const K* keys[kChunk / 8];
+  const K* values[kChunk / 8];
+  int64_t ahead[kChunk / 8];
+};
+
+template <typename K>
+PORTALM_INLINE Chunk<K> chunk_at(const AttentionArgs& a, const Item& item, int64_t head,
+                                 int64_t start, int64_t end) {
+  const KVShape& s = a.shape;
+  const int32_t* table = a.block_table + item.request * a.max_blocks;
+  Chunk<K> chunk;
+  chunk.start = start;
+  chunk.unit = min_of(s.block_size, kChunk);
+  chunk.num_units = (min_of(end, start + kChunk) - start + chunk.unit - 1) / chunk.unit;
+  for (int64_t u = 0; u < chunk.num_units; ++u) {
+    const int64_t token = start + u * chunk.unit, offset = token % s.block_size;
+    const K* block = static_cast<const K*>(a.cache) + keys_at(s, table[token / s.block_size], head);
+    chunk.keys[u] = block + offset * kPack<K>;
+    chunk.values[u] = block + head_elements(s) + offset * s.head_size;
+    chunk.ahead[u] = 0;
+  }
+  return chunk;
+}
+
+// acc[r] += weights[r] * v, R rows.
+template <int R, int N>
+PORTALM_INLINE void add_weighted(const float* weights, const Vec (&v)[N], Vec (&acc)[R][N]) {
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+    const Vec p = splat(weights[r * kScoreStride]);
+    for (int n = 0; n < N; ++n) acc[r][n] += p * v[n];
+  }
+}
+
+// value[r] += sum over tokens [from, to) of the chunk of weights[r][token] * values[token], for N
+// vectors of dimensions from `d` on, R rows. Token by token, in order, wherever pairs begin.
+template <int R, int N, typename K>
+PORTALM_INLINE void value_tile(const float* weights, const Chunk<K>& chunk, int64_t head_size,
+                               int64_t d, int64_t from, int64_t to, float* value, int64_t stride) {
+  Vec acc[R][N], first[N], second[N];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+    for (int n = 0; n < N; ++n) acc[r][n] = load(value + r * stride + n * kLanes);
+  for (int64_t u = from / chunk.unit; u * chunk.unit < to; ++u) {
+    const int64_t start = u * chunk.unit, ahead = chunk.ahead[u];
+    int64_t t = max_of(from - start, int64_t{0});
+    const int64_t until = min_of(to - start, chunk.unit);
+    const float* w = weights + start;
+    const K* v = chunk.values[u] + (t & ~int64_t{1}) * head_size + d * kPack<K>;
+    const auto load_both = [&] {
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) {
+        const VecPair pair = load_pair(v + n * kLanes * kPack<K>, head_size);
+        first[n] = pair.first;
+        second[n] = pair.second;
+      }
+    };
+    if (t % 2 != 0) {
+      load_both();
+      add_weighted<R, N>(w + t, second, acc);
+      t += 1;
+      v += 2 * head_size;
+    }
+    for (; t + 2 <= until; t += 2, v += 2 * head_size) {
+      read_ahead(v, ahead, head_size);
+      load_both();
+      add_weighted<R, N>(w + t, first, acc);
+      add_weighted<R, N>(w + t + 1, second, acc);
+    }
+    if (t < until) {
+      load_both();
+      add_weighted<R, N>(w + t, first, acc);
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+    for (int n = 0; n < N; ++n) store(value + r * stride + n * kLanes, acc[r][n]);
+}
+
+template <int R, typename K>
+PORTALM_INLINE void chunk_values(const float* weights, const Chunk<K>& chunk, int64_t head_size,
+                                 int64_t from, int64_t to, float* value, int64_t stride) {
+  int64_t d = 0;
+  for (; d + 2 * kLanes <= stride; d += 2 * kLanes)
+    value_tile<R, 2>(weights, chunk, head_size, d, from, to, value + d, stride);
+  if (d < stride) value_tile<R, 1>(weights, chunk, head_size, d, from, to, value + d, stride);
+}
+
+// Tokens [from, to) of a chunk that a row may see, from its start.
+struct Seen {
+  int64_t from, to;
+};
+PORTALM_INLINE Seen seen_by(const AttentionArgs& a, int64_t position, int64_t start) {
+  const int64_t from = a.window ? position - a.window + 1 - start : 0;
+  return {max_of<int64_t>(from, 0), min_of<int64_t>(position + 1 - start, kChunk)};
+}
+
+// Tokens that a row may not see get the score -inf, whatever stood there; the largest score of the
+// others is returned.
+PORTALM_INLINE float mask_scores(const AttentionArgs& a, Seen seen, float* s) {
+  const float hidden = -__builtin_inff();
+  if (a.soft_cap > 0)
+    for (int64_t i = seen.from; i < seen.to; ++i)
+      s[i] = a.soft_cap * __builtin_tanhf(s[i] / a.soft_cap);
+  for (int64_t i = 0; i < seen.from; ++i) s[i] = hidden;
+  for (int64_t i = seen.to; i < kChunk; ++i) s[i] = hidden;
+  Vec best = splat(hidden);
+  for (int64_t i = 0; i < kChunk; i += kLanes) best = max_of(best, load(s + i));
+  return max_lane(best);
+}
+
+// A row's scores become weights, what the row holds is scaled to its new largest score. A NaN stays
+// one, and makes the row NaN.
+PORTALM_INLINE void weigh(float largest, float* s, Running out, int64_t r) {
+  const float base = largest == -__builtin_inff() ? 0.0f : largest;
+  Vec weight{};
+  for (int64_t i = 0; i < kChunk; i += kLanes) {
+    const Vec p = exp_of(load(s + i) - splat(base));
+    store(s + i, p);
+    weight += p;
+  }
+  const float keep = exp_of(splat(out.largest[r] - base))[0];
+  out.largest[r] = largest;
+  out.weight[r] = out.weight[r] * keep + sum(weight);
+  if (keep != 1.0f) {
+    float* value = out.value + r * out.stride;
+    for (int64_t d = 0; d < out.stride; d += kLanes) store(value + d, load(value + d) * splat(keep));
+  }
+}
+
+// One chunk, for those rows of an item that see some of it.
+template <typename K>
+inline void attend_chunk(const AttentionArgs& a, const Item& item, int64_t group,
+                         const Chunk<K>& chunk, const float* query, float* scores, float* largest,
+                         Running out) {
+  const int64_t head_size = a.shape.head_size;
+  int64_t first = 0, last = item.num_tokens;
+  while (first < last && seen_by(a, item.position + first, chunk.start).to <= 0) ++first;
+  while (first < last) {
+    const Seen seen = seen_by(a, item.position + last - 1, chunk.start);
+    if (seen.from < seen.to) break;
+    --last;
+  }
+  for (int64_t u = 0; u < chunk.num_units; ++u) {
+    for_rows(first * group, last * group, [&]<int R>(int64_t r) {
+      unit_scores<R>(query + r * head_size, head_size, chunk.keys[u], a.shape.block_size, chunk.unit,
+                     chunk.ahead[u], scores + r * kScoreStride + u * chunk.unit);
+    });
+  }
+  // two loops: the rows do not wait for each other's largest score
+  for (int64_t r = first * group; r < last * group; ++r) {
+    const Seen seen = seen_by(a, item.position + r / group, chunk.start);
+    largest[r] = max_of(out.largest[r], mask_scores(a, seen, scores + r * kScoreStride));
+  }
+  for (int64_t r = first * group; r < last * group; ++r)
+    weigh(largest[r], scores + r * kScoreStride, out, r);
+  // rows with the same bounds together: a weight of 0 would not hide a value that is not finite
+  for (int64_t i = first; i < last;) {
+    const Seen seen = seen_by(a, item.position + i, chunk.start);
+    int64_t end = i + 1;
+    for (; end < last; ++end) {
+      const Seen other = seen_by(a, item.position + end, chunk.start);
+      if (other.from != seen.from || other.to != seen.to) break;
+    }
+    for_rows(i * group, end * group, [&]<int R>(int64_t r) {
+      chunk_values<R>(scores + r * kScoreStride, chunk, head_size, seen.from, seen.to,
+                      out.value + r * out.stride, out.stride);
+    });
+    i = end;
+  }
+}
+
+// One span, [span, span + kSplit) of the context, of all rows of an item.
+template <typename K>
+inline void attend_span(const AttentionArgs& a, const Item& item, int64_t head, int64_t group,
+                        int64_t span, const float* query, float* scores, Running out) {
+  float* largest = scores + item.num_tokens * group * kScoreStride;
+  clear(out, item.num_tokens * group);
+  const int64_t end = min_of<int64_t>(item.end, span + kSplit);
+  int64_t start = max_of<int64_t>(item.begin, span) / kChunk * kChunk;
+  const bool reads_ahead = item.num_tokens * group <= kRowTile;
+  Chunk<K> chunk = chunk_at<K>(a, item, head, start, end);
+  for (; start < end; start += kChunk) {
+    Chunk<K> next{};
+    if (start + kChunk < item.end) next = chunk_at<K>(a, item, head, start + kChunk, item.end);
+    for (int64_t u = 0; reads_ahead && u < min_of(chunk.num_units, next.num_units); ++u)
+      chunk.ahead[u] = reinterpret_cast<const char*>(next.keys[u]) -
+                       reinterpret_cast<const char*>(chunk.keys[u]);
+    attend_chunk<K>(a, item, group, chunk, query, scores, largest, out);
+    chunk = next;
+  }
 }
 
 // The rows of `item`, scaled, in float32: row t * group + g is head g of token t.
@@ -213,65 +377,20 @@ inline void store_out(const AttentionArgs& a, const Item& item, int64_t head, in
         const int64_t r = i * group + g;
         const float scale = 1.0f / total.weight[r];
         for (int64_t d = 0; d < head_size; ++d)
-          put(to + g * head_size + d, total.value[r * head_size + d] * scale);
+          put(to + g * head_size + d, total.value[r * total.stride + d] * scale);
       }
     }
   });
-}
-
-// One span, [span, span + kSplit) of the context, of all rows of an item.
-template <typename K>
-inline void attend_span(const AttentionArgs& a, const Item& item, int64_t head, int64_t group,
-                        int64_t span, const float* query, float* scores, Running out) {
-  const KVShape& s = a.shape;
-  const int64_t rows = item.num_tokens * group;
-  const int64_t begin = max_of<int64_t>(item.begin, span);
-  const int64_t end = min_of<int64_t>(item.end, span + kSplit);
-  const int32_t* table = a.block_table + item.request * a.max_blocks;
-  const K* cache = static_cast<const K*>(a.cache);
-  const int64_t first = begin / s.block_size, last = (end + s.block_size - 1) / s.block_size;
-  for (int64_t block = first; block < last; ++block) {
-    const K* keys = cache + keys_at(s, table[block], head);
-    for_rows<kRowTile>(0, rows, [&]<int R>(int64_t r) {
-      block_scores<R>(query + r * s.head_size, keys, scores + r * kSplit + block * s.block_size - span,
-                      s.head_size, s.block_size);
-    });
-  }
-  span_softmax(a, item, group, span, begin, end, rows, scores, out);
-  memset(out.value, 0, rows * s.head_size * sizeof(float));
-  for (int64_t block = first; block < last; ++block) {
-    const K* values = cache + keys_at(s, table[block], head) + head_elements(s);
-    const int64_t start = block * s.block_size;
-    const float* weights = scores + start - span;
-    // where some row does not see all of the block each has its own bounds: a weight of 0 would not
-    // hide a value that is not finite
-    const bool all_seen = seen_by(a, item, group, 0).to >= min_of(start + s.block_size, end) &&
-                          seen_by(a, item, group, rows - 1).from <= start;
-    if (all_seen) {
-      const int64_t count = min_of(s.block_size, end - start);
-      for_rows<kRowTile>(0, rows, [&]<int R>(int64_t r) {
-        block_values<R>(weights + r * kSplit, values, out.value + r * s.head_size, s.head_size, 0,
-                        count);
-      });
-      continue;
-    }
-    for (int64_t r = 0; r < rows; ++r) {
-      const Seen seen = seen_by(a, item, group, r);
-      block_values<1>(weights + r * kSplit, values, out.value + r * s.head_size, s.head_size,
-                      max_of<int64_t>(seen.from - start, 0),
-                      min_of(min_of(seen.to, end) - start, s.block_size));
-    }
-  }
 }
 
 // Partial results of a split tile, in order; by the member that finished its last one.
 inline void merge_partials(const AttentionArgs& a, const Item& item, int64_t head, int64_t group,
                            int64_t partial_floats, Running total) {
   const int64_t rows = item.num_tokens * group;
-  clear(total, rows, a.shape.head_size);
+  clear(total, rows);
   for (int64_t i = 0; i < item.num_partials; ++i) {
     const int64_t at = (item.first_partial + i) * a.shape.kv_heads + head;
-    merge(total, running_at(a.partials + at * partial_floats, rows), rows, a.shape.head_size);
+    merge(total, running_at(a.partials + at * partial_floats, rows, a.shape.head_size), rows);
   }
   store_out(a, item, head, group, total);
 }
@@ -281,18 +400,19 @@ inline void attend_item(const AttentionArgs& a, const Item& item, int64_t head,
                         int64_t partial_floats, int64_t max_rows) {
   const int64_t group = a.heads / a.shape.kv_heads, head_size = a.shape.head_size;
   const int64_t rows = item.num_tokens * group;
-  float* memory = scratch(max_rows * (head_size + kSplit) + 2 * running_floats(max_rows, head_size) +
-                          4 * kLanes);
+  float* memory = scratch(max_rows * (head_size + kScoreStride + 1) +
+                          2 * running_floats(max_rows, head_size));
   float* query = memory;
   float* scores = query + max_rows * head_size;
-  const Running span = running_at(scores + max_rows * kSplit, rows);
-  const Running total = running_at(span.largest + running_floats(max_rows, head_size), rows);
+  float* sums = scores + max_rows * (kScoreStride + 1);
+  const Running span = running_at(sums, rows, head_size);
+  const Running total = running_at(sums + running_floats(max_rows, head_size), rows, head_size);
   load_query(a, item, head, group, query);
   const int64_t first = item.begin / kSplit * kSplit;
   if (item.partial >= 0) {
     const int64_t at = item.partial * a.shape.kv_heads + head;
     attend_span<K>(a, item, head, group, first, query, scores,
-                   running_at(a.partials + at * partial_floats, rows));
+                   running_at(a.partials + at * partial_floats, rows, head_size));
     int32_t* counter = a.counters + item.tile * a.shape.kv_heads + head;
     if (__atomic_add_fetch(counter, 1, __ATOMIC_ACQ_REL) == item.num_partials) {
       __atomic_store_n(counter, 0, __ATOMIC_RELAXED);
@@ -300,10 +420,10 @@ inline void attend_item(const AttentionArgs& a, const Item& item, int64_t head,
     }
     return;
   }
-  clear(total, rows, head_size);
+  clear(total, rows);
   for (int64_t at = first; at < item.end; at += kSplit) {
     attend_span<K>(a, item, head, group, at, query, scores, span);
-    merge(total, span, rows, head_size);
+    merge(total, span, rows);
   }
   store_out(a, item, head, group, total);
 }

@@ -87,9 +87,7 @@ struct RopeArgs {  // rope.h
   bool is_interleaved;
 };
 
-// The KV cache: per layer, block and KV head the keys of B tokens, then their values.
-// Keys lie transposed, [D, B]: one load brings the same dimension of many tokens, so that scores
-// come out of it without sums over lanes. Values lie as [B, D].
+// One layer of the KV cache, laid out as kv_cache.h says.
 struct KVShape {
   DType dtype;
   int64_t num_blocks, block_size, kv_heads, head_size;

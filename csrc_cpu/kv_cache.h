@@ -1,6 +1,10 @@
 // kv_write, kv_copy, kv_wire: into the paged KV cache, between its blocks, out of it and back.
 //
-//   cache   per layer, block and KV head: keys [D, B], then values [B, D]
+//   cache   per layer, block and KV head: keys, then values, of B tokens
+//             float32, float16   keys [D, B]          values [B, D]
+//             bfloat16           keys [D / 2, B, 2]   values [B / 2, D, 2]
+//           Keys are transposed: one load brings the same dimension of many tokens. bfloat16 comes
+//           in pairs that fill a 32-bit lane, which a shift and a mask widen to two vectors.
 //   wire    [N, L, 2, B, H_kv, D], the layout that every backend exchanges
 //
 // Mapping:  the team shares tokens, copies, or (block, layer) pairs. Bound by: memory.
@@ -18,16 +22,32 @@ PORTALM_INLINE int64_t keys_at(const KVShape& s, int64_t block, int64_t head) {
   return (block * s.kv_heads + head) * 2 * head_elements(s);
 }
 
+// Neighbours that share a 32-bit lane.
+template <typename K>
+constexpr int kPack = 1;
+template <>
+inline constexpr int kPack<bf16> = 2;
+
+// Where dimension `d` of token `b` of a block is among its keys, and among its values.
+template <typename K>
+PORTALM_INLINE int64_t key_at(const KVShape& s, int64_t d, int64_t b) {
+  return (d / kPack<K> * s.block_size + b) * kPack<K> + d % kPack<K>;
+}
+template <typename K>
+PORTALM_INLINE int64_t value_at(const KVShape& s, int64_t b, int64_t d) {
+  return (b / kPack<K> * s.head_size + d) * kPack<K> + b % kPack<K>;
+}
+
 template <typename K, typename T>
 inline void write_token(K* cache, const KVShape& s, const T* key, const T* value, int64_t slot) {
   const int64_t block = slot / s.block_size, offset = slot % s.block_size;
   for (int64_t h = 0; h < s.kv_heads; ++h) {
     K* keys = cache + keys_at(s, block, h);
-    K* values = keys + head_elements(s) + offset * s.head_size;
+    K* values = keys + head_elements(s);
     const T* k = key + h * s.head_size;
     const T* v = value + h * s.head_size;
-    for (int64_t d = 0; d < s.head_size; ++d) put(keys + d * s.block_size + offset, to_float(k[d]));
-    for (int64_t d = 0; d < s.head_size; ++d) put(values + d, to_float(v[d]));
+    for (int64_t d = 0; d < s.head_size; ++d) put(keys + key_at<K>(s, d, offset), to_float(k[d]));
+    for (int64_t d = 0; d < s.head_size; ++d) put(values + value_at<K>(s, offset, d), to_float(v[d]));
   }
 }
 
@@ -73,12 +93,14 @@ inline void wire_block(const KVWireArgs& a, int64_t index, int64_t layer) {
       K* wire_key = wire + (b * s.kv_heads + h) * s.head_size;
       K* wire_value = wire_key + side;
       for (int64_t d = 0; d < s.head_size; ++d) {
+        K& key = keys[key_at<K>(s, d, b)];
+        K& value = values[value_at<K>(s, b, d)];
         if (a.is_export) {
-          wire_key[d] = keys[d * s.block_size + b];
-          wire_value[d] = values[b * s.head_size + d];
+          wire_key[d] = key;
+          wire_value[d] = value;
         } else {
-          keys[d * s.block_size + b] = wire_key[d];
-          values[b * s.head_size + d] = wire_value[d];
+          key = wire_key[d];
+          value = wire_value[d];
         }
       }
     }

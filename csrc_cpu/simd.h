@@ -133,24 +133,32 @@ PORTALM_INLINE void store_part(T* p, Vec x, int64_t count) {
 
 // -- arithmetic ----------------------------------------------------------------------------------
 
-PORTALM_INLINE Vec select(VecI mask, Vec yes, Vec no) {
-  return __builtin_bit_cast(Vec, (__builtin_bit_cast(VecI, yes) & mask) |
-                                     (__builtin_bit_cast(VecI, no) & ~mask));
-}
+PORTALM_INLINE Vec select(VecI mask, Vec yes, Vec no) { return mask ? yes : no; }
 PORTALM_INLINE Vec max_of(Vec a, Vec b) { return select(a < b, b, a); }
+
+// Lane i of the result is lane i + width of x; what wraps around is not looked at.
+PORTALM_INLINE Vec lanes_from(Vec x, int width) {
+#if defined(__clang__)
+  Vec y;
+  for (int i = 0; i < kLanes; ++i) y[i] = x[(i + width) % kLanes];
+  return y;
+#else
+  VecI from;
+  for (int i = 0; i < kLanes; ++i) from[i] = (i + width) % kLanes;
+  return __builtin_shuffle(x, from);
+#endif
+}
 
 // Sums and maxima over the lanes, always in the same order.
 PORTALM_INLINE float sum(Vec x) {
-  float lane[kLanes];
-  memcpy(lane, &x, sizeof x);
-  for (int width = kLanes / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
-  return lane[0];
+#pragma GCC unroll 4
+  for (int width = kLanes / 2; width > 0; width /= 2) x += lanes_from(x, width);
+  return x[0];
 }
 PORTALM_INLINE float max_lane(Vec x) {
-  float best = x[0];
-  for (int i = 1; i < kLanes; ++i) best = max_of(best, static_cast<float>(x[i]));
-  return best;
+#pragma GCC unroll 4
+  for (int width = kLanes / 2; width > 0; width /= 2) x = max_of(x, lanes_from(x, width));
+  return x[0];
 }
 
 // e^x within 2 ulp for x <= 0 (and up to 88): Cody and Waite's reduction, a polynomial of degree 6

@@ -18,8 +18,11 @@ SPLIT_TOKENS = 256
 """Context of one split. Part of a result's meaning: partial softmaxes are merged at multiples of
 it, in order, wherever they were computed."""
 
-_TILE_ROWS = 32
+_TILE_ROWS = 36
 """Query rows (tokens times query heads a KV head) of an item: what the L1 cache holds."""
+
+_MOST_LANES = 16
+"""Floats of the widest vector: rows of partial results are made of whole ones."""
 
 _ITEMS_PER_THREAD = 4
 """An item that takes more than this share of a thread's part is split over its context."""
@@ -69,7 +72,8 @@ def plan_attention(meta: StepMeta, spec: AttentionSpec, num_threads: int) -> Att
     items = np.ascontiguousarray(items[np.argsort(-work, kind="stable")])
     max_rows = int(tiles[:, 2].max(initial=0)) * group
     num_partials = int(num_splits.sum()) * spec.num_kv_heads
-    partials = np.empty(num_partials * max_rows * (spec.head_size + 2), np.float32)
+    row_floats = -(-spec.head_size // _MOST_LANES) * _MOST_LANES + 2
+    partials = np.empty(num_partials * max_rows * row_floats, np.float32)
     counters = np.zeros(len(split) * spec.num_kv_heads, np.int32)
     return AttentionPlan(
         items=items,
