@@ -59,6 +59,8 @@ def plan_attention(meta: StepMeta, spec: AttentionSpec, num_threads: int) -> Att
         num_threads: how many share the items.
     """
     group = spec.num_heads // spec.num_kv_heads
+    if meta.max_query_len == 1 and meta.max_seq_len <= SPLIT_TOKENS and not spec.sliding_window:
+        return _short_decodes(meta)
     tiles = _tiles(meta, max(1, _TILE_ROWS // group), spec.sliding_window)
     num_splits = (tiles[:, 5] - 1) // SPLIT_TOKENS - tiles[:, 4] // SPLIT_TOKENS + 1
     cost = tiles[:, 2].astype(np.int64) * (tiles[:, 5] - tiles[:, 4])
@@ -84,6 +86,33 @@ def plan_attention(meta: StepMeta, spec: AttentionSpec, num_threads: int) -> Att
         counters=counters,
         counters_ptr=counters.ctypes.data,
     )
+
+
+def _short_decodes(meta: StepMeta) -> AttentionPlan:
+    """An item for each request, as `plan_attention` would make them, most work first."""
+    lens = meta.host_seq_lens
+    order = np.argsort(-lens, kind="stable")
+    order = order[: int(np.count_nonzero(lens))]  # pad requests have no context
+    items = np.zeros((len(order), ITEM_FIELDS), np.int32)
+    items[:, 0] = order
+    items[:, 1] = meta.host_query_start_loc[order]
+    items[:, 2] = 1
+    items[:, 3] = lens[order] - 1
+    items[:, 5] = lens[order]
+    items[:, 6] = -1
+    return AttentionPlan(
+        items=items,
+        items_ptr=items.ctypes.data,
+        num_items=len(items),
+        partials=_NO_PARTIALS,
+        partials_ptr=_NO_PARTIALS.ctypes.data,
+        counters=_NO_COUNTERS,
+        counters_ptr=_NO_COUNTERS.ctypes.data,
+    )
+
+
+_NO_PARTIALS = np.zeros(1, np.float32)
+_NO_COUNTERS = np.zeros(1, np.int32)
 
 
 def _tiles(meta: StepMeta, tile_tokens: int, window: int | None) -> npt.NDArray[np.int32]:

@@ -27,9 +27,7 @@ def fill(engine: Engine, streams: int, length: int) -> None:
     params = SamplingParams(temperature=0.0, max_tokens=NUM_STEPS + 20, ignore_eos=True)
     for i in range(streams):
         prompt = [rng.randrange(100, 40_000) for _ in range(length)]
-        engine.add(
-            AddRequest(request_id=str(i), prompt_token_ids=prompt, params=params, seed=0)
-        )
+        engine.add(AddRequest(request_id=str(i), prompt_token_ids=prompt, params=params, seed=0))
     num_drawn = 0
     while num_drawn < streams:
         num_drawn += sum(bool(o.token_ids) for o in engine.step().outputs)

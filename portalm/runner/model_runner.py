@@ -68,7 +68,7 @@ class ModelRunner:
         self._weights = weights
         self._kv = kv
         self._sampler = Sampler(model.config.vocab_size)
-        self._specs = model.attention_specs()
+        self._specs = list(dict.fromkeys(model.attention_specs()))
         self._drawn_rows: dict[str, int] = {}
         """By request id: the row of the last dispatched step that draws its token."""
         self._last_ids: torch.Tensor | None = None

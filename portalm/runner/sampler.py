@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -61,11 +61,30 @@ class Sampler:
     def __init__(self, vocab_size: int) -> None:
         """For logits of `vocab_size` columns."""
         self.vocab_size = vocab_size
+        self._last_requests: list[Request] = []
+        self._last: SampleParams | None = None
+        """Of the last step, if nothing but the positions differs where the same requests draw."""
 
     def build(
         self, rows: list[SampledRow], arrays: StepArrays, batch: InputBatch, to_device: ToDevice
     ) -> SampleParams:
         """Parameters of [R] rows, padded as `arrays.logits_rows` is (pad rows are greedy)."""
+        num_rows = len(arrays.logits_rows)
+        requests = [row.request for row in rows]
+        if self._last is not None and requests == self._last_requests and num_rows == len(rows):
+            position = np.array([row.position for row in rows], np.int64)
+            return replace(self._last, position=to_device(position))
+        built = self._build(rows, arrays, batch, to_device)
+        self._last_requests = requests
+        is_lasting = num_rows == len(rows) and not any(
+            row.target >= 0 or _depends_on_history(row.request) for row in rows
+        )
+        self._last = built if is_lasting else None
+        return built
+
+    def _build(
+        self, rows: list[SampledRow], arrays: StepArrays, batch: InputBatch, to_device: ToDevice
+    ) -> SampleParams:
         num_rows = len(arrays.logits_rows)
         params = [row.request.params for row in rows]
 
@@ -164,6 +183,17 @@ class Sampler:
             ids = np.array(token_ids, np.uint32)
             np.bitwise_or.at(mask[i], ids // 32, np.uint32(1) << (ids % 32))
         return to_device(mask.view(np.int32))
+
+
+def _depends_on_history(request: Request) -> bool:
+    """True if what a draw of `request` allows or costs changes from step to step."""
+    params = request.params
+    return bool(
+        params.has_penalties
+        or params.min_tokens
+        or params.prompt_logprobs is not None
+        or request.bad_words_ids
+    )
 
 
 def _num_logprobs(rows: list[SampledRow]) -> int | None:

@@ -89,7 +89,9 @@ def _q5_0(blocks: Bytes, shape: tuple[int, ...]) -> QuantizedWeight:
 def _q8_0(blocks: Bytes, shape: tuple[int, ...]) -> QuantizedWeight:
     """34 bytes for 32: d, signed bytes; w = d * q."""
     block = blocks.reshape(shape[0], -1, 34)
-    return _weight("int8", shape, block[..., 2:] ^ np.uint8(0x80), _float16(block[..., :2]), zero=128)
+    return _weight(
+        "int8", shape, block[..., 2:] ^ np.uint8(0x80), _float16(block[..., :2]), zero=128
+    )
 
 
 def _q4_k(blocks: Bytes, shape: tuple[int, ...]) -> QuantizedWeight:
