@@ -14,6 +14,9 @@ namespace avx2 { extern const Kernels table; }
 #if PORTALM_HAS_avx512
 namespace avx512 { extern const Kernels table; }
 #endif
+#if PORTALM_HAS_avx512bf16
+namespace avx512bf16 { extern const Kernels table; }
+#endif
 #if PORTALM_HAS_emulated512
 namespace emulated512 { extern const Kernels table; }
 #endif
@@ -31,9 +34,14 @@ std::vector<const Kernels*> runnable_kernels() {
   if (has_avx2) found.push_back(&avx2::table);
 #endif
 #if PORTALM_HAS_avx512
-  if (has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-    found.push_back(&avx512::table);
+  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
+                          __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (has_avx512) found.push_back(&avx512::table);
+#endif
+#if PORTALM_HAS_avx512bf16
+  if (has_avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni"))
+    found.push_back(&avx512bf16::table);
 #endif
 #endif
   return found;

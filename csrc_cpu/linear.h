@@ -30,6 +30,33 @@ constexpr bool kInPairs = false;
 template <>
 constexpr bool kInPairs<bf16> = true;
 
+// Whether bfloat16 pairs are multiplied and summed by one instruction, x being bfloat16 as well. The
+// sums are float32, but an instruction rounds (and flushes denormals) as it likes: another result
+// than that of other instruction sets, the same for all tiles.
+#if defined(__AVX512BF16__) && PORTALM_LANES == 16
+constexpr bool kDotsPairs = true;
+PORTALM_INLINE Vec dot_pairs(Vec sums, VecU w, VecU x) {
+  return (Vec)_mm512_dpbf16_ps((__m512)sums, (__m512bh)x, (__m512bh)w);
+}
+#else
+#if defined(PORTALM_EMULATED)
+constexpr bool kDotsPairs = true;  // so that this path is tested where no CPU has it
+#else
+constexpr bool kDotsPairs = false;
+#endif
+PORTALM_INLINE Vec dot_pairs(Vec sums, VecU w, VecU x) {
+  sums += __builtin_bit_cast(Vec, x << 16) * __builtin_bit_cast(Vec, w << 16);
+  return sums + __builtin_bit_cast(Vec, x & 0xFFFF0000) * __builtin_bit_cast(Vec, w & 0xFFFF0000);
+}
+#endif
+
+// What a tile holds of x: float32, or a pair of bfloat16 for the dot product.
+struct Pair { uint32_t bits; };
+template <typename X>
+constexpr bool kIsPair = false;
+template <>
+constexpr bool kIsPair<Pair> = true;
+
 // Rows of x that are kept in float32 at a time: what half of a core's second-level cache holds.
 constexpr int64_t kBlockFloats = 64 * 1024;
 
@@ -102,24 +129,44 @@ PORTALM_INLINE PanelPair panel_pair(const bf16* at) {
           {__builtin_bit_cast(Vec, low & 0xFFFF0000), __builtin_bit_cast(Vec, high & 0xFFFF0000)}};
 }
 
-// Sums of a tile of R rows of x, [K][R], and P panels, into sums[R][P][kPanel].
-template <int R, int P, typename W>
-PORTALM_INLINE void tile(const float* x, const W* panel, int64_t k_size, float* sums) {
+// Sums of a tile of R rows of x, [K][R] (of pairs [K / 2][R]), and P panels: sums[R][P][kPanel].
+template <int R, int P, typename W, typename X>
+PORTALM_INLINE void tile(const X* x, const W* panel, int64_t k_size, float* sums) {
   Vec acc[R][P][2];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
     for (int p = 0; p < P; ++p) acc[r][p][0] = acc[r][p][1] = splat(0.0f);
-  const auto add = [&](int p, PanelRow w, const float* at) __attribute__((always_inline)) {
+  const auto add = [&](int p, PanelRow w, const X* at) __attribute__((always_inline)) {
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      const Vec xr = splat(at[r]);
-      acc[r][p][0] += xr * w.low;
-      acc[r][p][1] += xr * w.high;
+      if constexpr (!kIsPair<X>) {
+        const Vec xr = splat(at[r]);
+        acc[r][p][0] += xr * w.low;
+        acc[r][p][1] += xr * w.high;
+      }
     }
   };
   const int64_t panel_size = k_size * kPanel;
-  if constexpr (kInPairs<W>) {
+  if constexpr (kIsPair<X>) {
+    for (int64_t k = 0; k < k_size; k += 2) {
+#pragma GCC unroll 8
+      for (int p = 0; p < P; ++p) {
+        const W* at = panel + p * panel_size + k * kPanel;
+        for (int line = 0; line < 2 * kPanel; line += 32)
+          __builtin_prefetch(at + line + (R <= 2 ? 2048 : panel_size), 0, 3);
+        VecU low, high;
+        memcpy(&low, at, sizeof low);
+        memcpy(&high, at + kPanel, sizeof high);
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) {
+          const VecU xr = x[k / 2 * R + r].bits - VecU{};
+          acc[r][p][0] = dot_pairs(acc[r][p][0], low, xr);
+          acc[r][p][1] = dot_pairs(acc[r][p][1], high, xr);
+        }
+      }
+    }
+  } else if constexpr (kInPairs<W>) {
     for (int64_t k = 0; k < k_size; k += 2) {
 #pragma GCC unroll 8
       for (int p = 0; p < P; ++p) {
@@ -170,26 +217,27 @@ PORTALM_INLINE void finish(const LinearArgs& a, const float* bias, const float* 
 }
 
 // What one linear call works on besides its arguments.
+template <typename X>
 struct Wide {
-  const float* x;     // the tiles of this block
+  const X* x;         // the tiles of this block
   const float* bias;  // [N] or null
   int64_t row;        // of the block's first row
   int64_t k;          // padded
 };
 
 // The tile of R rows that begins at row `r` of the block, by panels [begin, end), P at a time.
-template <int R, int P, typename W>
-inline void tile_by_panels_of(const LinearArgs& a, const Wide& wide, int64_t r, const W* packed,
+template <int R, int P, typename W, typename X>
+inline void tile_by_panels_of(const LinearArgs& a, const Wide<X>& wide, int64_t r, const W* packed,
                               int64_t begin, int64_t end) {
   float sums[R * P * kPanel];
   int64_t p = begin;
   for (; p + P <= end; p += P) {
-    tile<R, P>(wide.x + r * wide.k, packed + (p - begin) * wide.k * kPanel, wide.k, sums);
+    tile<R, P>(wide.x + r * wide.k / (kIsPair<X> ? 2 : 1), packed + (p - begin) * wide.k * kPanel, wide.k, sums);
     finish(a, wide.bias, sums, wide.row + r, R, p * kPanel, P * kPanel);
   }
   if constexpr (P > 1) {
     if (p < end)
-      tile_by_panels_of<R, 1, W>(a, wide, r, packed + (p - begin) * wide.k * kPanel, p, end);
+      tile_by_panels_of<R, 1, W, X>(a, wide, r, packed + (p - begin) * wide.k * kPanel, p, end);
   }
 }
 
@@ -197,23 +245,23 @@ inline void tile_by_panels_of(const LinearArgs& a, const Wide& wide, int64_t r, 
 constexpr int panels_for(int rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
 
 // A tile of `num_rows` rows, 1 to R.
-template <int R, typename W>
-inline void tile_by_panels(const LinearArgs& a, const Wide& wide, int64_t r, int64_t num_rows,
+template <int R, typename W, typename X>
+inline void tile_by_panels(const LinearArgs& a, const Wide<X>& wide, int64_t r, int64_t num_rows,
                            const W* packed, int64_t begin, int64_t end) {
   if (num_rows == R) {
-    tile_by_panels_of<R, panels_for(R), W>(a, wide, r, packed, begin, end);
+    tile_by_panels_of<R, panels_for(R), W, X>(a, wide, r, packed, begin, end);
   } else if constexpr (R > 1) {
-    tile_by_panels<R - 1, W>(a, wide, r, num_rows, packed, begin, end);
+    tile_by_panels<R - 1, W, X>(a, wide, r, num_rows, packed, begin, end);
   }
 }
 
 // All rows of the block by panels [begin, end).
-template <typename W>
-inline void rows_by_panels(const LinearArgs& a, const Wide& wide, int64_t num_rows, const W* packed,
+template <typename W, typename X>
+inline void rows_by_panels(const LinearArgs& a, const Wide<X>& wide, int64_t num_rows, const W* packed,
                            int64_t begin, int64_t end) {
   const Tiles tiles(num_rows);
   for (int64_t t = 0; t < tiles.count; ++t)
-    tile_by_panels<kTileRows, W>(a, wide, tiles.first(t), tiles.rows(t), packed, begin, end);
+    tile_by_panels<kTileRows, W, X>(a, wide, tiles.first(t), tiles.rows(t), packed, begin, end);
 }
 
 // Scratch of the calling thread, grown when needed; one piece of memory for each `Use`.
@@ -253,8 +301,8 @@ PORTALM_INLINE int64_t panel_grain(int64_t panels, int64_t panel_bytes) {
   return grain;
 }
 
-template <typename W>
-inline void linear_block(const LinearArgs& a, const Wide& wide, int64_t num_rows) {
+template <typename W, typename X>
+inline void linear_block(const LinearArgs& a, const Wide<X>& wide, int64_t num_rows) {
   const int64_t panels = (a.n + kPanel - 1) / kPanel, panel_size = wide.k * kPanel;
   const W* packed = static_cast<const W*>(a.packed);
   const int64_t grain = panel_grain(panels, panel_size * static_cast<int64_t>(sizeof(W)));
@@ -265,13 +313,15 @@ inline void linear_block(const LinearArgs& a, const Wide& wide, int64_t num_rows
     }
     for (int64_t p = begin; p < end; ++p) {  // a panel stays in the cache for all its tiles
       const W* panel = packed + p * panel_size;
-      if (sizeof(W) < sizeof(float) && num_rows > 8 * kTileRows) {
-        float* wide_panel = scratch<1>(panel_size);
-        widen_panel(panel, wide_panel, wide.k);
-        rows_by_panels<float>(a, wide, num_rows, wide_panel, p, p + 1);
-      } else {
-        rows_by_panels(a, wide, num_rows, panel, p, p + 1);
+      if constexpr (sizeof(W) < sizeof(float) && !kIsPair<X>) {
+        if (num_rows > 8 * kTileRows) {
+          float* wide_panel = scratch<1>(panel_size);
+          widen_panel(panel, wide_panel, wide.k);
+          rows_by_panels<float, X>(a, wide, num_rows, wide_panel, p, p + 1);
+          continue;
+        }
       }
+      rows_by_panels(a, wide, num_rows, panel, p, p + 1);
     }
   });
 }
@@ -296,13 +346,29 @@ inline void widen_rows(const X* x, int64_t stride, int64_t k_size, int64_t padde
   }
 }
 
-template <typename W>
-inline void linear_as(const LinearArgs& a) {
+// The same, of bfloat16 x for the dot product: tiles of [K / 2][R].
+inline void pair_rows(const bf16* x, int64_t stride, int64_t k_size, int64_t padded, int64_t begin,
+                      int64_t num_rows, int64_t all_rows, Pair* tiles) {
+  const Tiles shape(all_rows);
+  for (int64_t r = begin; r < begin + num_rows; ++r) {
+    const int64_t tile = shape.holding(r), first = shape.first(tile), width = shape.rows(tile);
+    Pair* to = tiles + first * padded / 2 + (r - first);
+    const bf16* from = x + r * stride;
+    for (int64_t k = 0; k < padded; k += 2) {
+      const uint32_t second = k + 1 < k_size ? from[k + 1].bits : 0;
+      to[k / 2 * width].bits = from[k].bits | second << 16;
+    }
+  }
+}
+
+template <typename W, typename X>
+inline void linear_over(const LinearArgs& a) {
   const int64_t element = kDTypeBytes[static_cast<int>(a.x_dtype)], padded = padded_k<W>(a.k);
   int64_t block = kBlockFloats / max_of<int64_t>(padded, 1) / kTileRows * kTileRows;
   block = min_of(max_of<int64_t>(block, kTileRows), a.rows);
-  float* x = scratch(block * padded + (a.bias ? a.n : 0));
-  float* bias = a.bias ? x + block * padded : nullptr;
+  float* memory = scratch(block * padded + (a.bias ? a.n : 0));
+  X* x = reinterpret_cast<X*>(memory);
+  float* bias = a.bias ? memory + block * padded : nullptr;
   if (bias)
     with_dtype(a.x_dtype, [&](auto t) {
       for (int64_t i = 0; i < a.n; ++i) bias[i] = to_float(static_cast<const decltype(t)*>(a.bias)[i]);
@@ -310,15 +376,27 @@ inline void linear_as(const LinearArgs& a) {
   for (int64_t row = 0; row < a.rows; row += block) {
     const int64_t num_rows = min_of(block, a.rows - row);
     const char* from = static_cast<const char*>(a.x) + row * a.x_stride * element;
-    with_dtype(a.x_dtype, [&](auto t) {
-      using X = decltype(t);
-      parallel_for(num_rows, 2 * kTileRows, [&](int64_t begin, int64_t end) {
-        widen_rows(reinterpret_cast<const X*>(from), a.x_stride, a.k, padded, begin, end - begin,
-                   num_rows, x);
-      });
+    parallel_for(num_rows, 2 * kTileRows, [&](int64_t begin, int64_t end) {
+      if constexpr (kIsPair<X>) {
+        pair_rows(reinterpret_cast<const bf16*>(from), a.x_stride, a.k, padded, begin, end - begin,
+                  num_rows, x);
+      } else {
+        with_dtype(a.x_dtype, [&](auto t) {
+          widen_rows(reinterpret_cast<const decltype(t)*>(from), a.x_stride, a.k, padded, begin,
+                     end - begin, num_rows, x);
+        });
+      }
     });
-    linear_block<W>(a, Wide{x, bias, row, padded}, num_rows);
+    linear_block<W, X>(a, Wide<X>{x, bias, row, padded}, num_rows);
   }
+}
+
+template <typename W>
+inline void linear_as(const LinearArgs& a) {
+  if constexpr (kDotsPairs && kInPairs<W>) {
+    if (a.x_dtype == DType::bf16) return linear_over<W, Pair>(a);
+  }
+  linear_over<W, float>(a);
 }
 
 }  // namespace portalm::PORTALM_ISA
