@@ -69,7 +69,7 @@ def test_after_preemption(answers: list[Answer]) -> None:
 
 
 def test_bfloat16_differs_only_at_near_ties(answers: list[Answer], oracle: Oracle) -> None:
-    llm = make_llm(dtype="bfloat16")
+    llm = make_llm(dtype="bfloat16", quantization="none")
 
     actual = generated(llm, answers)
 
