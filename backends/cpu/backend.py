@@ -116,6 +116,13 @@ class CpuBackend(TorchBackend):
         with host_memory.peak() as used:
             yield used
 
+    def _empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """Memory for a kernel's result."""
+        out = torch.empty(shape, dtype=dtype)
+        if isinstance(self._native, Recorder):
+            self._native.keep(out)
+        return out
+
     def to_device(self, host: npt.NDArray[np.generic]) -> torch.Tensor:
         """The array itself: a step is over before the host writes its buffers again."""
         return torch.from_numpy(host)
@@ -207,7 +214,7 @@ class CpuBackend(TorchBackend):
         plan: attention.AttentionPlan | None = meta.plan.get(spec)
         if plan is None:
             raise BackendError("shape", "attend: the step was not prepared for this attention")
-        out = torch.empty(query.shape, dtype=query.dtype)
+        out = self._empty(query.shape, query.dtype)
         self._native.attention(
             query.data_ptr(),
             out.data_ptr(),
@@ -277,7 +284,7 @@ class CpuBackend(TorchBackend):
     ) -> torch.Tensor:
         if x.shape[1] != weight.k or x.stride(1) != 1:
             raise BackendError("shape", f"linear: {list(x.shape)} times [{weight.n}, {weight.k}]^T")
-        out = torch.empty((x.shape[0], weight.n), dtype=dtype)
+        out = self._empty((x.shape[0], weight.n), dtype)
         self._native.linear(
             x.data_ptr(),
             CODES[x.dtype],
@@ -300,7 +307,7 @@ class CpuBackend(TorchBackend):
 
     def take_rows(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """Rows int32 [R] of x [T, C]: [R, C]."""
-        out = torch.empty((len(rows), x.shape[1]), dtype=x.dtype)
+        out = self._empty((len(rows), x.shape[1]), x.dtype)
         size = x.element_size()
         self._native.take_rows(
             x.data_ptr(),
@@ -315,7 +322,7 @@ class CpuBackend(TorchBackend):
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """x / sqrt(mean(x^2) + eps), rounded to x's dtype, times weight."""
-        out = torch.empty(x.shape, dtype=x.dtype)
+        out = self._empty(x.shape, x.dtype)
         if x.dim() != 2:
             x = x.reshape(-1, x.shape[-1])
         self._native.rms_norm(
@@ -337,8 +344,8 @@ class CpuBackend(TorchBackend):
         self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(rms_norm(x + residual), x + residual)."""
-        out = torch.empty(x.shape, dtype=x.dtype)
-        total = torch.empty(x.shape, dtype=x.dtype)
+        out = self._empty(x.shape, x.dtype)
+        total = self._empty(x.shape, x.dtype)
         self._native.rms_norm(
             x.data_ptr(),
             residual.data_ptr(),
@@ -364,8 +371,8 @@ class CpuBackend(TorchBackend):
         is_interleaved: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Query [T, H, D] and key [T, H_kv, D] rotated by positions int32 [T]."""
-        query_out = torch.empty(query.shape, dtype=query.dtype)
-        key_out = torch.empty(key.shape, dtype=key.dtype)
+        query_out = self._empty(query.shape, query.dtype)
+        key_out = self._empty(key.shape, key.dtype)
         self._native.rope(
             query.data_ptr(),
             key.data_ptr(),
@@ -388,7 +395,7 @@ class CpuBackend(TorchBackend):
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         """silu(gate) * up of [T, 2 I]: [T, I]."""
         num_rows, width = gate_up.shape
-        out = torch.empty((num_rows, width // 2), dtype=gate_up.dtype)
+        out = self._empty((num_rows, width // 2), gate_up.dtype)
         self._native.silu_mul(
             gate_up.data_ptr(),
             out.data_ptr(),
@@ -409,12 +416,12 @@ class CpuBackend(TorchBackend):
     def recording(self, inputs: StepInputs) -> Iterator[Recorder]:
         """Within it the native calls of the step over `inputs` are written down."""
         native = self._native
-        with Recorder(native, inputs) as recorder:
-            self._native = recorder
-            try:
-                yield recorder
-            finally:
-                self._native = native
+        recorder = Recorder(native, inputs)
+        self._native = recorder
+        try:
+            yield recorder
+        finally:
+            self._native = native
 
     # -- sampling -----------------------------------------------------------------------------
 

@@ -2,8 +2,9 @@
 
 What is recorded are the calls into the native module. Each argument is an address or a size that is
 the same in every step (weights, cache, widths), or follows the step: an address in its inputs or in
-the result of an earlier call, or a number of rows. In between torch may only allocate and make
-views: anything else that it computes would be missing from the program.
+the result of an earlier call, or a number of rows. In between torch may only make views: what else
+it computes would be missing from the program. Then a kernel reads what no kernel wrote, or the
+program, which is run once for proof, comes to other logits; such a step is not recorded.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from portalm.backend import KV, SampleOutput, StepFn, StepInputs, Weights
 from portalm_backends.cpu.attention import AttentionPlan
@@ -28,7 +28,8 @@ logger = logging.getLogger(__name__)
 
 # What an argument of a kernel is.
 _FIXED = "fixed"  # the same in every step
-_IN = "in"  # an address in the step's inputs, in an earlier result, or (then fixed) in the weights
+_IN = "in"  # an address in the step's inputs or in an earlier result, or 0
+_TABLE = "table"  # the same, or (then fixed) an address in the weights
 _OUT = "out"  # address of a result
 _ROWS = "rows"  # as many as the last address before it has
 _SOURCE_ROWS = "source_rows"  # as many as the first address has
@@ -38,31 +39,12 @@ _ARGUMENTS: dict[str, tuple[str, ...]] = {
     "linear": (_IN, _FIXED, _ROWS, *[_FIXED] * 6, _OUT, _FIXED, _FIXED),
     "rms_norm": (_IN, _IN, _FIXED, _OUT, _OUT, _FIXED, _ROWS, *[_FIXED] * 4),
     "silu_mul": (_IN, _OUT, _FIXED, _ROWS, _FIXED, _FIXED),
-    "take_rows": (_IN, _IN, _OUT, _ROWS, _SOURCE_ROWS, _FIXED, _FIXED),
+    "take_rows": (_TABLE, _IN, _OUT, _ROWS, _SOURCE_ROWS, _FIXED, _FIXED),
     "rope": (_IN, _IN, _OUT, _OUT, _IN, _FIXED, _FIXED, _ROWS, *[_FIXED] * 7),
     "kv_write": (*[_FIXED] * 6, _IN, _IN, _FIXED, _ROWS, _FIXED, _FIXED, _IN),
     "attention": (_IN, _OUT, *[_FIXED] * 9, _IN, "max_blocks", *_PLAN, *[_FIXED] * 3),
 }
 """In the order of csrc_cpu/bindings.cpp."""
-
-_VIEWS = frozenset(
-    {
-        "alias.default",
-        "as_strided.default",
-        "detach.default",
-        "empty.memory_format",
-        "reshape.default",
-        "select.int",
-        "slice.Tensor",
-        "split.Tensor",
-        "split_with_sizes.default",
-        "squeeze.dim",
-        "_unsafe_view.default",
-        "unsqueeze.default",
-        "view.default",
-    }
-)
-"""What torch may do in a step that is recorded."""
 
 _INPUT, _SLOT, _COUNT = 0, 1, 2  # PatchKind in csrc_cpu/program.h
 _TOKENS, _LOGITS_ROWS = 0, 1  # counts of rows: T and R
@@ -108,18 +90,18 @@ class NotRecordable(Exception):
     """The step does something that a program cannot repeat."""
 
 
-class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Recorder:
     """Stands in for the native module while a step runs once, and writes down its calls."""
 
     def __init__(self, native: Any, inputs: StepInputs) -> None:
         """Record the calls into `native` of the step over `inputs`."""
-        super().__init__()  # type: ignore[no-untyped-call]
         self.logits: _Value | None = None
         self.vocab_size = 0
+        self._expected = torch.empty(0)
         self._native = native
         self._calls: list[_Call] = []
         self._alive: dict[int, torch.Tensor] = {}
-        """By address. Kept: an address must not be given out twice."""
+        """Results by address."""
         self._values: list[_Value] = []
         self._plans: list[AttentionPlan] = list(inputs.meta.plan.values())
         for i, (tensor, count) in enumerate(_row_inputs(inputs)):
@@ -129,16 +111,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     # -- watching -----------------------------------------------------------------------------
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """What torch does meanwhile."""
-        result = func(*args, **(kwargs or {}))
-        if self.logits is None:
-            name = func.__name__
-            if name not in _VIEWS:
-                raise NotRecordable(f"torch computes {name} in it")
-            if name.startswith("empty"):
-                self._alive[result.data_ptr()] = result
-        return result
+    def keep(self, result: torch.Tensor) -> None:
+        """Memory for a kernel's result: its address must not be given out twice."""
+        self._alive[result.data_ptr()] = result
 
     def __getattr__(self, name: str) -> Any:
         """The native function of this name, recorded if it is a kernel of the step."""
@@ -160,7 +135,12 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             raise NotRecordable("its logits are not what a kernel wrote")
         self.logits = value
         self.vocab_size = logits.shape[1]
+        self._expected = logits.clone()
         value.input = _LOGITS
+
+    def is_proven_by(self, logits: torch.Tensor) -> bool:
+        """Whether these, [R, V] of the program, are the logits that the step came to."""
+        return logits.numpy().tobytes() == self._expected.numpy().tobytes()
 
     # -- writing down -------------------------------------------------------------------------
 
@@ -170,11 +150,13 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         now = len(self._calls)
         last: _Value | None = None  # that an address before lies in
         for i, (role, argument) in enumerate(zip(roles, arguments, strict=True)):
-            if role == _IN and argument:
+            if role in (_IN, _TABLE) and argument:
                 value = self._find(argument)
                 if value is not None:
                     self._use(call, i, value, argument - value.start, now)
                     last = last if value is self._table else value
+                elif role == _IN:
+                    raise NotRecordable(f"{kernel} reads what no kernel of the step wrote")
             elif role == _ROWS:
                 call.numbers.append((i, _COUNT, self._count(kernel, last)))
             elif role == _SOURCE_ROWS:
@@ -326,12 +308,15 @@ class RecordedStep:
             with self._backend.recording(inputs) as recorder:
                 kv, out = self._step(weights, kv, inputs)
             self._program = recorder.program()
+            self._logits = torch.empty((0, recorder.vocab_size))
+            if not recorder.is_proven_by(self._replay(inputs)):
+                raise NotRecordable("something in it changes what kernels wrote")
         except NotRecordable as reason:
             logger.warning("the step runs call by call, not as one native program: %s", reason)
+            self._program = None
             self._is_recordable = False
             return self._step(weights, kv, inputs)
         self._weights, self._kv = weights, kv
-        self._logits = torch.empty((0, recorder.vocab_size))
         return kv, out
 
     def _replay(self, inputs: StepInputs) -> torch.Tensor:
