@@ -152,12 +152,11 @@ class Llama:
             return read(name).to(dtype).to(device, copy=True)
 
         embedding = read(_EMBEDDING).to(dtype).to(device, copy=True)
-        head = pack_weight(
-            backend,
-            [matrix(_EMBEDDING if config.tie_word_embeddings else _HEAD)],
-            dtype,
-            quantization.head,
-        )
+        if not config.tie_word_embeddings:
+            head_weight = matrix(_HEAD)
+        else:
+            head_weight = matrix(_EMBEDDING) if quantization.keep else embedding
+        head = pack_weight(backend, [head_weight], dtype, quantization.head)
         layers = []
         for i, spec in enumerate(self.attention_specs()):
             prefix = f"model.layers.{i}"

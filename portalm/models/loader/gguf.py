@@ -27,6 +27,8 @@ from portalm.models.loader.gguf_quantized import as_quantized
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _MAX_DIMENSIONS = 4
+_ROWS_AT_A_TIME = 4096
+"""Rows that are dequantised at once: several arrays as large as these live meanwhile."""
 _ARRAY, _STRING, _BOOL = 9, 8, 7
 _SCALARS = {
     0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d",
@@ -279,17 +281,22 @@ class GGUFCheckpoint:
         }.get(kind)
         if plain is not None:
             return torch.from_numpy(raw.copy()).view(plain).reshape(info.shape)
+        values = np.empty((len(raw), info.shape[-1]), np.float32)
         try:
-            values = dequantize(raw, kind)
+            for row in range(0, len(raw), _ROWS_AT_A_TIME):
+                rows = slice(row, row + _ROWS_AT_A_TIME)
+                values[rows] = dequantize(raw[rows], kind)
         except NotImplementedError:
             raise UnsupportedModel(
                 f"{self.path}: tensors of type {kind.name} cannot be dequantised yet"
             ) from None
-        return torch.from_numpy(np.ascontiguousarray(values, np.float32)).reshape(info.shape)
+        return torch.from_numpy(values).reshape(info.shape)
 
     def close(self) -> None:
         """Let go of the file (the mapping goes with the last view of it)."""
         self._infos = {}
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._data.madvise(mmap.MADV_DONTNEED)  # its pages count as ours while they are mapped
 
     # -- config -------------------------------------------------------------------------------
 
