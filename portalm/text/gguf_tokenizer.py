@@ -16,7 +16,7 @@ from tokenizers import Tokenizer as RustTokenizer
 from tokenizers.models import BPE
 
 from portalm.errors import CheckpointError, UnsupportedModel
-from portalm.models.loader.gguf import read_metadata
+from portalm.models.loader.gguf_file import read_metadata
 from portalm.text.chat_template import ChatTemplates
 from portalm.text.rust_tokenizer import set_bos_and_eos, wrap
 from portalm.text.tokenizer import Tokenizer

@@ -12,7 +12,8 @@ import pytest
 from gguf import GGMLQuantizationType as Kind
 
 from portalm.errors import CheckpointError, ModelError
-from portalm.models.loader.gguf import GGUFCheckpoint, read_metadata
+from portalm.models.loader.gguf import GGUFCheckpoint
+from portalm.models.loader.gguf_file import read_metadata
 
 HIDDEN, INNER, HEADS, KV_HEADS, VOCAB = 256, 256, 4, 2, 32
 PYTHON_QUANTS = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")

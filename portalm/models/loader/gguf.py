@@ -1,16 +1,11 @@
-"""Checkpoints in one GGUF file: a strict reader of our own, dequantised by the gguf package.
-
-The format: "GGUF" in ggml's docs/gguf.md, versions 2 and 3, little-endian. A header is believed
-only as far as the file reaches: no count in it makes us allocate.
-"""
+"""Checkpoints in one GGUF file: our own header reader, tensors dequantised by the gguf package."""
 
 from __future__ import annotations
 
 import math
 import mmap
-import struct
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +17,17 @@ from portalm.backend import QuantizedWeight
 from portalm.config import ModelConfig
 from portalm.errors import CheckpointError, ConfigError, UnsupportedModel
 from portalm.models.loader.config_json import model_config
+from portalm.models.loader.gguf_file import (
+    Reader,
+    TensorInfo,
+    map_file,
+    read_header,
+    read_tensor_infos,
+)
 from portalm.models.loader.gguf_quantized import as_quantized
 
-_MAGIC = b"GGUF"
-_VERSIONS = (2, 3)
-_MAX_DIMENSIONS = 4
 _ROWS_AT_A_TIME = 4096
 """Rows that are dequantised at once: several arrays as large as these live meanwhile."""
-_ARRAY, _STRING, _BOOL = 9, 8, 7
-_SCALARS = {
-    0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d",
-}  # fmt: skip
 _ARCHITECTURES = {"llama": "LlamaForCausalLM"}
 
 _TOP_NAMES = {
@@ -54,129 +49,16 @@ _LAYER_NAMES = {
 _ROPE_FACTORS = "rope_freqs.weight"
 
 
-@dataclass(frozen=True, slots=True)
-class _TensorInfo:
-    """One tensor's place in the file."""
-
-    shape: tuple[int, ...]
-    """Rows first, as torch has it (the file has it the other way round)."""
-    kind: int
-    """A value of gguf.GGMLQuantizationType."""
-    offset: int
-    """Bytes from the beginning of the data."""
-
-
-class _Reader:
-    """Reads little-endian values and refuses to go past the end."""
-
-    def __init__(self, path: Path, data: mmap.mmap) -> None:
-        self.path = path
-        self.data = data
-        self.at = 0
-
-    def fail(self, reason: str) -> CheckpointError:
-        return CheckpointError(self.path, f"{reason} (at byte {self.at} of {len(self.data)})")
-
-    def need(self, num_bytes: int, what: str) -> None:
-        if num_bytes > len(self.data) - self.at:
-            raise self.fail(f"it is truncated or corrupt: {what} reaches past its end")
-
-    def scalar(self, code: str) -> Any:
-        size = struct.calcsize("<" + code)
-        self.need(size, "a value")
-        (value,) = struct.unpack_from("<" + code, self.data, self.at)
-        self.at += size
-        return value
-
-    def string(self) -> str:
-        length = self.scalar("Q")
-        self.need(length, "a text")
-        raw = self.data[self.at : self.at + length]
-        self.at += length
-        return raw.decode("utf-8", errors="replace")
-
-    def value(self, kind: int) -> Any:
-        if kind == _STRING:
-            return self.string()
-        if kind == _ARRAY:
-            return self.array()
-        if kind not in _SCALARS:
-            raise self.fail(f"metadata of unknown type {kind}")
-        return self.scalar(_SCALARS[kind])
-
-    def array(self) -> list[Any]:
-        kind, count = self.scalar("I"), self.scalar("Q")
-        if kind in _SCALARS:
-            code = f"<{count}{_SCALARS[kind]}"
-            self.need(count * struct.calcsize(_SCALARS[kind]), "an array")
-            values = list(struct.unpack_from(code, self.data, self.at))
-            self.at += struct.calcsize(code)
-            return values
-        if kind != _STRING:
-            raise self.fail(f"an array of unknown type {kind}")
-        self.need(8 * count, "an array of texts")  # each has at least its length
-        return [self.string() for _ in range(count)]
-
-
-def read_metadata(path: Path) -> dict[str, Any]:
-    """All metadata of a GGUF file as Python values. Raises `CheckpointError` for a broken file."""
-    data = _map(path)
-    return _read_header(_Reader(path, data))[0]
-
-
-def _map(path: Path) -> mmap.mmap:
-    try:
-        with path.open("rb") as file:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except ValueError:
-        raise CheckpointError(path, "it is empty") from None
-    except OSError as error:
-        raise CheckpointError(path, error.strerror or str(error)) from error
-
-
-def _read_header(reader: _Reader) -> tuple[dict[str, Any], int]:
-    """The metadata and the number of tensors; the reader stands before the first tensor's info."""
-    if reader.data[:4] != _MAGIC:
-        raise reader.fail(f"it begins with {reader.data[:4]!r}, a GGUF file with {_MAGIC!r}")
-    reader.at = 4
-    version = reader.scalar("I")
-    if version not in _VERSIONS:
-        raise reader.fail(f"GGUF version {version}; versions 2 and 3 (little-endian) are read")
-    num_tensors, num_values = reader.scalar("Q"), reader.scalar("Q")
-    # the least bytes that so many entries take
-    if num_values * 13 + num_tensors * 24 > len(reader.data):
-        raise reader.fail(
-            f"it is corrupt: the header counts {num_tensors} tensors and {num_values} values, "
-            f"more than the file has room for"
-        )
-    metadata: dict[str, Any] = {}
-    for _ in range(num_values):
-        key = reader.string()
-        metadata[key] = reader.value(reader.scalar("I"))
-    return metadata, num_tensors
-
-
-def _read_tensor_infos(reader: _Reader, num_tensors: int) -> dict[str, _TensorInfo]:
-    infos: dict[str, _TensorInfo] = {}
-    for _ in range(num_tensors):
-        name, num_dimensions = reader.string(), reader.scalar("I")
-        if num_dimensions > _MAX_DIMENSIONS:
-            raise reader.fail(f"tensor {name!r} has {num_dimensions} dimensions")
-        shape = tuple(reader.scalar("Q") for _ in range(num_dimensions))[::-1]
-        infos[name] = _TensorInfo(shape, reader.scalar("I"), reader.scalar("Q"))
-    return infos
-
-
 class GGUFCheckpoint:
     """One .gguf file; tensors are dequantised when asked for."""
 
     def __init__(self, path: Path, overrides: Mapping[str, Any]) -> None:
         """Read the header and check that every tensor lies within the file."""
         self.path = path
-        self._data: mmap.mmap = _map(path)
-        reader = _Reader(path, self._data)
-        self.metadata, num_tensors = _read_header(reader)
-        infos = _read_tensor_infos(reader, num_tensors)
+        self._data: mmap.mmap = map_file(path)
+        reader = Reader(path, self._data)
+        self.metadata, num_tensors = read_header(reader)
+        infos = read_tensor_infos(reader, num_tensors)
         alignment = self.metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment < 1:
             raise reader.fail(f"general.alignment is {alignment!r}")
@@ -188,7 +70,7 @@ class GGUFCheckpoint:
         self._architecture = str(self.metadata.get("general.architecture", ""))
         self.config = self._config(overrides, self._read(factors) if factors else None)
 
-    def _check_extent(self, name: str, info: _TensorInfo) -> None:
+    def _check_extent(self, name: str, info: TensorInfo) -> None:
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
         try:
@@ -242,7 +124,7 @@ class GGUFCheckpoint:
             )
         return quantized
 
-    def _info(self, name: str) -> _TensorInfo:
+    def _info(self, name: str) -> TensorInfo:
         info = self._infos.get(name)
         if info is None:
             raise CheckpointError(self.path, f"no tensor {name!r} among its {len(self._infos)}")
@@ -259,7 +141,7 @@ class GGUFCheckpoint:
                     return num_heads
         return 0
 
-    def _blocks(self, info: _TensorInfo) -> tuple[Any, npt.NDArray[np.uint8]]:
+    def _blocks(self, info: TensorInfo) -> tuple[Any, npt.NDArray[np.uint8]]:
         """The tensor's type, and its bytes: [rows, bytes a row]."""
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
@@ -269,7 +151,7 @@ class GGUFCheckpoint:
         raw = np.frombuffer(self._data, np.uint8, num_bytes, self._start + info.offset)
         return kind, raw.reshape(-1, info.shape[-1] // block_size * block_bytes)
 
-    def _read(self, info: _TensorInfo) -> torch.Tensor:
+    def _read(self, info: TensorInfo) -> torch.Tensor:
         from gguf import GGMLQuantizationType
         from gguf.quants import dequantize
 
