@@ -1,7 +1,13 @@
 #!/usr/bin/env bash
-# The native kernels under AddressSanitizer and UBSan, on every instruction set this machine runs.
+# The thread team under ThreadSanitizer; the kernels under AddressSanitizer and UBSan, on every
+# instruction set this machine runs.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+
+mkdir -p build
+g++ -std=gnu++20 -g -O1 -fsanitize=thread csrc_cpu/tests/thread_team_stress.cpp \
+  csrc_cpu/thread_team.cpp -o build/thread_team_stress -lpthread
+build/thread_team_stress
 
 make --no-print-directory install-dev
 # over the release build, which the trap puts back
@@ -12,4 +18,5 @@ trap '.venv/bin/pip install --quiet --no-build-isolation --no-deps --editable .'
 # Python itself is not instrumented: the runtimes come first, and its own leaks are its own
 export LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)"
 export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
-.venv/bin/pytest -q tests/unit/test_cpu_kernels.py
+.venv/bin/pytest -q tests/unit/test_cpu_kernels.py tests/unit/test_cpu_linear.py \
+  tests/unit/test_cpu_program.py

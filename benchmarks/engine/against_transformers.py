@@ -96,7 +96,11 @@ class PortaLM:
 
     def __init__(self, dtype: str) -> None:
         self.llm = LLM(
-            dtype=dtype, use_tqdm=False, enable_prefix_caching=False, max_num_seqs=NUM_REQUESTS
+            dtype=dtype,
+            quantization="none",
+            use_tqdm=False,
+            enable_prefix_caching=False,
+            max_num_seqs=NUM_REQUESTS,
         )
 
     def generate(self, prompts: list[list[int]], num_out: int) -> None:
