@@ -1,0 +1,189 @@
+"""What the comparison asks of every peer: install, launch, answer, end."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from peers.process import Process
+
+CONSTRAINTS = Path(__file__).with_name("constraints.txt")
+FORMATS = ("bf16", "int8", "int4")
+INSTALL_TIMEOUT_S = 3600
+
+# what every case fits in; peers that reserve KV memory reserve this
+MAX_REQUESTS = 32
+MAX_CONTEXT = 1024
+
+
+class PeerUnavailable(Exception):
+    """The peer cannot run here, or not in this format; the text says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Where things are kept, and what a peer may use."""
+
+    cache: Path
+    """Virtual environments, checkpoints and logs."""
+    cpus: tuple[int, ...] = field(default_factory=lambda: tuple(sorted(os.sched_getaffinity(0))))
+    """Processors that this process, and so every peer, may run on."""
+    torch_args: tuple[str, ...] = ()
+    """Told to pip where torch is installed, for example the index of its CPU build."""
+
+    def log_of(self, name: str) -> Path:
+        """The file that a peer's output goes to."""
+        folder = self.cache / "logs"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder / f"{name}.log"
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One request's times, as time.monotonic() has them in every process of a machine."""
+
+    sent: float
+    first: float
+    """The first token arrived."""
+    last: float
+    num_tokens: int
+    num_first: int = 1
+    """Tokens that were there at `first`."""
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
+    """From peers that answer in ids and not in text."""
+
+
+class Running(ABC):
+    """A peer with a model loaded."""
+
+    process: Process
+
+    @abstractmethod
+    def ask(self, prompts: Sequence[list[int]], num_out: int, concurrency: int) -> list[Answer]:
+        """Answer all prompts, `concurrency` at a time; greedy, `num_out` tokens each.
+
+        Args:
+            prompts: token ids.
+        """
+
+    def close(self) -> None:
+        """End its processes."""
+        self.process.end()
+
+
+class Venv:
+    """A virtual environment of one peer, installed once for each list of packages."""
+
+    def __init__(self, settings: Settings, name: str) -> None:
+        self.settings = settings
+        self.folder = settings.cache / "venvs" / name
+        self.bin = self.folder / "bin"
+        self.python = self.bin / "python"
+
+    def install(
+        self,
+        packages: Sequence[str],
+        *,
+        torch: str | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        """Install `packages` at the versions of constraints.txt, after torch where one is given.
+
+        torch comes first and pinned: as a dependency pip may take a build of many gigabytes.
+        `environment` is for packages that are built.
+
+        Raises:
+            PeerUnavailable: pip failed.
+        """
+        wanted = "\n".join([torch or "", *packages, CONSTRAINTS.read_text()])
+        digest = hashlib.sha256(wanted.encode()).hexdigest()
+        stamp = self.folder / ".installed"
+        if stamp.exists() and stamp.read_text() == digest:
+            return
+        if not self.python.exists():
+            subprocess.run([sys.executable, "-m", "venv", str(self.folder)], check=True)
+        if torch is not None:
+            self.pip([*self.settings.torch_args, torch])
+        self.pip(["--constraint", str(CONSTRAINTS), *packages], environment)
+        stamp.write_text(digest)
+
+    def pip(self, arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> None:
+        """Run pip install."""
+        print(f"{self.folder.name}: pip install {' '.join(arguments)}", file=sys.stderr)
+        log = self.settings.log_of(f"install-{self.folder.name}")
+        command = [str(self.python), "-m", "pip", "install", "--disable-pip-version-check"]
+        with log.open("a") as out:
+            try:
+                code = subprocess.run(
+                    [*command, *arguments],
+                    stdout=out,
+                    stderr=subprocess.STDOUT,
+                    env={**os.environ, **(environment or {})},
+                    timeout=INSTALL_TIMEOUT_S,
+                    check=False,
+                ).returncode
+            except subprocess.TimeoutExpired as error:
+                raise PeerUnavailable(f"pip took over {INSTALL_TIMEOUT_S} s") from error
+        if code:
+            raise PeerUnavailable(f"pip install {' '.join(arguments)} failed: {last_error(log)}")
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """One model in the layouts that peers read; the same weights in each."""
+
+    name: str
+    folder: Path
+    """bfloat16 safetensors in Hugging Face's layout."""
+    gguf: Path
+    """The same weights as bfloat16 GGUF."""
+
+
+class Peer(ABC):
+    """An engine to compare with. One file each; it is told where things are, and keeps no state."""
+
+    name: str
+    formats: Sequence[str] = FORMATS
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+
+    @abstractmethod
+    def install(self) -> str:
+        """Make it ready to run; its version. Raises `PeerUnavailable`."""
+
+    def prepare(self, model: Model, fmt: str) -> None:  # noqa: B027 - most have nothing to do
+        """Convert the model, outside of every measurement. Raises `PeerUnavailable`."""
+
+    @abstractmethod
+    def launch(self, model: Model, fmt: str) -> Running:
+        """Start it; returns once it takes requests. Raises `PeerUnavailable`."""
+
+    def check_format(self, fmt: str) -> None:
+        """Raise `PeerUnavailable` for a format that it does not have."""
+        if fmt not in self.formats:
+            raise PeerUnavailable(f"{self.name} is measured in {', '.join(self.formats)} only")
+
+
+def cpu_flags() -> frozenset[str]:
+    """The instruction sets that the kernel reports."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith(("flags", "Features")):
+            return frozenset(line.split(":", 1)[1].split())
+    return frozenset()
+
+
+def last_error(log: Path) -> str:
+    """The line of a log that most looks like the reason."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    for line in reversed(lines):
+        if "error" in line.lower():
+            return line[:300]
+    return lines[-1][:300] if lines else "no output"
