@@ -21,6 +21,7 @@ import os
 import platform
 import re
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -210,6 +211,7 @@ def _one_of(known: Sequence[str] | dict[str, Any]) -> Any:
 def main() -> None:
     """Prepare, measure, write the table, the JSON and the picture."""
     arguments = parse_arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))  # so that peers are ended too
     cache = Path(os.environ.get("PORTALM_BENCH_DIR") or "~/.cache/portalm-bench").expanduser()
     settings = Settings(cache, torch_args=tuple(shlex.split(arguments.torch_args)))
     cases = [case.shortened() for case in CASES] if arguments.quick else list(CASES)

