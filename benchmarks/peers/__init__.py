@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from peers.base import Peer
 from peers.llama_cpp import LlamaCpp
+from peers.openvino import OpenVINO
 from peers.portalm import PortaLM
 from peers.transformers import Transformers
 
-PEERS: dict[str, type[Peer]] = {peer.name: peer for peer in (PortaLM, LlamaCpp, Transformers)}
+PEERS: dict[str, type[Peer]] = {
+    peer.name: peer for peer in (PortaLM, LlamaCpp, OpenVINO, Transformers)
+}
 """In the order of a round and of the tables."""

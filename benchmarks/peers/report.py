@@ -11,7 +11,6 @@ from typing import Any
 
 from peers.base import PeerUnavailable, Settings, Venv
 from peers.cases import CASES
-from peers.constraints import pinned
 
 OWN = "portalm"
 COLUMNS = {case.name: case.title for case in CASES} | {
@@ -120,7 +119,7 @@ def draw_plot(result: Path, settings: Settings) -> None:
     """The picture beside the JSON file, by matplotlib in an environment of its own."""
     venv = Venv(settings, "plot")
     try:
-        venv.install([pinned("matplotlib")])
+        venv.install(["matplotlib"])
     except PeerUnavailable as error:
         print(f"no picture: {error}", file=sys.stderr)
         return

@@ -8,7 +8,6 @@ from importlib import import_module
 from typing import Any
 
 from peers.base import Answer, Venv
-from peers.constraints import pinned
 from peers.worker import Generate, WorkerPeer, serve_calls
 
 
@@ -22,8 +21,8 @@ class Transformers(WorkerPeer):
     def install(self) -> str:
         """torch and transformers."""
         venv = Venv(self.settings, self.name)
-        venv.install([pinned("transformers"), "safetensors"], torch=pinned("torch"))
-        return pinned("transformers").partition("==")[2]
+        venv.install(["transformers", "safetensors"])
+        return venv.version("transformers")
 
 
 def load() -> Generate:
