@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from abc import ABC, abstractmethod
@@ -94,7 +95,7 @@ class Venv:
         self,
         packages: Sequence[str],
         *,
-        without_dependencies: Sequence[str] = (),
+        left_out: Sequence[str] = (),
         environment: Mapping[str, str] | None = None,
     ) -> None:
         """Install `packages` at the versions that constraints.txt has for this environment.
@@ -104,14 +105,14 @@ class Venv:
 
         Args:
             packages: names of packages.
-            without_dependencies: of packages that ask for large ones which are not needed here.
+            left_out: dependencies of them that are large and not needed here.
             environment: for packages that are built.
 
         Raises:
             PeerUnavailable: pip failed.
         """
         pins = "".join(f"{package}=={version}\n" for package, version in self.pins.items())
-        wanted = "\n".join([*packages, *without_dependencies, pins])
+        wanted = "\n".join([*packages, *left_out, pins])
         stamp = self.folder / ".installed"
         if stamp.exists() and stamp.read_text() == wanted:
             return
@@ -122,10 +123,26 @@ class Venv:
         pinned = ["--constraint", str(constraints)]
         if "torch" in self.pins:
             self.pip([*pinned, *self.settings.torch_args, "torch"])
+        if left_out:
+            self.pip([*pinned, "--no-deps", *packages], environment)
+            packages = self._dependencies(packages, left_out)
         self.pip([*pinned, *packages], environment)
-        if without_dependencies:
-            self.pip([*pinned, "--no-deps", *without_dependencies])
         stamp.write_text(wanted)
+
+    def _dependencies(self, packages: Sequence[str], left_out: Sequence[str]) -> list[str]:
+        """What installed packages ask for, without extras and without `left_out`."""
+        script = (
+            "import importlib.metadata as m, sys; print('\\n'.join(m.requires(sys.argv[1]) or ()))"
+        )
+        found = []
+        for package in packages:
+            command = [str(self.python), "-c", script, package]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            for line in done.stdout.splitlines():
+                name = re.split(r"[^\w.-]", line)[0]
+                if "extra ==" not in line and name not in left_out:
+                    found.append(line)
+        return found
 
     def pip(self, arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> None:
         """Run pip install."""

@@ -1,4 +1,7 @@
-"""OpenVINO GenAI: continuous batching by its Python API, weights exported by optimum-intel."""
+"""OpenVINO GenAI: continuous batching by its Python API, weights exported by optimum-intel.
+
+Its defaults hold: keys and values in 8 bits, and activations too where the weights are quantised.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,8 @@ from peers.base import MAX_CONTEXT, MAX_REQUESTS, Answer, Model, PeerUnavailable
 from peers.worker import Generate, WorkerPeer, serve_calls
 
 EXPORT_TIMEOUT_S = 1800
+_BLOCK = 32
+"""Tokens of a block of its KV cache on a CPU."""
 _WEIGHTS = {
     "bf16": ("fp16",),
     "int8": ("int8",),
@@ -29,15 +34,9 @@ class OpenVINO(WorkerPeer):
     module = "peers.openvino"
 
     def install(self) -> str:
-        """optimum-intel without torchvision, which would bring another torch."""
+        """torchvision would bring another torch."""
         venv = Venv(self.settings, self.name)
-        venv.install(
-            [
-                *("openvino-genai", "openvino-tokenizers", "openvino", "nncf", "transformers"),
-                *("huggingface_hub", "requests", "setuptools"),
-            ],
-            without_dependencies=["optimum", "optimum-intel"],
-        )
+        venv.install(["openvino-genai", "optimum-intel"], left_out=["torchvision"])
         return venv.version("openvino-genai")
 
     def prepare(self, model: Model, fmt: str) -> None:
@@ -65,7 +64,7 @@ class OpenVINO(WorkerPeer):
         scratch.rename(target)
 
     def arguments(self, model: Model, fmt: str) -> list[str]:
-        """The exported model, and the blocks of its cache."""
+        """The exported model, and the tokens that its cache holds."""
         return [str(self._exported(model, fmt)), str(MAX_REQUESTS * MAX_CONTEXT)]
 
     def _exported(self, model: Model, fmt: str) -> Path:
@@ -80,7 +79,7 @@ def load() -> Generate:
     scheduler.max_num_seqs = MAX_REQUESTS
     scheduler.max_num_batched_tokens = 2048
     scheduler.enable_prefix_caching = True
-    scheduler.cache_size = 2  # GB
+    scheduler.num_kv_blocks = int(sys.argv[2]) // _BLOCK
     pipeline = genai.ContinuousBatchingPipeline(
         sys.argv[1],
         scheduler_config=scheduler,
