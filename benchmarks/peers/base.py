@@ -223,6 +223,11 @@ def cpu_flags() -> frozenset[str]:
     return frozenset()
 
 
+def torch_dtype() -> str:
+    """What torch's matrix products are fast in: without instructions for bf16 that is float32."""
+    return "bfloat16" if cpu_flags() & {"avx512_bf16", "amx_bf16", "bf16"} else "float32"
+
+
 def last_error(log: Path) -> str:
     """The line of a log that most looks like the reason."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]

@@ -14,6 +14,7 @@ class Pace(ServerPeer):
     """A router and one engine, the scheduler with continuous batches."""
 
     name = "pace"
+    health_path = "/v1/health"
     formats = ("bf16",)
 
     def install(self) -> str:

@@ -24,13 +24,16 @@ class ServerPeer(Peer):
     """A peer that is started as a command and asked over HTTP."""
 
     health_path = "/health"
-    environment: Mapping[str, str] = {}
     extra_body: Mapping[str, Any] = {"ignore_eos": True}
     """Fields of a request beside OpenAI's own."""
 
     @abstractmethod
     def command(self, model: Model, fmt: str, port: int) -> list[str]:
         """The command line of the server."""
+
+    def environment(self) -> Mapping[str, str]:
+        """Variables of the server beside our own."""
+        return {}
 
     def launch(self, model: Model, fmt: str) -> Running:
         """Start the server; returns when it is healthy."""
@@ -39,7 +42,7 @@ class ServerPeer(Peer):
         process = Process(
             self.command(model, fmt, port),
             self.settings.log_of(f"{self.name}-{model.name}-{fmt}"),
-            environment=self.environment,
+            environment=self.environment(),
         )
         try:
             _wait_until_healthy(process, port, self.health_path)

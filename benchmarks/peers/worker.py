@@ -11,7 +11,7 @@ import json
 import os
 import select
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from peers.base import Answer, Model, Peer, PeerUnavailable, Running, Venv, last_error
@@ -27,7 +27,6 @@ class WorkerPeer(Peer):
     """A peer that runs as `python -m peers.NAME` in its own environment."""
 
     module: str
-    environment: Mapping[str, str] = {}
 
     def arguments(self, model: Model, fmt: str) -> list[str]:
         """Of the worker's command line."""
@@ -43,7 +42,7 @@ class WorkerPeer(Peer):
                 *self.arguments(model, fmt),
             ],
             self.settings.log_of(f"{self.name}-{model.name}-{fmt}"),
-            environment={"OMP_NUM_THREADS": str(len(self.settings.cpus)), **self.environment},
+            environment={"OMP_NUM_THREADS": str(len(self.settings.cpus))},
             cwd=_FOLDER,
             is_piped=True,
         )
