@@ -34,6 +34,7 @@ from peers import ceilings as machine
 from peers.base import FORMATS, Model, Peer, PeerUnavailable, Running, Settings
 from peers.cases import CASES, Case
 from peers.checkpoints import MODELS, read_shape, write_model
+from peers.process import machine_cpu_s
 from peers.report import draw_plot, to_markdown
 from tokenizers import Tokenizer
 
@@ -57,6 +58,10 @@ class Row:
     figures: dict[str, list[float]] = field(default_factory=dict)
     """Column -> a value for each round."""
     cpu_over_wall: dict[str, list[float]] = field(default_factory=dict)
+    """Column -> CPU seconds of the peer's processes over wall seconds, for each round."""
+    others_over_wall: dict[str, list[float]] = field(default_factory=dict)
+    """The same of everybody else on the machine; the client of a server is among them."""
+    slowest_round_s: float = 0.0
 
     def add(self, column: str, value: float) -> None:
         """One round's value."""
@@ -69,9 +74,13 @@ class Bench:
 
     peers: dict[str, Peer]
     cases: Sequence[Case]
+    program: Path
+    """Measures the ceilings."""
+    max_round_s: float
+    """A peer that takes longer with a model and format is not started again for it."""
     tokenizers: dict[str, Tokenizer] = field(default_factory=dict)
 
-    def run_round(self, row: Row, model: Model, seed: int) -> None:
+    def measure(self, row: Row, model: Model, seed: int) -> None:
         """Start a peer, measure every case, end it."""
         running = self.peers[row.peer].launch(model, row.fmt)
         try:
@@ -99,12 +108,14 @@ class Bench:
     def _run_case(
         self, row: Row, running: Running, case: Case, prompts: Sequence[list[int]]
     ) -> None:
-        cpu, wall = running.process.cpu_s(), time.monotonic()
+        cpu, all_cpu = running.process.cpu_s(), machine_cpu_s()
+        wall = time.monotonic()
         answers = running.ask(prompts, case.num_out, case.concurrency)
         wall = time.monotonic() - wall
-        cpu = running.process.cpu_s() - cpu
+        cpu, all_cpu = running.process.cpu_s() - cpu, machine_cpu_s() - all_cpu
         row.add(case.name, case.value(answers))
         row.cpu_over_wall.setdefault(case.name, []).append(cpu / wall)
+        row.others_over_wall.setdefault(case.name, []).append((all_cpu - cpu) / wall)
         running.process.note_pss()
 
 
@@ -114,26 +125,23 @@ def _words(tokenizer: Tokenizer) -> list[int]:
     return sorted(i for word, i in vocab.items() if re.fullmatch("Ġ[a-z]{2,}", word))
 
 
-def measure(
-    bench: Bench, models: Sequence[Model], formats: Sequence[str], rounds: int, program: Path
-) -> tuple[list[Row], dict[str, Any]]:
-    """All rounds: in each one every peer in turn; and the ceilings, by model and format."""
-    rows = [
-        Row(peer, model.name, fmt) for model in models for fmt in formats for peer in bench.peers
-    ]
-    by_name = {model.name: model for model in models}
-    prepare(bench, rows, by_name)
-    measured: dict[str, Any] = {}
-    for round_ in range(rounds):
-        for model in models:
-            for fmt in formats:
-                ceiling = machine.measure(program, read_shape(model), fmt)
-                measured.setdefault(f"{model.name} {fmt}", []).append(asdict(ceiling))
-                print(f"round {round_}: {model.name} {fmt}: {ceiling}", file=sys.stderr)
-                for row in rows:
-                    if (row.model, row.fmt) == (model.name, fmt) and row.problem is None:
-                        _run_or_note(bench, row, model, round_)
-    return rows, measured
+def run_round(
+    bench: Bench,
+    rows: Sequence[Row],
+    models: dict[str, Model],
+    ceilings: dict[str, list[dict[str, float]]],
+    round_: int,
+) -> None:
+    """Every model and format: the ceilings, then every peer in turn."""
+    for model_name, fmt in dict.fromkeys((row.model, row.fmt) for row in rows):
+        model = models[model_name]
+        ceiling = machine.measure(bench.program, read_shape(model), fmt)
+        ceilings.setdefault(f"{model_name} {fmt}", []).append(asdict(ceiling))
+        print(f"round {round_}: {model_name} {fmt}: {ceiling}", file=sys.stderr)
+        for row in rows:
+            is_due = row.problem is None and row.slowest_round_s <= bench.max_round_s
+            if is_due and (row.model, row.fmt) == (model_name, fmt):
+                _run_or_note(bench, row, model, round_)
 
 
 def prepare(bench: Bench, rows: Sequence[Row], models: dict[str, Model]) -> None:
@@ -155,12 +163,14 @@ def prepare(bench: Bench, rows: Sequence[Row], models: dict[str, Model]) -> None
 
 
 def _run_or_note(bench: Bench, row: Row, model: Model, round_: int) -> None:
+    started = time.monotonic()
     try:
-        bench.run_round(row, model, seed=round_)
+        bench.measure(row, model, seed=round_)
     except (PeerUnavailable, OSError) as error:
         row.problem = (
             f"{type(error).__name__}: {error}" if isinstance(error, OSError) else str(error)
         )
+    row.slowest_round_s = max(row.slowest_round_s, time.monotonic() - started)
     print(f"round {round_}: {asdict(row)}", file=sys.stderr)
 
 
@@ -192,6 +202,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--formats", type=_one_of(FORMATS), default=list(FORMATS))
     parser.add_argument("--quick", action="store_true", help="one short round, to see that it runs")
     parser.add_argument("--prepare", action="store_true", help="install and convert, then end")
+    parser.add_argument(
+        "--max-round-s",
+        type=float,
+        default=900.0,
+        help="a peer that takes longer with a model and format is not run again with them",
+    )
     parser.add_argument("--torch-args", default="", help="for pip where it installs torch")
     parser.add_argument("--name", default="compare-cpu", help="of the result files")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result files")
@@ -215,30 +231,47 @@ def main() -> None:
     cache = Path(os.environ.get("PORTALM_BENCH_DIR") or "~/.cache/portalm-bench").expanduser()
     settings = Settings(cache, torch_args=tuple(shlex.split(arguments.torch_args)))
     cases = [case.shortened() for case in CASES] if arguments.quick else list(CASES)
-    bench = Bench({name: PEERS[name](settings) for name in arguments.peers}, cases)
-    models = [write_model(name, cache) for name in arguments.models]
-    program = machine.build(cache)
-    rounds = 0 if arguments.prepare else 1 if arguments.quick else arguments.rounds
-
-    rows, ceilings = measure(bench, models, arguments.formats, rounds, program)
+    bench = Bench(
+        {name: PEERS[name](settings) for name in arguments.peers},
+        cases,
+        machine.build(cache),
+        arguments.max_round_s,
+    )
+    models = {name: write_model(name, cache) for name in arguments.models}
+    rows = [
+        Row(peer, model, fmt)
+        for model in models
+        for fmt in arguments.formats
+        for peer in bench.peers
+    ]
+    prepare(bench, rows, models)
     if arguments.prepare:
         return
-    shapes = {model.name: read_shape(model) for model in models}
-    result = {
-        **describe_machine(settings),
-        "rounds": rounds,
-        "is_quick": arguments.quick,
-        "cases": [asdict(case) for case in cases],
-        "ceilings": ceilings,
-        "limits": machine.limits(ceilings, cases, shapes),
-        "rows": [asdict(row) for row in rows],
-    }
-    stem = arguments.out / f"{result['date']}-{arguments.name}{'-quick' * arguments.quick}"
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    table = to_markdown(result)
-    print(table)
-    Path(f"{stem}.md").write_text(table)
+
+    ceilings: dict[str, list[dict[str, float]]] = {}
+    shapes = {name: read_shape(model) for name, model in models.items()}
+    for round_ in range(1 if arguments.quick else arguments.rounds):
+        run_round(bench, rows, models, ceilings, round_)
+        result = {
+            **describe_machine(settings),
+            "rounds": round_ + 1,
+            "is_quick": arguments.quick,
+            "cases": [asdict(case) for case in cases],
+            "ceilings": ceilings,
+            "limits": machine.limits(ceilings, cases, shapes),
+            "rows": [asdict(row) for row in rows],
+        }
+        write(result, arguments.out, arguments.name + "-quick" * arguments.quick, settings)
+
+
+def write(result: dict[str, Any], folder: Path, name: str, settings: Settings) -> None:
+    """The JSON, the table and the picture; after each round, so that a long run leaves some."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = folder / f"{result['date']}-{name}"
     Path(f"{stem}.json").write_text(json.dumps(result, indent=1) + "\n")
+    table = to_markdown(result)
+    Path(f"{stem}.md").write_text(table)
+    print(table)
     draw_plot(Path(f"{stem}.json"), settings)
 
 

@@ -50,9 +50,10 @@ class OpenVINO(WorkerPeer):
         with log.open("w") as out:
             done = subprocess.run(
                 [
-                    *(Venv(self.settings, self.name).python.with_name("optimum-cli"), "export"),
-                    *("openvino", "--model", model.folder, "--task", "text-generation-with-past"),
-                    *("--weight-format", *_WEIGHTS[fmt], scratch),
+                    str(Venv(self.settings, self.name).python.with_name("optimum-cli")),
+                    *("export", "openvino", "--model", str(model.folder)),
+                    *("--task", "text-generation-with-past"),
+                    *("--weight-format", *_WEIGHTS[fmt], str(scratch)),
                 ],
                 stdout=out,
                 stderr=subprocess.STDOUT,

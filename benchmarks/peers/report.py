@@ -31,7 +31,9 @@ def to_markdown(result: dict[str, Any]) -> str:
         f"{result['rounds']} rounds, every peer started anew in each.",
         "Cells: median (least to most of the rounds), then the share of the limit. The limit is "
         "that of the measured memory bandwidth and multiply-adds, overlapped perfectly. Greedy, "
-        "the same token ids. Written by benchmarks/compare_cpu.py.",
+        "the same token ids. Ratios above 1: PortaLM is better. CPU seconds over wall seconds: "
+        f"near {result['num_cpus']} is sound for the engine, near 0 for the others on the machine.",
+        "Written by benchmarks/compare_cpu.py.",
     ]
     if result["is_quick"]:
         lines += ["", "**A quick run: it shows that peers run, its figures say little.**"]
@@ -39,7 +41,7 @@ def to_markdown(result: dict[str, Any]) -> str:
     for model, fmt in keys:
         rows = [row for row in result["rows"] if (row["model"], row["fmt"]) == (model, fmt)]
         lines += ["", f"## {model}, {fmt}", ""]
-        lines += _table(rows, result["limits"].get(f"{model} {fmt}", {}))
+        lines += _table(rows, result["limits"].get(f"{model} {fmt}", {}), result["rounds"])
         lines += ["", *_ceiling_lines(result["ceilings"].get(f"{model} {fmt}", []))]
         lines += [
             f"- {row['peer']}: no figures: {row['problem']}" for row in rows if row["problem"]
@@ -64,23 +66,23 @@ def ratio(rows: Sequence[dict[str, Any]], column: str) -> tuple[float, str] | No
     return (medians[best] / own if is_lower else own / medians[best]), best
 
 
-def _table(rows: Sequence[dict[str, Any]], limits: dict[str, float]) -> list[str]:
+def _table(rows: Sequence[dict[str, Any]], limits: dict[str, float], num_rounds: int) -> list[str]:
     lines = [
-        "| engine | " + " | ".join(COLUMNS.values()) + " | CPU s / wall s |",
-        "|---" * (len(COLUMNS) + 2) + "|",
+        "| engine | " + " | ".join(COLUMNS.values()) + " | CPU s / wall s | others' |",
+        "|---" * (len(COLUMNS) + 3) + "|",
     ]
     for row in rows:
-        cells = [_cell(row, column, limits) for column in COLUMNS]
+        cells = [_cell(row, column, limits, num_rounds) for column in COLUMNS]
         lines.append(f"| {row['peer']} {row['version']} | {' | '.join(cells)} | {_cpu(row)} |")
     cells = [f"{limits[c] * SCALE.get(c, 1):.4g}" if c in limits else "" for c in COLUMNS]
-    lines.append(f"| the limit | {' | '.join(cells)} | |")
+    lines.append(f"| the limit | {' | '.join(cells)} | | |")
     found = [ratio(rows, column) for column in COLUMNS]
     cells = ["" if one is None else f"**{one[0]:.2f}** ({one[1]})" for one in found]
-    lines.append(f"| PortaLM against the best peer | {' | '.join(cells)} | |")
+    lines.append(f"| PortaLM against the best peer | {' | '.join(cells)} | | |")
     return lines
 
 
-def _cell(row: dict[str, Any], column: str, limits: dict[str, float]) -> str:
+def _cell(row: dict[str, Any], column: str, limits: dict[str, float], num_rounds: int) -> str:
     middle = median(row, column)
     if middle is None:
         return ""
@@ -89,6 +91,8 @@ def _cell(row: dict[str, Any], column: str, limits: dict[str, float]) -> str:
     text = f"{middle * scale:.4g}"
     if len(values) > 1:
         text += f" ({min(values):.4g} to {max(values):.4g})"
+    elif num_rounds > 1:
+        text += " (1 round)"
     if column in limits:
         share = limits[column] / middle if column in LOWER_IS_BETTER else middle / limits[column]
         text += f", {share:.0%}"
@@ -96,11 +100,14 @@ def _cell(row: dict[str, Any], column: str, limits: dict[str, float]) -> str:
 
 
 def _cpu(row: dict[str, Any]) -> str:
-    """Of the column that used least and the one that used most."""
+    """Of the column that used least and the one that used most; and of everybody else."""
     if row["problem"] or not row["cpu_over_wall"]:
-        return ""
-    medians = [statistics.median(values) for values in row["cpu_over_wall"].values()]
-    return f"{min(medians):.2f} to {max(medians):.2f}"
+        return " | "
+    own, others = (
+        [statistics.median(values) for values in row[name].values()]
+        for name in ("cpu_over_wall", "others_over_wall")
+    )
+    return f"{min(own):.2f} to {max(own):.2f} | {min(others):.2f} to {max(others):.2f}"
 
 
 def _ceiling_lines(ceilings: Sequence[dict[str, float]]) -> list[str]:
