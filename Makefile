@@ -5,12 +5,14 @@ VENV ?= .venv
 # Where pip finds torch's CPU build, if not where it looks anyway, for example
 #   make demo TORCH_ARGS="--index-url <the index of PyTorch's CPU wheels>"
 TORCH_ARGS ?=
+# Of benchmarks/compare_cpu.py, for example make bench-cpu BENCH_ARGS=--quick
+BENCH_ARGS ?=
 
 PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint ci/constraints.txt
 BIN := $(VENV)/bin
 NATIVE := $(shell find csrc_cpu csrc_cuda csrc_rocm -type f 2>/dev/null)
 
-.PHONY: demo install install-dev model check lint types layers test bench clean
+.PHONY: demo install install-dev model check lint types layers test bench bench-cpu clean
 
 demo: install model
 	$(BIN)/portalm generate
@@ -63,6 +65,10 @@ test: lint types layers model
 
 bench: install-dev model
 	$(BIN)/python benchmarks/engine/against_transformers.py
+
+# against other engines, which it installs (gigabytes, llama.cpp is built); an hour and more
+bench-cpu: install-dev model
+	$(BIN)/python benchmarks/compare_cpu.py $(if $(TORCH_ARGS),--torch-args="$(TORCH_ARGS)") $(BENCH_ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

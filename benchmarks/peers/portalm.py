@@ -1,0 +1,45 @@
+"""PortaLM itself: `portalm serve` of the environment that runs the comparison."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+from peers.base import MAX_CONTEXT, MAX_REQUESTS, Model, PeerUnavailable
+from peers.server import ServerPeer
+
+
+class PortaLM(ServerPeer):
+    """`portalm serve`."""
+
+    name = "portalm"
+    extra_body = {  # noqa: RUF012 - read only
+        "ignore_eos": True,
+        "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+    }
+
+    def install(self) -> str:
+        """It is what runs this."""
+        return version("portalm")
+
+    def prepare(self, model: Model, fmt: str) -> None:
+        """Refuse a format that this PortaLM has no flag for."""
+        if fmt != "bf16" and "--quantization" not in self._help():
+            raise PeerUnavailable(f"`portalm serve` has no --quantization {fmt} yet")
+
+    def command(self, model: Model, fmt: str, port: int) -> list[str]:
+        """Defaults but for the limits that every peer has."""
+        command = [str(_executable()), "serve", str(model.folder), "--port", str(port)]
+        command += ["--max-model-len", str(MAX_CONTEXT), "--max-num-seqs", str(MAX_REQUESTS)]
+        command += ["--dtype", "bfloat16"]
+        return command if fmt == "bf16" else [*command, "--quantization", fmt]
+
+    def _help(self) -> str:
+        command = [str(_executable()), "serve", "--help"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _executable() -> Path:
+    return Path(sys.executable).with_name("portalm")
