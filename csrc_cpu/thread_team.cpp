@@ -71,7 +71,21 @@ double cgroup_quota() {  // cores; 0: none
   return 0;
 }
 
-std::vector<std::thread>& as_threads(void* p) { return *static_cast<std::vector<std::thread>*>(p); }
+struct Worker {
+  std::thread thread;
+  int core;  // -1: not pinned
+};
+std::vector<Worker>& as_workers(void* p) { return *static_cast<std::vector<Worker>*>(p); }
+
+void pin([[maybe_unused]] Worker& worker, [[maybe_unused]] int core) {
+#if defined(__linux__)
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  CPU_SET(core, &set);
+  pthread_setaffinity_np(worker.thread.native_handle(), sizeof set, &set);
+#endif
+  worker.core = core;
+}
 
 }  // namespace
 
@@ -105,22 +119,30 @@ void ThreadTeam::resize(int size) {
 }
 
 void ThreadTeam::start() {
-  auto* threads = new std::vector<std::thread>;
+  auto* workers = new std::vector<Worker>;
   std::vector<int> cores = physical_cores(allowed_cores());
+  free_core_ = cores[0];
   stopping_ = false;
   uint32_t generation = generation_.load();
   for (int member = 1; member < size_; ++member) {
-    threads->emplace_back([this, member, generation] { loop(member, generation); });
-#if defined(__linux__)
-    if (member < static_cast<int>(cores.size())) {
-      cpu_set_t set;
-      CPU_ZERO(&set);
-      CPU_SET(cores[member], &set);
-      pthread_setaffinity_np(threads->back().native_handle(), sizeof set, &set);
-    }
-#endif
+    workers->push_back({std::thread([this, member, generation] { loop(member, generation); }), -1});
+    if (member < static_cast<int>(cores.size())) pin(workers->back(), cores[member]);
   }
-  threads_ = threads;
+  threads_ = workers;
+}
+
+// A worker that is pinned to the core where the caller runs moves to the one that was free.
+void ThreadTeam::leave_callers_core() {
+#if defined(__linux__)
+  const int here = sched_getcpu();
+  if (here == free_core_ || here < 0) return;
+  for (Worker& worker : as_workers(threads_)) {
+    if (worker.core != here) continue;
+    pin(worker, free_core_);
+    free_core_ = here;
+    return;
+  }
+#endif
 }
 
 void ThreadTeam::stop() {
@@ -128,8 +150,8 @@ void ThreadTeam::stop() {
   stopping_ = true;
   generation_.fetch_add(1, std::memory_order_release);
   generation_.notify_all();
-  for (std::thread& thread : as_threads(threads_)) thread.join();
-  delete &as_threads(threads_);
+  for (Worker& worker : as_workers(threads_)) worker.thread.join();
+  delete &as_workers(threads_);
   threads_ = nullptr;
 }
 
@@ -163,6 +185,7 @@ void ThreadTeam::run(Work work, void* context) {
   }
   while (in_use_.test_and_set(std::memory_order_acquire)) std::this_thread::yield();
   if (threads_ == nullptr) start();
+  leave_callers_core();
   work_ = work;
   context_ = context;
   const uint32_t generation = generation_.load(std::memory_order_relaxed) + 1;

@@ -1,5 +1,7 @@
 // A team of threads for the length of a process: spins for the next piece of work for a moment,
-// then sleeps. The caller is a member; workers are pinned, one a core of the process's affinity.
+// then sleeps. The caller is a member and runs where the system puts it; workers are pinned, one to
+// each other core of the process's affinity. Were they not, or stayed where the caller is put, two
+// that spin would share a core while another one is idle.
 #pragma once
 
 #include <atomic>
@@ -37,9 +39,11 @@ class ThreadTeam {
   void start();
   void stop();
   void loop(int member, uint32_t generation);
+  void leave_callers_core();
 
   int size_;
-  void* threads_ = nullptr;  // a std::vector of std::thread, left alone in a forked child
+  void* threads_ = nullptr;  // a std::vector of Worker, left alone in a forked child
+  int free_core_ = -1;       // the one that no worker is pinned to
   Work work_ = nullptr;
   void* context_ = nullptr;
   bool stopping_ = false;

@@ -19,7 +19,7 @@ from peers.base import Model
 from portalm.config import DEFAULT_MODEL, EngineConfig
 from portalm.models.hub import resolve_model
 from portalm.models.loader import open_checkpoint
-from portalm.models.loader.gguf import read_metadata
+from portalm.models.loader.gguf_file import read_metadata
 from portalm.text.gguf_tokenizer import build_gguf_tokenizer
 
 MODELS = ("smollm2-135m", "llama-1b-shape")
