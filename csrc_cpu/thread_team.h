@@ -46,7 +46,7 @@ class ThreadTeam {
   int free_core_ = -1;       // the one that no worker is pinned to
   Work work_ = nullptr;
   void* context_ = nullptr;
-  bool stopping_ = false;
+  std::atomic<bool> stopping_{false};
   double wait_seconds_ = 0;
   alignas(64) std::atomic<uint32_t> generation_{0};  // grows with every run: what workers wait for
   alignas(64) std::atomic<uint64_t> gate_{0};  // generation, whether it may be entered, who is inside
