@@ -32,7 +32,7 @@ def run_serve(arguments: argparse.Namespace) -> int:
     """Serve until SIGINT or SIGTERM."""
     from portalm.cli.engine_flags import engine_settings
     from portalm.config import EngineConfig
-    from portalm.server.app import ServerConfig, run
+    from portalm.server.run import ServerConfig, run
 
     settings = engine_settings(arguments)
     if arguments.model_name is not None:
