@@ -85,7 +85,7 @@ class Engine:
             weights = model.load(
                 checkpoint,
                 self.backend,
-                quantization=_choose_quantization(config, self.backend, dtype),
+                quantization=_choose_quantization(config, self.backend),
                 progress=lambda share: tell("load", share),
             )
         finally:
@@ -371,13 +371,17 @@ def _choose_dtype(config: EngineConfig, model: ModelConfig, backend: Backend) ->
     )
 
 
-def _choose_quantization(config: EngineConfig, backend: Backend, dtype: str) -> Quantization:
+def _choose_quantization(config: EngineConfig, backend: Backend) -> Quantization:
     """What `config.quantization` means on this backend; `Unsupported` if it cannot."""
-    if config.quantization == "auto":
-        # in float32 somebody wants exact products: rounding activations would spoil them
-        return Quantization(keep=dtype != "float32")
     if config.quantization == "none":
         return AS_CAST
+    if config.quantization == "native":
+        if not backend.capabilities.quantizations:
+            raise Unsupported(
+                f"backend {backend.name!r} does not compute with weights of few bits: leave "
+                f"--quantization at none"
+            )
+        return Quantization(keep=True)
     quantization = _ROUNDED[config.quantization]
     claimed = backend.capabilities.quantizations
     for name in (quantization.layers, quantization.head):
