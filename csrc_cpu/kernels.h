@@ -18,7 +18,12 @@ enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
 constexpr int64_t kDTypeBytes[] = {4, 2, 2};
 
 // How a linear weight is packed; the first three as DType. What the others are: linear_quantized.h.
-enum class Format : int { f32 = 0, bf16 = 1, f16 = 2, q8 = 3, q4 = 4, q4_min = 5, q8_16 = 6 };
+enum class Format : int {
+  f32 = 0, bf16 = 1, f16 = 2,
+  q8 = 3, q4 = 4, q4_min = 5,
+  q8_x16 = 6, q4_x16 = 7, q4_min_x16 = 8, q8_16_x16 = 9,
+  blocks = 10,  // of bfloat16, nearly exact; where that is not faster, bf16
+};
 
 struct PackArgs {  // linear.h, linear_quantized.h
   const void* source;  // [N, K], contiguous

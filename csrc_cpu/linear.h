@@ -226,8 +226,9 @@ struct Wide {
 };
 
 // The tile of R rows that begins at row `r` of the block, by panels [begin, end), P at a time.
+// Inlined into its callers it would lose the registers that it needs.
 template <int R, int P, typename W, typename X>
-inline void tile_by_panels_of(const LinearArgs& a, const Wide<X>& wide, int64_t r, const W* packed,
+__attribute__((noinline)) void tile_by_panels_of(const LinearArgs& a, const Wide<X>& wide, int64_t r, const W* packed,
                               int64_t begin, int64_t end) {
   float sums[R * P * kPanel];
   int64_t p = begin;

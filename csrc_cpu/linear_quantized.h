@@ -1,18 +1,24 @@
-// linear over weights of 8 or 4 bits: weight[n, k] = scale[n, g] * (code[n, k] - zero) + minimum[n, g]
-// for groups g of k; products are sums of 8-bit integers, exact, scaled and added in float32.
+// linear over integers: weight[n, k] = scale[n, g] * (code[n, k] - zero) + minimum[n, g] for groups g
+// of k; products are sums of integers, exact, scaled and added in float32.
 //
-//   weight   panels of kPanel rows; for each group the float16 scales of the panel's rows, their
-//            minimums where the format has them, then the codes: as pairs [G / 2][kPanel][2] or
-//            quads [G / 4][kPanel][4] of k, whichever the CPU multiplies; of 4 bits, one byte holds
-//            a code of the first half of the group's quads (low) and of the second half (high)
-//   x        [rows, K], rounded to 8 bits for each row and group by its largest value; once a call
+//   weight   panels of kPanel rows; for each group the scales of the panel's rows, their minimums
+//            where the format has them, then the codes. A unit of 16 bits (8 where the CPU
+//            multiplies quads of bytes) holds the codes of as many k as fit, and the units of a
+//            pair (quad) of k of one row make up a 32-bit lane: [lanes][kPanel][kStep] units
+//   x        [rows, K], rounded for each row and group by its largest value; once a call
+//
+// Codes of 8 or 4 bits are a checkpoint's or what a weight is rounded to; x has 8 bits, or 15 (_x16)
+// where the checkpoint's own values shall come out. On CPUs without bfloat16 dot products bfloat16
+// weights are 14-bit integers here (blocks), x 13: a pair of 16-bit products takes two instructions
+// where float32 takes four. Scales are powers of two, so that whatever is not more than 16 times
+// smaller than the largest of its 64 neighbours is exact (docs/adr/0006).
 //
 // Mapping:  as linear.h: the team shares panels, tiles of up to kTileRows rows share each load.
-// Bound by: memory at few rows, 8-bit products at many.
+// Bound by: memory at few rows, integer products at many.
 // Meaning:  as ReferenceBackend.linear over the dequantised weight, but for the rounding of x. Within
 //           a group sums are exact, groups are added in order: a row's result does not depend on
 //           the batch, and is the same on every instruction set but for how multiply-adds round.
-// Tested:   tests/unit/test_cpu_quantized.py; speed: benchmarks/kernels/linear.py --formats
+// Tested:   tests/unit/test_cpu_linear.py; speed: benchmarks/kernels/linear.py
 #pragma once
 
 #include "linear.h"
@@ -21,40 +27,62 @@ namespace portalm::PORTALM_ISA {
 
 struct FormatShape {
   int64_t group;  // values of k with one scale
-  int bits;
-  int zero;  // code of 0, where there is no minimum
+  int bits;       // of a code
+  int zero;       // code of 0, where there is no minimum
   bool has_minimum;
+  int x_bits;  // of x's codes, the sign apart
 };
 constexpr FormatShape kFormats[] = {
-    {32, 8, 128, false},  // Format::q8
-    {32, 4, 8, false},    // Format::q4
-    {32, 4, 0, true},     // Format::q4_min
-    {16, 8, 128, false},  // Format::q8_16
+    {32, 8, 128, false, 7},   // Format::q8
+    {32, 4, 8, false, 7},     // Format::q4
+    {32, 4, 0, true, 7},      // Format::q4_min
+    {32, 8, 128, false, 14},  // Format::q8_x16
+    {32, 4, 8, false, 14},    // Format::q4_x16
+    {32, 4, 0, true, 14},     // Format::q4_min_x16
+    {16, 8, 128, false, 14},  // Format::q8_16_x16
+    // Format::blocks: 64 * 2^12 * 8160, the largest that bfloat16 gives a code of, is below 2^31
+    {64, 16, 0, false, 12},
 };
 template <Format F>
 constexpr FormatShape kShape = kFormats[static_cast<int>(F) - static_cast<int>(Format::q8)];
 
-// -- products of 8-bit integers ------------------------------------------------------------------
+// Whether products of integers are faster than those of bfloat16.
+#if defined(__SSE2__)
+constexpr bool kAsBlocks = !kDotsPairs;
+#else
+constexpr bool kAsBlocks = false;
+#endif
 
-#if defined(__AVX512VNNI__) && PORTALM_LANES == 16
+// -- products of integers ------------------------------------------------------------------------
+
+#if (defined(__AVX512VNNI__) && PORTALM_LANES == 16) || defined(PORTALM_EMULATED)
 constexpr bool kHasQuads = true;  // 8-bit codes are multiplied four at a time
 #else
 constexpr bool kHasQuads = false;
 #endif
 
 template <Format F>
-constexpr bool kAsQuads = kShape<F>.bits == 4 || kHasQuads;
+constexpr bool kAsQuads = kShape<F>.x_bits == 7;
 template <Format F>
 constexpr int64_t kStep = kAsQuads<F> ? 4 : 2;  // values of k in one 32-bit lane
+template <Format F>
+constexpr int kUnitBits = kAsQuads<F> ? 8 : 16;
+template <Format F>
+constexpr int kCodesInUnit = kUnitBits<F> / kShape<F>.bits;
 
-typedef uint8_t HalfBytes __attribute__((vector_size(2 * kLanes)));
+typedef uint16_t VecH __attribute__((vector_size(4 * kLanes)));
+typedef uint64_t VecL __attribute__((vector_size(4 * kLanes)));
 
-// Sums over lanes' pairs of 16-bit products, added to 32-bit sums.
-PORTALM_INLINE VecI add_pairs(VecI sums, VecI w, VecI x) {
-#if defined(__AVX512BW__) && PORTALM_LANES == 16
-  return sums + (VecI)_mm512_madd_epi16((__m512i)w, (__m512i)x);
+// Sums over lanes' pairs of 16-bit products, added to 32-bit sums. Where registers are few, one piece
+// of assembly keeps the compiler from making all products before it adds the first.
+PORTALM_INLINE void add_pairs(VecI& sums, VecI w, VecI x) {
+#if defined(__AVX512VNNI__) && PORTALM_LANES == 16
+  sums = (VecI)_mm512_dpwssd_epi32((__m512i)sums, (__m512i)w, (__m512i)x);
+#elif defined(__AVX512BW__) && PORTALM_LANES == 16
+  sums += (VecI)_mm512_madd_epi16((__m512i)w, (__m512i)x);
 #elif defined(__AVX2__) && PORTALM_LANES == 8
-  return sums + (VecI)_mm256_madd_epi16((__m256i)w, (__m256i)x);
+  VecI products;
+  asm("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(sums), "=&x"(products) : "x"(w), "x"(x));
 #elif defined(__AVX2__) && PORTALM_LANES == 16
   __m256i a[2], b[2];
   memcpy(a, &w, sizeof w);
@@ -62,31 +90,34 @@ PORTALM_INLINE VecI add_pairs(VecI sums, VecI w, VecI x) {
   for (int i = 0; i < 2; ++i) a[i] = _mm256_madd_epi16(a[i], b[i]);
   VecI products;
   memcpy(&products, a, sizeof products);
-  return sums + products;
+  sums += products;
 #elif defined(__SSE2__) && PORTALM_LANES == 4
-  return sums + (VecI)_mm_madd_epi16((__m128i)w, (__m128i)x);
+  sums += (VecI)_mm_madd_epi16((__m128i)w, (__m128i)x);
 #else
   const VecI low = ((w << 16) >> 16) * ((x << 16) >> 16);
-  return sums + low + (w >> 16) * (x >> 16);
+  sums += low + (w >> 16) * (x >> 16);
 #endif
 }
 
-// Codes of 8 bits as 16-bit numbers.
-PORTALM_INLINE VecI widen_codes(const uint8_t* codes) {
-#if defined(__AVX512BW__) && PORTALM_LANES == 16
-  return (VecI)_mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)codes));
-#elif defined(__AVX2__) && PORTALM_LANES == 8
-  return (VecI)_mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)codes));
-#else
-  HalfBytes narrow;
-  memcpy(&narrow, codes, sizeof narrow);
-  typedef uint16_t Wide16 __attribute__((vector_size(4 * kLanes)));
-  return __builtin_bit_cast(VecI, __builtin_convertvector(narrow, Wide16));
-#endif
+// The codes number `i` of a vector's units.
+template <Format F>
+PORTALM_INLINE VecI codes_of(VecI units, int i) {
+  constexpr int bits = kShape<F>.bits, unit = kUnitBits<F>;
+  if constexpr (bits == unit) {
+    return units;
+  } else if constexpr (unit == 16) {
+    VecH wide = (VecH)units;
+    if (i + 1 == kCodesInUnit<F>) return (VecI)(wide >> (unit - bits));
+    if (i) wide >>= i * bits;
+    return (VecI)(wide & static_cast<uint16_t>((1 << bits) - 1));
+  } else {
+    static_assert(bits == 4);
+    return (i ? units >> 4 : units) & 0x0F0F0F0F;
+  }
 }
 
 // Sums over quads of unsigned codes times signed x, for one group: up to 8 quads of 4-bit codes, or
-// (where the CPU has an instruction for it) of 8-bit ones.
+// (where kHasQuads) of 8-bit ones.
 #if defined(__AVX512VNNI__) && PORTALM_LANES == 16
 struct QuadSums {
   VecI sums{};
@@ -109,7 +140,9 @@ struct QuadSums {  // 16 bits hold 8 quads of 4-bit codes: 8 * 2 * 15 * 127 < 2^
 struct QuadSums {  // as above
   VecI sums{};
   PORTALM_INLINE void add(VecI w, VecI x) {
-    sums = (VecI)_mm256_add_epi16((__m256i)sums, _mm256_maddubs_epi16((__m256i)w, (__m256i)x));
+    VecI products;
+    asm("vpmaddubsw %3, %2, %1\n\tvpaddw %1, %0, %0"
+        : "+x"(sums), "=&x"(products) : "x"(w), "x"(x));
   }
   PORTALM_INLINE VecI total() const {
     return (VecI)_mm256_madd_epi16((__m256i)sums, _mm256_set1_epi16(1));
@@ -129,6 +162,16 @@ struct QuadSums {
 };
 #endif
 
+struct PairSums {
+  VecI sums{};
+  PORTALM_INLINE void add(VecI w, VecI x) { add_pairs(sums, w, x); }
+  PORTALM_INLINE VecI total() const { return sums; }
+};
+template <bool Condition, typename A, typename B>
+struct Choose { using Type = A; };
+template <typename A, typename B>
+struct Choose<false, A, B> { using Type = B; };
+
 PORTALM_INLINE VecI splat_bits(int32_t x) { return x - VecI{}; }
 PORTALM_INLINE VecI load_bits(const uint8_t* p) {
   VecI x;
@@ -139,36 +182,50 @@ PORTALM_INLINE VecI load_bits(const uint8_t* p) {
 // -- the layout ----------------------------------------------------------------------------------
 
 template <Format F>
-constexpr int64_t kHeaderBytes = kPanel * 2 * (kShape<F>.has_minimum ? 2 : 1);
+struct ScaleOf { using Type = fp16; };
+template <>
+struct ScaleOf<Format::blocks> { using Type = float; };
+template <Format F>
+using Scale = typename ScaleOf<F>::Type;
+
+template <Format F>
+constexpr int64_t kHeaderBytes =
+    kPanel * static_cast<int64_t>(sizeof(Scale<F>)) * (kShape<F>.has_minimum ? 2 : 1);
 template <Format F>
 constexpr int64_t kGroupBytes = kHeaderBytes<F> + kPanel * kShape<F>.group * kShape<F>.bits / 8;
+template <Format F>
+constexpr int64_t kLanesOfGroup = kShape<F>.group / kStep<F>;
 
 template <Format F>
 PORTALM_INLINE int64_t num_groups(int64_t k) {
   return (k + kShape<F>.group - 1) / kShape<F>.group;
 }
 
-// Row `j` of a panel: its codes, scales and minimums of every group.
-template <Format F>
-inline void place_row(uint8_t* panel, int64_t j, const uint8_t* codes, const float* scales,
+// Row `j` of a panel: its codes, scales and minimums of every group. The panel was zero.
+template <Format F, typename Code>
+inline void place_row(uint8_t* panel, int64_t j, const Code* codes, const float* scales,
                       const float* minimums, int64_t k_size) {
   constexpr FormatShape shape = kShape<F>;
+  constexpr int64_t vectors = kLanesOfGroup<F> / kCodesInUnit<F>;
   for (int64_t g = 0; g < num_groups<F>(k_size); ++g) {
     uint8_t* group = panel + g * kGroupBytes<F>;
-    fp16* header = reinterpret_cast<fp16*>(group);
+    Scale<F>* header = reinterpret_cast<Scale<F>*>(group);
     put(header + j, scales[g]);
     if (shape.has_minimum) put(header + kPanel + j, minimums[g]);
     uint8_t* to = group + kHeaderBytes<F>;
-    for (int64_t i = 0; i < shape.group; ++i) {
-      const int64_t k = g * shape.group + i;
-      const uint8_t code = k < k_size ? codes[k] : 0;
-      const int64_t at = i / kStep<F> * kPanel * kStep<F> + j * kStep<F> + i % kStep<F>;
-      if (shape.bits == 8) {
-        to[at] = code;
-      } else {  // the second half of the group above the first
-        const int64_t half = kPanel * shape.group / 2;
-        if (at < half) to[at] = code;
-        else to[at - half] = static_cast<uint8_t>(to[at - half] | code << 4);
+    const int64_t count = min_of(shape.group, k_size - g * shape.group);
+    for (int64_t i = 0; i < count; ++i) {
+      const uint32_t code = static_cast<uint32_t>(codes[g * shape.group + i]) & 0xFFFF;
+      const int64_t lane = i / kStep<F>;
+      const int64_t at = (lane % vectors * kPanel + j) * kStep<F> + i % kStep<F>;
+      const uint32_t bits = code << (lane / vectors * shape.bits);
+      if constexpr (kUnitBits<F> == 8) {
+        to[at] = static_cast<uint8_t>(to[at] | bits);
+      } else {
+        uint16_t unit;
+        memcpy(&unit, to + 2 * at, 2);
+        unit = static_cast<uint16_t>(unit | bits);
+        memcpy(to + 2 * at, &unit, 2);
       }
     }
   }
@@ -259,6 +316,30 @@ inline void choose_group(const float* w, int64_t count, uint8_t* codes, float* s
   }
 }
 
+// 2 to the power at which `largest` (at least 2^-100) has `bits` bits before the point, and its inverse.
+struct PowerOfTwo {
+  PORTALM_INLINE PowerOfTwo(float largest, int bits) {
+    const int32_t at = __builtin_bit_cast(int32_t, max_of(largest, 7.9e-31f)) >> 23;
+    scale = __builtin_bit_cast(float, (at + 1 - bits) << 23);
+    inverse = __builtin_bit_cast(float, (253 - at + bits) << 23);
+  }
+  float scale, inverse;
+};
+
+// A group as 13 bits and a sign, its scale a power of two; a scale that is not a number if one of
+// the group's values is none.
+inline void choose_block(const float* w, int64_t count, int16_t* codes, float* scale) {
+  float largest = 0, check = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    largest = max_of(largest, w[i] < 0 ? -w[i] : w[i]);
+    check += w[i] * 0.0f;
+  }
+  const PowerOfTwo power(largest, 13);
+  for (int64_t i = 0; i < count; ++i)
+    codes[i] = check == 0 ? static_cast<int16_t>(rounded(w[i] * power.inverse)) : int16_t{0};
+  *scale = check == 0 ? power.scale : __builtin_nanf("");
+}
+
 template <Format F, typename W>
 inline void quantize_as(const PackArgs& a) {
   constexpr int64_t kGroup = kShape<F>.group;
@@ -267,6 +348,7 @@ inline void quantize_as(const PackArgs& a) {
     float* scales = scratch(2 * groups + groups * kGroup);
     float* minimums = scales + groups;
     uint8_t* codes = reinterpret_cast<uint8_t*>(minimums + groups);
+    int16_t* wide_codes = reinterpret_cast<int16_t*>(codes);
     for (int64_t p = begin; p < end; ++p) {
       uint8_t* panel = static_cast<uint8_t*>(a.packed) + p * panel_bytes;
       memset(panel, 0, panel_bytes);
@@ -276,9 +358,15 @@ inline void quantize_as(const PackArgs& a) {
           float w[kGroup] = {};
           const int64_t count = min_of(kGroup, a.k - g * kGroup);
           for (int64_t i = 0; i < count; ++i) w[i] = to_float(row[g * kGroup + i]);
-          choose_group<F>(w, count, codes + g * kGroup, scales + g, minimums + g);
+          if constexpr (F == Format::blocks)
+            choose_block(w, count, wide_codes + g * kGroup, scales + g);
+          else
+            choose_group<F>(w, count, codes + g * kGroup, scales + g, minimums + g);
         }
-        place_row<F>(panel, j, codes, scales, minimums, a.k);
+        if constexpr (F == Format::blocks)
+          place_row<F>(panel, j, wide_codes, scales, nullptr, a.k);
+        else
+          place_row<F>(panel, j, codes, scales, minimums, a.k);
       }
     }
   });
@@ -290,10 +378,9 @@ inline void quantize_as(const PackArgs& a) {
 // the scale and what the codes' sum takes away or adds.
 template <Format F>
 struct RoundedTiles {
-  static constexpr int64_t kLanesOf = kShape<F>.group / kStep<F>;
   // in 32-bit units, of a whole block of rows
   PORTALM_INLINE static int64_t size(int64_t rows, int64_t groups) {
-    return rows * groups * (kLanesOf + 2);
+    return rows * groups * (kLanesOfGroup<F> + 2);
   }
   int32_t* codes;   // of a tile at first * groups * kLanesOf
   float* scales;    // of a tile at first * groups: [groups][rows]
@@ -303,145 +390,139 @@ struct RoundedTiles {
 template <Format F, typename X>
 inline void round_row(const RoundedTiles<F>& to, const X* x, int64_t k_size, int64_t first,
                       int64_t r, int64_t rows) {
-  constexpr int64_t kGroup = kShape<F>.group, lanes = RoundedTiles<F>::kLanesOf;
+  constexpr FormatShape shape = kShape<F>;
+  constexpr int64_t lanes = kLanesOfGroup<F>, vectors = shape.group / kLanes;
   const int64_t groups = num_groups<F>(k_size);
-  int32_t* codes = to.codes + first * groups * lanes;
-  float* scales = to.scales + first * groups;
-  int32_t* offsets = to.offset + first * groups;
+  int32_t* codes = to.codes + first * groups * lanes + r;
+  float* scales = to.scales + first * groups + r;
+  int32_t* offsets = to.offset + first * groups + r;
   for (int64_t g = 0; g < groups; ++g) {
-    float v[kGroup];
-    const int64_t count = min_of(kGroup, k_size - g * kGroup);
-    if (count == kGroup) {
-      for (int64_t i = 0; i < kGroup; i += kLanes) store(v + i, load(x + g * kGroup + i));
+    Vec v[vectors];
+    const X* from = x + g * shape.group;
+    if (k_size - g * shape.group >= shape.group) {
+#pragma GCC unroll 8
+      for (int64_t i = 0; i < vectors; ++i) v[i] = load(from + i * kLanes);
     } else {
-      for (int64_t i = 0; i < kGroup; ++i) v[i] = i < count ? to_float(x[g * kGroup + i]) : 0.0f;
-    }
-    Vec largest_of{};
-    for (int64_t i = 0; i < kGroup; i += kLanes) {
-      const Vec one = load(v + i);
-      largest_of = max_of(largest_of, select(one < splat(0.0f), -one, one));
-    }
-    const float largest = max_lane(largest_of);
-    const float scale = largest / 127.0f;
-    const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
-    int32_t code[kGroup];
-    int32_t total = 0;
-    for (int64_t i = 0; i < kGroup; i += kLanes) {
-      const Vec magic = splat(12582912.0f);
-      const VecI whole =
-          __builtin_convertvector((load(v + i) * splat(inverse) + magic) - magic, VecI);
-      memcpy(code + i, &whole, sizeof whole);
-      for (int l = 0; l < kLanes; ++l) total += whole[l];
-    }
-    int32_t* lane = codes + g * lanes * rows + r;
-    for (int64_t i = 0; i < lanes; ++i) {
-      uint32_t bits = 0;
-      if constexpr (kStep<F> == 4) {
-        for (int b = 0; b < 4; ++b) bits |= (static_cast<uint32_t>(code[4 * i + b]) & 0xFF) << 8 * b;
-      } else {
-        for (int b = 0; b < 2; ++b)
-          bits |= (static_cast<uint32_t>(code[2 * i + b]) & 0xFFFF) << 16 * b;
+      for (int64_t i = 0; i < vectors; ++i) {
+        const int64_t left = k_size - g * shape.group - i * kLanes;
+        v[i] = load_part(from + i * kLanes, min_of<int64_t>(max_of<int64_t>(left, 0), kLanes));
       }
-      lane[i * rows] = static_cast<int32_t>(bits);
+    }
+    VecI largest_of{};  // without the sign, a float's bits are ordered as it is
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < vectors; ++i)
+      largest_of = max_of(largest_of, __builtin_bit_cast(VecI, v[i]) & 0x7FFFFFFF);
+    const int32_t bits = max_lane(largest_of);
+    const float largest = __builtin_bit_cast(float, bits);
+    float scale, inverse;
+    if constexpr (shape.x_bits == 7) {
+      scale = largest / 127.0f;
+      inverse = largest > 0 ? 127.0f / largest : 0.0f;
+    } else {
+      const PowerOfTwo power(largest, shape.x_bits);
+      scale = power.scale;
+      inverse = power.inverse;
+    }
+    VecI total_of{};
+    int32_t* lane = codes + g * lanes * rows;
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < vectors; ++i) {
+      const Vec magic = splat(12582912.0f);
+      const VecI whole = __builtin_convertvector((v[i] * splat(inverse) + magic) - magic, VecI);
+      if constexpr (shape.zero || shape.has_minimum) total_of += whole;
+      // lanes of 64 bits, each with a pair in its lower half
+      const VecL both = (VecL)whole;
+      if constexpr (kStep<F> == 2) {
+        const VecL pairs = (both & 0xFFFF) | (both >> 16 & 0xFFFF0000);
+        for (int l = 0; l < kLanes / 2; ++l)
+          lane[(i * kLanes / 2 + l) * rows] = static_cast<int32_t>(pairs[l]);
+      } else {
+        const VecL pairs = (both & 0xFF) | (both >> 24 & 0xFF00);
+        for (int l = 0; l < kLanes / 4; ++l)
+          lane[(i * kLanes / 4 + l) * rows] =
+              static_cast<int32_t>(pairs[2 * l] | pairs[2 * l + 1] << 16);
+      }
     }
     // a NaN or an infinity has no code: it shows in the scale and so in every product
-    const bool is_finite = largest - largest == 0;
-    float check = 0;
-    for (int64_t i = 0; i < kGroup; ++i) check += v[i] * 0.0f;
-    scales[g * rows + r] = is_finite && check == 0 ? scale : __builtin_nanf("");
-    offsets[g * rows + r] = kShape<F>.has_minimum ? total : total * kShape<F>.zero;
+    scales[g * rows] = bits < 0x7F800000 ? scale : __builtin_nanf("");
+    int32_t total = 0;
+    for (int l = 0; l < kLanes; ++l) total += total_of[l];
+    offsets[g * rows] = shape.has_minimum ? total : total * shape.zero;
   }
 }
 
+// Bytes of a panel that are asked for before their turn, where few rows leave memory as the limit.
+constexpr int64_t kReadAhead = 2048;
+
 // -- products ------------------------------------------------------------------------------------
 
-// Sums of a tile of R rows of x and one panel, into sums[R][kPanel].
-template <int R, Format F>
+// Sums of a tile of R rows of x and P panels, into sums[R][P][kPanel].
+template <int R, int P, Format F>
 PORTALM_INLINE void quantized_tile(const int32_t* x, const float* scales, const int32_t* offsets,
-                                   const uint8_t* panel, int64_t groups, float* sums) {
+                                   const uint8_t* panels, int64_t groups, float* sums) {
   constexpr FormatShape shape = kShape<F>;
-  constexpr int64_t lanes = RoundedTiles<F>::kLanesOf;
-  constexpr int64_t lane_bytes = kLanes * 4;
-  Vec total[R][2];
+  constexpr int64_t lanes = kLanesOfGroup<F>, lane_bytes = kLanes * 4;
+  constexpr int64_t vectors = lanes / kCodesInUnit<F>;
+  using Sums = typename Choose<kAsQuads<F>, QuadSums, PairSums>::Type;
+  Vec total[R][P][2];
 #pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) total[r][0] = total[r][1] = splat(0.0f);
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int p = 0; p < P; ++p) total[r][p][0] = total[r][p][1] = splat(0.0f);
+  const int64_t ahead = R <= 2 ? kReadAhead : groups * kGroupBytes<F>;  // R > 2: the next panel
   for (int64_t g = 0; g < groups; ++g) {
-    const uint8_t* group = panel + g * kGroupBytes<F>;
-    const uint8_t* codes = group + kHeaderBytes<F>;
     const int32_t* xg = x + g * lanes * R;
-    for (int64_t line = 0; line < kGroupBytes<F>; line += 64)
-      __builtin_prefetch(group + (R <= 2 ? 4096 : groups * kGroupBytes<F>) + line, 0, 3);
-    VecI whole[R][2];
-    if constexpr (kAsQuads<F>) {
-      QuadSums acc[R][2];
-      if constexpr (shape.bits == 4) {
-        const VecI mask = splat_bits(0x0F0F0F0F);
-#pragma GCC unroll 8
-        for (int64_t i = 0; i < lanes / 2; ++i) {
-          const VecI low = load_bits(codes + i * 2 * lane_bytes);
-          const VecI high = load_bits(codes + (i * 2 + 1) * lane_bytes);
-          const VecI w[2][2] = {{low & mask, high & mask}, {(low >> 4) & mask, (high >> 4) & mask}};
+    const uint8_t* group = panels + g * kGroupBytes<F>;  // of the first panel
+    const int64_t panel_bytes = groups * kGroupBytes<F>;
+    Sums acc[R][P][2];
 #pragma GCC unroll 2
-          for (int half = 0; half < 2; ++half)
-#pragma GCC unroll 16
-            for (int r = 0; r < R; ++r) {
-              const VecI xr = splat_bits(xg[(i + half * lanes / 2) * R + r]);
-              acc[r][0].add(w[half][0], xr);
-              acc[r][1].add(w[half][1], xr);
-            }
-        }
-      } else {
-#pragma GCC unroll 8
-        for (int64_t i = 0; i < lanes; ++i) {
-          const VecI low = load_bits(codes + i * 2 * lane_bytes);
-          const VecI high = load_bits(codes + (i * 2 + 1) * lane_bytes);
+    for (int64_t v = 0; v < vectors; ++v) {
+#pragma GCC unroll 4
+      for (int p = 0; p < P; ++p) {
+        const uint8_t* at = group + p * panel_bytes + kHeaderBytes<F> + v * 2 * lane_bytes;
+        for (int64_t line = 0; line < 2 * lane_bytes; line += 64)
+          __builtin_prefetch(at + ahead + line, 0, 3);
+#pragma GCC unroll 4
+        for (int i = 0; i < kCodesInUnit<F>; ++i) {
+          const VecI low = codes_of<F>(load_bits(at), i);
+          const VecI high = codes_of<F>(load_bits(at + lane_bytes), i);
 #pragma GCC unroll 16
           for (int r = 0; r < R; ++r) {
-            const VecI xr = splat_bits(xg[i * R + r]);
-            acc[r][0].add(low, xr);
-            acc[r][1].add(high, xr);
+            const VecI xr = splat_bits(xg[(i * vectors + v) * R + r]);
+            acc[r][p][0].add(low, xr);
+            acc[r][p][1].add(high, xr);
           }
         }
       }
-#pragma GCC unroll 16
-      for (int r = 0; r < R; ++r)
-        for (int half = 0; half < 2; ++half) whole[r][half] = acc[r][half].total();
-    } else {
-#pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) whole[r][0] = whole[r][1] = VecI{};
-#pragma GCC unroll 4
-      for (int64_t i = 0; i < lanes; ++i) {
-        const VecI low = widen_codes(codes + i * lane_bytes);
-        const VecI high = widen_codes(codes + i * lane_bytes + lane_bytes / 2);
-#pragma GCC unroll 16
-        for (int r = 0; r < R; ++r) {
-          const VecI xr = splat_bits(xg[i * R + r]);
-          whole[r][0] = add_pairs(whole[r][0], low, xr);
-          whole[r][1] = add_pairs(whole[r][1], high, xr);
-        }
-      }
     }
-    const fp16* header = reinterpret_cast<const fp16*>(group);
-    const Vec scale[2] = {load(header), load(header + kLanes)};
+#pragma GCC unroll 4
+    for (int p = 0; p < P; ++p) {
+      const Scale<F>* header = reinterpret_cast<const Scale<F>*>(group + p * panel_bytes);
+      for (int64_t line = 0; line < kHeaderBytes<F>; line += 64)
+        __builtin_prefetch(group + p * panel_bytes + ahead + line, 0, 3);
+      const Vec scale[2] = {load(header), load(header + kLanes)};
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      const Vec xs = splat(scales[g * R + r]);
-      const int32_t offset = offsets[g * R + r];
+      for (int r = 0; r < R; ++r) {
+        const Vec xs = splat(scales[g * R + r]);
+        const int32_t offset = offsets[g * R + r];
 #pragma GCC unroll 2
-      for (int half = 0; half < 2; ++half) {
-        VecI exact = whole[r][half];
-        if (!shape.has_minimum) exact -= offset;
-        const Vec product = __builtin_convertvector(exact, Vec) * xs;
-        total[r][half] += product * scale[half];
-        if (shape.has_minimum)
-          total[r][half] += load(header + kPanel + half * kLanes) *
-                            (xs * splat(static_cast<float>(offset)));
+        for (int half = 0; half < 2; ++half) {
+          VecI exact = acc[r][p][half].total();
+          if (shape.zero) exact -= offset;
+          Vec& sum = total[r][p][half];
+          sum += __builtin_convertvector(exact, Vec) * xs * scale[half];
+          if (shape.has_minimum)
+            sum += load(header + kPanel + half * kLanes) * (xs * splat(static_cast<float>(offset)));
+        }
       }
     }
   }
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
-    for (int half = 0; half < 2; ++half) store(sums + r * kPanel + half * kLanes, total[r][half]);
+#pragma GCC unroll 4
+    for (int p = 0; p < P; ++p)
+      for (int half = 0; half < 2; ++half)
+        store(sums + (r * P + p) * kPanel + half * kLanes, total[r][p][half]);
 }
 
 template <Format F>
@@ -451,19 +532,32 @@ struct QuantizedBlock {
   int64_t row, groups;
 };
 
+// The tile of R rows that begins at row `first` of the block, by panels [begin, end), P at a time.
+// Inlined into its callers it would lose the registers that it needs.
+template <int R, int P, Format F>
+__attribute__((noinline)) void quantized_tile_by(const LinearArgs& a, const QuantizedBlock<F>& block, int64_t first,
+                              int64_t begin, int64_t end) {
+  float sums[R * P * kPanel];
+  const int64_t at = first * block.groups;
+  int64_t p = begin;
+  for (; p + P <= end; p += P) {
+    quantized_tile<R, P, F>(
+        block.x.codes + at * kLanesOfGroup<F>, block.x.scales + at, block.x.offset + at,
+        static_cast<const uint8_t*>(a.packed) + p * block.groups * kGroupBytes<F>, block.groups,
+        sums);
+    finish(a, block.bias, sums, block.row + first, R, p * kPanel, P * kPanel);
+  }
+  if constexpr (P > 1) {
+    if (p < end) quantized_tile_by<R, 1, F>(a, block, first, p, end);
+  }
+}
+
+// A tile of `num_rows` rows, 1 to R.
 template <int R, Format F>
 inline void quantized_tile_by_panels(const LinearArgs& a, const QuantizedBlock<F>& block,
                                      int64_t first, int64_t num_rows, int64_t begin, int64_t end) {
   if (num_rows == R) {
-    float sums[R * kPanel];
-    const int64_t at = first * block.groups;
-    for (int64_t p = begin; p < end; ++p) {
-      quantized_tile<R, F>(
-          block.x.codes + at * RoundedTiles<F>::kLanesOf, block.x.scales + at, block.x.offset + at,
-          static_cast<const uint8_t*>(a.packed) + p * block.groups * kGroupBytes<F>, block.groups,
-          sums);
-      finish(a, block.bias, sums, block.row + first, R, p * kPanel, kPanel);
-    }
+    quantized_tile_by<R, panels_for(R), F>(a, block, first, begin, end);
   } else if constexpr (R > 1) {
     quantized_tile_by_panels<R - 1, F>(a, block, first, num_rows, begin, end);
   }
@@ -472,12 +566,12 @@ inline void quantized_tile_by_panels(const LinearArgs& a, const QuantizedBlock<F
 template <Format F>
 inline void quantized_linear_as(const LinearArgs& a) {
   const int64_t groups = num_groups<F>(a.k), element = kDTypeBytes[static_cast<int>(a.x_dtype)];
-  int64_t rows = 4 * kBlockFloats / max_of<int64_t>(a.k, 1) / kTileRows * kTileRows;
+  int64_t rows = kStep<F> * kBlockFloats / max_of<int64_t>(a.k, 1) / kTileRows * kTileRows;
   rows = min_of(max_of<int64_t>(rows, kTileRows), a.rows);
   float* memory = scratch(RoundedTiles<F>::size(rows, groups) + (a.bias ? a.n : 0));
   RoundedTiles<F> x;
   x.codes = reinterpret_cast<int32_t*>(memory);
-  x.scales = memory + rows * groups * RoundedTiles<F>::kLanesOf;
+  x.scales = memory + rows * groups * kLanesOfGroup<F>;
   x.offset = reinterpret_cast<int32_t*>(x.scales + rows * groups);
   float* bias = a.bias ? x.scales + 2 * rows * groups : nullptr;
   if (bias)
@@ -501,9 +595,11 @@ inline void quantized_linear_as(const LinearArgs& a) {
     const QuantizedBlock<F> block{x, bias, row, groups};
     const int64_t panels = (a.n + kPanel - 1) / kPanel;
     parallel_for(panels, panel_grain(panels, groups * kGroupBytes<F>), [&](int64_t begin, int64_t end) {
-      for (int64_t p = begin; p < end; ++p)
+      const int64_t at_once = tiles.count > 1 ? 1 : end - begin;
+      for (int64_t p = begin; p < end; p += at_once)  // a panel stays in the cache for all its tiles
         for (int64_t t = 0; t < tiles.count; ++t)
-          quantized_tile_by_panels<kTileRows, F>(a, block, tiles.first(t), tiles.rows(t), p, p + 1);
+          quantized_tile_by_panels<kTileRows, F>(a, block, tiles.first(t), tiles.rows(t), p,
+                                                 p + at_once);
     });
   }
 }
@@ -514,20 +610,32 @@ template <Format F>
 struct Chosen {
   static constexpr Format format = F;
 };
+// What a format means on this CPU: without products of quads, 8 bits of x save nothing.
 template <typename Body>
 PORTALM_INLINE void with_quantized(Format format, const Body& body) {
   switch (format) {
-    case Format::q8: body(Chosen<Format::q8>{}); break;
+    case Format::q8: body(Chosen<kHasQuads ? Format::q8 : Format::q8_x16>{}); break;
     case Format::q4: body(Chosen<Format::q4>{}); break;
     case Format::q4_min: body(Chosen<Format::q4_min>{}); break;
-    case Format::q8_16: body(Chosen<Format::q8_16>{}); break;
+    case Format::q8_x16: body(Chosen<Format::q8_x16>{}); break;
+    case Format::q4_x16: body(Chosen<Format::q4_x16>{}); break;
+    case Format::q4_min_x16: body(Chosen<Format::q4_min_x16>{}); break;
+    case Format::q8_16_x16: body(Chosen<Format::q8_16_x16>{}); break;
+    case Format::blocks:
+      if constexpr (kAsBlocks) body(Chosen<Format::blocks>{});
+      break;
     default: break;
   }
 }
 
+// How a weight of this format lies in memory here.
+PORTALM_INLINE Format kept_as(Format format) {
+  return !kAsBlocks && format == Format::blocks ? Format::bf16 : format;
+}
 PORTALM_INLINE bool is_quantized(Format format) { return format >= Format::q8; }
 
 inline int64_t packed_bytes(Format format, int64_t n, int64_t k) {
+  format = kept_as(format);
   int64_t bytes = 0;
   if (is_quantized(format))
     with_quantized(format, [&](auto f) { bytes = quantized_bytes<decltype(f)::format>(n, k); });
@@ -537,8 +645,9 @@ inline int64_t packed_bytes(Format format, int64_t n, int64_t k) {
 }
 
 inline void pack(const PackArgs& a) {
-  if (is_quantized(a.format))
-    with_quantized(a.format, [&](auto f) {
+  const Format format = kept_as(a.format);
+  if (is_quantized(format))
+    with_quantized(format, [&](auto f) {
       with_dtype(a.dtype, [&](auto w) { quantize_as<decltype(f)::format, decltype(w)>(a); });
     });
   else
@@ -546,14 +655,19 @@ inline void pack(const PackArgs& a) {
 }
 
 inline void pack_codes(const PackCodesArgs& a) {
-  with_quantized(a.format, [&](auto f) { pack_codes_as<decltype(f)::format>(a); });
+  with_quantized(a.format, [&](auto f) {
+    if constexpr (decltype(f)::format != Format::blocks) pack_codes_as<decltype(f)::format>(a);
+  });
 }
 
 inline void linear(const LinearArgs& a) {
-  if (is_quantized(a.format))
-    with_quantized(a.format, [&](auto f) { quantized_linear_as<decltype(f)::format>(a); });
+  const Format format = kept_as(a.format);
+  if (is_quantized(format))
+    with_quantized(format, [&](auto f) { quantized_linear_as<decltype(f)::format>(a); });
   else
-    with_dtype(static_cast<DType>(a.format), [&](auto w) { linear_as<decltype(w)>(a); });
+    with_dtype(static_cast<DType>(format), [&](auto w) {
+      linear_as<decltype(w)>(a);
+    });
 }
 
 }  // namespace portalm::PORTALM_ISA

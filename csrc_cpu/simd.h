@@ -135,6 +135,7 @@ PORTALM_INLINE void store_part(T* p, Vec x, int64_t count) {
 
 PORTALM_INLINE Vec select(VecI mask, Vec yes, Vec no) { return mask ? yes : no; }
 PORTALM_INLINE Vec max_of(Vec a, Vec b) { return select(a < b, b, a); }
+PORTALM_INLINE VecI max_of(VecI a, VecI b) { return a < b ? b : a; }
 
 // Lane i of the result is lane i + width of x; what wraps around is not looked at.
 PORTALM_INLINE Vec lanes_from(Vec x, int width) {
@@ -158,6 +159,13 @@ PORTALM_INLINE float sum(Vec x) {
 PORTALM_INLINE float max_lane(Vec x) {
 #pragma GCC unroll 4
   for (int width = kLanes / 2; width > 0; width /= 2) x = max_of(x, lanes_from(x, width));
+  return x[0];
+}
+
+PORTALM_INLINE int32_t max_lane(VecI x) {
+#pragma GCC unroll 4
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    x = max_of(x, __builtin_bit_cast(VecI, lanes_from(__builtin_bit_cast(Vec, x), width)));
   return x[0];
 }
 

@@ -389,13 +389,19 @@ class Backend(Protocol):
 
     # layers
     def pack(
-        self, weight: torch.Tensor | QuantizedWeight, *, quantization: str | None = None
+        self,
+        weight: torch.Tensor | QuantizedWeight,
+        *,
+        quantization: str | None = None,
+        for_logits: bool = False,
     ) -> PackedWeight:
         """A linear weight [N, K] on the host in the device's layout.
 
         A tensor has been cast to the model's dtype already; `quantization` names what it is
-        rounded to. That name, and the format of a `QuantizedWeight`, are among
-        `capabilities.quantizations`; a backend without any need not take either.
+        rounded to. A `QuantizedWeight` keeps its values; activations keep at least bfloat16's
+        precision but where `quantization` is given: then they may be rounded to 8 bits. Either
+        name is among `capabilities.quantizations`; a backend without any need not take either.
+        `for_logits`: `logits` reads it, whose products are those of float32.
         """
         ...
 

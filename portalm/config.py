@@ -13,8 +13,9 @@ from typing import Any, Literal
 from portalm.errors import ConfigError
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-MAX_PROMPT_LOGPROB_ROWS = 256
 """The model that is used where none is named."""
+MAX_PROMPT_LOGPROB_ROWS = 256
+"""Positions of prompts whose logprobs one step computes: each takes a row of logits."""
 
 
 def cache_dir() -> Path:
@@ -145,10 +146,10 @@ class EngineConfig:
     """Name of a backend (`portalm devices` lists them); auto takes the fastest that can run."""
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     """What weights and activations are computed in; auto: as the checkpoint, if the device can."""
-    quantization: Literal["none", "native", "int8", "int4"] = "none"
-    """What weights are computed with. none: `dtype`, dequantised if need be; native: the bits that
-    the checkpoint has; int8, int4: rounded where they have more. But for none, activations are
-    rounded to 8 bits."""
+    quantization: Literal["auto", "none", "int8", "int4"] = "auto"
+    """What weights are computed with. auto: the values that the checkpoint has, in its own few bits
+    where the device can and `dtype` is not float32; none: `dtype`, dequantised if need be; int8,
+    int4: rounded where they have more, and activations to 8 bits."""
     max_model_len: int | None = None
     """Longest prompt plus answer; None: what the model was made for."""
     block_size: int = 16
@@ -197,9 +198,9 @@ class EngineConfig:
             raise ConfigError("model must not be empty: give a folder, a .gguf file or a hub id")
         object.__setattr__(self, "hf_overrides", tuple(sorted(dict(self.hf_overrides).items())))
         _positive(self, "block_size", "max_num_seqs", "max_num_batched_tokens")
-        if self.quantization not in ("none", "native", "int8", "int4"):
+        if self.quantization not in ("auto", "none", "int8", "int4"):
             raise ConfigError(
-                f"quantization must be none, native, int8 or int4, not {self.quantization!r}"
+                f"quantization must be auto, none, int8 or int4, not {self.quantization!r}"
             )
         for name in ("max_model_len", "kv_cache_memory_bytes", "num_gpu_blocks_override"):
             if getattr(self, name) is not None:

@@ -38,8 +38,14 @@ from portalm_backends.portable import host_memory, sampling
 from portalm_backends.portable.backend import TorchBackend
 
 _DTYPES = frozenset(cache.DTYPES)
-_FORMATS = {"int8": 3, "int4": 4, "int4_min": 5, "int8_g16": 6}
-"""How the native module names them (Format in csrc_cpu/kernels.h)."""
+_EXACT_FORMATS = {"int8": 6, "int4": 7, "int4_min": 8, "int8_g16": 9}
+"""Numbers of a checkpoint's own codes (Format in csrc_cpu/kernels.h): activations of 15 bits."""
+_ROUNDED_FORMATS = {"int8": 3, "int4": 4, "int4_min": 5, "int8_g16": 9}
+"""Numbers of what a weight is rounded to: activations of 8 bits, where that is faster."""
+
+
+_BLOCKS = 10
+"""Number of bfloat16 as integers, where those are faster. Logits decide between tokens: exact."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -64,7 +70,7 @@ class CpuBackend(TorchBackend):
         head_sizes=cache.HEAD_SIZES,
         block_sizes=cache.BLOCK_SIZES,
         features=frozenset({"sliding_window", "soft_cap", "batch_invariant"}),
-        quantizations=frozenset(_FORMATS),
+        quantizations=frozenset(_EXACT_FORMATS),
     )
 
     def __init__(self) -> None:
@@ -238,17 +244,27 @@ class CpuBackend(TorchBackend):
     # -- layers -------------------------------------------------------------------------------
 
     def pack(
-        self, weight: torch.Tensor | QuantizedWeight, *, quantization: str | None = None
+        self,
+        weight: torch.Tensor | QuantizedWeight,
+        *,
+        quantization: str | None = None,
+        for_logits: bool = False,
     ) -> CpuWeight:
-        """A weight [N, K] in panels, rounded to `quantization`; the original may be dropped."""
+        """A weight [N, K] in panels; the original may be dropped."""
         n, k = weight.shape
         if isinstance(weight, QuantizedWeight):
-            packed = self._reserve(_FORMATS[weight.format], n, k)
+            formats = _EXACT_FORMATS if quantization is None else _ROUNDED_FORMATS
+            packed = self._reserve(formats[weight.format], n, k)
             self._pack_codes(packed, weight)
             return packed
         weight = weight.contiguous()
         code = CODES[weight.dtype]
-        packed = self._reserve(code if quantization is None else _FORMATS[quantization], n, k)
+        if quantization is not None:
+            packed = self._reserve(_ROUNDED_FORMATS[quantization], n, k)
+        elif weight.dtype == torch.bfloat16 and not for_logits:
+            packed = self._reserve(_BLOCKS, n, k)
+        else:
+            packed = self._reserve(code, n, k)
         self._native.pack(weight.data_ptr(), code, n, k, packed.ptr, packed.code)
         return packed
 

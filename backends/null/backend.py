@@ -153,7 +153,11 @@ class NullBackend(TorchBackend):
     # -- layers: shapes only -------------------------------------------------------------------
 
     def pack(
-        self, weight: torch.Tensor | QuantizedWeight, *, quantization: str | None = None
+        self,
+        weight: torch.Tensor | QuantizedWeight,
+        *,
+        quantization: str | None = None,
+        for_logits: bool = False,
     ) -> torch.Size:
         """The shape; the weight itself may go."""
         return weight.shape

@@ -168,7 +168,11 @@ class TorchBackend(abc.ABC):
     # -- layers -------------------------------------------------------------------------------
 
     def pack(
-        self, weight: torch.Tensor | QuantizedWeight, *, quantization: str | None = None
+        self,
+        weight: torch.Tensor | QuantizedWeight,
+        *,
+        quantization: str | None = None,
+        for_logits: bool = False,
     ) -> PackedWeight:
         """The weight [N, K] itself, on the device; quantised ones are not claimed."""
         if isinstance(weight, QuantizedWeight) or quantization is not None:

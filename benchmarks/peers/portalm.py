@@ -34,7 +34,7 @@ class PortaLM(ServerPeer):
         command = [str(_executable()), "serve", str(model.folder), "--port", str(port)]
         command += ["--max-model-len", str(MAX_CONTEXT), "--max-num-seqs", str(MAX_REQUESTS)]
         command += ["--dtype", "bfloat16"]
-        return command if fmt == "bf16" else [*command, "--quantization", fmt]
+        return [*command, "--quantization", "none" if fmt == "bf16" else fmt]
 
     def _help(self) -> str:
         command = [str(_executable()), "serve", "--help"]

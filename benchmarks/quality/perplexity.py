@@ -1,6 +1,6 @@
 """Perplexity of the default model on a bundled text, by how its weights are kept.
 
-    python benchmarks/quality/perplexity.py [--model NAME] [--quantizations none,native,int8,int4]
+    python benchmarks/quality/perplexity.py [--model NAME] [--quantizations none,auto,int8,int4]
 
 The text is the beginning of "Alice's Adventures in Wonderland" (Carroll, 1865, public domain), in
 windows of 512 tokens. `none` computes in bfloat16, the checkpoint dequantised if need be.
@@ -52,7 +52,7 @@ def main() -> None:
     """Print a line for each way to keep the weights."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", default=DEFAULT_MODEL)
-    parser.add_argument("--quantizations", default="none,native,int8,int4")
+    parser.add_argument("--quantizations", default="none,auto,int8,int4")
     args = parser.parse_args()
     names = args.quantizations.split(",")
     print_table(names, model=args.model)
@@ -60,7 +60,7 @@ def main() -> None:
         print("off the grid:")
         with tempfile.TemporaryDirectory() as folder:
             write_off_grid(Path(folder))
-            print_table([n for n in names if n != "native"], model=folder, tokenizer=DEFAULT_MODEL)
+            print_table([n for n in names if n != "auto"], model=folder, tokenizer=DEFAULT_MODEL)
 
 
 def print_table(names: list[str], **settings: Any) -> None:

@@ -24,9 +24,9 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     add("--dtype", "of weights and activations", choices=_DTYPES)
     add(
         "--quantization",
-        "what weights are computed with: none is --dtype, native the checkpoint's own bits, int8 "
-        "and int4 round those of more",
-        choices=("none", "native", "int8", "int4"),
+        "what weights are computed with: auto is the checkpoint's own few bits where the device "
+        "can, none --dtype; int8 and int4 round those of more, and activations to 8 bits",
+        choices=("auto", "none", "int8", "int4"),
     )
     add("--max-model-len", "longest prompt plus answer, for example 4096 or 32k", type=_length)
     add("--block-size", "tokens per KV block", type=int)

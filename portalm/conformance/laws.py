@@ -154,7 +154,9 @@ def _small_step(subject: Subject):  # type: ignore[no-untyped-def]
     weights: Weights = {
         "embedding": subject.put(rng.standard_normal((120, width)), dtype),
         "norm": subject.put(rng.standard_normal(width), dtype),
-        "head": backend.pack(subject.put(rng.standard_normal((120, width)) / 8, dtype).cpu()),
+        "head": backend.pack(
+            subject.put(rng.standard_normal((120, width)) / 8, dtype).cpu(), for_logits=True
+        ),
     }
     chunks = run.paged.chunks(problem.batch.query_lens)
     meta: StepMeta = step_meta(subject, chunks, run.paged.block_size, [spec] * 3)

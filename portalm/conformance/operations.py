@@ -196,7 +196,7 @@ def check_logits(subject: Subject, case: Named) -> float:
     """float32 out, whatever goes in, and more precise than the dtype."""
     subject.needs_dtype(case.name)
     x, w = _random((5, 96), case.name, 1), _random((301, 96), case.name, 2)
-    packed = subject.backend.pack(subject.put(w, case.name).cpu())
+    packed = subject.backend.pack(subject.put(w, case.name).cpu(), for_logits=True)
     out = subject.backend.logits(subject.put(x, case.name), packed)
     if out.dtype != torch.float32:
         raise CheckFailed(f"logits are {out.dtype}, float32 is asked for")

@@ -85,7 +85,7 @@ class Engine:
             weights = model.load(
                 checkpoint,
                 self.backend,
-                quantization=_choose_quantization(config, self.backend),
+                quantization=_choose_quantization(config, self.backend, dtype),
                 progress=lambda share: tell("load", share),
             )
         finally:
@@ -371,17 +371,13 @@ def _choose_dtype(config: EngineConfig, model: ModelConfig, backend: Backend) ->
     )
 
 
-def _choose_quantization(config: EngineConfig, backend: Backend) -> Quantization:
+def _choose_quantization(config: EngineConfig, backend: Backend, dtype: str) -> Quantization:
     """What `config.quantization` means on this backend; `Unsupported` if it cannot."""
     if config.quantization == "none":
         return AS_CAST
-    if config.quantization == "native":
-        if not backend.capabilities.quantizations:
-            raise Unsupported(
-                f"backend {backend.name!r} does not compute with weights of few bits: leave "
-                f"--quantization at none"
-            )
-        return Quantization(keep=True)
+    if config.quantization == "auto":
+        # float32 was asked for: the reference of all else stays at its precision
+        return Quantization(keep=bool(backend.capabilities.quantizations) and dtype != "float32")
     quantization = _ROUNDED[config.quantization]
     claimed = backend.capabilities.quantizations
     for name in (quantization.layers, quantization.head):

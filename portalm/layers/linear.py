@@ -37,7 +37,7 @@ def pack_linear(
         weights: of one layer or several with the same input.
         biases: empty, or one [N_i] for each weight.
         dtype: what weights that are not of few bits are cast to.
-        quantization: what those are rounded to; None: as they are.
+        quantization: what those are rounded to; None: all values as they are.
     """
     bias = torch.cat([b.to(dtype) for b in biases]).to(backend.device()) if biases else None
     return Linear(pack_weight(backend, weights, dtype, quantization), bias)
@@ -48,16 +48,18 @@ def pack_weight(
     weights: Sequence[torch.Tensor | QuantizedWeight],
     dtype: torch.dtype,
     quantization: str | None = None,
+    *,
+    for_logits: bool = False,
 ) -> PackedWeight:
     """Weights [N_i, K] end to end, packed; those of few bits stay so if the backend can."""
     quantized = [w for w in weights if isinstance(w, QuantizedWeight)]
     formats = {w.format for w in quantized}
     is_uniform = len(quantized) == len(weights) and len(formats) == 1
     if is_uniform and formats <= backend.capabilities.quantizations:
-        return backend.pack(concatenated(quantized))
+        return backend.pack(concatenated(quantized), quantization=quantization)
     plain = [(w.dequantize() if isinstance(w, QuantizedWeight) else w).to(dtype) for w in weights]
     merged = torch.cat(plain) if len(plain) > 1 else plain[0]
-    return backend.pack(merged, quantization=quantization)
+    return backend.pack(merged, quantization=quantization, for_logits=for_logits)
 
 
 def concatenated(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:

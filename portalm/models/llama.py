@@ -156,7 +156,7 @@ class Llama:
             head_weight = matrix(_HEAD)
         else:
             head_weight = matrix(_EMBEDDING) if quantization.keep else embedding
-        head = pack_weight(backend, [head_weight], dtype, quantization.head)
+        head = pack_weight(backend, [head_weight], dtype, quantization.head, for_logits=True)
         layers = []
         for i, spec in enumerate(self.attention_specs()):
             prefix = f"model.layers.{i}"

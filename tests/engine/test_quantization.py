@@ -12,7 +12,7 @@ pytestmark = pytest.mark.model
 GREEDY = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
 
 
-@pytest.mark.parametrize("quantization", ["native", "int8", "int4"])
+@pytest.mark.parametrize("quantization", ["auto", "int8", "int4"])
 def test_the_default_model_answers(quantization: str) -> None:
     llm = LLM(device="cpu", quantization=quantization, use_tqdm=False)
 
@@ -21,10 +21,25 @@ def test_the_default_model_answers(quantization: str) -> None:
     assert output.outputs[0].text.startswith(" Paris")
 
 
-@pytest.mark.parametrize("quantization", ["native", "int8"])
-def test_a_backend_without_it_says_so(quantization: str) -> None:
+def test_the_default_computes_in_the_files_own_bits() -> None:
+    """The same first tokens as from dequantised weights, and nearly the same certainty."""
+    params = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, logprobs=0)
+    by_dtype = {}
+    for quantization in ("auto", "none"):
+        llm = LLM(device="cpu", dtype="bfloat16", quantization=quantization, use_tqdm=False)
+        answer = llm.generate("The capital of France is", params, use_tqdm=False)[0].outputs[0]
+        assert answer.cumulative_logprob is not None
+        by_dtype[quantization] = (answer.token_ids, answer.cumulative_logprob)
+
+    (tokens, logprob), (expected, expected_logprob) = by_dtype["auto"], by_dtype["none"]
+    assert tokens == expected
+    assert logprob == pytest.approx(expected_logprob, abs=0.1)
+    assert logprob != expected_logprob  # other weights: these were not dequantised
+
+
+def test_a_backend_without_it_says_so() -> None:
     with pytest.raises(Unsupported, match="reference"):
-        LLM(device="reference", quantization=quantization, use_tqdm=False)
+        LLM(device="reference", quantization="int8", use_tqdm=False)
 
 
 def test_an_unknown_one_is_refused() -> None:
