@@ -172,9 +172,9 @@ PORTALM_INLINE void tile(const X* x, const W* panel, int64_t k_size, float* sums
       for (int p = 0; p < P; ++p) {
         const W* at = panel + p * panel_size + k * kPanel;
         __builtin_prefetch(at + (R <= 2 ? 1024 : panel_size), 0, 3);  // R > 2: the next panel
-        const PanelPair w = panel_pair(at);
-        add(p, w.first, x + k * R);
-        add(p, w.second, x + k * R + R);
+        add(p, panel_pair(at).first, x + k * R);
+        asm volatile("" ::: "memory");  // the second is read again: registers are few
+        add(p, panel_pair(at).second, x + k * R + R);
       }
     }
   } else {

@@ -201,32 +201,29 @@ PORTALM_INLINE int64_t num_groups(int64_t k) {
   return (k + kShape<F>.group - 1) / kShape<F>.group;
 }
 
-// Row `j` of a panel: its codes, scales and minimums of every group. The panel was zero.
+// Row `j` of a panel: its codes, [groups * G], scales and minimums of every group.
 template <Format F, typename Code>
 inline void place_row(uint8_t* panel, int64_t j, const Code* codes, const float* scales,
-                      const float* minimums, int64_t k_size) {
+                      const float* minimums, int64_t groups) {
   constexpr FormatShape shape = kShape<F>;
   constexpr int64_t vectors = kLanesOfGroup<F> / kCodesInUnit<F>;
-  for (int64_t g = 0; g < num_groups<F>(k_size); ++g) {
+  for (int64_t g = 0; g < groups; ++g) {
     uint8_t* group = panel + g * kGroupBytes<F>;
     Scale<F>* header = reinterpret_cast<Scale<F>*>(group);
     put(header + j, scales[g]);
     if (shape.has_minimum) put(header + kPanel + j, minimums[g]);
-    uint8_t* to = group + kHeaderBytes<F>;
-    const int64_t count = min_of(shape.group, k_size - g * shape.group);
-    for (int64_t i = 0; i < count; ++i) {
-      const uint32_t code = static_cast<uint32_t>(codes[g * shape.group + i]) & 0xFFFF;
-      const int64_t lane = i / kStep<F>;
-      const int64_t at = (lane % vectors * kPanel + j) * kStep<F> + i % kStep<F>;
-      const uint32_t bits = code << (lane / vectors * shape.bits);
-      if constexpr (kUnitBits<F> == 8) {
-        to[at] = static_cast<uint8_t>(to[at] | bits);
-      } else {
-        uint16_t unit;
-        memcpy(&unit, to + 2 * at, 2);
-        unit = static_cast<uint16_t>(unit | bits);
-        memcpy(to + 2 * at, &unit, 2);
+    uint8_t* to = group + kHeaderBytes<F> + j * 4;
+    const Code* from = codes + g * shape.group;
+    for (int64_t v = 0; v < vectors; ++v) {
+      uint32_t lane = 0;
+      for (int i = 0; i < kCodesInUnit<F>; ++i) {
+        const Code* at = from + (v + i * vectors) * kStep<F>;
+        uint32_t units = 0;
+        for (int64_t k = 0; k < kStep<F>; ++k)
+          units |= (static_cast<uint32_t>(at[k]) & ((1u << kUnitBits<F>) - 1)) << (k * kUnitBits<F>);
+        lane |= units << (i * shape.bits);
       }
+      memcpy(to + v * kPanel * 4, &lane, 4);
     }
   }
 }
@@ -247,7 +244,7 @@ inline void pack_codes_as(const PackCodesArgs& a) {
       for (int64_t j = 0; j < kPanel && p * kPanel + j < a.n; ++j) {
         const int64_t row = p * kPanel + j;
         place_row<F>(panel, j, a.codes + row * a.k, a.scales + row * groups,
-                     a.minimums ? a.minimums + row * groups : nullptr, a.k);
+                     a.minimums ? a.minimums + row * groups : nullptr, groups);
       }
     }
   });
@@ -326,18 +323,51 @@ struct PowerOfTwo {
   float scale, inverse;
 };
 
+// One group of a row in vectors, zeros behind its last column.
+template <int64_t G>
+struct Values {
+  static constexpr int64_t count = G / kLanes;
+  template <typename T>
+  PORTALM_INLINE Values(const T* from, int64_t left) {
+    if (left >= G) {
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < count; ++i) v[i] = load(from + i * kLanes);
+    } else {
+      for (int64_t i = 0; i < count; ++i)
+        v[i] = load_part(from + i * kLanes,
+                         min_of<int64_t>(max_of<int64_t>(left - i * kLanes, 0), kLanes));
+    }
+  }
+  // The bits of the largest, its sign apart: so they are ordered as the values are.
+  PORTALM_INLINE int32_t largest_bits() const {
+    VecI largest{};
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < count; ++i)
+      largest = max_of(largest, __builtin_bit_cast(VecI, v[i]) & 0x7FFFFFFF);
+    return max_lane(largest);
+  }
+  // Times `inverse`, to the nearest whole number; |v * inverse| < 2^22.
+  PORTALM_INLINE VecI whole(int64_t i, float inverse) const {
+    const Vec magic = splat(12582912.0f);
+    return __builtin_convertvector((v[i] * splat(inverse) + magic) - magic, VecI);
+  }
+  Vec v[count];
+};
+constexpr int32_t kInfinityBits = 0x7F800000;
+
 // A group as 13 bits and a sign, its scale a power of two; a scale that is not a number if one of
 // the group's values is none.
-inline void choose_block(const float* w, int64_t count, int16_t* codes, float* scale) {
-  float largest = 0, check = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    largest = max_of(largest, w[i] < 0 ? -w[i] : w[i]);
-    check += w[i] * 0.0f;
+template <int64_t G, typename W>
+PORTALM_INLINE void choose_block(const W* w, int64_t left, int16_t* codes, float* scale) {
+  const Values<G> values(w, left);
+  const int32_t bits = values.largest_bits();
+  const PowerOfTwo power(__builtin_bit_cast(float, bits), 13);
+#pragma GCC unroll 16
+  for (int64_t i = 0; i < values.count; ++i) {
+    const VecI whole = values.whole(i, power.inverse);
+    for (int l = 0; l < kLanes; ++l) codes[i * kLanes + l] = static_cast<int16_t>(whole[l]);
   }
-  const PowerOfTwo power(largest, 13);
-  for (int64_t i = 0; i < count; ++i)
-    codes[i] = check == 0 ? static_cast<int16_t>(rounded(w[i] * power.inverse)) : int16_t{0};
-  *scale = check == 0 ? power.scale : __builtin_nanf("");
+  *scale = bits < kInfinityBits ? power.scale : __builtin_nanf("");
 }
 
 template <Format F, typename W>
@@ -355,18 +385,20 @@ inline void quantize_as(const PackArgs& a) {
       for (int64_t j = 0; j < kPanel && p * kPanel + j < a.n; ++j) {
         const W* row = static_cast<const W*>(a.source) + (p * kPanel + j) * a.k;
         for (int64_t g = 0; g < groups; ++g) {
-          float w[kGroup] = {};
           const int64_t count = min_of(kGroup, a.k - g * kGroup);
-          for (int64_t i = 0; i < count; ++i) w[i] = to_float(row[g * kGroup + i]);
-          if constexpr (F == Format::blocks)
-            choose_block(w, count, wide_codes + g * kGroup, scales + g);
-          else
+          if constexpr (F == Format::blocks) {
+            choose_block<kGroup>(row + g * kGroup, count, wide_codes + g * kGroup, scales + g);
+          } else {
+            float w[kGroup] = {};
+            for (int64_t i = 0; i < count; ++i) w[i] = to_float(row[g * kGroup + i]);
+            memset(codes + g * kGroup, 0, kGroup);
             choose_group<F>(w, count, codes + g * kGroup, scales + g, minimums + g);
+          }
         }
         if constexpr (F == Format::blocks)
-          place_row<F>(panel, j, wide_codes, scales, nullptr, a.k);
+          place_row<F>(panel, j, wide_codes, scales, nullptr, groups);
         else
-          place_row<F>(panel, j, codes, scales, minimums, a.k);
+          place_row<F>(panel, j, codes, scales, minimums, groups);
       }
     }
   });
@@ -391,28 +423,14 @@ template <Format F, typename X>
 inline void round_row(const RoundedTiles<F>& to, const X* x, int64_t k_size, int64_t first,
                       int64_t r, int64_t rows) {
   constexpr FormatShape shape = kShape<F>;
-  constexpr int64_t lanes = kLanesOfGroup<F>, vectors = shape.group / kLanes;
+  constexpr int64_t lanes = kLanesOfGroup<F>;
   const int64_t groups = num_groups<F>(k_size);
   int32_t* codes = to.codes + first * groups * lanes + r;
   float* scales = to.scales + first * groups + r;
   int32_t* offsets = to.offset + first * groups + r;
   for (int64_t g = 0; g < groups; ++g) {
-    Vec v[vectors];
-    const X* from = x + g * shape.group;
-    if (k_size - g * shape.group >= shape.group) {
-#pragma GCC unroll 8
-      for (int64_t i = 0; i < vectors; ++i) v[i] = load(from + i * kLanes);
-    } else {
-      for (int64_t i = 0; i < vectors; ++i) {
-        const int64_t left = k_size - g * shape.group - i * kLanes;
-        v[i] = load_part(from + i * kLanes, min_of<int64_t>(max_of<int64_t>(left, 0), kLanes));
-      }
-    }
-    VecI largest_of{};  // without the sign, a float's bits are ordered as it is
-#pragma GCC unroll 8
-    for (int64_t i = 0; i < vectors; ++i)
-      largest_of = max_of(largest_of, __builtin_bit_cast(VecI, v[i]) & 0x7FFFFFFF);
-    const int32_t bits = max_lane(largest_of);
+    const Values<shape.group> values(x + g * shape.group, k_size - g * shape.group);
+    const int32_t bits = values.largest_bits();
     const float largest = __builtin_bit_cast(float, bits);
     float scale, inverse;
     if constexpr (shape.x_bits == 7) {
@@ -425,10 +443,9 @@ inline void round_row(const RoundedTiles<F>& to, const X* x, int64_t k_size, int
     }
     VecI total_of{};
     int32_t* lane = codes + g * lanes * rows;
-#pragma GCC unroll 8
-    for (int64_t i = 0; i < vectors; ++i) {
-      const Vec magic = splat(12582912.0f);
-      const VecI whole = __builtin_convertvector((v[i] * splat(inverse) + magic) - magic, VecI);
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < values.count; ++i) {
+      const VecI whole = values.whole(i, inverse);
       if constexpr (shape.zero || shape.has_minimum) total_of += whole;
       // lanes of 64 bits, each with a pair in its lower half
       const VecL both = (VecL)whole;
@@ -444,7 +461,7 @@ inline void round_row(const RoundedTiles<F>& to, const X* x, int64_t k_size, int
       }
     }
     // a NaN or an infinity has no code: it shows in the scale and so in every product
-    scales[g * rows] = bits < 0x7F800000 ? scale : __builtin_nanf("");
+    scales[g * rows] = bits < kInfinityBits ? scale : __builtin_nanf("");
     int32_t total = 0;
     for (int l = 0; l < kLanes; ++l) total += total_of[l];
     offsets[g * rows] = shape.has_minimum ? total : total * shape.zero;

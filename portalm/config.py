@@ -1,6 +1,7 @@
 """Settings: frozen, checked once, named as users know them. No torch.
 
-The one place that reads the environment: PORTALM_CACHE_DIR, where models are kept.
+The one place that reads the environment: PORTALM_CACHE_DIR, where models are kept, and what an
+engine process inherits.
 """
 
 from __future__ import annotations
@@ -25,6 +26,14 @@ def cache_dir() -> Path:
         return Path(chosen).expanduser()
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"  # noqa: TID251
     return Path(base).expanduser() / "portalm"
+
+
+def engine_environment() -> dict[str, str]:
+    """Variables of an engine process: ours, and one thread for each library's own pool.
+
+    Backends have their own threads; idle ones of OpenMP and OpenBLAS would spin beside them.
+    """
+    return {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", **os.environ}  # noqa: TID251
 
 
 DTypeName = Literal["float32", "float16", "bfloat16"]

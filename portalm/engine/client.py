@@ -15,7 +15,7 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from portalm.config import EngineConfig
+from portalm.config import EngineConfig, engine_environment
 from portalm.engine.input_processor import InputProcessor, ProcessedInput
 from portalm.engine.messages import (
     AbortRequests,
@@ -83,6 +83,7 @@ class EngineClient:
             address,
             stdin=asyncio.subprocess.PIPE,
             start_new_session=True,
+            env=engine_environment(),
         )
         assert self._process.stdin is not None
         self._process.stdin.write(msgspec.json.encode(self.config))

@@ -6,6 +6,7 @@ or signal handlers comes along, and what crosses is msgpack on a private socket,
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -73,9 +74,14 @@ def _serve(
     send: Callable[[FromEngine], None],
     parent: int,
 ) -> int:
+    # what is imported and loaded stays: to look for garbage in it is a tenth of the start, and a
+    # pause later
+    gc.disable()
     from portalm.engine.engine import Engine
 
     engine = Engine(config)
+    gc.freeze()
+    gc.enable()
     send(engine.ready)
     while True:
         outputs: list[TokenOutput] = []
@@ -84,6 +90,7 @@ def _serve(
             message = _decoder.decode(socket.recv())
             if isinstance(message, Shutdown):
                 engine.close()
+                gc.unfreeze()
                 return 0
             outputs += _handle(engine, message)
             timeout_ms = 0

@@ -13,7 +13,7 @@ from gguf import GGMLQuantizationType as Kind
 
 from portalm.errors import CheckpointError, ModelError
 from portalm.models.loader.gguf import GGUFCheckpoint
-from portalm.models.loader.gguf_file import read_metadata
+from portalm.models.loader.gguf_file import TYPES, read_metadata
 
 HIDDEN, INNER, HEADS, KV_HEADS, VOCAB = 256, 256, 4, 2, 32
 PYTHON_QUANTS = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
@@ -164,3 +164,11 @@ def test_random_damage_is_an_error_of_ours_or_none(tmp_path: Path) -> None:
         except ModelError:
             num_refused += 1
     assert num_refused > 50
+
+
+def test_the_table_of_types_is_that_of_the_gguf_package() -> None:
+    theirs = {
+        int(kind): (kind.name, *gguf.GGML_QUANT_SIZES[kind]) for kind in gguf.GGMLQuantizationType
+    }
+
+    assert {kind: TYPES.get(kind) for kind in theirs} == theirs

@@ -18,6 +18,7 @@ from portalm.config import ModelConfig
 from portalm.errors import CheckpointError, ConfigError, UnsupportedModel
 from portalm.models.loader.config_json import model_config
 from portalm.models.loader.gguf_file import (
+    TYPES,
     Reader,
     TensorInfo,
     map_file,
@@ -26,6 +27,7 @@ from portalm.models.loader.gguf_file import (
 )
 from portalm.models.loader.gguf_quantized import as_quantized
 
+_PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _ROWS_AT_A_TIME = 4096
 """Rows that are dequantised at once: several arrays as large as these live meanwhile."""
 _ARCHITECTURES = {"llama": "LlamaForCausalLM"}
@@ -47,6 +49,8 @@ _LAYER_NAMES = {
     "ffn_down": "mlp.down_proj",
 }
 _ROPE_FACTORS = "rope_freqs.weight"
+_VOCABULARY = frozenset(f"tokenizer.ggml.{name}" for name in ("tokens", "merges", "scores"))
+"""Metadata that only a tokenizer needs: 100,000s of values."""
 
 
 class GGUFCheckpoint:
@@ -57,7 +61,7 @@ class GGUFCheckpoint:
         self.path = path
         self._data: mmap.mmap = map_file(path)
         reader = Reader(path, self._data)
-        self.metadata, num_tensors = read_header(reader)
+        self.metadata, num_tensors = read_header(reader, skip=_VOCABULARY)
         infos = read_tensor_infos(reader, num_tensors)
         alignment = self.metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment < 1:
@@ -71,19 +75,15 @@ class GGUFCheckpoint:
         self.config = self._config(overrides, self._read(factors) if factors else None)
 
     def _check_extent(self, name: str, info: TensorInfo) -> None:
-        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-
-        try:
-            kind = GGMLQuantizationType(info.kind)
-        except ValueError:
+        if info.kind not in TYPES:
             raise CheckpointError(
                 self.path, f"tensor {name!r} is of type {info.kind}, which is not known"
-            ) from None
-        block_size, block_bytes = GGML_QUANT_SIZES[kind]
+            )
+        kind, block_size, block_bytes = TYPES[info.kind]
         if not info.shape or info.shape[-1] % block_size:
             raise CheckpointError(
                 self.path,
-                f"tensor {name!r} of type {kind.name} has shape {list(info.shape)}; its rows must "
+                f"tensor {name!r} of type {kind} has shape {list(info.shape)}; its rows must "
                 f"be a multiple of {block_size} long",
             )
         num_bytes = math.prod(info.shape) // block_size * block_bytes
@@ -108,8 +108,7 @@ class GGUFCheckpoint:
     def weight(self, name: str) -> torch.Tensor | QuantizedWeight:
         """The tensor as it is where it is of a format that `gguf_quantized` knows."""
         info = self._info(name)
-        _, blocks = self._blocks(info)
-        quantized = as_quantized(info.kind, blocks, info.shape)
+        quantized = as_quantized(info.kind, self._blocks(info), info.shape)
         if quantized is None:
             return self.tensor(name)
         num_heads = self._paired_heads(name)
@@ -141,38 +140,39 @@ class GGUFCheckpoint:
                     return num_heads
         return 0
 
-    def _blocks(self, info: TensorInfo) -> tuple[Any, npt.NDArray[np.uint8]]:
-        """The tensor's type, and its bytes: [rows, bytes a row]."""
-        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-
-        kind = GGMLQuantizationType(info.kind)
-        block_size, block_bytes = GGML_QUANT_SIZES[kind]
+    def _blocks(self, info: TensorInfo) -> npt.NDArray[np.uint8]:
+        """The tensor's bytes: [rows, bytes a row]."""
+        _, block_size, block_bytes = TYPES[info.kind]
         num_bytes = math.prod(info.shape) // block_size * block_bytes
         raw = np.frombuffer(self._data, np.uint8, num_bytes, self._start + info.offset)
-        return kind, raw.reshape(-1, info.shape[-1] // block_size * block_bytes)
+        return raw.reshape(-1, info.shape[-1] // block_size * block_bytes)
 
     def _read(self, info: TensorInfo) -> torch.Tensor:
+        kind, raw = TYPES[info.kind][0], self._blocks(info)
+        if kind in _PLAIN:
+            return torch.from_numpy(raw.copy()).view(_PLAIN[kind]).reshape(info.shape)
+        values = torch.empty((len(raw), info.shape[-1]))
+        for row in range(0, len(raw), _ROWS_AT_A_TIME):
+            rows = slice(row, row + _ROWS_AT_A_TIME)
+            values[rows] = self._dequantized(info.kind, raw[rows], info.shape[-1])
+        return values.reshape(info.shape)
+
+    def _dequantized(
+        self, kind: int, blocks: npt.NDArray[np.uint8], num_columns: int
+    ) -> torch.Tensor:
+        """Float32 [rows, columns]."""
+        quantized = as_quantized(kind, blocks, (len(blocks), num_columns))
+        if quantized is not None:
+            return quantized.dequantize()
         from gguf import GGMLQuantizationType
         from gguf.quants import dequantize
 
-        kind, raw = self._blocks(info)
-        plain = {
-            GGMLQuantizationType.F32: torch.float32,
-            GGMLQuantizationType.F16: torch.float16,
-            GGMLQuantizationType.BF16: torch.bfloat16,
-        }.get(kind)
-        if plain is not None:
-            return torch.from_numpy(raw.copy()).view(plain).reshape(info.shape)
-        values = np.empty((len(raw), info.shape[-1]), np.float32)
         try:
-            for row in range(0, len(raw), _ROWS_AT_A_TIME):
-                rows = slice(row, row + _ROWS_AT_A_TIME)
-                values[rows] = dequantize(raw[rows], kind)
+            return torch.from_numpy(dequantize(blocks, GGMLQuantizationType(kind)))
         except NotImplementedError:
             raise UnsupportedModel(
-                f"{self.path}: tensors of type {kind.name} cannot be dequantised yet"
+                f"{self.path}: tensors of type {TYPES[kind][0]} cannot be dequantised yet"
             ) from None
-        return torch.from_numpy(values).reshape(info.shape)
 
     def close(self) -> None:
         """Let go of the file (the mapping goes with the last view of it)."""
@@ -235,11 +235,9 @@ class GGUFCheckpoint:
 
     def _dtype(self) -> str:
         """What most weights are in; bfloat16 where they are quantised."""
-        from gguf import GGMLQuantizationType as Kind
-
-        names = {Kind.F32: "float32", Kind.F16: "float16", Kind.BF16: "bfloat16"}
         down = self._infos.get("model.layers.0.mlp.down_proj.weight")
-        return names.get(Kind(down.kind), "bfloat16") if down is not None else "bfloat16"
+        plain = _PLAIN.get(TYPES[down.kind][0]) if down is not None else None
+        return "bfloat16" if plain is None else str(plain).removeprefix("torch.")
 
 
 def _rope_scaling(

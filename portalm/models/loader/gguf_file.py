@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 import struct
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,26 @@ from portalm.errors import CheckpointError
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _MAX_DIMENSIONS = 4
+_WINDOW = 1 << 20
 _ARRAY, _STRING, _BOOL = 9, 8, 7
 _SCALARS = {
     0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d",
 }  # fmt: skip
+
+
+TYPES = {
+    0: ("F32", 1, 4), 1: ("F16", 1, 2), 2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20),
+    6: ("Q5_0", 32, 22), 7: ("Q5_1", 32, 24), 8: ("Q8_0", 32, 34), 9: ("Q8_1", 32, 40),
+    10: ("Q2_K", 256, 84), 11: ("Q3_K", 256, 110), 12: ("Q4_K", 256, 144), 13: ("Q5_K", 256, 176),
+    14: ("Q6_K", 256, 210), 15: ("Q8_K", 256, 292), 16: ("IQ2_XXS", 256, 66),
+    17: ("IQ2_XS", 256, 74), 18: ("IQ3_XXS", 256, 98), 19: ("IQ1_S", 256, 50),
+    20: ("IQ4_NL", 32, 18), 21: ("IQ3_S", 256, 110), 22: ("IQ2_S", 256, 82),
+    23: ("IQ4_XS", 256, 136), 24: ("I8", 1, 1), 25: ("I16", 1, 2), 26: ("I32", 1, 4),
+    27: ("I64", 1, 8), 28: ("F64", 1, 8), 29: ("IQ1_M", 256, 56), 30: ("BF16", 1, 2),
+    34: ("TQ1_0", 256, 54), 35: ("TQ2_0", 256, 66), 39: ("MXFP4", 32, 17),
+    40: ("NVFP4", 64, 36), 41: ("Q1_0", 128, 18),
+}  # fmt: skip
+"""Tensor types (ggml.h's ggml_type): name, values in a block, bytes of a block."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +47,7 @@ class TensorInfo:
     shape: tuple[int, ...]
     """Rows first, as torch has it (the file has it the other way round)."""
     kind: int
-    """A value of gguf.GGMLQuantizationType."""
+    """One of `TYPES`, if the file is sound."""
     offset: int
     """Bytes from the beginning of the data."""
 
@@ -89,8 +106,48 @@ class Reader:
             return values
         if kind != _STRING:
             raise self.fail(f"an array of unknown type {kind}")
+        return [
+            self.data[start:end].decode("utf-8", errors="replace")
+            for start, end in self._text_places(count)
+        ]
+
+    def skip(self, kind: int) -> None:
+        """Go past a value without making anything of it."""
+        if kind != _ARRAY:
+            self.value(kind)
+            return
+        inner, count = self.scalar("I"), self.scalar("Q")
+        if inner == _STRING:
+            self._text_places(count)
+        elif inner in _SCALARS:
+            num_bytes = count * struct.calcsize(_SCALARS[inner])
+            self.need(num_bytes, "an array")
+            self.at += num_bytes
+        else:
+            raise self.fail(f"an array of unknown type {inner}")
+
+    def _text_places(self, count: int) -> list[tuple[int, int]]:
+        """Where so many texts begin and end.
+
+        There can be 100,000s, and a mapping takes ten times as long to look into as bytes do.
+        """
         self.need(8 * count, "an array of texts")  # each has at least its length
-        return [self.string() for _ in range(count)]
+        at, last = self.at, len(self.data)
+        length_at = struct.Struct("<Q").unpack_from
+        window, window_at = b"", 0
+        places = []
+        for _ in range(count):
+            if at + 8 > window_at + len(window):
+                window, window_at = self.data[at : at + _WINDOW], at
+                if len(window) < 8:
+                    raise self.fail("it is truncated or corrupt: a text reaches past its end")
+            start = at + 8
+            at = start + length_at(window, at - window_at)[0]
+            if at > last:
+                raise self.fail("it is truncated or corrupt: a text reaches past its end")
+            places.append((start, at))
+        self.at = at
+        return places
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
@@ -110,8 +167,11 @@ def map_file(path: Path) -> mmap.mmap:
         raise CheckpointError(path, error.strerror or str(error)) from error
 
 
-def read_header(reader: Reader) -> tuple[dict[str, Any], int]:
-    """The metadata and the number of tensors; the reader stands before the first tensor's info."""
+def read_header(reader: Reader, *, skip: Collection[str] = ()) -> tuple[dict[str, Any], int]:
+    """The metadata and the number of tensors; the reader stands before the first tensor's info.
+
+    Values under the keys in `skip` are left out.
+    """
     if reader.data[:4] != _MAGIC:
         raise reader.fail(f"it begins with {reader.data[:4]!r}, a GGUF file with {_MAGIC!r}")
     reader.at = 4
@@ -128,7 +188,11 @@ def read_header(reader: Reader) -> tuple[dict[str, Any], int]:
     metadata: dict[str, Any] = {}
     for _ in range(num_values):
         key = reader.string()
-        metadata[key] = reader.value(reader.scalar("I"))
+        kind = reader.scalar("I")
+        if key in skip:
+            reader.skip(kind)
+        else:
+            metadata[key] = reader.value(kind)
     return metadata, num_tensors
 
 
