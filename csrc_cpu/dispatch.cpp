@@ -5,20 +5,56 @@
 
 #include "dispatch.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace portalm {
 
 namespace baseline { extern const Kernels table; }
 #if PORTALM_HAS_avx2
 namespace avx2 { extern const Kernels table; }
 #endif
+#if PORTALM_HAS_avxvnni
+namespace avxvnni { extern const Kernels table; }
+#endif
 #if PORTALM_HAS_avx512
 namespace avx512 { extern const Kernels table; }
 #endif
 #if PORTALM_HAS_avx512bf16
-namespace avx512bf16 { extern const Kernels table; }
+namespace avx512bf16 { extern const Kernels table, table_with_tiles; }
 #endif
 #if PORTALM_HAS_emulated512
-namespace emulated512 { extern const Kernels table; }
+namespace emulated512 { extern const Kernels table, table_with_tiles; }
+#endif
+
+#if defined(__x86_64__)
+namespace {
+
+enum class Register { eax, edx };
+
+// A feature that this compiler's __builtin_cpu_supports does not name.
+bool has_bit(unsigned leaf, unsigned part, Register which, int bit) {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  if (!__get_cpuid_count(leaf, part, &eax, &ebx, &ecx, &edx)) return false;
+  return (which == Register::eax ? eax : edx) >> bit & 1;
+}
+
+// Tiles are 8 KiB of registers, which the kernel saves only for a process that asks (Linux 5.16).
+bool may_use_tiles() {
+#if defined(__linux__)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
+}  // namespace
 #endif
 
 std::vector<const Kernels*> runnable_kernels() {
@@ -28,10 +64,16 @@ std::vector<const Kernels*> runnable_kernels() {
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                         __builtin_cpu_supports("f16c");
 #if PORTALM_HAS_emulated512
-  if (has_avx2) found.push_back(&emulated512::table);
+  if (has_avx2) {
+    found.push_back(&emulated512::table_with_tiles);
+    found.push_back(&emulated512::table);
+  }
 #endif
 #if PORTALM_HAS_avx2
   if (has_avx2) found.push_back(&avx2::table);
+#endif
+#if PORTALM_HAS_avxvnni
+  if (has_avx2 && has_bit(7, 1, Register::eax, 4)) found.push_back(&avxvnni::table);
 #endif
 #if PORTALM_HAS_avx512
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
@@ -40,8 +82,11 @@ std::vector<const Kernels*> runnable_kernels() {
   if (has_avx512) found.push_back(&avx512::table);
 #endif
 #if PORTALM_HAS_avx512bf16
-  if (has_avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni"))
+  if (has_avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni")) {
     found.push_back(&avx512bf16::table);
+    if (has_bit(7, 0, Register::edx, 22) && may_use_tiles())
+      found.push_back(&avx512bf16::table_with_tiles);
+  }
 #endif
 #endif
   return found;

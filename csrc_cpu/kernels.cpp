@@ -5,6 +5,7 @@
 #include "kv_cache.h"
 #include "linear.h"
 #include "linear_quantized.h"
+#include "linear_tiles.h"
 #include "rms_norm.h"
 #include "rope.h"
 #include "sample.h"
@@ -17,11 +18,34 @@
 
 namespace portalm::PORTALM_ISA {
 
+#if PORTALM_HAS_TILES
+// bfloat16 by tiles, where both sides are; all else as without them
+void linear_with_tiles(const LinearArgs& a) {
+  const bool is_bf16 = a.format == Format::bf16 || a.format == Format::blocks;
+  if (is_bf16 && a.x_dtype == DType::bf16) return linear_by_tiles(a);
+  linear(a);
+}
+#endif
+
 extern const Kernels table;
 const Kernels table = {
     PORTALM_NAME(PORTALM_ISA), kLanes,   packed_bytes, pack,     pack_codes, linear,  rms_norm,
     silu_mul,                  take_rows, rope,        kv_write, kv_copy,    kv_wire, attention,
     sample,
 };
+
+#if PORTALM_HAS_TILES
+extern const Kernels table_with_tiles;
+const Kernels table_with_tiles = [] {
+  Kernels with_tiles = table;
+#if defined(PORTALM_EMULATED)
+  with_tiles.name = "emulated_amx";
+#else
+  with_tiles.name = "amx";
+#endif
+  with_tiles.linear = linear_with_tiles;
+  return with_tiles;
+}();
+#endif
 
 }  // namespace portalm::PORTALM_ISA

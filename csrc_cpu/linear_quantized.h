@@ -55,7 +55,8 @@ constexpr bool kAsBlocks = false;
 
 // -- products of integers ------------------------------------------------------------------------
 
-#if (defined(__AVX512VNNI__) && PORTALM_LANES == 16) || defined(PORTALM_EMULATED)
+#if (defined(__AVX512VNNI__) && PORTALM_LANES == 16) || defined(__AVXVNNI__) || \
+    defined(PORTALM_EMULATED)
 constexpr bool kHasQuads = true;  // 8-bit codes are multiplied four at a time
 #else
 constexpr bool kHasQuads = false;
@@ -78,6 +79,8 @@ typedef uint64_t VecL __attribute__((vector_size(4 * kLanes)));
 PORTALM_INLINE void add_pairs(VecI& sums, VecI w, VecI x) {
 #if defined(__AVX512VNNI__) && PORTALM_LANES == 16
   sums = (VecI)_mm512_dpwssd_epi32((__m512i)sums, (__m512i)w, (__m512i)x);
+#elif defined(__AVXVNNI__) && PORTALM_LANES == 8
+  sums = (VecI)_mm256_dpwssd_avx_epi32((__m256i)sums, (__m256i)w, (__m256i)x);
 #elif defined(__AVX512BW__) && PORTALM_LANES == 16
   sums += (VecI)_mm512_madd_epi16((__m512i)w, (__m512i)x);
 #elif defined(__AVX2__) && PORTALM_LANES == 8
@@ -123,6 +126,14 @@ struct QuadSums {
   VecI sums{};
   PORTALM_INLINE void add(VecI w, VecI x) {
     sums = (VecI)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)w, (__m512i)x);
+  }
+  PORTALM_INLINE VecI total() const { return sums; }
+};
+#elif defined(__AVXVNNI__) && PORTALM_LANES == 8
+struct QuadSums {
+  VecI sums{};
+  PORTALM_INLINE void add(VecI w, VecI x) {
+    sums = (VecI)_mm256_dpbusd_avx_epi32((__m256i)sums, (__m256i)w, (__m256i)x);
   }
   PORTALM_INLINE VecI total() const { return sums; }
 };
@@ -257,61 +268,6 @@ PORTALM_INLINE float as_fp16(float x) {
   put(&narrow, x);
   return to_float(narrow);
 }
-PORTALM_INLINE int32_t rounded(float x) {  // to nearest, ties to even; |x| < 2^22
-  return static_cast<int32_t>((x + 12582912.0f) - 12582912.0f);
-}
-
-// Codes of one group for a scale and a minimum; the sum of the squared errors.
-PORTALM_INLINE float round_group(const float* w, int64_t count, float scale, float minimum,
-                                 int largest, uint8_t* codes) {
-  const float inverse = scale > 0 ? 1.0f / scale : 0.0f;
-  float error = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    const float exact = (w[i] - minimum) * inverse;
-    const int32_t code = rounded(min_of(max_of(exact, 0.0f), static_cast<float>(largest)));
-    codes[i] = static_cast<uint8_t>(code);
-    const float off = minimum + scale * static_cast<float>(code) - w[i];
-    error += off * off;
-  }
-  return error;
-}
-
-// The scale (and minimum) of a group. Of 8 bits the largest value sets it; of 4 bits a few ranges
-// around that are tried, and the one of the least squared error is taken.
-template <Format F>
-inline void choose_group(const float* w, int64_t count, uint8_t* codes, float* scale,
-                         float* minimum) {
-  constexpr FormatShape shape = kShape<F>;
-  constexpr int largest = (1 << shape.bits) - 1;
-  float low = w[0], high = w[0];
-  for (int64_t i = 1; i < count; ++i) {
-    low = min_of(low, w[i]);
-    high = max_of(high, w[i]);
-  }
-  float best = __builtin_inff();
-  uint8_t trial[64];
-  constexpr int kTrials = shape.bits == 8 ? 1 : 16;
-  for (int t = 0; t < kTrials; ++t) {
-    const float shrink = 1.0f - 0.02f * static_cast<float>(t);
-    float s, m;
-    if (shape.has_minimum) {
-      m = as_fp16(low * shrink);
-      s = as_fp16(max_of(high * shrink - m, 0.0f) / largest);
-    } else {
-      // codes of 8 bits reach as far down as up
-      const float down = static_cast<float>(shape.bits == 8 ? shape.zero - 1 : shape.zero);
-      s = as_fp16(max_of(high / (largest - shape.zero), -low / down) * shrink);
-      m = -s * static_cast<float>(shape.zero);
-    }
-    const float error = round_group(w, count, s, m, largest, trial);
-    if (error < best) {
-      best = error;
-      memcpy(codes, trial, static_cast<size_t>(count));
-      *scale = s;
-      *minimum = m;
-    }
-  }
-}
 
 // 2 to the power at which `largest` (at least 2^-100) has `bits` bits before the point, and its inverse.
 struct PowerOfTwo {
@@ -355,6 +311,66 @@ struct Values {
 };
 constexpr int32_t kInfinityBits = 0x7F800000;
 
+// Codes of a group for a scale and a minimum, [G] in 32 bits; the sum of the squared errors.
+template <int64_t G>
+PORTALM_INLINE float round_group(const Values<G>& w, float scale, float minimum, int largest,
+                                 int32_t* codes) {
+  const float inverse = scale > 0 ? 1.0f / scale : 0.0f;
+  const Vec magic = splat(12582912.0f), top = splat(static_cast<float>(largest));
+  Vec error{};
+#pragma GCC unroll 8
+  for (int64_t i = 0; i < w.count; ++i) {
+    Vec code = max_of((w.v[i] - splat(minimum)) * splat(inverse), splat(0.0f));
+    code = (select(code > top, top, code) + magic) - magic;
+    const VecI whole = __builtin_convertvector(code, VecI);
+    memcpy(codes + i * kLanes, &whole, sizeof whole);
+    const Vec off = splat(minimum) + splat(scale) * code - w.v[i];
+    error += off * off;
+  }
+  return sum(error);
+}
+
+// The scale (and minimum) of a group. Of 8 bits the largest value sets it; of 4 bits a few ranges
+// around that are tried, and the one of the least squared error is taken.
+template <Format F, typename W>
+inline void choose_group(const W* from, int64_t left, uint8_t* codes, float* scale, float* minimum) {
+  constexpr FormatShape shape = kShape<F>;
+  constexpr int largest = (1 << shape.bits) - 1;
+  const Values<shape.group> w(from, left);
+  Vec low_of = w.v[0], high_of = w.v[0];
+  for (int64_t i = 1; i < w.count; ++i) {
+    low_of = select(w.v[i] < low_of, w.v[i], low_of);
+    high_of = max_of(high_of, w.v[i]);
+  }
+  const float low = -max_lane(-low_of), high = max_lane(high_of);
+  float best = __builtin_inff();
+  int32_t trial[2][shape.group] = {};
+  int chosen = 0;
+  constexpr int kTrials = shape.bits == 8 ? 1 : 16;
+  for (int t = 0; t < kTrials; ++t) {
+    const float shrink = 1.0f - 0.02f * static_cast<float>(t);
+    float s, m;
+    if (shape.has_minimum) {
+      m = as_fp16(low * shrink);
+      s = as_fp16(max_of(high * shrink - m, 0.0f) / largest);
+    } else {
+      // codes of 8 bits reach as far down as up
+      const float down = static_cast<float>(shape.bits == 8 ? shape.zero - 1 : shape.zero);
+      s = as_fp16(max_of(high / (largest - shape.zero), -low / down) * shrink);
+      m = -s * static_cast<float>(shape.zero);
+    }
+    const float error = round_group(w, s, m, largest, trial[1 - chosen]);
+    if (error < best) {
+      best = error;
+      chosen = 1 - chosen;
+      *scale = s;
+      *minimum = m;
+    }
+  }
+  for (int64_t i = 0; i < shape.group; ++i)
+    codes[i] = i < left ? static_cast<uint8_t>(trial[chosen][i]) : uint8_t{0};
+}
+
 // A group as 13 bits and a sign, its scale a power of two; a scale that is not a number if one of
 // the group's values is none.
 template <int64_t G, typename W>
@@ -389,10 +405,7 @@ inline void quantize_as(const PackArgs& a) {
           if constexpr (F == Format::blocks) {
             choose_block<kGroup>(row + g * kGroup, count, wide_codes + g * kGroup, scales + g);
           } else {
-            float w[kGroup] = {};
-            for (int64_t i = 0; i < count; ++i) w[i] = to_float(row[g * kGroup + i]);
-            memset(codes + g * kGroup, 0, kGroup);
-            choose_group<F>(w, count, codes + g * kGroup, scales + g, minimums + g);
+            choose_group<F>(row + g * kGroup, count, codes + g * kGroup, scales + g, minimums + g);
           }
         }
         if constexpr (F == Format::blocks)

@@ -49,6 +49,25 @@ class AttentionPlan:
     """[split tiles, H_kv]: splits that are done; zero between layers."""
     counters_ptr: int
 
+    @classmethod
+    def of(
+        cls,
+        items: npt.NDArray[np.int32],
+        *,
+        partials: npt.NDArray[np.float32],
+        counters: npt.NDArray[np.int32],
+    ) -> AttentionPlan:
+        """A plan over these arrays, which it keeps."""
+        return cls(
+            items=items,
+            items_ptr=items.ctypes.data,
+            num_items=len(items),
+            partials=partials,
+            partials_ptr=partials.ctypes.data,
+            counters=counters,
+            counters_ptr=counters.ctypes.data,
+        )
+
 
 def plan_attention(meta: StepMeta, spec: AttentionSpec, num_threads: int) -> AttentionPlan:
     """Items of a step's attention.
@@ -75,16 +94,10 @@ def plan_attention(meta: StepMeta, spec: AttentionSpec, num_threads: int) -> Att
     max_rows = int(tiles[:, 2].max(initial=0)) * group
     num_partials = int(num_splits.sum()) * spec.num_kv_heads
     row_floats = -(-spec.head_size // _MOST_LANES) * _MOST_LANES + 2
-    partials = np.empty(num_partials * max_rows * row_floats, np.float32)
-    counters = np.zeros(len(split) * spec.num_kv_heads, np.int32)
-    return AttentionPlan(
-        items=items,
-        items_ptr=items.ctypes.data,
-        num_items=len(items),
-        partials=partials,
-        partials_ptr=partials.ctypes.data,
-        counters=counters,
-        counters_ptr=counters.ctypes.data,
+    return AttentionPlan.of(
+        items,
+        partials=np.empty(num_partials * max_rows * row_floats, np.float32),
+        counters=np.zeros(len(split) * spec.num_kv_heads, np.int32),
     )
 
 
@@ -100,15 +113,7 @@ def _short_decodes(meta: StepMeta) -> AttentionPlan:
     items[:, 3] = lens[order] - 1
     items[:, 5] = lens[order]
     items[:, 6] = -1
-    return AttentionPlan(
-        items=items,
-        items_ptr=items.ctypes.data,
-        num_items=len(items),
-        partials=_NO_PARTIALS,
-        partials_ptr=_NO_PARTIALS.ctypes.data,
-        counters=_NO_COUNTERS,
-        counters_ptr=_NO_COUNTERS.ctypes.data,
-    )
+    return AttentionPlan.of(items, partials=_NO_PARTIALS, counters=_NO_COUNTERS)
 
 
 _NO_PARTIALS = np.zeros(1, np.float32)

@@ -41,7 +41,8 @@ def test_random_lives_end_with_the_right_tokens_and_no_leak(max_in_flight: int) 
 @pytest.mark.parametrize("max_in_flight", [1, 2], ids=["in turn", "one ahead"])
 def test_many_more_random_lives(max_in_flight: int) -> None:
     for seed in range(1000, 3000):
-        random_life(seed, num_events=300, max_in_flight=max_in_flight)
+        life = random_life(seed, num_events=300, max_in_flight=max_in_flight)
+        assert life.finished
 
 
 class Lives(RuleBasedStateMachine):
