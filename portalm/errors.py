@@ -94,5 +94,9 @@ class RequestFailed(PortaLMError):
     """A request that was fine and could not be finished: a fault of the engine or its device."""
 
 
+class EngineNotReady(PortaLMError):
+    """The model is not loaded yet: a moment later the request may be fine."""
+
+
 class EngineDead(PortaLMError):
     """The engine process has ended; requests in flight cannot be answered by it."""

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from portalm import __version__
+from portalm.cli.bench import add_bench
 from portalm.cli.chat import add_chat
 from portalm.cli.conformance import add_conformance
 from portalm.cli.devices import add_collect_env, add_devices, add_doctor
@@ -27,6 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
         add_serve,
         add_generate,
         add_chat,
+        add_bench,
         add_pull,
         add_devices,
         add_doctor,

@@ -52,6 +52,7 @@ class Request:
         "status",
         "stop_ids",
         "stop_reason",
+        "tenant",
         "token_ids",
     )
 
@@ -69,6 +70,7 @@ class Request:
         output_token_ids: Sequence[int] = (),
         fork_of: str | None = None,
         bad_words_ids: Sequence[Sequence[int]] = (),
+        tenant: str = "",
     ) -> None:
         """A waiting request.
 
@@ -85,6 +87,7 @@ class Request:
             output_token_ids: generated before (a request that is resumed).
             fork_of: id of a request with the same prompt whose KV blocks may be shared.
             bad_words_ids: the last token of each may not be drawn after the ones before it.
+            tenant: whose it is; tenants share the device fairly.
         """
         self.request_id = request_id
         self.token_ids: list[int] = [*prompt_token_ids, *output_token_ids]
@@ -99,6 +102,7 @@ class Request:
         self.cache_salt = cache_salt
         self.fork_of = fork_of
         self.bad_words_ids = bad_words_ids
+        self.tenant = tenant
         self.needs_history = params.needs_history
         """A token may not be drawn before the host knows the one before it."""
         self.arrival = 0

@@ -108,6 +108,7 @@ class Scheduler:
         """End a request and free its blocks; the caller takes it off the running list."""
         if request.status is RequestStatus.RUNNING:
             self.blocks.release(request.block_table)
+            self._waiting.note_running(request, -1)
             self._released.append(request.request_id)
             request.status = RequestStatus.FINISHED
         else:
@@ -250,6 +251,7 @@ class Scheduler:
         Tokens that are still on the device are dropped: drawn again, they are the same.
         """
         self.blocks.release(request.block_table)
+        self._waiting.note_running(request, -1)
         request.status = RequestStatus.WAITING
         request.epoch += 1
         request.num_computed_tokens = 0
@@ -295,7 +297,7 @@ class Scheduler:
             parent = fork_parent(request, self._requests)
             if parent is not None and (parent in admitted or not is_prompt_computed(parent, plan)):
                 forks_to_come.append(request)
-                self._waiting.pop()
+                self._waiting.pop(request)
                 continue
             if not self._admit(request, parent, num_promised, plan):
                 break
@@ -327,7 +329,8 @@ class Scheduler:
         keep_free = num_promised + self._watermark if self.running else 0
         if num_tokens == 0 or num_taken + keep_free > self.blocks.num_unheld:
             return False
-        self._waiting.pop()
+        self._waiting.pop(request)
+        self._waiting.note_running(request, 1)
         self.blocks.hold(shared)
         request.block_table = list(shared)
         self.blocks.grow(request.block_table, num_computed + num_tokens)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+from collections import Counter
 
 from portalm.core.request import Request, RequestStatus
 
@@ -11,43 +12,65 @@ Key = tuple[int, int]
 
 
 class WaitingQueue:
-    """A heap of waiting requests: adding and taking cost O(log n), leaving O(1) amortised.
+    """A heap of waiting requests for each tenant: adding and taking cost O(log n).
 
-    A request that ends while it waits stays in the heap, where nobody sees it, until it
-    surfaces or until half of the heap is such requests.
+    Of several tenants' first requests of equal priority, the one whose tenant has the fewest
+    running is served next: a thousand requests of one do not hold up another's single one.
+
+    A request that ends while it waits stays in its heap, where nobody sees it, until it
+    surfaces or until half of what is in the heaps is such requests.
     """
 
     def __init__(self) -> None:
         """Nobody waits."""
-        self._heap: list[tuple[Key, Request]] = []
+        self._heaps: dict[str, list[tuple[Key, Request]]] = {}
+        self._num_running: Counter[str] = Counter()
+        self._num_queued = 0
         self._num_ended = 0
 
     def __len__(self) -> int:
-        return len(self._heap) - self._num_ended
+        return self._num_queued - self._num_ended
 
     def push(self, key: Key, request: Request) -> None:
         """Queue `request`, whose status is waiting."""
-        heapq.heappush(self._heap, (key, request))
+        heapq.heappush(self._heaps.setdefault(request.tenant, []), (key, request))
+        self._num_queued += 1
 
     def first(self) -> Request | None:
         """The request to be served next; None if nobody waits."""
-        heap = self._heap
-        while heap:
-            request = heap[0][1]
-            if request.status is RequestStatus.WAITING:
-                return request
-            heapq.heappop(heap)
-            self._num_ended -= 1
-        return None
+        best: tuple[tuple[int, int, int], Request] | None = None
+        for tenant in [*self._heaps]:
+            heap = self._heaps[tenant]
+            while heap and heap[0][1].status is not RequestStatus.WAITING:
+                heapq.heappop(heap)
+                self._num_queued -= 1
+                self._num_ended -= 1
+            if not heap:
+                del self._heaps[tenant]
+                continue
+            (priority, arrival), request = heap[0]
+            rank = (priority, self._num_running[tenant], arrival)
+            if best is None or rank < best[0]:
+                best = rank, request
+        return None if best is None else best[1]
 
-    def pop(self) -> None:
+    def pop(self, request: Request) -> None:
         """Take out what `first` gave just before."""
-        heapq.heappop(self._heap)
+        heapq.heappop(self._heaps[request.tenant])
+        self._num_queued -= 1
+
+    def note_running(self, request: Request, change: int) -> None:
+        """A request of this one's tenant began (1) or ceased (-1) to run."""
+        self._num_running[request.tenant] += change
+        if not self._num_running[request.tenant]:
+            del self._num_running[request.tenant]
 
     def note_end(self) -> None:
         """One of the queued requests has ended."""
         self._num_ended += 1
-        if self._num_ended > len(self._heap) // 2:
-            self._heap = [e for e in self._heap if e[1].status is RequestStatus.WAITING]
-            heapq.heapify(self._heap)
+        if self._num_ended > self._num_queued // 2:
+            for heap in self._heaps.values():
+                heap[:] = [e for e in heap if e[1].status is RequestStatus.WAITING]
+                heapq.heapify(heap)
+            self._num_queued = sum(map(len, self._heaps.values()))
             self._num_ended = 0

@@ -1,41 +1,57 @@
-"""The client side of an engine process: requests in, streams of answer deltas out."""
+"""The client side of an engine: requests in, streams of answer deltas out, whatever becomes of it.
+
+The engine runs in a process of its own. If that ends, or hangs in a step, a new one is started and
+every request goes on behind the tokens that it has: sampling is a function of seed and position, so
+the answers are those of a run that nothing disturbed.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
-import msgspec
 import zmq
 import zmq.asyncio
 
-from portalm.config import EngineConfig, engine_environment
+from portalm.config import EngineConfig
 from portalm.engine.input_processor import InputProcessor, ProcessedInput
 from portalm.engine.messages import (
     AbortRequests,
+    AddRequest,
     EngineFailed,
     EngineReady,
     EngineStats,
-    FromEngine,
+    Probe,
+    ProbeAnswer,
     ResetPrefixCache,
-    Shutdown,
     StepOutputs,
-    ToEngine,
+    TokenOutput,
 )
 from portalm.engine.output_processor import AnswerDelta, OutputProcessor
-from portalm.errors import EngineDead, InvalidRequest, PortaLMError
+from portalm.engine.process import EngineProcess
+from portalm.engine.pulse import Sign
+from portalm.engine.suspects import Suspects
+from portalm.errors import EngineDead, EngineNotReady, InvalidRequest, PortaLMError
 from portalm.models.hub import resolve_model
 from portalm.sampling_params import SamplingParams
 from portalm.text.tokenizer import Tokenizer, load_tokenizer
 
-_TERMINATE_S = 5.0
-"""Seconds between asking an engine process to end and killing it."""
+logger = logging.getLogger(__name__)
+
+_LOOK_S = 0.5
+"""Between two looks at whether the engine hangs."""
+
+_LOOK_AGAIN_S = 0.05
+
+_MAX_FRUITLESS_STARTS = 10
+"""Engines in a row that end before they give out a token, until no other is started: enough to find
+the one request out of hundreds that ends them."""
 
 
 class EngineClient:
@@ -48,18 +64,29 @@ class EngineClient:
         """Nothing runs before `start`."""
         self.config = config
         self.ready: EngineReady | None = None
+        """What the engine said when it had loaded; None before that."""
         self.stats = EngineStats()
         self.last_news_time = 0.0
         """time.monotonic() of the engine's last message."""
+        self.num_restarts = 0
         self._folder = Path(tempfile.mkdtemp(prefix="portalm-"))  # only this user may enter it
         self._context = zmq.asyncio.Context()
-        self._socket: zmq.asyncio.Socket = self._context.socket(zmq.PAIR)
-        self._process: asyncio.subprocess.Process | None = None
-        self._reader: asyncio.Task[None] | None = None
+        self._process: EngineProcess | None = None
+        self._is_loaded = False
+        """The process takes requests."""
+        self._num_processes = 0
+        self._num_fruitless = 0
+        self._tasks: list[asyncio.Task[None]] = []
         self._queues: dict[str, asyncio.Queue[AnswerDelta | EngineDead]] = {}
+        self._open: dict[str, AddRequest] = {}
+        """By engine-side id: answers that have not ended, as they were first asked for."""
+        self._suspects = Suspects()
+        self._work_since = 0.0
+        """When the engine last got work after it had none."""
+        self._totals: dict[str, int] = {}
+        """Of the engines before this one, so that counters only grow."""
+        self._probes: list[asyncio.Future[ProbeAnswer]] = []
         self._dead: EngineDead | None = None
-        self._encoder = msgspec.msgpack.Encoder()
-        self._decoder = msgspec.msgpack.Decoder(FromEngine)
 
     # -- life ---------------------------------------------------------------------------------
 
@@ -69,103 +96,93 @@ class EngineClient:
         Raises:
             PortaLMError: it could not start; the text is the engine's own.
         """
-        address = f"ipc://{self._folder}/engine"
-        self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.bind(address)
         # fetched here, once, so that the engine and the tokenizer find it in the cache
         path = await asyncio.to_thread(
             resolve_model, self.config.tokenizer or self.config.model, revision=self.config.revision
         )
-        self._process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "portalm.engine.core_process",
-            address,
-            stdin=asyncio.subprocess.PIPE,
-            start_new_session=True,
-            env=engine_environment(),
-        )
-        assert self._process.stdin is not None
-        self._process.stdin.write(msgspec.json.encode(self.config))
-        self._process.stdin.close()
+        process = await self._new_process()
         self._tokenizer = await asyncio.to_thread(
             load_tokenizer,
             path,
             chat_template=self.config.chat_template,
             trust_remote_code=self.config.trust_remote_code,
         )
-        message = await self._first_message()
-        if not isinstance(message, EngineReady):
-            text = message.message if isinstance(message, EngineFailed) else "no word of readiness"
-            raise PortaLMError(text)
-        self.ready = message
+        self._outputs = OutputProcessor(self._tokenizer)
+        ready = await process.ready()
         self._inputs = InputProcessor(
             self._tokenizer,
-            message,
+            ready,
             max_logprobs=self.config.max_logprobs,
             default_seed=self.config.seed,
         )
-        self._outputs = OutputProcessor(self._tokenizer)
-        self._reader = asyncio.create_task(self._read())
-        return message
-
-    async def _first_message(self) -> FromEngine:
-        assert self._process is not None
-        received = asyncio.ensure_future(self._socket.recv())
-        ended = asyncio.ensure_future(self._process.wait())
-        await asyncio.wait({received, ended}, return_when=asyncio.FIRST_COMPLETED)
-        if not received.done():
-            await asyncio.wait({received}, timeout=1.0)  # its last words may be on their way
-        ended.cancel()
-        if received.done():
-            message: FromEngine = self._decoder.decode(received.result())
-            return message
-        received.cancel()
-        raise PortaLMError(
-            f"the engine process ended with status {self._process.returncode} before its model "
-            f"was loaded; its messages are above"
-        )
+        self.ready, self._is_loaded = ready, True
+        self.last_news_time = time.monotonic()
+        self._tasks = [asyncio.create_task(self._supervise()), asyncio.create_task(self._watch())]
+        return ready
 
     async def shutdown(self) -> None:
         """End the process: ask it, then terminate it, then kill it. Streams end as dead."""
-        process, self._process = self._process, None
-        if process is not None and process.returncode is None:
-            with contextlib.suppress(zmq.ZMQError):
-                await self._send(Shutdown())
-            for end in (process.terminate, process.kill):
-                with contextlib.suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(process.wait(), _TERMINATE_S)
-                    break
-                end()
-            await process.wait()
-        if self._reader is not None:
-            self._reader.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._reader
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         self._die("the engine was shut down")
-        self._socket.close()
+        if self._process is not None:
+            await self._process.end()
         self._context.term()
         shutil.rmtree(self._folder, ignore_errors=True)
 
     @property
     def is_alive(self) -> bool:
-        """The engine has started and has not ended."""
+        """The engine has started and takes requests; False while another one is being started."""
         return (
             self._dead is None
-            and self.ready is not None
+            and self._is_loaded
             and self._process is not None
-            and self._process.returncode is None
+            and self._process.is_running
         )
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The model's tokenizer."""
+        """The model's tokenizer. Raises `EngineNotReady` before it is loaded."""
+        if self.ready is None:
+            raise EngineNotReady("the model is being loaded: try again in a moment")
         return self._tokenizer
 
     @property
     def num_open(self) -> int:
         """Requests whose answers have not ended."""
         return len(self._queues)
+
+    async def trouble(self, *, timeout_s: float = 5.0) -> str | None:
+        """What is wrong with the engine; None: it makes progress, or is idle and its device answers.
+
+        Args:
+            timeout_s: how long an idle engine's device may take to answer.
+        """
+        if self._dead is not None:
+            return f"the engine has ended: {self._dead}"
+        if not self.is_alive:
+            loading = "the model is being loaded"
+            return loading if self.ready is None else "the engine has ended and is being restarted"
+        assert self._process is not None
+        if self._overdue_s() > 0:
+            await asyncio.sleep(_LOOK_AGAIN_S)  # the numbers may have been half written
+        overdue_s = self._overdue_s() if self.is_alive else 0.0
+        if overdue_s > 0:
+            return f"the engine's step is {overdue_s:.1f} s past its deadline"
+        sign = self._process.pulse.read()
+        if sign.num_tokens or self._suspects.in_flight:
+            return None  # at work, within its time
+        answered: asyncio.Future[ProbeAnswer] = asyncio.get_running_loop().create_future()
+        self._probes.append(answered)
+        self._process.send(Probe(timeout_s))
+        try:
+            answer = await asyncio.wait_for(answered, timeout_s + 1.0)
+        except asyncio.TimeoutError:
+            if self._process.pulse.read() != sign:
+                return None  # work came in between: it is judged by its own time
+            return f"the idle engine did not answer in {timeout_s:.0f} s"
+        return answer.error
 
     # -- requests -----------------------------------------------------------------------------
 
@@ -177,12 +194,20 @@ class EngineClient:
         *,
         priority: int = 0,
         cache_salt: str = "",
+        tenant: str = "",
     ) -> ProcessedInput:
-        """What `generate` will ask the engine. Raises `InvalidRequest`."""
+        """What `generate` will ask the engine.
+
+        Raises:
+            InvalidRequest: it can never be answered.
+            EngineNotReady: the model is not loaded yet.
+        """
+        if self.ready is None:
+            raise EngineNotReady("the model is being loaded: try again in a moment")
         if request_id in self._queues:
             raise InvalidRequest(f"request id {request_id!r} is in use", param="request_id")
         return self._inputs.process(
-            request_id, prompt, params, priority=priority, cache_salt=cache_salt
+            request_id, prompt, params, priority=priority, cache_salt=cache_salt, tenant=tenant
         )
 
     async def generate(
@@ -193,7 +218,7 @@ class EngineClient:
         Closing or cancelling the iterator aborts what is left of the request.
 
         Raises:
-            EngineDead: the engine ended before the answers did.
+            EngineDead: the engine ended, and no other could be started.
         """
         if self._dead is not None:
             raise self._dead
@@ -201,9 +226,9 @@ class EngineClient:
         queue: asyncio.Queue[AnswerDelta | EngineDead] = asyncio.Queue()
         self._queues[request_id] = queue
         self._outputs.add(processed, params, arrival_time=time.time())
+        self._open.update((message.request_id, message) for message in processed.requests)
         try:
-            for message in processed.requests:
-                await self._send(message)
+            self._submit()
             while True:
                 news = await queue.get()
                 if isinstance(news, EngineDead):
@@ -215,53 +240,161 @@ class EngineClient:
             del self._queues[request_id]
             open_ids = self._outputs.engine_ids(request_id)
             self._outputs.forget(request_id)
-            if open_ids and self._dead is None:
-                # not awaited: this may run while the task is being cancelled
-                self._socket.send(self._encoder.encode(AbortRequests(open_ids)))
+            self._close(open_ids)
+            if open_ids and self.is_alive:
+                assert self._process is not None
+                self._process.send(AbortRequests(open_ids))
 
     async def reset_prefix_cache(self) -> None:
         """Forget cached blocks that nobody holds."""
-        await self._send(ResetPrefixCache())
+        if self.is_alive:
+            assert self._process is not None
+            self._process.send(ResetPrefixCache())
 
     # -- inside -------------------------------------------------------------------------------
 
-    async def _send(self, message: ToEngine) -> None:
-        await self._socket.send(self._encoder.encode(message))
+    async def _new_process(self) -> EngineProcess:
+        self._num_processes += 1
+        self._process = EngineProcess(self._context, self._folder, self._num_processes)
+        await self._process.start(self.config)
+        return self._process
 
-    async def _read(self) -> None:
-        """Hand out the engine's news until it ends."""
+    def _submit(self) -> None:
+        """Ask the engine for every open answer that may be asked for now."""
+        if not self.is_alive:
+            return  # once another engine has loaded
         assert self._process is not None
-        ended = asyncio.ensure_future(self._process.wait())
-        reason = "the engine process ended"
+        if not self._suspects.in_flight:
+            self._work_since = time.monotonic()
+        for request_id in self._suspects.next(self._open):
+            self._process.send(self._outputs.resumed(self._open[request_id]))
+
+    def _close(self, request_ids: Sequence[str]) -> None:
+        """These answers are over."""
+        for request_id in request_ids:
+            self._open.pop(request_id, None)
+            self._suspects.ended(request_id)
+
+    async def _supervise(self) -> None:
+        """Hand out the engine's news; when it has ended, start another."""
+        try:
+            await self._keep_running()
+        except Exception as error:  # whatever it is, nobody may wait for ever
+            logger.exception("the engine's client failed")
+            self._die(f"the engine's client failed: {type(error).__name__}: {error}")
+
+    async def _keep_running(self) -> None:
         while True:
-            received = asyncio.ensure_future(self._socket.recv())
+            assert self._process is not None
+            reason = await self._read(self._process)
+            self._is_loaded = False
+            await self._process.end()
+            self._totals = {
+                name: getattr(self.stats, name)
+                for name in self.stats.__struct_fields__
+                if name.endswith("_total")
+            }
+            self._blame(reason)
+            if self._num_fruitless >= _MAX_FRUITLESS_STARTS:
+                self._die(f"{reason}; {self._num_fruitless} engines in a row ended without a token")
+                return
+            logger.error(
+                "%s: starting another engine; %d answers will go on", reason, len(self._open)
+            )
+            self._num_fruitless += 1
             try:
-                await asyncio.wait({received, ended}, return_when=asyncio.FIRST_COMPLETED)
-            except asyncio.CancelledError:
-                received.cancel()
-                ended.cancel()
-                raise
-            if not received.done():
-                received.cancel()
-                break
-            message = self._decoder.decode(received.result())
+                self.ready = await (await self._new_process()).ready()
+            except PortaLMError as error:
+                self._die(f"{reason}; another could not be started: {error}")
+                return
+            self._is_loaded = True
+            self.num_restarts += 1
+            self.last_news_time = time.monotonic()
+            self._submit()
+
+    async def _read(self, process: EngineProcess) -> str:
+        """Hand out the engine's news until it ends; why it did."""
+        while True:
+            message = await process.receive()
+            if message is None:
+                return "the engine process ended"
             self.last_news_time = time.monotonic()
             if isinstance(message, EngineFailed):
-                reason = message.message
-                break
-            if isinstance(message, StepOutputs):
-                await self._give_out(message)
-        self._die(reason)
+                return message.message
+            if isinstance(message, ProbeAnswer):
+                if self._probes and not (probe := self._probes.pop(0)).done():
+                    probe.set_result(message)
+            elif isinstance(message, StepOutputs):
+                self._num_fruitless = 0
+                self._count(message.stats)
+                self._give_out(message.outputs)
 
-    async def _give_out(self, message: StepOutputs) -> None:
-        self.stats = message.stats
-        processed = self._outputs.process(message.outputs)
+    def _give_out(self, outputs: Sequence[TokenOutput]) -> None:
+        processed = self._outputs.process(outputs)
+        ended = [one.request_id for one in outputs if one.finish_reason is not None]
+        self._close([*ended, *processed.abort_ids])
         for delta in processed.deltas:
             queue = self._queues.get(delta.request_id)
             if queue is not None:
                 queue.put_nowait(delta)
-        if processed.abort_ids:
-            await self._send(AbortRequests(processed.abort_ids))
+        if processed.abort_ids and self.is_alive:
+            assert self._process is not None
+            self._process.send(AbortRequests(processed.abort_ids))
+        if self._suspects.num_held:
+            self._submit()
+
+    def _count(self, stats: EngineStats) -> None:
+        for name, before in self._totals.items():
+            setattr(stats, name, getattr(stats, name) + before)
+        self.stats = stats
+
+    def _blame(self, reason: str) -> None:
+        """An engine has ended: whoever ended it before, and alone, fails."""
+        self._probes.clear()
+        for request_id in self._suspects.engine_ended():
+            logger.error("request %s ended the engine again, by itself: it fails", request_id)
+            processed = self._outputs.process(
+                [
+                    TokenOutput(
+                        request_id=request_id,
+                        token_ids=[],
+                        finish_reason="error",
+                        error=f"request {request_id!r} ended the engine three times, at last by "
+                        f"itself ({reason}): it is not tried again",
+                    )
+                ]
+            )
+            self._close([request_id])
+            for delta in processed.deltas:
+                if (queue := self._queues.get(delta.request_id)) is not None:
+                    queue.put_nowait(delta)
+
+    def _overdue_s(self) -> float:
+        assert self._process is not None
+        work_since = self._work_since if self._suspects.in_flight else None
+        return self._process.pulse.read().overdue_s(work_since=work_since)
+
+    async def _watch(self) -> None:
+        """End an engine that hangs in a step: `_supervise` starts another."""
+        before: Sign | None = None
+        while True:
+            await asyncio.sleep(_LOOK_S)
+            if not self.is_alive or (overdue_s := self._overdue_s()) <= 0:
+                before = None
+                continue
+            assert self._process is not None
+            sign, last = self._process.pulse.read(), before
+            before = sign
+            if sign == last:  # seen twice: not numbers that were half written
+                logger.error(
+                    "step %d, of %d tokens, is %.1f s past its deadline of %.0f s: the engine is "
+                    "ended",
+                    sign.num_steps,
+                    sign.num_tokens,
+                    overdue_s,
+                    sign.deadline_s,
+                )
+                self._process.kill()
 
     def _die(self, reason: str) -> None:
         if self._dead is None:

@@ -1,4 +1,4 @@
-"""The engine in its own process: `python -m portalm.engine.core_process ADDRESS < config.json`.
+"""The engine in its own process: `python -m portalm.engine.core_process ADDRESS PULSE < config.json`.
 
 A fresh interpreter rather than a fork or multiprocessing: nothing of the server's threads, sockets
 or signal handlers comes along, and what crosses is msgpack on a private socket, never a pickle.
@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -23,13 +24,16 @@ from portalm.engine.messages import (
     AddRequest,
     EngineFailed,
     FromEngine,
+    Probe,
+    ProbeAnswer,
     ResetPrefixCache,
     Shutdown,
     StepOutputs,
     ToEngine,
     TokenOutput,
 )
-from portalm.errors import InvalidRequest, PortaLMError
+from portalm.engine.pulse import Pulse
+from portalm.errors import BackendError, InvalidRequest, PortaLMError
 
 if TYPE_CHECKING:
     from portalm.engine.engine import Engine
@@ -43,19 +47,23 @@ _decoder = msgspec.msgpack.Decoder(ToEngine)
 _encoder = msgspec.msgpack.Encoder()
 
 
-def run_core(config: EngineConfig, address: str) -> int:
-    """Serve one client at a ZeroMQ address until it says Shutdown or is gone; the exit status."""
+def run_core(config: EngineConfig, address: str, pulse: Pulse) -> int:
+    """Serve one client at a ZeroMQ address until it says Shutdown or is gone; the exit status.
+
+    What the engine is doing is always to be seen in `pulse`.
+    """
     parent = os.getppid()
     context = zmq.Context()
     socket: zmq.Socket[bytes] = context.socket(zmq.PAIR)
     socket.setsockopt(zmq.LINGER, 2000)
+    socket.setsockopt(zmq.RCVHWM, 0)
     socket.connect(address)
 
     def send(message: FromEngine) -> None:
         socket.send(_encoder.encode(message))
 
     try:
-        return _serve(config, socket, send, parent)
+        return _serve(config, socket, send, parent, pulse)
     except PortaLMError as error:
         send(EngineFailed(str(error)))
         return 2
@@ -73,6 +81,7 @@ def _serve(
     socket: zmq.Socket[bytes],
     send: Callable[[FromEngine], None],
     parent: int,
+    pulse: Pulse,
 ) -> int:
     # what is imported and loaded stays: to look for garbage in it is a tenth of the start, and a
     # pause later
@@ -82,6 +91,7 @@ def _serve(
     engine = Engine(config)
     gc.freeze()
     gc.enable()
+    engine.step_begins = pulse.begin
     send(engine.ready)
     while True:
         outputs: list[TokenOutput] = []
@@ -92,15 +102,28 @@ def _serve(
                 engine.close()
                 gc.unfreeze()
                 return 0
-            outputs += _handle(engine, message)
+            if isinstance(message, Probe):
+                send(_probe(engine, message))
+            else:
+                outputs += _handle(engine, message)
             timeout_ms = 0
         if outputs:
             send(StepOutputs(outputs, engine.stats()))
         if engine.has_work():
-            send(engine.step())
+            news = engine.step()
+            pulse.end()
+            send(news)
         elif os.getppid() != parent:
             logger.warning("the server is gone: the engine ends")
             return 0
+
+
+def _probe(engine: Engine, message: Probe) -> ProbeAnswer:
+    try:
+        engine.backend.probe(message.timeout_s)
+    except BackendError as error:
+        return ProbeAnswer(str(error))
+    return ProbeAnswer()
 
 
 def _handle(
@@ -117,6 +140,7 @@ def _handle(
                     token_ids=[],
                     finish_reason="error",
                     error=str(error),
+                    is_refused=True,
                 )
             ]
         return []
@@ -131,7 +155,7 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s engine: %(message)s")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's to handle
     config = msgspec.json.decode(sys.stdin.buffer.read(), type=EngineConfig)
-    return run_core(config, sys.argv[1])
+    return run_core(config, sys.argv[1], Pulse(Path(sys.argv[2])))
 
 
 if __name__ == "__main__":

@@ -108,6 +108,8 @@ class Engine:
             self.backend.capabilities.max_steps_in_flight if config.async_scheduling else 1
         )
         self._in_flight: deque[StepInFlight] = deque()
+        self.step_begins: Callable[[int], None] | None = None
+        """Called with the number of tokens of every step, before the device gets it."""
         self._num_prompt_logprobs_sent: dict[str, int] = {}
         self._stats = EngineStats()
         budgeted = time.perf_counter()
@@ -151,6 +153,7 @@ class Engine:
                 output_token_ids=message.output_token_ids,
                 fork_of=message.fork_of,
                 bad_words_ids=message.bad_words_ids,
+                tenant=message.tenant,
             )
         )
 
@@ -218,6 +221,8 @@ class Engine:
                 if plan.is_empty:
                     self.runner.forget(plan.released)
                     break
+                if self.step_begins is not None:
+                    self.step_begins(plan.num_tokens)
                 self._in_flight.append(self.runner.dispatch(plan))
             if not self._in_flight:
                 return self._outputs([])

@@ -59,6 +59,7 @@ class InputProcessor:
         *,
         priority: int = 0,
         cache_salt: str = "",
+        tenant: str = "",
     ) -> ProcessedInput:
         """What to ask the engine.
 
@@ -89,6 +90,7 @@ class InputProcessor:
                 cache_salt=cache_salt,
                 fork_of=None if i == 0 else ids[0],
                 bad_words_ids=bad_words_ids,
+                tenant=tenant,
             )
             for i in range(params.n)
         ]

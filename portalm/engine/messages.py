@@ -26,6 +26,8 @@ class AddRequest(msgspec.Struct, tag=True, kw_only=True):
     """Id of an earlier request with the same prompt, whose KV blocks may be shared."""
     bad_words_ids: list[list[int]] = []
     """`params.bad_words` as token ids."""
+    tenant: str = ""
+    """Whose it is; tenants share the device fairly."""
 
 
 class AbortRequests(msgspec.Struct, tag=True):
@@ -38,11 +40,17 @@ class ResetPrefixCache(msgspec.Struct, tag=True):
     """Forget all cached blocks; refused, changing nothing, while any request runs."""
 
 
+class Probe(msgspec.Struct, tag=True):
+    """Ask the device for a sign of life; `ProbeAnswer` comes back."""
+
+    timeout_s: float
+
+
 class Shutdown(msgspec.Struct, tag=True):
     """End the engine process: abort what runs, then exit."""
 
 
-ToEngine: TypeAlias = AddRequest | AbortRequests | ResetPrefixCache | Shutdown
+ToEngine: TypeAlias = AddRequest | AbortRequests | ResetPrefixCache | Probe | Shutdown
 
 
 class TokenOutput(msgspec.Struct, kw_only=True):
@@ -117,4 +125,10 @@ class StepOutputs(msgspec.Struct, tag=True):
     stats: EngineStats
 
 
-FromEngine: TypeAlias = EngineReady | EngineFailed | StepOutputs
+class ProbeAnswer(msgspec.Struct, tag=True):
+    """The device answered, or why it did not."""
+
+    error: str | None = None
+
+
+FromEngine: TypeAlias = EngineReady | EngineFailed | StepOutputs | ProbeAnswer

@@ -6,10 +6,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+import msgspec
+
 from portalm.core.plan import TokenLogprobs
 from portalm.core.request import FinishReason
 from portalm.engine.input_processor import ProcessedInput
-from portalm.engine.messages import TokenOutput
+from portalm.engine.messages import AddRequest, TokenOutput
 from portalm.errors import InvalidRequest
 from portalm.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from portalm.sampling_params import SamplingParams
@@ -105,6 +107,23 @@ class OutputProcessor:
                 if output.finish_reason is None:
                     processed.abort_ids.append(output.request_id)
         return processed
+
+    def resumed(self, message: AddRequest) -> AddRequest:
+        """`message`, to go on behind what its answer has."""
+        answer = self._answers[message.request_id]
+        request, params = answer.request, message.params
+        if params.prompt_logprobs is not None and request.prompt_logprobs is not None:
+            if len(request.prompt_logprobs) == len(request.prompt_token_ids):
+                params = replace(params, prompt_logprobs=None)  # all there
+            else:
+                del request.prompt_logprobs[1:]  # they come anew, from the first
+        tokens = [*answer.output.token_ids]
+        return msgspec.structs.replace(
+            message,
+            params=params,
+            output_token_ids=tokens,
+            fork_of=None if tokens else message.fork_of,
+        )
 
     def is_finished(self, request_id: str) -> bool:
         """True once every answer of the request has ended (or if there is no such request)."""

@@ -11,10 +11,9 @@ from typing import Any
 from fastapi import Request
 
 from portalm.engine.input_processor import ProcessedInput
-from portalm.errors import InvalidRequest
 from portalm.outputs import RequestOutput
 from portalm.sampling_params import SamplingParams
-from portalm.server.state import ServerState
+from portalm.server.state import ServerState, failure
 from portalm.server.stream import usage
 
 _LOOK_FOR_CLIENT_S = 0.5
@@ -51,8 +50,8 @@ async def collect(
 
     async def gather() -> None:
         async for i, delta in state.answers(inputs, params):
-            if delta.error is not None:
-                raise InvalidRequest(delta.error)
+            if (error := failure(delta)) is not None:
+                raise error
             if delta.final is not None:
                 found[i] = delta.final
 

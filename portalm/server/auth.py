@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 from collections.abc import Sequence
 
+from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from portalm.server.errors import error_response
@@ -28,7 +30,8 @@ class Gate:
             await self._app(scope, receive, send)
             return
         headers = dict(scope["headers"])
-        if not self._may_enter(scope["path"], headers.get(b"authorization", b"")):
+        key = self._key(headers.get(b"authorization", b""))
+        if self._keys and key is None and not scope["path"].startswith(_OPEN_PATHS):
             response = error_response(
                 401,
                 "no valid API key: send it as Authorization: Bearer KEY",
@@ -43,15 +46,29 @@ class Gate:
             )
             await response(scope, receive, send)
             return
+        if key is not None:
+            scope.setdefault("state", {})["tenant"] = hashlib.sha256(key).hexdigest()[:16]
         await self._app(scope, _limited(receive), send)
 
-    def _may_enter(self, path: str, authorization: bytes) -> bool:
-        if not self._keys or path.startswith(_OPEN_PATHS):
-            return True
+    def _key(self, authorization: bytes) -> bytes | None:
+        """The valid key that was given; None: there is none."""
         scheme, _, given = authorization.partition(b" ")
         # every key is compared, so that the time tells nothing
-        matches = [hmac.compare_digest(given.strip(), key) for key in self._keys]
-        return scheme.lower() == b"bearer" and any(matches)
+        matches = [key for key in self._keys if hmac.compare_digest(given.strip(), key)]
+        return matches[0] if matches and scheme.lower() == b"bearer" else None
+
+
+def tenant_of(request: Request) -> str:
+    """Who asks, by API key (not the key itself); empty where the server has no keys."""
+    return getattr(request.state, "tenant", "")
+
+
+def salt_for(request: Request, asked: str | None) -> str:
+    """The prefix cache's salt: what one API key computed, another cannot find by its speed."""
+    tenant = tenant_of(request)
+    if not tenant:
+        return asked or ""
+    return hashlib.sha256(f"{tenant}:{asked or ''}".encode(errors="surrogatepass")).hexdigest()
 
 
 def _limited(receive: Receive) -> Receive:

@@ -10,12 +10,12 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response
 
 from portalm.engine.input_processor import ProcessedInput
-from portalm.errors import InvalidRequest
 from portalm.outputs import Logprob
 from portalm.sampling_params import SamplingParams
 from portalm.server.answers import collect
+from portalm.server.auth import salt_for, tenant_of
 from portalm.server.protocol import ChatRequest
-from portalm.server.state import ServerState, new_id, state_of
+from portalm.server.state import ServerState, failure, new_id, state_of
 from portalm.server.stream import event_stream, usage
 
 router = APIRouter()
@@ -42,7 +42,8 @@ async def chat_completions(
         prompt,
         params,
         priority=body.priority,
-        cache_salt=body.cache_salt or "",
+        cache_salt=salt_for(request, body.cache_salt),
+        tenant=tenant_of(request),
     )
     head = {"id": chat_id, "created": int(time.time()), "model": model}
     if body.stream:
@@ -77,8 +78,8 @@ async def _chunks(
     for index in range(params.n):
         yield _chunk(head, index, {"role": "assistant", "content": ""})
     async for _, delta in state.answers([processed], params):
-        if delta.error is not None:
-            raise InvalidRequest(delta.error)
+        if (error := failure(delta)) is not None:
+            raise error
         num_generated += len(delta.token_ids)
         if delta.final is not None:
             num_cached = delta.final.num_cached_tokens

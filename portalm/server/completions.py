@@ -14,8 +14,9 @@ from portalm.errors import InvalidRequest
 from portalm.outputs import Logprob
 from portalm.sampling_params import SamplingParams
 from portalm.server.answers import collect
+from portalm.server.auth import salt_for, tenant_of
 from portalm.server.protocol import CompletionRequest
-from portalm.server.state import ServerState, new_id, state_of
+from portalm.server.state import ServerState, failure, new_id, state_of
 from portalm.server.stream import event_stream, usage
 
 router = APIRouter()
@@ -42,7 +43,8 @@ async def completions(
             prompt,
             params,
             priority=body.priority,
-            cache_salt=body.cache_salt or "",
+            cache_salt=salt_for(request, body.cache_salt),
+            tenant=tenant_of(request),
         )
         for i, prompt in enumerate(prompts)
     ]
@@ -86,8 +88,8 @@ async def _chunks(
             for index in range(params.n):
                 yield {**head, "choices": [_choice(i * params.n + index, _echo(state, one))]}
     async for i, delta in state.answers(inputs, params):
-        if delta.error is not None:
-            raise InvalidRequest(delta.error)
+        if (error := failure(delta)) is not None:
+            raise error
         num_generated += len(delta.token_ids)
         index = i * params.n + delta.index
         if delta.final is not None:

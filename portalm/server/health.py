@@ -23,18 +23,19 @@ async def live() -> dict[str, str]:
 
 @router.get("/health")
 async def health(state: State) -> JSONResponse:
-    """200 while the engine lives, 503 when it has ended."""
-    if not state.client.is_alive:
-        return error_response(503, "the engine has ended")
+    """200 while steps end in their time, or the idle device answers; else 503 and what is wrong."""
+    trouble = await state.client.trouble()
+    if trouble is not None:
+        return error_response(503, trouble)
     return JSONResponse({"status": "healthy"})
 
 
 @router.get("/health/ready")
 async def ready(state: State) -> JSONResponse:
     """200 while new requests are taken."""
-    if state.is_draining or not state.client.is_alive:
-        reason = "shutting down" if state.is_draining else "the engine has ended"
-        return error_response(503, f"not ready: {reason}")
+    trouble = "shutting down" if state.is_draining else await state.client.trouble()
+    if trouble is not None:
+        return error_response(503, f"not ready: {trouble}")
     return JSONResponse({"status": "ready"})
 
 

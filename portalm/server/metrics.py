@@ -153,6 +153,11 @@ class _EngineCollector(Collector):
                 counter = CounterMetricFamily(prefix + name, text, labels=["model_name"])
                 counter.add_metric([self._model], getattr(stats, attribute))
                 yield counter
+            restarts = CounterMetricFamily(
+                prefix + "engine_restarts", "Engines started after one ended.", labels=["model_name"]
+            )
+            restarts.add_metric([self._model], self._client.num_restarts)
+            yield restarts
             ready = self._client.ready
             if ready is not None:
                 startup = GaugeMetricFamily(

@@ -40,11 +40,10 @@ async def serve(engine: EngineConfig, config: ServerConfig) -> None:
         PortaLMError: the engine could not start.
     """
     client = EngineClient(engine)
+    starting = asyncio.ensure_future(client.start())
     try:
-        starting = asyncio.ensure_future(client.start())
         # while the engine loads: these take most of a second
         app, metrics, states = await asyncio.to_thread(_import_server)
-        ready = await starting
         names = tuple(config.served_model_names) or (engine.model,)
         state = states.ServerState(
             client=client,
@@ -70,9 +69,15 @@ async def serve(engine: EngineConfig, config: ServerConfig) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: None)
         running = asyncio.create_task(server.serve())
+        # it listens while the model is loaded, and says so: not ready
+        await asyncio.wait({starting, running}, return_when=asyncio.FIRST_COMPLETED)
         while not server.started and not running.done():
             await asyncio.sleep(0.01)
-        if server.started:
+        if starting.done() and starting.exception() is not None:
+            server.should_exit = True
+            await running
+        elif server.started and starting.done():
+            ready = starting.result()
             where = f"unix:{config.uds}" if config.uds else f"http://{config.host}:{server.port}"
             tokens = ready.num_blocks * ready.block_size
             print(
@@ -83,7 +88,11 @@ async def serve(engine: EngineConfig, config: ServerConfig) -> None:
                 flush=True,
             )
         await running
+        if starting.done():
+            starting.result()
     finally:
+        starting.cancel()
+        await asyncio.gather(starting, return_exceptions=True)
         await client.shutdown()
 
 

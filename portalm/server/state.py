@@ -13,7 +13,7 @@ from fastapi import Request
 from portalm.engine.client import EngineClient
 from portalm.engine.input_processor import ProcessedInput
 from portalm.engine.output_processor import AnswerDelta
-from portalm.errors import InvalidRequest, PortaLMError
+from portalm.errors import InvalidRequest, PortaLMError, RequestFailed
 from portalm.sampling_params import SamplingParams
 from portalm.server.metrics import Metrics
 
@@ -91,6 +91,13 @@ class ServerState:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def failure(delta: AnswerDelta) -> PortaLMError | None:
+    """The error that ended an answer: the request's own, or the engine's; None: there was none."""
+    if delta.error is None:
+        return None
+    return InvalidRequest(delta.error) if delta.is_refused else RequestFailed(delta.error)
 
 
 def state_of(request: Request) -> ServerState:

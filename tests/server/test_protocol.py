@@ -290,13 +290,30 @@ def test_an_api_key_is_asked_for_and_compared(tmp_path: Path) -> None:
     assert (refused, allowed, health) == ([401, 401], 200, 200)
 
 
-def test_a_killed_engine_is_no_secret(tmp_path: Path) -> None:
+def test_one_key_does_not_find_what_another_computed(tmp_path: Path) -> None:
+    folder = make_model_folder(tmp_path / "tiny")
+    flags = ("--device", "null", "--load-format", "dummy", "--api-key", "one", "--api-key", "two")
+    body = {"prompt": list(range(3, 67)), "max_tokens": 1}
+    cached = []
+    with running_server(str(folder), *flags) as server, server.client() as http:
+        for key in ("one", "two", "one"):
+            answer = http.post(
+                "/v1/completions", json=body, headers={"Authorization": f"Bearer {key}"}
+            )
+            cached.append(answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"])
+
+    assert cached[:2] == [0, 0]
+    assert cached[2] >= 32
+
+
+def test_an_engine_that_cannot_start_again_is_no_secret(tmp_path: Path) -> None:
     folder = make_model_folder(tmp_path / "tiny")
     flags = ("--device", "null", "--load-format", "dummy")
     with running_server(str(folder), *flags) as server, server.client() as http:
+        (folder / "config.json").unlink()
         os.kill(server.engine_pid(), signal.SIGKILL)
-        end = time.monotonic() + 10
-        while http.get("/health").status_code == 200 and time.monotonic() < end:
+        end = time.monotonic() + 20
+        while "could not be started" not in http.get("/health").text and time.monotonic() < end:
             time.sleep(0.05)
 
         assert http.get("/health").status_code == 503

@@ -91,6 +91,39 @@ def test_budget_below_the_number_of_requests_is_refused() -> None:
         make_scheduler(max_batch_tokens=3)
 
 
+# -- tenants ----------------------------------------------------------------------------------
+
+
+def test_a_thousand_requests_of_one_tenant_do_not_hold_up_another() -> None:
+    scheduler = make_scheduler()
+    for i in range(1000):
+        scheduler.add(make_request(f"many-{i}", 2, 4, first=4 * i, tenant="many"))
+    step(scheduler)
+    scheduler.add(make_request("single", 2, 4, first=9000, tenant="single"))
+    plans = [planned(step(scheduler)) for _ in range(6)]
+
+    assert len(scheduler.running) == 4
+    assert any("single" in plan for plan in plans)
+
+
+def test_tenants_share_the_running_places() -> None:
+    scheduler = make_scheduler(max_batch_requests=6)
+    for i in range(20):
+        scheduler.add(make_request(f"a{i}", 2, 4, first=4 * i, tenant="a"))
+    for i in range(20):
+        scheduler.add(make_request(f"b{i}", 2, 4, first=1000 + 4 * i, tenant="b"))
+
+    assert sorted(planned(step(scheduler))) == ["a0", "a1", "a2", "b0", "b1", "b2"]
+
+
+def test_a_lower_priority_value_goes_before_fairness() -> None:
+    scheduler = make_scheduler(max_batch_requests=2, policy="priority")
+    for name, tenant, priority in (("a", "x", 0), ("b", "x", 0), ("c", "y", 5)):
+        scheduler.add(make_request(name, tenant=tenant, priority=priority))
+
+    assert list(planned(step(scheduler))) == ["a", "b"]
+
+
 # -- planning ---------------------------------------------------------------------------------
 
 

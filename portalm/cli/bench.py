@@ -1,0 +1,284 @@
+"""`portalm bench serve`: load on a running OpenAI-compatible server, and how it bore it."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import httpx
+
+_WORDS = (
+    "time year people way day man thing woman life child world school state family student group "
+    "country problem hand part place case week company system program question work number night "
+    "point home water room mother area money story fact month lot right study book eye job word"
+).split()
+_PERCENTILES = (50, 90, 99)
+_SPREAD = 0.6
+"""Standard deviation of the logarithm of the lengths: that of conversations, about."""
+
+
+def add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """`portalm bench`: measurements."""
+    parser = commands.add_parser("bench", help="measure a server under load")
+    kinds = parser.add_subparsers(title="kinds", required=True, metavar="KIND")
+    serve = kinds.add_parser("serve", help="requests to an OpenAI-compatible server")
+    serve.add_argument("--base-url", default="http://127.0.0.1:8000", help="of the server")
+    serve.add_argument("--model", default=None, help="as the server calls it (default: its first)")
+    serve.add_argument("--api-key", default=None, help="sent as a bearer token")
+    serve.add_argument("--num-prompts", type=int, default=100, help="requests in all")
+    serve.add_argument("--max-concurrency", type=int, default=32, help="requests at once")
+    serve.add_argument(
+        "--request-rate",
+        type=float,
+        default=math.inf,
+        help="arrivals a second, at random times (Poisson); without it as fast as they end",
+    )
+    serve.add_argument("--input-len", type=int, default=200, help="words of a prompt, on average")
+    serve.add_argument("--output-len", type=int, default=120, help="tokens asked for, on average")
+    serve.add_argument(
+        "--fixed-lengths", action="store_true", help="exactly those; without it they are spread"
+    )
+    serve.add_argument("--seed", type=int, default=0, help="of lengths, words and arrivals")
+    serve.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    serve.add_argument(
+        "--goodput",
+        nargs="+",
+        default=[],
+        metavar="NAME:MS",
+        help="what a good answer keeps to, for example ttft:500 itl:50 e2el:10000",
+    )
+    serve.add_argument("--result-json", default=None, help="file for all figures")
+    serve.add_argument("--plot", default=None, help="PNG of the distributions (needs matplotlib)")
+    serve.set_defaults(run=run_bench_serve)
+
+
+@dataclass(slots=True)
+class Asked:
+    """One request."""
+
+    prompt: str
+    num_out: int
+    start_s: float
+    """When it arrives, in seconds from the first one's arrival."""
+
+
+@dataclass(slots=True)
+class Answered:
+    """What became of it. Seconds."""
+
+    ttft: float | None = None
+    """Until the first piece of text."""
+    gaps: list[float] = field(default_factory=list)
+    """Between pieces."""
+    e2el: float = 0.0
+    num_in: int = 0
+    num_out: int = 0
+    error: str | None = None
+
+
+def make_requests(arguments: argparse.Namespace) -> list[Asked]:
+    """The same for the same seed: lengths, words, arrivals."""
+    rng = random.Random(arguments.seed)
+
+    def length(mean: int) -> int:
+        if arguments.fixed_lengths:
+            return mean
+        # of this logarithm the mean is `mean`
+        drawn = rng.lognormvariate(math.log(mean) - _SPREAD**2 / 2, _SPREAD)
+        return max(1, min(round(drawn), 8 * mean))
+
+    asked, now = [], 0.0
+    for _ in range(arguments.num_prompts):
+        words = rng.choices(_WORDS, k=length(arguments.input_len))
+        asked.append(Asked(" ".join(words), length(arguments.output_len), now))
+        if math.isfinite(arguments.request_rate):
+            now += rng.expovariate(arguments.request_rate)
+    return asked
+
+
+def parse_goodput(limits: Sequence[str]) -> dict[str, float]:
+    """NAME:MS as seconds by name. Raises `ConfigError`."""
+    from portalm.errors import ConfigError
+
+    found = {}
+    for limit in limits:
+        name, _, milliseconds = limit.partition(":")
+        try:
+            if name not in ("ttft", "itl", "e2el"):
+                raise ValueError
+            found[name] = float(milliseconds) / 1000
+        except ValueError:
+            raise ConfigError(
+                f"--goodput {limit!r} is not NAME:MS with NAME one of ttft, itl, e2el"
+            ) from None
+    return found
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    """By linear interpolation between the two nearest."""
+    ordered = sorted(values)
+    at = (len(ordered) - 1) * percent / 100
+    low = math.floor(at)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (at - low)
+
+
+def summarise(
+    answers: Sequence[Answered], wall_s: float, limits: dict[str, float]
+) -> dict[str, Any]:
+    """Throughput, percentiles in milliseconds, errors, goodput."""
+    good = [a for a in answers if a.error is None]
+    spans = {
+        "ttft": [a.ttft for a in good if a.ttft is not None],
+        "itl": [gap for a in good for gap in a.gaps],
+        "e2el": [a.e2el for a in good],
+    }
+    summary: dict[str, Any] = {
+        "completed": len(good),
+        "failed": len(answers) - len(good),
+        "errors": sorted({a.error for a in answers if a.error is not None})[:10],
+        "duration_s": wall_s,
+        "request_throughput": len(good) / wall_s,
+        "output_throughput": sum(a.num_out for a in good) / wall_s,
+        "total_token_throughput": sum(a.num_in + a.num_out for a in good) / wall_s,
+    }
+    for name, values in spans.items():
+        if values:
+            summary[f"mean_{name}_ms"] = 1000 * sum(values) / len(values)
+            for percent in _PERCENTILES:
+                summary[f"p{percent}_{name}_ms"] = 1000 * percentile(values, percent)
+    if limits:
+        summary["request_goodput"] = sum(_is_good(a, limits) for a in good) / wall_s
+    return summary
+
+
+def _is_good(answer: Answered, limits: dict[str, float]) -> bool:
+    mean_gap = sum(answer.gaps) / len(answer.gaps) if answer.gaps else 0.0
+    seen = {"ttft": answer.ttft or 0.0, "itl": mean_gap, "e2el": answer.e2el}
+    return all(seen[name] <= limit for name, limit in limits.items())
+
+
+def run_bench_serve(arguments: argparse.Namespace) -> int:
+    """Ask, wait, print a table; the exit status is 1 if a request failed."""
+    import asyncio
+    import json
+    import time
+    from pathlib import Path
+
+    limits = parse_goodput(arguments.goodput)
+    asked = make_requests(arguments)
+    started = time.perf_counter()
+    answers = asyncio.run(_ask_all(arguments, asked))
+    summary = summarise(answers, time.perf_counter() - started, limits)
+    for name, value in summary.items():
+        shown = f"{value:.2f}" if isinstance(value, float) else value
+        print(f"{name:24s} {shown}")
+    if arguments.result_json:
+        Path(arguments.result_json).write_text(json.dumps(summary, indent=2) + "\n")
+    if arguments.plot:
+        _plot(answers, arguments.plot)
+    return 1 if summary["failed"] else 0
+
+
+async def _ask_all(arguments: argparse.Namespace, asked: Sequence[Asked]) -> list[Answered]:
+    import asyncio
+    import time
+
+    import httpx
+    from tqdm import tqdm
+
+    from portalm.errors import PortaLMError
+
+    headers = {"Authorization": f"Bearer {arguments.api_key}"} if arguments.api_key else {}
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(
+        base_url=arguments.base_url, headers=headers, timeout=None, limits=limits
+    ) as http:
+        try:
+            models = await http.get("/v1/models")
+            models.raise_for_status()
+        except httpx.HTTPError as error:
+            raise PortaLMError(f"no server answers at {arguments.base_url}: {error}") from error
+        model = arguments.model or models.json()["data"][0]["id"]
+        room = asyncio.Semaphore(arguments.max_concurrency)
+        first = time.perf_counter()
+
+        async def one(request: Asked) -> Answered:
+            await asyncio.sleep(request.start_s - (time.perf_counter() - first))
+            async with room:
+                answer = await _ask(http, model, request, arguments.temperature)
+            bar.update()
+            return answer
+
+        with tqdm(total=len(asked), unit="request") as bar:
+            return await asyncio.gather(*map(one, asked))
+
+
+async def _ask(http: httpx.AsyncClient, model: str, request: Asked, temperature: float) -> Answered:
+    import json
+    import time
+
+    import httpx
+
+    body = {
+        "model": model,
+        "prompt": request.prompt,
+        "max_tokens": request.num_out,
+        "temperature": temperature,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    answer = Answered()
+    sent = last = time.perf_counter()
+    try:
+        async with http.stream("POST", "/v1/completions", json=body) as response:
+            if response.status_code != 200:
+                text = (await response.aread()).decode(errors="replace")
+                answer.error = f"{response.status_code}: {text[:200]}"
+                return answer
+            async for line in response.aiter_lines():
+                if not line.startswith("data: ") or line == "data: [DONE]":
+                    continue
+                chunk = json.loads(line[6:])
+                if "error" in chunk:
+                    answer.error = str(chunk["error"].get("message"))
+                    return answer
+                if usage := chunk.get("usage"):
+                    answer.num_in, answer.num_out = usage["prompt_tokens"], usage["completion_tokens"]
+                if any(choice.get("text") for choice in chunk["choices"]):
+                    now = time.perf_counter()
+                    if answer.ttft is None:
+                        answer.ttft = now - sent
+                    else:
+                        answer.gaps.append(now - last)
+                    last = now
+    except (httpx.HTTPError, ValueError) as error:
+        answer.error = f"{type(error).__name__}: {error}"
+    answer.e2el = time.perf_counter() - sent
+    return answer
+
+
+def _plot(answers: Sequence[Answered], path: str) -> None:
+    from portalm.errors import ConfigError
+
+    try:
+        from matplotlib import pyplot
+    except ImportError:
+        raise ConfigError("--plot needs matplotlib: pip install matplotlib") from None
+    good = [a for a in answers if a.error is None]
+    spans = {
+        "time to first token (ms)": [1000 * a.ttft for a in good if a.ttft is not None],
+        "between tokens (ms)": [1000 * gap for a in good for gap in a.gaps],
+        "whole answer (s)": [a.e2el for a in good],
+    }
+    figure, axes = pyplot.subplots(1, len(spans), figsize=(12, 3.5))
+    for axis, (title, values) in zip(axes, spans.items(), strict=True):
+        axis.hist(values, bins=40)
+        axis.set_title(title)
+    figure.tight_layout()
+    figure.savefig(path)
