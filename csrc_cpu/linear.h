@@ -22,7 +22,11 @@
 namespace portalm::PORTALM_ISA {
 
 constexpr int kPanel = 2 * kLanes;
+#if defined(PORTALM_EMULATED)
+constexpr int kTileRows = 4;  // the same code, compiled sooner
+#else
 constexpr int kTileRows = kLanes == 16 ? 12 : 6;  // 2 accumulators a row, as registers allow
+#endif
 
 // Elements of one k pair of a panel lie side by side.
 template <typename W>

@@ -8,7 +8,6 @@ the answers are those of a run that nothing disturbed.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import shutil
 import tempfile
@@ -154,7 +153,7 @@ class EngineClient:
         return len(self._queues)
 
     async def trouble(self, *, timeout_s: float = 5.0) -> str | None:
-        """What is wrong with the engine; None: it makes progress, or is idle and its device answers.
+        """What is wrong with the engine; None: it makes progress, or is idle and its device well.
 
         Args:
             timeout_s: how long an idle engine's device may take to answer.
@@ -350,6 +349,9 @@ class EngineClient:
 
     def _blame(self, reason: str) -> None:
         """An engine has ended: whoever ended it before, and alone, fails."""
+        for probe in self._probes:
+            if not probe.done():
+                probe.set_result(ProbeAnswer(f"{reason}: another one is being started"))
         self._probes.clear()
         for request_id in self._suspects.engine_ended():
             logger.error("request %s ended the engine again, by itself: it fails", request_id)

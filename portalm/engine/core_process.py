@@ -1,4 +1,4 @@
-"""The engine in its own process: `python -m portalm.engine.core_process ADDRESS PULSE < config.json`.
+"""The engine in its own process: `python -m portalm.engine.core_process ADDRESS PULSE < CONFIG`.
 
 A fresh interpreter rather than a fork or multiprocessing: nothing of the server's threads, sockets
 or signal handlers comes along, and what crosses is msgpack on a private socket, never a pickle.

@@ -1,4 +1,4 @@
-"""One engine process: started, spoken to, ended. What becomes of its requests is its client's part."""
+"""One engine process: started, spoken to, ended. Its requests are its client's concern."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import sys
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import zmq
@@ -37,7 +38,7 @@ class EngineProcess:
         self._socket: zmq.asyncio.Socket = context.socket(zmq.PAIR)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.SNDHWM, 0)  # however many requests wait, none is lost
-        self._sender = zmq.Socket.shadow(self._socket)
+        self._sender: zmq.Socket[bytes] = zmq.Socket.shadow(self._socket)
         self._socket.bind(self._address)
         self._process: asyncio.subprocess.Process | None = None
         self._ended: asyncio.Future[int] | None = None
@@ -94,7 +95,8 @@ class EngineProcess:
         assert self._ended is not None
         received = asyncio.ensure_future(self._socket.recv())
         try:
-            await asyncio.wait({received, self._ended}, return_when=asyncio.FIRST_COMPLETED)
+            either: set[asyncio.Future[Any]] = {received, self._ended}
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
             if not received.done():  # its last words may be on their way
                 await asyncio.wait({received}, timeout=0.2)
         finally:

@@ -1,6 +1,6 @@
 """What an engine is doing right now, in memory that its client can look into.
 
-A message would not do: an engine that hangs in a step sends none. The engine writes a few numbers to
+A message would not do: an engine that hangs in a step sends none. The engine writes numbers to
 a file that both have mapped; the client reads them when it is asked how things are. Times are of
 time.monotonic(), which all processes of a machine share.
 """

@@ -1,8 +1,8 @@
 """Which requests may run when an engine keeps ending: so that one that ends engines fails alone.
 
-An engine that ends takes all requests in flight along, and does not say which one was to blame. After
-the first time all of them run again. Those that were in flight twice are suspects: half of them may
-run at once, then half of those, until one that is to blame is the only suspect in flight.
+An engine that ends takes all requests in flight along, and does not say which one was to blame.
+After the first time all of them run again. Those that were in flight twice are suspects: half of
+them may run at once, then half of those, until one that is to blame is the only suspect in flight.
 """
 
 from __future__ import annotations

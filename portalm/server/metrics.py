@@ -154,7 +154,9 @@ class _EngineCollector(Collector):
                 counter.add_metric([self._model], getattr(stats, attribute))
                 yield counter
             restarts = CounterMetricFamily(
-                prefix + "engine_restarts", "Engines started after one ended.", labels=["model_name"]
+                prefix + "engine_restarts",
+                "Engines started after one ended.",
+                labels=["model_name"],
             )
             restarts.add_metric([self._model], self._client.num_restarts)
             yield restarts

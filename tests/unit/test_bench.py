@@ -72,7 +72,16 @@ def test_a_limit_that_is_none_is_refused(limit: str) -> None:
 def test_against_a_server(tmp_path, capsys) -> None:
     folder = make_model_folder(tmp_path / "tiny")
     result = tmp_path / "result.json"
-    flags = ("--num-prompts", "20", "--input-len", "8", "--output-len", "6", "--max-concurrency", "4")
+    flags = (
+        "--num-prompts",
+        "20",
+        "--input-len",
+        "8",
+        "--output-len",
+        "6",
+        "--max-concurrency",
+        "4",
+    )
     with running_server(str(folder), "--device", "null", "--load-format", "dummy") as server:
         command = ["bench", "serve", "--base-url", server.url, *flags]
         status = main([*command, "--result-json", str(result)])
