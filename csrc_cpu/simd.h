@@ -25,6 +25,12 @@ typedef int32_t VecI __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t VecU __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t Vec16 __attribute__((vector_size(2 * kLanes)));
 
+#if defined(__aarch64__)
+typedef __fp16 Half;  // GCC 12 knows _Float16 in C alone there
+#elif !defined(__F16C__)
+typedef _Float16 Half;
+#endif
+
 struct bf16 { uint16_t bits; };
 struct fp16 { uint16_t bits; };
 
@@ -45,7 +51,7 @@ PORTALM_INLINE float to_float(fp16 x) {
 #if defined(__F16C__)
   return _cvtsh_ss(x.bits);
 #else
-  return static_cast<float>(__builtin_bit_cast(_Float16, x.bits));
+  return static_cast<float>(__builtin_bit_cast(Half, x.bits));
 #endif
 }
 
@@ -59,7 +65,7 @@ PORTALM_INLINE void put(fp16* p, float x) {
 #if defined(__F16C__)
   p->bits = static_cast<uint16_t>(_cvtss_sh(x, 0));
 #else
-  p->bits = __builtin_bit_cast(uint16_t, static_cast<_Float16>(x));
+  p->bits = __builtin_bit_cast(uint16_t, static_cast<Half>(x));
 #endif
 }
 
