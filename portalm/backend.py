@@ -341,6 +341,10 @@ class Backend(Protocol):
         """Start copying `x` to the host."""
         ...
 
+    def use_threads(self, num_threads: int) -> None:
+        """Compute with so many threads of the host, where it is the host that computes."""
+        ...
+
     def probe(self, timeout_s: float) -> None:
         """One tiny operation with a deadline; `BackendError` if the device does not answer."""
         ...

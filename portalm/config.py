@@ -172,6 +172,9 @@ class EngineConfig:
     """What keys and values are stored in; auto: as `dtype`."""
     num_gpu_blocks_override: int | None = None
     """KV blocks to allocate; overrides every other size (tests force preemption with it)."""
+    cpu_threads: int | None = None
+    """Threads that compute where the device is the host; None: one for each core that the process
+    may use (affinity and the container's limit count)."""
     max_num_seqs: int = 256
     """Requests that run at once."""
     max_num_batched_tokens: int = 2048
@@ -211,7 +214,10 @@ class EngineConfig:
             raise ConfigError(
                 f"quantization must be auto, none, int8 or int4, not {self.quantization!r}"
             )
-        for name in ("max_model_len", "kv_cache_memory_bytes", "num_gpu_blocks_override"):
+        optional = (
+            "max_model_len", "kv_cache_memory_bytes", "num_gpu_blocks_override", "cpu_threads"
+        )  # fmt: skip
+        for name in optional:
             if getattr(self, name) is not None:
                 _positive(self, name)
         share = self.gpu_memory_utilization

@@ -116,6 +116,17 @@ class CpuBackend(TorchBackend):
         """The host's, or what its container allows."""
         return host_memory.memory()
 
+    def use_threads(self, num_threads: int) -> None:
+        """The native team's; more than the usable cores would only wait for each other."""
+        usable = self._native.usable_cores()
+        if num_threads > usable:
+            raise BackendError(
+                "unsupported",
+                f"{num_threads} threads were asked for and this process may use {usable} cores: "
+                f"leave --cpu-threads out, or give it at most {usable}",
+            )
+        self._native.set_num_threads(num_threads)
+
     @contextmanager
     def peak(self) -> Iterator[Callable[[], int]]:
         """Bytes that became resident."""

@@ -96,6 +96,10 @@ class TorchBackend(abc.ABC):
         """A copy that is done when this returns."""
         return DoneFuture(x.cpu().numpy())
 
+    def use_threads(self, num_threads: int) -> None:
+        """Torch's pool, of the whole process."""
+        torch.set_num_threads(num_threads)
+
     def probe(self, timeout_s: float) -> None:
         """One addition on another thread, waited for at most `timeout_s` seconds."""
         failures: list[Exception] = []

@@ -41,6 +41,11 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     add("--kv-cache-memory-bytes", "size of the KV cache", type=int)
     add("--kv-cache-dtype", "of keys and values", choices=_DTYPES)
     add("--num-gpu-blocks-override", "KV blocks to allocate", type=int)
+    add(
+        "--cpu-threads",
+        "threads that compute on the host (default: one for each core it may use)",
+        type=int,
+    )
     add("--max-num-seqs", "requests that run at once", type=int)
     add("--max-num-batched-tokens", "tokens computed in one step", type=int)
     add(

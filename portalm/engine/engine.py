@@ -70,6 +70,8 @@ class Engine:
         tell = progress or (lambda phase, share: None)
         self.config = config
         self.backend = backend if backend is not None else load_backend(config.device)
+        if config.cpu_threads is not None:
+            self.backend.use_threads(config.cpu_threads)
 
         self.model_path = resolve_model(config.model, revision=config.revision)
         self.tokenizer_path = (

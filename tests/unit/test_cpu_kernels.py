@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from portalm.backend import AttentionSpec, KVSpec, StepMeta
+from portalm.errors import BackendError
 from portalm_backends.cpu.backend import CpuBackend
 
 native = pytest.importorskip("portalm_backends._cpu")
@@ -432,3 +433,22 @@ def test_write_puts_tokens_into_their_slots_of_one_layer(backend, num_tokens, dt
         wire[slot // 16, 1, 0, slot % 16] = key[token].to(wire.dtype)
         wire[slot // 16, 1, 1, slot % 16] = value[token].to(wire.dtype)
     assert torch.equal(backend.kv_export(kv, torch.arange(7, dtype=torch.int32)), wire)
+
+
+# -- threads ----------------------------------------------------------------------------------
+
+
+def test_as_many_threads_as_were_asked_for() -> None:
+    backend, before = CpuBackend(), native.num_threads()
+    try:
+        backend.use_threads(1)
+        assert native.num_threads() == 1
+    finally:
+        native.set_num_threads(before)
+
+
+def test_more_threads_than_cores_are_refused() -> None:
+    usable = native.usable_cores()
+
+    with pytest.raises(BackendError, match=f"may use {usable} cores"):
+        CpuBackend().use_threads(usable + 1)
