@@ -126,6 +126,8 @@ class EngineClient:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._die("the engine was shut down")
         if self._process is not None:
+            if not self._is_loaded:  # it does not listen yet
+                self._process.kill()
             await self._process.end()
         self._context.term()
         shutil.rmtree(self._folder, ignore_errors=True)
@@ -294,6 +296,9 @@ class EngineClient:
                 if name.endswith("_total")
             }
             self._blame(reason)
+            stats = self.stats  # nothing runs, and no block holds anything
+            stats.num_running = stats.num_used_blocks = stats.num_cached_blocks = 0
+            stats.num_waiting = len(self._open)
             if self._num_fruitless >= _MAX_FRUITLESS_STARTS:
                 self._die(f"{reason}; {self._num_fruitless} engines in a row ended without a token")
                 return

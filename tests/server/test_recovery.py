@@ -113,6 +113,31 @@ def test_what_is_asked_while_there_is_no_engine_is_answered(server: RunningServe
         assert http.get("/health/ready").status_code == 200
 
 
+def test_a_request_that_ends_engines_fails_by_its_name(server: RunningServer) -> None:
+    """Three engines end with it in flight, at last with nothing else: it is not tried again."""
+    answers: list[httpx.Response] = []
+    body = {"prompt": "Poison:", "request_id": "poison", "max_tokens": 900, "ignore_eos": True}
+
+    def ask() -> None:
+        with server.client() as http:
+            answers.append(http.post("/v1/completions", json=body))
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    for _ in range(3):
+        wait_until(lambda: server.metric("num_requests_running") == 1, 30)
+        os.kill(server.engine_pid(), signal.SIGKILL)
+        with server.client() as http:
+            wait_until(lambda http=http: http.get("/health").status_code == 503, 10)
+            wait_until(lambda http=http: http.get("/health").status_code == 200, 60)
+    asking.join(60)
+
+    assert answers[0].status_code == 500
+    assert "'poison' ended the engine" in answers[0].json()["error"]["message"]
+    with server.client() as http:
+        assert stream(http, {"prompt": "The capital of France is", **GREEDY}).startswith(" Paris")
+
+
 @pytest.mark.slow
 def test_an_engine_that_hangs_is_unhealthy_and_replaced(server: RunningServer) -> None:
     body = {"prompt": "Once upon a time there was a bear who", **GREEDY}
