@@ -427,7 +427,7 @@ struct RoundedTiles {
   PORTALM_INLINE static int64_t size(int64_t rows, int64_t groups) {
     return rows * groups * (kLanesOfGroup<F> + 2);
   }
-  int32_t* codes;   // of a tile at first * groups * kLanesOf
+  int32_t* codes;   // of a tile at first * groups * kLanesOfGroup
   float* scales;    // of a tile at first * groups: [groups][rows]
   int32_t* offset;  // the same: zero * sum of the codes
 };
@@ -565,8 +565,8 @@ struct QuantizedBlock {
 // The tile of R rows that begins at row `first` of the block, by panels [begin, end), P at a time.
 // Inlined into its callers it would lose the registers that it needs.
 template <int R, int P, Format F>
-__attribute__((noinline)) void quantized_tile_by(const LinearArgs& a, const QuantizedBlock<F>& block, int64_t first,
-                              int64_t begin, int64_t end) {
+__attribute__((noinline)) void quantized_tile_by(const LinearArgs& a, const QuantizedBlock<F>& block,
+                                                 int64_t first, int64_t begin, int64_t end) {
   float sums[R * P * kPanel];
   const int64_t at = first * block.groups;
   int64_t p = begin;

@@ -329,7 +329,8 @@ class EngineClient:
                 if self._probes and not (probe := self._probes.pop(0)).done():
                     probe.set_result(message)
             elif isinstance(message, StepOutputs):
-                self._num_fruitless = 0
+                if any(one.token_ids for one in message.outputs):
+                    self._num_fruitless = 0
                 self._count(message.stats)
                 self._give_out(message.outputs)
 
