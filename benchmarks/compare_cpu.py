@@ -200,6 +200,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--peers", type=_one_of(PEERS), default=list(PEERS))
     parser.add_argument("--models", type=_one_of(MODELS), default=list(MODELS))
     parser.add_argument("--formats", type=_one_of(FORMATS), default=list(FORMATS))
+    names = [case.name for case in CASES]
+    parser.add_argument("--cases", type=_one_of(names), default=names, help="columns")
     parser.add_argument("--quick", action="store_true", help="one short round, to see that it runs")
     parser.add_argument("--prepare", action="store_true", help="install and convert, then end")
     parser.add_argument(
@@ -230,7 +232,9 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))  # so that peers are ended too
     cache = Path(os.environ.get("PORTALM_BENCH_DIR") or "~/.cache/portalm-bench").expanduser()
     settings = Settings(cache, torch_args=tuple(shlex.split(arguments.torch_args)))
-    cases = [case.shortened() for case in CASES] if arguments.quick else list(CASES)
+    cases = [case for case in CASES if case.name in arguments.cases]
+    if arguments.quick:
+        cases = [case.shortened() for case in cases]
     bench = Bench(
         {name: PEERS[name](settings) for name in arguments.peers},
         cases,

@@ -9,11 +9,20 @@ g++ -std=gnu++20 -g -O1 -fsanitize=thread csrc_cpu/tests/thread_team_stress.cpp 
   csrc_cpu/thread_team.cpp -o build/thread_team_stress -lpthread
 build/thread_team_stress
 
+# only what can be executed here is built: instrumented kernels take minutes to compile
+isas="baseline"
+has() { grep -qw "$1" /proc/cpuinfo; }
+if has avx2; then isas+=";avx2;emulated512"; fi
+if has avx_vnni; then isas+=";avxvnni"; fi
+if has avx512bw; then isas+=";avx512"; fi
+if has avx512_bf16; then isas+=";avx512bf16"; fi
+
 make --no-print-directory install-dev
 # over the release build, which the trap puts back
 trap '.venv/bin/pip install --quiet --no-build-isolation --no-deps --editable .' EXIT
 .venv/bin/pip install --quiet --no-build-isolation --no-deps --editable . \
-  -C cmake.define.PORTALM_SANITIZE=address,undefined -C build-dir=build/sanitize
+  -C cmake.define.PORTALM_SANITIZE=address,undefined -C cmake.define.PORTALM_ISAS="$isas" \
+  -C build-dir=build/sanitize
 
 # Python itself is not instrumented: the runtimes come first, and its own leaks are its own
 export LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)"

@@ -15,6 +15,10 @@ from portalm.errors import CheckpointError
 
 INDEX_NAME = "model.safetensors.index.json"
 
+_MAX_MAPPED_BYTES = 64 << 20
+"""Of tensors given out, until a file is mapped anew: what was read of a mapping counts as this
+process's memory for as long as the mapping lives, and the weights should not be there twice."""
+
 
 class SafetensorsCheckpoint:
     """A folder with config.json and *.safetensors."""
@@ -24,6 +28,7 @@ class SafetensorsCheckpoint:
         self.path = folder
         self.config = config
         self._files: dict[Path, Any] = {}
+        self._num_mapped_bytes = 0
         self._file_of: dict[str, Path] = {}
         for path, wanted in _shards(folder).items():
             opened = self._open(path)
@@ -55,10 +60,14 @@ class SafetensorsCheckpoint:
         path = self._file_of.get(name)
         if path is None:
             raise CheckpointError(self.path, f"no tensor {name!r} in its {len(self._files)} files")
+        if self._num_mapped_bytes > _MAX_MAPPED_BYTES:
+            self._open(path)  # the old mapping ends with the last tensor that was given out of it
+            self._num_mapped_bytes = 0
         try:
             tensor: torch.Tensor = self._files[path].get_tensor(name)
         except (SafetensorError, RuntimeError) as error:
             raise CheckpointError(path, f"cannot read tensor {name!r} ({error})") from error
+        self._num_mapped_bytes += tensor.nbytes
         return tensor
 
     def weight(self, name: str) -> torch.Tensor:
