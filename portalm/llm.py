@@ -218,7 +218,7 @@ class LLM:
             params = PoolingParams(task="score", truncate_prompt_tokens=truncate_prompt_tokens)
             return [
                 _scored(output, numbers(pooled)[0], output.prompt_token_ids)
-                for output, pooled in self._pool(pairs, params, use_tqdm)
+                for output, pooled in self._pool([TextPair(*p) for p in pairs], params, use_tqdm)
             ]
         texts = list(dict.fromkeys(text for pair in pairs for text in pair))
         params = PoolingParams(truncate_prompt_tokens=truncate_prompt_tokens)

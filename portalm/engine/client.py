@@ -225,6 +225,10 @@ class EngineClient:
             request_id, prompt, params, priority=priority, cache_salt=cache_salt, tenant=tenant
         )
 
+    def does(self, task: Task) -> bool:
+        """Whether the model, once it is loaded, does `task`."""
+        return self.ready is not None and task in self.ready.tasks
+
     def check_task(self, task: Task) -> None:
         """Raise `InvalidRequest` if the model, once it is loaded, does not do `task`."""
         if self.ready is not None:

@@ -133,6 +133,7 @@ class Engine:
             num_blocks=self.scheduler.config.num_blocks - 1,
             block_size=config.block_size,
             tasks=model.tasks,
+            vector_size=self.model_config.hidden_size,
             startup_s={
                 "load": loaded - started,
                 "budget": budgeted - loaded,
@@ -186,8 +187,10 @@ class Engine:
                     f"token id {token_id} is outside the vocabulary (0 to {vocab_size - 1})",
                     param="prompt",
                 )
-        self._check_task(message)
         params = message.params
+        task = "generate" if message.pooling is None else message.pooling.task
+        if task not in self.tasks:
+            raise InvalidRequest(f"this model does not {task}; it does: {', '.join(self.tasks)}")
         for name, ids in (
             ("logit_bias", params.logit_bias),
             ("allowed_token_ids", params.allowed_token_ids or ()),
@@ -199,19 +202,6 @@ class Engine:
                     f"(0 to {vocab_size - 1})",
                     param=name,
                 )
-
-    def _check_task(self, message: AddRequest) -> None:
-        pooling = message.pooling
-        task = "generate" if pooling is None else pooling.task
-        if task not in self.tasks:
-            raise InvalidRequest(f"this model does not {task}; it does: {', '.join(self.tasks)}")
-        size = self.model_config.hidden_size
-        if pooling is not None and pooling.dimensions is not None and pooling.dimensions > size:
-            raise InvalidRequest(
-                f"dimensions ({pooling.dimensions}) is above the size of the model's vectors "
-                f"({size})",
-                param="dimensions",
-            )
 
     def abort(self, request_ids: Sequence[str]) -> list[TokenOutput]:
         """End these requests now; the outputs of those that were live."""

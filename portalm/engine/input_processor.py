@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
 
 from portalm.config import Task
 from portalm.engine.messages import AddRequest, EngineReady
@@ -22,15 +21,20 @@ MAX_PRIORITY = 2**31 - 1
 NO_ANSWER = SamplingParams(temperature=0.0, max_tokens=1, detokenize=False)
 """What stands for sampling parameters where a prompt is pooled and nothing is generated."""
 
-TextPair: TypeAlias = tuple[str, str]
-"""What a cross-encoder scores: a query and a document, say."""
-
 _ENDPOINTS = {
     "generate": "it generates text: use /v1/completions or /v1/chat/completions",
     "embed": "it embeds text: use /v1/embeddings, /score or /rerank",
     "score": "it scores pairs of texts: use /score or /rerank",
 }
 _DOES = {"generate": "generate text", "embed": "embed text", "score": "score pairs of texts"}
+
+
+@dataclass(frozen=True, slots=True)
+class TextPair:
+    """What a cross-encoder scores: a query and a document, say."""
+
+    first: str
+    second: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +68,7 @@ class InputProcessor:
         self._tokenizer = tokenizer
         self._vocab_size = ready.vocab_size
         self._max_model_len = ready.max_model_len
+        self._vector_size = ready.vector_size
         self._max_logprobs = max_logprobs
         self._seeds = random.Random(default_seed)
         self.tasks: Sequence[Task] = ready.tasks
@@ -131,14 +136,19 @@ class InputProcessor:
             InvalidRequest: the request can never be answered; it says why.
         """
         self.check_task(params.task)
+        if isinstance(prompt, TextPair) != (params.task == "score"):
+            raise InvalidRequest("a score is of a pair of texts, and nothing else", param="prompt")
         _check_identity(request_id, cache_salt, priority)
+        if params.dimensions is not None and params.dimensions > self._vector_size:
+            raise InvalidRequest(
+                f"dimensions ({params.dimensions}) is above the size of the model's vectors "
+                f"({self._vector_size})",
+                param="dimensions",
+            )
         second_text_start = None
-        if params.task == "score":
-            if not isinstance(prompt, tuple):
-                raise InvalidRequest("a score is of a pair of texts: give both", param="prompt")
-            first, second = prompt
+        if isinstance(prompt, TextPair):
             tokenizer = self._need_tokenizer("a pair of texts", "prompt")
-            token_ids, second_text_start = tokenizer.encode_pair(first, second)
+            token_ids, second_text_start = tokenizer.encode_pair(prompt.first, prompt.second)
         else:
             token_ids = self._token_ids(prompt)
         token_ids = self._truncated(token_ids, params.truncate_prompt_tokens)

@@ -118,6 +118,8 @@ class EngineReady(msgspec.Struct, tag=True, kw_only=True):
     block_size: int
     tasks: tuple[Task, ...] = ("generate",)
     """What may be asked of the model."""
+    vector_size: int = 0
+    """Numbers of a prompt's vector."""
     startup_s: dict[str, float]
     """Seconds by phase: load, budget, warm_up."""
 
