@@ -11,7 +11,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from portalm.llm import LLM as LLM
     from portalm.outputs import CompletionOutput as CompletionOutput
+    from portalm.outputs import EmbeddingRequestOutput as EmbeddingRequestOutput
     from portalm.outputs import RequestOutput as RequestOutput
+    from portalm.outputs import ScoringRequestOutput as ScoringRequestOutput
+    from portalm.pooling_params import PoolingParams as PoolingParams
     from portalm.sampling_params import SamplingParams as SamplingParams
 
 __version__ = "0.1.0"
@@ -21,9 +24,21 @@ _HOMES = {
     "SamplingParams": "portalm.sampling_params",
     "RequestOutput": "portalm.outputs",
     "CompletionOutput": "portalm.outputs",
+    "PoolingParams": "portalm.pooling_params",
+    "EmbeddingRequestOutput": "portalm.outputs",
+    "ScoringRequestOutput": "portalm.outputs",
 }
 
-__all__ = ["LLM", "CompletionOutput", "RequestOutput", "SamplingParams", "__version__"]
+__all__ = [
+    "LLM",
+    "CompletionOutput",
+    "EmbeddingRequestOutput",
+    "PoolingParams",
+    "RequestOutput",
+    "SamplingParams",
+    "ScoringRequestOutput",
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> Any:

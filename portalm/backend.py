@@ -132,7 +132,7 @@ class KVSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionSpec:
-    """What kind of attention a layer computes; causal always."""
+    """What kind of attention a layer computes: `attend` is causal, `attend_encoder` is not."""
 
     num_heads: int
     num_kv_heads: int
@@ -174,7 +174,7 @@ class StepMeta:
     block_table: torch.Tensor
     """int32 [S, MB]: physical block of each logical block; entries past seq_len are 0."""
     logits_rows: torch.Tensor
-    """int32 [R]: tokens whose logits are wanted."""
+    """int32 [R]: tokens whose logits, or hidden states, are wanted."""
     host_query_start_loc: np.ndarray
     """query_start_loc on the host."""
     host_seq_lens: np.ndarray
@@ -183,6 +183,8 @@ class StepMeta:
     """Requests [0, num_decodes) have exactly one query token."""
     max_query_len: int
     max_seq_len: int
+    token_types: torch.Tensor | None = None
+    """int32 [T]: 1 for tokens of the second text of a pair, for encoders; None for decoders."""
     bucket: Bucket | None = None
     """The padded size, None where steps are not padded."""
     plan: dict[Any, Any] = field(default_factory=dict)
@@ -269,6 +271,9 @@ class SampleOutput:
     """int32 [R, k], most likely first, ties to the lowest id."""
     top_logprobs: torch.Tensor | None = None
     """float32 [R, k]"""
+    states: torch.Tensor | None = None
+    """float32 [P, C], where hidden states were asked for, or [P, N]: what a classifier made of
+    them."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -284,6 +289,8 @@ class StepInputs:
     depends on none."""
     previous_rows: torch.Tensor | None = None
     """int32 [T]: row of `previous_ids` that holds this token, or -1."""
+    num_states: int = 0
+    """P: the last so many of meta.logits_rows give out their hidden states, and draw nothing."""
 
 
 StepFn: TypeAlias = Callable[[Weights, KV, StepInputs], tuple[KV, SampleOutput]]
@@ -391,6 +398,22 @@ class Backend(Protocol):
         """
         ...
 
+    def attend_encoder(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        meta: StepMeta,
+        spec: AttentionSpec,
+    ) -> torch.Tensor:
+        """Attention of each token to all tokens of its request in this step, no cache.
+
+        `query` is [T, H, D], `key` and `value` are [T, H_kv, D]; whole prompts end to end. Returns
+        [T, H, D] in the dtype of `query`; rows of pad tokens are unspecified. Windows and soft
+        caps do not apply.
+        """
+        ...
+
     # layers
     def pack(
         self,
@@ -433,6 +456,12 @@ class Backend(Protocol):
         """(rms_norm(x + residual), x + residual); the sum is rounded to x's dtype once."""
         ...
 
+    def layer_norm(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
+    ) -> torch.Tensor:
+        """(x - mean) / sqrt(variance + eps) * weight + bias over the last, in float32 inside."""
+        ...
+
     def rope(
         self,
         query: torch.Tensor,
@@ -450,6 +479,10 @@ class Backend(Protocol):
 
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         """silu(gate) * up of [T, 2 I] (gate first): [T, I]."""
+        ...
+
+    def gelu(self, x: torch.Tensor) -> torch.Tensor:
+        """x times the normal distribution's share below x (the exact form, by erf)."""
         ...
 
     def take_rows(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,8 @@ from portalm.errors import ConfigError
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 """The model that is used where none is named."""
+DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
+"""A small encoder that can be had without a model hub; tests and benchmarks use it."""
 MAX_PROMPT_LOGPROB_ROWS = 256
 """Positions of prompts whose logprobs one step computes: each takes a row of logits."""
 
@@ -38,6 +40,9 @@ def engine_environment() -> dict[str, str]:
 
 DTypeName = Literal["float32", "float16", "bfloat16"]
 LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
+Task = Literal["generate", "embed", "score"]
+"""What may be asked of a model: text, a vector, how well two texts go together."""
+PoolingName = Literal["mean", "cls", "last"]
 SchedulingPolicy = Literal["fcfs", "priority"]
 
 
@@ -53,6 +58,32 @@ class RopeConfig:
     """The checkpoint's rope_scaling as sorted pairs (rope_type, factor, ...); empty: none."""
     is_interleaved: bool = False
     """Pairs are (0, 1), (2, 3), ... instead of (0, D/2), (1, D/2 + 1), ..."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolingConfig:
+    """How a model's hidden states become one vector, where a request does not say."""
+
+    pooling: PoolingName = "last"
+    normalize: bool = True
+    """Scale vectors to length 1."""
+    max_tokens: int | None = None
+    """Longest text that the model was trained on; None: its longest context."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncoderConfig:
+    """What only models that see a whole prompt at once have."""
+
+    layer_norm_eps: float = 1e-12
+    num_token_types: int = 2
+    """Rows of the table that tells the second text of a pair from the first."""
+    first_position: int = 0
+    """Row of the position table that a prompt begins with."""
+    num_labels: int = 1
+    """Outputs of the classifier, where the model has one."""
+    has_sigmoid: bool = True
+    """Its output is a logit; False: a score as it is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +112,9 @@ class ModelConfig:
     """Any of these ends an answer (config.json and generation_config.json together)."""
     dtype: DTypeName = "bfloat16"
     """The dtype that the weights were saved in, or the nearest one that can be computed in."""
+    pooling: PoolingConfig = field(default_factory=PoolingConfig)
+    encoder: EncoderConfig | None = None
+    """None: a decoder."""
 
     def __post_init__(self) -> None:
         """Reject shapes that no model has; a broken file shows here first."""
@@ -119,6 +153,8 @@ class SchedulerConfig:
     """Order of the queue: by arrival, or by `priority` (lower first) and then arrival."""
     max_prompt_logprob_rows: int = MAX_PROMPT_LOGPROB_ROWS
     """Prompt tokens a step of requests that asked for prompt_logprobs: bounds the logits."""
+    keeps_kv: bool = True
+    """False: an encoder, whose requests hold no blocks and are computed whole in one step."""
 
     def __post_init__(self) -> None:
         """Reject values that cannot work, naming the field and the fix."""
@@ -137,7 +173,7 @@ class SchedulerConfig:
                 f"least max_model_len ({self.max_model_len}): raise the one, lower the other, or "
                 f"leave chunked prefill on"
             )
-        if self.num_blocks < 2:
+        if self.keeps_kv and self.num_blocks < 2:
             raise ConfigError(
                 f"num_blocks ({self.num_blocks}) must be at least 2: block 0 is the null block"
             )
@@ -235,20 +271,27 @@ class EngineConfig:
             raise ConfigError(f"unknown setting {unknown[0]!r}; known: {', '.join(sorted(known))}")
         return cls(**values)
 
-    def scheduler_config(self, *, max_model_len: int, num_blocks: int) -> SchedulerConfig:
-        """The scheduler's part, once the model's length and the KV pool's size are known."""
+    def scheduler_config(self, *, max_model_len: int, num_blocks: int | None) -> SchedulerConfig:
+        """The scheduler's part, once the model's length and the KV pool's size are known.
+
+        Args:
+            max_model_len: longest prompt plus answer.
+            num_blocks: in the pool; None: an encoder, which has none.
+        """
         tokens = self.max_num_batched_tokens
-        if not self.enable_chunked_prefill:
+        keeps_kv = num_blocks is not None
+        if not (self.enable_chunked_prefill and keeps_kv):
             tokens = max(tokens, max_model_len)
         return SchedulerConfig(
             max_batch_tokens=tokens,
             max_batch_requests=min(self.max_num_seqs, tokens),
             max_model_len=max_model_len,
             block_size=self.block_size,
-            num_blocks=num_blocks,
-            enable_prefix_caching=self.enable_prefix_caching,
-            enable_chunked_prefill=self.enable_chunked_prefill,
+            num_blocks=num_blocks or 1,
+            enable_prefix_caching=self.enable_prefix_caching and keeps_kv,
+            enable_chunked_prefill=self.enable_chunked_prefill and keeps_kv,
             policy=self.scheduling_policy,
+            keeps_kv=keeps_kv,
         )
 
     def with_(self, **changes: Any) -> EngineConfig:

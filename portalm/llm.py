@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from tqdm import tqdm
@@ -12,11 +13,19 @@ from tqdm import tqdm
 from portalm.backend import Backend
 from portalm.config import DEFAULT_MODEL, EngineConfig
 from portalm.engine.engine import Engine
-from portalm.engine.input_processor import InputProcessor
+from portalm.engine.input_processor import NO_ANSWER, InputProcessor, ProcessedInput, TextPair
 from portalm.engine.messages import EngineStats
 from portalm.engine.output_processor import AnswerDelta, OutputProcessor
-from portalm.errors import InvalidRequest
-from portalm.outputs import RequestOutput
+from portalm.engine.scores import as_pairs, cosine, numbers
+from portalm.errors import InvalidRequest, RequestFailed
+from portalm.outputs import (
+    EmbeddingOutput,
+    EmbeddingRequestOutput,
+    RequestOutput,
+    ScoringOutput,
+    ScoringRequestOutput,
+)
+from portalm.pooling_params import PoolingParams
 from portalm.sampling_params import SamplingParams
 from portalm.text import load_tokenizer
 
@@ -101,6 +110,7 @@ class LLM:
         Raises:
             InvalidRequest: a prompt or its parameters cannot work; nothing was run.
         """
+        self._inputs.check_task("generate")
         many = _as_prompts(prompts)
         params = _spread("sampling_params", sampling_params or SamplingParams(), len(many))
         priorities = _spread("priority", 0 if priority is None else priority, len(many))
@@ -131,6 +141,7 @@ class LLM:
             chat_template: Jinja text to use instead of the model's.
             chat_template_kwargs: more variables for the template.
         """
+        self._inputs.check_task("generate")  # before a template is looked for
         if not messages:
             raise InvalidRequest("messages must not be empty", param="messages")
         conversations = cast(
@@ -148,6 +159,76 @@ class LLM:
             for conversation in conversations
         ]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+
+    def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        pooling_params: PoolingParams | None = None,
+        truncate_prompt_tokens: int | None = None,
+        use_tqdm: bool = True,
+    ) -> list[EmbeddingRequestOutput]:
+        """A vector for each prompt, in their order: of an encoder, or pooled from a decoder.
+
+        Args:
+            prompts: a text, token ids, or a list of either.
+            pooling_params: for all prompts; None: as the model was trained.
+            truncate_prompt_tokens: as in `PoolingParams`, for short.
+            use_tqdm: show a progress bar.
+
+        Raises:
+            InvalidRequest: a prompt or the parameters cannot work; nothing was run.
+            RequestFailed: the device failed on a prompt.
+        """
+        params = pooling_params or PoolingParams()
+        if truncate_prompt_tokens is not None:
+            params = replace(params, truncate_prompt_tokens=truncate_prompt_tokens)
+        return [
+            EmbeddingRequestOutput(
+                request_id=output.request_id,
+                outputs=EmbeddingOutput(numbers(pooled)),
+                prompt_token_ids=output.prompt_token_ids,
+                num_cached_tokens=output.num_cached_tokens,
+            )
+            for output, pooled in self._pool(_as_prompts(prompts), params, use_tqdm)
+        ]
+
+    def score(
+        self,
+        data_1: str | list[str],
+        data_2: str | list[str],
+        *,
+        truncate_prompt_tokens: int | None = None,
+        use_tqdm: bool = True,
+    ) -> list[ScoringRequestOutput]:
+        """How well texts go together: a cross-encoder's score, or the cosine of their vectors.
+
+        Args:
+            data_1: one text for all of `data_2`, or as many.
+            data_2: one text, or several.
+            truncate_prompt_tokens: as in `PoolingParams`.
+            use_tqdm: show a progress bar.
+
+        Raises:
+            InvalidRequest: the texts do not make pairs, or one cannot work; nothing was run.
+            RequestFailed: the device failed on a pair.
+        """
+        pairs = as_pairs(data_1, data_2, ("data_1", "data_2"))
+        if "score" in self.engine.tasks:
+            params = PoolingParams(task="score", truncate_prompt_tokens=truncate_prompt_tokens)
+            return [
+                _scored(output, numbers(pooled)[0], output.prompt_token_ids)
+                for output, pooled in self._pool([TextPair(*p) for p in pairs], params, use_tqdm)
+            ]
+        texts = list(dict.fromkeys(text for pair in pairs for text in pair))
+        params = PoolingParams(truncate_prompt_tokens=truncate_prompt_tokens)
+        found = dict(zip(texts, self._pool(texts, params, use_tqdm), strict=True))
+        scores = []
+        for first, second in pairs:
+            (one, vector), (other, other_vector) = found[first], found[second]
+            ids = one.prompt_token_ids + other.prompt_token_ids
+            scores.append(_scored(other, cosine(vector, other_vector), ids))
+        return scores
 
     def stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None
@@ -182,6 +263,22 @@ class LLM:
 
     # -- inside -------------------------------------------------------------------------------
 
+    def _pool(
+        self, prompts: Sequence[Prompt | TextPair], params: PoolingParams, use_tqdm: bool
+    ) -> list[tuple[RequestOutput, bytes]]:
+        """Each prompt, and what came of its hidden states."""
+        processed = [
+            self._inputs.process_pooling(str(next(self._ids)), prompt, params) for prompt in prompts
+        ]
+        ids = self._add(processed, [NO_ANSWER] * len(processed))
+        with tqdm(total=len(ids), desc="Pooling", unit="req", disable=not use_tqdm) as bar:
+            self._run(ids, bar)
+        outputs = [self._take(request_id) for request_id in ids]
+        for output in outputs:
+            if output.pooled is None:
+                raise RequestFailed(output.error or "the request was aborted")
+        return [(output, output.pooled) for output in outputs if output.pooled is not None]
+
     def _submit(
         self, prompts: Sequence[Prompt], params: Sequence[SamplingParams], priorities: Sequence[int]
     ) -> list[str]:
@@ -190,6 +287,11 @@ class LLM:
             self._inputs.process(str(next(self._ids)), prompt, p, priority=priority)
             for prompt, p, priority in zip(prompts, params, priorities, strict=True)
         ]
+        return self._add(processed, params)
+
+    def _add(
+        self, processed: Sequence[ProcessedInput], params: Sequence[SamplingParams]
+    ) -> list[str]:
         added: list[str] = []
         try:
             for one, p in zip(processed, params, strict=True):
@@ -218,7 +320,8 @@ class LLM:
                     if delta.request_id in open_ids and self._outputs.is_finished(delta.request_id):
                         open_ids.remove(delta.request_id)
                         seconds = time.perf_counter() - started
-                        bar.set_postfix_str(f"{num_tokens / seconds:.1f} tok/s", refresh=False)
+                        if num_tokens:  # of pooled prompts there are none
+                            bar.set_postfix_str(f"{num_tokens / seconds:.1f} tok/s", refresh=False)
                         bar.update()
         except BaseException:
             self._drop(ids)
@@ -233,6 +336,10 @@ class LLM:
         for request_id in request_ids:
             self.engine.abort(self._outputs.engine_ids(request_id))
             self._outputs.forget(request_id)
+
+
+def _scored(output: RequestOutput, score: float, token_ids: list[int]) -> ScoringRequestOutput:
+    return ScoringRequestOutput(output.request_id, ScoringOutput(score), token_ids)
 
 
 def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -285,7 +285,7 @@ class RecordedStep:
 
     def __call__(self, weights: Weights, kv: KV, inputs: StepInputs) -> tuple[KV, SampleOutput]:
         """As the step itself, with the same result bit for bit."""
-        if not self._is_recordable or inputs.previous_ids is not None:
+        if not self._is_recordable or inputs.previous_ids is not None or inputs.num_states:
             return self._step(weights, kv, inputs)
         if self._program is None or weights is not self._weights or kv is not self._kv:
             return self._record(weights, kv, inputs)

@@ -1,8 +1,9 @@
 """NullBackend: a device that computes nothing and checks everything it is fed.
 
 It draws tokens by a formula that a test can work out, so that a step fed with the wrong tokens,
-positions or blocks shows as a wrong chain or as an error. It is synchronous, or runs steps on a
-stream of its own like an accelerator: late, in order, with a fault where a test wants one.
+positions or blocks shows as a wrong chain or as an error; a token's hidden state begins with its id
+and its position. It is synchronous, or runs steps on a stream of its own like an accelerator: late,
+in order, with a fault where a test wants one.
 """
 
 from __future__ import annotations
@@ -188,6 +189,8 @@ class NullBackend(TorchBackend):
 
     def prepare(self, meta: StepMeta, specs: Sequence[AttentionSpec]) -> StepMeta:
         """Check that slots, positions, lengths and blocks agree."""
+        if not self._block_size:
+            raise Unsupported("the null device answers by what its KV cache holds: no encoders")
         check_meta(meta, self._block_size)
         return meta
 
@@ -201,11 +204,13 @@ class NullBackend(TorchBackend):
     ) -> tuple[NullKV, SampleOutput]:
         number = self.num_steps
         self.num_steps += 1
-        if not self._vocab_size:
-            self._trace(fn, weights, kv, inputs)
+        states: torch.Tensor | None = None
+        if not self._vocab_size or inputs.num_states:
+            states = self._trace(fn, weights, kv, inputs).states  # zeros of the right shape
         check_inputs(inputs, kv.num_blocks, self._vocab_size)
         # filled when the stream gets there, as on a device; -1 until then
-        token_ids = torch.full((len(inputs.meta.logits_rows),), -1, dtype=torch.int32)
+        num_rows = len(inputs.meta.logits_rows) - inputs.num_states
+        token_ids = torch.full((num_rows,), -1, dtype=torch.int32)
 
         def compute() -> None:
             time.sleep(self._latency_s)
@@ -213,17 +218,21 @@ class NullBackend(TorchBackend):
             if number == self._fail_at_step:
                 raise BackendError(self._fail_kind, f"injected fault at step {number}")
             token_ids.copy_(drawn)
+            if states is not None:
+                rows = inputs.meta.logits_rows[-inputs.num_states :].long()
+                states[:, 0] = inputs.token_ids[rows]
+                states[:, 1] = inputs.meta.positions[rows]
 
         self._last_step = self._enqueue(compute)
-        output = SampleOutput(token_ids=token_ids)
+        output = SampleOutput(token_ids=token_ids, states=states)
         if inputs.sample.num_logprobs is not None:
             _add_even_logprobs(output, self._vocab_size, inputs.sample.num_logprobs)
         return kv, output
 
-    def _trace(self, fn: StepFn, weights: Weights, kv: NullKV, inputs: StepInputs) -> None:
+    def _trace(self, fn: StepFn, weights: Weights, kv: NullKV, inputs: StepInputs) -> SampleOutput:
         self._is_tracing = True
         try:
-            fn(weights, kv, inputs)
+            _, output = fn(weights, kv, inputs)
         finally:
             self._is_tracing = False
         if self._vocab_size <= _FIRST_ID:
@@ -231,6 +240,7 @@ class NullBackend(TorchBackend):
                 f"the null device draws tokens from {_FIRST_ID} up: a vocabulary of "
                 f"{self._vocab_size} has none"
             )
+        return output
 
     def _enqueue(self, work: Callable[[], None]) -> Future[None] | None:
         """Run `work` now, or behind all that is on the stream."""
@@ -250,10 +260,10 @@ class NullBackend(TorchBackend):
         kv.write(meta.slot_mapping.numpy(), token_ids.numpy(), meta.positions.numpy())
         hashes = torch.from_numpy(kv.read(meta.block_table.numpy(), meta.seq_lens.numpy()))
 
-        wanted = meta.logits_rows.long()
+        wanted = meta.logits_rows[: len(meta.logits_rows) - inputs.num_states].long()
         last = token_ids[wanted].long()
         if self._reads_cache:
-            request = torch.searchsorted(meta.query_start_loc[1:], meta.logits_rows, right=True)
+            request = torch.searchsorted(meta.query_start_loc[1:].long(), wanted, right=True)
             last = hashes[request]
         mixed = last * 2654435761 + meta.positions[wanted].long() * 40503 + 12345
         drawn = _FIRST_ID + ((mixed & 0xFFFFFFFF) >> 7) % (self._vocab_size - _FIRST_ID)

@@ -30,7 +30,7 @@ from portalm.backend import (
     StepMeta,
 )
 from portalm.errors import BackendError
-from portalm_backends.portable import host_memory
+from portalm_backends.portable import encoder, host_memory
 from portalm_backends.portable.sampling import sample
 
 
@@ -169,6 +169,20 @@ class TorchBackend(abc.ABC):
     ) -> torch.Tensor:
         """Causal attention of query [T, H, D] over each request's context: [T, H, D]."""
 
+    def attend_encoder(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        meta: StepMeta,
+        spec: AttentionSpec,
+    ) -> torch.Tensor:
+        """Attention of [T, H, D] within each request, prompts of one length at a time.
+
+        The lengths are read on the host: a backend that captures steps overrides this.
+        """
+        return encoder.attention(query, key, value, meta, spec)
+
     # -- layers -------------------------------------------------------------------------------
 
     def pack(
@@ -219,6 +233,15 @@ class TorchBackend(abc.ABC):
         total = x + residual
         return self.rms_norm(total, weight, eps), total
 
+    def layer_norm(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
+    ) -> torch.Tensor:
+        """(x - mean) / sqrt(variance + eps) * weight + bias, rounded to x's dtype once.
+
+        Ba, Kiros and Hinton, "Layer normalization", 2016.
+        """
+        return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
     def rope(
         self,
         query: torch.Tensor,
@@ -242,6 +265,13 @@ class TorchBackend(abc.ABC):
         """silu(gate) * up of [T, 2 I]: [T, I]."""
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate) * up
+
+    def gelu(self, x: torch.Tensor) -> torch.Tensor:
+        """x * (1 + erf(x / sqrt(2))) / 2.
+
+        Hendrycks and Gimpel, "Gaussian error linear units", 2016.
+        """
+        return F.gelu(x)
 
     def take_rows(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """Rows int32 [R] of x [T, C]: [R, C]."""

@@ -1,6 +1,8 @@
-"""Paged attention in the plainest torch that says what it means."""
+"""Attention in the plainest torch that says what it means: over the paged cache, and without."""
 
 from __future__ import annotations
+
+import itertools
 
 import torch
 
@@ -49,6 +51,38 @@ def paged_attention(
         if spec.sliding_window is not None:
             is_hidden |= context <= position - spec.sliding_window
         probs = scores.masked_fill(is_hidden, float("-inf")).softmax(dim=-1)
+        out[start:end] = torch.einsum("hqk,khd->qhd", probs, v).to(query.dtype)
+    return out
+
+
+def encoder_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    meta: StepMeta,
+    spec: AttentionSpec,
+) -> torch.Tensor:
+    """Attention of each token to all tokens of its request.
+
+    Args:
+        query: [T, H, D], whole prompts end to end.
+        key: [T, H_kv, D]
+        value: the same shape.
+        meta: which tokens belong to which request.
+        spec: scale.
+
+    Returns:
+        [T, H, D], in the dtype of `query`; rows of pad tokens are zero.
+    """
+    out = torch.zeros_like(query)
+    group_size = spec.num_heads // spec.num_kv_heads
+    loc = meta.host_query_start_loc.tolist()
+    for start, end in itertools.pairwise(loc):
+        q = query[start:end].float()  # [N, H, D]
+        k, v = (
+            x[start:end].float().repeat_interleave(group_size, dim=1) for x in (key, value)
+        )  # [N, H, D]
+        probs = (torch.einsum("qhd,khd->hqk", q, k) * spec.scale).softmax(dim=-1)
         out[start:end] = torch.einsum("hqk,khd->qhd", probs, v).to(query.dtype)
     return out
 

@@ -61,3 +61,14 @@ class ReferenceBackend(TorchBackend):
     ) -> torch.Tensor:
         """Attention of [T, H, D], one request after the other."""
         return attention.paged_attention(query, kv[layer, 0], kv[layer, 1], meta, spec)
+
+    def attend_encoder(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        meta: StepMeta,
+        spec: AttentionSpec,
+    ) -> torch.Tensor:
+        """Attention of [T, H, D] within each request, one after the other."""
+        return attention.encoder_attention(query, key, value, meta, spec)

@@ -19,7 +19,14 @@ from portalm.conformance.cases import (
 )
 from portalm.conformance.check import Check, CheckFailed, Named
 from portalm.conformance.numerics import NMSE_BOUND, FloatArray, require_close, require_equal
-from portalm.conformance.operations import run_sample, sample_params, sampling_rows
+from portalm.conformance.operations import (
+    ENCODER_BATCH,
+    Encode,
+    run_encoder,
+    run_sample,
+    sample_params,
+    sampling_rows,
+)
 from portalm.conformance.reference_sampling import Row
 from portalm.conformance.subject import Subject
 from portalm.errors import BackendError
@@ -77,6 +84,23 @@ def check_alone(subject: Subject, case: Named) -> float | None:
         )
         [actual] = AttentionRun(subject, alone).run()
         worst = max(worst, _same(subject, f"request {i} alone", actual, expected) or 0.0)
+    return worst
+
+
+def check_encoder_padding(subject: Subject, case: None) -> None:
+    """Pad tokens and pad requests, of NaN, change nothing for an encoder."""
+    batch = Encode(ENCODER_BATCH, _GQA, subject.dtype)
+    for a, b in zip(run_encoder(subject, batch), run_encoder(subject, batch, PAD), strict=True):
+        require_equal("with padding", b, a)
+
+
+def check_encoder_alone(subject: Subject, case: None) -> float | None:
+    """A prompt alone gives what it gives among others: nothing leaks between them."""
+    together = run_encoder(subject, Encode(ENCODER_BATCH, _GQA, subject.dtype))
+    worst = 0.0
+    for length, expected in zip(ENCODER_BATCH, together, strict=True):
+        [alone] = run_encoder(subject, Encode((length,), _GQA, subject.dtype))
+        worst = max(worst, _same(subject, f"{length} tokens alone", alone, expected) or 0.0)
     return worst
 
 
@@ -212,6 +236,8 @@ CHECKS = (
     Check("L2", "block permutation", check_permutation, _BATCHES),
     Check("L2", "chunked prefill", check_chunks, (Named("in the middle"), Named("token by token"))),
     Check("L2", "alone or in a batch", check_alone, _BATCHES),
+    Check("L2", "encoder padding", check_encoder_padding),
+    Check("L2", "encoder alone or in a batch", check_encoder_alone),
     Check("L2", "linear rows alone", check_linear_alone),
     Check("L2", "sampling alone", check_sample_alone, (Named("mixed"), Named("all filters"))),
     Check("L2", "export and import", check_export_import),

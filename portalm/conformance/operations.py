@@ -9,17 +9,22 @@ from typing import Any
 import numpy as np
 import torch
 
-from portalm.backend import KVSpec, LogitBias, Penalties, SampleOutput, SampleParams
+from portalm.backend import AttentionSpec, KVSpec, LogitBias, Penalties, SampleOutput, SampleParams
 from portalm.conformance import reference, reference_sampling
 from portalm.conformance.cases import (
     BATCHES,
     HEADS,
+    NO_PAD,
     AttentionProblem,
     AttentionRun,
     Batch,
     Heads,
+    Pad,
+    PagedBatch,
     attention_problem,
     batch_named,
+    pad_rows,
+    step_meta,
 )
 from portalm.conformance.check import Check, CheckFailed, Named, NotClaimed
 from portalm.conformance.numerics import (
@@ -127,6 +132,82 @@ def attend_cases() -> list[Attend]:
     return cases
 
 
+@dataclass(frozen=True, slots=True)
+class Encode:
+    """Prompts of these lengths, and a head layout."""
+
+    lengths: tuple[int, ...]
+    heads: Heads
+    dtype: str
+
+    @property
+    def name(self) -> str:
+        """All of it."""
+        return f"{'+'.join(map(str, self.lengths))}, {self.heads.name}, {self.dtype}"
+
+
+def run_encoder(subject: Subject, case: Encode, pad: Pad = NO_PAD) -> list[F32Array]:
+    """What each prompt's tokens attend to, [N, H, D] each; pad tokens bring NaN."""
+    size, num_tokens = subject.head_size, sum(case.lengths)
+    paged = PagedBatch(case.lengths, subject.block_size, np.random.default_rng(0))
+    meta = step_meta(subject, paged.chunks(case.lengths), subject.block_size, [], pad)
+    spec = encoder_spec(subject, case)
+    q, k, v = encoder_inputs(subject, case)
+
+    def put(x: F32Array) -> torch.Tensor:
+        return subject.put(pad_rows(x, len(meta.positions)), case.dtype)
+
+    out = subject.get(subject.backend.attend_encoder(put(q), put(k), put(v), meta, spec))
+    assert out.shape[1:] == (case.heads.num_heads, size)
+    return np.split(out[:num_tokens], np.cumsum(case.lengths)[:-1])
+
+
+def encoder_spec(subject: Subject, case: Encode) -> AttentionSpec:
+    """The attention of a case."""
+    return AttentionSpec(
+        num_heads=case.heads.num_heads,
+        num_kv_heads=case.heads.num_kv_heads,
+        head_size=subject.head_size,
+        scale=subject.head_size**-0.5,
+    )
+
+
+def encoder_inputs(subject: Subject, case: Encode) -> tuple[F32Array, F32Array, F32Array]:
+    """Query [T, H, D], key and value [T, H_kv, D] of a case; a prompt's depend on its length."""
+    parts: list[list[F32Array]] = [[], [], []]
+    layout = (case.heads.num_heads, case.heads.num_kv_heads, case.heads.num_kv_heads)
+    for length in case.lengths:
+        for i, (heads, scale) in enumerate(zip(layout, (2.0, 1.0, 1.0), strict=True)):
+            shape = (length, heads, subject.head_size)
+            parts[i].append(_random(shape, case.dtype, 10 * length + i, scale))
+    q, k, v = (np.concatenate(one) for one in parts)
+    return q, k, v
+
+
+def check_attend_encoder(subject: Subject, case: Encode) -> float:
+    """Every token sees its whole prompt and no other, compared with plain loops."""
+    subject.needs_dtype(case.dtype)
+    actual = run_encoder(subject, case)
+    cuts = np.cumsum(case.lengths)[:-1]
+    q, k, v = (np.split(x.astype(np.float64), cuts) for x in encoder_inputs(subject, case))
+    spec = encoder_spec(subject, case)
+    expected = [reference.encoder_attention(*one, spec) for one in zip(q, k, v, strict=True)]
+    return require_close(
+        "attend_encoder", np.concatenate(actual), np.concatenate(expected), NMSE_BOUND[case.dtype]
+    )
+
+
+ENCODER_BATCH = (1, 1, 33, 7, 17, 7, 64)
+"""Lengths of prompts: one token, equal ones, and around block sizes."""
+
+
+def encode_cases() -> list[Encode]:
+    """Batches by dtype, and head layouts."""
+    cases = [Encode(ENCODER_BATCH, _GQA, dtype) for dtype in DTYPES]
+    cases += [Encode((17,), heads, DTYPES[0]) for heads in HEADS]
+    return [*cases, Encode((130, 300), HEADS[0], DTYPES[0])]
+
+
 # -- L0 ---------------------------------------------------------------------------------------
 
 
@@ -222,6 +303,33 @@ def check_norms(subject: Subject, case: Named) -> float:
     require_equal("add_rms_norm's sum", subject.get(total), summed)
     expected = reference.rms_norm(summed.astype(np.float64), weight.astype(np.float64), 1e-5)
     return max(first, require_close("add_rms_norm", subject.get(out), expected, bound))
+
+
+def check_layer_norm(subject: Subject, case: Named) -> float:
+    """Rows far from zero, and one that is constant but for rounding."""
+    subject.needs_dtype(case.name)
+    x = rounded(_random((7, 72), case.name, 1, 3.0) + 4, case.name)
+    x[3] = 2.0
+    weight, bias = _random((72,), case.name, 2), _random((72,), case.name, 3)
+    out = subject.backend.layer_norm(
+        subject.put(x, case.name),
+        subject.put(weight, case.name),
+        subject.put(bias, case.name),
+        1e-5,
+    )
+    expected = reference.layer_norm(
+        x.astype(np.float64), weight.astype(np.float64), bias.astype(np.float64), 1e-5
+    )
+    return require_close("layer_norm", subject.get(out), expected, NMSE_BOUND[case.name])
+
+
+def check_gelu(subject: Subject, case: Named) -> float:
+    """Large values of both signs included."""
+    subject.needs_dtype(case.name)
+    x = _random((5, 41), case.name, 1, 3.0)
+    x[0, :2] = (-90.0, 90.0)
+    out = subject.get(subject.backend.gelu(subject.put(x, case.name)))
+    return require_close("gelu", out, reference.gelu(x.astype(np.float64)), NMSE_BOUND[case.name])
 
 
 def check_silu_mul(subject: Subject, case: Named) -> float:
@@ -484,10 +592,13 @@ CHECKS = (
     Check("L0", "host round trip", check_round_trip,
           (Named("int32"), Named("float32"), Named("int64"))),
     Check("L1", "attend", check_attend, attend_cases()),
+    Check("L1", "attend_encoder", check_attend_encoder, encode_cases()),
     Check("L1", "linear", check_linear, _DTYPE_CASES),
     Check("L1", "logits", check_logits, _DTYPE_CASES),
     Check("L1", "rms_norm", check_norms, _DTYPE_CASES),
+    Check("L1", "layer_norm", check_layer_norm, _DTYPE_CASES),
     Check("L1", "silu_mul", check_silu_mul, _DTYPE_CASES),
+    Check("L1", "gelu", check_gelu, _DTYPE_CASES),
     Check("L1", "rope", check_rope,
           tuple(Rope(d, n, i) for d in DTYPES for n in (64, 32) for i in (False, True))),
     Check("L1", "embed and take_rows", check_rows, _DTYPE_CASES),

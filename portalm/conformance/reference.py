@@ -5,6 +5,8 @@ Nothing here is shared with the code under test, and nothing is written to be fa
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import numpy.typing as npt
 
@@ -41,6 +43,42 @@ def attention(query: Array, key: Array, value: Array, spec: AttentionSpec) -> Ar
             weights = np.exp(scores - scores.max())
             out[i, head] = weights @ value[seen] / weights.sum()
     return out
+
+
+def encoder_attention(query: Array, key: Array, value: Array, spec: AttentionSpec) -> Array:
+    """Attention of each token of one request to all of them.
+
+    Args:
+        query: [N, H, D]
+        key: [N, H_kv, D]
+        value: [N, H_kv, D]
+        spec: scale.
+
+    Returns:
+        [N, H, D]
+    """
+    group = query.shape[1] // key.shape[1]
+    out = np.empty(query.shape, np.float64)
+    for i in range(len(query)):
+        for head in range(query.shape[1]):
+            scores = key[:, head // group] @ query[i, head] * spec.scale  # [N]
+            weights = np.exp(scores - scores.max())
+            out[i, head] = weights @ value[:, head // group] / weights.sum()
+    return out
+
+
+def layer_norm(x: Array, weight: Array, bias: Array, eps: float) -> Array:
+    """`x` [T, C] less its mean, over its standard deviation, times `weight` plus `bias`, [C]."""
+    centred = x - np.mean(x, axis=-1, keepdims=True)
+    spread = np.sqrt(np.mean(centred * centred, axis=-1, keepdims=True) + eps)
+    normed: Array = centred / spread * weight + bias
+    return normed
+
+
+def gelu(x: Array) -> Array:
+    """`x` times the share of a normal distribution below it."""
+    shares = [0.5 * (1 + math.erf(value / math.sqrt(2))) for value in x.ravel().tolist()]
+    return x * np.array(shares).reshape(x.shape)
 
 
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:

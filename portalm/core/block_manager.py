@@ -134,3 +134,19 @@ class BlockManager:
         self._digest_of.clear()
         self._block_of.clear()
         self._num_cached = 0
+
+
+class NoBlocks(BlockManager):
+    """For models that keep no keys and values: every table is empty and long enough."""
+
+    def __init__(self) -> None:
+        """A pool of nothing."""
+        super().__init__(num_blocks=1, block_size=1)
+
+    def num_blocks_for(self, num_tokens: int) -> int:
+        """None."""
+        return 0
+
+    def grow(self, table: list[int], num_tokens: int) -> bool:
+        """True: there is nothing to take."""
+        return True

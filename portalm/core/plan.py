@@ -29,6 +29,8 @@ class StepPlan:
     requests: list[PlannedRequest] = field(default_factory=list)
     """Those with one token to compute first (decodes), then the others."""
     num_tokens: int = 0
+    has_pooled: bool = False
+    """Some request's hidden states are wanted."""
     block_copies: list[tuple[int, int]] = field(default_factory=list)
     """(source, destination) KV blocks to copy before the step (copy-on-write)."""
     preempted: list[Request] = field(default_factory=list)
@@ -64,6 +66,8 @@ class StepResult:
     """By request id, of the drawn token, for requests that asked."""
     prompt_logprobs: dict[str, list[TokenLogprobs]] = field(default_factory=dict)
     """By request id: of the prompt tokens that this step's rows predict."""
+    pooled: dict[str, bytes] = field(default_factory=dict)
+    """By request id, of those whose prompt is computed: float32 numbers, a vector or a score."""
     failed: dict[str, str] = field(default_factory=dict)
     """Requests whose own data broke the step (NaN logits), with the reason."""
 
@@ -79,5 +83,7 @@ class RequestUpdate:
     prompt_logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs_start: int = 0
     """How many prompt positions with logprobs come before the first of `prompt_logprobs`."""
+    pooled: bytes | None = None
+    """What its hidden states became, as float32, where it asked for that."""
     error: str | None = None
     """Why, where finish_reason is error."""

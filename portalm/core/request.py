@@ -6,6 +6,7 @@ import enum
 from collections.abc import Sequence
 from typing import Literal
 
+from portalm.pooling_params import PoolingParams
 from portalm.sampling_params import SamplingParams
 
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -46,8 +47,10 @@ class Request:
         "num_prompt_tokens",
         "num_published_blocks",
         "params",
+        "pooling",
         "priority",
         "request_id",
+        "second_text_start",
         "seed",
         "status",
         "stop_ids",
@@ -71,6 +74,8 @@ class Request:
         fork_of: str | None = None,
         bad_words_ids: Sequence[Sequence[int]] = (),
         tenant: str = "",
+        pooling: PoolingParams | None = None,
+        second_text_start: int | None = None,
     ) -> None:
         """A waiting request.
 
@@ -88,6 +93,9 @@ class Request:
             fork_of: id of a request with the same prompt whose KV blocks may be shared.
             bad_words_ids: the last token of each may not be drawn after the ones before it.
             tenant: whose it is; tenants share the device fairly.
+            pooling: what its hidden states become, with nothing left open; no token is drawn, and
+                it ends when its prompt is computed.
+            second_text_start: where the second text of a pair begins.
         """
         self.request_id = request_id
         self.token_ids: list[int] = [*prompt_token_ids, *output_token_ids]
@@ -103,6 +111,8 @@ class Request:
         self.fork_of = fork_of
         self.bad_words_ids = bad_words_ids
         self.tenant = tenant
+        self.pooling = pooling
+        self.second_text_start = second_text_start
         self.needs_history = params.needs_history
         """A token may not be drawn before the host knows the one before it."""
         self.arrival = 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 
 from portalm.config import SchedulerConfig
-from portalm.core.block_manager import BlockManager
+from portalm.core.block_manager import BlockManager, NoBlocks
 from portalm.core.forks import blocks_to_fork, fork_parent, fork_root, is_prompt_computed
 from portalm.core.plan import PlannedRequest, RequestUpdate, StepPlan, StepResult
 from portalm.core.prefix_cache import extend_hashes
@@ -40,7 +40,9 @@ class Scheduler:
     def __init__(self, config: SchedulerConfig) -> None:
         """An empty scheduler over a pool of `config.num_blocks`."""
         self.config = config
-        self.blocks = BlockManager(config.num_blocks, config.block_size)
+        self.blocks = (
+            BlockManager(config.num_blocks, config.block_size) if config.keeps_kv else NoBlocks()
+        )
         self.running: list[Request] = []
         """In order; these hold blocks."""
         self._waiting = WaitingQueue()
@@ -49,7 +51,7 @@ class Scheduler:
         self._released: list[str] = []
         self._num_arrivals = 0
         self._step_id = 0
-        self._watermark = max(1, int(config.num_blocks * _WATERMARK))
+        self._watermark = max(1, int(config.num_blocks * _WATERMARK)) if config.keeps_kv else 0
         self.reset_stats()
 
     # -- requests -----------------------------------------------------------------------------
@@ -75,14 +77,15 @@ class Scheduler:
                 f"max_model_len is {config.max_model_len}",
                 param="max_tokens",
             )
-        if request.num_tokens >= request.max_total_tokens:
+        if request.num_tokens >= request.max_total_tokens and request.pooling is None:
             raise RequestTooLarge(
                 f"request {name!r} has {request.num_tokens} tokens already and may have "
                 f"{request.max_total_tokens}: there is no room for an answer",
                 param="prompt",
             )
         # the last token of an answer is drawn, but never computed
-        needed = self.blocks.num_blocks_for(request.max_total_tokens - 1)
+        most_computed = request.max_total_tokens - (1 if request.pooling is None else 0)
+        needed = self.blocks.num_blocks_for(most_computed)
         if needed > self.blocks.num_usable:
             raise RequestTooLarge(
                 f"request {name!r} may need {needed} KV blocks, the pool has "
@@ -163,8 +166,9 @@ class Scheduler:
             start = request.num_computed_tokens
             num_placeholders = request.num_placeholders
             known = len(request.token_ids) + num_placeholders
-            if known - start > 1:
-                unfinished_prompts.append(request)
+            if known - start != 1 or request.pooling is not None:
+                if known != start:  # else it only waits for its vector
+                    unfinished_prompts.append(request)
                 continue
             if num_placeholders and (request.needs_history or known >= request.max_total_tokens):
                 continue  # the next token must wait for one that is still on the device
@@ -202,13 +206,15 @@ class Scheduler:
         return min(num_pending, left)
 
     def _grant(self, request: Request, num_tokens: int, plan: StepPlan) -> None:
-        draws = num_tokens == request.num_pending_tokens
+        draws = num_tokens == request.num_pending_tokens and request.pooling is None
         start = request.num_computed_tokens
         plan.requests.append(PlannedRequest(request, start, num_tokens, draws, request.epoch))
         plan.num_tokens += num_tokens
         request.num_computed_tokens += num_tokens
         if draws:
             request.num_placeholders += 1
+        elif request.pooling is not None:
+            plan.has_pooled = True
 
     @staticmethod
     def _decodes_first(plan: StepPlan) -> None:
@@ -350,6 +356,8 @@ class Scheduler:
     # -- prefix cache -------------------------------------------------------------------------
 
     def _reads_cache(self, request: Request) -> bool:
+        if request.pooling is not None and request.pooling.needs_all_states:
+            return False
         return self.config.enable_prefix_caching and request.params.prompt_logprobs is None
 
     def _find_cached(self, request: Request) -> tuple[list[int], int, None]:
@@ -415,6 +423,10 @@ class Scheduler:
                     if update.finish_reason is not None:
                         self._end(request, update.finish_reason)
                         num_ended += 1
+            elif (pooled := result.pooled.get(request.request_id)) is not None:
+                self._end(request, "stop")
+                num_ended += 1
+                update = RequestUpdate(request, [], "stop", pooled=pooled)
             if has_logprobs:
                 update = self._add_logprobs(update, planned, result)
             if update is not None:

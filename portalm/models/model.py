@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 
 from portalm.backend import KV, AttentionSpec, Backend, KVSpec, StepMeta, Weights
-from portalm.config import ModelConfig
+from portalm.config import ModelConfig, Task
 from portalm.models.loader.checkpoint import Checkpoint
 
 LoadProgress = Callable[[float], None]
@@ -39,6 +39,8 @@ class Model(Protocol):
     config: ModelConfig
     dtype: str
     """What weights and activations are computed in."""
+    tasks: tuple[Task, ...]
+    """What may be asked of it."""
 
     def __init__(self, config: ModelConfig, dtype: str) -> None:
         """A model of this shape."""
@@ -49,11 +51,11 @@ class Model(Protocol):
         ...
 
     def attention_specs(self) -> list[AttentionSpec]:
-        """One for each layer."""
+        """One for each layer that attends over the KV cache."""
         ...
 
-    def kv_spec(self, block_size: int, kv_dtype: str) -> KVSpec:
-        """The KV cache that the model needs."""
+    def kv_spec(self, block_size: int, kv_dtype: str) -> KVSpec | None:
+        """The KV cache that the model needs; None: an encoder, which sees whole prompts at once."""
         ...
 
     def load(
@@ -79,7 +81,7 @@ class Model(Protocol):
         ...
 
     def logits(self, backend: Backend, weights: Weights, hidden: torch.Tensor) -> torch.Tensor:
-        """[R, C] -> float32 [R, V]."""
+        """[R, C] -> float32 [R, V]; of a model that scores, its scores [R, N]."""
         ...
 
     def weight_bytes(self) -> int:

@@ -8,7 +8,13 @@ from portalm.errors import UnsupportedModel
 from portalm.models.model import Model
 
 ARCHITECTURES = {
+    "BertForSequenceClassification": "portalm.models.bert:BertClassifier",
+    "BertModel": "portalm.models.bert:Bert",
     "LlamaForCausalLM": "portalm.models.llama:Llama",
+    "RobertaForSequenceClassification": "portalm.models.bert:RobertaClassifier",
+    "RobertaModel": "portalm.models.bert:Bert",
+    "XLMRobertaForSequenceClassification": "portalm.models.bert:RobertaClassifier",
+    "XLMRobertaModel": "portalm.models.bert:Bert",
 }
 """Architecture name -> module:class."""
 

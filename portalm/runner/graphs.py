@@ -26,6 +26,7 @@ class CaptureKey:
     has_targets: bool
     num_logprobs: int | None
     reads_previous: bool
+    num_states: int
 
 
 class StepGraphs:
@@ -60,7 +61,12 @@ class StepGraphs:
         self.buckets: Sequence[Bucket] | None = None if buckets is None else sorted(buckets)
 
     def shape(
-        self, num_tokens: int, num_requests: int, num_blocks: int, num_rows: int
+        self,
+        num_tokens: int,
+        num_requests: int,
+        num_blocks: int,
+        num_rows: int,
+        num_states: int = 0,
     ) -> tuple[Bucket | None, PaddedShape | None]:
         """The smallest bucket that holds such a step, and what to pad to; None: not padded."""
         if self.buckets is None:
@@ -82,7 +88,12 @@ class StepGraphs:
         rows = bucket.num_requests
         if num_rows > rows:
             rows = bucket.num_tokens + bucket.num_requests
-        return bucket, PaddedShape(bucket.num_tokens, bucket.num_requests, bucket.num_blocks, rows)
+        elif num_states and not num_rows:
+            rows = 0  # nothing is drawn
+        states = bucket.num_tokens if num_states else 0
+        return bucket, PaddedShape(
+            bucket.num_tokens, bucket.num_requests, bucket.num_blocks, rows, states
+        )
 
     def step_for(self, inputs: StepInputs) -> StepFn:
         """The capture that runs `inputs`."""
@@ -107,7 +118,7 @@ class StepGraphs:
 def _key(inputs: StepInputs) -> CaptureKey:
     bucket, sample = inputs.meta.bucket, inputs.sample
     if bucket is None:  # sizes and kinds of sampling may vary: one capture serves all
-        return CaptureKey(None, None, False, False, False, False, False, False, None, False)
+        return CaptureKey(None, None, False, False, False, False, False, False, None, False, 0)
     return CaptureKey(
         bucket=bucket,
         num_rows=len(inputs.meta.logits_rows),
@@ -119,4 +130,5 @@ def _key(inputs: StepInputs) -> CaptureKey:
         has_targets=sample.targets is not None,
         num_logprobs=sample.num_logprobs,
         reads_previous=inputs.previous_ids is not None,
+        num_states=inputs.num_states,
     )

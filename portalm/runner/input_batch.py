@@ -44,7 +44,7 @@ class StepArrays:
     block_table: IntArray
     """[S, MB]"""
     logits_rows: IntArray
-    """[R]: at least one, so that no backend meets an empty tensor; pad rows name token 0."""
+    """[R]: pad rows name token 0, one of them where no row at all is wanted of the step."""
     max_query_len: int
     max_seq_len: int
     previous_rows: IntArray | None
@@ -59,6 +59,8 @@ class PaddedShape:
     num_requests: int
     num_blocks: int
     num_rows: int
+    num_states: int = 0
+    """Rows whose hidden states are wanted."""
 
 
 class InputBatch:
@@ -106,7 +108,7 @@ class InputBatch:
                 self._num_known[row] = num_known + len(new)
             table = request.block_table
             num_blocks = self._num_blocks[row]
-            if num_blocks != len(table) or table[-1] != self._last_block[row]:
+            if num_blocks != len(table) or (num_blocks and table[-1] != self._last_block[row]):
                 # from the last known block on: copy-on-write may have replaced that one
                 first = max(0, num_blocks - 1)
                 self.block_table[row, first : len(table)] = table[first:]
@@ -132,6 +134,7 @@ class InputBatch:
         *,
         drawn_rows: dict[str, int],
         pad: PaddedShape | None = None,
+        least_rows: int = 1,
     ) -> StepArrays:
         """The step's index arrays.
 
@@ -141,6 +144,7 @@ class InputBatch:
             drawn_rows: by request id, the row of the step before that draws its last token, for
                 tokens that the host does not know yet.
             pad: sizes to pad to; None: as they are.
+            least_rows: of logits; 0 where the step has other rows that are wanted.
         """
         buffers = self._buffers[self._step % 2]
         self._step += 1
@@ -192,7 +196,7 @@ class InputBatch:
 
         wanted = self._logits_rows(planned, loc.tolist())
         num_rows = len(wanted)
-        wanted += [0] * ((max(1, num_rows) if pad is None else pad.num_rows) - num_rows)
+        wanted += [0] * ((max(least_rows, num_rows) if pad is None else pad.num_rows) - num_rows)
         logits_rows = np.array(wanted, np.int32)
         num_decodes = int(np.count_nonzero(lengths == 1))
         return StepArrays(

@@ -36,10 +36,15 @@ def activation_bytes(
 
     A layer holds at most: residual, normed input, qkv, rotated q and k, attention's output,
     gate-up and its product; logits are float32 and sampling keeps three more arrays like them.
+    Where prompts are pooled every token's state may be wanted: taken, summed and in float32.
     """
     heads = (2 * model.num_heads + 3 * model.num_kv_heads) * model.head_size
     per_token = 4 * model.hidden_size + 2 * heads + 3 * model.intermediate_size
-    return max_tokens * per_token * dtype_bytes + max_logits_rows * model.vocab_size * 4 * 4
+    per_token += 3 * model.hidden_size
+    states = max_tokens * model.hidden_size * 4
+    return (
+        max_tokens * per_token * dtype_bytes + states + max_logits_rows * model.vocab_size * 4 * 4
+    )
 
 
 def kv_budget(

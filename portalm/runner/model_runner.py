@@ -21,7 +21,8 @@ from portalm.backend import (
 from portalm.config import SchedulerConfig
 from portalm.core.plan import StepPlan, StepResult, TokenLogprobs
 from portalm.runner.graphs import StepGraphs
-from portalm.runner.input_batch import InputBatch
+from portalm.runner.input_batch import InputBatch, StepArrays
+from portalm.runner.pooler import PooledPart, Pooler, pooled_parts, state_rows
 from portalm.runner.sampler import SampledRow, Sampler, num_logprobs_of, sampled_rows
 
 if TYPE_CHECKING:
@@ -72,26 +73,28 @@ class ModelRunner:
         self._drawn_rows: dict[str, int] = {}
         """By request id: the row of the last dispatched step that draws its token."""
         self._last_ids: torch.Tensor | None = None
+        self._pooler = Pooler()
 
     def forget(self, request_ids: list[str]) -> None:
         """These requests do not run any more; their rows are free."""
         self.batch.forget(request_ids)
+        self._pooler.forget(request_ids)
 
     def dispatch(self, plan: StepPlan) -> StepInFlight:
         """Start computing `plan`, which must not be empty."""
-        self.batch.forget(plan.released)
+        self.forget(plan.released)
         rows = self.batch.update(plan)
         if plan.block_copies:
             self._copy_blocks(plan.block_copies)
-        sampled = sampled_rows(plan)
-        inputs = self._inputs(plan, rows, sampled)
+        sampled, parts = sampled_rows(plan), pooled_parts(plan)
+        inputs = self._inputs(plan, rows, sampled, parts)
         step = self.graphs.step_for(inputs)
         self._kv, out = step(self._weights, self._kv, inputs)
         self._last_ids = out.token_ids
         self._drawn_rows = {
             row.request.request_id: i for i, row in enumerate(sampled) if row.target < 0
         }
-        return StepInFlight(plan, sampled, out, self._backend)
+        return StepInFlight(plan, sampled, out, self._backend, parts, self._pooler)
 
     def _copy_blocks(self, copies: list[tuple[int, int]]) -> None:
         pairs = np.array(copies, np.int32)
@@ -99,16 +102,35 @@ class ModelRunner:
         self._kv = self._backend.kv_copy(self._kv, src, dst)
 
     def _inputs(
-        self, plan: StepPlan, rows: npt.NDArray[np.intp], sampled: list[SampledRow]
+        self,
+        plan: StepPlan,
+        rows: npt.NDArray[np.intp],
+        sampled: list[SampledRow],
+        parts: list[PooledPart],
     ) -> StepInputs:
         longest = max(p.start + p.num_tokens for p in plan.requests)
+        num_states = sum(part.num_states for part in parts)
         bucket, pad = self.graphs.shape(
             plan.num_tokens,
             len(plan.requests),
             -(-longest // self.batch.block_size),
             len(sampled),
+            num_states,
         )
-        arrays = self.batch.build(plan, rows, drawn_rows=self._drawn_rows, pad=pad)
+        arrays = self.batch.build(
+            plan,
+            rows,
+            drawn_rows=self._drawn_rows,
+            pad=pad,
+            least_rows=0 if num_states else 1,
+        )
+        wanted = arrays.logits_rows
+        if num_states:
+            states = state_rows(parts, arrays.query_start_loc)
+            if pad is not None:
+                states = np.pad(states, (0, pad.num_states - num_states))
+            num_states = len(states)
+            wanted = np.concatenate([wanted, states])
         to_device = self._backend.to_device
         meta = StepMeta(
             positions=to_device(arrays.positions),
@@ -116,12 +138,13 @@ class ModelRunner:
             query_start_loc=to_device(arrays.query_start_loc),
             seq_lens=to_device(arrays.seq_lens),
             block_table=to_device(arrays.block_table),
-            logits_rows=to_device(arrays.logits_rows),
+            logits_rows=to_device(wanted),
             host_query_start_loc=arrays.query_start_loc,
             host_seq_lens=arrays.seq_lens,
             num_decodes=arrays.num_decodes,
             max_query_len=arrays.max_query_len,
             max_seq_len=arrays.max_seq_len,
+            token_types=to_device(_token_types(plan, arrays)) if self._kv is None else None,
             bucket=bucket,
         )
         previous = arrays.previous_rows
@@ -131,15 +154,28 @@ class ModelRunner:
             sample=self._sampler.build(sampled, arrays, self.batch, to_device),
             previous_ids=None if previous is None else self._last_ids,
             previous_rows=None if previous is None else to_device(previous),
+            num_states=num_states,
         )
 
 
+def _token_types(plan: StepPlan, arrays: StepArrays) -> npt.NDArray[np.int32]:
+    """[T]: 1 for tokens of the second text of a pair; pad tokens are of the first."""
+    types = np.zeros(len(arrays.positions), np.int32)
+    for i, planned in enumerate(plan.requests):
+        second = planned.request.second_text_start
+        if second is not None:
+            start = int(arrays.query_start_loc[i])
+            types[start + second : start + planned.num_tokens] = 1
+    return types
+
+
 class _Step:
-    """One step, from token ids to drawn ids: what a backend captures."""
+    """One step, from token ids to drawn ids and hidden states: what a backend captures."""
 
     def __init__(self, model: Model, backend: Backend) -> None:
         self._model = model
         self._backend = backend
+        self._is_scorer = "score" in model.tasks
 
     def __call__(self, weights: Weights, kv: KV, inputs: StepInputs) -> tuple[KV, SampleOutput]:
         token_ids = inputs.token_ids
@@ -148,19 +184,39 @@ class _Step:
             drawn = inputs.previous_ids[rows.clamp(min=0).long()].clamp(min=0)  # -1: it failed
             token_ids = torch.where(rows >= 0, drawn, token_ids)
         kv, hidden = self._model.forward(self._backend, weights, kv, token_ids, inputs.meta)
-        logits = self._model.logits(self._backend, weights, hidden)
-        return kv, self._backend.sample(logits, inputs.sample)
+        if not inputs.num_states:
+            logits = self._model.logits(self._backend, weights, hidden)
+            return kv, self._backend.sample(logits, inputs.sample)
+        num_rows = len(hidden) - inputs.num_states  # of logits
+        out = SampleOutput(token_ids=token_ids[:0])
+        if num_rows:
+            logits = self._model.logits(self._backend, weights, hidden[:num_rows])
+            out = self._backend.sample(logits, inputs.sample)
+        states = hidden[num_rows:]
+        if self._is_scorer:
+            states = self._model.logits(self._backend, weights, states)
+        out.states = states.float()
+        return kv, out
 
 
 class StepInFlight:
     """A dispatched step whose ids are on their way to the host."""
 
     def __init__(
-        self, plan: StepPlan, sampled: list[SampledRow], out: SampleOutput, backend: Backend
+        self,
+        plan: StepPlan,
+        sampled: list[SampledRow],
+        out: SampleOutput,
+        backend: Backend,
+        parts: list[PooledPart],
+        pooler: Pooler,
     ) -> None:
         """Start the copies to the host."""
         self.plan = plan
         self._sampled = sampled
+        self._parts = parts
+        self._pooler = pooler
+        self._states = None if out.states is None else backend.to_host(out.states)
         self._token_ids = backend.to_host(out.token_ids)
         self._logprobs: list[HostFuture] = []
         if out.logprobs is not None:
@@ -185,7 +241,21 @@ class StepInFlight:
         if self._logprobs:
             self._add_logprobs(result, ids)
         self._mark_broken(result)
+        if self._parts:
+            self._add_pooled(result)
         return result
+
+    def _add_pooled(self, result: StepResult) -> None:
+        # of the first token's states there are none left behind the first chunk
+        states = np.empty((0, 0), np.float32) if self._states is None else self._states.result()
+        for request_id, vector in self._pooler.take(self._parts, states).items():
+            if np.isfinite(vector).all():
+                result.pooled[request_id] = vector.tobytes()
+            else:
+                result.failed[request_id] = (
+                    "the model's hidden states are not numbers (NaN or infinite): they cannot be "
+                    "pooled"
+                )
 
     def _mark_broken(self, result: StepResult) -> None:
         """A row whose logits were not numbers has drawn -1: its request fails, no other."""

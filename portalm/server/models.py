@@ -35,13 +35,13 @@ async def list_models(state: State) -> dict[str, Any]:
 @router.get("/v1/models/{name:path}")
 async def show_model(name: str, state: State) -> dict[str, Any]:
     """One of them."""
-    return _card(state, state.check_model(name))
+    return _card(state, state.check_model(name, None))
 
 
 @router.post("/tokenize")
 async def tokenize(body: TokenizeRequest, state: State) -> dict[str, Any]:
     """Token ids of a text or a conversation."""
-    state.check_model(body.model)
+    state.check_model(body.model, None)
     if (body.prompt is None) == (body.messages is None):
         raise InvalidRequest("give either prompt or messages", param="prompt")
     tokenizer = state.client.tokenizer
@@ -59,7 +59,7 @@ async def tokenize(body: TokenizeRequest, state: State) -> dict[str, Any]:
 @router.post("/detokenize")
 async def detokenize(body: DetokenizeRequest, state: State) -> dict[str, str]:
     """The text of token ids."""
-    state.check_model(body.model)
+    state.check_model(body.model, None)
     for token_id in body.tokens:
         if not 0 <= token_id < state.client.tokenizer.vocab_size:
             raise InvalidRequest(f"token id {token_id} is outside the vocabulary", param="tokens")

@@ -10,8 +10,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from portalm.config import EngineConfig
+from portalm.config import EngineConfig, Task
 from portalm.engine.client import EngineClient
+
+_EXAMPLES: dict[Task, tuple[str, str]] = {
+    "generate": (
+        "/v1/chat/completions",
+        '{"messages": [{"role": "user", "content": "Hello!"}]}',
+    ),
+    "embed": ("/v1/embeddings", '{"input": "Hello!"}'),
+    "score": ("/score", '{"text_1": "Hello!", "text_2": "Good morning!"}'),
+}
+"""What to try first, by what the model does: a path and a body."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,11 +90,12 @@ async def serve(engine: EngineConfig, config: ServerConfig) -> None:
             ready = starting.result()
             where = f"unix:{config.uds}" if config.uds else f"http://{config.host}:{server.port}"
             tokens = ready.num_blocks * ready.block_size
+            cache = f", room for {tokens} tokens of KV cache" if tokens else ""
+            path, example = _EXAMPLES[ready.tasks[0]]
             print(
                 f"PortaLM serves {names[0]} on {where} — {ready.device} "
-                f"({ready.device_summary}), {ready.dtype}, room for {tokens} tokens of KV cache\n"
-                f"try:  curl {where}/v1/chat/completions -H 'Content-Type: application/json' "
-                f'-d \'{{"messages": [{{"role": "user", "content": "Hello!"}}]}}\'',
+                f"({ready.device_summary}), {ready.dtype}{cache}\n"
+                f"try:  curl {where}{path} -H 'Content-Type: application/json' -d '{example}'",
                 flush=True,
             )
         await running

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from fastapi import Request
 
+from portalm.config import Task
 from portalm.engine.client import EngineClient
 from portalm.engine.input_processor import ProcessedInput
 from portalm.engine.output_processor import AnswerDelta
@@ -39,13 +40,20 @@ class ServerState:
     is_draining: bool = False
     created: int = field(default_factory=lambda: int(time.time()))
 
-    def check_model(self, name: str | None) -> str:
-        """The name to answer with. Raises `ModelUnknown`."""
+    def check_model(self, name: str | None, task: Task | None = "generate") -> str:
+        """The name to answer with.
+
+        Raises:
+            ModelUnknown: another model is asked for.
+            InvalidRequest: this one does not do `task` (None: whatever it does).
+        """
         if name is not None and name not in self.model_names:
             raise ModelUnknown(
                 f"model {name!r} is not served here; served: {', '.join(self.model_names)}",
                 param="model",
             )
+        if task is not None:
+            self.client.check_task(task)
         return name or self.model_names[0]
 
     def admit(self, num_requests: int) -> None:

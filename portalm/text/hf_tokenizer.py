@@ -166,6 +166,10 @@ class _TransformersCodec:
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         return list(self._slow.encode(text, add_special_tokens=add_special_tokens))
 
+    def encode_pair(self, first: str, second: str) -> tuple[list[int], list[int]]:
+        encoded = self._slow(first, second, return_token_type_ids=True)
+        return list(encoded["input_ids"]), list(encoded["token_type_ids"])
+
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         return str(
             self._slow.decode(

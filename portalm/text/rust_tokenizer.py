@@ -21,6 +21,10 @@ class _RustCodec:
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         return list(self._rust.encode(text, add_special_tokens=add_special_tokens).ids)
 
+    def encode_pair(self, first: str, second: str) -> tuple[list[int], list[int]]:
+        encoding = self._rust.encode(first, second)
+        return list(encoding.ids), list(encoding.type_ids)
+
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         return self._rust.decode(list(ids), skip_special_tokens=skip_special_tokens)
 

@@ -19,6 +19,9 @@ class Codec(Protocol):
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """The ids of `text`."""
 
+    def encode_pair(self, first: str, second: str) -> tuple[list[int], list[int]]:
+        """The ids of both texts as one input, and each one's type: 1 for the second text's."""
+
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         """The text of `ids`."""
 
@@ -94,6 +97,38 @@ class Tokenizer:
         except (UnicodeEncodeError, TypeError):  # what the libraries say of a lone surrogate
             _refuse_surrogates(text)
             raise
+
+    def encode_pair(self, first: str, second: str) -> tuple[list[int], int]:
+        """The ids of two texts as the model wants to see them together.
+
+        Args:
+            first: any text, a query say.
+            second: any text, a document say.
+
+        Returns:
+            The ids, and where tokens of type 1 (the second text's) begin: behind the end for a
+            model that does not tell the two apart.
+
+        Raises:
+            InvalidRequest: a text is no valid Unicode (half of a surrogate pair).
+        """
+        try:
+            ids, types = self._codec.encode_pair(first, second)
+        except (UnicodeEncodeError, TypeError):
+            _refuse_surrogates(first)
+            _refuse_surrogates(second)
+            raise
+        return ids, types.index(1) if 1 in types else len(ids)
+
+    def truncate(self, ids: Sequence[int], max_tokens: int) -> list[int]:
+        """The first of `ids`, at most `max_tokens` with the special tokens that end them."""
+        if len(ids) <= max_tokens:
+            return list(ids)
+        num_end = 0
+        while num_end < len(ids) and ids[-1 - num_end] in self.special_ids:
+            num_end += 1
+        num_end = min(num_end, max_tokens)
+        return [*ids[: max_tokens - num_end], *ids[len(ids) - num_end :]]
 
     def decode(
         self,

@@ -137,6 +137,32 @@ class ResidualUnrounded(ReferenceBackend):
         return out, total + residual * 1e-3
 
 
+class PromptsSeeEachOther(ReferenceBackend):
+    def attend_encoder(self, query, key, value, meta, spec):
+        whole = replace(meta, host_query_start_loc=meta.host_query_start_loc[[0, -1]])
+        return super().attend_encoder(query, key, value, whole, spec)
+
+
+class EncoderIsCausal(ReferenceBackend):
+    def attend_encoder(self, query, key, value, meta, spec):
+        out = super().attend_encoder(query, key, value, meta, spec)
+        for start in meta.host_query_start_loc[:-1]:
+            first = replace(meta, host_query_start_loc=np.array([0, 1]))
+            part = slice(start, start + 1)
+            out[part] = super().attend_encoder(query[part], key[part], value[part], first, spec)
+        return out
+
+
+class MeanForgotten(ReferenceBackend):
+    def layer_norm(self, x, weight, bias, eps):
+        return self.rms_norm(x, weight, eps) + bias
+
+
+class GeluByTanh(ReferenceBackend):
+    def gelu(self, x):
+        return torch.nn.functional.gelu(x, approximate="tanh")
+
+
 class LogitsInTheDtype(ReferenceBackend):
     def logits(self, x, weight):
         return torch.nn.functional.linear(x.bfloat16(), weight.bfloat16()).float()
@@ -173,6 +199,10 @@ FAULTS = {  # and where it must show
     CopyMissesALayer: "copy",
     EpsForgotten: "rms_norm",
     ResidualUnrounded: "rms_norm",
+    PromptsSeeEachOther: "encoder alone",
+    EncoderIsCausal: "attend_encoder",
+    MeanForgotten: "layer_norm",
+    GeluByTanh: "gelu",
     LogitsInTheDtype: "logits",
     SealForgotten: "seal",
     Float16Inside: "linear",

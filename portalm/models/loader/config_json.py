@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-from portalm.config import DTypeName, ModelConfig, RopeConfig
-from portalm.errors import CheckpointError, ConfigError
+from portalm.config import DTypeName, EncoderConfig, ModelConfig, RopeConfig
+from portalm.errors import CheckpointError, ConfigError, UnsupportedModel
+from portalm.models.loader.json_file import read_json_object
+from portalm.models.loader.sentence_transformers import read_pooling
 
 _DTYPES = {
     "float32": "float32",
@@ -23,29 +25,20 @@ def read_config(folder: Path, overrides: Mapping[str, Any]) -> ModelConfig:
 
     Raises:
         CheckpointError: a file or a value is missing or not what it should be.
+        UnsupportedModel: an encoder or a pooling of a kind that is not known.
     """
     path = folder / "config.json"
-    values = {**_read_json(path), **overrides}
+    values = {**read_json_object(path), **overrides}
     generation = folder / "generation_config.json"
-    generated = _read_json(generation) if generation.exists() else {}
+    generated = read_json_object(generation) if generation.exists() else {}
     try:
-        return model_config(values, generated)
+        config = model_config(values, generated)
+        pooling = read_pooling(folder, is_encoder=config.encoder is not None)
+        return replace(config, pooling=pooling)
     except KeyError as error:
         raise CheckpointError(path, f"it has no {error.args[0]!r}") from None
     except (ConfigError, TypeError, ValueError) as error:
         raise CheckpointError(path, str(error)) from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(path, error.strerror or str(error)) from error
-    except ValueError as error:
-        raise CheckpointError(path, f"it is not valid JSON ({error})") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(path, f"it holds a {type(values).__name__}, not an object")
-    return values
 
 
 def model_config(values: dict[str, Any], generated: dict[str, Any]) -> ModelConfig:
@@ -63,7 +56,7 @@ def model_config(values: dict[str, Any], generated: dict[str, Any]) -> ModelConf
         num_heads=num_heads,
         num_kv_heads=int(values.get("num_key_value_heads") or num_heads),
         head_size=head_size,
-        max_position=int(values["max_position_embeddings"]),
+        max_position=_max_position(values),
         rms_norm_eps=float(values.get("rms_norm_eps", 1e-6)),
         rope=_rope_config(values, head_size),
         tie_word_embeddings=bool(values.get("tie_word_embeddings", False)),
@@ -73,7 +66,52 @@ def model_config(values: dict[str, Any], generated: dict[str, Any]) -> ModelConf
         bos_token_id=_first(values.get("bos_token_id")),
         eos_token_ids=_eos_ids(values, generated),
         dtype=_dtype(values),
+        encoder=_encoder_config(values),
     )
+
+
+_ROBERTAS = ("roberta", "xlm-roberta")
+
+
+def _encoder_config(values: dict[str, Any]) -> EncoderConfig | None:
+    """What BERT and its kin have and decoders have not."""
+    kind = values.get("model_type")
+    if kind not in ("bert", *_ROBERTAS):
+        return None
+    for name, known in (("hidden_act", "gelu"), ("position_embedding_type", "absolute")):
+        if values.get(name, known) != known:
+            raise UnsupportedModel(
+                f"config.json: {name} {values[name]!r} is not supported for {kind}; {known!r} is"
+            )
+    if values.get("is_decoder"):
+        raise UnsupportedModel(f"config.json: a {kind} that is a decoder is not supported")
+    return EncoderConfig(
+        layer_norm_eps=float(values.get("layer_norm_eps", 1e-12)),
+        num_token_types=int(values.get("type_vocab_size", 2)),
+        first_position=int(values.get("pad_token_id", 1)) + 1 if kind in _ROBERTAS else 0,
+        num_labels=_num_labels(values),
+        has_sigmoid=_has_sigmoid(values),
+    )
+
+
+def _num_labels(values: dict[str, Any]) -> int:
+    """Transformers writes the labels' names, or their number where there are two without names."""
+    labels = values.get("id2label")
+    return len(labels) if labels else int(values.get("num_labels", 2))
+
+
+def _has_sigmoid(values: dict[str, Any]) -> bool:
+    """False where the checkpoint says that sentence-transformers puts nothing behind the logit."""
+    newer = values.get("sentence_transformers") or {}
+    function = newer.get("activation_fn") or values.get("sbert_ce_default_activation_function")
+    return not str(function).endswith("Identity")
+
+
+def _max_position(values: dict[str, Any]) -> int:
+    """Rows of the position table less those that RoBERTa's prompts never use."""
+    encoder = _encoder_config(values)
+    num_unused = 0 if encoder is None else encoder.first_position
+    return int(values["max_position_embeddings"]) - num_unused
 
 
 def _rope_config(values: dict[str, Any], head_size: int) -> RopeConfig:

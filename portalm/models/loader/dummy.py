@@ -43,7 +43,7 @@ class DummyCheckpoint:
             self._seed * 1_000_003 + zlib.crc32(name.encode())
         )
         dtype = getattr(torch, self.config.dtype)
-        if name.endswith("norm.weight"):
+        if name.lower().endswith("norm.weight"):
             return (1 + 0.1 * torch.randn(shape, generator=generator)).to(dtype)
         scale = 1.0 if len(shape) == 1 else 1 / math.sqrt(shape[-1])
         return torch.empty(shape, dtype=dtype).normal_(0, scale, generator=generator)

@@ -1,0 +1,68 @@
+"""Attention of encoders: every token sees its whole request, and nothing is kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from portalm.backend import AttentionSpec, StepMeta
+
+_PLAN = "encoder"
+
+
+@dataclass(frozen=True, slots=True)
+class _SameLength:
+    """Requests of one length: torch takes them as one batch, without padding."""
+
+    tokens: torch.Tensor
+    """int64 [N * L]: their tokens, one request behind the other."""
+    num_requests: int
+
+
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    meta: StepMeta,
+    spec: AttentionSpec,
+) -> torch.Tensor:
+    """Attention of each token to all tokens of its request.
+
+    Args:
+        query: [T, H, D], whole prompts end to end.
+        key: [T, H_kv, D]
+        value: [T, H_kv, D]
+        meta: which tokens belong to which request.
+        spec: the scale.
+
+    Returns:
+        [T, H, D], in the dtype of `query`; rows of pad tokens are not written.
+    """
+    if _PLAN not in meta.plan:  # once a step, for all layers
+        meta.plan[_PLAN] = _group(meta, query.device)
+    groups: list[_SameLength] = meta.plan[_PLAN]
+    out = torch.empty_like(query)
+    for group in groups:
+        q, k, v = (
+            x[group.tokens].view(group.num_requests, -1, *x.shape[1:]).transpose(1, 2)
+            for x in (query, key, value)
+        )  # [N, H, L, D]
+        attended = F.scaled_dot_product_attention(
+            q, k, v, scale=spec.scale, enable_gqa=spec.num_heads != spec.num_kv_heads
+        )
+        out[group.tokens] = attended.transpose(1, 2).flatten(0, 1)
+    return out
+
+
+def _group(meta: StepMeta, device: torch.device) -> list[_SameLength]:
+    starts = meta.host_query_start_loc[:-1].astype(np.int64)
+    lengths = np.diff(meta.host_query_start_loc)
+    groups = []
+    for length in np.unique(lengths[lengths > 0]):
+        firsts = starts[lengths == length]
+        tokens = (firsts[:, None] + np.arange(length)).ravel()
+        groups.append(_SameLength(torch.from_numpy(tokens).to(device), len(firsts)))
+    return groups

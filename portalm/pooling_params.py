@@ -1,0 +1,72 @@
+"""What a caller may ask of pooling: how a prompt becomes one vector, or a pair of texts a score."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal, NoReturn, get_args
+
+from portalm.config import PoolingConfig, PoolingName
+from portalm.errors import InvalidRequest
+
+PoolingTask = Literal["embed", "score"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolingParams:
+    """What becomes of a prompt's hidden states; names as in vLLM."""
+
+    pooling: PoolingName | None = None
+    """mean of all tokens, the first one's (cls) or the last one's; None: the model's own."""
+    normalize: bool | None = None
+    """Scale the vector to length 1; None: the model's own."""
+    dimensions: int | None = None
+    """Keep so many leading numbers, for models that were trained for it (Kusupati et al.,
+    "Matryoshka representation learning", 2022), before normalising; None: all."""
+    task: PoolingTask = "embed"
+    """embed: a vector; score: what a cross-encoder says of a pair of texts."""
+    truncate_prompt_tokens: int | None = None
+    """Keep so many leading tokens, and what the tokenizer puts behind a text; -1: as many as the
+    model takes; None: a prompt that is too long is refused."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot work, by name."""
+        if self.pooling is not None and self.pooling not in get_args(PoolingName):
+            names = ", ".join(get_args(PoolingName))
+            _refuse("pooling", f"must be one of {names}, not {self.pooling!r}")
+        if self.normalize is not None and not isinstance(self.normalize, bool):
+            _refuse("normalize", f"must be true or false, not {self.normalize!r}")
+        if self.task not in get_args(PoolingTask):
+            _refuse("task", f"must be one of {', '.join(get_args(PoolingTask))}, not {self.task!r}")
+        _count("dimensions", self.dimensions)
+        if self.truncate_prompt_tokens != -1:
+            _count("truncate_prompt_tokens", self.truncate_prompt_tokens)
+        if self.task == "score":
+            for name in ("pooling", "normalize", "dimensions"):
+                if getattr(self, name) is not None:
+                    _refuse(name, "is for vectors: a cross-encoder gives one number")
+
+    def resolved(self, model: PoolingConfig) -> PoolingParams:
+        """With the model's own for what was left open."""
+        if self.task == "score":
+            return self
+        return replace(
+            self,
+            pooling=self.pooling or model.pooling,
+            normalize=model.normalize if self.normalize is None else self.normalize,
+        )
+
+    @property
+    def needs_all_states(self) -> bool:
+        """More is read than the last token's state: no token may come from the prefix cache."""
+        return self.pooling != "last"
+
+
+def _count(name: str, value: object) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        _refuse(name, f"must be a whole number of at least 1, not {value!r}")
+
+
+def _refuse(name: str, problem: str) -> NoReturn:
+    raise InvalidRequest(f"{name} {problem}", param=name)
