@@ -66,6 +66,8 @@ class StepResult:
     """By request id: of the prompt tokens that this step's rows predict."""
     failed: dict[str, str] = field(default_factory=dict)
     """Requests whose own data broke the step (NaN logits), with the reason."""
+    refused: dict[str, str] = field(default_factory=dict)
+    """Requests that leave themselves no token to draw, with the reason: nothing is broken."""
 
 
 @dataclass(slots=True)
@@ -81,3 +83,5 @@ class RequestUpdate:
     """How many prompt positions with logprobs come before the first of `prompt_logprobs`."""
     error: str | None = None
     """Why, where finish_reason is error."""
+    is_refused: bool = False
+    """The error is the request's own: it cannot be answered as asked."""

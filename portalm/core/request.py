@@ -37,6 +37,7 @@ class Request:
         "epoch",
         "finish_reason",
         "fork_of",
+        "grammar",
         "max_total_tokens",
         "needs_history",
         "num_cached_tokens",
@@ -71,6 +72,7 @@ class Request:
         fork_of: str | None = None,
         bad_words_ids: Sequence[Sequence[int]] = (),
         tenant: str = "",
+        grammar: object | None = None,
     ) -> None:
         """A waiting request.
 
@@ -81,13 +83,15 @@ class Request:
             seed: of the random numbers; the same seed gives the same tokens.
             max_total_tokens: prompt plus answer may not be longer (max_tokens and the model's
                 length, whichever comes first).
-            eos_token_ids: end the answer, unless `params.ignore_eos`.
+            eos_token_ids: end the answer, unless `params.ignore_eos` (and with a grammar always:
+                they are drawn only where ignore_eos lets them, or where nothing else can follow).
             priority: lower runs first, where the policy is priority.
             cache_salt: prefix cache blocks are shared only between requests of equal salt.
             output_token_ids: generated before (a request that is resumed).
             fork_of: id of a request with the same prompt whose KV blocks may be shared.
             bad_words_ids: the last token of each may not be drawn after the ones before it.
             tenant: whose it is; tenants share the device fairly.
+            grammar: what the answer matches; only carried here, the runner knows it.
         """
         self.request_id = request_id
         self.token_ids: list[int] = [*prompt_token_ids, *output_token_ids]
@@ -96,14 +100,15 @@ class Request:
         self.seed = seed
         self.max_total_tokens = max_total_tokens
         self.stop_ids = frozenset(params.stop_token_ids).union(
-            () if params.ignore_eos else eos_token_ids
+            () if params.ignore_eos and grammar is None else eos_token_ids
         )
         self.priority = priority
         self.cache_salt = cache_salt
         self.fork_of = fork_of
         self.bad_words_ids = bad_words_ids
         self.tenant = tenant
-        self.needs_history = params.needs_history
+        self.grammar = grammar
+        self.needs_history = params.needs_history or grammar is not None
         """A token may not be drawn before the host knows the one before it."""
         self.arrival = 0
         """Place in the order of arrival; set by the scheduler."""

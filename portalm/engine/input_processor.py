@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from portalm.engine.messages import AddRequest, EngineReady
 from portalm.errors import InvalidRequest, RequestTooLarge
 from portalm.sampling_params import SamplingParams, as_token_ids
+from portalm.structured.messages import CompiledGrammar
 from portalm.text.tokenizer import Tokenizer
 
 MAX_LABEL = 256
@@ -27,6 +28,8 @@ class ProcessedInput:
     prompt_token_ids: list[int]
     requests: list[AddRequest]
     """One for each answer; the first is the one that the others fork from."""
+    grammar: CompiledGrammar | None = None
+    """What all answers match."""
 
 
 class InputProcessor:
@@ -60,12 +63,14 @@ class InputProcessor:
         priority: int = 0,
         cache_salt: str = "",
         tenant: str = "",
+        grammar: CompiledGrammar | None = None,
     ) -> ProcessedInput:
-        """What to ask the engine.
+        """What to ask the engine; `grammar` is `params.structured_outputs`, compiled.
 
         Raises:
             InvalidRequest: the request can never be answered; it says why.
         """
+        assert (grammar is None) == (params.structured_outputs is None)
         _check_label("request_id", request_id, low=1)
         _check_label("cache_salt", cache_salt, low=0)
         if not -MAX_PRIORITY <= priority <= MAX_PRIORITY:
@@ -76,7 +81,8 @@ class InputProcessor:
         token_ids = self._token_ids(prompt)
         self._check_params(params)
         bad_words_ids = self._bad_words_ids(params.bad_words)
-        sent = replace(params, n=1, stop=())  # stop strings are found on this side
+        # stop strings are found on this side, grammars go by themselves
+        sent = replace(params, n=1, stop=(), structured_outputs=None)
         fork = replace(sent, prompt_logprobs=None)  # the first answer reports the prompt's
         seed = self._seeds.getrandbits(62) if params.seed is None else params.seed
         ids = [request_id if params.n == 1 else f"{request_id}-{i}" for i in range(params.n)]
@@ -91,6 +97,7 @@ class InputProcessor:
                 fork_of=None if i == 0 else ids[0],
                 bad_words_ids=bad_words_ids,
                 tenant=tenant,
+                grammar=None if grammar is None else grammar.key,
             )
             for i in range(params.n)
         ]
@@ -99,6 +106,7 @@ class InputProcessor:
             prompt=prompt if isinstance(prompt, str) else None,
             prompt_token_ids=token_ids,
             requests=requests,
+            grammar=grammar,
         )
 
     def _token_ids(self, prompt: str | Sequence[int]) -> list[int]:

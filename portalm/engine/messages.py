@@ -9,6 +9,7 @@ import msgspec
 from portalm.core.plan import TokenLogprobs
 from portalm.core.request import FinishReason
 from portalm.sampling_params import SamplingParams
+from portalm.structured.messages import LoadGrammar as LoadGrammar
 
 
 class AddRequest(msgspec.Struct, tag=True, kw_only=True):
@@ -28,6 +29,8 @@ class AddRequest(msgspec.Struct, tag=True, kw_only=True):
     """`params.bad_words` as token ids."""
     tenant: str = ""
     """Whose it is; tenants share the device fairly."""
+    grammar: str | None = None
+    """Key of a grammar (`LoadGrammar`) that the answer matches."""
 
 
 class AbortRequests(msgspec.Struct, tag=True):
@@ -50,7 +53,7 @@ class Shutdown(msgspec.Struct, tag=True):
     """End the engine process: abort what runs, then exit."""
 
 
-ToEngine: TypeAlias = AddRequest | AbortRequests | ResetPrefixCache | Probe | Shutdown
+ToEngine: TypeAlias = AddRequest | LoadGrammar | AbortRequests | ResetPrefixCache | Probe | Shutdown
 
 
 class TokenOutput(msgspec.Struct, kw_only=True):
@@ -105,6 +108,8 @@ class EngineReady(msgspec.Struct, tag=True, kw_only=True):
     device_summary: str
     dtype: str
     vocab_size: int
+    eos_token_ids: list[int]
+    """End an answer."""
     max_model_len: int
     num_blocks: int
     block_size: int
