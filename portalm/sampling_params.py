@@ -39,7 +39,7 @@ class StructuredOutputs:
     """Any JSON object."""
     whitespace_pattern: str | None = None
     """Whitespace between the parts of JSON: empty, `[ \\n\\r\\t]*` or `[ \\n\\r\\t]{0,N}`.
-    None: one line, as Python's json.dumps writes it; free to, small models write spaces for ever."""
+    None: one line, as Python's json.dumps writes it; left free, small models write only spaces."""
     additional_properties: bool = False
     """True: objects may have properties that the schema does not name, unless it forbids them.
     False: only those that it names, if it names any."""

@@ -116,7 +116,8 @@ class _Compiler:
                     f"to find the tokens that may come next takes {seconds * 1000:.0f} ms, at most "
                     f"{_TRIAL_MASK_S * 1000:.0f} are given: it is too ambiguous"
                 )
-            allowed = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))
+            bits = np.unpackbits(mask.view(np.uint8), bitorder="little")
+            allowed = np.flatnonzero(bits[: self._size])
             if not len(allowed):
                 text = "nothing matches it" if i == 0 else "it leads where nothing can follow"
                 raise _NotPossible(text)
