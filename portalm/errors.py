@@ -98,5 +98,9 @@ class EngineNotReady(PortaLMError):
     """The model is not loaded yet: a moment later the request may be fine."""
 
 
+class CompilersBusy(PortaLMError):
+    """Too many grammars wait to be compiled: a moment later there may be room for another."""
+
+
 class EngineDead(PortaLMError):
     """The engine process has ended; requests in flight cannot be answered by it."""

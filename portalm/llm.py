@@ -13,6 +13,7 @@ from tqdm import tqdm
 from portalm.backend import Backend
 from portalm.config import DEFAULT_MODEL, EngineConfig
 from portalm.engine.engine import Engine
+from portalm.engine.grammars import LoadedGrammars, vocabulary_of
 from portalm.engine.input_processor import NO_ANSWER, InputProcessor, ProcessedInput, TextPair
 from portalm.engine.messages import EngineStats
 from portalm.engine.output_processor import AnswerDelta, OutputProcessor
@@ -27,6 +28,7 @@ from portalm.outputs import (
 )
 from portalm.pooling_params import PoolingParams
 from portalm.sampling_params import SamplingParams
+from portalm.structured.compiler import GrammarCompiler
 from portalm.text import load_tokenizer
 
 if TYPE_CHECKING:
@@ -86,6 +88,8 @@ class LLM:
             max_logprobs=config.max_logprobs,
             default_seed=config.seed,
         )
+        self._compiler = GrammarCompiler(lambda: vocabulary_of(self._tokenizer, self.engine.ready))
+        self._loaded_grammars = LoadedGrammars()
         self._outputs = OutputProcessor(self._tokenizer)
         self._ids = itertools.count()
 
@@ -283,9 +287,19 @@ class LLM:
         self, prompts: Sequence[Prompt], params: Sequence[SamplingParams], priorities: Sequence[int]
     ) -> list[str]:
         """All of them or none."""
+        asked = [p.structured_outputs for p in params]
+        compiling = [None if one is None else self._compiler.compile(one) for one in asked]
         processed = [
-            self._inputs.process(str(next(self._ids)), prompt, p, priority=priority)
-            for prompt, p, priority in zip(prompts, params, priorities, strict=True)
+            self._inputs.process(
+                str(next(self._ids)),
+                prompt,
+                p,
+                priority=priority,
+                grammar=None if grammar is None else grammar.result(),
+            )
+            for prompt, p, priority, grammar in zip(
+                prompts, params, priorities, compiling, strict=True
+            )
         ]
         return self._add(processed, params)
 
@@ -297,6 +311,10 @@ class LLM:
             for one, p in zip(processed, params, strict=True):
                 self._outputs.add(one, p, arrival_time=time.time())
                 added.append(one.request_id)
+                if one.grammar is not None:
+                    load = self._loaded_grammars.need(one.grammar, self._compiler.vocabulary)
+                    if load is not None:
+                        self.engine.load_grammar(load)
                 for message in one.requests:
                     self.engine.add(message)
         except Exception:

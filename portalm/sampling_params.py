@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -12,9 +13,101 @@ from portalm.errors import InvalidRequest
 MAX_LOGPROBS = 20
 """Largest `logprobs` and `prompt_logprobs`, as in OpenAI's API."""
 
+MAX_GRAMMAR_BYTES = 128 << 10
+"""Largest JSON schema, regex or grammar, and all choices together, in bytes of UTF-8."""
+MAX_CHOICES = 4096
+"""Most texts to choose from."""
+
 _MAX_SEED = 2**63 - 1
 _MAX_COUNT = 2**31 - 1
 """Largest count: devices hold them in 32 bits."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StructuredOutputs:
+    """What an answer must look like: exactly one of json, regex, choice, grammar, json_object."""
+
+    json: str | Mapping[str, Any] | None = None
+    """A JSON schema, as text or as an object (kept as text)."""
+    regex: str | None = None
+    """A regular expression that the whole answer matches."""
+    choice: tuple[str, ...] | None = None
+    """Texts, of which the answer is one."""
+    grammar: str | None = None
+    """A context-free grammar in GBNF (llama.cpp's EBNF); its first rule is `root`."""
+    json_object: bool = False
+    """Any JSON object."""
+    whitespace_pattern: str | None = None
+    """Whitespace between the parts of JSON: empty, `[ \\n\\r\\t]*` or `[ \\n\\r\\t]{0,N}`.
+    None: one line, as Python's json.dumps writes it; left free, small models write only spaces."""
+    additional_properties: bool = False
+    """True: objects may have properties that the schema does not name, unless it forbids them.
+    False: only those that it names, if it names any."""
+
+    def __post_init__(self) -> None:
+        """Normalise, then reject what cannot work, naming the field."""
+        put = object.__setattr__
+        if isinstance(self.json, Mapping):
+            put(self, "json", _as_json(self.json))
+        if self.choice is not None:
+            put(self, "choice", _as_tuple("choice", self.choice))
+        given = [
+            name
+            for name in ("json", "regex", "choice", "grammar", "json_object")
+            if getattr(self, name) not in (None, False)
+        ]
+        if len(given) != 1:
+            _refuse(
+                "structured_outputs",
+                "needs exactly one of json, regex, choice, grammar and json_object, not "
+                + (" and ".join(given) or "none"),
+            )
+        for name in ("json_object", "additional_properties"):
+            if not isinstance(getattr(self, name), bool):
+                _refuse(
+                    "structured_outputs",
+                    f"{name} must be true or false, not {getattr(self, name)!r}",
+                )
+        for name in ("json", "regex", "grammar", "whitespace_pattern"):
+            _check_text(name, getattr(self, name))
+        self._check_choice()
+        if self.whitespace_pattern is not None and given[0] not in ("json", "json_object"):
+            _refuse("structured_outputs", f"whitespace_pattern goes with json, not with {given[0]}")
+
+    def _check_choice(self) -> None:
+        if self.choice is None:
+            return
+        if not self.choice or len(self.choice) > MAX_CHOICES:
+            _refuse(
+                "structured_outputs",
+                f"choice must hold 1 to {MAX_CHOICES} texts, not {len(self.choice)}",
+            )
+        if any(not isinstance(text, str) or not text for text in self.choice):
+            _refuse("structured_outputs", "choice must hold non-empty strings")
+        _check_text("choice", "".join(self.choice))
+
+
+def _check_text(name: str, text: Any) -> None:
+    if text is None:
+        return
+    if not isinstance(text, str):
+        _refuse("structured_outputs", f"{name} must be a text, not {type(text).__name__}")
+    try:
+        num_bytes = len(text.encode())
+    except UnicodeEncodeError:
+        _refuse("structured_outputs", f"{name} is not valid Unicode: it has half a surrogate pair")
+    if num_bytes > MAX_GRAMMAR_BYTES:
+        _refuse(
+            "structured_outputs",
+            f"{name} has {num_bytes} bytes, at most {MAX_GRAMMAR_BYTES} are taken",
+        )
+
+
+def _as_json(schema: Mapping[str, Any]) -> str:
+    try:
+        return json.dumps(schema, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        _refuse("structured_outputs", f"json is no JSON schema: {error}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +160,8 @@ class SamplingParams:
     """Only these tokens may be drawn."""
     bad_words: tuple[str, ...] = ()
     """Texts whose last token may not be drawn after the ones before it."""
+    structured_outputs: StructuredOutputs | None = None
+    """What the answer must look like. A mapping of its fields is accepted."""
 
     def __post_init__(self) -> None:
         """Normalise strings and sequences, then reject what cannot work, naming the field."""
@@ -78,6 +173,8 @@ class SamplingParams:
         put(self, "logit_bias", _int_keys(self.logit_bias or {}))
         if self.allowed_token_ids is not None:
             put(self, "allowed_token_ids", _as_tuple("allowed_token_ids", self.allowed_token_ids))
+        if isinstance(self.structured_outputs, Mapping):
+            put(self, "structured_outputs", _as_structured(self.structured_outputs))
         self._check_flags()
         self._check_numbers()
         self._check_sequences()
@@ -146,7 +243,7 @@ class SamplingParams:
     @property
     def needs_history(self) -> bool:
         """True if a token cannot be drawn before the host knows the one before it."""
-        return self.has_penalties or bool(self.bad_words)
+        return self.has_penalties or bool(self.bad_words) or self.structured_outputs is not None
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SamplingParams:
@@ -156,6 +253,16 @@ class SamplingParams:
             if name not in known:
                 _refuse(name, f"is not a sampling parameter; known: {', '.join(sorted(known))}")
         return cls(**values)
+
+
+def _as_structured(values: Mapping[str, Any]) -> StructuredOutputs:
+    known = {f.name for f in fields(StructuredOutputs)}
+    for name in values:
+        if name not in known:
+            _refuse(
+                "structured_outputs", f"has no field {name!r}; known: {', '.join(sorted(known))}"
+            )
+    return StructuredOutputs(**values)
 
 
 def _as_tuple(name: str, value: Any) -> tuple[Any, ...]:

@@ -42,6 +42,31 @@ def make_config_folder(folder: Path, **changes: Any) -> Path:
     return folder
 
 
+def add_byte_tokenizer(folder: Path) -> Path:
+    """A byte-level tokenizer for the tiny model: every byte, and some longer tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    from portalm.text.spelling import byte_level_alphabet
+
+    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2}
+    for char in byte_level_alphabet():
+        vocab[char] = len(vocab)
+    merges = [("t", "r"), ("tr", "u"), ("tru", "e"), ("1", "2"), ("12", "3"), ("a", "b"),
+              ("y", "e"), ("ye", "s"), ('"', ":"), ('"', ","), ("{", '"'), ("Ġ", '"')]  # fmt: skip
+    for left, right in merges:
+        vocab[left + right] = len(vocab)
+    tokenizer = Tokenizer(models.BPE(vocab, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "</s>", "bos_token": "<s>"}')
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.content }} {% endfor %}"
+    )
+    return folder
+
+
 def make_engine(folder: Path, backend: Backend | None = None, **settings: Any) -> Engine:
     """An engine of dummy weights on `backend` (or the device that `settings` names)."""
     return Engine(

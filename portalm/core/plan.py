@@ -70,6 +70,8 @@ class StepResult:
     """By request id, of those whose prompt is computed: float32 numbers, a vector or a score."""
     failed: dict[str, str] = field(default_factory=dict)
     """Requests whose own data broke the step (NaN logits), with the reason."""
+    refused: dict[str, str] = field(default_factory=dict)
+    """Requests that leave themselves no token to draw, with the reason: nothing is broken."""
 
 
 @dataclass(slots=True)
@@ -87,3 +89,5 @@ class RequestUpdate:
     """What its hidden states became, as float32, where it asked for that."""
     error: str | None = None
     """Why, where finish_reason is error."""
+    is_refused: bool = False
+    """The error is the request's own: it cannot be answered as asked."""

@@ -38,6 +38,7 @@ class Request:
         "epoch",
         "finish_reason",
         "fork_of",
+        "grammar",
         "max_total_tokens",
         "needs_history",
         "num_cached_tokens",
@@ -76,6 +77,7 @@ class Request:
         tenant: str = "",
         pooling: PoolingParams | None = None,
         second_text_start: int | None = None,
+        grammar: object | None = None,
     ) -> None:
         """A waiting request.
 
@@ -86,7 +88,8 @@ class Request:
             seed: of the random numbers; the same seed gives the same tokens.
             max_total_tokens: prompt plus answer may not be longer (max_tokens and the model's
                 length, whichever comes first).
-            eos_token_ids: end the answer, unless `params.ignore_eos`.
+            eos_token_ids: end the answer, unless `params.ignore_eos` (and with a grammar always:
+                they are drawn only where ignore_eos lets them, or where nothing else can follow).
             priority: lower runs first, where the policy is priority.
             cache_salt: prefix cache blocks are shared only between requests of equal salt.
             output_token_ids: generated before (a request that is resumed).
@@ -96,6 +99,7 @@ class Request:
             pooling: what its hidden states become, with nothing left open; no token is drawn, and
                 it ends when its prompt is computed.
             second_text_start: where the second text of a pair begins.
+            grammar: what the answer matches; only carried here, the runner knows it.
         """
         self.request_id = request_id
         self.token_ids: list[int] = [*prompt_token_ids, *output_token_ids]
@@ -104,7 +108,7 @@ class Request:
         self.seed = seed
         self.max_total_tokens = max_total_tokens
         self.stop_ids = frozenset(params.stop_token_ids).union(
-            () if params.ignore_eos else eos_token_ids
+            () if params.ignore_eos and grammar is None else eos_token_ids
         )
         self.priority = priority
         self.cache_salt = cache_salt
@@ -113,7 +117,8 @@ class Request:
         self.tenant = tenant
         self.pooling = pooling
         self.second_text_start = second_text_start
-        self.needs_history = params.needs_history
+        self.grammar = grammar
+        self.needs_history = params.needs_history or grammar is not None
         """A token may not be drawn before the host knows the one before it."""
         self.arrival = 0
         """Place in the order of arrival; set by the scheduler."""

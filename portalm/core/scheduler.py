@@ -58,14 +58,15 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Queue `request`; `InvalidRequest` for one that can never be answered."""
-        self._check(request)
+        self.check(request)
         request.fork_of = fork_root(request, self._requests)
         request.arrival = self._num_arrivals
         self._num_arrivals += 1
         self._requests[request.request_id] = request
         self._waiting.push(self._key(request), request)
 
-    def _check(self, request: Request) -> None:
+    def check(self, request: Request) -> None:
+        """Raise `InvalidRequest` for one that can never be answered."""
         name, config = request.request_id, self.config
         if name in self._requests:
             raise InvalidRequest(f"request id {name!r} is in use", param="request_id")
@@ -404,6 +405,12 @@ class Scheduler:
             request, _, _, draws_token, epoch = planned
             if request.epoch != epoch or request.status is not RequestStatus.RUNNING:
                 continue  # preempted, aborted or ended since it was planned
+            if draws_token and token_id < 0 and request.request_id in result.refused:
+                self._end(request, "error")
+                own = result.refused[request.request_id]
+                updates.append(RequestUpdate(request, [], "error", error=own, is_refused=True))
+                num_ended += 1
+                continue
             if (draws_token and token_id < 0) or result.failed:
                 reason = result.failed.get(request.request_id)
                 if reason is not None or (draws_token and token_id < 0):

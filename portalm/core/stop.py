@@ -8,7 +8,9 @@ from portalm.core.request import FinishReason, Request
 def finish_reason(request: Request) -> FinishReason | None:
     """Why the last token of `request` ends it; None if it does not. Sets `stop_reason`."""
     token_id = request.token_ids[-1]
-    if token_id in request.stop_ids and request.num_output_tokens > request.params.min_tokens:
+    is_early = request.num_output_tokens <= request.params.min_tokens
+    # before min_tokens one is drawn only where a grammar has ended and nothing else can follow
+    if token_id in request.stop_ids and (not is_early or request.grammar is not None):
         if token_id in request.params.stop_token_ids:
             request.stop_reason = token_id
         return "stop"

@@ -19,6 +19,7 @@ import zmq
 import zmq.asyncio
 
 from portalm.config import EngineConfig, Task
+from portalm.engine.grammars import LoadedGrammars, vocabulary_of
 from portalm.engine.input_processor import InputProcessor, ProcessedInput, TextPair
 from portalm.engine.messages import (
     AbortRequests,
@@ -40,6 +41,8 @@ from portalm.errors import EngineDead, EngineNotReady, InvalidRequest, PortaLMEr
 from portalm.models.hub import resolve_model
 from portalm.pooling_params import PoolingParams
 from portalm.sampling_params import SamplingParams
+from portalm.structured.compiler import GrammarCompiler
+from portalm.structured.messages import CompiledGrammar
 from portalm.text.tokenizer import Tokenizer, load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -80,6 +83,9 @@ class EngineClient:
         self._queues: dict[str, asyncio.Queue[AnswerDelta | EngineDead]] = {}
         self._open: dict[str, AddRequest] = {}
         """By engine-side id: answers that have not ended, as they were first asked for."""
+        self._grammars: dict[str, CompiledGrammar] = {}
+        """By engine-side id: of those answers that match one."""
+        self._loaded_grammars = LoadedGrammars()
         self._suspects = Suspects()
         self._work_since = 0.0
         """When the engine last got work after it had none."""
@@ -115,6 +121,7 @@ class EngineClient:
             max_logprobs=self.config.max_logprobs,
             default_seed=self.config.seed,
         )
+        self._compiler = GrammarCompiler(lambda: vocabulary_of(self._tokenizer, ready))
         self.ready, self._is_loaded = ready, True
         self.last_news_time = time.monotonic()
         self._tasks = [asyncio.create_task(self._supervise()), asyncio.create_task(self._watch())]
@@ -126,6 +133,8 @@ class EngineClient:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._die("the engine was shut down")
+        if self.ready is not None:
+            self._compiler.close()
         if self._process is not None:
             if not self._is_loaded:  # it does not listen yet
                 self._process.kill()
@@ -188,7 +197,7 @@ class EngineClient:
 
     # -- requests -----------------------------------------------------------------------------
 
-    def check(
+    async def check(
         self,
         request_id: str,
         prompt: str | Sequence[int],
@@ -198,15 +207,27 @@ class EngineClient:
         cache_salt: str = "",
         tenant: str = "",
     ) -> ProcessedInput:
-        """What `generate` will ask the engine.
+        """What `generate` will ask the engine; waits until its grammar is compiled, if it has one.
 
         Raises:
             InvalidRequest: it can never be answered.
+            CompilersBusy: too many grammars wait to be compiled.
             EngineNotReady: the model is not loaded yet.
         """
         self._check_id(request_id)
+        grammar = None
+        if params.structured_outputs is not None:
+            compiling = self._compiler.compile(params.structured_outputs)
+            # others may wait for the same grammar: who leaves must not cancel it
+            grammar = await asyncio.shield(asyncio.wrap_future(compiling))
         return self._inputs.process(
-            request_id, prompt, params, priority=priority, cache_salt=cache_salt, tenant=tenant
+            request_id,
+            prompt,
+            params,
+            priority=priority,
+            cache_salt=cache_salt,
+            tenant=tenant,
+            grammar=grammar,
         )
 
     def check_pooling(
@@ -257,6 +278,8 @@ class EngineClient:
         self._queues[request_id] = queue
         self._outputs.add(processed, params, arrival_time=time.time())
         self._open.update((message.request_id, message) for message in processed.requests)
+        if processed.grammar is not None:
+            self._grammars.update((m.request_id, processed.grammar) for m in processed.requests)
         try:
             self._submit()
             while True:
@@ -286,6 +309,7 @@ class EngineClient:
     async def _new_process(self) -> EngineProcess:
         self._num_processes += 1
         self._process = EngineProcess(self._context, self._folder, self._num_processes)
+        self._loaded_grammars = LoadedGrammars()
         await self._process.start(self.config)
         return self._process
 
@@ -297,12 +321,17 @@ class EngineClient:
         if not self._suspects.in_flight:
             self._work_since = time.monotonic()
         for request_id in self._suspects.next(self._open):
+            if (grammar := self._grammars.get(request_id)) is not None:
+                load = self._loaded_grammars.need(grammar, self._compiler.vocabulary)
+                if load is not None:
+                    self._process.send(load)
             self._process.send(self._outputs.resumed(self._open[request_id]))
 
     def _close(self, request_ids: Sequence[str]) -> None:
         """These answers are over."""
         for request_id in request_ids:
             self._open.pop(request_id, None)
+            self._grammars.pop(request_id, None)
             self._suspects.ended(request_id)
 
     async def _supervise(self) -> None:

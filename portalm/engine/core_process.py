@@ -24,6 +24,7 @@ from portalm.engine.messages import (
     AddRequest,
     EngineFailed,
     FromEngine,
+    LoadGrammar,
     Probe,
     ProbeAnswer,
     ResetPrefixCache,
@@ -127,7 +128,7 @@ def _probe(engine: Engine, message: Probe) -> ProbeAnswer:
 
 
 def _handle(
-    engine: Engine, message: AddRequest | AbortRequests | ResetPrefixCache
+    engine: Engine, message: AddRequest | LoadGrammar | AbortRequests | ResetPrefixCache
 ) -> list[TokenOutput]:
     """Outputs that the message causes at once."""
     if isinstance(message, AddRequest):
@@ -143,6 +144,9 @@ def _handle(
                     is_refused=True,
                 )
             ]
+        return []
+    if isinstance(message, LoadGrammar):
+        engine.load_grammar(message)
         return []
     if isinstance(message, AbortRequests):
         return engine.abort(message.request_ids)

@@ -27,6 +27,8 @@ from portalm.pooling_params import PoolingParams
 from portalm.runner.memory import activation_bytes, kv_budget
 from portalm.runner.model_runner import ModelRunner, StepInFlight
 from portalm.sampling_params import SamplingParams
+from portalm.structured.grammar import Grammar, Grammars
+from portalm.structured.messages import LoadGrammar
 
 if TYPE_CHECKING:
     from portalm.models.model import Model
@@ -43,6 +45,9 @@ _ROUNDED = {
     # the head decides between tokens: 4 bits there cost more than they save
     "int4": Quantization(keep=True, layers="int4_min", head="int8"),
 }
+
+_GRAMMAR_WAIT_S = 0.01
+"""How long a step with nothing to compute waits for a grammar."""
 
 _WARM_UP_ID = "portalm-warm-up"
 
@@ -117,6 +122,9 @@ class Engine:
         self._in_flight: deque[StepInFlight] = deque()
         self.step_begins: Callable[[int], None] | None = None
         """Called with the number of tokens of every step, before the device gets it."""
+        self._grammars = Grammars()
+        self._awaiting: dict[str, Request] = {}
+        """Requests whose grammar is not loaded yet."""
         self._num_prompt_logprobs_sent: dict[str, int] = {}
         self._stats = EngineStats()
         budgeted = time.perf_counter()
@@ -129,6 +137,7 @@ class Engine:
             device_summary=self.backend.find().summary,
             dtype=dtype,
             vocab_size=self.model_config.vocab_size,
+            eos_token_ids=list(self.model_config.eos_token_ids),
             max_model_len=max_model_len,
             num_blocks=self.scheduler.config.num_blocks - 1,
             block_size=config.block_size,
@@ -154,24 +163,58 @@ class Engine:
             most = (
                 self.max_model_len if params.max_tokens is None else num_prompt + params.max_tokens
             )
-        self.scheduler.add(
-            Request(
-                message.request_id,
-                message.prompt_token_ids,
-                params,
-                seed=message.seed,
-                max_total_tokens=most if pooling is not None else min(most, self.max_model_len),
-                eos_token_ids=self.model_config.eos_token_ids,
-                priority=message.priority,
-                cache_salt=message.cache_salt,
-                output_token_ids=message.output_token_ids,
-                fork_of=message.fork_of,
-                bad_words_ids=message.bad_words_ids,
-                tenant=message.tenant,
-                pooling=pooling,
-                second_text_start=message.second_text_start,
-            )
+        request = Request(
+            message.request_id,
+            message.prompt_token_ids,
+            params,
+            seed=message.seed,
+            max_total_tokens=most if pooling is not None else min(most, self.max_model_len),
+            eos_token_ids=self.model_config.eos_token_ids,
+            priority=message.priority,
+            cache_salt=message.cache_salt,
+            output_token_ids=message.output_token_ids,
+            fork_of=message.fork_of,
+            bad_words_ids=message.bad_words_ids,
+            tenant=message.tenant,
+            pooling=pooling,
+            second_text_start=message.second_text_start,
+            grammar=None if message.grammar is None else self._grammars[message.grammar],
         )
+        if message.grammar is None:
+            self.scheduler.add(request)
+        else:
+            self.scheduler.check(request)
+            self._awaiting[request.request_id] = request
+
+    def load_grammar(self, message: LoadGrammar) -> None:
+        """Begin to load a grammar, beside the steps; requests may name it from now on."""
+        self._grammars.take(message)
+
+    def _admit_loaded(self) -> list[TokenOutput]:
+        """Queue requests whose grammar is loaded; the outputs of those that cannot be."""
+        outputs = []
+        for request in [r for r in self._awaiting.values() if _grammar_of(r).is_loaded]:
+            del self._awaiting[request.request_id]
+            error: Exception
+            try:
+                _grammar_of(request).check()
+                self.scheduler.add(request)
+                continue
+            except InvalidRequest as refused:
+                error = refused
+            except Exception as failed:  # whatever XGrammar raises
+                logger.exception("a grammar could not be loaded")
+                error = failed
+            outputs.append(
+                TokenOutput(
+                    request_id=request.request_id,
+                    token_ids=[],
+                    finish_reason="error",
+                    error=str(error),
+                    is_refused=isinstance(error, InvalidRequest),
+                )
+            )
+        return outputs
 
     @property
     def max_model_len(self) -> int:
@@ -207,8 +250,8 @@ class Engine:
         """End these requests now; the outputs of those that were live."""
         outputs = []
         for request_id in request_ids:
-            request = self.scheduler.abort(request_id)
-            if request is not None:
+            awaiting = self._awaiting.pop(request_id, None)
+            if awaiting is not None or self.scheduler.abort(request_id) is not None:
                 self._num_prompt_logprobs_sent.pop(request_id, None)
                 outputs.append(
                     TokenOutput(request_id=request_id, token_ids=[], finish_reason="abort")
@@ -217,7 +260,7 @@ class Engine:
 
     def has_work(self) -> bool:
         """True while a request is unfinished or a step is on the device."""
-        return bool(self._in_flight) or self.scheduler.has_unfinished()
+        return bool(self._in_flight or self._awaiting) or self.scheduler.has_unfinished()
 
     def reset_prefix_cache(self) -> bool:
         """Forget all cached blocks; False, changing nothing, while any request runs."""
@@ -234,6 +277,7 @@ class Engine:
         """
         started = time.perf_counter()
         plan: StepPlan | None = None
+        refused = self._admit_loaded() if self._awaiting else []
         try:
             while len(self._in_flight) < self._max_in_flight:
                 plan = self.scheduler.schedule()
@@ -244,17 +288,20 @@ class Engine:
                     self.step_begins(plan.num_tokens)
                 self._in_flight.append(self.runner.dispatch(plan))
             if not self._in_flight:
-                return self._outputs([])
+                for request in self._awaiting.values():
+                    _grammar_of(request).wait(_GRAMMAR_WAIT_S)
+                    break
+                return self._outputs([], refused)
             step = self._in_flight.popleft()
             plan = step.plan
             result = step.result()
         except BackendError as error:
             if error.kind == "device_lost" or plan is None:
                 raise
-            return self._outputs(self._recover(plan, error))
+            return self._outputs(self._recover(plan, error), refused)
         updates = self.scheduler.update(plan, result)
         self._count(plan, result, time.perf_counter() - started)
-        return self._outputs(updates)
+        return self._outputs(updates, refused)
 
     def _recover(self, plan: StepPlan, error: BackendError) -> list[RequestUpdate]:
         """A step failed: its largest request ends, all others are computed again.
@@ -285,8 +332,9 @@ class Engine:
             }
         )
 
-    def _outputs(self, updates: list[RequestUpdate]) -> StepOutputs:
-        return StepOutputs(outputs=[self._output(u) for u in updates], stats=self.stats())
+    def _outputs(self, updates: list[RequestUpdate], more: Sequence[TokenOutput]) -> StepOutputs:
+        outputs = [*more, *(self._output(u) for u in updates)]
+        return StepOutputs(outputs=outputs, stats=self.stats())
 
     def _output(self, update: RequestUpdate) -> TokenOutput:
         request = update.request
@@ -299,6 +347,7 @@ class Engine:
             num_cached_tokens=request.num_cached_tokens,
             pooled=update.pooled,
             error=update.error,
+            is_refused=update.is_refused,
         )
         if update.prompt_logprobs:
             # a prompt that is computed again after preemption reports again: once is enough
@@ -329,6 +378,7 @@ class Engine:
         """Counters and gauges as of now."""
         for name, value in self.scheduler.stats().items():
             setattr(self._stats, name, value)
+        self._stats.num_waiting += len(self._awaiting)
         return self._stats
 
     # -- start and end ------------------------------------------------------------------------
@@ -381,6 +431,12 @@ class Engine:
         """Wait for the device; the engine may not be used after."""
         while self._in_flight:
             self._in_flight.popleft().result()
+        self._grammars.close()
+
+
+def _grammar_of(request: Request) -> Grammar:
+    assert isinstance(request.grammar, Grammar)
+    return request.grammar
 
 
 def _choose_dtype(config: EngineConfig, model: ModelConfig, backend: Backend) -> str:

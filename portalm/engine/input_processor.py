@@ -11,6 +11,7 @@ from portalm.engine.messages import AddRequest, EngineReady
 from portalm.errors import InvalidRequest, RequestTooLarge
 from portalm.pooling_params import PoolingParams
 from portalm.sampling_params import SamplingParams, as_token_ids
+from portalm.structured.messages import CompiledGrammar
 from portalm.text.tokenizer import Tokenizer
 
 MAX_LABEL = 256
@@ -47,6 +48,8 @@ class ProcessedInput:
     prompt_token_ids: list[int]
     requests: list[AddRequest]
     """One for each answer; the first is the one that the others fork from."""
+    grammar: CompiledGrammar | None = None
+    """What all answers match."""
 
 
 class InputProcessor:
@@ -83,19 +86,22 @@ class InputProcessor:
         priority: int = 0,
         cache_salt: str = "",
         tenant: str = "",
+        grammar: CompiledGrammar | None = None,
     ) -> ProcessedInput:
-        """What to ask the engine.
+        """What to ask the engine; `grammar` is `params.structured_outputs`, compiled.
 
         Raises:
             InvalidRequest: the request can never be answered; it says why.
         """
+        assert (grammar is None) == (params.structured_outputs is None)
         self.check_task("generate")
         _check_identity(request_id, cache_salt, priority)
         token_ids = self._token_ids(prompt)
         self._check_length(token_ids, self._max_model_len - 1)
         self._check_params(params)
         bad_words_ids = self._bad_words_ids(params.bad_words)
-        sent = replace(params, n=1, stop=())  # stop strings are found on this side
+        # stop strings are found on this side, grammars go by themselves
+        sent = replace(params, n=1, stop=(), structured_outputs=None)
         fork = replace(sent, prompt_logprobs=None)  # the first answer reports the prompt's
         seed = self._seeds.getrandbits(62) if params.seed is None else params.seed
         ids = [request_id if params.n == 1 else f"{request_id}-{i}" for i in range(params.n)]
@@ -110,6 +116,7 @@ class InputProcessor:
                 fork_of=None if i == 0 else ids[0],
                 bad_words_ids=bad_words_ids,
                 tenant=tenant,
+                grammar=None if grammar is None else grammar.key,
             )
             for i in range(params.n)
         ]
@@ -118,6 +125,7 @@ class InputProcessor:
             prompt=prompt if isinstance(prompt, str) else None,
             prompt_token_ids=token_ids,
             requests=requests,
+            grammar=grammar,
         )
 
     def process_pooling(

@@ -11,6 +11,7 @@ from portalm.core.plan import TokenLogprobs
 from portalm.core.request import FinishReason
 from portalm.pooling_params import PoolingParams
 from portalm.sampling_params import SamplingParams
+from portalm.structured.messages import LoadGrammar as LoadGrammar
 
 
 class AddRequest(msgspec.Struct, tag=True, kw_only=True):
@@ -34,6 +35,8 @@ class AddRequest(msgspec.Struct, tag=True, kw_only=True):
     """Nothing is generated: the prompt's hidden states are pooled."""
     second_text_start: int | None = None
     """Where the second text of a pair begins, for models that tell the two apart."""
+    grammar: str | None = None
+    """Key of a grammar (`LoadGrammar`) that the answer matches."""
 
 
 class AbortRequests(msgspec.Struct, tag=True):
@@ -56,7 +59,7 @@ class Shutdown(msgspec.Struct, tag=True):
     """End the engine process: abort what runs, then exit."""
 
 
-ToEngine: TypeAlias = AddRequest | AbortRequests | ResetPrefixCache | Probe | Shutdown
+ToEngine: TypeAlias = AddRequest | LoadGrammar | AbortRequests | ResetPrefixCache | Probe | Shutdown
 
 
 class TokenOutput(msgspec.Struct, kw_only=True):
@@ -113,6 +116,8 @@ class EngineReady(msgspec.Struct, tag=True, kw_only=True):
     device_summary: str
     dtype: str
     vocab_size: int
+    eos_token_ids: list[int]
+    """End an answer."""
     max_model_len: int
     num_blocks: int
     block_size: int

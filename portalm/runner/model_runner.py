@@ -23,7 +23,8 @@ from portalm.core.plan import StepPlan, StepResult, TokenLogprobs
 from portalm.runner.graphs import StepGraphs
 from portalm.runner.input_batch import InputBatch, StepArrays
 from portalm.runner.pooler import PooledPart, Pooler, pooled_parts, state_rows
-from portalm.runner.sampler import SampledRow, Sampler, num_logprobs_of, sampled_rows
+from portalm.runner.sampled_rows import SampledRow, sampled_rows
+from portalm.runner.sampler import Sampler, num_logprobs_of
 
 if TYPE_CHECKING:
     from portalm.models.model import Model
@@ -79,6 +80,7 @@ class ModelRunner:
         """These requests do not run any more; their rows are free."""
         self.batch.forget(request_ids)
         self._pooler.forget(request_ids)
+        self._sampler.forget(request_ids)
 
     def dispatch(self, plan: StepPlan) -> StepInFlight:
         """Start computing `plan`, which must not be empty."""
@@ -258,9 +260,16 @@ class StepInFlight:
                 )
 
     def _mark_broken(self, result: StepResult) -> None:
-        """A row whose logits were not numbers has drawn -1: its request fails, no other."""
+        """A row that nothing could be drawn in has drawn -1: its request fails, no other."""
+        result.refused = {
+            row.request.request_id: row.trouble for row in self._sampled if row.trouble is not None
+        }
         for planned, token_id in zip(self.plan.requests, result.token_ids, strict=True):
-            if planned.draws_token and token_id < 0:
+            if (
+                planned.draws_token
+                and token_id < 0
+                and planned.request.request_id not in result.refused
+            ):
                 result.failed[planned.request.request_id] = (
                     "the model's logits are not numbers (NaN or all -inf) after token "
                     f"{planned.start + planned.num_tokens - 1}; nothing can be drawn"

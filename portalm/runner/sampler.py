@@ -3,56 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from portalm.backend import LogitBias, Penalties, SampleParams
-from portalm.core.plan import StepPlan
 from portalm.core.request import Request
-from portalm.runner.input_batch import InputBatch, StepArrays, num_prompt_rows
+from portalm.runner.input_batch import InputBatch, StepArrays
+from portalm.runner.sampled_rows import SampledRow
+from portalm.runner.token_masks import TokenMasks
 
 ToDevice = Callable[[npt.NDArray[np.generic]], torch.Tensor]
 
 _FORBIDDEN = float("-inf")
-
-
-@dataclass(slots=True, kw_only=True)
-class SampledRow:
-    """What one row of logits is for."""
-
-    index: int
-    """Place in the plan."""
-    request: Request
-    position: int
-    """Place of the drawn (or predicted) token in its request."""
-    target: int
-    """The prompt token whose logprob is wanted, or -1: a token is drawn."""
-
-
-def sampled_rows(plan: StepPlan) -> list[SampledRow]:
-    """The plan's rows of logits, in the order of `StepArrays.logits_rows`."""
-    rows: list[SampledRow] = []
-    for index, planned in enumerate(plan.requests):
-        request, start = planned.request, planned.start
-        rows.extend(
-            SampledRow(
-                index=index,
-                request=request,
-                position=start + i + 1,
-                target=request.token_ids[start + i + 1],
-            )
-            for i in range(num_prompt_rows(planned))
-        )
-        if planned.draws_token:
-            rows.append(
-                SampledRow(
-                    index=index, request=request, position=start + planned.num_tokens, target=-1
-                )
-            )
-    return rows
 
 
 class Sampler:
@@ -60,10 +25,14 @@ class Sampler:
 
     def __init__(self, vocab_size: int) -> None:
         """For logits of `vocab_size` columns."""
-        self.vocab_size = vocab_size
+        self._masks = TokenMasks(vocab_size)
         self._last_requests: list[Request] = []
         self._last: SampleParams | None = None
         """Of the last step, if nothing but the positions differs where the same requests draw."""
+
+    def forget(self, request_ids: list[str]) -> None:
+        """These requests do not run any more."""
+        self._masks.forget(request_ids)
 
     def build(
         self, rows: list[SampledRow], arrays: StepArrays, batch: InputBatch, to_device: ToDevice
@@ -93,6 +62,7 @@ class Sampler:
             padded[: len(values)] = values
             return to_device(padded)
 
+        mask = self._masks.build(rows, num_rows)
         has_targets = any(row.target >= 0 for row in rows)
         return SampleParams(
             temperature=column([p.temperature for p in params], np.float32, 0.0),
@@ -105,7 +75,7 @@ class Sampler:
             has_filters=any(p.top_k > 0 or p.top_p < 1.0 or p.min_p > 0.0 for p in params),
             penalties=self._penalties(rows, arrays, batch, to_device),
             bias=self._bias(rows, to_device),
-            allowed=self._allowed(rows, num_rows, to_device),
+            allowed=None if mask is None else to_device(mask),
             targets=column([row.target for row in rows], np.int32, -1) if has_targets else None,
             num_logprobs=_num_logprobs(rows),
         )
@@ -150,14 +120,10 @@ class Sampler:
         for i, row in enumerate(rows):
             if row.target >= 0:
                 continue
-            request, params = row.request, row.request.params
+            params = row.request.params
             entries.extend((i, token_id, value) for token_id, value in params.logit_bias.items())
-            if row.position - request.num_prompt_tokens < params.min_tokens:
-                entries.extend((i, token_id, _FORBIDDEN) for token_id in request.stop_ids)
-            for word in request.bad_words_ids:
-                split = len(request.token_ids) - len(word) + 1
-                if split >= 0 and request.token_ids[split:] == list(word[:-1]):
-                    entries.append((i, word[-1], _FORBIDDEN))
+            if row.request.grammar is None:  # else they are in its mask, unless it has ended
+                entries.extend((i, token_id, _FORBIDDEN) for token_id in row.forbidden_ids)
         if not entries:
             return None
         row_ids, token_ids, values = zip(*entries, strict=True)
@@ -166,23 +132,6 @@ class Sampler:
             token_ids=to_device(np.array(token_ids, np.int32)),
             values=to_device(np.array(values, np.float32)),
         )
-
-    def _allowed(
-        self, rows: list[SampledRow], num_rows: int, to_device: ToDevice
-    ) -> torch.Tensor | None:
-        restricted = [
-            (i, row.request.params.allowed_token_ids)
-            for i, row in enumerate(rows)
-            if row.target < 0 and row.request.params.allowed_token_ids is not None
-        ]
-        if not restricted:
-            return None
-        mask = np.full((num_rows, -(-self.vocab_size // 32)), 0xFFFFFFFF, np.uint32)
-        for i, token_ids in restricted:
-            mask[i] = 0
-            ids = np.array(token_ids, np.uint32)
-            np.bitwise_or.at(mask[i], ids // 32, np.uint32(1) << (ids % 32))
-        return to_device(mask.view(np.int32))
 
 
 def _depends_on_history(request: Request) -> bool:
@@ -193,6 +142,7 @@ def _depends_on_history(request: Request) -> bool:
         or params.min_tokens
         or params.prompt_logprobs is not None
         or request.bad_words_ids
+        or request.grammar is not None
     )
 
 

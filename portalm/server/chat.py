@@ -37,7 +37,7 @@ async def chat_completions(
         template=body.chat_template,
         **(body.chat_template_kwargs or {}),
     )
-    processed = state.client.check(
+    processed = await state.client.check(
         body.request_id or chat_id,
         prompt,
         params,

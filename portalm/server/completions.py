@@ -38,7 +38,7 @@ async def completions(
             "echo with logprobs is not supported: ask for prompt_logprobs", param="echo"
         )
     inputs = [
-        state.client.check(
+        await state.client.check(
             base_id if len(prompts) == 1 else f"{base_id}-{i}",
             prompt,
             params,

@@ -7,7 +7,13 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from portalm.errors import EngineDead, EngineNotReady, InvalidRequest, PortaLMError
+from portalm.errors import (
+    CompilersBusy,
+    EngineDead,
+    EngineNotReady,
+    InvalidRequest,
+    PortaLMError,
+)
 from portalm.server.state import ModelUnknown, Overloaded
 
 _TYPES = {
@@ -47,7 +53,7 @@ def status_of(error: Exception) -> int:
         return 400
     if isinstance(error, Overloaded):
         return 429
-    return 503 if isinstance(error, EngineDead | EngineNotReady) else 500
+    return 503 if isinstance(error, EngineDead | EngineNotReady | CompilersBusy) else 500
 
 
 def add_error_handlers(app: FastAPI) -> None:

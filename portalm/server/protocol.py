@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from portalm.errors import InvalidRequest
-from portalm.sampling_params import SamplingParams
+from portalm.sampling_params import SamplingParams, StructuredOutputs
 
 
 class StreamOptions(BaseModel):
@@ -17,6 +17,40 @@ class StreamOptions(BaseModel):
 
     include_usage: bool = False
     continuous_usage_stats: bool = False
+
+
+class JsonSchemaFormat(BaseModel):
+    """The schema of a response_format."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+    name: str | None = None
+    description: str | None = None
+    strict: bool | None = None
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
+
+
+class ResponseFormat(BaseModel):
+    """OpenAI's spelling of what an answer must look like."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    type: Literal["text", "json_object", "json_schema"] = "text"
+    json_schema: JsonSchemaFormat | None = None
+
+    def structured_outputs(self) -> StructuredOutputs | None:
+        """The same in our words; None: any text. Raises `InvalidRequest`."""
+        if (self.json_schema is not None) != (self.type == "json_schema"):
+            raise InvalidRequest(
+                "response_format needs json_schema where its type is json_schema, and only there",
+                param="response_format",
+            )
+        if self.json_schema is None:
+            return None if self.type == "text" else StructuredOutputs(json_object=True)
+        return StructuredOutputs(
+            json=self.json_schema.schema_ or {},
+            additional_properties=self.json_schema.strict is False,
+        )
 
 
 class SamplingFields(BaseModel):
@@ -53,6 +87,15 @@ class SamplingFields(BaseModel):
     allowed_token_ids: list[int] | None = None
     bad_words: list[str] = Field(default_factory=list)
 
+    # what an answer must look like: at most one of these
+    response_format: ResponseFormat | None = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: str | dict[str, Any] | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    guided_whitespace_pattern: str | None = None
+
     # of OpenAI's API; they change no answer here
     user: str | None = None
     metadata: dict[str, Any] | None = None
@@ -86,7 +129,23 @@ class SamplingFields(BaseModel):
             if self.allowed_token_ids is None
             else tuple(self.allowed_token_ids),
             bad_words=tuple(self.bad_words),
+            structured_outputs=self._structured_outputs(),  # type: ignore[arg-type]  # a mapping may be
         )
+
+    def _structured_outputs(self) -> StructuredOutputs | dict[str, Any] | None:
+        guided = {
+            name: value
+            for name in ("json", "regex", "choice", "grammar", "whitespace_pattern")
+            if (value := getattr(self, f"guided_{name}")) is not None
+        }
+        form = None if self.response_format is None else self.response_format.structured_outputs()
+        given = [one for one in (form, self.structured_outputs, guided or None) if one is not None]
+        if len(given) > 1:
+            raise InvalidRequest(
+                "response_format, structured_outputs and guided_... exclude each other: give one",
+                param="structured_outputs",
+            )
+        return given[0] if given else None
 
 
 class CompletionRequest(SamplingFields):
@@ -131,7 +190,6 @@ class ChatRequest(SamplingFields):
     max_completion_tokens: int | None = None
     logprobs: bool = False
     top_logprobs: int | None = None
-    response_format: dict[str, Any] | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
@@ -144,11 +202,6 @@ class ChatRequest(SamplingFields):
         """The parameters. Raises `InvalidRequest`."""
         if self.tools and self.tool_choice != "none":
             raise InvalidRequest("tools are not supported yet", param="tools")
-        kind = (self.response_format or {}).get("type", "text")
-        if kind != "text":
-            raise InvalidRequest(
-                f"response_format {kind!r} is not supported yet; text is", param="response_format"
-            )
         if self.top_logprobs is not None and not self.logprobs:
             raise InvalidRequest("top_logprobs needs logprobs: true", param="top_logprobs")
         return self.sampling_params(

@@ -203,6 +203,18 @@ class Tokenizer:
             return self._codec.decode([token_id], skip_special_tokens=False).encode()
         return self.spelling.token_bytes(token)
 
+    def vocabulary(self) -> list[bytes] | None:
+        """By id: the bytes that each token adds to a text, none for special tokens.
+
+        None if tokens are not known as bytes (`spelling`).
+        """
+        if self.spelling is None:
+            return None
+        return [
+            b"" if token_id in self.special_ids else self.token_bytes(token_id)
+            for token_id in range(self.vocab_size)
+        ]
+
     def id_to_text(self, token_id: int) -> str:
         """The token's own text, for logprobs; U+FFFD for parts of a character."""
         text = self._texts.get(token_id)

@@ -35,6 +35,7 @@ def make(tokenizer: Tokenizer | None = None, *, default_seed: int = 0) -> InputP
         device_summary="",
         dtype="float32",
         vocab_size=VOCAB_SIZE,
+        eos_token_ids=[],
         max_model_len=MAX_MODEL_LEN,
         num_blocks=8,
         block_size=16,

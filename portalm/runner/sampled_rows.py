@@ -1,0 +1,59 @@
+"""What each row of a step's logits is for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from portalm.core.plan import StepPlan
+from portalm.core.request import Request
+from portalm.runner.input_batch import num_prompt_rows
+
+
+@dataclass(slots=True, kw_only=True)
+class SampledRow:
+    """What one row of logits is for."""
+
+    index: int
+    """Place in the plan."""
+    request: Request
+    position: int
+    """Place of the drawn (or predicted) token in its request."""
+    target: int
+    """The prompt token whose logprob is wanted, or -1: a token is drawn."""
+    trouble: str | None = None
+    """Why nothing can be drawn, where the request itself leaves nothing."""
+
+    @property
+    def forbidden_ids(self) -> list[int]:
+        """Stop tokens before min_tokens, and the ends of bad words."""
+        request = self.request
+        is_early = self.position - request.num_prompt_tokens < request.params.min_tokens
+        forbidden = list(request.stop_ids) if is_early else []
+        for word in request.bad_words_ids:
+            split = len(request.token_ids) - len(word) + 1
+            if split >= 0 and request.token_ids[split:] == list(word[:-1]):
+                forbidden.append(word[-1])
+        return forbidden
+
+
+def sampled_rows(plan: StepPlan) -> list[SampledRow]:
+    """The plan's rows of logits, in the order of `StepArrays.logits_rows`."""
+    rows: list[SampledRow] = []
+    for index, planned in enumerate(plan.requests):
+        request, start = planned.request, planned.start
+        rows.extend(
+            SampledRow(
+                index=index,
+                request=request,
+                position=start + i + 1,
+                target=request.token_ids[start + i + 1],
+            )
+            for i in range(num_prompt_rows(planned))
+        )
+        if planned.draws_token:
+            rows.append(
+                SampledRow(
+                    index=index, request=request, position=start + planned.num_tokens, target=-1
+                )
+            )
+    return rows

@@ -1,0 +1,99 @@
+"""Which tokens each row may draw: allowed_token_ids and grammars as bits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from portalm.core.request import Request
+from portalm.runner.sampled_rows import SampledRow
+from portalm.structured.grammar import Grammar, Matcher, NoTokenFits
+
+
+class TokenMasks:
+    """Masks of a step's rows, and how far each running request has come in its grammar.
+
+    That follows from the request's tokens alone: a request that was preempted, computed again or
+    taken over from another engine gets a new matcher, which reads them from the first.
+    """
+
+    def __init__(self, vocab_size: int) -> None:
+        """For logits of `vocab_size` columns."""
+        self._full = _bits(range(vocab_size), -(-vocab_size // 32))
+        self._matchers: dict[str, Matcher] = {}
+
+    def forget(self, request_ids: list[str]) -> None:
+        """These requests do not run any more."""
+        for request_id in request_ids:
+            self._matchers.pop(request_id, None)
+
+    def build(self, rows: list[SampledRow], num_rows: int) -> npt.NDArray[np.int32] | None:
+        """int32 [num_rows, ceil(V / 32)], or None where no row is restricted.
+
+        A grammar that may end allows the end of sequence. That gives way to ignore_eos,
+        min_tokens and allowed_token_ids while anything else can follow; where nothing can, the
+        answer ends. A row that nothing can be drawn in says so in its `trouble`.
+        """
+        restricted = [
+            i
+            for i, row in enumerate(rows)
+            if row.target < 0
+            and (row.request.grammar is not None or row.request.params.allowed_token_ids)
+        ]
+        if not restricted:
+            return None
+        mask = np.full((num_rows, len(self._full)), -1, np.int32)
+        for i in restricted:
+            row = rows[i]
+            try:
+                self._restrict(row, mask, i)
+            except NoTokenFits as error:
+                row.trouble = f"structured_outputs: {error}"
+                mask[i] = 0
+                self._matchers.pop(row.request.request_id, None)
+        return mask
+
+    def _restrict(self, row: SampledRow, mask: npt.NDArray[np.int32], i: int) -> None:
+        request, params, line = row.request, row.request.params, mask[i]
+        end: Sequence[int] = ()
+        forbidden = row.forbidden_ids
+        if request.grammar is not None:
+            assert isinstance(request.grammar, Grammar)
+            self._matcher(request, request.grammar, request.output_token_ids).fill(mask, i)
+            eos = request.grammar.eos_token_ids
+            end = eos if _has(line, eos[0]) else ()
+            forbidden = [*forbidden, *(eos if params.ignore_eos else ())]
+        line &= self._full
+        if params.allowed_token_ids is not None:
+            line &= _bits(params.allowed_token_ids, len(line))
+        if forbidden:
+            line &= ~_bits(forbidden, len(line))
+        if not line.any():
+            line |= _bits(end, len(line))
+            if not end:
+                row.trouble = (
+                    f"no token is left to draw at token {row.position - request.num_prompt_tokens} "
+                    "of the answer: structured_outputs, allowed_token_ids, bad_words and "
+                    "min_tokens together forbid all"
+                )
+
+    def _matcher(self, request: Request, grammar: Grammar, output_token_ids: list[int]) -> Matcher:
+        matcher = self._matchers.get(request.request_id)
+        if matcher is None:
+            matcher = self._matchers[request.request_id] = grammar.matcher()
+        matcher.advance(output_token_ids)
+        return matcher
+
+
+def _bits(token_ids: Sequence[int], num_words: int) -> npt.NDArray[np.int32]:
+    """[num_words]: the bits of `token_ids`."""
+    words = np.zeros(num_words, np.uint32)
+    ids = np.array(token_ids, np.uint32)
+    np.bitwise_or.at(words, ids // 32, np.uint32(1) << (ids % 32))
+    return words.view(np.int32)
+
+
+def _has(line: npt.NDArray[np.int32], token_id: int) -> bool:
+    return bool(line.view(np.uint32)[token_id // 32] >> (token_id % 32) & 1)
