@@ -20,9 +20,22 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 def default_model() -> Path:
     """The default model's file in the cache; `make model` (or `portalm pull`) puts it there."""
     from portalm.config import DEFAULT_MODEL
+
+    return cached(DEFAULT_MODEL)
+
+
+@pytest.fixture(scope="session")
+def default_encoder() -> Path:
+    """The folder in the cache of the encoder that tests use."""
+    from portalm.config import DEFAULT_ENCODER
+
+    return cached(DEFAULT_ENCODER)
+
+
+def cached(model: str) -> Path:
     from portalm.models.hub import find_cached
 
-    path = find_cached(DEFAULT_MODEL)
+    path = find_cached(model)
     if path is None:
-        pytest.fail("the default model is not in the cache: run `portalm pull` (make test does)")
+        pytest.fail(f"{model} is not in the cache: run `portalm pull {model}` (make test does)")
     return path

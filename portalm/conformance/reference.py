@@ -78,7 +78,8 @@ def layer_norm(x: Array, weight: Array, bias: Array, eps: float) -> Array:
 def gelu(x: Array) -> Array:
     """`x` times the share of a normal distribution below it."""
     shares = [0.5 * (1 + math.erf(value / math.sqrt(2))) for value in x.ravel().tolist()]
-    return x * np.array(shares).reshape(x.shape)
+    out: Array = x * np.array(shares).reshape(x.shape)
+    return out
 
 
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:

@@ -6,11 +6,12 @@ import time
 
 import pytest
 
-from portalm.config import ConfigError, SchedulerConfig
+from portalm.config import ConfigError, EngineConfig, SchedulerConfig
 from portalm.core.plan import StepPlan, StepResult
 from portalm.core.request import Request, RequestStatus
 from portalm.core.scheduler import Scheduler
 from portalm.errors import InvalidRequest, RequestTooLarge
+from portalm.pooling_params import PoolingParams
 from portalm.sampling_params import SamplingParams
 
 
@@ -605,3 +606,70 @@ def test_planning_and_updating_256_decodes_is_fast() -> None:
 
     # 0.6 ms on an idle machine (benchmarks/engine/scheduler.py); CI machines are not
     assert sorted(seconds)[len(seconds) // 2] < 0.005
+
+
+# -- pooling ----------------------------------------------------------------------------------
+
+
+def make_pooled(request_id: str, num_tokens: int, pooling: str = "mean") -> Request:
+    return Request(
+        request_id,
+        list(range(num_tokens)),
+        SamplingParams(),
+        seed=0,
+        max_total_tokens=num_tokens,
+        pooling=PoolingParams(pooling=pooling),
+    )
+
+
+def pool_step(scheduler: Scheduler) -> StepPlan:
+    """Plan a step and give every prompt that it completes a vector."""
+    plan = scheduler.schedule()
+    done = [p.request for p in plan.requests if p.request.num_pending_tokens == 0]
+    vectors = {r.request_id: b"\0\0\0\0" for r in done}
+    scheduler.update(plan, StepResult(token_ids=[-1] * len(plan.requests), pooled=vectors))
+    return plan
+
+
+def test_a_pooled_prompt_draws_nothing_and_ends_when_it_is_computed() -> None:
+    scheduler = make_scheduler(max_batch_tokens=8, max_batch_requests=4)
+    scheduler.add(make_pooled("a", 17))
+
+    plans = [pool_step(scheduler) for _ in range(3)]
+
+    assert [planned(plan) for plan in plans] == [{"a": 8}, {"a": 8}, {"a": 1}]
+    assert not any(p.draws_token for plan in plans for p in plan.requests)
+    assert not scheduler.has_unfinished()
+    assert scheduler.stats()["num_used_blocks"] == 0
+
+
+def test_a_pooled_prompt_is_planned_once_while_its_vector_is_on_the_device() -> None:
+    scheduler = make_scheduler()
+    scheduler.add(make_pooled("a", 5))
+
+    first, second = scheduler.schedule(), scheduler.schedule()
+
+    assert planned(first) == {"a": 5}
+    assert second.is_empty
+
+
+def test_a_pooled_prompt_may_fill_the_pool() -> None:
+    scheduler = make_scheduler(num_blocks=3, block_size=4)
+
+    scheduler.add(make_pooled("a", 8))
+
+    with pytest.raises(RequestTooLarge, match="may need 3 KV blocks, the pool has 2"):
+        scheduler.add(make_pooled("b", 9))
+
+
+def test_an_encoders_prompts_are_whole_and_hold_no_blocks() -> None:
+    config = EngineConfig(max_num_batched_tokens=8, max_num_seqs=4)
+    scheduler = Scheduler(config.scheduler_config(max_model_len=20, num_blocks=None))
+    for name, length in (("a", 12), ("b", 8), ("c", 9)):
+        scheduler.add(make_pooled(name, length))
+
+    plans = [pool_step(scheduler) for _ in range(2)]
+
+    assert [planned(plan) for plan in plans] == [{"a": 12, "b": 8}, {"c": 9}]
+    assert all(p.request.block_table == [] for plan in plans for p in plan.requests)
+    assert not scheduler.has_unfinished()

@@ -1,0 +1,330 @@
+"""Encoders against transformers: tiny random checkpoints that it saved, and a real one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from portalm.config import DEFAULT_ENCODER, EngineConfig
+from portalm.engine.engine import Engine
+from portalm.engine.messages import AddRequest
+from portalm.engine.scores import numbers
+from portalm.errors import CheckpointError, InvalidRequest, RequestTooLarge, UnsupportedModel
+from portalm.pooling_params import PoolingParams
+from portalm.sampling_params import SamplingParams
+from tests.tiny import run
+
+PROMPTS = {str(n): [(7 * n + i * i) % 100 + 3 for i in range(n)] for n in (1, 2, 9, 40, 61)}
+PROMPTS["9 again"] = [i + 30 for i in range(9)]
+
+TINY: dict[str, Any] = {
+    "vocab_size": 120,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+
+
+def save(model: Any, folder: Path) -> Any:
+    """As if trained: no two states alike."""
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, 0, 0.2)
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+def make(kind: str, folder: Path) -> Any:
+    import transformers
+
+    torch.manual_seed(0)
+    config, model = {
+        "bert": (transformers.BertConfig(**TINY), transformers.BertModel),
+        "bert with a prefix": (transformers.BertConfig(**TINY), transformers.BertForMaskedLM),
+        "roberta": (
+            transformers.RobertaConfig(**{**TINY, "max_position_embeddings": 66}),
+            transformers.RobertaModel,
+        ),
+    }[kind]
+    made = save(model(config), folder)
+    if kind == "bert with a prefix":  # what sentence-transformers makes of such a checkpoint
+        path = folder / "config.json"
+        path.write_text(path.read_text().replace("BertForMaskedLM", "BertModel"))
+    return made.bert if kind == "bert with a prefix" else made
+
+
+def engine_of(folder: Path, **settings: Any) -> Engine:
+    values = {"model": str(folder), "max_num_seqs": 4, "max_num_batched_tokens": 70, **settings}
+    return Engine(EngineConfig.from_dict(values))
+
+
+def ask(engine: Engine, request_id: str, prompt: list[int], **options: Any) -> None:
+    second = options.pop("second_text_start", None)
+    engine.add(
+        AddRequest(
+            request_id=request_id,
+            prompt_token_ids=prompt,
+            params=SamplingParams(),
+            seed=0,
+            pooling=PoolingParams(**options),
+            second_text_start=second,
+        )
+    )
+
+
+def vectors(engine: Engine) -> dict[str, torch.Tensor]:
+    """What became of each request, float64."""
+    found = {}
+    for request_id, outputs in run(engine).items():
+        [output] = outputs
+        assert output.finish_reason == "stop", output
+        assert output.token_ids == []
+        found[request_id] = torch.tensor(numbers(output.pooled or b"")).double()
+    return found
+
+
+def nmse(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((actual - expected).square().sum() / expected.square().sum())
+
+
+def states(model: Any, prompt: list[int]) -> torch.Tensor:
+    with torch.inference_mode():
+        out: torch.Tensor = model(torch.tensor([prompt])).last_hidden_state[0].double()
+    return out
+
+
+@pytest.mark.parametrize("device", ["reference", "cpu"])
+@pytest.mark.parametrize("kind", ["bert", "bert with a prefix", "roberta"])
+def test_vectors_of_a_batch_equal_transformers(tmp_path: Path, kind: str, device: str) -> None:
+    model = make(kind, tmp_path)
+    engine = engine_of(tmp_path, device=device)
+    pool = {"mean": lambda x: x.mean(0), "cls": lambda x: x[0], "last": lambda x: x[-1]}
+    for name, prompt in PROMPTS.items():
+        for pooling in pool:
+            ask(engine, f"{name} {pooling}", prompt, pooling=pooling, normalize=False)
+
+    found = vectors(engine)
+
+    assert engine.stats().steps_total > 1  # more than one step holds
+    for name, prompt in PROMPTS.items():
+        expected = states(model, prompt)
+        for pooling, of in pool.items():
+            assert nmse(found[f"{name} {pooling}"], of(expected)) < 1e-10, (name, pooling)
+
+
+def test_a_vector_does_not_depend_on_what_else_is_computed(tmp_path: Path) -> None:
+    make("bert", tmp_path)
+    engine = engine_of(tmp_path, device="cpu", max_num_batched_tokens=256)
+    ask(engine, "alone", PROMPTS["9"])
+    alone = vectors(engine)["alone"]
+    for name, prompt in PROMPTS.items():
+        ask(engine, name, prompt)
+
+    together = vectors(engine)["9"]
+
+    assert torch.equal(together, alone)
+
+
+def test_no_block_is_held_and_no_prompt_is_cut(tmp_path: Path) -> None:
+    make("bert", tmp_path)
+    engine = engine_of(tmp_path, device="cpu", max_num_batched_tokens=8)
+    steps: list[int] = []
+    engine.step_begins = steps.append
+    for name in ("61", "40"):
+        ask(engine, name, PROMPTS[name])
+
+    vectors(engine)
+
+    assert steps == [61, 40]  # a step has room for the longest prompt whatever the setting
+    assert engine.stats().num_blocks == engine.stats().num_used_blocks == 0
+
+
+def test_what_an_encoder_can_never_do_is_refused_at_the_door(tmp_path: Path) -> None:
+    make("bert", tmp_path)
+    engine = engine_of(tmp_path, device="cpu")
+
+    with pytest.raises(RequestTooLarge, match="65 tokens, max_model_len is 64"):
+        ask(engine, "long", [5] * 65)
+    with pytest.raises(InvalidRequest, match="does not generate"):
+        engine.add(
+            AddRequest(request_id="g", prompt_token_ids=[5], params=SamplingParams(), seed=0)
+        )
+    with pytest.raises(InvalidRequest, match="does not score"):
+        ask(engine, "s", [5], task="score")
+
+
+@pytest.mark.parametrize("family", ["Bert", "Roberta", "XLMRoberta"])
+def test_a_cross_encoders_scores_equal_transformers(tmp_path: Path, family: str) -> None:
+    import transformers
+
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**TINY, num_labels=1)
+    model = getattr(transformers, f"{family}ForSequenceClassification")(config)
+    model = save(model, tmp_path)
+    engine = engine_of(tmp_path, device="cpu")
+    second = 4 if family == "Bert" else None  # the others do not tell texts apart
+    for name, prompt in PROMPTS.items():
+        ask(engine, name, prompt[:60], task="score", second_text_start=second)
+
+    found = vectors(engine)
+
+    for name, prompt in PROMPTS.items():
+        ids = torch.tensor([prompt[:60]])
+        types = (torch.arange(ids.shape[1]) >= 4).long()[None] if second else None
+        with torch.inference_mode():
+            logit = model(ids, token_type_ids=types).logits[0].double()
+        torch.testing.assert_close(found[name], logit.sigmoid(), atol=1e-6, rtol=1e-6)
+
+
+def test_a_score_without_an_activation_is_the_logit(tmp_path: Path) -> None:
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.BertConfig(**TINY, num_labels=1)
+    model = save(transformers.BertForSequenceClassification(config), tmp_path)
+    overrides = {"sbert_ce_default_activation_function": "torch.nn.modules.linear.Identity"}
+    engine = engine_of(tmp_path, device="cpu", hf_overrides=overrides)
+    ask(engine, "a", PROMPTS["9"], task="score")
+
+    [score] = vectors(engine).values()
+
+    with torch.inference_mode():
+        logit = model(torch.tensor([PROMPTS["9"]])).logits[0].double()
+    torch.testing.assert_close(score, logit, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"hidden_act": "relu"}, "hidden_act 'relu'"),
+        ({"position_embedding_type": "relative_key"}, "relative_key"),
+        ({"is_decoder": True}, "a decoder"),
+        ({"architectures": ["BertForSequenceClassification"]}, "with 2 labels"),
+    ],
+    ids=lambda x: str(x)[:40],
+)
+def test_an_encoder_of_another_kind_is_refused(
+    tmp_path: Path, overrides: dict[str, Any], message: str
+) -> None:
+    make("bert", tmp_path)
+
+    with pytest.raises(UnsupportedModel, match=message):
+        engine_of(tmp_path, device="cpu", hf_overrides=overrides)
+
+
+# -- sentence-transformers' files ---------------------------------------------------------------
+
+
+def modules(folder: Path, pooling: dict[str, Any], *more: str) -> None:
+    listed = [{"type": "sentence_transformers.models.Transformer", "path": ""}]
+    listed += [{"type": "sentence_transformers.models.Pooling", "path": "1_Pooling"}]
+    listed += [{"type": f"sentence_transformers.models.{kind}", "path": ""} for kind in more]
+    (folder / "modules.json").write_text(json.dumps(listed))
+    (folder / "1_Pooling").mkdir(exist_ok=True)
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+
+
+@pytest.mark.parametrize(
+    ("pooling", "more", "index", "is_normal"),
+    [
+        ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, [], 0, False),
+        ({"pooling_mode_lasttoken": True}, ["Normalize"], -1, True),
+        ({"pooling_mode": "cls"}, ["Normalize"], 0, True),
+    ],
+    ids=["cls", "last", "newer spelling"],
+)
+def test_a_model_is_pooled_as_its_files_say(
+    tmp_path: Path, pooling: dict[str, Any], more: list[str], index: int, is_normal: bool
+) -> None:
+    model = make("bert", tmp_path)
+    modules(tmp_path, pooling, *more)
+    engine = engine_of(tmp_path, device="cpu")
+    ask(engine, "a", PROMPTS["9"])
+
+    [found] = vectors(engine).values()
+
+    expected = states(model, PROMPTS["9"])[index]
+    assert nmse(found, expected / expected.norm() if is_normal else expected) < 1e-10
+
+
+def test_the_longest_text_it_was_trained_on_is_the_default_length(tmp_path: Path) -> None:
+    make("bert", tmp_path)
+    (tmp_path / "sentence_bert_config.json").write_text('{"max_seq_length": 32}')
+
+    assert engine_of(tmp_path, device="cpu").max_model_len == 32
+    assert engine_of(tmp_path, device="cpu", max_model_len=64).max_model_len == 64
+
+
+def test_modules_that_are_not_known_are_named(tmp_path: Path) -> None:
+    make("bert", tmp_path)
+
+    modules(tmp_path, {"pooling_mode_max_tokens": True})
+    with pytest.raises(UnsupportedModel, match="pooling by max; supported: one of cls, mean"):
+        engine_of(tmp_path, device="cpu")
+    modules(tmp_path, {"pooling_mode": "mean"}, "Dense")
+    with pytest.raises(UnsupportedModel, match="module of type Dense"):
+        engine_of(tmp_path, device="cpu")
+    (tmp_path / "modules.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="no list of modules"):
+        engine_of(tmp_path, device="cpu")
+
+
+# -- a real encoder -----------------------------------------------------------------------------
+
+SENTENCES = [
+    "A man is eating food.",
+    "Someone is having a meal.",
+    "The stock market fell sharply on Monday, as investors feared that prices would go on rising.",
+    "Ein Mann isst.",
+    "x",
+]
+
+
+@pytest.fixture(scope="module")
+def expected(default_encoder: Path) -> torch.Tensor:
+    """Its sentence embeddings by transformers, in one padded batch, [N, C]."""
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(default_encoder)
+    model = transformers.AutoModel.from_pretrained(default_encoder).eval()
+    batch = tokenizer(SENTENCES, padding=True, return_tensors="pt")
+    with torch.inference_mode():
+        hidden = model(**batch).last_hidden_state.double()
+    mask = batch["attention_mask"][..., None]
+    return torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1))
+
+
+@pytest.mark.model
+@pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-10), ("bfloat16", 5e-4)])
+def test_a_real_encoders_sentences_equal_transformers(
+    expected: torch.Tensor, dtype: str, bound: float
+) -> None:
+    from portalm import LLM
+
+    llm = LLM(DEFAULT_ENCODER, device="cpu", dtype=dtype, use_tqdm=False)
+
+    outputs = llm.embed(SENTENCES, use_tqdm=False)
+
+    actual = torch.tensor([o.outputs.embedding for o in outputs]).double()
+    assert nmse(actual, expected) < bound
+
+
+@pytest.mark.model
+def test_sentences_of_one_meaning_are_near(default_encoder: Path) -> None:
+    from portalm import LLM
+
+    llm = LLM(DEFAULT_ENCODER, device="cpu", use_tqdm=False)
+
+    near, far = llm.score(SENTENCES[0], SENTENCES[1:3], use_tqdm=False)
+
+    assert near.outputs.score > 0.6
+    assert far.outputs.score < 0.2
+    with pytest.raises(InvalidRequest, match="does not generate text; it embeds text: use"):
+        llm.generate("Once")
+    with pytest.raises(InvalidRequest, match="does not generate text"):
+        llm.chat([{"role": "user", "content": "Hello"}])
