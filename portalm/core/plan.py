@@ -31,6 +31,8 @@ class StepPlan:
     num_tokens: int = 0
     block_copies: list[tuple[int, int]] = field(default_factory=list)
     """(source, destination) KV blocks to copy before the step (copy-on-write)."""
+    admitted: list[Request] = field(default_factory=list)
+    """Requests that begin to run for the first time."""
     preempted: list[Request] = field(default_factory=list)
     """Requests whose blocks were taken back while planning; they wait again."""
     released: list[str] = field(default_factory=list)

@@ -12,13 +12,14 @@ import logging
 import shutil
 import tempfile
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from pathlib import Path
 
 import zmq
 import zmq.asyncio
 
 from portalm.config import EngineConfig
+from portalm.engine.inbox import Inbox
 from portalm.engine.input_processor import InputProcessor, ProcessedInput
 from portalm.engine.messages import (
     AbortRequests,
@@ -36,7 +37,13 @@ from portalm.engine.output_processor import AnswerDelta, OutputProcessor
 from portalm.engine.process import EngineProcess
 from portalm.engine.pulse import Sign
 from portalm.engine.suspects import Suspects
-from portalm.errors import EngineDead, EngineNotReady, InvalidRequest, PortaLMError
+from portalm.errors import (
+    EngineDead,
+    EngineNotReady,
+    InvalidRequest,
+    PortaLMError,
+    QueueTimeout,
+)
 from portalm.models.hub import resolve_model
 from portalm.sampling_params import SamplingParams
 from portalm.text.tokenizer import Tokenizer, load_tokenizer
@@ -76,9 +83,14 @@ class EngineClient:
         self._num_processes = 0
         self._num_fruitless = 0
         self._tasks: list[asyncio.Task[None]] = []
-        self._queues: dict[str, asyncio.Queue[AnswerDelta | EngineDead]] = {}
+        self._inboxes: dict[str, Inbox] = {}
+        """By the caller's request id."""
         self._open: dict[str, AddRequest] = {}
         """By engine-side id: answers that have not ended, as they were first asked for."""
+        self._queued: dict[str, int] = {}
+        """By engine-side id: answers that have not begun to run, and the prompt tokens of each."""
+        self.num_queued_tokens = 0
+        """Prompt tokens that wait; answers that share a prompt count it once."""
         self._suspects = Suspects()
         self._work_since = 0.0
         """When the engine last got work after it had none."""
@@ -119,14 +131,18 @@ class EngineClient:
         self._tasks = [asyncio.create_task(self._supervise()), asyncio.create_task(self._watch())]
         return ready
 
-    async def shutdown(self) -> None:
-        """End the process: ask it, then terminate it, then kill it. Streams end as dead."""
+    async def shutdown(self, *, at_once: bool = False) -> None:
+        """End the process: ask it, then terminate it, then kill it. Streams end as dead.
+
+        Args:
+            at_once: kill it.
+        """
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._die("the engine was shut down")
         if self._process is not None:
-            if not self._is_loaded:  # it does not listen yet
+            if at_once or not self._is_loaded:  # it does not listen yet
                 self._process.kill()
             await self._process.end()
         self._context.term()
@@ -152,7 +168,17 @@ class EngineClient:
     @property
     def num_open(self) -> int:
         """Requests whose answers have not ended."""
-        return len(self._queues)
+        return len(self._inboxes)
+
+    @property
+    def has_open_answers(self) -> bool:
+        """Some answer has not ended (one that has may still be on its way to a slow reader)."""
+        return bool(self._open)
+
+    @property
+    def num_queued(self) -> int:
+        """Answers that were asked for and have not begun to run: exact at any moment."""
+        return len(self._queued)
 
     async def trouble(self, *, timeout_s: float = 5.0) -> str | None:
         """What is wrong with the engine; None: it makes progress, or is idle and its device well.
@@ -196,8 +222,18 @@ class EngineClient:
         priority: int = 0,
         cache_salt: str = "",
         tenant: str = "",
+        add_special_tokens: bool = True,
     ) -> ProcessedInput:
-        """What `generate` will ask the engine.
+        """What `generate` will ask the engine. May be called from any thread.
+
+        Args:
+            request_id: unique among open requests.
+            prompt: text or token ids.
+            params: how to answer.
+            priority: lower runs first, where the policy is priority.
+            cache_salt: cached blocks are shared between requests of equal salt.
+            tenant: whose it is.
+            add_special_tokens: put what the model wants around a text (BOS, say).
 
         Raises:
             InvalidRequest: it can never be answered.
@@ -205,46 +241,78 @@ class EngineClient:
         """
         if self.ready is None:
             raise EngineNotReady("the model is being loaded: try again in a moment")
-        if request_id in self._queues:
+        if request_id in self._inboxes:
             raise InvalidRequest(f"request id {request_id!r} is in use", param="request_id")
         return self._inputs.process(
-            request_id, prompt, params, priority=priority, cache_salt=cache_salt, tenant=tenant
+            request_id,
+            prompt,
+            params,
+            priority=priority,
+            cache_salt=cache_salt,
+            tenant=tenant,
+            add_special_tokens=add_special_tokens,
         )
 
-    async def generate(
-        self, processed: ProcessedInput, params: SamplingParams
-    ) -> AsyncIterator[AnswerDelta]:
-        """The answers, piece by piece, until the last has ended.
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text that a prompt could hold. May be called from any thread.
 
-        Closing or cancelling the iterator aborts what is left of the request.
+        Raises:
+            InvalidRequest: it is longer, or no valid Unicode.
+            EngineNotReady: the model is not loaded yet.
+        """
+        if self.ready is None:
+            raise EngineNotReady("the model is being loaded: try again in a moment")
+        return self._inputs.encode(text, add_special_tokens=add_special_tokens)
+
+    async def generate(
+        self,
+        inputs: Sequence[ProcessedInput],
+        params: SamplingParams,
+        *,
+        queue_timeout_s: float | None = None,
+    ) -> AsyncGenerator[AnswerDelta, None]:
+        """The answers to some requests, piece by piece as they come, until the last has ended.
+
+        Closing or cancelling the iterator aborts what is left of the requests. The engine is asked
+        before this first waits.
+
+        Args:
+            inputs: as `check` gave them.
+            params: that they were checked with.
+            queue_timeout_s: how long they may wait until the first of them runs; None: for ever.
 
         Raises:
             EngineDead: the engine ended, and no other could be started.
+            InvalidRequest: one of their ids is in use.
+            QueueTimeout: none of them began to run in time.
         """
         if self._dead is not None:
             raise self._dead
-        request_id = processed.request_id
-        queue: asyncio.Queue[AnswerDelta | EngineDead] = asyncio.Queue()
-        self._queues[request_id] = queue
-        self._outputs.add(processed, params, arrival_time=time.time())
-        self._open.update((message.request_id, message) for message in processed.requests)
+        inbox = Inbox()
+        ids = self._take_in(inputs, params, inbox)
+        timer = None
+        if queue_timeout_s is not None:
+            timer = asyncio.get_running_loop().call_later(
+                queue_timeout_s, self._expire, ids, inbox, queue_timeout_s
+            )
+        num_open = len(inputs)
         try:
-            self._submit()
-            while True:
-                news = await queue.get()
-                if isinstance(news, EngineDead):
-                    raise news
-                yield news
-                if news.is_last:
-                    return
+            self._submit(ids)
+            while num_open:
+                delta = await inbox.get()
+                num_open -= delta.is_last
+                yield delta
         finally:
-            del self._queues[request_id]
-            open_ids = self._outputs.engine_ids(request_id)
-            self._outputs.forget(request_id)
-            self._close(open_ids)
-            if open_ids and self.is_alive:
-                assert self._process is not None
-                self._process.send(AbortRequests(open_ids))
+            if timer is not None:
+                timer.cancel()
+            self._let_go(inputs)
+
+    def cut_off(self) -> None:
+        """End every open answer with what it has so far: its finish reason is abort."""
+        if ids := [*self._open]:
+            aborted = [TokenOutput(request_id=i, token_ids=[], finish_reason="abort") for i in ids]
+            self._hand_over(aborted)
+            self._abort(ids)
 
     async def reset_prefix_cache(self) -> None:
         """Forget cached blocks that nobody holds."""
@@ -260,21 +328,73 @@ class EngineClient:
         await self._process.start(self.config)
         return self._process
 
-    def _submit(self) -> None:
-        """Ask the engine for every open answer that may be asked for now."""
+    def _take_in(
+        self, inputs: Sequence[ProcessedInput], params: SamplingParams, inbox: Inbox
+    ) -> list[str]:
+        """Expect the answers to `inputs`, to all or to none; their engine-side ids."""
+        now = time.time()
+        for i, one in enumerate(inputs):
+            try:
+                self._outputs.add(one, params, arrival_time=now)
+            except InvalidRequest:
+                for before in inputs[:i]:
+                    self._outputs.forget(before.request_id)
+                raise
+        ids = []
+        for one in inputs:
+            self._inboxes[one.request_id] = inbox
+            num_tokens = len(one.prompt_token_ids)
+            for message in one.requests:
+                self._open[message.request_id] = message
+                self._queued[message.request_id] = num_tokens
+                self.num_queued_tokens += num_tokens
+                ids.append(message.request_id)
+                num_tokens = 0  # the other answers share the prompt
+        return ids
+
+    def _let_go(self, inputs: Sequence[ProcessedInput]) -> None:
+        """Nobody waits for `inputs` any more: what is left of them ends."""
+        open_ids: list[str] = []
+        for one in inputs:
+            del self._inboxes[one.request_id]
+            open_ids += self._outputs.engine_ids(one.request_id)
+            self._outputs.forget(one.request_id)
+        self._close(open_ids)
+        self._abort(open_ids)
+
+    def _expire(self, request_ids: Sequence[str], inbox: Inbox, queue_timeout_s: float) -> None:
+        if all(request_id in self._queued for request_id in request_ids):
+            inbox.fail(
+                QueueTimeout(
+                    f"the request waited {queue_timeout_s:g} s in the queue, behind others, and "
+                    f"did not begin to run: try again later"
+                )
+            )
+
+    def _submit(self, request_ids: Iterable[str]) -> None:
+        """Ask the engine for those of these open answers that may be asked for now."""
         if not self.is_alive:
             return  # once another engine has loaded
         assert self._process is not None
         if not self._suspects.in_flight:
             self._work_since = time.monotonic()
-        for request_id in self._suspects.next(self._open):
+        for request_id in self._suspects.next(request_ids):
             self._process.send(self._outputs.resumed(self._open[request_id]))
+
+    def _abort(self, request_ids: list[str]) -> None:
+        if request_ids and self.is_alive:
+            assert self._process is not None
+            self._process.send(AbortRequests(request_ids))
 
     def _close(self, request_ids: Sequence[str]) -> None:
         """These answers are over."""
         for request_id in request_ids:
             self._open.pop(request_id, None)
+            self._leave_queue(request_id)
             self._suspects.ended(request_id)
+
+    def _leave_queue(self, request_id: str) -> None:
+        self.num_queued_tokens -= self._queued.pop(request_id, 0)
 
     async def _supervise(self) -> None:
         """Hand out the engine's news; when it has ended, start another."""
@@ -314,7 +434,7 @@ class EngineClient:
             self._is_loaded = True
             self.num_restarts += 1
             self.last_news_time = time.monotonic()
-            self._submit()
+            self._submit(self._open)
 
     async def _read(self, process: EngineProcess) -> str:
         """Hand out the engine's news until it ends; why it did."""
@@ -332,21 +452,22 @@ class EngineClient:
                 if any(one.token_ids for one in message.outputs):
                     self._num_fruitless = 0
                 self._count(message.stats)
-                self._give_out(message.outputs)
+                for request_id in message.started_ids:
+                    self._leave_queue(request_id)
+                self._hand_over(message.outputs)
+                if held := self._suspects.held:
+                    self._submit(held)
 
-    def _give_out(self, outputs: Sequence[TokenOutput]) -> None:
+    def _hand_over(self, outputs: Sequence[TokenOutput]) -> None:
+        """Give the callers what the engine said; end what a stop string ended."""
         processed = self._outputs.process(outputs)
         ended = [one.request_id for one in outputs if one.finish_reason is not None]
         self._close([*ended, *processed.abort_ids])
         for delta in processed.deltas:
-            queue = self._queues.get(delta.request_id)
-            if queue is not None:
-                queue.put_nowait(delta)
-        if processed.abort_ids and self.is_alive:
-            assert self._process is not None
-            self._process.send(AbortRequests(processed.abort_ids))
-        if self._suspects.num_held:
-            self._submit()
+            inbox = self._inboxes.get(delta.request_id)
+            if inbox is not None:
+                inbox.put(delta)
+        self._abort(processed.abort_ids)
 
     def _count(self, stats: EngineStats) -> None:
         for name, before in self._totals.items():
@@ -361,7 +482,7 @@ class EngineClient:
         self._probes.clear()
         for request_id in self._suspects.engine_ended():
             logger.error("request %s ended the engine again, by itself: it fails", request_id)
-            processed = self._outputs.process(
+            self._hand_over(
                 [
                     TokenOutput(
                         request_id=request_id,
@@ -372,10 +493,6 @@ class EngineClient:
                     )
                 ]
             )
-            self._close([request_id])
-            for delta in processed.deltas:
-                if (queue := self._queues.get(delta.request_id)) is not None:
-                    queue.put_nowait(delta)
 
     def _overdue_s(self) -> float:
         assert self._process is not None
@@ -407,5 +524,5 @@ class EngineClient:
     def _die(self, reason: str) -> None:
         if self._dead is None:
             self._dead = EngineDead(reason)
-        for queue in self._queues.values():
-            queue.put_nowait(self._dead)
+        for inbox in self._inboxes.values():
+            inbox.fail(self._dead)

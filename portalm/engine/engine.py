@@ -113,6 +113,8 @@ class Engine:
         self.step_begins: Callable[[int], None] | None = None
         """Called with the number of tokens of every step, before the device gets it."""
         self._num_prompt_logprobs_sent: dict[str, int] = {}
+        self._started_ids: list[str] = []
+        """Admitted since outputs were last given out."""
         self._stats = EngineStats()
         budgeted = time.perf_counter()
 
@@ -220,6 +222,7 @@ class Engine:
         try:
             while len(self._in_flight) < self._max_in_flight:
                 plan = self.scheduler.schedule()
+                self._started_ids += [request.request_id for request in plan.admitted]
                 if plan.is_empty:
                     self.runner.forget(plan.released)
                     break
@@ -269,7 +272,12 @@ class Engine:
         )
 
     def _outputs(self, updates: list[RequestUpdate]) -> StepOutputs:
-        return StepOutputs(outputs=[self._output(u) for u in updates], stats=self.stats())
+        started_ids, self._started_ids = self._started_ids, []
+        return StepOutputs(
+            outputs=[self._output(u) for u in updates],
+            stats=self.stats(),
+            started_ids=started_ids,
+        )
 
     def _output(self, update: RequestUpdate) -> TokenOutput:
         request = update.request

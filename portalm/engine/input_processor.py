@@ -14,6 +14,9 @@ from portalm.text.tokenizer import Tokenizer
 MAX_LABEL = 256
 """Characters of a request id or a cache salt."""
 
+_CHARS_OF_A_TOKEN = 16
+"""Of texts with fewer characters for each token that fits it is not asked how long tokens are."""
+
 MAX_PRIORITY = 2**31 - 1
 
 
@@ -50,6 +53,8 @@ class InputProcessor:
         self._max_model_len = ready.max_model_len
         self._max_logprobs = max_logprobs
         self._seeds = random.Random(default_seed)
+        self._longest_token: int | None = None
+        """Characters of the longest token; counted when first needed."""
 
     def process(
         self,
@@ -60,20 +65,21 @@ class InputProcessor:
         priority: int = 0,
         cache_salt: str = "",
         tenant: str = "",
+        add_special_tokens: bool = True,
     ) -> ProcessedInput:
         """What to ask the engine.
 
         Raises:
             InvalidRequest: the request can never be answered; it says why.
         """
-        _check_label("request_id", request_id, low=1)
+        _check_request_id(request_id)
         _check_label("cache_salt", cache_salt, low=0)
         if not -MAX_PRIORITY <= priority <= MAX_PRIORITY:
             raise InvalidRequest(
                 f"priority must be from -{MAX_PRIORITY} to {MAX_PRIORITY}, not {priority}",
                 param="priority",
             )
-        token_ids = self._token_ids(prompt)
+        token_ids = self._token_ids(prompt, add_special_tokens=add_special_tokens)
         self._check_params(params)
         bad_words_ids = self._bad_words_ids(params.bad_words)
         sent = replace(params, n=1, stop=())  # stop strings are found on this side
@@ -101,14 +107,34 @@ class InputProcessor:
             requests=requests,
         )
 
-    def _token_ids(self, prompt: str | Sequence[int]) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of `text`, which may be longer than a prompt, but not many times as long.
+
+        Raises:
+            InvalidRequest: it is, or it is no valid Unicode.
+        """
+        tokenizer = self._need_tokenizer("a text prompt", "prompt")
+        if len(text) > _CHARS_OF_A_TOKEN * self._max_model_len:
+            if self._longest_token is None:
+                tokens = map(tokenizer.id_to_token, range(tokenizer.vocab_size))
+                self._longest_token = max(len(token or "") for token in tokens)
+            most = max(_CHARS_OF_A_TOKEN, self._longest_token) * self._max_model_len
+            if len(text) > most:  # to tokenise it would take long, and it cannot fit
+                raise RequestTooLarge(
+                    f"the text has {len(text)} characters; with a max_model_len of "
+                    f"{self._max_model_len} no text of more than {most} can fit: shorten it",
+                    param="prompt",
+                )
+        return tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+    def _token_ids(self, prompt: str | Sequence[int], *, add_special_tokens: bool) -> list[int]:
         if not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray):
             raise InvalidRequest(
                 f"a prompt must be a text or a list of token ids, not {type(prompt).__name__}",
                 param="prompt",
             )
         if isinstance(prompt, str):
-            token_ids = self._need_tokenizer("a text prompt", "prompt").encode(prompt)
+            token_ids = self.encode(prompt, add_special_tokens=add_special_tokens)
         else:
             token_ids = as_token_ids(prompt)
         if not token_ids:
@@ -167,6 +193,16 @@ class InputProcessor:
                 if ids and ids not in found:
                     found.append(ids)
         return found
+
+
+def _check_request_id(request_id: str) -> None:
+    """Raise `InvalidRequest` for an id that would not be one word in a log line or a header."""
+    _check_label("request_id", request_id, low=1)
+    if not (request_id.isascii() and request_id.isprintable() and " " not in request_id):
+        raise InvalidRequest(
+            "request_id may have ASCII letters, digits and punctuation only, no spaces",
+            param="request_id",
+        )
 
 
 def _check_label(name: str, label: str, *, low: int) -> None:

@@ -16,7 +16,7 @@ from portalm.sampling_params import SamplingParams
 from portalm.server.answers import collect
 from portalm.server.auth import salt_for, tenant_of
 from portalm.server.protocol import CompletionRequest
-from portalm.server.state import ServerState, failure, new_id, state_of
+from portalm.server.state import ServerState, failure, new_id, off_loop, state_of
 from portalm.server.stream import event_stream, usage
 
 router = APIRouter()
@@ -37,17 +37,21 @@ async def completions(
         raise InvalidRequest(
             "echo with logprobs is not supported: ask for prompt_logprobs", param="echo"
         )
-    inputs = [
-        state.client.check(
-            base_id if len(prompts) == 1 else f"{base_id}-{i}",
-            prompt,
-            params,
-            priority=body.priority,
-            cache_salt=salt_for(request, body.cache_salt),
-            tenant=tenant_of(request),
-        )
-        for i, prompt in enumerate(prompts)
-    ]
+
+    def check() -> list[ProcessedInput]:
+        return [
+            state.client.check(
+                base_id if len(prompts) == 1 else f"{base_id}-{i}",
+                prompt,
+                params,
+                priority=body.priority,
+                cache_salt=salt_for(request, body.cache_salt),
+                tenant=tenant_of(request),
+            )
+            for i, prompt in enumerate(prompts)
+        ]
+
+    inputs = await off_loop(sum(map(len, prompts)), check)
     head = {
         "id": completion_id,
         "object": "text_completion",

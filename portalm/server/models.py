@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends
 
 from portalm.errors import InvalidRequest
 from portalm.server.protocol import DetokenizeRequest, TokenizeRequest
-from portalm.server.state import ServerState, state_of
+from portalm.server.state import ServerState, off_loop, state_of
 
 router = APIRouter()
 State = Annotated[ServerState, Depends(state_of)]
@@ -46,11 +47,14 @@ async def tokenize(body: TokenizeRequest, state: State) -> dict[str, Any]:
         raise InvalidRequest("give either prompt or messages", param="prompt")
     tokenizer = state.client.tokenizer
     if body.messages is not None:
-        ids = tokenizer.apply_chat_template(
+        text = tokenizer.render_chat(
             body.messages, add_generation_prompt=body.add_generation_prompt
         )
+        add_special_tokens = False
     else:
-        ids = tokenizer.encode(body.prompt or "", add_special_tokens=body.add_special_tokens)
+        text, add_special_tokens = body.prompt or "", body.add_special_tokens
+    encode = functools.partial(state.client.encode, text, add_special_tokens=add_special_tokens)
+    ids = await off_loop(len(text), encode)
     ready = state.client.ready
     length = ready.max_model_len if ready is not None else None
     return {"count": len(ids), "max_model_len": length, "tokens": ids}
