@@ -94,6 +94,10 @@ class RequestFailed(PortaLMError):
     """A request that was fine and could not be finished: a fault of the engine or its device."""
 
 
+class QueueTimeout(PortaLMError):
+    """A request that waited in the queue as long as the server lets one wait."""
+
+
 class EngineNotReady(PortaLMError):
     """The model is not loaded yet: a moment later the request may be fine."""
 

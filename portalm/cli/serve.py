@@ -14,18 +14,63 @@ def add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
     parser.add_argument("--port", type=int, default=8000, help="port to listen on; 0 takes any")
     parser.add_argument("--uds", default=None, help="Unix socket to listen on instead")
-    parser.add_argument("--api-key", action="append", default=[], help="may be repeated")
     parser.add_argument(
         "--served-model-name", nargs="+", default=[], help="names that clients may use"
     )
     parser.add_argument(
-        "--max-num-queued-reqs", type=int, default=None, help="requests that may wait; then 429"
-    )
-    parser.add_argument(
         "--shutdown-timeout", type=float, default=30.0, help="seconds that requests may go on"
     )
+    _add_access_flags(parser)
+    _add_load_flags(parser)
     add_engine_flags(parser)
     parser.set_defaults(run=run_serve)
+
+
+def _add_access_flags(parser: argparse.ArgumentParser) -> None:
+    flags = parser.add_argument_group("who may ask")
+    flags.add_argument(
+        "--api-key",
+        action="append",
+        default=[],
+        help="may be repeated; others on this machine can see it: --api-key-file hides it",
+    )
+    flags.add_argument(
+        "--api-key-file", default=None, help="keys, one a line; read again on SIGHUP"
+    )
+    flags.add_argument(
+        "--allowed-origins", nargs="+", default=[], help="web pages that may ask (CORS); * is all"
+    )
+    flags.add_argument("--ssl-certfile", default=None, help="certificate: serve HTTPS")
+    flags.add_argument("--ssl-keyfile", default=None, help="its private key")
+    flags.add_argument("--ssl-ca-certs", default=None, help="to check clients' certificates by")
+    flags.add_argument(
+        "--ssl-cert-reqs",
+        type=int,
+        default=0,
+        choices=(0, 1, 2),
+        help="clients need a certificate: 0 no, 1 checked if there is one, 2 yes",
+    )
+    flags.add_argument(
+        "--trust-request-chat-template",
+        action="store_true",
+        help="let requests bring a chat_template; it is a program that may run for ever",
+    )
+
+
+def _add_load_flags(parser: argparse.ArgumentParser) -> None:
+    flags = parser.add_argument_group("load")
+    flags.add_argument(
+        "--max-num-queued-reqs", type=int, default=None, help="answers that may wait; then 429"
+    )
+    flags.add_argument(
+        "--max-num-queued-tokens",
+        type=int,
+        default=None,
+        help="prompt tokens that may wait; then 429",
+    )
+    flags.add_argument(
+        "--queue-timeout", type=float, default=None, help="seconds to wait at most; then 503"
+    )
 
 
 def run_serve(arguments: argparse.Namespace) -> int:
@@ -45,7 +90,16 @@ def run_serve(arguments: argparse.Namespace) -> int:
             uds=arguments.uds,
             served_model_names=arguments.served_model_name,
             api_keys=arguments.api_key,
+            api_key_file=arguments.api_key_file,
+            allowed_origins=arguments.allowed_origins,
+            ssl_keyfile=arguments.ssl_keyfile,
+            ssl_certfile=arguments.ssl_certfile,
+            ssl_ca_certs=arguments.ssl_ca_certs,
+            ssl_cert_reqs=arguments.ssl_cert_reqs,
             max_num_queued_reqs=arguments.max_num_queued_reqs,
+            max_num_queued_tokens=arguments.max_num_queued_tokens,
+            queue_timeout_s=arguments.queue_timeout,
+            trust_request_chat_template=arguments.trust_request_chat_template,
             shutdown_timeout_s=arguments.shutdown_timeout,
         ),
     )

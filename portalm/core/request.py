@@ -58,6 +58,7 @@ class Request:
         "stop_reason",
         "tenant",
         "token_ids",
+        "turn",
     )
 
     def __init__(
@@ -122,6 +123,8 @@ class Request:
         """A token may not be drawn before the host knows the one before it."""
         self.arrival = 0
         """Place in the order of arrival; set by the scheduler."""
+        self.turn: int | None = None
+        """Place in the order in which requests began to run; None: it has not yet."""
         self.status = RequestStatus.WAITING
         self.num_computed_tokens = 0
         self.num_placeholders = 0

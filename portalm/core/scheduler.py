@@ -21,13 +21,16 @@ _WATERMARK = 0.01
 class Scheduler:
     """Continuous batching over a pool of KV blocks.
 
-    Order. Requests are ordered by (priority, arrival), under the fcfs policy by arrival alone.
-    The queue is served in that order, and when blocks run out the last running request in that
-    order loses its own. So no request ever loses blocks to one behind it, and the first running
-    one loses them to nobody: it computes at least one token a step (the budget has room for one
-    of each running request), ends, and makes the next one first. What others compute and lose
-    on the way delays it in nothing. That is why requests cannot preempt each other for ever.
-    One that could not run alone is refused at the door.
+    Order. Each tenant's queue is ordered by (priority, arrival), under the fcfs policy by arrival
+    alone; of tenants whose first ones have equal priority, the one with the fewest running is
+    served. Running requests are ordered by (priority, turn), where turn is the order in which they
+    first began to run: arrival would let a tenant's long queue take the blocks of whoever came
+    after it, again and again. When blocks run out, the last running request in that order loses
+    its own. So no request ever loses blocks to one behind it, and the first running one loses
+    them to nobody: it computes at least one token a step (the budget has room for one of each
+    running request), ends, and makes the next one first. What others compute and lose on the way
+    delays it in nothing. That is why requests cannot preempt each other for ever. One that could
+    not run alone is refused at the door.
 
     Running ahead. `schedule` counts tokens as computed when it plans them, so that a step may be
     planned while the one before runs. Steps run in order on the device, which makes two things
@@ -50,6 +53,7 @@ class Scheduler:
         """All that are not finished."""
         self._released: list[str] = []
         self._num_arrivals = 0
+        self._num_turns = 0
         self._step_id = 0
         self._watermark = max(1, int(config.num_blocks * _WATERMARK)) if config.keeps_kv else 0
         self.reset_stats()
@@ -135,6 +139,11 @@ class Scheduler:
     def _key(self, request: Request) -> Key:
         priority = request.priority if self.config.policy == "priority" else 0
         return (priority, request.arrival)
+
+    def _running_key(self, request: Request) -> Key:
+        assert request.turn is not None
+        priority = request.priority if self.config.policy == "priority" else 0
+        return (priority, request.turn)
 
     # -- planning -----------------------------------------------------------------------------
 
@@ -348,8 +357,12 @@ class Scheduler:
         if request.epoch == 0:  # not if it is admitted again
             request.num_cached_tokens = min(num_computed, request.num_prompt_tokens)
             self._count_lookup(request, parent)
+            plan.admitted.append(request)
         request.status = RequestStatus.RUNNING
-        bisect.insort(self.running, request, key=self._key)
+        if request.turn is None:
+            request.turn = self._num_turns
+            self._num_turns += 1
+        bisect.insort(self.running, request, key=self._running_key)
         self._grant(request, num_tokens, plan)
         self._publish(request)
         return True

@@ -8,18 +8,21 @@ the answers are those of a run that nothing disturbed.
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import shutil
 import tempfile
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import zmq
 import zmq.asyncio
 
 from portalm.config import EngineConfig, Task
 from portalm.engine.grammars import LoadedGrammars, vocabulary_of
+from portalm.engine.inbox import Inbox
 from portalm.engine.input_processor import InputProcessor, ProcessedInput, TextPair
 from portalm.engine.messages import (
     AbortRequests,
@@ -37,7 +40,13 @@ from portalm.engine.output_processor import AnswerDelta, OutputProcessor
 from portalm.engine.process import EngineProcess
 from portalm.engine.pulse import Sign
 from portalm.engine.suspects import Suspects
-from portalm.errors import EngineDead, EngineNotReady, InvalidRequest, PortaLMError
+from portalm.errors import (
+    EngineDead,
+    EngineNotReady,
+    InvalidRequest,
+    PortaLMError,
+    QueueTimeout,
+)
 from portalm.models.hub import resolve_model
 from portalm.pooling_params import PoolingParams
 from portalm.sampling_params import SamplingParams
@@ -55,6 +64,11 @@ _LOOK_AGAIN_S = 0.05
 _MAX_FRUITLESS_STARTS = 10
 """Engines in a row that end before they give out a token, until no other is started: enough to find
 the one request out of hundreds that ends them."""
+
+_LONG_TEXT = 4096
+"""Characters from which on a thread of its own tokenises them: that takes milliseconds."""
+
+T = TypeVar("T")
 
 
 class EngineClient:
@@ -80,12 +94,17 @@ class EngineClient:
         self._num_processes = 0
         self._num_fruitless = 0
         self._tasks: list[asyncio.Task[None]] = []
-        self._queues: dict[str, asyncio.Queue[AnswerDelta | EngineDead]] = {}
+        self._inboxes: dict[str, Inbox] = {}
+        """By the caller's request id."""
         self._open: dict[str, AddRequest] = {}
         """By engine-side id: answers that have not ended, as they were first asked for."""
         self._grammars: dict[str, CompiledGrammar] = {}
         """By engine-side id: of those answers that match one."""
         self._loaded_grammars = LoadedGrammars()
+        self._queued: dict[str, int] = {}
+        """By engine-side id: answers that have not begun to run, and the prompt tokens of each."""
+        self.num_queued_tokens = 0
+        """Prompt tokens that wait; answers that share a prompt count it once."""
         self._suspects = Suspects()
         self._work_since = 0.0
         """When the engine last got work after it had none."""
@@ -127,8 +146,12 @@ class EngineClient:
         self._tasks = [asyncio.create_task(self._supervise()), asyncio.create_task(self._watch())]
         return ready
 
-    async def shutdown(self) -> None:
-        """End the process: ask it, then terminate it, then kill it. Streams end as dead."""
+    async def shutdown(self, *, at_once: bool = False) -> None:
+        """End the process: ask it, then terminate it, then kill it. Streams end as dead.
+
+        Args:
+            at_once: kill it.
+        """
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -136,7 +159,7 @@ class EngineClient:
         if self.ready is not None:
             self._compiler.close()
         if self._process is not None:
-            if not self._is_loaded:  # it does not listen yet
+            if at_once or not self._is_loaded:  # it does not listen yet
                 self._process.kill()
             await self._process.end()
         self._context.term()
@@ -162,7 +185,17 @@ class EngineClient:
     @property
     def num_open(self) -> int:
         """Requests whose answers have not ended."""
-        return len(self._queues)
+        return len(self._inboxes)
+
+    @property
+    def has_open_answers(self) -> bool:
+        """Some answer has not ended (one that has may still be on its way to a slow reader)."""
+        return bool(self._open)
+
+    @property
+    def num_queued(self) -> int:
+        """Answers that were asked for and have not begun to run: exact at any moment."""
+        return len(self._queued)
 
     async def trouble(self, *, timeout_s: float = 5.0) -> str | None:
         """What is wrong with the engine; None: it makes progress, or is idle and its device well.
@@ -206,8 +239,20 @@ class EngineClient:
         priority: int = 0,
         cache_salt: str = "",
         tenant: str = "",
+        add_special_tokens: bool = True,
     ) -> ProcessedInput:
         """What `generate` will ask the engine; waits until its grammar is compiled, if it has one.
+
+        A long text is tokenised in a thread, while others go on.
+
+        Args:
+            request_id: unique among open requests.
+            prompt: text or token ids.
+            params: how to answer.
+            priority: lower runs first, where the policy is priority.
+            cache_salt: cached blocks are shared between requests of equal salt.
+            tenant: whose it is.
+            add_special_tokens: put what the model wants around a text (BOS, say).
 
         Raises:
             InvalidRequest: it can never be answered.
@@ -220,7 +265,8 @@ class EngineClient:
             compiling = self._compiler.compile(params.structured_outputs)
             # others may wait for the same grammar: who leaves must not cancel it
             grammar = await asyncio.shield(asyncio.wrap_future(compiling))
-        return self._inputs.process(
+        process = functools.partial(
+            self._inputs.process,
             request_id,
             prompt,
             params,
@@ -228,9 +274,11 @@ class EngineClient:
             cache_salt=cache_salt,
             tenant=tenant,
             grammar=grammar,
+            add_special_tokens=add_special_tokens,
         )
+        return await _off_loop(len(prompt), process)
 
-    def check_pooling(
+    async def check_pooling(
         self,
         request_id: str,
         prompt: str | Sequence[int] | TextPair,
@@ -242,9 +290,16 @@ class EngineClient:
     ) -> ProcessedInput:
         """What `generate` will ask the engine for a vector or a score; errors as of `check`."""
         self._check_id(request_id)
-        return self._inputs.process_pooling(
-            request_id, prompt, params, priority=priority, cache_salt=cache_salt, tenant=tenant
+        process = functools.partial(
+            self._inputs.process_pooling,
+            request_id,
+            prompt,
+            params,
+            priority=priority,
+            cache_salt=cache_salt,
+            tenant=tenant,
         )
+        return await _off_loop(len(prompt), process)
 
     def does(self, task: Task) -> bool:
         """Whether the model, once it is loaded, does `task`."""
@@ -258,45 +313,70 @@ class EngineClient:
     def _check_id(self, request_id: str) -> None:
         if self.ready is None:
             raise EngineNotReady("the model is being loaded: try again in a moment")
-        if request_id in self._queues:
+        if request_id in self._inboxes:
             raise InvalidRequest(f"request id {request_id!r} is in use", param="request_id")
 
-    async def generate(
-        self, processed: ProcessedInput, params: SamplingParams
-    ) -> AsyncIterator[AnswerDelta]:
-        """The answers, piece by piece, until the last has ended.
+    async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text that a prompt could hold.
 
-        Closing or cancelling the iterator aborts what is left of the request.
+        Raises:
+            InvalidRequest: it is longer, or no valid Unicode.
+            EngineNotReady: the model is not loaded yet.
+        """
+        if self.ready is None:
+            raise EngineNotReady("the model is being loaded: try again in a moment")
+        encode = functools.partial(self._inputs.encode, text, add_special_tokens=add_special_tokens)
+        return await _off_loop(len(text), encode)
+
+    async def generate(
+        self,
+        inputs: Sequence[ProcessedInput],
+        params: SamplingParams,
+        *,
+        queue_timeout_s: float | None = None,
+    ) -> AsyncGenerator[AnswerDelta, None]:
+        """The answers to some requests, piece by piece as they come, until the last has ended.
+
+        Closing or cancelling the iterator aborts what is left of the requests. The engine is asked
+        before this first waits.
+
+        Args:
+            inputs: as `check` gave them.
+            params: that they were checked with.
+            queue_timeout_s: how long they may wait until the first of them runs; None: for ever.
 
         Raises:
             EngineDead: the engine ended, and no other could be started.
+            InvalidRequest: one of their ids is in use.
+            QueueTimeout: none of them began to run in time.
         """
         if self._dead is not None:
             raise self._dead
-        request_id = processed.request_id
-        queue: asyncio.Queue[AnswerDelta | EngineDead] = asyncio.Queue()
-        self._queues[request_id] = queue
-        self._outputs.add(processed, params, arrival_time=time.time())
-        self._open.update((message.request_id, message) for message in processed.requests)
-        if processed.grammar is not None:
-            self._grammars.update((m.request_id, processed.grammar) for m in processed.requests)
+        inbox = Inbox()
+        ids = self._take_in(inputs, params, inbox)
+        timer = None
+        if queue_timeout_s is not None:
+            timer = asyncio.get_running_loop().call_later(
+                queue_timeout_s, self._expire, ids, inbox, queue_timeout_s
+            )
+        num_open = len(inputs)
         try:
-            self._submit()
-            while True:
-                news = await queue.get()
-                if isinstance(news, EngineDead):
-                    raise news
-                yield news
-                if news.is_last:
-                    return
+            self._submit(ids)
+            while num_open:
+                delta = await inbox.get()
+                num_open -= delta.is_last
+                yield delta
         finally:
-            del self._queues[request_id]
-            open_ids = self._outputs.engine_ids(request_id)
-            self._outputs.forget(request_id)
-            self._close(open_ids)
-            if open_ids and self.is_alive:
-                assert self._process is not None
-                self._process.send(AbortRequests(open_ids))
+            if timer is not None:
+                timer.cancel()
+            self._let_go(inputs)
+
+    def cut_off(self) -> None:
+        """End every open answer with what it has so far: its finish reason is abort."""
+        if ids := [*self._open]:
+            aborted = [TokenOutput(request_id=i, token_ids=[], finish_reason="abort") for i in ids]
+            self._hand_over(aborted)
+            self._abort(ids)
 
     async def reset_prefix_cache(self) -> None:
         """Forget cached blocks that nobody holds."""
@@ -313,26 +393,80 @@ class EngineClient:
         await self._process.start(self.config)
         return self._process
 
-    def _submit(self) -> None:
-        """Ask the engine for every open answer that may be asked for now."""
+    def _take_in(
+        self, inputs: Sequence[ProcessedInput], params: SamplingParams, inbox: Inbox
+    ) -> list[str]:
+        """Expect the answers to `inputs`, to all or to none; their engine-side ids."""
+        now = time.time()
+        for i, one in enumerate(inputs):
+            try:
+                self._outputs.add(one, params, arrival_time=now)
+            except InvalidRequest:
+                for before in inputs[:i]:
+                    self._outputs.forget(before.request_id)
+                raise
+        ids = []
+        for one in inputs:
+            self._inboxes[one.request_id] = inbox
+            if one.grammar is not None:
+                self._grammars.update((m.request_id, one.grammar) for m in one.requests)
+            num_tokens = len(one.prompt_token_ids)
+            for message in one.requests:
+                self._open[message.request_id] = message
+                self._queued[message.request_id] = num_tokens
+                self.num_queued_tokens += num_tokens
+                ids.append(message.request_id)
+                num_tokens = 0  # the other answers share the prompt
+        return ids
+
+    def _let_go(self, inputs: Sequence[ProcessedInput]) -> None:
+        """Nobody waits for `inputs` any more: what is left of them ends."""
+        open_ids: list[str] = []
+        for one in inputs:
+            del self._inboxes[one.request_id]
+            open_ids += self._outputs.engine_ids(one.request_id)
+            self._outputs.forget(one.request_id)
+        self._close(open_ids)
+        self._abort(open_ids)
+
+    def _expire(self, request_ids: Sequence[str], inbox: Inbox, queue_timeout_s: float) -> None:
+        if all(request_id in self._queued for request_id in request_ids):
+            inbox.fail(
+                QueueTimeout(
+                    f"the request waited {queue_timeout_s:g} s in the queue, behind others, and "
+                    f"did not begin to run: try again later"
+                )
+            )
+
+    def _submit(self, request_ids: Iterable[str]) -> None:
+        """Ask the engine for those of these open answers that may be asked for now."""
         if not self.is_alive:
             return  # once another engine has loaded
         assert self._process is not None
         if not self._suspects.in_flight:
             self._work_since = time.monotonic()
-        for request_id in self._suspects.next(self._open):
+        for request_id in self._suspects.next(request_ids):
             if (grammar := self._grammars.get(request_id)) is not None:
                 load = self._loaded_grammars.need(grammar, self._compiler.vocabulary)
                 if load is not None:
                     self._process.send(load)
             self._process.send(self._outputs.resumed(self._open[request_id]))
 
+    def _abort(self, request_ids: list[str]) -> None:
+        if request_ids and self.is_alive:
+            assert self._process is not None
+            self._process.send(AbortRequests(request_ids))
+
     def _close(self, request_ids: Sequence[str]) -> None:
         """These answers are over."""
         for request_id in request_ids:
             self._open.pop(request_id, None)
             self._grammars.pop(request_id, None)
+            self._leave_queue(request_id)
             self._suspects.ended(request_id)
+
+    def _leave_queue(self, request_id: str) -> None:
+        self.num_queued_tokens -= self._queued.pop(request_id, 0)
 
     async def _supervise(self) -> None:
         """Hand out the engine's news; when it has ended, start another."""
@@ -372,7 +506,7 @@ class EngineClient:
             self._is_loaded = True
             self.num_restarts += 1
             self.last_news_time = time.monotonic()
-            self._submit()
+            self._submit(self._open)
 
     async def _read(self, process: EngineProcess) -> str:
         """Hand out the engine's news until it ends; why it did."""
@@ -390,21 +524,22 @@ class EngineClient:
                 if any(one.token_ids or one.pooled for one in message.outputs):
                     self._num_fruitless = 0
                 self._count(message.stats)
-                self._give_out(message.outputs)
+                for request_id in message.started_ids:
+                    self._leave_queue(request_id)
+                self._hand_over(message.outputs)
+                if held := self._suspects.held:
+                    self._submit(held)
 
-    def _give_out(self, outputs: Sequence[TokenOutput]) -> None:
+    def _hand_over(self, outputs: Sequence[TokenOutput]) -> None:
+        """Give the callers what the engine said; end what a stop string ended."""
         processed = self._outputs.process(outputs)
         ended = [one.request_id for one in outputs if one.finish_reason is not None]
         self._close([*ended, *processed.abort_ids])
         for delta in processed.deltas:
-            queue = self._queues.get(delta.request_id)
-            if queue is not None:
-                queue.put_nowait(delta)
-        if processed.abort_ids and self.is_alive:
-            assert self._process is not None
-            self._process.send(AbortRequests(processed.abort_ids))
-        if self._suspects.num_held:
-            self._submit()
+            inbox = self._inboxes.get(delta.request_id)
+            if inbox is not None:
+                inbox.put(delta)
+        self._abort(processed.abort_ids)
 
     def _count(self, stats: EngineStats) -> None:
         for name, before in self._totals.items():
@@ -419,7 +554,7 @@ class EngineClient:
         self._probes.clear()
         for request_id in self._suspects.engine_ended():
             logger.error("request %s ended the engine again, by itself: it fails", request_id)
-            processed = self._outputs.process(
+            self._hand_over(
                 [
                     TokenOutput(
                         request_id=request_id,
@@ -430,10 +565,6 @@ class EngineClient:
                     )
                 ]
             )
-            self._close([request_id])
-            for delta in processed.deltas:
-                if (queue := self._queues.get(delta.request_id)) is not None:
-                    queue.put_nowait(delta)
 
     def _overdue_s(self) -> float:
         assert self._process is not None
@@ -465,5 +596,13 @@ class EngineClient:
     def _die(self, reason: str) -> None:
         if self._dead is None:
             self._dead = EngineDead(reason)
-        for queue in self._queues.values():
-            queue.put_nowait(self._dead)
+        for inbox in self._inboxes.values():
+            inbox.fail(self._dead)
+
+
+async def _off_loop(num_chars: int, work: Callable[[], T]) -> T:
+    """`work()`, which tokenises so many characters, while others go on."""
+    if num_chars >= _LONG_TEXT:
+        return await asyncio.to_thread(work)
+    await asyncio.sleep(0)  # many short ones, one after the other, take long too
+    return work()

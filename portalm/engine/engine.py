@@ -126,6 +126,8 @@ class Engine:
         self._awaiting: dict[str, Request] = {}
         """Requests whose grammar is not loaded yet."""
         self._num_prompt_logprobs_sent: dict[str, int] = {}
+        self._started_ids: list[str] = []
+        """Admitted since outputs were last given out."""
         self._stats = EngineStats()
         budgeted = time.perf_counter()
 
@@ -281,6 +283,7 @@ class Engine:
         try:
             while len(self._in_flight) < self._max_in_flight:
                 plan = self.scheduler.schedule()
+                self._started_ids += [request.request_id for request in plan.admitted]
                 if plan.is_empty:
                     self.runner.forget(plan.released)
                     break
@@ -333,8 +336,12 @@ class Engine:
         )
 
     def _outputs(self, updates: list[RequestUpdate], more: Sequence[TokenOutput]) -> StepOutputs:
-        outputs = [*more, *(self._output(u) for u in updates)]
-        return StepOutputs(outputs=outputs, stats=self.stats())
+        started_ids, self._started_ids = self._started_ids, []
+        return StepOutputs(
+            outputs=[*more, *(self._output(u) for u in updates)],
+            stats=self.stats(),
+            started_ids=started_ids,
+        )
 
     def _output(self, update: RequestUpdate) -> TokenOutput:
         request = update.request

@@ -17,6 +17,9 @@ from portalm.text.tokenizer import Tokenizer
 MAX_LABEL = 256
 """Characters of a request id or a cache salt."""
 
+_CHARS_OF_A_TOKEN = 16
+"""Of texts with fewer characters for each token that fits it is not asked how long tokens are."""
+
 MAX_PRIORITY = 2**31 - 1
 
 NO_ANSWER = SamplingParams(temperature=0.0, max_tokens=1, detokenize=False)
@@ -36,6 +39,10 @@ class TextPair:
 
     first: str
     second: str
+
+    def __len__(self) -> int:
+        """Characters of both."""
+        return len(self.first) + len(self.second)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +83,8 @@ class InputProcessor:
         self._seeds = random.Random(default_seed)
         self.tasks: Sequence[Task] = ready.tasks
         """What may be asked of the model."""
+        self._longest_token: int | None = None
+        """Characters of the longest token; counted when first needed."""
 
     def process(
         self,
@@ -87,6 +96,7 @@ class InputProcessor:
         cache_salt: str = "",
         tenant: str = "",
         grammar: CompiledGrammar | None = None,
+        add_special_tokens: bool = True,
     ) -> ProcessedInput:
         """What to ask the engine; `grammar` is `params.structured_outputs`, compiled.
 
@@ -96,7 +106,7 @@ class InputProcessor:
         assert (grammar is None) == (params.structured_outputs is None)
         self.check_task("generate")
         _check_identity(request_id, cache_salt, priority)
-        token_ids = self._token_ids(prompt)
+        token_ids = self._token_ids(prompt, add_special_tokens=add_special_tokens)
         self._check_length(token_ids, self._max_model_len - 1)
         self._check_params(params)
         bad_words_ids = self._bad_words_ids(params.bad_words)
@@ -158,7 +168,7 @@ class InputProcessor:
             tokenizer = self._need_tokenizer("a pair of texts", "prompt")
             token_ids, second_text_start = tokenizer.encode_pair(prompt.first, prompt.second)
         else:
-            token_ids = self._token_ids(prompt)
+            token_ids = self._token_ids(prompt, add_special_tokens=True)
         token_ids = self._truncated(token_ids, params.truncate_prompt_tokens)
         self._check_length(token_ids, self._max_model_len)
         request = AddRequest(
@@ -193,14 +203,34 @@ class InputProcessor:
             return token_ids[:most]
         return self._tokenizer.truncate(token_ids, most)
 
-    def _token_ids(self, prompt: str | Sequence[int]) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of `text`, which may be longer than a prompt, but not many times as long.
+
+        Raises:
+            InvalidRequest: it is, or it is no valid Unicode.
+        """
+        tokenizer = self._need_tokenizer("a text prompt", "prompt")
+        if len(text) > _CHARS_OF_A_TOKEN * self._max_model_len:
+            if self._longest_token is None:
+                tokens = map(tokenizer.id_to_token, range(tokenizer.vocab_size))
+                self._longest_token = max(len(token or "") for token in tokens)
+            most = max(_CHARS_OF_A_TOKEN, self._longest_token) * self._max_model_len
+            if len(text) > most:  # to tokenise it would take long, and it cannot fit
+                raise RequestTooLarge(
+                    f"the text has {len(text)} characters; with a max_model_len of "
+                    f"{self._max_model_len} no text of more than {most} can fit: shorten it",
+                    param="prompt",
+                )
+        return tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+    def _token_ids(self, prompt: str | Sequence[int], *, add_special_tokens: bool) -> list[int]:
         if not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray):
             raise InvalidRequest(
                 f"a prompt must be a text or a list of token ids, not {type(prompt).__name__}",
                 param="prompt",
             )
         if isinstance(prompt, str):
-            token_ids = self._need_tokenizer("a text prompt", "prompt").encode(prompt)
+            token_ids = self.encode(prompt, add_special_tokens=add_special_tokens)
         else:
             token_ids = as_token_ids(prompt)
         if not token_ids:
@@ -265,12 +295,22 @@ class InputProcessor:
 
 def _check_identity(request_id: str, cache_salt: str, priority: int) -> None:
     """Raise `InvalidRequest` for an id, a salt or a priority that could not cross to the engine."""
-    _check_label("request_id", request_id, low=1)
+    _check_request_id(request_id)
     _check_label("cache_salt", cache_salt, low=0)
     if not -MAX_PRIORITY <= priority <= MAX_PRIORITY:
         raise InvalidRequest(
             f"priority must be from -{MAX_PRIORITY} to {MAX_PRIORITY}, not {priority}",
             param="priority",
+        )
+
+
+def _check_request_id(request_id: str) -> None:
+    """Raise `InvalidRequest` for an id that would not be one word in a log line or a header."""
+    _check_label("request_id", request_id, low=1)
+    if not (request_id.isascii() and request_id.isprintable() and " " not in request_id):
+        raise InvalidRequest(
+            "request_id may have ASCII letters, digits and punctuation only, no spaces",
+            param="request_id",
         )
 
 

@@ -140,6 +140,8 @@ class StepOutputs(msgspec.Struct, tag=True):
 
     outputs: list[TokenOutput]
     stats: EngineStats
+    started_ids: list[str] = []
+    """Requests that left the queue since the message before: they run, or ran."""
 
 
 class ProbeAnswer(msgspec.Struct, tag=True):

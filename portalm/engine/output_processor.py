@@ -44,6 +44,15 @@ class AnswerDelta:
         """All answers of the request have ended."""
         return self.final is not None
 
+    def take_up(self, later: AnswerDelta) -> None:
+        """Become one with the delta that comes behind this one, of the same answer."""
+        self.text += later.text
+        self.token_ids = self.token_ids + later.token_ids
+        if later.logprobs:
+            self.logprobs = (self.logprobs or []) + later.logprobs
+        self.finish_reason, self.stop_reason = later.finish_reason, later.stop_reason
+        self.error, self.is_refused, self.final = later.error, later.is_refused, later.final
+
 
 @dataclass(slots=True)
 class ProcessedOutputs:

@@ -40,6 +40,7 @@ class EngineProcess:
         self._socket.setsockopt(zmq.SNDHWM, 0)  # however many requests wait, none is lost
         self._sender: zmq.Socket[bytes] = zmq.Socket.shadow(self._socket)
         self._socket.bind(self._address)
+        (folder / f"engine-{number}").chmod(0o600)
         self._process: asyncio.subprocess.Process | None = None
         self._ended: asyncio.Future[int] | None = None
         self._encoder = msgspec.msgpack.Encoder()

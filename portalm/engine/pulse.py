@@ -52,6 +52,7 @@ class Pulse:
 
     def __init__(self, path: Path) -> None:
         """Map `path`, made if it is not there."""
+        path.touch(mode=0o600)
         with path.open("a+b") as file:
             if file.tell() < _NUMBERS.size:
                 file.write(bytes(_NUMBERS.size - file.tell()))

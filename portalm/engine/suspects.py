@@ -21,8 +21,13 @@ class Suspects:
         self._num_ends: dict[str, int] = {}
         self._limit: int | None = None
         """Suspects that may be in flight at once; None: all."""
-        self.num_held = 0
-        """Requests that `next` held back."""
+        self._held: dict[str, None] = {}
+        """Requests that `next` held back, in order."""
+
+    @property
+    def held(self) -> list[str]:
+        """Requests that `next` held back: to be offered to it again when others have ended."""
+        return [*self._held]
 
     def _is_suspect(self, request_id: str) -> bool:
         return self._num_ends.get(request_id, 0) >= _SUSPECT
@@ -30,14 +35,15 @@ class Suspects:
     def next(self, open_ids: Iterable[str]) -> list[str]:
         """Those of `open_ids` to send now; they are in flight from here on."""
         chosen = []
-        num_suspects = sum(map(self._is_suspect, self.in_flight))
-        self.num_held = 0
+        # nobody is a suspect as long as no engine ended: this is asked for every new request
+        num_suspects = sum(map(self._is_suspect, self.in_flight)) if self._num_ends else 0
         for request_id in open_ids:
             if request_id in self.in_flight:
                 continue
+            self._held.pop(request_id, None)
             if self._is_suspect(request_id):
                 if self._limit is not None and num_suspects >= self._limit:
-                    self.num_held += 1
+                    self._held[request_id] = None
                     continue
                 num_suspects += 1
             self.in_flight.add(request_id)
@@ -48,6 +54,7 @@ class Suspects:
         """A request is over, however it ended."""
         self.in_flight.discard(request_id)
         self._num_ends.pop(request_id, None)
+        self._held.pop(request_id, None)
         if not any(map(self._is_suspect, self._num_ends)):
             self._limit = None
 

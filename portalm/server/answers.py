@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,10 +11,9 @@ from fastapi import Request
 from portalm.engine.input_processor import ProcessedInput
 from portalm.outputs import RequestOutput
 from portalm.sampling_params import SamplingParams
+from portalm.server.presence import while_connected
 from portalm.server.state import ServerState, failure
 from portalm.server.stream import usage
-
-_LOOK_FOR_CLIENT_S = 0.5
 
 
 @dataclass(slots=True)
@@ -55,17 +52,5 @@ async def collect(
             if delta.final is not None:
                 found[i] = delta.final
 
-    gathering = asyncio.create_task(gather())
-    try:
-        while not gathering.done():
-            await asyncio.wait({gathering}, timeout=_LOOK_FOR_CLIENT_S)
-            if not gathering.done() and await request.is_disconnected():
-                break
-    finally:
-        if not gathering.done():
-            gathering.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await gathering
-    if not gathering.cancelled():
-        gathering.result()
+    await while_connected(request.receive, gather())
     return Answers([found[i] for i in sorted(found)])

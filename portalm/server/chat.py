@@ -30,12 +30,12 @@ async def chat_completions(
     params = body.params()
     state.admit(params.n)
     chat_id = new_id("chatcmpl")
-    prompt = state.client.tokenizer.apply_chat_template(
+    prompt = state.client.tokenizer.render_chat(
         body.messages,
         add_generation_prompt=body.add_generation_prompt and not body.continue_final_message,
         continue_final_message=body.continue_final_message,
-        template=body.chat_template,
-        **(body.chat_template_kwargs or {}),
+        template=state.own_template(body.chat_template),
+        **body.template_variables(),
     )
     processed = await state.client.check(
         body.request_id or chat_id,
@@ -44,6 +44,7 @@ async def chat_completions(
         priority=body.priority,
         cache_salt=salt_for(request, body.cache_salt),
         tenant=tenant_of(request),
+        add_special_tokens=False,  # the template writes BOS itself
     )
     head = {"id": chat_id, "created": int(time.time()), "model": model}
     if body.stream:
@@ -75,11 +76,14 @@ async def _chunks(
 ) -> AsyncGenerator[Any, None]:
     options = body.stream_options
     num_prompt, num_generated, num_cached = len(processed.prompt_token_ids), 0, 0
-    for index in range(params.n):
-        yield _chunk(head, index, {"role": "assistant", "content": ""})
+    is_begun = False
     async for _, delta in state.answers([processed], params):
         if (error := failure(delta)) is not None:
             raise error
+        if not is_begun:  # not before: what fails in the queue is answered with a status
+            is_begun = True
+            for index in range(params.n):
+                yield _chunk(head, index, {"role": "assistant", "content": ""})
         num_generated += len(delta.token_ids)
         if delta.final is not None:
             num_cached = delta.final.num_cached_tokens

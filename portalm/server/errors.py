@@ -13,8 +13,9 @@ from portalm.errors import (
     EngineNotReady,
     InvalidRequest,
     PortaLMError,
+    QueueTimeout,
 )
-from portalm.server.state import ModelUnknown, Overloaded
+from portalm.server.state import Draining, ModelUnknown, Overloaded
 
 _TYPES = {
     400: "invalid_request_error",
@@ -27,12 +28,24 @@ _TYPES = {
 }
 
 
+_MAX_MESSAGE = 2000
+"""Characters."""
+
+
 def error_object(
     status: int, message: str, *, param: str | None = None, code: str | None = None
 ) -> dict[str, dict[str, str | None]]:
     """The body of an error response."""
     kind = _TYPES.get(status, "internal_server_error")
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    if len(message) > _MAX_MESSAGE:  # it quotes what the client sent
+        message = f"{message[:_MAX_MESSAGE]}..."
+    error = {"message": message, "type": kind, "param": param, "code": code}
+    return {"error": {name: _printable(value) for name, value in error.items()}}
+
+
+def _printable(text: str | None) -> str | None:
+    """`text` without halves of surrogate pairs, which cannot be sent."""
+    return text and text.encode("utf-8", "backslashreplace").decode()
 
 
 def error_response(
@@ -53,7 +66,8 @@ def status_of(error: Exception) -> int:
         return 400
     if isinstance(error, Overloaded):
         return 429
-    return 503 if isinstance(error, EngineDead | EngineNotReady | CompilersBusy) else 500
+    later = EngineDead | EngineNotReady | CompilersBusy | QueueTimeout | Draining
+    return 503 if isinstance(error, later) else 500
 
 
 def add_error_handlers(app: FastAPI) -> None:
@@ -67,7 +81,9 @@ def add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def malformed(request: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
+        errors = error.errors()
+        # of what may have several shapes, the errors of all come: too long says most
+        first = next((e for e in errors if e["type"].endswith("too_long")), errors[0])
         where = [str(part) for part in first["loc"] if part != "body"]
         name = ".".join(where)
         if first["type"] == "extra_forbidden":
@@ -77,6 +93,14 @@ def add_error_handlers(app: FastAPI) -> None:
         else:
             message = f"{name or 'the body'}: {first['msg']}"
         return error_response(400, message, param=where[0] if where else None)
+
+    @app.exception_handler(RecursionError)
+    async def too_deep(request: Request, error: RecursionError) -> JSONResponse:
+        return error_response(400, "the body is nested too deeply")
+
+    @app.exception_handler(Exception)
+    async def unknown(request: Request, error: Exception) -> JSONResponse:
+        return error_response(500, "the server failed on this request; its log says how")
 
     @app.exception_handler(HTTPException)
     async def plain(request: Request, error: HTTPException) -> JSONResponse:

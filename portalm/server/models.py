@@ -46,11 +46,13 @@ async def tokenize(body: TokenizeRequest, state: State) -> dict[str, Any]:
         raise InvalidRequest("give either prompt or messages", param="prompt")
     tokenizer = state.client.tokenizer
     if body.messages is not None:
-        ids = tokenizer.apply_chat_template(
+        text = tokenizer.render_chat(
             body.messages, add_generation_prompt=body.add_generation_prompt
         )
+        add_special_tokens = False
     else:
-        ids = tokenizer.encode(body.prompt or "", add_special_tokens=body.add_special_tokens)
+        text, add_special_tokens = body.prompt or "", body.add_special_tokens
+    ids = await state.client.encode(text, add_special_tokens=add_special_tokens)
     ready = state.client.ready
     length = ready.max_model_len if ready is not None else None
     return {"count": len(ids), "max_model_len": length, "tokens": ids}

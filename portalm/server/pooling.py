@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 
 from fastapi import Request
@@ -15,9 +14,6 @@ from portalm.server.answers import collect
 from portalm.server.auth import salt_for, tenant_of
 from portalm.server.pooling_protocol import PoolingFields
 from portalm.server.state import ServerState
-
-_CHECKED_AT_ONCE = 32
-"""Prompts that are tokenised before others' streams get their turn."""
 
 
 async def pool(
@@ -49,7 +45,7 @@ async def pool(
     inputs: list[ProcessedInput] = []
     for i, prompt in enumerate(prompts):
         try:
-            one = state.client.check_pooling(
+            one = await state.client.check_pooling(
                 base_id if len(prompts) == 1 else f"{base_id}-{i}",
                 prompt,
                 params,
@@ -63,8 +59,6 @@ async def pool(
             field = labels[i].partition("[")[0]
             raise InvalidRequest(f"{labels[i]}: {error}", param=field) from error
         inputs.append(one)
-        if len(inputs) % _CHECKED_AT_ONCE == 0:
-            await asyncio.sleep(0)
     answers = await collect(request, state, inputs, NO_ANSWER)
     return [(output, output.pooled or b"") for output in answers.outputs]
 

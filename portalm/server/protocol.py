@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from portalm.errors import InvalidRequest
 from portalm.sampling_params import SamplingParams, StructuredOutputs
+
+_RESERVED_VARIABLES = {
+    "self", "messages", "add_generation_prompt", "continue_final_message", "tools", "template",
+}  # fmt: skip
+"""Of chat templates: what the server gives them itself, and what its functions call so."""
+
+
+MAX_ANSWERS = 4096
+"""Of one request: prompts times n."""
+
+MAX_PROMPT = 1 << 20
+"""Token ids of one prompt, whatever the model: longer ones are not looked at."""
+
+Messages = Annotated[list[dict[str, Any]], Field(fail_fast=True, max_length=4096)]
+TokenIds = Annotated[list[int], Field(fail_fast=True)]
+Texts = Annotated[list[str], Field(fail_fast=True)]
+StopText = Annotated[str, Field(max_length=1024)]
+"""Lists stop at their first wrong item: a body may hold millions of them."""
 
 
 class StreamOptions(BaseModel):
@@ -74,8 +92,8 @@ class SamplingFields(BaseModel):
     top_k: int = 0
     min_p: float = 0.0
     seed: int | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] = Field(default_factory=list)
+    stop: StopText | Annotated[list[StopText], Field(fail_fast=True, max_length=64)] | None = None
+    stop_token_ids: Annotated[TokenIds, Field(max_length=1024)] = Field(default_factory=list)
     ignore_eos: bool = False
     max_tokens: int | None = None
     min_tokens: int = 0
@@ -83,9 +101,11 @@ class SamplingFields(BaseModel):
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
     include_stop_str_in_output: bool = False
-    logit_bias: dict[str, float] | None = None
-    allowed_token_ids: list[int] | None = None
-    bad_words: list[str] = Field(default_factory=list)
+    logit_bias: Annotated[dict[str, float], Field(max_length=1024)] | None = None
+    allowed_token_ids: Annotated[TokenIds, Field(max_length=1 << 18)] | None = None
+    bad_words: Annotated[list[StopText], Field(fail_fast=True, max_length=256)] = Field(
+        default_factory=list
+    )
 
     # what an answer must look like: at most one of these
     response_format: ResponseFormat | None = None
@@ -151,7 +171,15 @@ class SamplingFields(BaseModel):
 class CompletionRequest(SamplingFields):
     """POST /v1/completions."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: (
+        str
+        | Annotated[Texts, Field(max_length=MAX_ANSWERS)]
+        | Annotated[TokenIds, Field(max_length=MAX_PROMPT)]
+        | Annotated[
+            list[Annotated[TokenIds, Field(max_length=MAX_PROMPT)]],
+            Field(fail_fast=True, max_length=MAX_ANSWERS),
+        ]
+    )
     echo: bool = False
     logprobs: int | None = None
     best_of: int | None = None
@@ -186,7 +214,7 @@ class CompletionRequest(SamplingFields):
 class ChatRequest(SamplingFields):
     """POST /v1/chat/completions."""
 
-    messages: list[dict[str, Any]]
+    messages: Messages
     max_completion_tokens: int | None = None
     logprobs: bool = False
     top_logprobs: int | None = None
@@ -197,6 +225,16 @@ class ChatRequest(SamplingFields):
     continue_final_message: bool = False
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+
+    def template_variables(self) -> dict[str, Any]:
+        """More variables for the chat template. Raises `InvalidRequest` for the server's own."""
+        variables = self.chat_template_kwargs or {}
+        for name in _RESERVED_VARIABLES & variables.keys():
+            raise InvalidRequest(
+                f"chat_template_kwargs may not set {name!r}: the server does",
+                param="chat_template_kwargs",
+            )
+        return variables
 
     def params(self) -> SamplingParams:
         """The parameters. Raises `InvalidRequest`."""
@@ -219,7 +257,7 @@ class TokenizeRequest(BaseModel):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[dict[str, Any]] | None = None
+    messages: Messages | None = None
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
 
@@ -230,4 +268,4 @@ class DetokenizeRequest(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     model: str | None = None
-    tokens: list[int]
+    tokens: Annotated[TokenIds, Field(max_length=MAX_PROMPT)]

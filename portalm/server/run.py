@@ -6,12 +6,16 @@ import asyncio
 import contextlib
 import importlib
 import signal
+import ssl
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from portalm.config import EngineConfig, Task
 from portalm.engine.client import EngineClient
+from portalm.errors import ConfigError
+from portalm.server.api_keys import ApiKeys
 
 _EXAMPLES: dict[Task, tuple[str, str]] = {
     "generate": (
@@ -35,12 +39,42 @@ class ServerConfig:
     served_model_names: Sequence[str] = ()
     """Names that clients may use; empty: the model's own."""
     api_keys: Sequence[str] = ()
-    """Empty: everybody who can connect."""
+    """Without any here or in the file: everybody who can connect."""
+    api_key_file: str | None = None
+    """More of them, one a line; read again on SIGHUP."""
+    allowed_origins: Sequence[str] = ()
+    """Web pages of these origins may ask (CORS); * allows all."""
+    ssl_keyfile: str | None = None
+    ssl_certfile: str | None = None
+    """With a certificate the server speaks HTTPS."""
+    ssl_ca_certs: str | None = None
+    """Of the authorities that clients' certificates are checked against."""
+    ssl_cert_reqs: int = ssl.CERT_NONE
+    """Whether clients need a certificate: 0 no, 1 checked if there is one, 2 yes."""
     max_num_queued_reqs: int | None = None
-    """Requests that may wait before more are refused with 429."""
+    """Answers that may wait before more are refused with 429."""
+    max_num_queued_tokens: int | None = None
+    """Prompt tokens that may wait before more are refused with 429."""
+    queue_timeout_s: float | None = None
+    """How long a request may wait until it runs; then it is refused with 503."""
+    trust_request_chat_template: bool = False
+    """Requests may bring a chat template, which is a program."""
     shutdown_timeout_s: float = 30.0
     """How long running requests may go on after SIGTERM or Ctrl-C."""
     log_level: str = "warning"
+
+    def __post_init__(self) -> None:
+        """Reject values that cannot work, naming the flag and the fix."""
+        for name in ("max_num_queued_reqs", "max_num_queued_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be at least 1, not {value}: every request waits")
+        if self.queue_timeout_s is not None and not self.queue_timeout_s > 0:
+            raise ConfigError(f"queue_timeout must be above 0, not {self.queue_timeout_s}")
+        if not self.shutdown_timeout_s >= 0:
+            raise ConfigError(f"shutdown_timeout must not be below 0: {self.shutdown_timeout_s}")
+        if self.ssl_certfile is None and (self.ssl_keyfile or self.ssl_ca_certs):
+            raise ConfigError("HTTPS needs --ssl-certfile (and --ssl-keyfile, if it is not in it)")
 
 
 async def serve(engine: EngineConfig, config: ServerConfig) -> None:
@@ -49,8 +83,12 @@ async def serve(engine: EngineConfig, config: ServerConfig) -> None:
     Raises:
         PortaLMError: the engine could not start.
     """
+    key_file = None if config.api_key_file is None else Path(config.api_key_file)
+    keys = ApiKeys(config.api_keys, key_file)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, keys.reload)
     client = EngineClient(engine)
     starting = asyncio.ensure_future(client.start())
+    server: Any = None
     try:
         # while the engine loads: these take most of a second
         app, metrics, states = await asyncio.to_thread(_import_server)
@@ -59,8 +97,12 @@ async def serve(engine: EngineConfig, config: ServerConfig) -> None:
             client=client,
             metrics=metrics.Metrics(client, names[0]),
             model_names=names,
-            api_keys=tuple(config.api_keys),
+            api_keys=keys,
+            allowed_origins=tuple(config.allowed_origins),
             max_num_queued_reqs=config.max_num_queued_reqs,
+            max_num_queued_tokens=config.max_num_queued_tokens,
+            queue_timeout_s=config.queue_timeout_s,
+            trust_request_chat_template=config.trust_request_chat_template,
         )
         server = app.Server(
             app.uvicorn.Config(
@@ -70,10 +112,17 @@ async def serve(engine: EngineConfig, config: ServerConfig) -> None:
                 uds=config.uds,
                 log_level=config.log_level,
                 access_log=False,
-                timeout_graceful_shutdown=int(config.shutdown_timeout_s),
+                http=app.Protocol,
+                timeout_graceful_shutdown=1,  # Server has waited by then
+                ssl_keyfile=config.ssl_keyfile,
+                ssl_certfile=config.ssl_certfile,
+                ssl_ca_certs=config.ssl_ca_certs,
+                ssl_cert_reqs=config.ssl_cert_reqs,
             ),
             state,
+            shutdown_timeout_s=config.shutdown_timeout_s,
         )
+        _load(server.config)
         # uvicorn handles signals while it serves and raises them again when it is done: by then
         # they have done what they were for
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -88,7 +137,10 @@ async def serve(engine: EngineConfig, config: ServerConfig) -> None:
             await running
         elif server.started and starting.done():
             ready = starting.result()
-            where = f"unix:{config.uds}" if config.uds else f"http://{config.host}:{server.port}"
+            scheme = "https" if config.ssl_certfile else "http"
+            where = (
+                f"unix:{config.uds}" if config.uds else f"{scheme}://{config.host}:{server.port}"
+            )
             tokens = ready.num_blocks * ready.block_size
             cache = f", room for {tokens} tokens of KV cache" if tokens else ""
             path, example = _EXAMPLES[ready.tasks[0]]
@@ -104,7 +156,15 @@ async def serve(engine: EngineConfig, config: ServerConfig) -> None:
     finally:
         starting.cancel()
         await asyncio.gather(starting, return_exceptions=True)
-        await client.shutdown()
+        await client.shutdown(at_once=server is not None and server.force_exit)
+
+
+def _load(config: Any) -> None:
+    """Load what `config` names. Raises `ConfigError` for certificates that do not work."""
+    try:
+        config.load()
+    except OSError as error:  # ssl.SSLError is one
+        raise ConfigError(f"the certificate or its key cannot be used: {error}") from None
 
 
 def _import_server() -> tuple[Any, Any, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
+import contextlib
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
@@ -16,7 +16,9 @@ from portalm.engine.input_processor import ProcessedInput
 from portalm.engine.output_processor import AnswerDelta
 from portalm.errors import InvalidRequest, PortaLMError, RequestFailed
 from portalm.sampling_params import SamplingParams
+from portalm.server.api_keys import ApiKeys
 from portalm.server.metrics import Metrics
+from portalm.server.protocol import MAX_ANSWERS
 
 
 class ModelUnknown(InvalidRequest):
@@ -27,6 +29,10 @@ class Overloaded(PortaLMError):
     """More requests wait than the server lets in."""
 
 
+class Draining(PortaLMError):
+    """The server shuts down and takes no more requests."""
+
+
 @dataclass(slots=True)
 class ServerState:
     """One served model."""
@@ -35,8 +41,17 @@ class ServerState:
     metrics: Metrics
     model_names: Sequence[str]
     """The first is the one that answers carry."""
-    api_keys: Sequence[str] = ()
+    api_keys: ApiKeys
+    allowed_origins: Sequence[str] = ()
+    """Web pages of these origins may ask; without any, no other page may."""
     max_num_queued_reqs: int | None = None
+    """Answers that may wait; None: any number."""
+    max_num_queued_tokens: int | None = None
+    """Prompt tokens that may wait; None: any number."""
+    queue_timeout_s: float | None = None
+    """How long a request may wait until it runs; None: for ever."""
+    trust_request_chat_template: bool = False
+    """Requests may bring a chat template."""
     is_draining: bool = False
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -56,49 +71,70 @@ class ServerState:
             self.client.check_task(task)
         return name or self.model_names[0]
 
-    def admit(self, num_requests: int) -> None:
-        """Raise `Overloaded` if so many more requests are not let in."""
-        limit = self.max_num_queued_reqs
-        if limit is not None and self.client.stats.num_waiting + num_requests > limit:
-            raise Overloaded(
-                f"{self.client.stats.num_waiting} requests wait already, the limit is {limit}: "
-                f"try again later"
+    def admit(self, num_requests: int, num_tokens: int = 0) -> None:
+        """Let so many more answers, to prompts of so many tokens in all, wait in the queue.
+
+        Those that come to an empty queue are let in however many they are: else they never were.
+
+        Raises:
+            Draining: the server shuts down.
+            InvalidRequest: that many answers are never let in.
+            Overloaded: they would wait behind too many others.
+        """
+        if self.is_draining:
+            raise Draining("the server is shutting down and takes no more requests")
+        if num_requests > MAX_ANSWERS:
+            raise InvalidRequest(
+                f"prompts times n is {num_requests}, at most {MAX_ANSWERS} are answered at once",
+                param="prompt",
             )
+        for what, num_queued, num_more, limit in (
+            ("requests", self.client.num_queued, num_requests, self.max_num_queued_reqs),
+            (
+                "prompt tokens",
+                self.client.num_queued_tokens,
+                num_tokens,
+                self.max_num_queued_tokens,
+            ),
+        ):
+            if limit is not None and num_queued and num_queued + num_more > limit:
+                raise Overloaded(
+                    f"{num_queued} {what} wait already, {num_more} more are above the limit of "
+                    f"{limit}: try again later"
+                )
+
+    def own_template(self, template: str | None) -> str | None:
+        """A request's own chat template, if those are let in: they are programs."""
+        if template is not None and not self.trust_request_chat_template:
+            raise InvalidRequest(
+                "this server takes no chat_template in requests: it would have to be started with "
+                "--trust-request-chat-template",
+                param="chat_template",
+            )
+        return template
 
     async def answers(
         self, inputs: Sequence[ProcessedInput], params: SamplingParams
     ) -> AsyncIterator[tuple[int, AnswerDelta]]:
-        """(index of the input, delta) of all inputs as they come; closing it aborts them all."""
-        queue: asyncio.Queue[tuple[int, AnswerDelta | BaseException | None]] = asyncio.Queue()
+        """(index of the input, delta) of all inputs as they come; closing it aborts them all.
 
-        async def pump(index: int, processed: ProcessedInput) -> None:
-            watch = self.metrics.watch(processed, params)
-            try:
-                async for delta in self.client.generate(processed, params):
-                    watch.saw(delta)
-                    queue.put_nowait((index, delta))
-            except Exception as error:
-                queue.put_nowait((index, error))
-            else:
-                queue.put_nowait((index, None))
-            finally:
-                watch.ended()
-
-        tasks = [asyncio.create_task(pump(i, one)) for i, one in enumerate(inputs)]
-        num_open = len(tasks)
+        Raises:
+            Overloaded: too many wait, `QueueTimeout`: these did for too long, `Draining`.
+        """
+        num_tokens = sum(len(one.prompt_token_ids) for one in inputs)
+        self.admit(sum(len(one.requests) for one in inputs), num_tokens)
+        index_of = {one.request_id: i for i, one in enumerate(inputs)}
+        watches = [self.metrics.watch(one, params) for one in inputs]
+        asked = self.client.generate(inputs, params, queue_timeout_s=self.queue_timeout_s)
         try:
-            while num_open:
-                index, news = await queue.get()
-                if news is None:
-                    num_open -= 1
-                elif isinstance(news, BaseException):
-                    raise news
-                else:
-                    yield index, news
+            async with contextlib.aclosing(asked) as deltas:
+                async for delta in deltas:
+                    index = index_of[delta.request_id]
+                    watches[index].saw(delta)
+                    yield index, delta
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            for watch in watches:
+                watch.ended()
 
 
 def failure(delta: AnswerDelta) -> PortaLMError | None:

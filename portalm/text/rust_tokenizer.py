@@ -19,7 +19,9 @@ class _RustCodec:
         self._rust = rust
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        return list(self._rust.encode(text, add_special_tokens=add_special_tokens).ids)
+        # of a batch, because that lets other threads run meanwhile; without offsets into the text
+        [encoding] = self._rust.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        return list(encoding.ids)
 
     def encode_pair(self, first: str, second: str) -> tuple[list[int], list[int]]:
         encoding = self._rust.encode(first, second)

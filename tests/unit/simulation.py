@@ -75,6 +75,7 @@ class Ask:
     needs_history: bool = False
     prompt_logprobs: bool = False
     min_tokens: int = 0
+    tenant: str = ""
     num_known: int = 0
     """Tokens of the answer that the user has already (the request is resumed)."""
     breaks_after: int | None = None
@@ -112,6 +113,7 @@ class Ask:
             eos_token_ids=[EOS],
             priority=self.priority,
             cache_salt=self.salt,
+            tenant=self.tenant,
             output_token_ids=self.answer()[0][: self.num_known],
             fork_of=self.fork_of,
         )
@@ -397,7 +399,8 @@ class Simulation:
 
     def _key(self, request: Request) -> tuple[int, int]:
         is_ordered = self.config.policy == "priority"
-        return (request.priority if is_ordered else 0, request.arrival)
+        assert request.turn is not None
+        return (request.priority if is_ordered else 0, request.turn)
 
     def check_plan(self, plan: StepPlan, running_before: list[Request]) -> None:
         planned, config = plan.requests, self.config
@@ -520,6 +523,7 @@ def random_life(
     *,
     num_events: int,
     max_in_flight: int,
+    num_tenants: int = 1,
     scheduler_class: type[Scheduler] = Scheduler,
 ) -> Simulation:
     """Arrivals, aborts, forks, failures and steps at random, then the end of all requests."""
@@ -530,6 +534,7 @@ def random_life(
         event = rng.random()
         if event < 0.2:
             for ask in random_asks(rng, number, config):
+                ask.tenant = str(number % num_tenants)
                 simulation.add(ask)
         elif event < 0.24 and simulation.live:
             simulation.abort(rng.choice(sorted(simulation.live)))

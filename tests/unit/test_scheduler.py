@@ -117,6 +117,21 @@ def test_tenants_share_the_running_places() -> None:
     assert sorted(planned(step(scheduler))) == ["a0", "a1", "a2", "b0", "b1", "b2"]
 
 
+def test_a_tenants_long_queue_does_not_take_the_blocks_of_whoever_came_after_it() -> None:
+    scheduler = make_scheduler(num_blocks=16, enable_prefix_caching=False)
+    many = [make_request(f"many{i}", 8, 16, first=4 * i, tenant="many") for i in range(100)]
+    for request in many:
+        scheduler.add(request)
+    step(scheduler)
+    single = make_request("single", 8, 16, first=9000, tenant="single")
+    scheduler.add(single)
+    while not single.is_finished:
+        step(scheduler)
+
+    assert scheduler.stats()["preemptions_total"] > 0
+    assert sum(request.is_finished for request in many) <= 8
+
+
 def test_a_lower_priority_value_goes_before_fairness() -> None:
     scheduler = make_scheduler(max_batch_requests=2, policy="priority")
     for name, tenant, priority in (("a", "x", 0), ("b", "x", 0), ("c", "y", 5)):

@@ -23,7 +23,9 @@ def test_random_lives_end_with_the_right_tokens_and_no_leak(max_in_flight: int) 
     preemptions = hits = forks = 0
     reasons = set()
     for seed in range(50):
-        life = random_life(seed, num_events=200, max_in_flight=max_in_flight)
+        life = random_life(
+            seed, num_events=200, max_in_flight=max_in_flight, num_tenants=1 + seed % 2
+        )
         stats = life.scheduler.stats()
         preemptions += int(stats["preemptions_total"])
         hits += int(stats["prefix_hits_total"])
@@ -41,7 +43,9 @@ def test_random_lives_end_with_the_right_tokens_and_no_leak(max_in_flight: int) 
 @pytest.mark.parametrize("max_in_flight", [1, 2], ids=["in turn", "one ahead"])
 def test_many_more_random_lives(max_in_flight: int) -> None:
     for seed in range(1000, 3000):
-        life = random_life(seed, num_events=300, max_in_flight=max_in_flight)
+        life = random_life(
+            seed, num_events=300, max_in_flight=max_in_flight, num_tenants=1 + seed % 3
+        )
         assert life.finished
 
 

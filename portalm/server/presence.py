@@ -1,0 +1,37 @@
+"""Work for a client, as long as the client is there."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+from starlette.types import Receive
+
+T = TypeVar("T")
+
+
+async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T | None:
+    """What `work` gives; cancelled at once, and None, if the client leaves before.
+
+    Args:
+        receive: ASGI's, with the whole body received.
+        work: what the client waits for.
+    """
+    leaving = asyncio.create_task(_left(receive))
+    working = asyncio.create_task(work)
+    try:
+        await asyncio.wait({leaving, working}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in (leaving, working):
+            if not task.done():
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await task
+    return None if working.cancelled() else working.result()
+
+
+async def _left(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
