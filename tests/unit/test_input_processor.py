@@ -239,6 +239,7 @@ def test_what_is_cut_keeps_the_end_that_the_model_wants(most: int, expected: lis
 
     ends = tokenizer.bos_token_id, tokenizer.eos_token_id
     assert processed.prompt_token_ids == [ends[0], *expected, ends[1]]
+    assert processed.requests[0].pooling == PoolingParams()  # the engine has nothing to cut
 
 
 def test_the_whole_length_of_the_model_is_minus_one():
