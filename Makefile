@@ -12,7 +12,7 @@ PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint 
 BIN := $(VENV)/bin
 NATIVE := $(shell find csrc_cpu csrc_cuda csrc_rocm -type f 2>/dev/null)
 
-.PHONY: demo install install-dev model check lint types layers test bench bench-cpu clean
+.PHONY: demo install install-dev model test-models check lint types layers test bench bench-cpu clean
 
 demo: install model
 	$(BIN)/portalm generate
@@ -46,6 +46,10 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 model: install
 	$(BIN)/portalm pull
 
+# what tests need beside the default model
+test-models: install-dev model
+	$(BIN)/portalm pull sentence-transformers/all-MiniLM-L6-v2
+
 # what to run before a push: `make test` runs the same
 check: test
 
@@ -60,7 +64,7 @@ types: install-dev
 layers: install-dev
 	$(BIN)/lint-imports
 
-test: lint types layers model
+test: lint types layers test-models
 	$(BIN)/pytest
 
 bench: install-dev model

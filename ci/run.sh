@@ -11,5 +11,5 @@ eval "$fields"
 if [ -n "$command" ]; then
   exec bash -c "$command"
 fi
-make --no-print-directory model
+make --no-print-directory test-models
 exec .venv/bin/pytest -m "$markers"

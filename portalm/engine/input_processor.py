@@ -179,7 +179,7 @@ class InputProcessor:
             priority=priority,
             cache_salt=cache_salt,
             tenant=tenant,
-            pooling=params,
+            pooling=replace(params, truncate_prompt_tokens=None),  # done
             second_text_start=second_text_start,
         )
         return ProcessedInput(

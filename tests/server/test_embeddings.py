@@ -25,8 +25,8 @@ MARKET = "The stock market fell sharply on Monday."
 
 @pytest.fixture(scope="module")
 def encoder(default_encoder: Path) -> Iterator[RunningServer]:
-    flags = ("--device", "cpu", "--dtype", "float32", "--served-model-name", "minilm")
-    with running_server(DEFAULT_ENCODER, *flags) as server:
+    flags = ("--device", "cpu", "--max-num-batched-tokens", "256", "--max-num-seqs", "64")
+    with running_server(DEFAULT_ENCODER, *flags, "--served-model-name", "minilm") as server:
         yield server
 
 
@@ -178,7 +178,7 @@ def test_documents_come_back_the_best_first(http: httpx.Client) -> None:
 
 @pytest.mark.model
 def test_embeddings_outlive_their_engine(encoder: RunningServer) -> None:
-    texts = [f"{i} " + "word " * 150 for i in range(64)]  # five steps
+    texts = [f"{i} " + "word " * 150 for i in range(16)]  # one a step
     with encoder.client() as http:
         undisturbed = http.post("/v1/embeddings", json={"input": texts}).json()
         restarts = encoder.metric("engine_restarts_total")
@@ -202,7 +202,7 @@ def test_embeddings_outlive_their_engine(encoder: RunningServer) -> None:
 
 @pytest.mark.model
 def test_a_client_that_leaves_ends_its_prompts(encoder: RunningServer) -> None:
-    texts = [f"{i} " + "word " * 200 for i in range(200)]
+    texts = [f"{i} " + "word " * 200 for i in range(100)]
     aborted = 'request_success_total{finished_reason="abort",model_name="minilm"}'
     with pytest.raises(httpx.ReadTimeout), encoder.client() as http:
         http.post("/v1/embeddings", json={"input": texts}, timeout=0.5)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from tokenizers import AddedToken, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as RustTokenizer
 
-from portalm.engine.input_processor import MAX_LABEL, InputProcessor
+from portalm.engine.input_processor import MAX_LABEL, InputProcessor, TextPair
 from portalm.engine.messages import EngineReady
 from portalm.errors import InvalidRequest, RequestTooLarge
+from portalm.pooling_params import PoolingParams
 from portalm.sampling_params import SamplingParams
 from portalm.text.chat_template import ChatTemplates
 from portalm.text.rust_tokenizer import set_bos_and_eos, wrap
@@ -28,7 +29,12 @@ def letters() -> Tokenizer:
     return wrap(rust, {"bos_token": "<s>"}, ChatTemplates({}))
 
 
-def make(tokenizer: Tokenizer | None = None, *, default_seed: int = 0) -> InputProcessor:
+def make(
+    tokenizer: Tokenizer | None = None,
+    *,
+    default_seed: int = 0,
+    tasks: tuple[str, ...] = ("generate",),
+) -> InputProcessor:
     ready = EngineReady(
         model="m",
         device="d",
@@ -39,6 +45,8 @@ def make(tokenizer: Tokenizer | None = None, *, default_seed: int = 0) -> InputP
         max_model_len=MAX_MODEL_LEN,
         num_blocks=8,
         block_size=16,
+        tasks=tasks,
+        vector_size=6,
         startup_s={},
     )
     return InputProcessor(tokenizer, ready, max_logprobs=3, default_seed=default_seed)
@@ -193,3 +201,86 @@ def test_what_could_not_cross_to_the_engine_is_refused(label, reason):
         make().process(label.pop("request_id", "r"), [1], SamplingParams(), **label)
 
     assert str(caught.value).startswith(str(caught.value.param))
+
+
+# -- pooling ----------------------------------------------------------------------------------
+
+
+def pairs() -> Tokenizer:
+    """Letters as in `letters`, between <s> and </s>; a second text's tokens are of type 1."""
+    vocab = {char: i for i, char in enumerate("_abcdefghijklmnopqrstuvwxy")}
+    rust = RustTokenizer(models.BPE(vocab, []))
+    rust.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    rust.add_special_tokens([AddedToken("<s>"), AddedToken("</s>")])
+    ends = [(name, rust.token_to_id(name)) for name in ("<s>", "</s>")]
+    rust.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s>:0 $A:0 </s>:0 $B:1 </s>:1", special_tokens=ends
+    )
+    return wrap(rust, {"bos_token": "<s>", "eos_token": "</s>"}, ChatTemplates({}))
+
+
+def test_a_prompt_that_is_pooled_may_be_as_long_as_the_model_takes():
+    processor = make(tasks=("embed",))
+    params = PoolingParams(pooling="mean")
+
+    [request] = processor.process_pooling("r", [5] * MAX_MODEL_LEN, params).requests
+
+    assert request.pooling == params
+    assert request.second_text_start is None
+    with pytest.raises(RequestTooLarge, match=r"has 17 tokens; .* it may have 16: shorten it"):
+        processor.process_pooling("r", [5] * (MAX_MODEL_LEN + 1), params)
+
+
+@pytest.mark.parametrize(("most", "expected"), [(5, [1, 2, 3]), (3, [1]), (2, [])])
+def test_what_is_cut_keeps_the_end_that_the_model_wants(most: int, expected: list[int]):
+    tokenizer = pairs()
+    params = PoolingParams(truncate_prompt_tokens=most)
+
+    processed = make(tokenizer, tasks=("embed",)).process_pooling("r", "abcdef", params)
+
+    ends = tokenizer.bos_token_id, tokenizer.eos_token_id
+    assert processed.prompt_token_ids == [ends[0], *expected, ends[1]]
+    assert processed.requests[0].pooling == PoolingParams()  # the engine has nothing to cut
+
+
+def test_the_whole_length_of_the_model_is_minus_one():
+    params = PoolingParams(truncate_prompt_tokens=-1)
+
+    processed = make(tasks=("embed",)).process_pooling("r", [5] * 100, params)
+
+    assert len(processed.prompt_token_ids) == MAX_MODEL_LEN
+
+
+def test_a_pair_of_texts_is_one_prompt_that_knows_where_the_second_begins():
+    tokenizer = pairs()
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    params = PoolingParams(task="score")
+
+    processed = make(tokenizer, tasks=("score",)).process_pooling("r", TextPair("ab", "c"), params)
+
+    [request] = processed.requests
+    assert request.prompt_token_ids == [bos, 1, 2, eos, 3, eos]
+    assert request.second_text_start == 4
+
+
+@pytest.mark.parametrize(
+    ("tasks", "prompt", "params", "message"),
+    [
+        (("generate",), [5], PoolingParams(), "does not embed text; it generates text: use /v1"),
+        (("embed",), [5], PoolingParams(task="score"), "does not score pairs of texts"),
+        (("score",), [5], PoolingParams(task="score"), "of a pair of texts, and nothing else"),
+        (("embed",), TextPair("a", "b"), PoolingParams(), "of a pair of texts, and nothing else"),
+        (("embed",), [5], PoolingParams(dimensions=7), r"dimensions \(7\) is above .* \(6\)"),
+    ],
+    ids=lambda x: str(x)[:30],
+)
+def test_what_the_model_does_not_do_is_refused(
+    tasks: tuple[str, ...], prompt: object, params: PoolingParams, message: str
+):
+    with pytest.raises(InvalidRequest, match=message):
+        make(tasks=tasks).process_pooling("r", prompt, params)
+
+
+def test_an_encoder_is_not_asked_for_text():
+    with pytest.raises(InvalidRequest, match="does not generate text; it embeds text: use /v1/emb"):
+        make(tasks=("embed",)).process("r", [5], SamplingParams())
