@@ -47,13 +47,20 @@ async def tokenize(body: TokenizeRequest, state: State) -> dict[str, Any]:
     tokenizer = state.client.tokenizer
     if body.messages is not None:
         ids = tokenizer.apply_chat_template(
-            body.messages, add_generation_prompt=body.add_generation_prompt
+            body.messages,
+            add_generation_prompt=body.add_generation_prompt and not body.continue_final_message,
+            continue_final_message=body.continue_final_message,
+            template=body.chat_template,
+            **(body.chat_template_kwargs or {}),
         )
     else:
         ids = tokenizer.encode(body.prompt or "", add_special_tokens=body.add_special_tokens)
     ready = state.client.ready
     length = ready.max_model_len if ready is not None else None
-    return {"count": len(ids), "max_model_len": length, "tokens": ids}
+    answer: dict[str, Any] = {"count": len(ids), "max_model_len": length, "tokens": ids}
+    if body.return_token_strs:
+        answer["token_strs"] = [tokenizer.id_to_token(token_id) for token_id in ids]
+    return answer
 
 
 @router.post("/detokenize")
