@@ -133,7 +133,7 @@ def test_an_engine_that_cannot_start_leaves_no_file(
     status = main(["run-batch", *files, "--model", str(tmp_path / "nothing.gguf")])
 
     assert status == 2
-    assert capsys.readouterr().err.startswith("portalm: ")
+    assert "\nportalm: no model at" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
 
 
