@@ -1,4 +1,4 @@
-"""/v1/models, /tokenize and /detokenize: what is served, and its tokenizer."""
+"""/v1/models, /tokenize, /detokenize and /tokenizer_info: what is served, and its tokenizer."""
 
 from __future__ import annotations
 
@@ -61,6 +61,13 @@ async def tokenize(body: TokenizeRequest, state: State) -> dict[str, Any]:
     if body.return_token_strs:
         answer["token_strs"] = [tokenizer.id_to_token(token_id) for token_id in ids]
     return answer
+
+
+@router.get("/tokenizer_info")
+async def tokenizer_info(state: State) -> dict[str, str | None]:
+    """Special tokens by role, and the chat template: a client can then render by itself."""
+    tokenizer = state.client.tokenizer
+    return {**tokenizer.special.roles, "chat_template": tokenizer.chat_template}
 
 
 @router.post("/detokenize")

@@ -89,6 +89,13 @@ def test_tokens_are_shown_as_the_vocabulary_writes_them(http) -> None:
     assert http.post("/tokenize", json=body).json()["token_strs"] == ["x", "\u0120the"]
 
 
+def test_special_tokens_and_template_are_told(http) -> None:
+    info = http.get("/tokenizer_info").json()
+
+    assert (info["bos_token"], info["eos_token"]) == ("<s>", "</s>")
+    assert info["chat_template"] == "{% for m in messages %}{{ m.content }}{% endfor %}"
+
+
 # -- logprobs ---------------------------------------------------------------------------------
 
 
