@@ -87,11 +87,16 @@ def run_collect_env(arguments: argparse.Namespace) -> int:
 
 def _print_versions() -> None:
     import importlib.metadata
+    import os
     import platform
+    import re
 
-    print(f"machine: {platform.platform()}, {platform.machine()}")
+    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    print(f"machine: {platform.platform()}, {os.cpu_count()} CPUs, {memory_bytes / 2**30:.0f} GiB")
     print(f"python: {platform.python_version()}")
-    for package in ("portalm", "torch", "numpy", "tokenizers", "transformers", "gguf"):
+    needed = [one for one in importlib.metadata.requires("portalm") or () if "extra ==" not in one]
+    for requirement in ("portalm", *needed):
+        package = re.split(r"[^\w.-]", requirement, maxsplit=1)[0]
         try:
             print(f"{package}: {importlib.metadata.version(package)}")
         except importlib.metadata.PackageNotFoundError:

@@ -18,6 +18,9 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     def add(name: str, help: str, **options: Any) -> None:
         flags.add_argument(name, help=help, default=argparse.SUPPRESS, **options)
 
+    flags.add_argument(
+        "--config", metavar="FILE", help="YAML with any of these flags by name; flags given win"
+    )
     add("--model", f"local folder, .gguf file or Hugging Face id (default {DEFAULT_MODEL})")
     add("--tokenizer", "where the tokenizer is, if not with the model")
     add("--device", "backend to use, or auto; `portalm devices` lists them")

@@ -31,6 +31,8 @@ class AnswerDelta:
     text: str
     token_ids: list[int]
     logprobs: list[dict[int, Logprob]] | None = None
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    """With the first delta of the first answer, where asked for."""
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     error: str | None = None
@@ -253,6 +255,7 @@ class _Answer:
         if output.token_ids and request.metrics.first_token_time is None:
             request.metrics.first_token_time = now
 
+        is_first = answer.index == 0 and not answer.token_ids
         text, num_tokens, stop = self._text(output)
         token_ids = output.token_ids[:num_tokens]
         answer.token_ids.extend(token_ids)
@@ -267,6 +270,7 @@ class _Answer:
             text=text,
             token_ids=token_ids,
             logprobs=self._take_logprobs(output, num_tokens),
+            prompt_logprobs=request.prompt_logprobs if is_first else None,
             finish_reason=answer.finish_reason,
             stop_reason=answer.stop_reason,
             error=output.error,

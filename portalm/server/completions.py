@@ -10,14 +10,15 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response
 
 from portalm.engine.input_processor import ProcessedInput
-from portalm.errors import InvalidRequest
-from portalm.outputs import Logprob
+from portalm.outputs import CompletionOutput
 from portalm.sampling_params import SamplingParams
 from portalm.server.answers import collect
 from portalm.server.auth import salt_for, tenant_of
+from portalm.server.completion_choice import ChoiceShape
+from portalm.server.completion_stream import CompletionStream
 from portalm.server.protocol import CompletionRequest
-from portalm.server.state import ServerState, failure, new_id, state_of
-from portalm.server.stream import event_stream, usage
+from portalm.server.state import ServerState, new_id, state_of
+from portalm.server.stream import event_stream
 
 router = APIRouter()
 
@@ -33,14 +34,10 @@ async def completions(
     state.admit(len(prompts) * params.n)
     completion_id = new_id("cmpl")
     base_id = body.request_id or completion_id
-    if body.echo and params.logprobs is not None:
-        raise InvalidRequest(
-            "echo with logprobs is not supported: ask for prompt_logprobs", param="echo"
-        )
     inputs = [
         await state.client.check(
             base_id if len(prompts) == 1 else f"{base_id}-{i}",
-            prompt,
+            await _truncated(state, prompt, params, body.truncate_prompt_tokens),
             params,
             priority=body.priority,
             cache_salt=salt_for(request, body.cache_salt),
@@ -54,114 +51,52 @@ async def completions(
         "created": int(time.time()),
         "model": model,
     }
+    shape = ChoiceShape(body=body, params=params, tokenizer=state.client.tokenizer)
     if body.stream:
-        return event_stream(_chunks(state, body, head, inputs, params))
+        return event_stream(_chunks(state, shape, head, inputs))
     answers = await collect(request, state, inputs, params)
+    for output in answers.outputs:
+        output.outputs = [shape.as_asked(answer) for answer in output.outputs]
+    usage = answers.usage()  # of all candidates
     choices = [
-        {
-            "index": i * params.n + answer.index,
-            "text": (_echo(state, inputs[i]) if body.echo else "") + answer.text,
-            "logprobs": _logprobs(answer.logprobs, 0),
-            "finish_reason": answer.finish_reason,
-            "stop_reason": answer.stop_reason,
-            **({"prompt_logprobs": output.prompt_logprobs} if output.prompt_logprobs else {}),
-        }
+        {"index": i * body.n + rank, **shape.whole(inputs[i], output.prompt_logprobs, answer)}
         for i, output in enumerate(answers.outputs)
-        for answer in output.outputs
+        for rank, answer in enumerate(_best(output.outputs, body.n))
     ]
-    return JSONResponse(_plain({**head, "choices": choices, "usage": answers.usage()}))
+    return JSONResponse({**head, "choices": choices, "usage": usage})
+
+
+async def _truncated(
+    state: ServerState, prompt: str | list[int], params: SamplingParams, limit: int | None
+) -> str | list[int]:
+    """The prompt, or its last `limit` tokens; -1: as many as leave room for the answer."""
+    ready = state.client.ready
+    if limit is None or ready is None:
+        return prompt
+    if limit < 0:
+        limit = max(1, ready.max_model_len - (params.max_tokens or 1))
+    token_ids = await state.client.encode(prompt) if isinstance(prompt, str) else prompt
+    return token_ids[max(0, len(token_ids) - limit) :]
+
+
+def _best(answers: Sequence[CompletionOutput], n: int) -> Sequence[CompletionOutput]:
+    """The n likeliest, the best first; all of them, in their order, if there are no more."""
+    if len(answers) <= n:
+        return answers
+    return sorted(answers, key=lambda one: one.cumulative_logprob or 0.0, reverse=True)[:n]
 
 
 async def _chunks(
     state: ServerState,
-    body: CompletionRequest,
+    shape: ChoiceShape,
     head: dict[str, Any],
     inputs: Sequence[ProcessedInput],
-    params: SamplingParams,
 ) -> AsyncGenerator[Any, None]:
-    options = body.stream_options
-    num_prompt = sum(len(one.prompt_token_ids) for one in inputs)
-    num_generated = num_cached = 0
-    offsets: dict[int, int] = {}
-    if body.echo:
-        for i, one in enumerate(inputs):
-            for index in range(params.n):
-                yield {**head, "choices": [_choice(i * params.n + index, _echo(state, one))]}
-    async for i, delta in state.answers(inputs, params):
-        if (error := failure(delta)) is not None:
-            raise error
-        num_generated += len(delta.token_ids)
-        index = i * params.n + delta.index
-        if delta.final is not None:
-            num_cached += delta.final.num_cached_tokens
-        if not delta.text and delta.finish_reason is None and not delta.logprobs:
-            continue  # half a character, or what may begin a stop string
-        chunk = {
-            **head,
-            "choices": [
-                {
-                    "index": index,
-                    "text": delta.text,
-                    "logprobs": _plain(_logprobs(delta.logprobs, offsets.get(index, 0))),
-                    "finish_reason": delta.finish_reason,
-                    "stop_reason": delta.stop_reason,
-                }
-            ],
-        }
-        offsets[index] = offsets.get(index, 0) + len(delta.text)
-        if options is not None and options.continuous_usage_stats:
-            chunk["usage"] = usage(num_prompt, num_generated, num_cached)
+    stream = CompletionStream(shape, head, inputs)
+    for chunk in stream.opening():
         yield chunk
-    if options is not None and options.include_usage:
-        yield {
-            **head,
-            "choices": [],
-            "usage": usage(num_prompt, num_generated, num_cached),
-        }
-
-
-def _choice(index: int, text: str) -> dict[str, Any]:
-    return {"index": index, "text": text, "logprobs": None, "finish_reason": None}
-
-
-def _echo(state: ServerState, one: ProcessedInput) -> str:
-    return (
-        one.prompt
-        if one.prompt is not None
-        else state.client.tokenizer.decode(one.prompt_token_ids)
-    )
-
-
-def _logprobs(entries: list[dict[int, Logprob]] | None, offset: int) -> dict[str, Any] | None:
-    """OpenAI's older shape: parallel lists."""
-    if entries is None:
-        return None
-    drawn = [next(iter(entry.values())) for entry in entries]
-    texts = [one.decoded_token or "" for one in drawn]
-    offsets = []
-    for text in texts:
-        offsets.append(offset)
-        offset += len(text)
-    return {
-        "tokens": texts,
-        "token_logprobs": [one.logprob for one in drawn],
-        "top_logprobs": [
-            {one.decoded_token or "": one.logprob for one in entry.values()} for entry in entries
-        ],
-        "text_offset": offsets,
-    }
-
-
-def _plain(value: Any) -> Any:
-    """JSON's own types: dataclasses as objects, infinite numbers as the least float."""
-    if isinstance(value, Logprob):
-        value = {
-            "logprob": value.logprob,
-            "rank": value.rank,
-            "decoded_token": value.decoded_token,
-        }
-    if isinstance(value, dict):
-        return {str(key): _plain(one) for key, one in value.items()}
-    if isinstance(value, list):
-        return [_plain(one) for one in value]
-    return max(value, -9999.0) if isinstance(value, float) else value
+    async for i, delta in state.answers(inputs, shape.params):
+        for chunk in stream.chunks(i, delta):
+            yield chunk
+    for chunk in stream.closing():
+        yield chunk

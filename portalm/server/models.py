@@ -1,4 +1,4 @@
-"""/v1/models, /tokenize and /detokenize: what is served, and its tokenizer."""
+"""/v1/models, /tokenize, /detokenize and /tokenizer_info: what is served, and its tokenizer."""
 
 from __future__ import annotations
 
@@ -47,7 +47,11 @@ async def tokenize(body: TokenizeRequest, state: State) -> dict[str, Any]:
     tokenizer = state.client.tokenizer
     if body.messages is not None:
         text = tokenizer.render_chat(
-            body.messages, add_generation_prompt=body.add_generation_prompt
+            body.messages,
+            add_generation_prompt=body.add_generation_prompt and not body.continue_final_message,
+            continue_final_message=body.continue_final_message,
+            template=state.own_template(body.chat_template),
+            **body.template_variables(),
         )
         add_special_tokens = False
     else:
@@ -55,7 +59,17 @@ async def tokenize(body: TokenizeRequest, state: State) -> dict[str, Any]:
     ids = await state.client.encode(text, add_special_tokens=add_special_tokens)
     ready = state.client.ready
     length = ready.max_model_len if ready is not None else None
-    return {"count": len(ids), "max_model_len": length, "tokens": ids}
+    answer: dict[str, Any] = {"count": len(ids), "max_model_len": length, "tokens": ids}
+    if body.return_token_strs:
+        answer["token_strs"] = [tokenizer.id_to_token(token_id) for token_id in ids]
+    return answer
+
+
+@router.get("/tokenizer_info")
+async def tokenizer_info(state: State) -> dict[str, str | None]:
+    """Special tokens by role, and the chat template: a client can then render by itself."""
+    tokenizer = state.client.tokenizer
+    return {**tokenizer.special.roles, "chat_template": tokenizer.chat_template}
 
 
 @router.post("/detokenize")

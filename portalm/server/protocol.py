@@ -98,6 +98,7 @@ class SamplingFields(BaseModel):
     max_tokens: int | None = None
     min_tokens: int = 0
     prompt_logprobs: int | None = None
+    detokenize: bool = True
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
     include_stop_str_in_output: bool = False
@@ -122,10 +123,24 @@ class SamplingFields(BaseModel):
     store: bool | None = None
     service_tier: str | None = None
 
-    def sampling_params(self, *, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
-        """The parameters; raises `InvalidRequest` for values that cannot work."""
+    def sampling_params(
+        self,
+        *,
+        max_tokens: int | None,
+        logprobs: int | None,
+        prompt_logprobs: int | None = None,
+        n: int | None = None,
+    ) -> SamplingParams:
+        """The parameters; raises `InvalidRequest` for values that cannot work.
+
+        Args:
+            max_tokens: as the endpoint spells it.
+            logprobs: as the endpoint spells it.
+            prompt_logprobs: instead of the field of that name.
+            n: instead of the field of that name.
+        """
         return SamplingParams(
-            n=self.n,
+            n=self.n if n is None else n,
             presence_penalty=self.presence_penalty,
             frequency_penalty=self.frequency_penalty,
             repetition_penalty=self.repetition_penalty,
@@ -140,7 +155,8 @@ class SamplingFields(BaseModel):
             max_tokens=max_tokens,
             min_tokens=self.min_tokens,
             logprobs=logprobs,
-            prompt_logprobs=self.prompt_logprobs,
+            prompt_logprobs=self.prompt_logprobs if prompt_logprobs is None else prompt_logprobs,
+            detokenize=self.detokenize,
             skip_special_tokens=self.skip_special_tokens,
             spaces_between_special_tokens=self.spaces_between_special_tokens,
             include_stop_str_in_output=self.include_stop_str_in_output,
@@ -184,6 +200,13 @@ class CompletionRequest(SamplingFields):
     logprobs: int | None = None
     best_of: int | None = None
     suffix: str | None = None
+    return_token_ids: bool = False
+    truncate_prompt_tokens: int | None = Field(default=None, ge=-1)
+
+    @property
+    def scores_only(self) -> bool:
+        """Nothing is generated: the prompt comes back, with its logprobs where asked for."""
+        return self.echo and self.max_tokens == 0
 
     def params(self) -> SamplingParams:
         """The parameters of each prompt. Raises `InvalidRequest`."""
@@ -191,14 +214,36 @@ class CompletionRequest(SamplingFields):
             raise InvalidRequest(
                 "suffix is not supported: the model only continues", param="suffix"
             )
-        if self.best_of is not None and self.best_of != self.n:
+        num_candidates = self._num_candidates()
+        max_tokens = 16 if self.max_tokens is None else self.max_tokens
+        # what chooses the best; an echoed prompt shows the logprobs that its answer does
+        logprobs = 0 if self.logprobs is None and num_candidates > self.n else self.logprobs
+        prompt_logprobs = self.prompt_logprobs
+        if self.echo and self.logprobs is not None:
+            prompt_logprobs = max(self.logprobs, prompt_logprobs or 0)
+        return self.sampling_params(
+            max_tokens=1 if self.scores_only else max_tokens,  # an engine draws at least one
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+            n=num_candidates,
+        )
+
+    def _num_candidates(self) -> int:
+        """Answers to generate, of which the n best are shown."""
+        if self.best_of is None:
+            return self.n
+        if self.best_of < self.n:
             raise InvalidRequest(
-                "best_of other than n is not supported: ask for n answers with logprobs and choose",
+                f"best_of ({self.best_of}) must be at least n ({self.n}): the n best of them are "
+                f"shown",
                 param="best_of",
             )
-        return self.sampling_params(
-            max_tokens=16 if self.max_tokens is None else self.max_tokens, logprobs=self.logprobs
-        )
+        if self.stream and self.best_of > self.n:
+            raise InvalidRequest(
+                "best_of above n cannot be streamed: which answers are best is known at their end",
+                param="best_of",
+            )
+        return self.best_of
 
     def prompts(self) -> list[str | list[int]]:
         """One or more prompts, however they were spelled."""
@@ -228,13 +273,7 @@ class ChatRequest(SamplingFields):
 
     def template_variables(self) -> dict[str, Any]:
         """More variables for the chat template. Raises `InvalidRequest` for the server's own."""
-        variables = self.chat_template_kwargs or {}
-        for name in _RESERVED_VARIABLES & variables.keys():
-            raise InvalidRequest(
-                f"chat_template_kwargs may not set {name!r}: the server does",
-                param="chat_template_kwargs",
-            )
-        return variables
+        return _template_variables(self.chat_template_kwargs)
 
     def params(self) -> SamplingParams:
         """The parameters. Raises `InvalidRequest`."""
@@ -260,6 +299,23 @@ class TokenizeRequest(BaseModel):
     messages: Messages | None = None
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    return_token_strs: bool = False
+
+    def template_variables(self) -> dict[str, Any]:
+        """More variables for the chat template. Raises `InvalidRequest` for the server's own."""
+        return _template_variables(self.chat_template_kwargs)
+
+
+def _template_variables(variables: dict[str, Any] | None) -> dict[str, Any]:
+    for name in _RESERVED_VARIABLES & (variables or {}).keys():
+        raise InvalidRequest(
+            f"chat_template_kwargs may not set {name!r}: the server does",
+            param="chat_template_kwargs",
+        )
+    return variables or {}
 
 
 class DetokenizeRequest(BaseModel):

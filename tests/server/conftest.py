@@ -110,3 +110,49 @@ def null_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningSer
     flags = ("--device", "null", "--load-format", "dummy", "--served-model-name", "tiny", "alias")
     with running_server(str(folder), *flags) as server:
         yield server
+
+
+BYTE_0 = 3
+"""In the byte model's vocabulary byte b is token BYTE_0 + b."""
+EOS = 2
+
+
+def make_byte_model_folder(folder: Path) -> Path:
+    """A tiny config and a tokenizer whose tokens are bytes and a few words, for a device that
+    computes.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    spelled = _bytes_as_spelled()
+    words = ["th", "the", "he", "\u0120the", "ll"]
+    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2}
+    vocab |= {char: BYTE_0 + byte for byte, char in enumerate(spelled)}
+    vocab |= {word: len(vocab) + i for i, word in enumerate(words)}
+    merges = [("t", "h"), ("th", "e"), ("h", "e"), ("\u0120", "the"), ("l", "l")]
+    tokenizer = Tokenizer(models.BPE(vocab, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(name) for name in ("<unk>", "<s>", "</s>")])
+    make_config_folder(folder, vocab_size=len(vocab))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "</s>", "bos_token": "<s>"}')
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.content }}{% endfor %}"
+    )
+    return folder
+
+
+def _bytes_as_spelled() -> list[str]:
+    """How byte-level vocabularies write each byte: as itself where it can be seen."""
+    seen = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(256, 512))
+    return [chr(byte) if byte in seen else chr(next(others)) for byte in range(256)]
+
+
+@pytest.fixture(scope="session")
+def byte_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    """A server whose device computes: what is drawn depends on all that is asked."""
+    folder = make_byte_model_folder(tmp_path_factory.mktemp("bytes") / "tiny")
+    flags = ("--load-format", "dummy", "--dtype", "float32", "--served-model-name", "bytes")
+    with running_server(str(folder), *flags) as server:
+        yield server

@@ -8,8 +8,9 @@ import statistics
 
 import pytest
 
-from portalm.cli import bench
-from portalm.cli.bench import Answered
+from portalm.cli.bench import figures
+from portalm.cli.bench import serve as bench
+from portalm.cli.bench.serve import Answered
 from portalm.cli.main import build_parser, main
 from portalm.errors import ConfigError
 from tests.server.conftest import make_model_folder, running_server
@@ -42,8 +43,8 @@ def test_arrivals_have_the_rate() -> None:
 
 
 def test_percentiles_interpolate() -> None:
-    assert bench.percentile([4.0, 1.0, 3.0, 2.0], 50) == 2.5
-    assert bench.percentile([7.0], 99) == 7.0
+    assert figures.percentile([4.0, 1.0, 3.0, 2.0], 50) == 2.5
+    assert figures.percentile([7.0], 99) == 7.0
 
 
 def test_a_summary_counts_only_what_was_answered() -> None:

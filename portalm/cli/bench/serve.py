@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from portalm.cli.bench.figures import draw_length, report, spread_ms
+
 if TYPE_CHECKING:
     import httpx
 
@@ -18,15 +20,10 @@ _WORDS = """
     number night point home water room mother area money story fact month lot right study book
     eye job word
 """.split()  # noqa: SIM905 - 60 quoted words are no easier to read
-_PERCENTILES = (50, 90, 99)
-_SPREAD = 0.6
-"""Standard deviation of the logarithm of the lengths: that of conversations, about."""
 
 
-def add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """`portalm bench`: measurements."""
-    parser = commands.add_parser("bench", help="measure a server under load")
-    kinds = parser.add_subparsers(title="kinds", required=True, metavar="KIND")
+def add_bench_serve(kinds: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """`portalm bench serve`: load on any OpenAI-compatible server."""
     serve = kinds.add_parser("serve", help="requests to an OpenAI-compatible server")
     serve.add_argument("--base-url", default="http://127.0.0.1:8000", help="of the server")
     serve.add_argument("--model", default=None, help="as the server calls it (default: its first)")
@@ -87,11 +84,7 @@ def make_requests(arguments: argparse.Namespace) -> list[Asked]:
     rng = random.Random(arguments.seed)
 
     def length(mean: int) -> int:
-        if arguments.fixed_lengths:
-            return mean
-        # of this logarithm the mean is `mean`
-        drawn = rng.lognormvariate(math.log(mean) - _SPREAD**2 / 2, _SPREAD)
-        return max(1, min(round(drawn), 8 * mean))
+        return draw_length(rng, mean, is_fixed=arguments.fixed_lengths)
 
     asked, now = [], 0.0
     for _ in range(arguments.num_prompts):
@@ -120,15 +113,6 @@ def parse_goodput(limits: Sequence[str]) -> dict[str, float]:
     return found
 
 
-def percentile(values: Sequence[float], percent: float) -> float:
-    """By linear interpolation between the two nearest."""
-    ordered = sorted(values)
-    at = (len(ordered) - 1) * percent / 100
-    low = math.floor(at)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (at - low)
-
-
 def summarise(
     answers: Sequence[Answered], wall_s: float, limits: dict[str, float]
 ) -> dict[str, Any]:
@@ -149,10 +133,7 @@ def summarise(
         "total_token_throughput": sum(a.num_in + a.num_out for a in good) / wall_s,
     }
     for name, values in spans.items():
-        if values:
-            summary[f"mean_{name}_ms"] = 1000 * sum(values) / len(values)
-            for percent in _PERCENTILES:
-                summary[f"p{percent}_{name}_ms"] = 1000 * percentile(values, percent)
+        summary |= spread_ms(name, values)
     if limits:
         summary["request_goodput"] = sum(_is_good(a, limits) for a in good) / wall_s
     return summary
@@ -167,20 +148,14 @@ def _is_good(answer: Answered, limits: dict[str, float]) -> bool:
 def run_bench_serve(arguments: argparse.Namespace) -> int:
     """Ask, wait, print a table; the exit status is 1 if a request failed."""
     import asyncio
-    import json
     import time
-    from pathlib import Path
 
     limits = parse_goodput(arguments.goodput)
     asked = make_requests(arguments)
     started = time.perf_counter()
     answers = asyncio.run(_ask_all(arguments, asked))
     summary = summarise(answers, time.perf_counter() - started, limits)
-    for name, value in summary.items():
-        shown = f"{value:.2f}" if isinstance(value, float) else value
-        print(f"{name:24s} {shown}")
-    if arguments.result_json:
-        Path(arguments.result_json).write_text(json.dumps(summary, indent=2) + "\n")
+    report(summary, arguments.result_json)
     if arguments.plot:
         _plot(answers, arguments.plot)
     return 1 if summary["failed"] else 0

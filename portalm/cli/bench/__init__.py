@@ -1,0 +1,1 @@
+"""`portalm bench`: one small file a kind of measurement."""

@@ -1,0 +1,18 @@
+"""`portalm bench`: finds the kind of measurement."""
+
+from __future__ import annotations
+
+import argparse
+
+from portalm.cli.bench.latency import add_bench_latency
+from portalm.cli.bench.serve import add_bench_serve
+from portalm.cli.bench.startup import add_bench_startup
+from portalm.cli.bench.throughput import add_bench_throughput
+
+
+def add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """`portalm bench`: measurements."""
+    parser = commands.add_parser("bench", help="measure a server, an engine, or its start")
+    kinds = parser.add_subparsers(title="kinds", required=True, metavar="KIND")
+    for add in (add_bench_serve, add_bench_throughput, add_bench_latency, add_bench_startup):
+        add(kinds)

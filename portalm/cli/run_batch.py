@@ -1,0 +1,125 @@
+"""`portalm run-batch`: a file of requests in, a file of answers out."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from typing import IO, TYPE_CHECKING
+
+from portalm.cli.engine_flags import add_engine_flags
+
+if TYPE_CHECKING:
+    from portalm.config import EngineConfig
+
+
+def add_run_batch(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """`portalm run-batch`: answer a file in OpenAI's batch format."""
+    parser = commands.add_parser("run-batch", help="answer a file of requests, without a server")
+    parser.add_argument("-i", "--input-file", required=True, help="JSON lines; - reads stdin")
+    parser.add_argument(
+        "-o", "--output-file", required=True,
+        help="for the answers, in the order in which they come; - writes to stdout",
+    )  # fmt: skip
+    parser.add_argument(
+        "--served-model-name", nargs="+", default=[], help="names that requests may use"
+    )
+    parser.add_argument(
+        "--max-concurrency", type=int, default=256, help="requests that are asked at once"
+    )
+    add_engine_flags(parser)
+    parser.set_defaults(run=run_run_batch)
+
+
+def run_run_batch(arguments: argparse.Namespace) -> int:
+    """Answer every line; the exit status is 1 if one got no answer of status 200."""
+    import asyncio
+
+    from portalm.cli.engine_flags import engine_settings
+    from portalm.config import EngineConfig
+    from portalm.errors import ConfigError
+
+    if arguments.max_concurrency < 1:
+        raise ConfigError(f"--max-concurrency must be at least 1, not {arguments.max_concurrency}")
+    engine = EngineConfig.from_dict(engine_settings(arguments))
+    with _input(arguments.input_file) as lines, _output(arguments.output_file) as out:
+        num_good, num_bad = asyncio.run(_answer(arguments, engine, lines, out))
+    print(f"{num_good + num_bad} answers, {num_bad} of them errors", file=sys.stderr)
+    return 1 if num_bad else 0
+
+
+async def _answer(
+    arguments: argparse.Namespace, engine: EngineConfig, lines: IO[str], out: IO[str]
+) -> tuple[int, int]:
+    from tqdm import tqdm
+
+    from portalm.server.batch import answer_lines
+
+    num_good = num_bad = 0
+    answers = answer_lines(
+        engine,
+        iter(lines),
+        served_model_names=arguments.served_model_name,
+        max_in_flight=arguments.max_concurrency,
+    )
+    with tqdm(total=_count(lines), desc="Answering", unit="req") as bar:
+        async with contextlib.aclosing(answers):
+            async for answer in answers:
+                out.write(json.dumps(answer, ensure_ascii=False) + "\n")
+                response = answer["response"]
+                is_good = response is not None and response["status_code"] == 200
+                num_good, num_bad = num_good + is_good, num_bad + (not is_good)
+                bar.update()
+    return num_good, num_bad
+
+
+def _count(lines: IO[str]) -> int | None:
+    """How many lines ask something; None: known at the end (a pipe)."""
+    if not lines.seekable():
+        return None
+    count = sum(1 for line in lines if line.strip())
+    lines.seek(0)
+    return count
+
+
+@contextlib.contextmanager
+def _input(path: str) -> Iterator[IO[str]]:
+    from portalm.errors import ConfigError
+
+    if path == "-":
+        yield sys.stdin
+        return
+    try:
+        file = open(path, encoding="utf-8")  # noqa: SIM115 - closed below
+    except OSError as error:
+        raise ConfigError(f"--input-file cannot be read: {error}") from None
+    with file:
+        yield file
+
+
+@contextlib.contextmanager
+def _output(path: str) -> Iterator[IO[str]]:
+    """A file that is there once it is whole; what was answered before a failure is beside it."""
+    from portalm.errors import ConfigError
+
+    if path == "-":
+        yield sys.stdout
+        return
+    partial = f"{path}.partial"
+    try:
+        file = open(partial, "w", encoding="utf-8")  # noqa: SIM115 - closed below
+    except OSError as error:
+        raise ConfigError(f"--output-file cannot be written: {error}") from None
+    with file:
+        try:
+            yield file
+        except BaseException:
+            if file.tell():
+                print(f"what was answered so far is in {partial}", file=sys.stderr)
+            else:
+                os.remove(partial)
+            raise
+    os.replace(partial, path)

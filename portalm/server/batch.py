@@ -1,0 +1,188 @@
+"""OpenAI's batch files, answered by the server's own application without a socket.
+
+A line asks {"custom_id", "method", "url", "body"}; its answer is {"id", "custom_id", "response":
+{"status_code", "request_id", "body"}, "error"}: "response" is what the server says at that URL,
+also where it refuses; "error" is for a line that could not be asked at all.
+https://platform.openai.com/docs/api-reference/batch
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from typing import Any
+
+import httpx
+from fastapi import FastAPI
+
+from portalm.config import EngineConfig
+from portalm.engine.client import EngineClient
+from portalm.server.app import build_app
+from portalm.server.errors import error_object
+from portalm.server.metrics import Metrics
+from portalm.server.state import ServerState, new_id
+
+
+class BadLine(Exception):
+    """A line that asks nothing that can be asked."""
+
+
+class BatchRunner:
+    """Answers the lines of one batch file, many at once."""
+
+    def __init__(self, app: FastAPI, *, max_in_flight: int) -> None:
+        """For an application whose engine runs.
+
+        Args:
+            app: the server's, as `build_app` makes it.
+            max_in_flight: lines that are asked at once; no more than these are in memory.
+        """
+        self._app = app
+        self._urls = sorted(
+            path for path, operations in app.openapi()["paths"].items() if "post" in operations
+        )
+        self._room = asyncio.Semaphore(max_in_flight)
+        self._seen_ids: set[str] = set()
+
+    async def run(self, lines: Iterator[str]) -> AsyncGenerator[dict[str, Any], None]:
+        """The answers, as they come: which line one belongs to is told by its custom_id."""
+        answers: asyncio.Queue[dict[str, Any] | BaseException | None] = asyncio.Queue()
+        # what goes wrong inside is a line's own answer: status 500
+        transport = httpx.ASGITransport(app=self._app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(
+            transport=transport, base_url="http://batch", timeout=None
+        ) as http:
+            reading = asyncio.create_task(self._ask_all(http, lines, answers))
+            try:
+                while (answer := await answers.get()) is not None:
+                    if isinstance(answer, BaseException):
+                        raise answer
+                    yield answer
+                    self._room.release()
+            finally:
+                reading.cancel()
+                await asyncio.gather(reading, return_exceptions=True)
+
+    async def _ask_all(
+        self,
+        http: httpx.AsyncClient,
+        lines: Iterator[str],
+        answers: asyncio.Queue[dict[str, Any] | BaseException | None],
+    ) -> None:
+        asking: set[asyncio.Task[None]] = set()
+
+        async def ask(number: int, line: str) -> None:
+            try:
+                answers.put_nowait(await self._answer(http, number, line))
+            except Exception as error:
+                answers.put_nowait(error)
+
+        try:
+            number = 0
+            await self._room.acquire()
+            # in a thread: a pipe may keep us waiting while answers come
+            while (line := await asyncio.to_thread(next, lines, None)) is not None:
+                number += 1
+                if line.strip():
+                    task = asyncio.create_task(ask(number, line))
+                    asking.add(task)
+                    task.add_done_callback(asking.discard)
+                    await self._room.acquire()
+            await asyncio.gather(*asking)
+            answers.put_nowait(None)
+        except Exception as error:  # the file cannot be read
+            answers.put_nowait(error)
+        finally:
+            for task in asking:
+                task.cancel()
+
+    async def _answer(self, http: httpx.AsyncClient, number: int, line: str) -> dict[str, Any]:
+        custom_id: str | None = None
+        try:
+            asked = _parse(line)
+            custom_id = asked.get("custom_id")
+            self._check(asked)
+        except BadLine as problem:
+            error = {"code": "invalid_line", "message": f"line {number}: {problem}"}
+            return _result(custom_id, response=None, error=error)
+        answer = await http.post(asked["url"], json=asked["body"])
+        response = {
+            "status_code": answer.status_code,
+            "request_id": new_id("req"),
+            "body": _body(answer),
+        }
+        return _result(custom_id, response=response, error=None)
+
+    def _check(self, asked: dict[str, Any]) -> None:
+        custom_id, url = asked.get("custom_id"), asked.get("url")
+        if not isinstance(custom_id, str) or not custom_id:
+            raise BadLine("custom_id must be a text that is not empty")
+        if custom_id in self._seen_ids:
+            raise BadLine(f"custom_id {custom_id!r} is that of an earlier line")
+        self._seen_ids.add(custom_id)
+        if asked.get("method") != "POST":
+            raise BadLine(f"method must be POST, not {asked.get('method')!r}")
+        if url not in self._urls:
+            raise BadLine(f"url {url!r} is none of {', '.join(self._urls)}")
+        if not isinstance(asked.get("body"), dict):
+            raise BadLine("body must be an object: what would be sent to that url")
+        if asked["body"].get("stream"):
+            raise BadLine("stream must be false: an answer is one line")
+
+
+def _parse(line: str) -> dict[str, Any]:
+    try:
+        asked = json.loads(line)
+    except ValueError as error:
+        raise BadLine(f"not valid JSON: {error}") from None
+    if not isinstance(asked, dict):
+        raise BadLine("not a JSON object")
+    return asked
+
+
+def _body(answer: httpx.Response) -> Any:
+    try:
+        return answer.json()
+    except ValueError:
+        return error_object(answer.status_code, answer.text)
+
+
+def _result(
+    custom_id: str | None, *, response: dict[str, Any] | None, error: dict[str, str] | None
+) -> dict[str, Any]:
+    return {
+        "id": new_id("batch_req"),
+        "custom_id": custom_id,
+        "response": response,
+        "error": error,
+    }
+
+
+async def answer_lines(
+    engine: EngineConfig,
+    lines: Iterator[str],
+    *,
+    served_model_names: Sequence[str] = (),
+    max_in_flight: int = 256,
+) -> AsyncGenerator[dict[str, Any], None]:
+    """The answers to a batch file's lines as they come, by an engine that runs until the last.
+
+    Args:
+        engine: what runs.
+        lines: of the file.
+        served_model_names: names that lines may use; empty: the model's own.
+        max_in_flight: lines that are asked at once.
+
+    Raises:
+        PortaLMError: the engine could not start.
+    """
+    client = EngineClient(engine)
+    try:
+        await client.start()
+        names = tuple(served_model_names) or (engine.model,)
+        state = ServerState(client=client, metrics=Metrics(client, names[0]), model_names=names)
+        async for answer in BatchRunner(build_app(state), max_in_flight=max_in_flight).run(lines):
+            yield answer
+    finally:
+        await client.shutdown()

@@ -1,0 +1,104 @@
+"""A choice of a completion: its prompt's part and its answer's, whole or as a stream."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+from portalm.engine.input_processor import ProcessedInput
+from portalm.engine.output_processor import AnswerDelta
+from portalm.outputs import CompletionOutput, Logprob
+from portalm.sampling_params import SamplingParams
+from portalm.server.protocol import CompletionRequest
+from portalm.server.text_logprobs import TextLogprobs, prompt_logprobs_object
+from portalm.text.tokenizer import Tokenizer
+
+AnswerT = TypeVar("AnswerT", AnswerDelta, CompletionOutput)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChoiceShape:
+    """Which fields a choice has, by what was asked."""
+
+    body: CompletionRequest
+    params: SamplingParams
+    """Of each prompt, as the engine is asked."""
+    tokenizer: Tokenizer
+
+    def prompt_part(
+        self, one: ProcessedInput, prompt_logprobs: list[dict[int, Logprob] | None] | None
+    ) -> dict[str, Any]:
+        """Text and logprobs of an echoed prompt; what else is asked for of any prompt."""
+        part: dict[str, Any] = {"text": "", "logprobs": None}
+        if self.body.echo:
+            part["text"] = self._echo(one)
+            if self.body.logprobs is not None and prompt_logprobs is not None:
+                shape = TextLogprobs(self.tokenizer, self.params, num_top=self.body.logprobs)
+                part["logprobs"] = shape.of(one.prompt_token_ids, prompt_logprobs)
+        if self.body.prompt_logprobs is not None:
+            part["prompt_logprobs"] = prompt_logprobs_object(
+                prompt_logprobs, self.body.prompt_logprobs
+            )
+        if self.body.return_token_ids:
+            part["prompt_token_ids"] = one.prompt_token_ids
+        return part
+
+    def answer_part(
+        self, answer: AnswerDelta | CompletionOutput, logprobs: TextLogprobs | None
+    ) -> dict[str, Any]:
+        """What an answer, or the next piece of one, adds; `logprobs` is the answer's own."""
+        part: dict[str, Any] = {"text": answer.text, "logprobs": None}
+        if logprobs is not None and answer.logprobs is not None:
+            part["logprobs"] = logprobs.of(answer.token_ids, answer.logprobs)
+        if self.body.return_token_ids:
+            part["token_ids"] = answer.token_ids
+        return {**part, "finish_reason": answer.finish_reason, "stop_reason": answer.stop_reason}
+
+    def whole(
+        self,
+        one: ProcessedInput,
+        prompt_logprobs: list[dict[int, Logprob] | None] | None,
+        answer: CompletionOutput,
+    ) -> dict[str, Any]:
+        """Both parts in one."""
+        before = self.prompt_part(one, prompt_logprobs)
+        after = self.answer_part(answer, self.answer_logprobs(one))
+        logprobs = after["logprobs"]
+        if before["logprobs"] is not None:
+            logprobs = {name: before["logprobs"][name] + logprobs[name] for name in logprobs}
+        return {**before, **after, "text": before["text"] + after["text"], "logprobs": logprobs}
+
+    def answer_logprobs(self, one: ProcessedInput) -> TextLogprobs | None:
+        """Shapes the logprobs of an answer to `one`; None if none are asked for."""
+        if self.body.logprobs is None:
+            return None
+        return TextLogprobs(
+            self.tokenizer,
+            self.params,
+            num_top=self.body.logprobs,
+            prompt_token_ids=one.prompt_token_ids,
+            offset=len(self._echo(one)) if self.body.echo else 0,
+        )
+
+    def as_asked(self, answer: AnswerT) -> AnswerT:
+        """`answer`, without the one token that an engine draws where none was asked for."""
+        if not self.body.scores_only:
+            return answer
+        return replace(
+            answer,
+            text="",
+            token_ids=[],
+            logprobs=None if answer.logprobs is None else [],
+            finish_reason="length",
+            stop_reason=None,
+        )
+
+    def _echo(self, one: ProcessedInput) -> str:
+        """The prompt's text: as it was given, or of its tokens."""
+        if one.prompt is not None:
+            return one.prompt
+        return self.tokenizer.decode(
+            one.prompt_token_ids,
+            skip_special_tokens=self.params.skip_special_tokens,
+            spaces_between_special_tokens=self.params.spaces_between_special_tokens,
+        )

@@ -1,0 +1,115 @@
+"""A streamed completion: what the engine adds, as chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from portalm.engine.input_processor import ProcessedInput
+from portalm.engine.output_processor import AnswerDelta
+from portalm.outputs import Logprob
+from portalm.server.completion_choice import ChoiceShape
+from portalm.server.state import failure
+from portalm.server.stream import usage
+from portalm.server.text_logprobs import TextLogprobs
+
+
+@dataclass(slots=True)
+class _Answer:
+    """One choice of the stream."""
+
+    logprobs: TextLogprobs | None
+    has_begun: bool = False
+
+
+class CompletionStream:
+    """Chunks of one HTTP request, in the order in which they may be sent."""
+
+    def __init__(
+        self, shape: ChoiceShape, head: dict[str, Any], inputs: Sequence[ProcessedInput]
+    ) -> None:
+        """For all prompts of a request.
+
+        Args:
+            shape: of its choices.
+            head: what every chunk begins with.
+            inputs: the prompts, as the engine is asked.
+        """
+        self._shape = shape
+        self._body = shape.body
+        self._head = head
+        self._inputs = inputs
+        self._answers: dict[tuple[int, int], _Answer] = {}
+        self._needs_prompt_logprobs = shape.params.prompt_logprobs is not None
+        self._prompt_logprobs: dict[int, list[dict[int, Logprob] | None]] = {}
+        """By prompt; they come with the first answer's first token."""
+        self._held: dict[int, list[AnswerDelta]] = {}
+        """By prompt whose logprobs are not known: what came of its other answers."""
+        self._num_prompt = sum(len(one.prompt_token_ids) for one in inputs)
+        self._num_generated = 0
+        self._num_cached = 0
+
+    def opening(self) -> Iterator[dict[str, Any]]:
+        """Chunks that need no answer: the prompts, where they are echoed without logprobs."""
+        if self._body.echo and not self._needs_prompt_logprobs:
+            for i in range(len(self._inputs)):
+                for index in range(self._body.n):
+                    yield self._first(i, index)
+
+    def chunks(self, i: int, delta: AnswerDelta) -> Iterator[dict[str, Any]]:
+        """What `delta`, of prompt `i`, lets be sent. Raises the error that ended an answer."""
+        if (error := failure(delta)) is not None:
+            raise error
+        if self._needs_prompt_logprobs and i not in self._prompt_logprobs:
+            if delta.prompt_logprobs is None:
+                self._held.setdefault(i, []).append(delta)
+                return
+            self._prompt_logprobs[i] = delta.prompt_logprobs
+        for one in (delta, *self._held.pop(i, ())):
+            yield from self._pieces(i, self._shape.as_asked(one))
+
+    def closing(self) -> Iterator[dict[str, Any]]:
+        """The chunk that has no choice but the usage, where it is asked for."""
+        options = self._body.stream_options
+        if options is not None and options.include_usage:
+            yield {**self._head, "choices": [], "usage": self._usage()}
+
+    def _pieces(self, i: int, delta: AnswerDelta) -> Iterator[dict[str, Any]]:
+        self._num_generated += len(delta.token_ids)
+        if delta.final is not None:
+            self._num_cached += delta.final.num_cached_tokens
+        is_told = delta.text or delta.finish_reason is not None or delta.logprobs
+        if not is_told and not (self._body.return_token_ids and delta.token_ids):
+            return  # half a character, or what may begin a stop string
+        answer = self._answer(i, delta.index)
+        if not answer.has_begun and (self._needs_prompt_logprobs or self._body.return_token_ids):
+            yield self._first(i, delta.index)
+        yield self._chunk(i, delta.index, self._shape.answer_part(delta, answer.logprobs))
+
+    def _first(self, i: int, index: int) -> dict[str, Any]:
+        """The chunk that tells of the prompt."""
+        self._answer(i, index).has_begun = True
+        part = self._shape.prompt_part(self._inputs[i], self._prompt_logprobs.get(i))
+        if self._body.return_token_ids:
+            part["token_ids"] = []
+        return self._chunk(i, index, {**part, "finish_reason": None})
+
+    def _answer(self, i: int, index: int) -> _Answer:
+        answer = self._answers.get((i, index))
+        if answer is None:
+            logprobs = self._shape.answer_logprobs(self._inputs[i])
+            answer = self._answers[i, index] = _Answer(logprobs)
+        return answer
+
+    def _chunk(self, i: int, index: int, part: dict[str, Any]) -> dict[str, Any]:
+        chunk = {**self._head, "choices": [{"index": i * self._body.n + index, **part}]}
+        options = self._body.stream_options
+        if options is not None and options.continuous_usage_stats:
+            chunk["usage"] = self._usage()
+        elif options is not None and options.include_usage:
+            chunk["usage"] = None
+        return chunk
+
+    def _usage(self) -> dict[str, Any]:
+        return usage(self._num_prompt, self._num_generated, self._num_cached)

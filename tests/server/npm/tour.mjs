@@ -1,0 +1,96 @@
+// What a program of the npm openai SDK does, against the server at OPENAI_BASE_URL
+// (the default model, with the API key in OPENAI_API_KEY).
+
+import assert from 'node:assert/strict';
+import { test } from 'node:test';
+import OpenAI, { AuthenticationError, BadRequestError, NotFoundError } from 'openai';
+
+const client = new OpenAI({ maxRetries: 0 });
+const model = (await client.models.list()).data[0].id;
+const messages = [{ role: 'user', content: 'What is the capital of France?' }];
+const asked = { model, messages, temperature: 0, max_completion_tokens: 24 };
+
+test('models are listed and found by name', async () => {
+  assert.equal((await client.models.retrieve(model)).id, model);
+});
+
+test('a chat is answered', async () => {
+  const answer = await client.chat.completions.create(asked);
+
+  assert.match(answer.choices[0].message.content, /Paris/);
+  assert.equal(answer.usage.total_tokens, answer.usage.prompt_tokens + answer.usage.completion_tokens);
+});
+
+test('a streamed chat is the same answer', async () => {
+  const whole = await client.chat.completions.create(asked);
+  const options = { stream: true, stream_options: { include_usage: true } };
+  let [text, usage, reasons] = ['', null, []];
+
+  for await (const chunk of await client.chat.completions.create({ ...asked, ...options })) {
+    text += chunk.choices[0]?.delta.content ?? '';
+    usage = chunk.usage ?? usage;
+    reasons.push(chunk.choices[0]?.finish_reason ?? null);
+  }
+
+  assert.equal(text, whole.choices[0].message.content);
+  assert.equal(usage.completion_tokens, whole.usage.completion_tokens);
+  assert.deepEqual(reasons.filter((one) => one !== null), [whole.choices[0].finish_reason]);
+});
+
+test('the stream helper collects the message', async () => {
+  const pieces = [];
+  const stream = client.chat.completions.stream(asked).on('content', (piece) => pieces.push(piece));
+
+  const message = await stream.finalMessage();
+
+  assert.match(message.content, /Paris/);
+  assert.equal(pieces.join(''), message.content);
+});
+
+test('a text is completed, whole and streamed, with logprobs', async () => {
+  const body = { model, prompt: 'Once upon a time', max_tokens: 8, seed: 5, logprobs: 2 };
+  const whole = await client.completions.create(body);
+  let text = '';
+
+  for await (const chunk of await client.completions.create({ ...body, stream: true })) {
+    text += chunk.choices[0].text;
+  }
+
+  assert.equal(text, whole.choices[0].text);
+  assert.equal(whole.choices[0].logprobs.tokens.join(''), text);
+});
+
+test('a chat has logprobs', async () => {
+  const answer = await client.chat.completions.create({ ...asked, logprobs: true, top_logprobs: 3 });
+  const [first] = answer.choices[0].logprobs.content;
+
+  assert.equal(answer.choices[0].logprobs.content.length, answer.usage.completion_tokens);
+  assert.ok(first.top_logprobs.length >= 3 && first.logprob <= 0);
+});
+
+test('errors are those of the SDK', async () => {
+  const refused = { ...asked, temperature: -1 };
+
+  await assert.rejects(client.chat.completions.create(refused), (error) => {
+    assert.ok(error instanceof BadRequestError);
+    assert.equal(error.param, 'temperature');
+    return true;
+  });
+  await assert.rejects(client.chat.completions.create({ ...asked, model: 'other' }), NotFoundError);
+  const stranger = new OpenAI({ apiKey: 'wrong', maxRetries: 0 });
+  await assert.rejects(stranger.models.list(), AuthenticationError);
+});
+
+test('a stream may be cancelled', async () => {
+  const stream = await client.completions.create({
+    model, prompt: 'Once', max_tokens: 1500, stream: true,
+  });
+  let num_chunks = 0;
+
+  for await (const chunk of stream) {
+    if (chunk.choices.length && ++num_chunks === 3) break;
+  }
+
+  assert.ok(stream.controller.signal.aborted);
+  assert.match((await client.chat.completions.create(asked)).choices[0].message.content, /Paris/);
+});

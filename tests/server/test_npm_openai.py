@@ -1,0 +1,33 @@
+"""The npm openai SDK, on the default model."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.server.conftest import running_server
+
+pytestmark = [pytest.mark.network, pytest.mark.model]
+
+TOUR = Path(__file__).parent / "npm"
+
+
+@pytest.mark.skipif(shutil.which("npm") is None, reason="needs node 20 or newer and npm")
+def test_the_tour(tmp_path: Path, default_model: Path) -> None:
+    for name in ("package.json", "package-lock.json", "tour.mjs"):
+        shutil.copy(TOUR / name, tmp_path)
+    subprocess.run(["npm", "ci", "--no-audit", "--no-fund"], cwd=tmp_path, check=True, timeout=300)
+
+    with running_server("--max-model-len", "2k", "--api-key", "secret") as server:
+        done = subprocess.run(
+            ["node", "--test", "tour.mjs"],
+            cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False,
+            env={**os.environ, "OPENAI_BASE_URL": f"{server.url}/v1", "OPENAI_API_KEY": "secret"},
+        )  # fmt: skip
+        server.wait_for("num_requests_running", 0)  # the cancelled stream, too
+
+    assert done.returncode == 0, done.stdout

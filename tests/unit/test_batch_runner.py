@@ -1,0 +1,69 @@
+"""Batch files over an application: what is in flight, what goes wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from fastapi import FastAPI
+
+from portalm.server.batch import BatchRunner
+
+app = FastAPI()
+in_flight = 0
+most_in_flight = 0
+
+
+@app.post("/slow")
+async def slow() -> dict[str, bool]:
+    global in_flight, most_in_flight
+    in_flight += 1
+    most_in_flight = max(most_in_flight, in_flight)
+    await asyncio.sleep(0.002)
+    in_flight -= 1
+    return {"done": True}
+
+
+@app.post("/broken")
+async def broken() -> None:
+    raise RuntimeError("a fault of the server")
+
+
+def lines(urls: list[str]) -> Iterator[str]:
+    for i, url in enumerate(urls):
+        yield json.dumps({"custom_id": str(i), "method": "POST", "url": url, "body": {}})
+
+
+def answers(asked: Iterator[str], *, max_in_flight: int = 8) -> list[Any]:
+    async def collect() -> list[Any]:
+        runner = BatchRunner(app, max_in_flight=max_in_flight)
+        return [answer async for answer in runner.run(asked)]
+
+    return asyncio.run(collect())
+
+
+def test_as_many_are_asked_at_once_as_there_is_room_for() -> None:
+    found = answers(lines(["/slow"] * 20), max_in_flight=3)
+
+    assert len(found) == 20
+    assert most_in_flight == 3
+
+
+def test_a_fault_inside_is_one_lines_answer() -> None:
+    found = answers(lines(["/slow", "/broken", "/slow"]))
+
+    by_id = {one["custom_id"]: one["response"] for one in found}
+    assert [by_id[i]["status_code"] for i in "012"] == [200, 500, 200]
+    assert by_id["1"]["body"]["error"]["message"] == "Internal Server Error"
+
+
+def test_a_file_that_cannot_be_read_to_its_end_is_an_error() -> None:
+    def torn() -> Iterator[str]:
+        yield from lines(["/slow"])
+        raise OSError("the disk is gone")
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        answers(torn())

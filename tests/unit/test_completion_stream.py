@@ -1,0 +1,38 @@
+"""Chunks of a completion: the prompt comes first, whatever comes first from the engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from portalm.engine.input_processor import ProcessedInput
+from portalm.engine.output_processor import AnswerDelta
+from portalm.outputs import Logprob
+from portalm.server.completion_choice import ChoiceShape
+from portalm.server.completion_stream import CompletionStream
+from portalm.server.protocol import CompletionRequest
+from portalm.text.tokenizer import load_tokenizer
+from tests.server.conftest import BYTE_0, make_byte_model_folder
+
+
+def test_what_comes_before_a_prompts_logprobs_waits_for_them(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(make_byte_model_folder(tmp_path / "tiny"))
+    body = CompletionRequest(prompt="xy", n=2, echo=True, logprobs=0, stream=True)
+    shape = ChoiceShape(body=body, params=body.params(), tokenizer=tokenizer)
+    x, y, a = (BYTE_0 + ord(c) for c in "xya")
+    one = ProcessedInput(request_id="r", prompt="xy", prompt_token_ids=[x, y], requests=[])
+    stream = CompletionStream(shape, {}, [one])
+
+    def delta(index: int, **more: object) -> AnswerDelta:
+        logprobs = [{a: Logprob(-1.0, 1)}]
+        return AnswerDelta(
+            request_id="r", index=index, text="a", token_ids=[a], logprobs=logprobs, **more
+        )
+
+    early = list(stream.chunks(0, delta(1)))
+    late = list(stream.chunks(0, delta(0, prompt_logprobs=[None, {y: Logprob(-2.0, 1)}])))
+
+    told = [(c["index"], c["text"]) for chunk in late for c in chunk["choices"]]
+    assert early == []
+    assert told == [(0, "xy"), (0, "a"), (1, "xy"), (1, "a")]
+    for first in (late[0], late[2]):
+        assert first["choices"][0]["logprobs"]["token_logprobs"] == [None, -2.0]
