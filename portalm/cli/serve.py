@@ -24,8 +24,36 @@ def add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     parser.add_argument(
         "--shutdown-timeout", type=float, default=30.0, help="seconds that requests may go on"
     )
+    _add_watching_flags(parser)
     add_engine_flags(parser)
     parser.set_defaults(run=run_serve)
+
+
+def _add_watching_flags(parser: argparse.ArgumentParser) -> None:
+    flags = parser.add_argument_group("logs and traces")
+    flags.add_argument(
+        "--log-format", choices=("text", "json"), default="text", help="of every line on stderr"
+    )
+    flags.add_argument(
+        "--log-level",
+        choices=("debug", "info", "warning", "error"),
+        default="info",
+        help="least to log; info has one line for each request that ended",
+    )
+    flags.add_argument(
+        "--enable-log-requests",
+        action="store_true",
+        help="log prompts and answers too (by default no content is logged)",
+    )
+    flags.add_argument(
+        "--disable-log-stats", action="store_true", help="no line of throughput every 10 s"
+    )
+    flags.add_argument(
+        "--otlp-traces-endpoint",
+        metavar="URL",
+        help="send OpenTelemetry traces to this collector, over OTLP/HTTP "
+        "(needs portalm[otel]), for example http://localhost:4318/v1/traces",
+    )
 
 
 def run_serve(arguments: argparse.Namespace) -> int:
@@ -47,6 +75,11 @@ def run_serve(arguments: argparse.Namespace) -> int:
             api_keys=arguments.api_key,
             max_num_queued_reqs=arguments.max_num_queued_reqs,
             shutdown_timeout_s=arguments.shutdown_timeout,
+            log_format=arguments.log_format,
+            log_level=arguments.log_level,
+            log_requests=arguments.enable_log_requests,
+            log_stats=not arguments.disable_log_stats,
+            otlp_traces_endpoint=arguments.otlp_traces_endpoint,
         ),
     )
     return 0

@@ -33,6 +33,8 @@ class StepPlan:
     """(source, destination) KV blocks to copy before the step (copy-on-write)."""
     preempted: list[Request] = field(default_factory=list)
     """Requests whose blocks were taken back while planning; they wait again."""
+    admitted: list[Request] = field(default_factory=list)
+    """Requests that begin to run for the first time."""
     released: list[str] = field(default_factory=list)
     """Ids that left the running set since the last plan (finished, aborted, preempted): the
     runner forgets their rows."""

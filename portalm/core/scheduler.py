@@ -341,6 +341,7 @@ class Scheduler:
         if request.epoch == 0:  # not if it is admitted again
             request.num_cached_tokens = min(num_computed, request.num_prompt_tokens)
             self._count_lookup(request, parent)
+            plan.admitted.append(request)
         request.status = RequestStatus.RUNNING
         bisect.insort(self.running, request, key=self._key)
         self._grant(request, num_tokens, plan)

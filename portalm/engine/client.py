@@ -12,6 +12,7 @@ import logging
 import shutil
 import tempfile
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
@@ -37,6 +38,7 @@ from portalm.engine.process import EngineProcess
 from portalm.engine.pulse import Sign
 from portalm.engine.suspects import Suspects
 from portalm.errors import EngineDead, EngineNotReady, InvalidRequest, PortaLMError
+from portalm.logs import LogFormat
 from portalm.models.hub import resolve_model
 from portalm.sampling_params import SamplingParams
 from portalm.text.tokenizer import Tokenizer, load_tokenizer
@@ -59,15 +61,23 @@ class EngineClient:
     Detokenising and stop strings are done here, so that the engine never waits for text.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
-        """Nothing runs before `start`."""
+    def __init__(self, config: EngineConfig, *, log_format: LogFormat = "text") -> None:
+        """Nothing runs before `start`.
+
+        Args:
+            config: what the engine runs, where.
+            log_format: how the engine's process writes its log.
+        """
         self.config = config
+        self._log_format: LogFormat = log_format
         self.ready: EngineReady | None = None
         """What the engine said when it had loaded; None before that."""
         self.stats = EngineStats()
         self.last_news_time = 0.0
         """time.monotonic() of the engine's last message."""
         self.num_restarts = 0
+        self.steps_by_tokens: Counter[int] = Counter()
+        """How many steps computed so many tokens (no more keys than a step may have tokens)."""
         self._folder = Path(tempfile.mkdtemp(prefix="portalm-"))  # only this user may enter it
         self._context = zmq.asyncio.Context()
         self._process: EngineProcess | None = None
@@ -256,7 +266,9 @@ class EngineClient:
 
     async def _new_process(self) -> EngineProcess:
         self._num_processes += 1
-        self._process = EngineProcess(self._context, self._folder, self._num_processes)
+        self._process = EngineProcess(
+            self._context, self._folder, self._num_processes, log_format=self._log_format
+        )
         await self._process.start(self.config)
         return self._process
 
@@ -351,6 +363,8 @@ class EngineClient:
     def _count(self, stats: EngineStats) -> None:
         for name, before in self._totals.items():
             setattr(stats, name, getattr(stats, name) + before)
+        if stats.steps_total > self.stats.steps_total:  # not only news of an abort
+            self.steps_by_tokens[stats.last_step_tokens] += 1
         self.stats = stats
 
     def _blame(self, reason: str) -> None:

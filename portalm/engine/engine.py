@@ -113,6 +113,8 @@ class Engine:
         self.step_begins: Callable[[int], None] | None = None
         """Called with the number of tokens of every step, before the device gets it."""
         self._num_prompt_logprobs_sent: dict[str, int] = {}
+        self._scheduled_times: dict[str, float] = {}
+        """Of requests that are in a step for the first time, until their first output."""
         self._stats = EngineStats()
         budgeted = time.perf_counter()
 
@@ -194,7 +196,12 @@ class Engine:
             if request is not None:
                 self._num_prompt_logprobs_sent.pop(request_id, None)
                 outputs.append(
-                    TokenOutput(request_id=request_id, token_ids=[], finish_reason="abort")
+                    TokenOutput(
+                        request_id=request_id,
+                        token_ids=[],
+                        finish_reason="abort",
+                        scheduled_time=self._scheduled_times.pop(request_id, None),
+                    )
                 )
         return outputs
 
@@ -223,6 +230,9 @@ class Engine:
                 if plan.is_empty:
                     self.runner.forget(plan.released)
                     break
+                if plan.admitted:
+                    now = time.monotonic()
+                    self._scheduled_times.update((r.request_id, now) for r in plan.admitted)
                 if self.step_begins is not None:
                     self.step_begins(plan.num_tokens)
                 self._in_flight.append(self.runner.dispatch(plan))
@@ -282,6 +292,8 @@ class Engine:
             num_cached_tokens=request.num_cached_tokens,
             error=update.error,
         )
+        if self._scheduled_times:
+            output.scheduled_time = self._scheduled_times.pop(request.request_id, None)
         if update.prompt_logprobs:
             # a prompt that is computed again after preemption reports again: once is enough
             sent = self._num_prompt_logprobs_sent.get(request.request_id, 0)

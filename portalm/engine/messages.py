@@ -53,7 +53,7 @@ class Shutdown(msgspec.Struct, tag=True):
 ToEngine: TypeAlias = AddRequest | AbortRequests | ResetPrefixCache | Probe | Shutdown
 
 
-class TokenOutput(msgspec.Struct, kw_only=True):
+class TokenOutput(msgspec.Struct, kw_only=True, omit_defaults=True):
     """News of one request after a step."""
 
     request_id: str
@@ -64,6 +64,9 @@ class TokenOutput(msgspec.Struct, kw_only=True):
     prompt_logprobs: list[TokenLogprobs] | None = None
     """Of prompt tokens, in order; the first prompt token has none. May come in parts."""
     num_cached_tokens: int = 0
+    scheduled_time: float | None = None
+    """With the first output: when the request was first in a step, by time.monotonic(), which all
+    processes of a machine share (Linux: CLOCK_MONOTONIC)."""
     error: str | None = None
     """Why, where finish_reason is error."""
     is_refused: bool = False

@@ -12,6 +12,7 @@ from portalm.server import chat, completions, health, metrics, models
 from portalm.server.auth import Gate
 from portalm.server.errors import add_error_handlers
 from portalm.server.state import ServerState
+from portalm.server.watch import Doorkeeper
 
 
 def build_app(state: ServerState) -> FastAPI:
@@ -22,6 +23,7 @@ def build_app(state: ServerState) -> FastAPI:
         app.include_router(module.router)
     add_error_handlers(app)
     app.add_middleware(Gate, api_keys=state.api_keys)
+    app.add_middleware(Doorkeeper, metrics=state.metrics)  # the last one added is the outermost
     return app
 
 

@@ -16,6 +16,7 @@ from portalm.engine.output_processor import AnswerDelta
 from portalm.errors import InvalidRequest, PortaLMError, RequestFailed
 from portalm.sampling_params import SamplingParams
 from portalm.server.metrics import Metrics
+from portalm.server.watch import RequestObserver, RequestWatch
 
 
 class ModelUnknown(InvalidRequest):
@@ -36,6 +37,8 @@ class ServerState:
     """The first is the one that answers carry."""
     api_keys: Sequence[str] = ()
     max_num_queued_reqs: int | None = None
+    observers: Sequence[RequestObserver] = ()
+    """Told of every request that ends."""
     is_draining: bool = False
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -64,12 +67,13 @@ class ServerState:
         queue: asyncio.Queue[tuple[int, AnswerDelta | BaseException | None]] = asyncio.Queue()
 
         async def pump(index: int, processed: ProcessedInput) -> None:
-            watch = self.metrics.watch(processed, params)
+            watch = RequestWatch(self.metrics, self.observers, processed, params)
             try:
                 async for delta in self.client.generate(processed, params):
                     watch.saw(delta)
                     queue.put_nowait((index, delta))
             except Exception as error:
+                watch.failed(error)
                 queue.put_nowait((index, error))
             else:
                 queue.put_nowait((index, None))
