@@ -32,6 +32,9 @@ class Collector:
     spans: list[Span] = field(default_factory=list)
     resources: list[dict[str, Any]] = field(default_factory=list)
     bodies: list[bytes] = field(default_factory=list)
+    num_refused: int = 0
+    is_down: bool = False
+    """Answers that it takes nothing."""
 
     def trace_of(self, request_id: str, seconds: float = 10) -> tuple[Span, dict[str, Span]]:
         """The span of a request, and those within it by name."""
@@ -85,11 +88,16 @@ def running_collector() -> Iterator[Collector]:
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["Content-Length"]))
-            is_right = self.path == "/v1/traces"
-            if is_right:
-                assert self.headers["Content-Type"] == "application/x-protobuf"
+            takes_it = (
+                not collector.is_down
+                and self.path == "/v1/traces"
+                and self.headers["Content-Type"] == "application/x-protobuf"
+            )
+            if takes_it:
                 collector.take(body)
-            self.send_response(200 if is_right else 404)
+            else:
+                collector.num_refused += 1
+            self.send_response(200 if takes_it else 404)
             self.end_headers()
 
         def log_message(self, *_: object) -> None:
