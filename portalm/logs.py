@@ -5,40 +5,42 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any, Literal, get_args
 
 from portalm.errors import ConfigError
 
 LogFormat = Literal["text", "json"]
+LogLevel = Literal["debug", "info", "warning", "error"]
 
-LOG_LEVELS = ("debug", "info", "warning", "error")
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogConfig:
+    """How a process writes its log."""
+
+    format: LogFormat = "text"
+    """text for people; json: one object a line."""
+    level: LogLevel = "info"
+    """The least of our own records that is written; of libraries' it is warning."""
+
+    def __post_init__(self) -> None:
+        """Reject what does not exist."""
+        for name, known in (("format", LogFormat), ("level", LogLevel)):
+            if getattr(self, name) not in get_args(known):
+                raise ConfigError(
+                    f"log {name} must be one of {', '.join(get_args(known))}, "
+                    f"not {getattr(self, name)!r}"
+                )
 
 
-def write_logs(process: str, *, log_format: str = "text", level: str = "info") -> None:
-    """Write this process's log to stderr from now on.
-
-    Of our own records those of `level` and above, of libraries' warnings and errors.
-
-    Args:
-        process: who speaks: server or engine.
-        log_format: text, or json: one object a line.
-        level: one of `LOG_LEVELS`.
-
-    Raises:
-        ConfigError: no such format or level.
-    """
-    for name, value, known in (
-        ("log_format", log_format, get_args(LogFormat)),
-        ("log_level", level, LOG_LEVELS),
-    ):
-        if value not in known:
-            raise ConfigError(f"{name} must be one of {', '.join(known)}, not {value!r}")
+def write_logs(process: str, config: LogConfig) -> None:
+    """Write this process's log to stderr from now on; `process` says who speaks, in each line."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Json(process) if log_format == "json" else _Text(process))
+    handler.setFormatter(_Json(process) if config.format == "json" else _Text(process))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     for package in ("portalm", "portalm_backends"):
-        logging.getLogger(package).setLevel(level.upper())
+        logging.getLogger(package).setLevel(config.level.upper())
 
 
 def with_fields(**fields: Any) -> dict[str, Any]:

@@ -60,6 +60,7 @@ def run_serve(arguments: argparse.Namespace) -> int:
     """Serve until SIGINT or SIGTERM."""
     from portalm.cli.engine_flags import engine_settings
     from portalm.config import EngineConfig
+    from portalm.logs import LogConfig
     from portalm.server.run import ServerConfig, run
 
     settings = engine_settings(arguments)
@@ -75,8 +76,7 @@ def run_serve(arguments: argparse.Namespace) -> int:
             api_keys=arguments.api_key,
             max_num_queued_reqs=arguments.max_num_queued_reqs,
             shutdown_timeout_s=arguments.shutdown_timeout,
-            log_format=arguments.log_format,
-            log_level=arguments.log_level,
+            logs=LogConfig(format=arguments.log_format, level=arguments.log_level),
             log_requests=arguments.enable_log_requests,
             log_stats=not arguments.disable_log_stats,
             otlp_traces_endpoint=arguments.otlp_traces_endpoint,

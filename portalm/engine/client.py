@@ -38,7 +38,7 @@ from portalm.engine.process import EngineProcess
 from portalm.engine.pulse import Sign
 from portalm.engine.suspects import Suspects
 from portalm.errors import EngineDead, EngineNotReady, InvalidRequest, PortaLMError
-from portalm.logs import LogFormat
+from portalm.logs import LogConfig
 from portalm.models.hub import resolve_model
 from portalm.sampling_params import SamplingParams
 from portalm.text.tokenizer import Tokenizer, load_tokenizer
@@ -61,15 +61,15 @@ class EngineClient:
     Detokenising and stop strings are done here, so that the engine never waits for text.
     """
 
-    def __init__(self, config: EngineConfig, *, log_format: LogFormat = "text") -> None:
+    def __init__(self, config: EngineConfig, *, logs: LogConfig | None = None) -> None:
         """Nothing runs before `start`.
 
         Args:
             config: what the engine runs, where.
-            log_format: how the engine's process writes its log.
+            logs: how the engine's process writes its log; None: the defaults.
         """
         self.config = config
-        self._log_format: LogFormat = log_format
+        self._logs = logs or LogConfig()
         self.ready: EngineReady | None = None
         """What the engine said when it had loaded; None before that."""
         self.stats = EngineStats()
@@ -267,7 +267,7 @@ class EngineClient:
     async def _new_process(self) -> EngineProcess:
         self._num_processes += 1
         self._process = EngineProcess(
-            self._context, self._folder, self._num_processes, log_format=self._log_format
+            self._context, self._folder, self._num_processes, logs=self._logs
         )
         await self._process.start(self.config)
         return self._process

@@ -16,7 +16,7 @@ from portalm.config import EngineConfig, engine_environment
 from portalm.engine.messages import EngineFailed, EngineReady, FromEngine, Shutdown, ToEngine
 from portalm.engine.pulse import Pulse
 from portalm.errors import PortaLMError
-from portalm.logs import LogFormat
+from portalm.logs import LogConfig
 
 _TERMINATE_S = 5.0
 """Seconds between asking an engine process to end and killing it."""
@@ -31,7 +31,7 @@ class EngineProcess:
         folder: Path,
         number: int,
         *,
-        log_format: LogFormat = "text",
+        logs: LogConfig,
     ) -> None:
         """Nothing runs before `start`.
 
@@ -39,9 +39,9 @@ class EngineProcess:
             context: of the client's sockets.
             folder: private to the user; the socket lies in it.
             number: which engine of the client this is.
-            log_format: how it writes its log.
+            logs: how it writes its log.
         """
-        self._log_format = log_format
+        self._logs = logs
         self._address = f"ipc://{folder}/engine-{number}"
         self._pulse_path = folder / f"pulse-{number}"
         self.pulse = Pulse(self._pulse_path)
@@ -63,7 +63,7 @@ class EngineProcess:
             "portalm.engine.core_process",
             self._address,
             str(self._pulse_path),
-            self._log_format,
+            msgspec.json.encode(self._logs).decode(),
             stdin=asyncio.subprocess.PIPE,
             start_new_session=True,
             env=engine_environment(),

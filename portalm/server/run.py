@@ -8,13 +8,13 @@ import importlib
 import logging
 import signal
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from portalm.config import EngineConfig
 from portalm.engine.client import EngineClient
 from portalm.engine.messages import EngineReady
-from portalm.logs import LogFormat, write_logs
+from portalm.logs import LogConfig, write_logs
 
 logger = logging.getLogger(__name__)
 
@@ -35,9 +35,8 @@ class ServerConfig:
     """Requests that may wait before more are refused with 429."""
     shutdown_timeout_s: float = 30.0
     """How long running requests may go on after SIGTERM or Ctrl-C."""
-    log_format: LogFormat = "text"
-    log_level: str = "info"
-    """Least of our own messages that is logged; of libraries' it is warning."""
+    logs: LogConfig = field(default_factory=LogConfig)
+    """How this process and the engine's write their logs."""
     log_requests: bool = False
     """Log prompts and answers too."""
     log_stats: bool = True
@@ -54,7 +53,7 @@ async def serve(engine: EngineConfig, config: ServerConfig) -> None:
     """
     names = tuple(config.served_model_names) or (engine.model,)
     tracer = await asyncio.to_thread(_start_tracer, config, names[0])
-    client = EngineClient(engine, log_format=config.log_format)
+    client = EngineClient(engine, logs=config.logs)
     starting = asyncio.ensure_future(client.start())
     tasks: list[asyncio.Task[None]] = []
     try:
@@ -118,7 +117,7 @@ def _say_where(config: ServerConfig, model: str, port: int, ready: EngineReady) 
         f"PortaLM serves {model} on {where} — {ready.device} ({ready.device_summary}), "
         f"{ready.dtype}, room for {ready.num_blocks * ready.block_size} tokens of KV cache"
     )
-    if config.log_format == "json":
+    if config.logs.format == "json":
         logger.info(text)
         return
     print(
@@ -146,7 +145,7 @@ def run(engine: EngineConfig, config: ServerConfig) -> None:
     """`serve` in an event loop of its own."""
     import uvloop
 
-    write_logs("server", log_format=config.log_format, level=config.log_level)
+    write_logs("server", config.logs)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # until uvicorn takes over
     with contextlib.suppress(KeyboardInterrupt):
         uvloop.run(serve(engine, config))

@@ -327,16 +327,16 @@ def test_a_request_that_ended_is_one_line(http: httpx.Client, server: RunningSer
 def test_neither_keys_nor_content_are_in_logs_or_traces(
     http: httpx.Client, server: RunningServer, collector: Collector
 ) -> None:
-    body = {"messages": [{"role": "user", "content": "w301 w302"}], "request_id": "private",
-            "stop": "w303"}  # fmt: skip
-    answer = http.post("/v1/chat/completions", json=body).json()["choices"][0]["message"]
+    body = {**BODY, "prompt": "w301 w302", "stop": "w303", "request_id": "private"}
+    answer = http.post("/v1/completions", json=body).json()["choices"][0]["text"]
 
     span, _ = collector.trace_of("private")
     line = log_line(server, id="private")
 
     assert line["tenant"] == span.attributes["portalm.tenant"] != ""
     told = "".join(server.output).encode() + b"".join(collector.bodies)
-    for secret in (KEY, "w301", "w303", answer["content"][:8]):
+    assert len(answer) > 8
+    for secret in (KEY, "w301", "w303", answer):
         assert secret.encode() not in told
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from portalm.engine.messages import EngineStats
 from portalm.errors import ConfigError
-from portalm.logs import with_fields, write_logs
+from portalm.logs import LogConfig, with_fields, write_logs
 from portalm.server.request_log import log_throughput, throughput
 
 Read = Callable[[], str]
@@ -37,7 +37,7 @@ def written(capsys: pytest.CaptureFixture[str]) -> Iterator[Read]:
 
 
 def test_text_has_time_level_process_message_and_fields(written: Read) -> None:
-    write_logs("server")
+    write_logs("server", LogConfig())
 
     logging.getLogger("portalm.x").info("request ended", extra=with_fields(id="r 1", s=0.25, n=3))
 
@@ -47,7 +47,7 @@ def test_text_has_time_level_process_message_and_fields(written: Read) -> None:
 
 
 def test_a_field_cannot_fake_a_line(written: Read) -> None:
-    write_logs("server")
+    write_logs("server", LogConfig())
 
     logging.getLogger("portalm.x").info("request ended", extra=with_fields(id="a\nINFO b=c"))
 
@@ -55,7 +55,7 @@ def test_a_field_cannot_fake_a_line(written: Read) -> None:
 
 
 def test_json_is_one_object_a_line_whatever_is_in_it(written: Read) -> None:
-    write_logs("engine", log_format="json")
+    write_logs("engine", LogConfig(format="json"))
     logger = logging.getLogger("portalm.engine.x")
 
     logger.info("one %s", "more", extra=with_fields(text='\ud800 " \n', none=None, path={1}))
@@ -80,7 +80,7 @@ def test_json_is_one_object_a_line_whatever_is_in_it(written: Read) -> None:
 
 
 def test_libraries_are_heard_from_warnings_on(written: Read) -> None:
-    write_logs("server", level="error")
+    write_logs("server", LogConfig(level="error"))
 
     logging.getLogger("httpx").info("GET /")
     logging.getLogger("httpx").warning("slow")
@@ -91,10 +91,10 @@ def test_libraries_are_heard_from_warnings_on(written: Read) -> None:
 
 
 def test_an_unknown_format_or_level_is_refused() -> None:
-    with pytest.raises(ConfigError, match="log_format must be one of text, json, not 'xml'"):
-        write_logs("server", log_format="xml")
-    with pytest.raises(ConfigError, match="log_level"):
-        write_logs("server", level="loud")
+    with pytest.raises(ConfigError, match="log format must be one of text, json, not 'xml'"):
+        LogConfig(format="xml")
+    with pytest.raises(ConfigError, match="log level"):
+        LogConfig(level="loud")
 
 
 def test_throughput_is_of_the_time_between() -> None:
@@ -123,7 +123,7 @@ def test_throughput_is_of_the_time_between() -> None:
 
 
 def test_without_traffic_no_throughput_is_logged(written: Read) -> None:
-    write_logs("server")
+    write_logs("server", LogConfig())
     client = SimpleNamespace(stats=EngineStats())
 
     async def watch() -> list[int]:
