@@ -19,11 +19,45 @@ class Logprob:
 
 @dataclass(slots=True)
 class RequestMetrics:
-    """Times of one request, in seconds since the epoch; None: not yet."""
+    """Times of one request, in seconds since the epoch; None: not yet.
+
+    Taken from a clock that is never set back: differences are right whatever happens to the date.
+    """
 
     arrival_time: float
+    first_scheduled_time: float | None = None
+    """When the first of its answers was first in a step of the engine."""
     first_token_time: float | None = None
     finished_time: float | None = None
+
+    @property
+    def queue_s(self) -> float | None:
+        """Seconds from arrival to the first step."""
+        return _between(self.arrival_time, self.first_scheduled_time)
+
+    @property
+    def prefill_s(self) -> float | None:
+        """Seconds from the first step to the first token."""
+        return _between(self.first_scheduled_time, self.first_token_time)
+
+    @property
+    def decode_s(self) -> float | None:
+        """Seconds from the first token to the end."""
+        return _between(self.first_token_time, self.finished_time)
+
+    @property
+    def time_to_first_token_s(self) -> float | None:
+        """Seconds from arrival to the first token."""
+        return _between(self.arrival_time, self.first_token_time)
+
+    @property
+    def e2e_s(self) -> float | None:
+        """Seconds from arrival to the end."""
+        return _between(self.arrival_time, self.finished_time)
+
+
+def _between(start: float | None, end: float | None) -> float | None:
+    return None if start is None or end is None else end - start
 
 
 @dataclass(slots=True)

@@ -22,6 +22,7 @@ def add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     )
     _add_access_flags(parser)
     _add_load_flags(parser)
+    _add_watching_flags(parser)
     add_engine_flags(parser)
     parser.set_defaults(run=run_serve)
 
@@ -73,10 +74,38 @@ def _add_load_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_watching_flags(parser: argparse.ArgumentParser) -> None:
+    flags = parser.add_argument_group("logs and traces")
+    flags.add_argument(
+        "--log-format", choices=("text", "json"), default="text", help="of every line on stderr"
+    )
+    flags.add_argument(
+        "--log-level",
+        choices=("debug", "info", "warning", "error"),
+        default="info",
+        help="least to log; info has one line for each request that ended",
+    )
+    flags.add_argument(
+        "--enable-log-requests",
+        action="store_true",
+        help="log prompts and answers too (by default no content is logged)",
+    )
+    flags.add_argument(
+        "--disable-log-stats", action="store_true", help="no line of throughput every 10 s"
+    )
+    flags.add_argument(
+        "--otlp-traces-endpoint",
+        metavar="URL",
+        help="send OpenTelemetry traces to this collector, over OTLP/HTTP "
+        "(needs portalm[otel]), for example http://localhost:4318/v1/traces",
+    )
+
+
 def run_serve(arguments: argparse.Namespace) -> int:
     """Serve until SIGINT or SIGTERM."""
     from portalm.cli.engine_flags import engine_settings
     from portalm.config import EngineConfig
+    from portalm.logs import LogConfig
     from portalm.server.run import ServerConfig, run
 
     settings = engine_settings(arguments)
@@ -101,6 +130,10 @@ def run_serve(arguments: argparse.Namespace) -> int:
             queue_timeout_s=arguments.queue_timeout,
             trust_request_chat_template=arguments.trust_request_chat_template,
             shutdown_timeout_s=arguments.shutdown_timeout,
+            logs=LogConfig(format=arguments.log_format, level=arguments.log_level),
+            log_requests=arguments.enable_log_requests,
+            log_stats=not arguments.disable_log_stats,
+            otlp_traces_endpoint=arguments.otlp_traces_endpoint,
         ),
     )
     return 0

@@ -33,10 +33,10 @@ class StepPlan:
     """Some request's hidden states are wanted."""
     block_copies: list[tuple[int, int]] = field(default_factory=list)
     """(source, destination) KV blocks to copy before the step (copy-on-write)."""
-    admitted: list[Request] = field(default_factory=list)
-    """Requests that begin to run for the first time."""
     preempted: list[Request] = field(default_factory=list)
     """Requests whose blocks were taken back while planning; they wait again."""
+    admitted: list[Request] = field(default_factory=list)
+    """Requests that begin to run for the first time."""
     released: list[str] = field(default_factory=list)
     """Ids that left the running set since the last plan (finished, aborted, preempted): the
     runner forgets their rows."""

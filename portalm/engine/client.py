@@ -13,6 +13,7 @@ import logging
 import shutil
 import tempfile
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -47,6 +48,7 @@ from portalm.errors import (
     PortaLMError,
     QueueTimeout,
 )
+from portalm.logs import LogConfig
 from portalm.models.hub import resolve_model
 from portalm.pooling_params import PoolingParams
 from portalm.sampling_params import SamplingParams
@@ -77,15 +79,23 @@ class EngineClient:
     Detokenising and stop strings are done here, so that the engine never waits for text.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
-        """Nothing runs before `start`."""
+    def __init__(self, config: EngineConfig, *, logs: LogConfig | None = None) -> None:
+        """Nothing runs before `start`.
+
+        Args:
+            config: what the engine runs, where.
+            logs: how the engine's process writes its log; None: the defaults.
+        """
         self.config = config
+        self._logs = logs or LogConfig()
         self.ready: EngineReady | None = None
         """What the engine said when it had loaded; None before that."""
         self.stats = EngineStats()
         self.last_news_time = 0.0
         """time.monotonic() of the engine's last message."""
         self.num_restarts = 0
+        self.steps_by_tokens: Counter[int] = Counter()
+        """How many steps computed so many tokens (no more keys than a step may have tokens)."""
         self._folder = Path(tempfile.mkdtemp(prefix="portalm-"))  # only this user may enter it
         self._context = zmq.asyncio.Context()
         self._process: EngineProcess | None = None
@@ -388,7 +398,9 @@ class EngineClient:
 
     async def _new_process(self) -> EngineProcess:
         self._num_processes += 1
-        self._process = EngineProcess(self._context, self._folder, self._num_processes)
+        self._process = EngineProcess(
+            self._context, self._folder, self._num_processes, logs=self._logs
+        )
         self._loaded_grammars = LoadedGrammars()
         await self._process.start(self.config)
         return self._process
@@ -524,8 +536,9 @@ class EngineClient:
                 if any(one.token_ids or one.pooled for one in message.outputs):
                     self._num_fruitless = 0
                 self._count(message.stats)
-                for request_id in message.started_ids:
-                    self._leave_queue(request_id)
+                for one in message.outputs:
+                    if one.scheduled_time is not None:
+                        self._leave_queue(one.request_id)
                 self._hand_over(message.outputs)
                 if held := self._suspects.held:
                     self._submit(held)
@@ -544,6 +557,8 @@ class EngineClient:
     def _count(self, stats: EngineStats) -> None:
         for name, before in self._totals.items():
             setattr(stats, name, getattr(stats, name) + before)
+        if stats.steps_total > self.stats.steps_total:  # not only news of an abort
+            self.steps_by_tokens[stats.last_step_tokens] += 1
         self.stats = stats
 
     def _blame(self, reason: str) -> None:

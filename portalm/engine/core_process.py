@@ -1,4 +1,6 @@
-"""The engine in its own process: `python -m portalm.engine.core_process ADDRESS PULSE < CONFIG`.
+"""The engine in its own process.
+
+`python -m portalm.engine.core_process ADDRESS PULSE LOGS < CONFIG`
 
 A fresh interpreter rather than a fork or multiprocessing: nothing of the server's threads, sockets
 or signal handlers comes along, and what crosses is msgpack on a private socket, never a pickle.
@@ -35,6 +37,7 @@ from portalm.engine.messages import (
 )
 from portalm.engine.pulse import Pulse
 from portalm.errors import BackendError, InvalidRequest, PortaLMError
+from portalm.logs import LogConfig, write_logs
 
 if TYPE_CHECKING:
     from portalm.engine.engine import Engine
@@ -156,7 +159,7 @@ def _handle(
 
 def main() -> int:
     """Read the config from stdin and serve."""
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s engine: %(message)s")
+    write_logs("engine", msgspec.json.decode(sys.argv[3], type=LogConfig))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's to handle
     config = msgspec.json.decode(sys.stdin.buffer.read(), type=EngineConfig)
     return run_core(config, sys.argv[1], Pulse(Path(sys.argv[2])))

@@ -126,8 +126,8 @@ class Engine:
         self._awaiting: dict[str, Request] = {}
         """Requests whose grammar is not loaded yet."""
         self._num_prompt_logprobs_sent: dict[str, int] = {}
-        self._started_ids: list[str] = []
-        """Admitted since outputs were last given out."""
+        self._scheduled_times: dict[str, float] = {}
+        """Of requests that are in a step for the first time, until outputs are given out."""
         self._stats = EngineStats()
         budgeted = time.perf_counter()
 
@@ -256,7 +256,12 @@ class Engine:
             if awaiting is not None or self.scheduler.abort(request_id) is not None:
                 self._num_prompt_logprobs_sent.pop(request_id, None)
                 outputs.append(
-                    TokenOutput(request_id=request_id, token_ids=[], finish_reason="abort")
+                    TokenOutput(
+                        request_id=request_id,
+                        token_ids=[],
+                        finish_reason="abort",
+                        scheduled_time=self._scheduled_times.pop(request_id, None),
+                    )
                 )
         return outputs
 
@@ -283,10 +288,12 @@ class Engine:
         try:
             while len(self._in_flight) < self._max_in_flight:
                 plan = self.scheduler.schedule()
-                self._started_ids += [request.request_id for request in plan.admitted]
                 if plan.is_empty:
                     self.runner.forget(plan.released)
                     break
+                if plan.admitted:
+                    now = time.monotonic()
+                    self._scheduled_times.update((r.request_id, now) for r in plan.admitted)
                 if self.step_begins is not None:
                     self.step_begins(plan.num_tokens)
                 self._in_flight.append(self.runner.dispatch(plan))
@@ -336,12 +343,13 @@ class Engine:
         )
 
     def _outputs(self, updates: list[RequestUpdate], more: Sequence[TokenOutput]) -> StepOutputs:
-        started_ids, self._started_ids = self._started_ids, []
-        return StepOutputs(
-            outputs=[*more, *(self._output(u) for u in updates)],
-            stats=self.stats(),
-            started_ids=started_ids,
-        )
+        outputs = [*more, *(self._output(u) for u in updates)]
+        outputs += [
+            TokenOutput(request_id=request_id, token_ids=[], scheduled_time=scheduled_time)
+            for request_id, scheduled_time in self._scheduled_times.items()
+        ]
+        self._scheduled_times.clear()
+        return StepOutputs(outputs, self.stats())
 
     def _output(self, update: RequestUpdate) -> TokenOutput:
         request = update.request
@@ -356,6 +364,8 @@ class Engine:
             error=update.error,
             is_refused=update.is_refused,
         )
+        if self._scheduled_times:
+            output.scheduled_time = self._scheduled_times.pop(request.request_id, None)
         if update.prompt_logprobs:
             # a prompt that is computed again after preemption reports again: once is enough
             sent = self._num_prompt_logprobs_sent.get(request.request_id, 0)

@@ -62,7 +62,7 @@ class Shutdown(msgspec.Struct, tag=True):
 ToEngine: TypeAlias = AddRequest | LoadGrammar | AbortRequests | ResetPrefixCache | Probe | Shutdown
 
 
-class TokenOutput(msgspec.Struct, kw_only=True):
+class TokenOutput(msgspec.Struct, kw_only=True, omit_defaults=True):
     """News of one request after a step."""
 
     request_id: str
@@ -75,6 +75,9 @@ class TokenOutput(msgspec.Struct, kw_only=True):
     num_cached_tokens: int = 0
     pooled: bytes | None = None
     """float32 numbers, of a request that is pooled: its vector, or its score."""
+    scheduled_time: float | None = None
+    """In the first output, which may bring no token: when the request was first in a step, by
+    time.monotonic(), which all processes of a machine share (Linux: CLOCK_MONOTONIC)."""
     error: str | None = None
     """Why, where finish_reason is error."""
     is_refused: bool = False
@@ -140,8 +143,6 @@ class StepOutputs(msgspec.Struct, tag=True):
 
     outputs: list[TokenOutput]
     stats: EngineStats
-    started_ids: list[str] = []
-    """Requests that left the queue since the message before: they run, or ran."""
 
 
 class ProbeAnswer(msgspec.Struct, tag=True):

@@ -38,6 +38,8 @@ class AnswerDelta:
     error: str | None = None
     is_refused: bool = False
     """The error is the request's own: it can never be answered as asked."""
+    metrics: RequestMetrics
+    """Times of the request so far; goes on to change until its end."""
     final: RequestOutput | None = None
     """With the last delta of a request: the request and all its answers."""
 
@@ -104,7 +106,7 @@ class OutputProcessor:
     def process(self, outputs: Sequence[TokenOutput]) -> ProcessedOutputs:
         """Take over a step's outputs; those of requests that are over are passed by."""
         processed = ProcessedOutputs()
-        now = time.time()
+        now = time.monotonic()
         for output in outputs:
             answer = self._answers.get(output.request_id)
             if answer is None:
@@ -152,7 +154,7 @@ class OutputProcessor:
 
         The text that was held back is given out: it can be no stop string any more.
         """
-        request, now = self._requests.get(request_id), time.time()
+        request, now = self._requests.get(request_id), time.monotonic()
         ended = []
         for answer in request.answers if request is not None else []:
             if self._answers.pop(answer.engine_id, None) is not None:
@@ -190,9 +192,23 @@ class _Request:
         self.pooled: bytes | None = None
         self.error: str | None = None
         self.metrics = RequestMetrics(arrival_time)
+        self._epoch = arrival_time - time.monotonic()
         self.prompt_logprobs: list[dict[int, Logprob] | None] | None = (
             None if params.prompt_logprobs is None else [None]
         )
+
+    def note_times(self, output: TokenOutput, now: float) -> None:
+        """Take over when things happened; `now` is of time.monotonic(), as the engine's times."""
+        metrics = self.metrics
+        if output.scheduled_time is not None:
+            scheduled, first = self._epoch + output.scheduled_time, metrics.first_scheduled_time
+            metrics.first_scheduled_time = scheduled if first is None else min(scheduled, first)
+        if output.token_ids and metrics.first_token_time is None:
+            metrics.first_token_time = self._epoch + now
+
+    def end(self, now: float) -> None:
+        """The last answer ended now."""
+        self.metrics.finished_time = self._epoch + now
 
     def snapshot(self) -> RequestOutput:
         return RequestOutput(
@@ -250,10 +266,9 @@ class _Answer:
         request.num_cached_tokens = max(request.num_cached_tokens, output.num_cached_tokens)
         if output.prompt_logprobs and request.prompt_logprobs is not None and answer.index == 0:
             request.prompt_logprobs.extend(self._logprob(e) for e in output.prompt_logprobs)
+        request.note_times(output, now)
         if not output.token_ids and output.finish_reason is None:
             return None
-        if output.token_ids and request.metrics.first_token_time is None:
-            request.metrics.first_token_time = now
 
         is_first = answer.index == 0 and not answer.token_ids
         text, num_tokens, stop = self._text(output)
@@ -275,12 +290,13 @@ class _Answer:
             stop_reason=answer.stop_reason,
             error=output.error,
             is_refused=output.is_refused,
+            metrics=request.metrics,
         )
         if answer.finish_reason is not None:
             request.num_open -= 1
             request.error = request.error or output.error
             if request.num_open == 0:
-                request.metrics.finished_time = now
+                request.end(now)
                 delta.final = request.snapshot()
         return delta
 

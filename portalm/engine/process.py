@@ -16,6 +16,7 @@ from portalm.config import EngineConfig, engine_environment
 from portalm.engine.messages import EngineFailed, EngineReady, FromEngine, Shutdown, ToEngine
 from portalm.engine.pulse import Pulse
 from portalm.errors import PortaLMError
+from portalm.logs import LogConfig
 
 _TERMINATE_S = 5.0
 """Seconds between asking an engine process to end and killing it."""
@@ -24,14 +25,23 @@ _TERMINATE_S = 5.0
 class EngineProcess:
     """An interpreter of its own that runs one engine. All methods belong to one event loop."""
 
-    def __init__(self, context: zmq.asyncio.Context, folder: Path, number: int) -> None:
+    def __init__(
+        self,
+        context: zmq.asyncio.Context,
+        folder: Path,
+        number: int,
+        *,
+        logs: LogConfig,
+    ) -> None:
         """Nothing runs before `start`.
 
         Args:
             context: of the client's sockets.
             folder: private to the user; the socket lies in it.
             number: which engine of the client this is.
+            logs: how it writes its log.
         """
+        self._logs = logs
         self._address = f"ipc://{folder}/engine-{number}"
         self._pulse_path = folder / f"pulse-{number}"
         self.pulse = Pulse(self._pulse_path)
@@ -54,6 +64,7 @@ class EngineProcess:
             "portalm.engine.core_process",
             self._address,
             str(self._pulse_path),
+            msgspec.json.encode(self._logs).decode(),
             stdin=asyncio.subprocess.PIPE,
             start_new_session=True,
             env=engine_environment(),

@@ -17,6 +17,7 @@ from portalm.server import chat, completions, embeddings, health, metrics, model
 from portalm.server.auth import Gate
 from portalm.server.errors import add_error_handlers
 from portalm.server.state import ServerState
+from portalm.server.watch import Doorkeeper
 
 _MAX_HEADER_BYTES = 64 << 10
 
@@ -41,6 +42,7 @@ def build_app(state: ServerState) -> FastAPI:
             allow_methods=["GET", "POST", "OPTIONS"],
             allow_headers=["*"],
         )
+    app.add_middleware(Doorkeeper, metrics=state.metrics)  # the last one added is the outermost
     return app
 
 

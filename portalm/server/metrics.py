@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import time
+from collections import Counter as Counts
 from collections.abc import Iterator
 from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
 
 from portalm.engine.client import EngineClient
-from portalm.engine.input_processor import ProcessedInput
-from portalm.engine.output_processor import AnswerDelta
-from portalm.sampling_params import SamplingParams
 
 PREFIXES = ("portalm:", "vllm:")
 """Our own, and the one that existing dashboards read."""
@@ -24,14 +26,22 @@ PREFIXES = ("portalm:", "vllm:")
 _FIRST_TOKEN_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _GAP_S = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5)
 _WHOLE_S = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 60, 120, 300)
+_PART_S = (0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 60, 120, 300)
 _TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536)
+_STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+_ANSWERS = (1, 2, 5, 10, 20)
 
 _HISTOGRAMS = {
     "time_to_first_token_seconds": ("Seconds from arrival to the first token.", _FIRST_TOKEN_S),
     "inter_token_latency_seconds": ("Seconds between tokens of an answer.", _GAP_S),
     "e2e_request_latency_seconds": ("Seconds from arrival to the end.", _WHOLE_S),
+    "request_queue_time_seconds": ("Seconds from arrival to the first step.", _PART_S),
+    "request_prefill_time_seconds": ("Seconds from the first step to the first token.", _PART_S),
+    "request_decode_time_seconds": ("Seconds from the first token to the end.", _PART_S),
     "request_prompt_tokens": ("Prompt tokens of a request.", _TOKENS),
     "request_generation_tokens": ("Generated tokens of a request.", _TOKENS),
+    "request_params_n": ("Answers that a request asked for.", _ANSWERS),
+    "request_params_max_tokens": ("max_tokens of requests that gave one.", _TOKENS),
 }
 
 _GAUGES = {
@@ -61,76 +71,65 @@ class Metrics:
     def __init__(self, client: EngineClient, model: str) -> None:
         """Gauges and counters of the engine are read when scraped."""
         self.registry = CollectorRegistry()
+        """Everything, under all prefixes."""
         self._model = model
-        self.registry.register(_EngineCollector(client, model))
-        self._histograms: dict[str, list[Any]] = {name: [] for name in _HISTOGRAMS}
-        self._success: list[Any] = []
-        for prefix in PREFIXES:
-            for name, (text, buckets) in _HISTOGRAMS.items():
-                histogram = Histogram(
-                    prefix + name, text, ["model_name"], registry=self.registry, buckets=buckets
-                )
-                self._histograms[name].append(histogram.labels(model))
-            self._success.append(
-                Counter(
-                    prefix + "request_success",
-                    "Requests by how they ended.",
-                    ["model_name", "finished_reason"],
-                    registry=self.registry,
-                )
+        plain = CollectorRegistry()
+        self._histograms: dict[str, Any] = {
+            name: Histogram(name, text, ["model_name"], registry=plain, buckets=buckets).labels(
+                model
             )
+            for name, (text, buckets) in _HISTOGRAMS.items()
+        }
+        self._success = Counter(
+            "request_success",
+            "Requests by how they ended.",
+            ["model_name", "finished_reason"],
+            registry=plain,
+        )
+        self._responses = Counter(
+            "http_requests",
+            "HTTP requests by endpoint and status.",
+            ["model_name", "handler", "status"],
+            registry=plain,
+        )
+        plain.register(_EngineCollector(client, model))
+        self.registry.register(_Prefixed(plain))
 
-    def observe(self, name: str, value: float) -> None:
-        """Add to a histogram."""
-        for histogram in self._histograms[name]:
-            histogram.observe(value)
+    def observe(self, name: str, value: float | None) -> None:
+        """Add to a histogram; None, a value that there is not, is passed over."""
+        if value is not None:
+            self._histograms[name].observe(value)
 
     def count_end(self, reason: str) -> None:
         """One more answer ended."""
-        for counter in self._success:
-            counter.labels(self._model, reason).inc()
+        self._success.labels(self._model, reason).inc()
 
-    def watch(self, processed: ProcessedInput, params: SamplingParams) -> RequestWatch:
-        """Times of one request."""
-        return RequestWatch(self, processed, params)
+    def count_response(self, handler: str, status: int) -> None:
+        """One more HTTP request was answered by an endpoint, given by its path's template."""
+        self._responses.labels(self._model, handler, str(status)).inc()
 
 
-class RequestWatch:
-    """Notes when a request's tokens come."""
+class _Prefixed(Collector):
+    """What another registry collects, under each of the prefixes: counted once, shown twice."""
 
-    def __init__(self, metrics: Metrics, processed: ProcessedInput, params: SamplingParams) -> None:
-        """The request arrives now."""
-        self._metrics = metrics
-        self._num_prompt = len(processed.prompt_token_ids)
-        self._arrival = time.monotonic()
-        self._last: dict[int, float] = {}
-        self._num_generated = 0
-        self._num_open = params.n
-        self._is_first = True
+    def __init__(self, plain: CollectorRegistry) -> None:
+        self._plain = plain
 
-    def saw(self, delta: AnswerDelta) -> None:
-        """Tokens of one answer came."""
-        now = time.monotonic()
-        if delta.token_ids:
-            if self._is_first:
-                self._metrics.observe("time_to_first_token_seconds", now - self._arrival)
-                self._is_first = False
-            elif delta.index in self._last:
-                gap = (now - self._last[delta.index]) / len(delta.token_ids)
-                self._metrics.observe("inter_token_latency_seconds", gap)
-            self._last[delta.index] = now
-            self._num_generated += len(delta.token_ids)
-        if delta.finish_reason is not None:
-            self._num_open -= 1
-            self._metrics.count_end(delta.finish_reason)
+    def collect(self) -> Iterator[Metric]:
+        found = list(self._plain.collect())
+        for prefix in PREFIXES:
+            for metric in found:
+                copy = Metric(prefix + metric.name, metric.documentation, metric.type)
+                copy.samples = [
+                    sample._replace(name=prefix + sample.name)
+                    for sample in metric.samples
+                    if not sample.name.endswith("_created")  # when a series began: nobody asks
+                ]
+                yield copy
 
-    def ended(self) -> None:
-        """No more will come: what did not end by itself was aborted."""
-        for _ in range(self._num_open):
-            self._metrics.count_end("abort")
-        self._metrics.observe("e2e_request_latency_seconds", time.monotonic() - self._arrival)
-        self._metrics.observe("request_prompt_tokens", self._num_prompt)
-        self._metrics.observe("request_generation_tokens", self._num_generated)
+    def describe(self) -> list[Metric]:
+        """Nothing: what there is shows when it is collected."""
+        return []
 
 
 class _EngineCollector(Collector):
@@ -142,39 +141,73 @@ class _EngineCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         stats = self._client.stats
-        for prefix in PREFIXES:
-            for name, (text, attribute) in _GAUGES.items():
-                yield self._gauge(prefix + name, text, getattr(stats, attribute))
-            used = stats.num_used_blocks / stats.num_blocks if stats.num_blocks else 0.0
-            yield self._gauge(
-                prefix + "kv_cache_usage_perc", "Share of KV blocks held, 0 to 1.", used
-            )
-            for name, (text, attribute) in _COUNTERS.items():
-                counter = CounterMetricFamily(prefix + name, text, labels=["model_name"])
-                counter.add_metric([self._model], getattr(stats, attribute))
-                yield counter
-            restarts = CounterMetricFamily(
-                prefix + "engine_restarts",
-                "Engines started after one ended.",
-                labels=["model_name"],
-            )
-            restarts.add_metric([self._model], self._client.num_restarts)
-            yield restarts
-            ready = self._client.ready
-            if ready is not None:
-                startup = GaugeMetricFamily(
-                    prefix + "startup_seconds",
-                    "Seconds that starting took.",
-                    labels=["model_name", "phase"],
-                )
-                for phase, seconds in ready.startup_s.items():
-                    startup.add_metric([self._model, phase], seconds)
-                yield startup
+        for name, (text, attribute) in _GAUGES.items():
+            yield self._gauge(name, text, getattr(stats, attribute))
+        used = stats.num_used_blocks / stats.num_blocks if stats.num_blocks else 0.0
+        yield self._gauge("kv_cache_usage_perc", "Share of KV blocks held, 0 to 1.", used)
+        yield self._gauge(
+            "engine_ready", "1 while an engine takes requests.", int(self._client.is_alive)
+        )
+        for name, (text, attribute) in _COUNTERS.items():
+            yield self._counter(name, text, getattr(stats, attribute))
+        yield self._counter(
+            "engine_restarts", "Engines started after one ended.", self._client.num_restarts
+        )
+        yield _step_tokens(self._client.steps_by_tokens, self._model)
+        yield from self._of_start()
+
+    def _of_start(self) -> Iterator[Metric]:
+        """What is known once the model is loaded."""
+        ready, config = self._client.ready, self._client.config
+        if ready is None:
+            return
+        startup = GaugeMetricFamily(
+            "startup_seconds", "Seconds that starting took.", labels=["model_name", "phase"]
+        )
+        for phase, seconds in ready.startup_s.items():
+            startup.add_metric([self._model, phase], seconds)
+        yield startup
+        settings = {
+            "model_name": self._model,
+            "block_size": str(ready.block_size),
+            "num_gpu_blocks": str(ready.num_blocks),
+            "cache_dtype": config.kv_cache_dtype,
+            "enable_prefix_caching": str(config.enable_prefix_caching),
+            "gpu_memory_utilization": str(config.gpu_memory_utilization),
+        }
+        info = GaugeMetricFamily(
+            "cache_config_info", "Settings of the KV cache, as labels.", labels=list(settings)
+        )
+        info.add_metric(list(settings.values()), 1)
+        yield info
 
     def _gauge(self, name: str, text: str, value: float) -> Metric:
         gauge = GaugeMetricFamily(name, text, labels=["model_name"])
         gauge.add_metric([self._model], value)
         return gauge
+
+    def _counter(self, name: str, text: str, value: float) -> Metric:
+        counter = CounterMetricFamily(name, text, labels=["model_name"])
+        counter.add_metric([self._model], value)
+        return counter
+
+
+def _step_tokens(steps_by_tokens: Counts[int], model: str) -> Metric:
+    """The histogram of how many tokens a step computed."""
+    in_buckets = Counts[float]()
+    for num_tokens, num_steps in steps_by_tokens.items():
+        bound = next((b for b in _STEP_TOKENS if num_tokens <= b), float("inf"))
+        in_buckets[bound] += num_steps
+    buckets, so_far = [], 0
+    for bound in (*_STEP_TOKENS, float("inf")):
+        so_far += in_buckets[bound]
+        buckets.append(("+Inf" if bound == float("inf") else str(float(bound)), so_far))
+    histogram = HistogramMetricFamily(
+        "iteration_tokens_total", "Tokens computed in a step.", labels=["model_name"]
+    )
+    total = sum(tokens * steps for tokens, steps in steps_by_tokens.items())
+    histogram.add_metric([model], buckets, total)
+    return histogram
 
 
 router = APIRouter()

@@ -5,17 +5,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib
+import logging
 import signal
 import ssl
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from portalm.config import EngineConfig, Task
 from portalm.engine.client import EngineClient
+from portalm.engine.messages import EngineReady
 from portalm.errors import ConfigError
+from portalm.logs import LogConfig, write_logs
 from portalm.server.api_keys import ApiKeys
+
+logger = logging.getLogger(__name__)
 
 _EXAMPLES: dict[Task, tuple[str, str]] = {
     "generate": (
@@ -61,7 +66,14 @@ class ServerConfig:
     """Requests may bring a chat template, which is a program."""
     shutdown_timeout_s: float = 30.0
     """How long running requests may go on after SIGTERM or Ctrl-C."""
-    log_level: str = "warning"
+    logs: LogConfig = field(default_factory=LogConfig)
+    """How this process and the engine's write their logs."""
+    log_requests: bool = False
+    """Log prompts and answers too."""
+    log_stats: bool = True
+    """Log throughput while there is traffic."""
+    otlp_traces_endpoint: str | None = None
+    """URL of a collector of OpenTelemetry traces; None: no traces."""
 
     def __post_init__(self) -> None:
         """Reject values that cannot work, naming the flag and the fix."""
@@ -81,18 +93,20 @@ async def serve(engine: EngineConfig, config: ServerConfig) -> None:
     """Start the engine, answer until SIGINT or SIGTERM, let running requests end, stop.
 
     Raises:
-        PortaLMError: the engine could not start.
+        PortaLMError: the engine could not start, or traces were asked for and cannot be sent.
     """
     key_file = None if config.api_key_file is None else Path(config.api_key_file)
     keys = ApiKeys(config.api_keys, key_file)
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, keys.reload)
-    client = EngineClient(engine)
+    names = tuple(config.served_model_names) or (engine.model,)
+    tracer = await asyncio.to_thread(_start_tracer, config, names[0])
+    client = EngineClient(engine, logs=config.logs)
     starting = asyncio.ensure_future(client.start())
     server: Any = None
+    tasks: list[asyncio.Task[None]] = []
     try:
         # while the engine loads: these take most of a second
-        app, metrics, states = await asyncio.to_thread(_import_server)
-        names = tuple(config.served_model_names) or (engine.model,)
+        app, metrics, states, request_log = await asyncio.to_thread(_import_server)
         state = states.ServerState(
             client=client,
             metrics=metrics.Metrics(client, names[0]),
@@ -103,14 +117,20 @@ async def serve(engine: EngineConfig, config: ServerConfig) -> None:
             max_num_queued_tokens=config.max_num_queued_tokens,
             queue_timeout_s=config.queue_timeout_s,
             trust_request_chat_template=config.trust_request_chat_template,
+            observers=[
+                request_log.RequestLog(with_content=config.log_requests),
+                *([tracer] if tracer is not None else []),
+            ],
         )
+        if config.log_stats:
+            tasks.append(asyncio.create_task(request_log.log_throughput(client)))
         server = app.Server(
             app.uvicorn.Config(
                 app.build_app(state),
                 host=config.host,
                 port=config.port,
                 uds=config.uds,
-                log_level=config.log_level,
+                log_config=None,  # it writes to the same log as everything else
                 access_log=False,
                 http=app.Protocol,
                 timeout_graceful_shutdown=1,  # Server has waited by then
@@ -136,27 +156,17 @@ async def serve(engine: EngineConfig, config: ServerConfig) -> None:
             server.should_exit = True
             await running
         elif server.started and starting.done():
-            ready = starting.result()
-            scheme = "https" if config.ssl_certfile else "http"
-            where = (
-                f"unix:{config.uds}" if config.uds else f"{scheme}://{config.host}:{server.port}"
-            )
-            tokens = ready.num_blocks * ready.block_size
-            cache = f", room for {tokens} tokens of KV cache" if tokens else ""
-            path, example = _EXAMPLES[ready.tasks[0]]
-            print(
-                f"PortaLM serves {names[0]} on {where} — {ready.device} "
-                f"({ready.device_summary}), {ready.dtype}{cache}\n"
-                f"try:  curl {where}{path} -H 'Content-Type: application/json' -d '{example}'",
-                flush=True,
-            )
+            _say_where(config, names[0], server.port, starting.result())
         await running
         if starting.done():
             starting.result()
     finally:
-        starting.cancel()
-        await asyncio.gather(starting, return_exceptions=True)
+        for task in (starting, *tasks):
+            task.cancel()
+        await asyncio.gather(starting, *tasks, return_exceptions=True)
         await client.shutdown(at_once=server is not None and server.force_exit)
+        if tracer is not None:
+            await asyncio.to_thread(tracer.close)
 
 
 def _load(config: Any) -> None:
@@ -167,18 +177,44 @@ def _load(config: Any) -> None:
         raise ConfigError(f"the certificate or its key cannot be used: {error}") from None
 
 
-def _import_server() -> tuple[Any, Any, Any]:
-    return (
-        importlib.import_module("portalm.server.app"),
-        importlib.import_module("portalm.server.metrics"),
-        importlib.import_module("portalm.server.state"),
+def _say_where(config: ServerConfig, model: str, port: int, ready: EngineReady) -> None:
+    """Tell the user that requests are taken now."""
+    scheme = "https" if config.ssl_certfile else "http"
+    where = f"unix:{config.uds}" if config.uds else f"{scheme}://{config.host}:{port}"
+    tokens = ready.num_blocks * ready.block_size
+    cache = f", room for {tokens} tokens of KV cache" if tokens else ""
+    text = (
+        f"PortaLM serves {model} on {where} — {ready.device} ({ready.device_summary}), "
+        f"{ready.dtype}{cache}"
     )
+    if config.logs.format == "json":
+        logger.info(text)
+        return
+    path, example = _EXAMPLES[ready.tasks[0]]
+    print(
+        f"{text}\ntry:  curl {where}{path} -H 'Content-Type: application/json' -d '{example}'",
+        flush=True,
+    )
+
+
+def _start_tracer(config: ServerConfig, model: str) -> Any:
+    """The tracer that was asked for, or None. What it imports is an extra."""
+    if config.otlp_traces_endpoint is None:
+        return None
+    tracing = importlib.import_module("portalm.server.tracing")
+    return tracing.Tracer(config.otlp_traces_endpoint, model)
+
+
+def _import_server() -> tuple[Any, ...]:
+    names = ("app", "metrics", "state", "request_log")
+    return tuple(importlib.import_module(f"portalm.server.{name}") for name in names)
 
 
 def run(engine: EngineConfig, config: ServerConfig) -> None:
     """`serve` in an event loop of its own."""
     import uvloop
 
+    write_logs("server", config.logs)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # until uvicorn takes over
     with contextlib.suppress(KeyboardInterrupt):
         uvloop.run(serve(engine, config))

@@ -19,6 +19,7 @@ from portalm.sampling_params import SamplingParams
 from portalm.server.api_keys import ApiKeys
 from portalm.server.metrics import Metrics
 from portalm.server.protocol import MAX_ANSWERS
+from portalm.server.watch import RequestObserver, RequestWatch
 
 
 class ModelUnknown(InvalidRequest):
@@ -52,6 +53,8 @@ class ServerState:
     """How long a request may wait until it runs; None: for ever."""
     trust_request_chat_template: bool = False
     """Requests may bring a chat template."""
+    observers: Sequence[RequestObserver] = ()
+    """Told of every request that ends."""
     is_draining: bool = False
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -124,16 +127,24 @@ class ServerState:
         num_tokens = sum(len(one.prompt_token_ids) for one in inputs)
         self.admit(sum(len(one.requests) for one in inputs), num_tokens)
         index_of = {one.request_id: i for i, one in enumerate(inputs)}
-        watches = [self.metrics.watch(one, params) for one in inputs]
+        watches = {
+            one.request_id: RequestWatch(self.metrics, self.observers, one, params)
+            for one in inputs
+        }
         asked = self.client.generate(inputs, params, queue_timeout_s=self.queue_timeout_s)
         try:
             async with contextlib.aclosing(asked) as deltas:
                 async for delta in deltas:
-                    index = index_of[delta.request_id]
-                    watches[index].saw(delta)
-                    yield index, delta
+                    watches[delta.request_id].saw(delta)
+                    if delta.is_last:
+                        watches.pop(delta.request_id).ended()
+                    yield index_of[delta.request_id], delta
+        except Exception as error:
+            for watch in watches.values():
+                watch.failed(error)
+            raise
         finally:
-            for watch in watches:
+            for watch in watches.values():
                 watch.ended()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,40 @@ def test_a_step_is_dispatched_while_the_one_before_runs(tmp_path: Path) -> None:
     engine.step()
 
     assert len(engine._in_flight) == 1
+
+
+def test_the_first_output_says_when_the_request_was_first_in_a_step(
+    tmp_path: Path, steps_in_flight: int
+) -> None:
+    engine = make_engine(
+        tmp_path,
+        NullBackend(max_steps_in_flight=steps_in_flight),
+        num_gpu_blocks_override=34,  # they preempt each other
+        enable_prefix_caching=False,
+    )
+    started = time.monotonic()
+    for i in range(6):
+        ask(engine, str(i), [5] * 20, max_tokens=100)
+
+    outputs = run(engine)
+
+    assert engine.stats().preemptions_total > 0
+    for first, *others in outputs.values():
+        assert first.scheduled_time is not None
+        assert started < first.scheduled_time < time.monotonic()
+        assert all(other.scheduled_time is None for other in others)
+
+
+def test_a_request_that_is_aborted_in_its_first_step_says_when_that_was(tmp_path: Path) -> None:
+    engine = make_engine(tmp_path, NullBackend(max_steps_in_flight=2))
+    ask(engine, "long", [5] * 150)  # of three steps
+    ask(engine, "waits", [6] * 50)
+    engine.step()
+
+    [long, waits] = engine.abort(["long", "waits"])
+
+    assert long.scheduled_time is not None
+    assert waits.scheduled_time is None
 
 
 def test_preemption_changes_no_token(tmp_path: Path, steps_in_flight: int) -> None:

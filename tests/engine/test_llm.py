@@ -38,6 +38,14 @@ def test_a_prompt_may_be_a_text_token_ids_or_a_list_of_either(llm: LLM) -> None:
     assert both[0].prompt == prompt and both[1].prompt is None
 
 
+def test_an_answer_says_where_its_time_went(llm: LLM) -> None:
+    [output] = llm.generate("The capital of France is", GREEDY, use_tqdm=False)
+
+    times = output.metrics
+    assert times.e2e_s == pytest.approx(times.queue_s + times.prefill_s + times.decode_s)
+    assert min(times.queue_s, times.prefill_s, times.decode_s) > 0
+
+
 def test_streamed_pieces_are_the_answer(llm: LLM) -> None:
     prompt = "Write a haiku about the sea, with an emoji 🌊:"
     params = SamplingParams(temperature=0.0, max_tokens=40)

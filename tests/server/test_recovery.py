@@ -70,6 +70,8 @@ def test_a_stream_outlives_its_engine(server: RunningServer, params: dict[str, o
 
         assert disturbed == undisturbed
         assert server.metric("engine_restarts_total") == restarts + 1
+        steps = server.metric("engine_steps_total")  # of both engines
+        assert server.metric("iteration_tokens_total_count") == steps
         assert http.get("/health").status_code == 200
 
 
