@@ -42,7 +42,8 @@ class ServerState:
     metrics: Metrics
     model_names: Sequence[str]
     """The first is the one that answers carry."""
-    api_keys: ApiKeys
+    api_keys: ApiKeys = field(default_factory=ApiKeys)
+    """Without any: everybody who can connect."""
     allowed_origins: Sequence[str] = ()
     """Web pages of these origins may ask; without any, no other page may."""
     max_num_queued_reqs: int | None = None
