@@ -23,6 +23,7 @@ from portalm.engine.messages import (
     AbortRequests,
     AddRequest,
     EngineFailed,
+    EngineProgress,
     FromEngine,
     Probe,
     ProbeAnswer,
@@ -88,7 +89,7 @@ def _serve(
     gc.disable()
     from portalm.engine.engine import Engine
 
-    engine = Engine(config)
+    engine = Engine(config, progress=lambda phase, share: send(EngineProgress(phase, share)))
     gc.freeze()
     gc.enable()
     engine.step_begins = pulse.begin

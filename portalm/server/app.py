@@ -8,7 +8,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from portalm import __version__
-from portalm.server import chat, completions, health, metrics, models
+from portalm.server import chat, completions, health, metrics, models, page
 from portalm.server.auth import Gate
 from portalm.server.errors import add_error_handlers
 from portalm.server.state import ServerState
@@ -18,7 +18,7 @@ def build_app(state: ServerState) -> FastAPI:
     """All endpoints over one state."""
     app = FastAPI(title="PortaLM", version=__version__, docs_url=None, redoc_url=None)
     app.state.portalm = state
-    for module in (completions, chat, models, health, metrics):
+    for module in (completions, chat, models, health, metrics, page):
         app.include_router(module.router)
     add_error_handlers(app)
     app.add_middleware(Gate, api_keys=state.api_keys)

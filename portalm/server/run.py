@@ -6,12 +6,16 @@ import asyncio
 import contextlib
 import importlib
 import signal
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from portalm.config import EngineConfig
 from portalm.engine.client import EngineClient
+
+_LOOK_S = 0.1
+"""Between two looks at how far loading is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +45,8 @@ async def serve(engine: EngineConfig, config: ServerConfig) -> None:
     """
     client = EngineClient(engine)
     starting = asyncio.ensure_future(client.start())
+    bar = asyncio.create_task(_show_loading(client))
+    starting.add_done_callback(lambda _: bar.cancel())
     try:
         # while the engine loads: these take most of a second
         app, metrics, states = await asyncio.to_thread(_import_server)
@@ -94,6 +100,19 @@ async def serve(engine: EngineConfig, config: ServerConfig) -> None:
         starting.cancel()
         await asyncio.gather(starting, return_exceptions=True)
         await client.shutdown()
+
+
+async def _show_loading(client: EngineClient) -> None:
+    """A bar on the terminal, if there is one, until the task is cancelled."""
+    if not sys.stderr.isatty():
+        return
+    from portalm.engine.loading_bar import LoadingBar
+
+    with LoadingBar() as bar:
+        while True:
+            await asyncio.sleep(_LOOK_S)
+            if (progress := client.progress) is not None:
+                bar.show(progress.phase, progress.share)
 
 
 def _import_server() -> tuple[Any, Any, Any]:

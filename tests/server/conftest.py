@@ -105,6 +105,13 @@ def make_model_folder(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def model_server(default_model: Path) -> Iterator[RunningServer]:
+    """The default model, with room for 2048 tokens."""
+    with running_server("--max-model-len", "2k", "--served-model-name", "small") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
 def null_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     folder = make_model_folder(tmp_path_factory.mktemp("server") / "tiny")
     flags = ("--device", "null", "--load-format", "dummy", "--served-model-name", "tiny", "alias")
