@@ -23,7 +23,7 @@ from portalm.engine.client import EngineClient
 from portalm.server.app import build_app
 from portalm.server.metrics import Metrics
 from portalm.server.state import ServerState
-from tests.server.conftest import RunningServer, make_model_folder, running_server
+from tests.server.conftest import ENDLESS, RunningServer, make_model_folder, running_server
 
 KEY = "sesame"
 FILES = sorted((Path(__file__).parents[2] / "portalm/server/static").iterdir())
@@ -271,7 +271,7 @@ def test_stop_ends_the_request_and_keeps_what_was_said(
 ) -> None:
     page.type("#max-tokens", "1900")
     page.type("#temperature", "0")
-    page.say("Count from one to a thousand in words, one number a line, leave none out.")
+    page.say(ENDLESS)
     page.wait(lambda: len(page.text(".assistant .body")) > 10)
     assert model_server.metric("num_requests_running") == 1
     page.click("#stop")

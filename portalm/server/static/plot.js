@@ -3,27 +3,24 @@
 export const SPAN_S = 120; // what a plot shows
 const MAX_SAMPLES = 240;
 const GAP_S = 4; // further apart, samples are not joined: the tab was hidden or the server away
-const LEFT = 38;
+const LEFT = 40;
 const BOTTOM = 16;
 const TOP = 6;
 
 export class Plot {
   #canvas;
   #colours;
-  #limit;
   #format;
   #samples = []; // {time, values}, oldest first
 
   /**
    * @param canvas where to draw
    * @param colours custom properties of the style sheet, one for each series
-   * @param limit top of the axis; null: what the values need
    * @param format text of a value on the axis
    */
-  constructor(canvas, { colours, limit = null, format = (value) => value.toLocaleString("en") }) {
+  constructor(canvas, { colours, format = (value) => value.toLocaleString("en") }) {
     this.#canvas = canvas;
     this.#colours = colours;
-    this.#limit = limit;
     this.#format = format;
     new ResizeObserver(() => this.draw()).observe(canvas);
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => this.draw());
@@ -49,7 +46,7 @@ export class Plot {
     const style = getComputedStyle(this.#canvas);
     const now = this.#samples.at(-1)?.time ?? 0;
     const shown = this.#samples.filter((sample) => sample.time >= now - SPAN_S - GAP_S);
-    const top = this.#limit ?? niceTop(Math.max(0, ...shown.flatMap((sample) => sample.values)));
+    const top = niceTop(Math.max(0, ...shown.flatMap((sample) => sample.values)));
     const x = (time) => LEFT + (1 - (now - time) / SPAN_S) * (width - LEFT - 2);
     const y = (value) => TOP + (1 - value / top) * (height - TOP - BOTTOM);
 
@@ -58,9 +55,10 @@ export class Plot {
     pen.beginPath();
     pen.rect(LEFT, 0, width - LEFT, height - BOTTOM + 2);
     pen.clip();
-    this.#colours.forEach((colour, series) => {
-      this.#drawLine(pen, style.getPropertyValue(colour), shown, series, { x, y });
-    });
+    for (let series = this.#colours.length - 1; series >= 0; series -= 1) {
+      const colour = style.getPropertyValue(this.#colours[series]);
+      this.#drawLine(pen, colour, shown, series, { x, y }); // the first lies on top
+    }
     pen.restore();
   }
 

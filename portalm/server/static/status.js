@@ -31,8 +31,7 @@ export class Status {
   #requests = new Plot($("requests-plot"), { colours: ["--plot-a", "--plot-b"] });
   #kv = new Plot($("kv-plot"), {
     colours: ["--plot-a", "--plot-b"],
-    limit: 1,
-    format: (share) => `${100 * share} %`,
+    format: (value) => `${value} %`,
   });
 
   /** `onState(state)` is called whenever the state is another one. */
@@ -109,7 +108,7 @@ export class Status {
     );
     this.#kv.add(
       load.time_s,
-      [load.kv_used, load.kv_cached],
+      [100 * load.kv_used, 100 * load.kv_cached],
       `KV cache: ${percent(load.kv_used)} in use, ${percent(load.kv_cached)} kept`,
     );
     if (before === null || load.time_s <= before.time_s) return;
