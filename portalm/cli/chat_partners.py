@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -34,7 +34,7 @@ class Partner(Protocol):
     name: str
     """The model, and where it runs."""
 
-    def answer(self, messages: Messages) -> Iterator[Piece]:
+    def answer(self, messages: Messages) -> Generator[Piece, None, None]:
         """The next message, piece by piece; closing the iterator ends the request.
 
         Raises:
@@ -55,7 +55,7 @@ class LocalModel:
         ready = llm.engine.ready
         self.name = f"{ready.model} on {ready.device}"
 
-    def answer(self, messages: Messages) -> Iterator[Piece]:
+    def answer(self, messages: Messages) -> Generator[Piece, None, None]:
         """See `Partner`."""
         prompt = self._llm.get_tokenizer().apply_chat_template(list(messages))
         num_tokens = 0
@@ -129,7 +129,7 @@ class RemoteModel:
         self._settings = {"max_tokens": max_tokens, "temperature": temperature}
         self.name = f"{self._model} at {self._url}"
 
-    def answer(self, messages: Messages) -> Iterator[Piece]:
+    def answer(self, messages: Messages) -> Generator[Piece, None, None]:
         """See `Partner`."""
         import json
 

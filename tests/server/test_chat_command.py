@@ -42,7 +42,7 @@ def here(default_model: Path) -> Iterator[pexpect.spawn]:
 def there(model_server: RunningServer) -> Iterator[pexpect.spawn]:
     """A conversation with a server."""
     url = f"{model_server.url}/v1"
-    chat = on_a_terminal("chat", "--url", url, "--max-tokens", "1500")
+    chat = on_a_terminal("chat", "--url", url, "--max-tokens", "200")
     chat.expect_exact(f"small at {model_server.url}.")
     chat.expect("> ")
     yield chat
@@ -165,6 +165,7 @@ def test_a_message_may_have_several_lines(lines: list[str], message: str) -> Non
     assert next(left) == "the next message"
 
 
+@pytest.mark.slow
 @pytest.mark.model
 def test_a_server_shows_how_far_loading_is_on_a_terminal_alone(
     default_model: Path, model_server: RunningServer
