@@ -14,12 +14,16 @@ from portalm.server.state import ServerState, state_of
 
 router = APIRouter()
 
-_FOLDER = Path(__file__).with_name("static")
 _MEDIA_TYPES = {  # not guessed: a machine's own table may say otherwise
     ".css": "text/css",
     ".html": "text/html",
     ".js": "text/javascript",
     ".svg": "image/svg+xml",
+}
+_FILES = {  # what is not in here is not given out, whatever path a name may spell
+    path.name: path
+    for path in Path(__file__).with_name("static").iterdir()
+    if path.suffix in _MEDIA_TYPES
 }
 _HEADERS = {
     # nothing from elsewhere, no script or style in the page's own text: a model's words stay words
@@ -46,8 +50,8 @@ async def static(name: str) -> FileResponse:
 
 
 def _file(name: str) -> FileResponse:
-    path = _FOLDER / name
-    if path.parent != _FOLDER or path.suffix not in _MEDIA_TYPES or not path.is_file():
+    path = _FILES.get(name)
+    if path is None:
         raise HTTPException(404, f"the page has no file {name!r}")
     return FileResponse(path, media_type=_MEDIA_TYPES[path.suffix], headers=_HEADERS)
 

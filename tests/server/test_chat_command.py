@@ -87,6 +87,8 @@ def test_a_server_answers_and_ctrl_c_ends_its_request(there, model_server, tmp_p
     there.expect("system message: You are a pirate.")
     there.sendline('"""One line\nand another"""')
     there.expect(FIGURES)
+    there.sendline("word " * 2100)  # refused: it is no part of the conversation
+    there.expect("the server answers 400: .*2048")
     there.sendline(f"/save {tmp_path}/said.json")
     there.expect("3 messages in")
     said = json.loads((tmp_path / "said.json").read_text())
@@ -97,8 +99,6 @@ def test_a_server_answers_and_ctrl_c_ends_its_request(there, model_server, tmp_p
     there.expect("system message: none")
     there.sendline("/cleer")
     there.expect("no command /cleer")
-    there.sendline("word " * 2100)
-    there.expect("the server answers 400: .*2048")
     there.sendline("/help")
     there.expect("/save FILE")
 

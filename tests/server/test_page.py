@@ -65,7 +65,9 @@ def test_no_file_of_the_page_names_another_host(path: Path) -> None:
     assert "innerHTML" not in path.read_text()
 
 
-@pytest.mark.parametrize("name", ["none.js", "..%2Fpage.py", "%2Fetc%2Fpasswd", "%2e%2e"])
+@pytest.mark.parametrize(
+    "name", ["none.js", "..%2Fpage.py", "..%5Cpage.py", "%2Fetc%2Fpasswd", "%2e%2e"]
+)
 def test_only_files_of_the_page_are_given_out(null_server: RunningServer, name: str) -> None:
     with null_server.client() as http:
         assert http.get(f"/static/{name}").status_code == 404
@@ -211,20 +213,32 @@ WATCH = """
 """
 
 
+INK = """
+    const canvas = document.getElementById("tokens-plot");
+    const pixels = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;
+    const colour = getComputedStyle(canvas).getPropertyValue("--plot-a").match(/[0-9a-f]{2}/g);
+    const [r, g, b] = colour.map((hex) => parseInt(hex, 16));
+    let count = 0;
+    for (let i = 0; i < pixels.length; i += 4)
+        count += pixels[i] === r && pixels[i + 1] === g && pixels[i + 2] === b;
+    return count;
+"""  # pixels of the colour of the line of generated tokens
+
+
 @needs_browser
 @pytest.mark.model
 def test_an_answer_streams_in_and_the_plots_move(page: Browser) -> None:
     page.run(WATCH)
     page.type("#temperature", "0")
     page.type("#max-tokens", "200")
-    pictures = set()
+    line_lengths = {page.run(INK)}
 
-    def picture() -> int:
-        pictures.add(page.run("return document.getElementById('tokens-plot').toDataURL()"))
-        return len(pictures)
+    def num_line_lengths() -> int:
+        line_lengths.add(page.run(INK))
+        return len(line_lengths)
 
     page.say("Write a long story about the sea.")
-    page.wait(lambda: picture() >= 3 and not page.is_shown("#stop"))
+    page.wait(lambda: num_line_lengths() >= 4 and not page.is_shown("#stop"))
 
     lengths = page.run("return [...window.lengths]")
     assert len(lengths) >= 10 and lengths == sorted(lengths)
@@ -389,6 +403,36 @@ def test_the_page_follows_the_server_from_loading_to_gone(browser: Browser, tmp_
         browser.wait_for_state("no connection")
         assert not browser.is_enabled("#send")
         assert browser.text("#notice").startswith("No connection")
+
+
+REASONING = """
+    const deltas = [{reasoning_content: "Hm, <b>"}, {reasoning_content: "2."}, {content: "Two."}];
+    const chunks = deltas.map(
+        (delta, i) => ({choices: [{delta}], usage: {completion_tokens: i + 1}})
+    );
+    const events = [...chunks.map((one) => JSON.stringify(one)), "[DONE]"];
+    const stream = events.map((event) => `data: ${event}\\n\\n`).join("");
+    const fetch = window.fetch;
+    window.fetch = (path, options) =>
+        options?.body ? Promise.resolve(new Response(stream)) : fetch(path, options);
+"""  # no small model reasons
+
+
+@needs_browser
+def test_what_a_model_thinks_is_shown_apart_from_what_it_says(
+    browser: Browser, null_server: RunningServer
+) -> None:
+    browser.open(null_server)
+    browser.wait_for_state("ready")
+    browser.run(REASONING)
+    browser.say("1 + 1?")
+    browser.wait_for_answer()
+
+    assert browser.text(".assistant .body") == "Two."
+    assert browser.is_shown(".thoughts") and not browser.is_shown(".thoughts div")
+    browser.click(".thoughts summary")
+    assert browser.text(".thoughts div") == "Hm, <b>2."
+    assert browser.text(".figures").startswith("3 tokens")
 
 
 RENDERED = """

@@ -14,7 +14,7 @@ const ENDS = {
 const $ = (id) => document.getElementById(id);
 
 export class Chat {
-  #messages = []; // {role, content, figures}: what the model is told, and shows
+  #messages = []; // {role, content}, of an answer {thoughts, figures} too
   #onLocked;
   #isUsable = false;
   #answering = null; // the AbortController of the answer that streams in
@@ -81,7 +81,7 @@ export class Chat {
   async #answer() {
     const messages = this.#messages; // `clear` begins another list
     const abort = new AbortController();
-    const answer = { role: "assistant", content: "", figures: "" };
+    const answer = { role: "assistant", content: "", thoughts: "", figures: "" };
     const article = this.#append(answer);
     article.setAttribute("aria-busy", "true"); // read out when it is whole
     this.#answering = abort;
@@ -99,8 +99,9 @@ export class Chat {
     }
     show.now();
     article.removeAttribute("aria-busy");
-    if (answer.content && messages === this.#messages) messages.push(answer);
-    if (!answer.content) article.remove();
+    const isKept = answer.content || answer.thoughts;
+    if (isKept && messages === this.#messages) messages.push(answer);
+    if (!isKept) article.remove();
     this.#answering = null;
     $("progress").textContent = "";
     this.#save();
@@ -126,6 +127,12 @@ export class Chat {
     body.className = "body";
     article.append(who, body);
     if (message.role === "assistant") {
+      const thoughts = document.createElement("details");
+      thoughts.className = "thoughts";
+      const summary = document.createElement("summary");
+      summary.textContent = "Thoughts";
+      thoughts.append(summary, document.createElement("div"));
+      body.before(thoughts);
       const figures = document.createElement("p");
       figures.className = "figures";
       article.append(figures);
@@ -187,10 +194,13 @@ async function stream(body, answer, signal, show) {
   try {
     for await (const chunk of streamChat(body, signal)) {
       const [choice] = chunk.choices;
-      if (choice?.delta.content) {
+      const content = choice?.delta.content ?? "";
+      const thought = choice?.delta.reasoning_content ?? "";
+      if (content || thought) {
         last = { time: performance.now(), tokens: chunk.usage.completion_tokens };
         first ??= last;
-        answer.content += choice.delta.content;
+        answer.content += content;
+        answer.thoughts += thought;
       }
       end = choice?.finish_reason ?? end;
       answer.figures = figures();
@@ -207,6 +217,8 @@ function showMessage(article, message) {
   const body = article.querySelector(".body");
   if (message.role === "user") body.textContent = message.content;
   else {
+    article.querySelector(".thoughts").hidden = !message.thoughts;
+    article.querySelector(".thoughts div").textContent = message.thoughts;
     showMarkdown(body, message.content);
     article.querySelector(".figures").textContent = message.figures;
   }
