@@ -12,7 +12,7 @@ PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint 
 BIN := $(VENV)/bin
 NATIVE := $(shell find csrc_cpu csrc_cuda csrc_rocm -type f 2>/dev/null)
 
-.PHONY: demo install install-dev model test-models check lint types layers test bench bench-cpu clean
+.PHONY: demo install install-dev model test-models browser check lint types layers test bench bench-cpu clean
 
 demo: install model
 	$(BIN)/portalm generate
@@ -50,6 +50,12 @@ model: install
 test-models: install-dev model
 	$(BIN)/portalm pull sentence-transformers/all-MiniLM-L6-v2
 
+# for the tests of the page; where it cannot be installed they are skipped and say so
+browser:
+	@command -v chromedriver >/dev/null || [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null || \
+	  { apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends \
+	    chromium chromium-driver >/dev/null; } || echo "no chromium: the tests of the page are skipped"
+
 # what to run before a push: `make test` runs the same
 check: test
 
@@ -64,7 +70,7 @@ types: install-dev
 layers: install-dev
 	$(BIN)/lint-imports
 
-test: lint types layers test-models
+test: lint types layers test-models browser
 	$(BIN)/pytest
 
 bench: install-dev model

@@ -15,6 +15,7 @@ from portalm.config import DEFAULT_MODEL, EngineConfig
 from portalm.engine.engine import Engine
 from portalm.engine.grammars import LoadedGrammars, vocabulary_of
 from portalm.engine.input_processor import NO_ANSWER, InputProcessor, ProcessedInput, TextPair
+from portalm.engine.loading_bar import LoadingBar
 from portalm.engine.messages import EngineStats
 from portalm.engine.output_processor import AnswerDelta, OutputProcessor
 from portalm.engine.scores import as_pairs, cosine, numbers
@@ -65,18 +66,8 @@ class LLM:
             PortaLMError: the model, the device or a setting does not work; the text says why.
         """
         config = EngineConfig.from_dict({"model": model, **settings})
-        with tqdm(
-            total=100,
-            desc="Loading model",
-            bar_format="{desc}: {percentage:3.0f}%|{bar}|",
-            disable=not use_tqdm,
-            leave=False,
-        ) as bar:
-
-            def show(phase: str, share: float) -> None:
-                bar.update(int(share * 100) - bar.n)
-
-            self.engine = Engine(config, backend=backend, progress=show)
+        with LoadingBar(is_shown=use_tqdm) as bar:
+            self.engine = Engine(config, backend=backend, progress=bar.show)
         self._tokenizer = load_tokenizer(
             self.engine.tokenizer_path,
             chat_template=config.chat_template,

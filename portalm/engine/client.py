@@ -29,6 +29,7 @@ from portalm.engine.messages import (
     AbortRequests,
     AddRequest,
     EngineFailed,
+    EngineProgress,
     EngineReady,
     EngineStats,
     Probe,
@@ -184,6 +185,11 @@ class EngineClient:
             and self._process is not None
             and self._process.is_running
         )
+
+    @property
+    def progress(self) -> EngineProgress | None:
+        """How far the engine is that is being started; None: none is, or it said nothing yet."""
+        return None if self._process is None or self._is_loaded else self._process.progress
 
     @property
     def tokenizer(self) -> Tokenizer:

@@ -25,6 +25,7 @@ from portalm.engine.messages import (
     AbortRequests,
     AddRequest,
     EngineFailed,
+    EngineProgress,
     FromEngine,
     LoadGrammar,
     Probe,
@@ -92,7 +93,7 @@ def _serve(
     gc.disable()
     from portalm.engine.engine import Engine
 
-    engine = Engine(config)
+    engine = Engine(config, progress=lambda phase, share: send(EngineProgress(phase, share)))
     gc.freeze()
     gc.enable()
     engine.step_begins = pulse.begin

@@ -131,6 +131,7 @@ class Engine:
         self._stats = EngineStats()
         budgeted = time.perf_counter()
 
+        tell("warm_up", 0.0)
         self._warm_up()
         tell("warm_up", 1.0)
         self.ready = EngineReady(

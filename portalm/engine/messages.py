@@ -132,6 +132,15 @@ class EngineReady(msgspec.Struct, tag=True, kw_only=True):
     """Seconds by phase: load, budget, warm_up."""
 
 
+class EngineProgress(msgspec.Struct, tag=True):
+    """How far an engine is that has not loaded its model yet."""
+
+    phase: str
+    """load, then warm_up."""
+    share: float
+    """Of the phase, 0 to 1."""
+
+
 class EngineFailed(msgspec.Struct, tag=True):
     """The engine could not start, or ended; the text is for the user."""
 
@@ -151,4 +160,4 @@ class ProbeAnswer(msgspec.Struct, tag=True):
     error: str | None = None
 
 
-FromEngine: TypeAlias = EngineReady | EngineFailed | StepOutputs | ProbeAnswer
+FromEngine: TypeAlias = EngineProgress | EngineReady | EngineFailed | StepOutputs | ProbeAnswer

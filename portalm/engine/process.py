@@ -13,7 +13,14 @@ import zmq
 import zmq.asyncio
 
 from portalm.config import EngineConfig, engine_environment
-from portalm.engine.messages import EngineFailed, EngineReady, FromEngine, Shutdown, ToEngine
+from portalm.engine.messages import (
+    EngineFailed,
+    EngineProgress,
+    EngineReady,
+    FromEngine,
+    Shutdown,
+    ToEngine,
+)
 from portalm.engine.pulse import Pulse
 from portalm.errors import PortaLMError
 from portalm.logs import LogConfig
@@ -45,6 +52,8 @@ class EngineProcess:
         self._address = f"ipc://{folder}/engine-{number}"
         self._pulse_path = folder / f"pulse-{number}"
         self.pulse = Pulse(self._pulse_path)
+        self.progress: EngineProgress | None = None
+        """How far it is; None: it has not said anything yet."""
         self._socket: zmq.asyncio.Socket = context.socket(zmq.PAIR)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.SNDHWM, 0)  # however many requests wait, none is lost
@@ -80,7 +89,8 @@ class EngineProcess:
         Raises:
             PortaLMError: it could not start; the text is the engine's own.
         """
-        message = await self.receive()
+        while isinstance(message := await self.receive(), EngineProgress):
+            self.progress = message
         if message is None:
             assert self._process is not None
             raise PortaLMError(

@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from portalm.server.api_keys import ApiKeys
 from portalm.server.errors import error_response
 
-_OPEN_PATHS = ("/health", "/metrics", "/version")
+_OPEN_PATHS = ("/health", "/metrics", "/version", "/static/")
 
 MAX_BODY_BYTES = 32 << 20
 
@@ -31,7 +31,8 @@ class Gate:
             return
         headers = dict(scope["headers"])
         tenant = self._keys.tenant(headers.get(b"authorization", b""))
-        if self._keys and tenant is None and not scope["path"].startswith(_OPEN_PATHS):
+        is_open = scope["path"] == "/" or scope["path"].startswith(_OPEN_PATHS)
+        if self._keys and tenant is None and not is_open:
             response = error_response(
                 401,
                 "no valid API key: send it as Authorization: Bearer KEY",

@@ -8,6 +8,7 @@ import importlib
 import logging
 import signal
 import ssl
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +32,9 @@ _EXAMPLES: dict[Task, tuple[str, str]] = {
     "score": ("/score", '{"text_1": "Hello!", "text_2": "Good morning!"}'),
 }
 """What to try first, by what the model does: a path and a body."""
+
+_LOOK_S = 0.1
+"""Between two looks at how far loading is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,6 +108,8 @@ async def serve(engine: EngineConfig, config: ServerConfig) -> None:
     starting = asyncio.ensure_future(client.start())
     server: Any = None
     tasks: list[asyncio.Task[None]] = []
+    bar = asyncio.create_task(_show_loading(client))
+    starting.add_done_callback(lambda _: bar.cancel())
     try:
         # while the engine loads: these take most of a second
         app, metrics, states, request_log = await asyncio.to_thread(_import_server)
@@ -167,6 +173,19 @@ async def serve(engine: EngineConfig, config: ServerConfig) -> None:
         await client.shutdown(at_once=server is not None and server.force_exit)
         if tracer is not None:
             await asyncio.to_thread(tracer.close)
+
+
+async def _show_loading(client: EngineClient) -> None:
+    """A bar on the terminal, if there is one, until the task is cancelled."""
+    if not sys.stderr.isatty():
+        return
+    from portalm.engine.loading_bar import LoadingBar
+
+    with LoadingBar() as bar:
+        while True:
+            await asyncio.sleep(_LOOK_S)
+            if (progress := client.progress) is not None:
+                bar.show(progress.phase, progress.share)
 
 
 def _load(config: Any) -> None:

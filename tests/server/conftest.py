@@ -20,6 +20,10 @@ from tests.tiny import make_config_folder
 
 START_S = 90
 
+ENDLESS = (  # the default model goes on with it until it may not any more
+    "Write all numbers from 1 to 1000, separated by commas: 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12,"
+)
+
 
 @dataclass
 class RunningServer:
@@ -102,6 +106,13 @@ def make_model_folder(folder: Path) -> Path:
         "{% for m in messages %}{{ m.content }} {% endfor %}"
     )
     return folder
+
+
+@pytest.fixture(scope="session")
+def model_server(default_model: Path) -> Iterator[RunningServer]:
+    """The default model, with room for 2048 tokens."""
+    with running_server("--max-model-len", "2k", "--served-model-name", "small") as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,124 @@
+"""/: a page to chat on and to see what the server does; its files; /status, which it shows."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, HTTPException
+from fastapi.responses import FileResponse
+
+from portalm import __version__
+from portalm.server.state import ServerState, state_of
+
+router = APIRouter()
+
+_MEDIA_TYPES = {  # not guessed: a machine's own table may say otherwise
+    ".css": "text/css",
+    ".html": "text/html",
+    ".js": "text/javascript",
+    ".svg": "image/svg+xml",
+}
+_FILES = {  # what is not in here is not given out, whatever path a name may spell
+    path.name: path
+    for path in Path(__file__).with_name("static").iterdir()
+    if path.suffix in _MEDIA_TYPES
+}
+_HEADERS = {
+    # nothing from elsewhere, no script or style in the page's own text: a model's words stay words
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
+    "img-src 'self'; connect-src 'self'; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",  # another version of the server brings other files
+}
+_PROBE_S = 1.0
+
+
+@router.get("/", include_in_schema=False)
+async def page() -> FileResponse:
+    """The page; it needs no key, what it asks for does."""
+    return _file("index.html")
+
+
+@router.get("/static/{name}", include_in_schema=False)
+async def static(name: str) -> FileResponse:
+    """A file of the page."""
+    return _file(name)
+
+
+def _file(name: str) -> FileResponse:
+    path = _FILES.get(name)
+    if path is None:
+        raise HTTPException(404, f"the page has no file {name!r}")
+    return FileResponse(path, media_type=_MEDIA_TYPES[path.suffix], headers=_HEADERS)
+
+
+@router.get("/status")
+async def status(state: Annotated[ServerState, Depends(state_of)]) -> dict[str, Any]:
+    """How the server is, what it runs on, and its load now.
+
+    `load.time_s` is of a steady clock: two answers give rates. `engine` is null until the model
+    is loaded, `loading` while none is.
+    """
+    name, reason = await _health(state)
+    return {
+        "state": name,
+        "reason": reason,
+        "version": __version__,
+        "model": state.model_names[0],
+        "uptime_s": max(0.0, time.time() - state.created),
+        "loading": _loading(state),
+        "engine_restarts": state.client.num_restarts,
+        "engine": _engine(state),
+        "load": _load(state),
+    }
+
+
+async def _health(state: ServerState) -> tuple[str, str | None]:
+    """loading, ready, draining or unhealthy; what there is to say about it."""
+    if state.is_draining:
+        return (
+            "draining",
+            "the server shuts down: it takes no more requests, those that run may end",
+        )
+    trouble = await state.client.trouble(timeout_s=_PROBE_S)
+    if trouble is None:
+        return "ready", None
+    return "loading" if state.client.ready is None else "unhealthy", trouble
+
+
+def _loading(state: ServerState) -> dict[str, Any] | None:
+    progress = state.client.progress
+    return None if progress is None else {"phase": progress.phase, "share": progress.share}
+
+
+def _engine(state: ServerState) -> dict[str, Any] | None:
+    ready = state.client.ready
+    if ready is None:
+        return None
+    return {
+        "device": ready.device,
+        "device_summary": ready.device_summary,
+        "dtype": ready.dtype,
+        "max_model_len": ready.max_model_len,
+        "kv_tokens": ready.num_blocks * ready.block_size,
+    }
+
+
+def _load(state: ServerState) -> dict[str, float]:
+    stats = state.client.stats
+    num_blocks = max(1, stats.num_blocks)
+    return {
+        "time_s": time.monotonic(),
+        "num_running": stats.num_running,
+        "num_waiting": stats.num_waiting,
+        "kv_used": stats.num_used_blocks / num_blocks,
+        "kv_cached": stats.num_cached_blocks / num_blocks,
+        "prompt_tokens_total": stats.prompt_tokens_total,
+        "generation_tokens_total": stats.generation_tokens_total,
+        "prefix_queries_total": stats.prefix_queries_total,
+        "prefix_hits_total": stats.prefix_hits_total,
+    }
