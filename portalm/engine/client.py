@@ -16,7 +16,6 @@ from collections.abc import AsyncGenerator, Iterable, Sequence
 from pathlib import Path
 
 import zmq
-import zmq.asyncio
 
 from portalm.config import EngineConfig
 from portalm.engine.inbox import Inbox
@@ -76,7 +75,7 @@ class EngineClient:
         """time.monotonic() of the engine's last message."""
         self.num_restarts = 0
         self._folder = Path(tempfile.mkdtemp(prefix="portalm-"))  # only this user may enter it
-        self._context = zmq.asyncio.Context()
+        self._context = zmq.Context()
         self._process: EngineProcess | None = None
         self._is_loaded = False
         """The process takes requests."""
