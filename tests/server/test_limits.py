@@ -63,6 +63,15 @@ class Raw:
             b"Content-Length: %d\r\n\r\n" % len(content) + content
         )
 
+    def answer(self) -> tuple[int, bytes, dict]:
+        """Status, headers and body, once they are there."""
+        data = b""
+        while not data.endswith(b"}"):
+            data += self.socket.recv(1 << 16)
+        self.socket.close()
+        headers, _, body = data.partition(b"\r\n\r\n")
+        return int(headers.split()[1]), headers.lower(), json.loads(body)
+
     def __enter__(self) -> Raw:
         return self
 
@@ -84,18 +93,13 @@ def busy(server: RunningServer, http: httpx.Client) -> Iterator[None]:
 def test_of_a_burst_exactly_as_many_wait_as_may(
     server: RunningServer, http: httpx.Client, busy: None
 ) -> None:
-    def ask(_: int) -> httpx.Response:
-        with server.client() as client:
-            return client.post("/v1/completions", json=SHORT)
+    asked = [Raw(server, SHORT) for _ in range(24)]
+    answers = [one.answer() for one in asked]
 
-    with concurrent.futures.ThreadPoolExecutor(24) as pool:
-        responses = list(pool.map(ask, range(24)))
-
-    statuses = sorted(r.status_code for r in responses)
-    assert statuses == [429] * 16 + [503] * 8
-    for response in responses:
-        assert response.headers["Retry-After"]
-        assert response.json()["error"]["type"]
+    assert sorted(status for status, _, _ in answers) == [429] * 16 + [503] * 8
+    for _, headers, error in answers:
+        assert b"retry-after" in headers
+        assert error["error"]["type"]
 
 
 def test_prompt_tokens_that_wait_are_bounded(server: RunningServer, http, busy: None) -> None:
@@ -139,7 +143,7 @@ def test_a_lower_priority_value_is_served_first(server: RunningServer, http) -> 
 
     def ask(priority: int) -> None:
         with server.client() as client:
-            body = {**SHORT, "max_tokens": 500, "priority": priority}
+            body = {**SHORT, "max_tokens": 30, "priority": priority}
             assert client.post("/v1/completions", json=body).status_code == 200
             ended.append(priority)
 
@@ -189,17 +193,25 @@ def test_one_tenants_queue_does_not_hold_up_another(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_who_leaves_is_aborted_at_once(server: RunningServer, http, stream: bool) -> None:
-    with Raw(server, {**LONG, "stream": stream}):
-        server.wait_for("num_requests_running", 1)
-    left = time.monotonic()
+    def num_tokens() -> float:
+        return server.metric("generation_tokens_total")
 
-    server.wait_for("num_requests_running", 0, seconds=2)
-    num_tokens = server.metric("generation_tokens_total")
+    seconds = 0.0
+    for _ in range(4):
+        with Raw(server, {**LONG, "stream": stream}):
+            server.wait_for("num_requests_running", 1)
+            started, first = time.monotonic(), num_tokens()
+            time.sleep(0.2)
+            left = num_tokens()
+            speed = (left - first) / (time.monotonic() - started)
+        server.wait_for("num_requests_running", 0, seconds=2)
+        seconds += (num_tokens() - left) / speed
 
-    assert time.monotonic() - left < 0.4  # with the time that asking for metrics takes
     assert server.metric("kv_blocks_used") == 0
+    assert seconds < 0.5  # of four, with the time that asking for metrics takes
+    last = num_tokens()
     time.sleep(0.2)
-    assert server.metric("generation_tokens_total") == num_tokens
+    assert num_tokens() == last
 
 
 def test_a_slow_reader_costs_only_itself(tmp_path: Path) -> None:
@@ -208,14 +220,14 @@ def test_a_slow_reader_costs_only_itself(tmp_path: Path) -> None:
         return int(re.findall(r"VmRSS:\s+(\d+)", text)[0]) / 1024
 
     folder = make_long_model(tmp_path / "tiny")
-    slow = {**LONG, "max_tokens": 8_000, "stream": True}
+    slow = {**LONG, "max_tokens": 3_000, "stream": True}
     with running_server(str(folder), *NULL) as server, server.client() as http:
         alone = timed_stream(http)
         before = memory(server)
         with Raw(server, slow, buffer=4096), Raw(server, slow, buffer=4096):
             server.wait_for("num_requests_running", 2)
             beside = timed_stream(http)
-            server.wait_for("num_requests_running", 0, seconds=60)  # it needs no reader
+            server.wait_for("num_requests_running", 0, seconds=90)  # it needs no reader
             grown = memory(server) - before
 
     assert beside < 5 * alone + 1
@@ -272,7 +284,7 @@ def test_what_is_too_much_is_refused_with_its_name(http, body, status, about) ->
 
 
 def test_a_long_text_does_not_hold_up_others(server: RunningServer, http) -> None:
-    text = "w5 " * 1_000_000  # more tokens than fit, fewer characters than are never looked at
+    text = "w5 " * 100_000  # more tokens than fit, but not so many that they are not counted
 
     def ask() -> int:
         with server.client() as client:
