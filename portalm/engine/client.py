@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import TypeVar
 
 import zmq
-import zmq.asyncio
 
 from portalm.config import EngineConfig, Task
 from portalm.engine.grammars import LoadedGrammars, vocabulary_of
@@ -98,7 +97,7 @@ class EngineClient:
         self.steps_by_tokens: Counter[int] = Counter()
         """How many steps computed so many tokens (no more keys than a step may have tokens)."""
         self._folder = Path(tempfile.mkdtemp(prefix="portalm-"))  # only this user may enter it
-        self._context = zmq.asyncio.Context()
+        self._context = zmq.Context()
         self._process: EngineProcess | None = None
         self._is_loaded = False
         """The process takes requests."""

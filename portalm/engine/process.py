@@ -5,12 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sys
+from collections import deque
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import zmq
-import zmq.asyncio
 
 from portalm.config import EngineConfig, engine_environment
 from portalm.engine.messages import (
@@ -28,13 +27,19 @@ from portalm.logs import LogConfig
 _TERMINATE_S = 5.0
 """Seconds between asking an engine process to end and killing it."""
 
+_LAST_WORDS_S = 0.2
+"""What an engine process said at its end may be on its way this long."""
+
+_MAX_AT_ONCE = 64
+"""Messages that are read before others of the event loop have their turn."""
+
 
 class EngineProcess:
     """An interpreter of its own that runs one engine. All methods belong to one event loop."""
 
     def __init__(
         self,
-        context: zmq.asyncio.Context,
+        context: zmq.Context[zmq.Socket[bytes]],
         folder: Path,
         number: int,
         *,
@@ -54,14 +59,16 @@ class EngineProcess:
         self.pulse = Pulse(self._pulse_path)
         self.progress: EngineProgress | None = None
         """How far it is; None: it has not said anything yet."""
-        self._socket: zmq.asyncio.Socket = context.socket(zmq.PAIR)
+        self._socket = context.socket(zmq.PAIR)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.SNDHWM, 0)  # however many requests wait, none is lost
-        self._sender: zmq.Socket[bytes] = zmq.Socket.shadow(self._socket)
         self._socket.bind(self._address)
         (folder / f"engine-{number}").chmod(0o600)
         self._process: asyncio.subprocess.Process | None = None
-        self._ended: asyncio.Future[int] | None = None
+        self._messages: deque[FromEngine] = deque()
+        self._waiter: asyncio.Future[None] | None = None
+        self._is_over = False
+        """The process has ended, and all it said was read."""
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(FromEngine)
 
@@ -81,7 +88,11 @@ class EngineProcess:
         assert self._process.stdin is not None
         self._process.stdin.write(msgspec.json.encode(config))
         self._process.stdin.close()
-        self._ended = asyncio.ensure_future(self._process.wait())
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(self._socket.fileno(), self._take)
+        self._take()
+        ended = asyncio.ensure_future(self._process.wait())
+        ended.add_done_callback(lambda _: self._loop.call_later(_LAST_WORDS_S, self._end_reading))
 
     async def ready(self) -> EngineReady:
         """Wait until the model is loaded.
@@ -110,24 +121,42 @@ class EngineProcess:
     def send(self, message: ToEngine) -> None:
         """Put a message on its way; one to a process that has ended is lost."""
         with contextlib.suppress(zmq.Again):
-            self._sender.send(self._encoder.encode(message), zmq.NOBLOCK)
+            self._socket.send(self._encoder.encode(message), zmq.NOBLOCK)
+        # to send may take note of a message that came: its file descriptor tells nothing of it then
+        self._loop.call_soon(self._take)
 
     async def receive(self) -> FromEngine | None:
         """The next message; None once the process has ended and all it said was received."""
-        assert self._ended is not None
-        received = asyncio.ensure_future(self._socket.recv())
-        try:
-            either: set[asyncio.Future[Any]] = {received, self._ended}
-            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-            if not received.done():  # its last words may be on their way
-                await asyncio.wait({received}, timeout=0.2)
-        finally:
-            if not received.done():
-                received.cancel()
-        if not received.done() or received.cancelled():
-            return None
-        message: FromEngine = self._decoder.decode(received.result())
-        return message
+        while not self._messages:
+            if self._is_over:
+                return None
+            self._waiter = self._loop.create_future()
+            await self._waiter
+        return self._messages.popleft()
+
+    def _take(self) -> None:
+        """Read what is there."""
+        if self._socket.closed:
+            return
+        for _ in range(_MAX_AT_ONCE):
+            try:
+                data = self._socket.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                break
+            self._messages.append(self._decoder.decode(data))
+        else:
+            self._loop.call_soon(self._take)
+        if self._messages:
+            self._wake()
+
+    def _end_reading(self) -> None:
+        self._take()
+        self._is_over = True
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
     def kill(self) -> None:
         """End the process at once."""
@@ -148,4 +177,6 @@ class EngineProcess:
                 with contextlib.suppress(ProcessLookupError):
                     end()
             await process.wait()
+        if process is not None:
+            self._loop.remove_reader(self._socket.fileno())
         self._socket.close()

@@ -69,7 +69,7 @@ def running_server(*flags: str) -> Iterator[RunningServer]:
         assert process.stdout is not None
         for line in process.stdout:
             output.append(line)
-            match = re.search(r"on (http://127\.0\.0\.1:\d+)", line)
+            match = re.search(r"on (https?://127\.0\.0\.1:\d+)", line)
             if match and not found:
                 found.append(match.group(1))
                 ready.set()

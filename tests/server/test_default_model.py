@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
+import httpx
 import openai
 import pydantic
 import pytest
@@ -84,3 +86,34 @@ def test_json_mode_needs_no_word_of_json_in_the_prompt(sdk: openai.OpenAI) -> No
     )
 
     assert isinstance(json.loads(answer.choices[0].message.content), dict)
+
+
+@pytest.mark.slow
+def test_500_streams_at_once_have_exact_token_counts(default_model: Path) -> None:
+    async def stream(http: httpx.AsyncClient, i: int) -> tuple[int, str]:
+        body = {
+            "prompt": [1000 + i, 2000 + i, 3000 + i],
+            "max_tokens": 16,
+            "ignore_eos": True,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        response = await http.post("/v1/completions", json=body)
+        lines = [line[6:] for line in response.text.split("\n") if line.startswith("data: ")]
+        assert lines[-1] == "[DONE]"
+        chunks = [json.loads(line) for line in lines[:-1]]
+        reason = chunks[-2]["choices"][0]["finish_reason"]
+        return chunks[-1]["usage"]["completion_tokens"], reason
+
+    async def run(url: str) -> list[tuple[int, str]]:
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(base_url=url, timeout=300, limits=limits) as http:
+            return await asyncio.gather(*(stream(http, i) for i in range(500)))
+
+    with running_server("--max-model-len", "1k") as server:
+        found = asyncio.run(run(server.url))
+        server.wait_for("num_requests_running", 0)
+        used = server.metric("kv_blocks_used")
+
+    assert found == [(16, "length")] * 500
+    assert used == 0

@@ -1,0 +1,163 @@
+"""Microseconds of the core's own work a step, on a device that answers at once.
+
+    python benchmarks/engine/host_work.py [--requests 64] [--rounds 5] [--result-json FILE]
+
+The whole way of a step in the engine's process: scheduler, input batch, sampling parameters, news
+of every request, msgpack. What the device does (on the null backend: checking) is taken off.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from portalm.backend import AttentionSpec, Bucket, StepFn, StepInputs, StepMeta
+from portalm.config import EngineConfig
+from portalm.engine.engine import Engine
+from portalm.engine.messages import AddRequest, ToEngine
+from portalm.sampling_params import SamplingParams
+from portalm_backends.null.backend import NullBackend
+
+NUM_PROMPT = 100
+NUM_STEPS = 400
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(ToEngine)
+
+
+class TimedNull(NullBackend):
+    """The null device, and how long it was at work."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seconds = 0.0
+
+    def prepare(self, meta: StepMeta, specs: Sequence[AttentionSpec]) -> StepMeta:
+        started = time.perf_counter()
+        prepared = super().prepare(meta, specs)
+        self.seconds += time.perf_counter() - started
+        return prepared
+
+    def compile(self, fn: StepFn, bucket: Bucket | None, example: StepInputs | None) -> StepFn:
+        step = super().compile(fn, bucket, example)
+
+        def timed(*arguments: Any) -> Any:
+            started = time.perf_counter()
+            result = step(*arguments)
+            self.seconds += time.perf_counter() - started
+            return result
+
+        return timed
+
+
+def make_engine(folder: Path, backend: TimedNull, num_requests: int) -> Engine:
+    """A small Llama's scheduler and runner; its weights are never read."""
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 49152,
+        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+        "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+        "tie_word_embeddings": True, "bos_token_id": 1, "eos_token_id": 2,
+        "torch_dtype": "float32",
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    return Engine(
+        EngineConfig(
+            model=str(folder),
+            device="null",
+            load_format="dummy",
+            max_num_seqs=num_requests,
+            num_gpu_blocks_override=num_requests * 64,
+        ),
+        backend=backend,
+    )
+
+
+def add(engine: Engine, number: int, num_out: int, params: SamplingParams | None = None) -> None:
+    """One request, as it comes from the server."""
+    prompt = [(number * 7 + j) % 30_000 for j in range(NUM_PROMPT)]
+    params = params or SamplingParams(max_tokens=num_out, ignore_eos=True, temperature=0.8)
+    message = AddRequest(
+        request_id=f"cmpl-{number:032x}", prompt_token_ids=prompt, params=params, seed=number
+    )
+    engine.add(_decoder.decode(_encoder.encode(message)))
+
+
+def step(engine: Engine) -> bytes:
+    """One step and its message."""
+    return _encoder.encode(engine.step())
+
+
+def decode_steps(engine: Engine, backend: TimedNull, num_requests: int) -> dict[str, float]:
+    """Medians of steps in which every request draws one token. Microseconds."""
+    for i in range(num_requests):
+        add(engine, i, NUM_STEPS + 20)
+    while len(engine.scheduler.running) < num_requests or any(
+        r.num_output_tokens == 0 for r in engine.scheduler.running
+    ):
+        step(engine)
+    host, device = [], []
+    for _ in range(NUM_STEPS):
+        before, started = backend.seconds, time.perf_counter()
+        step(engine)
+        device.append(backend.seconds - before)
+        host.append(time.perf_counter() - started - device[-1])
+    while engine.has_work():
+        step(engine)
+    engine.reset_prefix_cache()
+    return {
+        "host_us_a_step": statistics.median(host) * 1e6,
+        "device_us_a_step": statistics.median(device) * 1e6,
+    }
+
+
+def whole_requests(engine: Engine, backend: TimedNull, num_requests: int) -> dict[str, float]:
+    """Requests and tokens a second of the core alone, prompts and comings and goings included."""
+    num_all, num_out = 16 * num_requests, 64
+    before, started = backend.seconds, time.perf_counter()
+    for i in range(num_all):
+        add(engine, i, num_out)
+    while engine.has_work():
+        step(engine)
+    seconds = time.perf_counter() - started - (backend.seconds - before)
+    engine.reset_prefix_cache()
+    return {
+        "requests_a_second": num_all / seconds,
+        "tokens_a_second": num_all * num_out / seconds,
+    }
+
+
+def main() -> None:
+    """Print medians of several rounds."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--requests", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--result-json", default=None)
+    arguments = parser.parse_args()
+    backend = TimedNull()
+    with tempfile.TemporaryDirectory() as folder:
+        engine = make_engine(Path(folder), backend, arguments.requests)
+        rounds = [
+            decode_steps(engine, backend, arguments.requests)
+            | whole_requests(engine, backend, arguments.requests)
+            for _ in range(arguments.rounds)
+        ]
+    figures = {name: statistics.median(one[name] for one in rounds) for name in rounds[0]}
+    print(f"{arguments.requests} running requests, medians of {arguments.rounds} rounds")
+    for name, value in figures.items():
+        print(f"  {name:20s} {value:12.0f}")
+    if arguments.result_json:
+        result = {"requests": arguments.requests, **figures, "rounds": rounds}
+        Path(arguments.result_json).write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

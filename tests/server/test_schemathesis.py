@@ -1,0 +1,33 @@
+"""The server keeps to its own OpenAPI schema as far as never to fail."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.server.conftest import RunningServer
+
+
+@pytest.mark.parametrize(
+    "num_examples", [4, pytest.param(100, marks=pytest.mark.slow)], ids=["short", "long"]
+)
+def test_no_request_that_the_schema_allows_fails_the_server(
+    null_server: RunningServer, tmp_path: Path, num_examples: int
+) -> None:
+    command = [
+        Path(sys.executable).parent / "schemathesis", "run", f"{null_server.url}/openapi.json",
+        "--checks", "not_a_server_error", "--max-examples", str(num_examples), "--seed", "1",
+        "--phases", "examples,coverage,fuzzing", "--exclude-path", "/health",
+        "--request-timeout", "30", "--no-color",
+    ]  # fmt: skip
+
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=600, check=False, cwd=tmp_path
+    )
+
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    with null_server.client() as http:
+        assert http.get("/health/ready").status_code == 200

@@ -1,0 +1,75 @@
+"""Answers wait for whoever reads them, in order, and take no more room than their text."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from portalm.engine.inbox import Inbox
+from portalm.engine.output_processor import AnswerDelta
+from portalm.errors import EngineDead
+
+
+def delta(number: int, index: int = 0) -> AnswerDelta:
+    return AnswerDelta(request_id="a", index=index, text=f"{number} ", token_ids=[number])
+
+
+def test_who_reads_in_time_gets_every_delta() -> None:
+    async def run() -> list[str]:
+        inbox, texts = Inbox(), []
+        for number in range(200):
+            inbox.put(delta(number))
+            texts.append((await inbox.get()).text)
+        return texts
+
+    assert asyncio.run(run()) == [f"{number} " for number in range(200)]
+
+
+def test_what_nobody_reads_is_put_together_and_nothing_is_lost() -> None:
+    async def run() -> tuple[int, list[AnswerDelta]]:
+        inbox = Inbox()
+        for number in range(1000):
+            inbox.put(delta(number, index=number % 2))
+        last = delta(1000)
+        last.finish_reason, last.logprobs = "length", []
+        inbox.put(last)
+        num_waiting = len(inbox._deltas)
+        return num_waiting, [await inbox.get() for _ in range(num_waiting)]
+
+    num_waiting, found = asyncio.run(run())
+
+    assert num_waiting < 70
+    for index in (0, 1):
+        ids = [i for one in found if one.index == index for i in one.token_ids]
+        assert ids == [*range(index, 1000, 2), *([1000] if index == 0 else [])]
+        text = "".join(one.text for one in found if one.index == index)
+        assert text == "".join(f"{i} " for i in ids)
+    reasons = [one.finish_reason for one in found if one.index == 0]
+    assert reasons == [None] * (len(reasons) - 1) + ["length"]
+
+
+def test_after_a_backlog_deltas_come_one_by_one_again() -> None:
+    async def run() -> list[list[int]]:
+        inbox = Inbox()
+        for number in range(100):
+            inbox.put(delta(number))
+        while inbox._deltas:
+            await inbox.get()
+        inbox.put(delta(100))
+        inbox.put(delta(101))
+        return [(await inbox.get()).token_ids for _ in range(2)]
+
+    assert asyncio.run(run()) == [[100], [101]]
+
+
+def test_an_error_comes_behind_what_came_before_it() -> None:
+    async def run() -> None:
+        inbox = Inbox()
+        inbox.put(delta(1))
+        inbox.fail(EngineDead("gone"))
+        assert (await inbox.get()).token_ids == [1]
+        with pytest.raises(EngineDead, match="gone"):
+            await inbox.get()
+
+    asyncio.run(run())
