@@ -42,6 +42,9 @@ class CompletionStream:
         self._inputs = inputs
         self._answers: dict[tuple[int, int], _Answer] = {}
         self._needs_prompt_logprobs = shape.params.prompt_logprobs is not None
+        self._tells_of_prompt = (
+            shape.body.echo or self._needs_prompt_logprobs or shape.body.return_token_ids
+        )
         self._prompt_logprobs: dict[int, list[dict[int, Logprob] | None]] = {}
         """By prompt; they come with the first answer's first token."""
         self._held: dict[int, list[AnswerDelta]] = {}
@@ -49,13 +52,6 @@ class CompletionStream:
         self._num_prompt = sum(len(one.prompt_token_ids) for one in inputs)
         self._num_generated = 0
         self._num_cached = 0
-
-    def opening(self) -> Iterator[dict[str, Any]]:
-        """Chunks that need no answer: the prompts, where they are echoed without logprobs."""
-        if self._body.echo and not self._needs_prompt_logprobs:
-            for i in range(len(self._inputs)):
-                for index in range(self._body.n):
-                    yield self._first(i, index)
 
     def chunks(self, i: int, delta: AnswerDelta) -> Iterator[dict[str, Any]]:
         """What `delta`, of prompt `i`, lets be sent. Raises the error that ended an answer."""
@@ -83,13 +79,13 @@ class CompletionStream:
         if not is_told and not (self._body.return_token_ids and delta.token_ids):
             return  # half a character, or what may begin a stop string
         answer = self._answer(i, delta.index)
-        if not answer.has_begun and (self._needs_prompt_logprobs or self._body.return_token_ids):
+        if not answer.has_begun and self._tells_of_prompt:
             yield self._first(i, delta.index)
+        answer.has_begun = True
         yield self._chunk(i, delta.index, self._shape.answer_part(delta, answer.logprobs))
 
     def _first(self, i: int, index: int) -> dict[str, Any]:
         """The chunk that tells of the prompt."""
-        self._answer(i, index).has_begun = True
         part = self._shape.prompt_part(self._inputs[i], self._prompt_logprobs.get(i))
         if self._body.return_token_ids:
             part["token_ids"] = []

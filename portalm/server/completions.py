@@ -93,8 +93,6 @@ async def _chunks(
     inputs: Sequence[ProcessedInput],
 ) -> AsyncGenerator[Any, None]:
     stream = CompletionStream(shape, head, inputs)
-    for chunk in stream.opening():
-        yield chunk
     async for i, delta in state.answers(inputs, shape.params):
         for chunk in stream.chunks(i, delta):
             yield chunk

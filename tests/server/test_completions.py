@@ -306,5 +306,5 @@ def test_usage_grows_with_every_chunk_where_asked_for(http) -> None:
     chunks = stream(http, echo=True, stream_options=options)
 
     counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
-    assert counts[0] == 0 and counts[-1] == 12
+    assert counts[-1] == 12 and len(set(counts)) > 6
     assert counts == sorted(counts)
