@@ -142,6 +142,7 @@ class GrammarCompiler:
                 self._busy.discard(process)
                 if answer is None or self._is_closed:
                     process.kill()
+                    process.close()
                 if not self._is_closed:  # one that was killed is replaced now, to be ready then
                     self._idle.append(_Process(vocabulary) if answer is None else process)
         if answer is not None:
@@ -157,9 +158,12 @@ class GrammarCompiler:
         """End the processes; whoever still waits is refused."""
         with self._lock:
             self._is_closed = True
-            processes = [*self._idle, *self._busy]
-        for process in processes:
-            process.kill()
+            idle, busy = self._idle, [*self._busy]
+            self._idle = []
+        for process in (*idle, *busy):
+            process.kill()  # who waits for a busy one sees that it has ended
+        for process in idle:
+            process.close()
         self._executor.shutdown(cancel_futures=True)
 
 
@@ -213,4 +217,7 @@ class _Process:
         """End it at once."""
         self._process.kill()
         self._process.wait()
+
+    def close(self) -> None:
+        """Nobody will ask it again."""
         self._connection.close()

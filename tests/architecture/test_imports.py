@@ -49,6 +49,15 @@ def test_help_imports_no_torch() -> None:
     assert loaded == "False"
 
 
+def test_grammars_cost_nothing_before_the_first() -> None:
+    loaded = python(
+        "import sys\nimport portalm.llm, portalm.server.run\n"
+        "print([m for m in ('xgrammar', 'tvm_ffi', 'transformers') if m in sys.modules])"
+    )
+
+    assert loaded == "[]"
+
+
 def test_the_core_runs_without_torch_and_numpy() -> None:
     loaded = python(
         "import sys\nfrom portalm.core import block_manager, plan, prefix_cache, request, "
