@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 from collections import Counter as Counts
 from collections.abc import Iterator
 from typing import Any
@@ -194,14 +196,11 @@ class _EngineCollector(Collector):
 
 def _step_tokens(steps_by_tokens: Counts[int], model: str) -> Metric:
     """The histogram of how many tokens a step computed."""
-    in_buckets = Counts[float]()
+    in_buckets = [0] * (len(_STEP_TOKENS) + 1)
     for num_tokens, num_steps in steps_by_tokens.items():
-        bound = next((b for b in _STEP_TOKENS if num_tokens <= b), float("inf"))
-        in_buckets[bound] += num_steps
-    buckets, so_far = [], 0
-    for bound in (*_STEP_TOKENS, float("inf")):
-        so_far += in_buckets[bound]
-        buckets.append(("+Inf" if bound == float("inf") else str(float(bound)), so_far))
+        in_buckets[bisect.bisect_left(_STEP_TOKENS, num_tokens)] += num_steps
+    bounds = [*(str(float(bound)) for bound in _STEP_TOKENS), "+Inf"]
+    buckets = list(zip(bounds, itertools.accumulate(in_buckets), strict=True))
     histogram = HistogramMetricFamily(
         "iteration_tokens_total", "Tokens computed in a step.", labels=["model_name"]
     )
