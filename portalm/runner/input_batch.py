@@ -94,28 +94,33 @@ class InputBatch:
 
     def update(self, plan: StepPlan) -> npt.NDArray[np.intp]:
         """Take over what is new of the plan's requests; their rows, in the plan's order."""
-        row_of = self._row_of
-        rows = np.empty(len(plan.requests), np.intp)
-        for i, planned in enumerate(plan.requests):
+        row_of, known, held = self._row_of, self._num_known, self._num_blocks
+        rows: list[int] = []
+        drawn: list[tuple[int, int, int]] = []  # row, place and id of single new tokens
+        for planned in plan.requests:
             request = planned.request
             row = row_of.get(request.request_id)
             if row is None:
                 row = self._enter(request)
-            num_known = self._num_known[row]
-            if num_known != len(request.token_ids):
-                new = request.token_ids[num_known:]
-                self.token_ids[row, num_known : num_known + len(new)] = new
-                self._num_known[row] = num_known + len(new)
-            table = request.block_table
-            num_blocks = self._num_blocks[row]
+            token_ids, num_known = request.token_ids, known[row]
+            num_new = len(token_ids) - num_known
+            if num_new == 1:
+                drawn.append((row, num_known, token_ids[-1]))
+            elif num_new:
+                self.token_ids[row, num_known : num_known + num_new] = token_ids[num_known:]
+            known[row] = num_known + num_new
+            table, num_blocks = request.block_table, held[row]
             if num_blocks != len(table) or (num_blocks and table[-1] != self._last_block[row]):
                 # from the last known block on: copy-on-write may have replaced that one
                 first = max(0, num_blocks - 1)
                 self.block_table[row, first : len(table)] = table[first:]
-                self._num_blocks[row] = len(table)
+                held[row] = len(table)
                 self._last_block[row] = table[-1]
-            rows[i] = row
-        return rows
+            rows.append(row)
+        if drawn:  # all at once: one by one they would be most of the time spent here
+            at_rows, places, values = zip(*drawn, strict=True)
+            self.token_ids[at_rows, places] = values
+        return np.array(rows, np.intp)
 
     def _enter(self, request: Request) -> int:
         row = self._free_rows.pop()

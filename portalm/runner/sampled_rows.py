@@ -9,7 +9,7 @@ from portalm.core.request import Request
 from portalm.runner.input_batch import num_prompt_rows
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True)
 class SampledRow:
     """What one row of logits is for."""
 
@@ -40,20 +40,12 @@ def sampled_rows(plan: StepPlan) -> list[SampledRow]:
     """The plan's rows of logits, in the order of `StepArrays.logits_rows`."""
     rows: list[SampledRow] = []
     for index, planned in enumerate(plan.requests):
-        request, start = planned.request, planned.start
-        rows.extend(
-            SampledRow(
-                index=index,
-                request=request,
-                position=start + i + 1,
-                target=request.token_ids[start + i + 1],
+        request, start, num_tokens, draws_token, _ = planned
+        if request.params.prompt_logprobs is not None:
+            rows.extend(
+                SampledRow(index, request, start + i + 1, request.token_ids[start + i + 1])
+                for i in range(num_prompt_rows(planned))
             )
-            for i in range(num_prompt_rows(planned))
-        )
-        if planned.draws_token:
-            rows.append(
-                SampledRow(
-                    index=index, request=request, position=start + planned.num_tokens, target=-1
-                )
-            )
+        if draws_token:
+            rows.append(SampledRow(index, request, start + num_tokens, -1))
     return rows

@@ -139,6 +139,7 @@ async def serve(engine: EngineConfig, config: ServerConfig) -> None:
                 log_config=None,  # it writes to the same log as everything else
                 access_log=False,
                 http=app.Protocol,
+                lifespan="off",
                 timeout_graceful_shutdown=1,  # Server has waited by then
                 ssl_keyfile=config.ssl_keyfile,
                 ssl_certfile=config.ssl_certfile,

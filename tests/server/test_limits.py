@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import json
 import re
+import select
 import socket
 import threading
 import time
@@ -139,23 +140,19 @@ def test_who_comes_to_an_empty_queue_is_let_in(http) -> None:
 
 
 def test_a_lower_priority_value_is_served_first(server: RunningServer, http) -> None:
-    ended: list[int] = []
-
-    def ask(priority: int) -> None:
-        with server.client() as client:
-            body = {**SHORT, "max_tokens": 30, "priority": priority}
-            assert client.post("/v1/completions", json=body).status_code == 200
-            ended.append(priority)
-
-    threads = []
     with Raw(server, LONG):
         server.wait_for("num_requests_running", 1)
-        for i, priority in enumerate((2, 1, -3)):
-            threads.append(threading.Thread(target=ask, args=(priority,)))
-            threads[-1].start()
-            server.wait_for("num_requests_waiting", i + 1)
-    for thread in threads:
-        thread.join(20)
+        asked = {
+            priority: Raw(server, {**SHORT, "max_tokens": 30, "priority": priority})
+            for priority in (2, 1, -3)
+        }
+        server.wait_for("num_requests_waiting", 3)
+    ended: list[int] = []
+    while len(ended) < 3:
+        ready, _, _ = select.select([one.socket for one in asked.values()], [], [], 10)
+        for priority in [p for p, one in asked.items() if one.socket in ready]:
+            assert asked.pop(priority).answer()[0] == 200
+            ended.append(priority)
 
     assert ended == [-3, 1, 2]
 
@@ -164,7 +161,7 @@ def test_one_tenants_queue_does_not_hold_up_another(tmp_path: Path) -> None:
     folder = make_long_model(tmp_path / "tiny")
     flags = ("--max-num-seqs", "4", "--api-key", "one", "--api-key", "two")
     with running_server(str(folder), *NULL, *flags) as server, server.client() as http:
-        many = {"prompt": [[5, i % 500 + 3] for i in range(1000)], "max_tokens": 100,
+        many = {"prompt": [[5, i % 500 + 3] for i in range(1000)], "max_tokens": 20,
                 "ignore_eos": True}  # fmt: skip
         done = threading.Event()
 
@@ -220,7 +217,7 @@ def test_a_slow_reader_costs_only_itself(tmp_path: Path) -> None:
         return int(re.findall(r"VmRSS:\s+(\d+)", text)[0]) / 1024
 
     folder = make_long_model(tmp_path / "tiny")
-    slow = {**LONG, "max_tokens": 3_000, "stream": True}
+    slow = {**LONG, "max_tokens": 1_500, "stream": True}
     with running_server(str(folder), *NULL) as server, server.client() as http:
         alone = timed_stream(http)
         before = memory(server)

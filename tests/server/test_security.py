@@ -43,7 +43,7 @@ def test_a_file_of_keys_may_change_and_no_key_is_logged(tmp_path: Path) -> None:
     with running_server(str(folder), *NULL, *flags) as server, server.client() as http:
 
         def statuses() -> list[int]:
-            keys = ("first-secret", "second-secret", "third-secret", "given-secret", "# ours", "")
+            keys = ("first-secret", "second-secret", "third-secret", "given-secret", "# ours")
             asked = [http.get("/v1/models", headers=bearer(key)) for key in keys]
             http.post("/v1/completions", json=BODY, headers=bearer("first-secret"))
             return [response.status_code for response in asked]
@@ -62,8 +62,8 @@ def test_a_file_of_keys_may_change_and_no_key_is_logged(tmp_path: Path) -> None:
             time.sleep(0.02)
         at_last = statuses()
 
-    assert before == [200, 200, 401, 200, 401, 401]
-    assert after == at_last == [401, 401, 200, 200, 401, 401]
+    assert before == [200, 200, 401, 200, 401]
+    assert after == at_last == [401, 401, 200, 200, 401]
     assert "secret" not in "".join(server.output).replace("given-secret", "")
     assert "given-secret" not in "".join(server.output)
 

@@ -15,7 +15,7 @@ import pytest
 from tests.server.conftest import RunningServer, running_server
 from tests.server.test_limits import LONG, NULL, Raw, make_long_model
 
-SOON = {**LONG, "max_tokens": 3000}
+SOON = {**LONG, "max_tokens": 2000}
 """Ends by itself in a second or two."""
 
 
@@ -93,7 +93,9 @@ def test_what_is_cut_off_keeps_what_it_has(folder: Path) -> None:
     chunks = stream.chunks()
     assert [c["choices"][0]["finish_reason"] for c in chunks[-2:]] == [None, "abort"]
     text = "".join(c["choices"][0]["text"] for c in chunks)
-    assert text.startswith(choice["text"][:1000])
+    length = min(len(text), len(choice["text"]))
+    assert length
+    assert text[:length] == choice["text"][:length]
     assert "Traceback" not in "".join(server.output)
 
 
