@@ -215,7 +215,9 @@ WATCH = """
 
 INK = """
     const canvas = document.getElementById("tokens-plot");
-    const pixels = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;
+    const copy = new OffscreenCanvas(canvas.width, canvas.height).getContext("2d");
+    copy.drawImage(canvas, 0, 0);
+    const pixels = copy.getImageData(0, 0, canvas.width, canvas.height).data;
     const colour = getComputedStyle(canvas).getPropertyValue("--plot-a").match(/[0-9a-f]{2}/g);
     const [r, g, b] = colour.map((hex) => parseInt(hex, 16));
     let count = 0;
