@@ -177,8 +177,7 @@ class Scheduler:
             num_placeholders = request.num_placeholders
             known = len(request.token_ids) + num_placeholders
             if known - start != 1 or request.pooling is not None:
-                if known != start:  # else it only waits for its vector
-                    unfinished_prompts.append(request)
+                unfinished_prompts.append(request)
                 continue
             if num_placeholders and (request.needs_history or known >= request.max_total_tokens):
                 continue  # the next token must wait for one that is still on the device

@@ -205,6 +205,21 @@ def test_a_device_that_runs_ahead_gives_each_vector_once(tmp_path: Path, in_flig
         assert found[1] == pytest.approx((len(prompt) - 1) / 2)
 
 
+def test_what_a_step_in_flight_adds_to_a_preempted_prompt_does_not_count(tmp_path: Path) -> None:
+    settings = {"max_num_batched_tokens": 8, "max_model_len": 128, "num_gpu_blocks_override": 13}
+    device = NullBackend(max_steps_in_flight=2)
+    engine = make_engine(tmp_path, device, enable_prefix_caching=False, **settings)
+    for name in ("first", "second"):
+        ask(engine, name, list(range(40)), max_tokens=40)
+    prompt = list(range(90))
+    pool(engine, "pooled", prompt, pooling="mean")
+
+    outputs = run(engine)
+
+    assert engine.stats().preemptions_total > 0
+    assert vector(outputs["pooled"])[0] == pytest.approx(sum(prompt) / len(prompt))
+
+
 def test_a_failed_step_pools_the_others_again(tmp_path: Path) -> None:
     engine = make_engine(tmp_path, NullBackend(fail_at_step=2, max_steps_in_flight=2))
     pool(engine, "small", [9] * 100, pooling="mean")
