@@ -40,7 +40,7 @@ GRAMMARS: dict[str, dict[str, Any]] = {
     "schema of 4 properties": {"json": PERSON},
     "schema of 60 properties": {"json": WIDE},
     "json_object": {"json_object": True},
-    "regex": {"regex": r"(\w+ ){1,40}\d{3}-\d{4}"},
+    "regex": {"regex": r"[A-Z][a-z]{1,20}( [A-Z][a-z]{1,20})*: \d{3}-\d{4}"},
     "choice": {"choice": ("yes", "no")},
 }
 

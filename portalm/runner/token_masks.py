@@ -61,7 +61,7 @@ class TokenMasks:
         forbidden = row.forbidden_ids
         if request.grammar is not None:
             assert isinstance(request.grammar, Grammar)
-            self._matcher(request, request.grammar, request.output_token_ids).fill(mask, i)
+            self._matcher(request, request.grammar).fill(mask, i)
             eos = request.grammar.eos_token_ids
             end = eos if _has(line, eos[0]) else ()
             forbidden = [*forbidden, *(eos if params.ignore_eos else ())]
@@ -79,11 +79,11 @@ class TokenMasks:
                     "min_tokens together forbid all"
                 )
 
-    def _matcher(self, request: Request, grammar: Grammar, output_token_ids: list[int]) -> Matcher:
+    def _matcher(self, request: Request, grammar: Grammar) -> Matcher:
         matcher = self._matchers.get(request.request_id)
         if matcher is None:
             matcher = self._matchers[request.request_id] = grammar.matcher()
-        matcher.advance(output_token_ids)
+        matcher.advance(request.token_ids, request.num_prompt_tokens)
         return matcher
 
 

@@ -149,8 +149,8 @@ class GrammarCompiler:
             return answer
         if process.hung:
             return Refused(
-                f"compiling it takes more than {self._compile_s:g} s: lower what it repeats or "
-                f"nests"
+                f"compiling it takes more than {self._compile_s:g} s: lower what it repeats, "
+                f"nests or leaves optional"
             )
         return Refused("compiling it takes too much memory or nests too deeply")
 

@@ -13,8 +13,10 @@ import numpy.typing as npt
 
 from portalm.structured.messages import LoadGrammar, Vocabulary
 
-_MAX_TOKEN_S = 0.25
-"""Most that the host may compute for one token of one request: all others wait meanwhile."""
+MASK_S = 0.002
+"""What the host may compute for a token of one request, on average: all others wait meanwhile."""
+_ONCE_S = 0.25
+"""What it may compute for one request besides."""
 
 
 class NoTokenFits(Exception):
@@ -55,30 +57,35 @@ class Matcher:
 
         self._matcher = xgrammar.GrammarMatcher(compiled)
         self._num_tokens = 0
+        self._seconds = 0.0
 
-    def advance(self, output_token_ids: Sequence[int]) -> None:
-        """Go on to the end of the answer so far. Raises `NoTokenFits` if it does not match."""
-        new = output_token_ids[self._num_tokens :]
+    def advance(self, token_ids: Sequence[int], num_prompt_tokens: int) -> None:
+        """Go on to the end of `token_ids`: a prompt and the answer so far.
+
+        Raises:
+            NoTokenFits: the answer does not match, or matching takes too long.
+        """
         started = time.thread_time()
-        for token_id in new:
+        for token_id in token_ids[num_prompt_tokens + self._num_tokens :]:
             if not _guarded(self._matcher.accept_token, token_id):
                 raise NoTokenFits(
                     f"token {self._num_tokens} of the answer (id {token_id}) does not match"
                 )
             self._num_tokens += 1
-        self._check_time(time.thread_time() - started, max(1, len(new)))
+        self._count(time.thread_time() - started)
 
     def fill(self, mask: npt.NDArray[np.int32], row: int) -> None:
         """Set the bits of the tokens that may come next in `mask[row]`, int32 [R, ceil(V / 32)]."""
         started = time.thread_time()
         _guarded(self._matcher.fill_next_token_bitmask, mask, row)
-        self._check_time(time.thread_time() - started, 1)
+        self._count(time.thread_time() - started)
 
-    def _check_time(self, seconds: float, num_tokens: int) -> None:
-        if seconds > _MAX_TOKEN_S * num_tokens:
+    def _count(self, seconds: float) -> None:
+        self._seconds += seconds
+        if self._seconds > _ONCE_S + MASK_S * (self._num_tokens + 1):
             raise NoTokenFits(
-                f"to match one token took {seconds / num_tokens * 1000:.0f} ms, at most "
-                f"{_MAX_TOKEN_S * 1000:.0f} are given: the grammar is too ambiguous"
+                f"to match {self._num_tokens} tokens took {self._seconds * 1000:.0f} ms, at most "
+                f"{MASK_S * 1000:.0f} a token are given: the grammar is too ambiguous"
             )
 
 

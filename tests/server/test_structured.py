@@ -24,7 +24,8 @@ SCHEMA = {
     "properties": {"ok": {"type": "boolean"}, "kind": {"enum": ["a", "yes"]}},
     "required": ["ok", "kind"],
 }
-EXPLOSIVE = "(?:.*.*.*){1,50}x"
+EXPLOSIVE = {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(900)}}
+AMBIGUOUS = "(?:.*.*.*){1,50}x"
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +107,7 @@ def test_a_stream_is_kept_to_as_well(http: httpx.Client) -> None:
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "regex": ({"guided_regex": "(a"}, "parenthesis"),
     "grammar": ({"guided_grammar": "nothing"}, "root"),
+    "ambiguous": ({"guided_regex": AMBIGUOUS}, "too ambiguous"),
     "schema": ({"guided_json": {"type": "array", "uniqueItems": True}}, "uniqueItems"),
     "schema text": ({"guided_json": "{"}, "not JSON"),
     "two": ({"guided_regex": "a", "response_format": {"type": "json_object"}}, "exclude"),
@@ -136,7 +138,7 @@ def test_a_request_that_leaves_no_token_to_draw_is_its_own_fault(http: httpx.Cli
     assert "no token is left" in response.json()["error"]["message"]
 
 
-def test_an_explosive_regex_gets_a_400_in_time_and_holds_nobody_up(server: RunningServer) -> None:
+def test_an_explosive_schema_gets_a_400_in_time_and_holds_nobody_up(server: RunningServer) -> None:
     gaps: list[float] = []
     stop = threading.Event()
 
@@ -152,7 +154,7 @@ def test_an_explosive_regex_gets_a_400_in_time_and_holds_nobody_up(server: Runni
         complete(client, guided_regex=PHONE)
         running = pool.submit(others)
         started = time.monotonic()
-        response = complete(client, guided_regex=EXPLOSIVE)
+        response = complete(client, guided_json=EXPLOSIVE)
         seconds = time.monotonic() - started
         stop.set()
         running.result()

@@ -26,7 +26,8 @@ TOKENS = [b"", b"", b"", *(bytes([i]) for i in range(256)), b"true", b"12", b'":
 SIZE = 300  # of the logits: more than there are tokens, and no multiple of 32
 VOCABULARY = Vocabulary(msgspec.msgpack.encode(TOKENS), SIZE, [EOS])
 
-EXPLOSIVE = "(?:.*.*.*){1,50}x"
+AMBIGUOUS = "(?:.*.*.*){1,50}x"
+EXPLOSIVE = {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(900)}}
 
 
 @pytest.fixture(scope="module")
@@ -206,6 +207,17 @@ def test_tokens_that_do_not_match_are_said_by_the_row(load) -> None:
     assert row.trouble is not None and "does not match" in row.trouble
 
 
+def test_a_request_whose_masks_take_long_ends_by_itself(load, monkeypatch) -> None:
+    request, masks = make(load(regex="a+")), TokenMasks(SIZE)
+    allowed(masks, request)
+    monkeypatch.setattr("portalm.structured.grammar._ONCE_S", -1.0)
+    row = SampledRow(index=0, request=request, position=2, target=-1)
+
+    masks.build([row], 1)
+
+    assert row.trouble is not None and "too ambiguous" in row.trouble
+
+
 def test_a_matcher_that_was_forgotten_comes_to_the_same_place(load) -> None:
     masks, request = TokenMasks(SIZE), make(load(regex=r"\d{3}-\d{4}"))
     for char in "12":
@@ -228,6 +240,7 @@ def test_a_matcher_that_was_forgotten_comes_to_the_same_place(load) -> None:
         ({"regex": "(" * 5000 + "a" + ")" * 5000}, "Nest layer"),
         ({"grammar": "root ::= nobody"}, '"nobody" is not defined'),
         ({"grammar": "root ::= root"}, "nothing matches it"),
+        ({"regex": AMBIGUOUS}, "too ambiguous"),
         ({"json": {"type": "number", "multipleOf": 0.5}}, "multipleOf is not supported"),
         ({"json": {"allOf": [{"type": "string"}, {"type": "null"}]}}, "allOf"),
         ({"json_object": True, "whitespace_pattern": "[ ]?"}, "whitespace_pattern"),
@@ -243,7 +256,7 @@ def test_what_xgrammar_cannot_express_is_refused_by_name(compiler, asked, proble
 
 
 def test_an_explosive_grammar_is_given_up_while_others_are_compiled(compiler) -> None:
-    explosive = compiler.compile(StructuredOutputs(regex=EXPLOSIVE))
+    explosive = compiler.compile(StructuredOutputs(json=EXPLOSIVE))
     for i in range(5):
         assert compiler.compile(StructuredOutputs(regex=f"a{{{i}}}b")).result()
     assert not explosive.done()
@@ -253,7 +266,7 @@ def test_an_explosive_grammar_is_given_up_while_others_are_compiled(compiler) ->
 
     started = time.monotonic()
     with pytest.raises(InvalidRequest, match="more than 2 s"):
-        compiler.compile(StructuredOutputs(regex=EXPLOSIVE))
+        compiler.compile(StructuredOutputs(json=EXPLOSIVE))
     assert time.monotonic() - started < 0.5
 
 
