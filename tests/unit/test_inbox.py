@@ -9,10 +9,17 @@ import pytest
 from portalm.engine.inbox import Inbox
 from portalm.engine.output_processor import AnswerDelta
 from portalm.errors import EngineDead
+from portalm.outputs import RequestMetrics
 
 
 def delta(number: int, index: int = 0) -> AnswerDelta:
-    return AnswerDelta(request_id="a", index=index, text=f"{number} ", token_ids=[number])
+    return AnswerDelta(
+        request_id="a",
+        index=index,
+        text=f"{number} ",
+        token_ids=[number],
+        metrics=RequestMetrics(arrival_time=0.0),
+    )
 
 
 def test_who_reads_in_time_gets_every_delta() -> None:
