@@ -7,7 +7,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from typing import IO, TYPE_CHECKING
 
 from portalm.cli.engine_flags import add_engine_flags
@@ -46,22 +46,31 @@ def run_run_batch(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--max-concurrency must be at least 1, not {arguments.max_concurrency}")
     engine = EngineConfig.from_dict(engine_settings(arguments))
     with _input(arguments.input_file) as lines, _output(arguments.output_file) as out:
-        num_good, num_bad = asyncio.run(_answer(arguments, engine, lines, out))
+        try:
+            num_good, num_bad = asyncio.run(_answer(arguments, engine, lines, out))
+        except asyncio.CancelledError:
+            raise KeyboardInterrupt from None  # SIGTERM, as Ctrl-C
     print(f"{num_good + num_bad} answers, {num_bad} of them errors", file=sys.stderr)
     return 1 if num_bad else 0
 
 
 async def _answer(
-    arguments: argparse.Namespace, engine: EngineConfig, lines: IO[str], out: IO[str]
+    arguments: argparse.Namespace, engine: EngineConfig, lines: IO[bytes], out: IO[str]
 ) -> tuple[int, int]:
+    import asyncio
+    import signal
+
     from tqdm import tqdm
 
     from portalm.server.batch import answer_lines
 
+    task = asyncio.current_task()
+    assert task is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     num_good = num_bad = 0
     answers = answer_lines(
         engine,
-        iter(lines),
+        _read(lines),
         served_model_names=arguments.served_model_name,
         max_in_flight=arguments.max_concurrency,
     )
@@ -76,7 +85,7 @@ async def _answer(
     return num_good, num_bad
 
 
-def _count(lines: IO[str]) -> int | None:
+def _count(lines: IO[bytes]) -> int | None:
     """How many lines ask something; None: known at the end (a pipe)."""
     if not lines.seekable():
         return None
@@ -85,15 +94,36 @@ def _count(lines: IO[str]) -> int | None:
     return count
 
 
+async def _read(lines: IO[bytes]) -> AsyncIterator[bytes]:
+    """The lines; answers go on while a pipe keeps us waiting for the next."""
+    import asyncio
+
+    from portalm.errors import PortaLMError
+    from portalm.server.auth import MAX_BODY_BYTES
+
+    if lines.seekable():
+        for line in lines:
+            yield line
+        return
+    reader = asyncio.StreamReader(limit=MAX_BODY_BYTES)
+    protocol = asyncio.StreamReaderProtocol(reader)
+    await asyncio.get_running_loop().connect_read_pipe(lambda: protocol, lines)
+    try:
+        while line := await reader.readline():
+            yield line
+    except ValueError:
+        raise PortaLMError(f"a line has more than {MAX_BODY_BYTES} bytes") from None
+
+
 @contextlib.contextmanager
-def _input(path: str) -> Iterator[IO[str]]:
+def _input(path: str) -> Iterator[IO[bytes]]:
     from portalm.errors import ConfigError
 
     if path == "-":
-        yield sys.stdin
+        yield sys.stdin.buffer
         return
     try:
-        file = open(path, encoding="utf-8")  # noqa: SIM115 - closed below
+        file = open(path, "rb")  # noqa: SIM115 - closed below
     except OSError as error:
         raise ConfigError(f"--input-file cannot be read: {error}") from None
     with file:
@@ -110,7 +140,7 @@ def _output(path: str) -> Iterator[IO[str]]:
         return
     partial = f"{path}.partial"
     try:
-        file = open(partial, "w", encoding="utf-8")  # noqa: SIM115 - closed below
+        file = open(partial, "w", buffering=1, encoding="utf-8", errors="backslashreplace")  # noqa: SIM115 - closed below
     except OSError as error:
         raise ConfigError(f"--output-file cannot be written: {error}") from None
     with file:

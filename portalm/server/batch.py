@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import Any
 
 import httpx
@@ -45,7 +45,7 @@ class BatchRunner:
         self._room = asyncio.Semaphore(max_in_flight)
         self._seen_ids: set[str] = set()
 
-    async def run(self, lines: Iterator[str]) -> AsyncGenerator[dict[str, Any], None]:
+    async def run(self, lines: AsyncIterator[bytes]) -> AsyncGenerator[dict[str, Any], None]:
         """The answers, as they come: which line one belongs to is told by its custom_id."""
         answers: asyncio.Queue[dict[str, Any] | BaseException | None] = asyncio.Queue()
         # what goes wrong inside is a line's own answer: status 500
@@ -67,12 +67,12 @@ class BatchRunner:
     async def _ask_all(
         self,
         http: httpx.AsyncClient,
-        lines: Iterator[str],
+        lines: AsyncIterator[bytes],
         answers: asyncio.Queue[dict[str, Any] | BaseException | None],
     ) -> None:
         asking: set[asyncio.Task[None]] = set()
 
-        async def ask(number: int, line: str) -> None:
+        async def ask(number: int, line: bytes) -> None:
             try:
                 answers.put_nowait(await self._answer(http, number, line))
             except Exception as error:
@@ -81,8 +81,7 @@ class BatchRunner:
         try:
             number = 0
             await self._room.acquire()
-            # in a thread: a pipe may keep us waiting while answers come
-            while (line := await asyncio.to_thread(next, lines, None)) is not None:
+            async for line in lines:
                 number += 1
                 if line.strip():
                     task = asyncio.create_task(ask(number, line))
@@ -97,7 +96,7 @@ class BatchRunner:
             for task in asking:
                 task.cancel()
 
-    async def _answer(self, http: httpx.AsyncClient, number: int, line: str) -> dict[str, Any]:
+    async def _answer(self, http: httpx.AsyncClient, number: int, line: bytes) -> dict[str, Any]:
         custom_id: str | None = None
         try:
             asked = _parse(line)
@@ -131,7 +130,7 @@ class BatchRunner:
             raise BadLine("stream must be false: an answer is one line")
 
 
-def _parse(line: str) -> dict[str, Any]:
+def _parse(line: bytes) -> dict[str, Any]:
     try:
         asked = json.loads(line)
     except ValueError as error:
@@ -161,7 +160,7 @@ def _result(
 
 async def answer_lines(
     engine: EngineConfig,
-    lines: Iterator[str],
+    lines: AsyncIterator[bytes],
     *,
     served_model_names: Sequence[str] = (),
     max_in_flight: int = 256,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -108,20 +110,33 @@ def test_a_line_that_cannot_be_asked_says_why(ran, name: str, problem: str) -> N
     assert error["error"]["code"] == "invalid_line"
 
 
-def test_a_pipe_may_be_read_and_written(
-    flags: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_pipe_is_answered_as_it_comes_and_sigterm_keeps_what_there_is(
+    flags: list[str], tmp_path: Path
 ) -> None:
-    class Pipe(io.StringIO):
-        def seekable(self) -> bool:
-            return False
+    out = tmp_path / "out.jsonl"
+    command = [sys.executable, "-m", "portalm.cli.main", "run-batch", "-i", "-", "-o", str(out)]
+    process = subprocess.Popen(
+        [*command, *flags], stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdin is not None
+    partial = tmp_path / "out.jsonl.partial"
+    try:
+        process.stdin.write(LINES["completion"] + "\n")
+        process.stdin.flush()
+        end = time.monotonic() + 60
+        while not (partial.exists() and partial.stat().st_size) and time.monotonic() < end:
+            time.sleep(0.05)
+        process.terminate()  # the pipe is still open
+        status = process.wait(20)
+    finally:
+        process.kill()
+        _, said = process.communicate()
 
-    monkeypatch.setattr("sys.stdin", Pipe(LINES["completion"] + "\n"))
-
-    status = main(["run-batch", "-i", "-", "-o", "-", *flags])
-
-    [answer] = [json.loads(one) for one in capsys.readouterr().out.splitlines()]
-    assert status == 0
+    [answer] = [json.loads(one) for one in partial.read_text().splitlines()]
     assert answer["custom_id"] == "completion"
+    assert status == 130
+    assert f"what was answered so far is in {partial}" in said and "Traceback" not in said
+    assert not out.exists()
 
 
 def test_an_engine_that_cannot_start_leaves_no_file(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -32,12 +32,12 @@ async def broken() -> None:
     raise RuntimeError("a fault of the server")
 
 
-def lines(urls: list[str]) -> Iterator[str]:
+async def lines(urls: list[str]) -> AsyncIterator[bytes]:
     for i, url in enumerate(urls):
-        yield json.dumps({"custom_id": str(i), "method": "POST", "url": url, "body": {}})
+        yield json.dumps({"custom_id": str(i), "method": "POST", "url": url, "body": {}}).encode()
 
 
-def answers(asked: Iterator[str], *, max_in_flight: int = 8) -> list[Any]:
+def answers(asked: AsyncIterator[bytes], *, max_in_flight: int = 8) -> list[Any]:
     async def collect() -> list[Any]:
         runner = BatchRunner(app, max_in_flight=max_in_flight)
         return [answer async for answer in runner.run(asked)]
@@ -61,8 +61,9 @@ def test_a_fault_inside_is_one_lines_answer() -> None:
 
 
 def test_a_file_that_cannot_be_read_to_its_end_is_an_error() -> None:
-    def torn() -> Iterator[str]:
-        yield from lines(["/slow"])
+    async def torn() -> AsyncIterator[bytes]:
+        async for line in lines(["/slow"]):
+            yield line
         raise OSError("the disk is gone")
 
     with pytest.raises(OSError, match="the disk is gone"):

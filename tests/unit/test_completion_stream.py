@@ -6,7 +6,7 @@ from pathlib import Path
 
 from portalm.engine.input_processor import ProcessedInput
 from portalm.engine.output_processor import AnswerDelta
-from portalm.outputs import Logprob
+from portalm.outputs import Logprob, RequestMetrics
 from portalm.server.completion_choice import ChoiceShape
 from portalm.server.completion_stream import CompletionStream
 from portalm.server.protocol import CompletionRequest
@@ -25,8 +25,9 @@ def test_what_comes_before_a_prompts_logprobs_waits_for_them(tmp_path: Path) -> 
     def delta(index: int, **more: object) -> AnswerDelta:
         logprobs = [{a: Logprob(-1.0, 1)}]
         return AnswerDelta(
-            request_id="r", index=index, text="a", token_ids=[a], logprobs=logprobs, **more
-        )
+            request_id="r", index=index, text="a", token_ids=[a], logprobs=logprobs,
+            metrics=RequestMetrics(arrival_time=0.0), **more,
+        )  # fmt: skip
 
     early = list(stream.chunks(0, delta(1)))
     late = list(stream.chunks(0, delta(0, prompt_logprobs=[None, {y: Logprob(-2.0, 1)}])))

@@ -1,9 +1,12 @@
 // What a program of the npm openai SDK does, against the server at OPENAI_BASE_URL
-// (the default model, with the API key in OPENAI_API_KEY).
+// (the default model, with the API key in OPENAI_API_KEY) and, for embeddings, at
+// EMBEDDINGS_BASE_URL.
 
 import assert from 'node:assert/strict';
 import { test } from 'node:test';
 import OpenAI, { AuthenticationError, BadRequestError, NotFoundError } from 'openai';
+import { zodResponseFormat } from 'openai/helpers/zod';
+import { z } from 'zod';
 
 const client = new OpenAI({ maxRetries: 0 });
 const model = (await client.models.list()).data[0].id;
@@ -66,6 +69,29 @@ test('a chat has logprobs', async () => {
 
   assert.equal(answer.choices[0].logprobs.content.length, answer.usage.completion_tokens);
   assert.ok(first.top_logprobs.length >= 3 && first.logprob <= 0);
+});
+
+test('an answer is parsed by its schema', async () => {
+  const City = z.object({ name: z.string().max(20), capital: z.boolean() });
+  const format = zodResponseFormat(City, 'city');
+
+  const answer = await client.chat.completions.parse({
+    ...asked, max_completion_tokens: 60, response_format: format,
+  });
+
+  assert.equal(typeof answer.choices[0].message.parsed.name, 'string');
+  assert.equal(typeof answer.choices[0].message.parsed.capital, 'boolean');
+});
+
+test('texts are embedded', async () => {
+  const encoder = new OpenAI({ baseURL: process.env.EMBEDDINGS_BASE_URL, maxRetries: 0 });
+  const input = ['A man is eating food.', 'Someone is having a meal.', 'Stocks fell on Monday.'];
+
+  const answer = await encoder.embeddings.create({ model: 'encoder', input });
+
+  const [food, meal, market] = answer.data.map((one) => one.embedding);
+  const dot = (a, b) => a.reduce((sum, value, i) => sum + value * b[i], 0);
+  assert.ok(dot(food, meal) > dot(food, market) + 0.2);
 });
 
 test('errors are those of the SDK', async () => {
