@@ -81,7 +81,7 @@ def vectors(engine: Engine) -> dict[str, torch.Tensor]:
     """What became of each request, float64."""
     found = {}
     for request_id, outputs in run(engine).items():
-        [output] = outputs
+        *_, output = outputs
         assert output.finish_reason == "stop", output
         assert output.token_ids == []
         found[request_id] = torch.tensor(numbers(output.pooled or b"")).double()
