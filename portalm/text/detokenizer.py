@@ -50,7 +50,10 @@ class SpelledDetokenizer:
         self._spelling = spelling
         self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
         self._pending = b""
-        self._at_start = all(token_id in self._skipped for token_id in prompt_token_ids)
+        self._at_start = all(
+            token_id in self._skipped or not self._token_bytes(token_id)
+            for token_id in prompt_token_ids
+        )
         for token_id in prompt_token_ids[-_NUM_PRIMING_TOKENS:]:
             self.feed(token_id)
 
