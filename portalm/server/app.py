@@ -84,9 +84,10 @@ class Server(uvicorn.Server):
 
     @property
     def port(self) -> int:
-        """The port that was bound (of interest where 0 was asked for)."""
+        """The port that was bound (of interest where 0 was asked for); no Unix socket has one."""
         with contextlib.suppress(IndexError, AttributeError):
-            return int(self.servers[0].sockets[0].getsockname()[1])
+            if self.config.uds is None:
+                return int(self.servers[0].sockets[0].getsockname()[1])
         return self.config.port
 
     def handle_exit(self, sig: int, frame: object) -> None:
