@@ -99,23 +99,27 @@ class Chat:
             print(f"{self._partner.name}. /help says what else there is.")
         while True:
             try:
-                message = read_message(self._ask).strip()
+                if not self._obey(read_message(self._ask).strip()):
+                    return self._status
             except EOFError:
                 if self._is_terminal:
                     print()
                 return self._status
             except KeyboardInterrupt:
                 print("\nCtrl-D or /exit ends the conversation")
-                continue
-            command, _, rest = message.partition(" ")
-            if command in ("/exit", "/quit"):
-                return self._status
-            if command in self._commands:
-                self._commands[command](rest.strip())
-            elif command.startswith("/") and "\n" not in message:
-                self._complain(f"no command {command}: /help lists them")
-            elif message:
-                self._answer(message)
+
+    def _obey(self, message: str) -> bool:
+        """Do what a command says, or answer; False: that was the end."""
+        command, _, rest = message.partition(" ")
+        if command in ("/exit", "/quit"):
+            return False
+        if command in self._commands:
+            self._commands[command](rest.strip())
+        elif command.startswith("/") and "\n" not in message:
+            self._complain(f"no command {command}: /help lists them")
+        elif message:
+            self._answer(message)
+        return True
 
     def _ask(self, prompt: str) -> str:
         return input(prompt if self._is_terminal else "")

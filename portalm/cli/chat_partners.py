@@ -71,16 +71,12 @@ class LocalModel:
 
 @contextlib.contextmanager
 def _held_interrupt() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C inside a step would leave an engine half way: the first only sets what is given.
-
-    The second is a KeyboardInterrupt as always: the program ends.
-    """
+    """Ctrl-C inside a step would leave an engine half way: it only sets what is given."""
     is_interrupted = False
 
     def hold(number: int, frame: object) -> None:
         nonlocal is_interrupted
         is_interrupted = True
-        signal.signal(number, signal.default_int_handler)
 
     before = signal.signal(signal.SIGINT, hold)
     try:

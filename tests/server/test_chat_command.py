@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -58,6 +59,8 @@ def test_ctrl_c_ends_the_answer_and_the_conversation_goes_on(here, tmp_path: Pat
     here.expect("13, 14")
     here.sendintr()
     here.expect(FIGURES + ", stopped")
+    here.expect("> ")
+    time.sleep(0.5)  # the prompt is shown a moment before it is waited at
     here.sendintr()
     here.expect("/exit ends the conversation")
 

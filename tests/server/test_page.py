@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import shutil
 import signal
@@ -368,12 +369,13 @@ def server_whose_engine_is_held(folder: Path) -> Iterator[RunningServer]:
     ]  # fmt: skip
     process = subprocess.Popen(command, cwd="/")
     server = RunningServer(f"http://127.0.0.1:{port}", process, [])
+    engine = None
     try:
         end = time.monotonic() + 30
-        while time.monotonic() < end:
+        while time.monotonic() < end and engine is None:
             with contextlib.suppress(subprocess.CalledProcessError):
-                subprocess.run(["kill", "-STOP", str(server.engine_pid())], check=True)
-                break
+                engine = server.engine_pid()
+                os.kill(engine, signal.SIGSTOP)
             time.sleep(0.02)
         while time.monotonic() < end:
             with contextlib.suppress(httpx.TransportError):
@@ -385,6 +387,9 @@ def server_whose_engine_is_held(folder: Path) -> Iterator[RunningServer]:
         if process.poll() is None:
             process.kill()
         process.wait()
+        if engine is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(engine, signal.SIGKILL)
 
 
 @needs_browser
@@ -395,7 +400,7 @@ def test_the_page_follows_the_server_from_loading_to_gone(browser: Browser, tmp_
         assert "the model is being loaded" in browser.text("#notice")
         assert not browser.is_enabled("#send")
 
-        subprocess.run(["kill", "-CONT", str(server.engine_pid())], check=True)
+        os.kill(server.engine_pid(), signal.SIGCONT)
         browser.wait_for_state("ready")
         assert browser.is_enabled("#send")
         assert not browser.is_shown("#notice")
