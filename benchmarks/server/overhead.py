@@ -41,6 +41,7 @@ def make_prompts(streams: int, length: int, seed: int) -> list[list[int]]:
 def server(model: str) -> Iterator[tuple[str, int, int]]:
     """A server on loopback: host, port and process id."""
     command = [sys.executable, "-m", "portalm.cli.main", "serve", model, "--port", "0"]
+    command += ["--log-level", "warning", "--disable-log-stats"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         try:

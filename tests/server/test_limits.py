@@ -161,7 +161,7 @@ def test_one_tenants_queue_does_not_hold_up_another(tmp_path: Path) -> None:
     folder = make_long_model(tmp_path / "tiny")
     flags = ("--max-num-seqs", "4", "--api-key", "one", "--api-key", "two")
     with running_server(str(folder), *NULL, *flags) as server, server.client() as http:
-        many = {"prompt": [[5, i % 500 + 3] for i in range(1000)], "max_tokens": 20,
+        many = {"prompt": [[5, i % 500 + 3] for i in range(1000)], "max_tokens": 8,
                 "ignore_eos": True}  # fmt: skip
         done = threading.Event()
 

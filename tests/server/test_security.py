@@ -21,6 +21,7 @@ from portalm.config import EngineConfig
 from portalm.engine.client import EngineClient
 from portalm.engine.process import EngineProcess
 from portalm.errors import ConfigError
+from portalm.logs import LogConfig
 from portalm.server.api_keys import ApiKeys
 from tests.server.conftest import make_model_folder, running_server
 
@@ -154,7 +155,7 @@ def test_nobody_else_can_open_the_engines_socket(tmp_path: Path) -> None:
     folder = client._folder
 
     async def open_and_close() -> dict[str, int]:
-        process = EngineProcess(zmq.Context.instance(), folder, 1)
+        process = EngineProcess(zmq.Context.instance(), folder, 1, logs=LogConfig())
         found = {path.name: stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()}
         await process.end()
         await client.shutdown()

@@ -15,7 +15,7 @@ import pytest
 from tests.server.conftest import RunningServer, running_server
 from tests.server.test_limits import LONG, NULL, Raw, make_long_model
 
-SOON = {**LONG, "max_tokens": 2000}
+SOON = {**LONG, "max_tokens": 1500}
 """Ends by itself in a second or two."""
 
 
