@@ -13,7 +13,17 @@ from fastapi.middleware.cors import CORSMiddleware
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from portalm import __version__
-from portalm.server import chat, completions, embeddings, health, metrics, models, page, scores
+from portalm.server import (
+    chat,
+    completions,
+    embeddings,
+    health,
+    metrics,
+    models,
+    page,
+    responses,
+    scores,
+)
 from portalm.server.auth import Gate
 from portalm.server.errors import add_error_handlers
 from portalm.server.state import ServerState
@@ -31,7 +41,7 @@ def build_app(state: ServerState) -> FastAPI:
     """All endpoints over one state."""
     app = FastAPI(title="PortaLM", version=__version__, docs_url=None, redoc_url=None)
     app.state.portalm = state
-    for module in (completions, chat, embeddings, scores, models, health, metrics, page):
+    for module in (completions, chat, responses, embeddings, scores, models, health, metrics, page):
         app.include_router(module.router)
     add_error_handlers(app)
     app.add_middleware(Gate, api_keys=state.api_keys)

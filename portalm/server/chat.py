@@ -10,13 +10,15 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response
 
 from portalm.engine.input_processor import ProcessedInput
-from portalm.outputs import Logprob
-from portalm.sampling_params import SamplingParams
+from portalm.outputs import CompletionOutput, Logprob
 from portalm.server.answers import collect
 from portalm.server.auth import salt_for, tenant_of
+from portalm.server.chat_plan import ChatPlan, plan_chat
 from portalm.server.protocol import ChatRequest
 from portalm.server.state import ServerState, failure, new_id, state_of
 from portalm.server.stream import event_stream, usage
+from portalm.text.answer import AnswerParser, AnswerPiece
+from portalm.text.char_parser import Content, Reasoning
 
 router = APIRouter()
 
@@ -30,17 +32,21 @@ async def chat_completions(
     params = body.params()
     state.admit(params.n)
     chat_id = new_id("chatcmpl")
-    prompt = state.client.tokenizer.render_chat(
+    plan = plan_chat(
+        state.client.tokenizer,
+        state.answer_format,
         body.messages,
+        params,
+        body.tool_use(),
         add_generation_prompt=body.add_generation_prompt and not body.continue_final_message,
         continue_final_message=body.continue_final_message,
         template=state.own_template(body.chat_template),
-        **body.template_variables(),
+        variables=body.template_variables(),
     )
     processed = await state.client.check(
         body.request_id or chat_id,
-        prompt,
-        params,
+        plan.prompt,
+        plan.params,
         priority=body.priority,
         cache_salt=salt_for(request, body.cache_salt),
         tenant=tenant_of(request),
@@ -49,22 +55,38 @@ async def chat_completions(
     head = {"id": chat_id, "created": int(time.time()), "model": model}
     if body.stream:
         chunk_head = {**head, "object": "chat.completion.chunk"}
-        return event_stream(_chunks(state, body, chunk_head, processed, params))
-    answers = await collect(request, state, [processed], params)
-    choices = [
-        {
-            "index": answer.index,
-            "message": {"role": "assistant", "content": answer.text},
-            "logprobs": _logprobs(answer.logprobs),
-            "finish_reason": answer.finish_reason,
-            "stop_reason": answer.stop_reason,
-        }
-        for output in answers.outputs
-        for answer in output.outputs
-    ]
+        return event_stream(_chunks(state, body, chunk_head, processed, plan))
+    answers = await collect(request, state, [processed], plan.params)
+    choices = [_choice(plan, answer) for output in answers.outputs for answer in output.outputs]
     return JSONResponse(
         {**head, "object": "chat.completion", "choices": choices, "usage": answers.usage()}
     )
+
+
+def _choice(plan: ChatPlan, answer: CompletionOutput) -> dict[str, Any]:
+    parser = plan.new_parser()
+    parser.push(answer.text)
+    parser.finish()
+    message: dict[str, Any] = {"role": "assistant", "content": parser.content}
+    if parser.reasoning:
+        message |= _reasoning(parser.reasoning)
+    if parser.calls:
+        message["content"] = parser.content or None
+        message["tool_calls"] = [
+            {
+                "id": call.id,
+                "type": "function",
+                "function": {"name": call.name, "arguments": call.arguments},
+            }
+            for call in parser.calls
+        ]
+    return {
+        "index": answer.index,
+        "message": message,
+        "logprobs": _logprobs(answer.logprobs),
+        "finish_reason": _finish_reason(parser, answer.finish_reason),
+        "stop_reason": answer.stop_reason,
+    }
 
 
 async def _chunks(
@@ -72,38 +94,74 @@ async def _chunks(
     body: ChatRequest,
     head: dict[str, Any],
     processed: ProcessedInput,
-    params: SamplingParams,
+    plan: ChatPlan,
 ) -> AsyncGenerator[Any, None]:
     options = body.stream_options
     num_prompt, num_generated, num_cached = len(processed.prompt_token_ids), 0, 0
+    parsers = [plan.new_parser() for _ in range(plan.params.n)]
     is_begun = False
-    async for _, delta in state.answers([processed], params):
+    async for _, delta in state.answers([processed], plan.params):
         if (error := failure(delta)) is not None:
             raise error
         if not is_begun:  # not before: what fails in the queue is answered with a status
             is_begun = True
-            for index in range(params.n):
+            for index in range(plan.params.n):
                 yield _chunk(head, index, {"role": "assistant", "content": ""})
         num_generated += len(delta.token_ids)
         if delta.final is not None:
             num_cached = delta.final.num_cached_tokens
-        if not delta.text and delta.finish_reason is None and not delta.logprobs:
-            continue  # half a character, or what may begin a stop string
-        chunk = _chunk(head, delta.index, {"content": delta.text} if delta.text else {})
-        [choice] = chunk["choices"]
-        choice["logprobs"] = _logprobs(delta.logprobs)
-        choice["finish_reason"] = delta.finish_reason
-        choice["stop_reason"] = delta.stop_reason
-        if options is not None and options.continuous_usage_stats:
-            chunk["usage"] = usage(num_prompt, num_generated, num_cached)
-        yield chunk
+        parser = parsers[delta.index]
+        pieces = parser.push(delta.text)
+        if delta.finish_reason is not None:
+            pieces += parser.finish()
+        # none: half a character, or what may begin a stop string or a tool call
+        chunks = [_chunk(head, delta.index, _delta(piece)) for piece in pieces]
+        if not chunks and (delta.logprobs or delta.finish_reason is not None):
+            chunks.append(_chunk(head, delta.index, {}))
+        if chunks:
+            chunks[0]["choices"][0]["logprobs"] = _logprobs(delta.logprobs)
+            chunks[-1]["choices"][0] |= {
+                "finish_reason": _finish_reason(parser, delta.finish_reason),
+                "stop_reason": delta.stop_reason,
+            }
+        for chunk in chunks:
+            if options is not None and options.continuous_usage_stats:
+                chunk["usage"] = usage(num_prompt, num_generated, num_cached)
+            yield chunk
     if options is not None and options.include_usage:
         yield {**head, "choices": [], "usage": usage(num_prompt, num_generated, num_cached)}
 
 
-def _chunk(head: dict[str, Any], index: int, delta: dict[str, str]) -> dict[str, Any]:
-    choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+def _chunk(head: dict[str, Any], index: int, delta: dict[str, Any]) -> dict[str, Any]:
+    choice = {
+        "index": index,
+        "delta": delta,
+        "logprobs": None,
+        "finish_reason": None,
+        "stop_reason": None,
+    }
     return {**head, "choices": [choice]}
+
+
+def _delta(piece: AnswerPiece) -> dict[str, Any]:
+    if isinstance(piece, Content):
+        return {"content": piece.text}
+    if isinstance(piece, Reasoning):
+        return _reasoning(piece.text)
+    call: dict[str, Any] = {"index": piece.index, "function": {"arguments": piece.arguments}}
+    if piece.begun is not None:
+        call |= {"id": piece.begun.id, "type": "function"}
+        call["function"] = {"name": piece.begun.name, "arguments": ""}
+    return {"tool_calls": [call]}
+
+
+def _reasoning(text: str) -> dict[str, str]:
+    """Under both names: DeepSeek's, which most clients read, and the one that vLLM took later."""
+    return {"reasoning_content": text, "reasoning": text}
+
+
+def _finish_reason(parser: AnswerParser, reason: str | None) -> str | None:
+    return "tool_calls" if reason == "stop" and parser.calls else reason
 
 
 def _logprobs(entries: list[dict[int, Logprob]] | None) -> dict[str, Any] | None:

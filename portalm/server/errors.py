@@ -15,6 +15,7 @@ from portalm.errors import (
     PortaLMError,
     QueueTimeout,
 )
+from portalm.server.responses_store import ResponseUnknown, StoreFull
 from portalm.server.state import Draining, ModelUnknown, Overloaded
 
 _TYPES = {
@@ -60,11 +61,11 @@ def error_response(
 
 def status_of(error: Exception) -> int:
     """The HTTP status that says what kind of error it is."""
-    if isinstance(error, ModelUnknown):
+    if isinstance(error, ModelUnknown | ResponseUnknown):
         return 404
     if isinstance(error, InvalidRequest):
         return 400
-    if isinstance(error, Overloaded):
+    if isinstance(error, Overloaded | StoreFull):
         return 429
     later = EngineDead | EngineNotReady | CompilersBusy | QueueTimeout | Draining
     return 503 if isinstance(error, later) else 500

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from portalm.errors import InvalidRequest
 from portalm.sampling_params import SamplingParams, StructuredOutputs
+from portalm.server.tool_use import ToolUse, check_tools
 
 _RESERVED_VARIABLES = {
     "self", "messages", "add_generation_prompt", "continue_final_message", "tools", "template",
@@ -273,12 +274,10 @@ class ChatRequest(SamplingFields):
 
     def template_variables(self) -> dict[str, Any]:
         """More variables for the chat template. Raises `InvalidRequest` for the server's own."""
-        return _template_variables(self.chat_template_kwargs)
+        return checked_variables(self.chat_template_kwargs)
 
     def params(self) -> SamplingParams:
         """The parameters. Raises `InvalidRequest`."""
-        if self.tools and self.tool_choice != "none":
-            raise InvalidRequest("tools are not supported yet", param="tools")
         if self.top_logprobs is not None and not self.logprobs:
             raise InvalidRequest("top_logprobs needs logprobs: true", param="top_logprobs")
         return self.sampling_params(
@@ -287,6 +286,10 @@ class ChatRequest(SamplingFields):
             else 0,
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
         )
+
+    def tool_use(self) -> ToolUse:
+        """What is said about tools. Raises `InvalidRequest`."""
+        return check_tools(self.tools, self.tool_choice, is_parallel=self.parallel_tool_calls)
 
 
 class TokenizeRequest(BaseModel):
@@ -306,10 +309,11 @@ class TokenizeRequest(BaseModel):
 
     def template_variables(self) -> dict[str, Any]:
         """More variables for the chat template. Raises `InvalidRequest` for the server's own."""
-        return _template_variables(self.chat_template_kwargs)
+        return checked_variables(self.chat_template_kwargs)
 
 
-def _template_variables(variables: dict[str, Any] | None) -> dict[str, Any]:
+def checked_variables(variables: dict[str, Any] | None) -> dict[str, Any]:
+    """Variables that a request gives to the chat template. Raises `InvalidRequest`."""
     for name in _RESERVED_VARIABLES & (variables or {}).keys():
         raise InvalidRequest(
             f"chat_template_kwargs may not set {name!r}: the server does",

@@ -20,6 +20,7 @@ from portalm.engine.messages import EngineReady
 from portalm.errors import ConfigError
 from portalm.logs import LogConfig, write_logs
 from portalm.server.api_keys import ApiKeys
+from portalm.server.chat_plan import AnswerFormat
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +71,8 @@ class ServerConfig:
     """Requests may bring a chat template, which is a program."""
     shutdown_timeout_s: float = 30.0
     """How long running requests may go on after SIGTERM or Ctrl-C."""
+    answer_format: AnswerFormat = field(default_factory=AnswerFormat)
+    """How the model writes tool calls and reasoning."""
     logs: LogConfig = field(default_factory=LogConfig)
     """How this process and the engine's write their logs."""
     log_requests: bool = False
@@ -105,7 +108,7 @@ async def serve(engine: EngineConfig, config: ServerConfig) -> None:
     names = tuple(config.served_model_names) or (engine.model,)
     tracer = await asyncio.to_thread(_start_tracer, config, names[0])
     client = EngineClient(engine, logs=config.logs)
-    starting = asyncio.ensure_future(client.start())
+    starting = asyncio.ensure_future(_start(client, config.answer_format))
     server: Any = None
     tasks: list[asyncio.Task[None]] = []
     bar = asyncio.create_task(_show_loading(client))
@@ -120,6 +123,7 @@ async def serve(engine: EngineConfig, config: ServerConfig) -> None:
             api_keys=keys,
             allowed_origins=tuple(config.allowed_origins),
             max_num_queued_reqs=config.max_num_queued_reqs,
+            answer_format=config.answer_format,
             max_num_queued_tokens=config.max_num_queued_tokens,
             queue_timeout_s=config.queue_timeout_s,
             trust_request_chat_template=config.trust_request_chat_template,
@@ -174,6 +178,12 @@ async def serve(engine: EngineConfig, config: ServerConfig) -> None:
         await client.shutdown(at_once=server is not None and server.force_exit)
         if tracer is not None:
             await asyncio.to_thread(tracer.close)
+
+
+async def _start(client: EngineClient, answer_format: AnswerFormat) -> EngineReady:
+    ready = await client.start()
+    answer_format.check(client.tokenizer)
+    return ready
 
 
 async def _show_loading(client: EngineClient) -> None:

@@ -17,8 +17,10 @@ from portalm.engine.output_processor import AnswerDelta
 from portalm.errors import InvalidRequest, PortaLMError, RequestFailed
 from portalm.sampling_params import SamplingParams
 from portalm.server.api_keys import ApiKeys
+from portalm.server.chat_plan import AnswerFormat
 from portalm.server.metrics import Metrics
 from portalm.server.protocol import MAX_ANSWERS
+from portalm.server.responses_store import ResponseStore
 from portalm.server.watch import RequestObserver, RequestWatch
 
 
@@ -54,6 +56,10 @@ class ServerState:
     """How long a request may wait until it runs; None: for ever."""
     trust_request_chat_template: bool = False
     """Requests may bring a chat template."""
+    answer_format: AnswerFormat = field(default_factory=AnswerFormat)
+    """How the model writes tool calls and reasoning."""
+    responses: ResponseStore = field(default_factory=ResponseStore)
+    """Those that can be asked for later."""
     observers: Sequence[RequestObserver] = ()
     """Told of every request that ends."""
     is_draining: bool = False

@@ -13,6 +13,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from portalm.errors import ConfigError, InvalidRequest
+from portalm.text.tool_prompt import write_tools
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -57,22 +58,27 @@ class ChatTemplates:
     ) -> str:
         """A conversation as text; arguments as in `Tokenizer.render_chat`."""
         plain = check_messages(messages)
+        chosen = self.choose(template, has_tools=bool(tools))
+        plain_tools = _plain(tools, "tools") if tools else None
+        if not takes_tools(chosen):
+            plain = write_tools(plain, plain_tools)
         if continue_final_message:
             _check_continue(plain, add_generation_prompt)
             plain[-1] = {**plain[-1], "content": plain[-1]["content"] + _CUT}
         text = self._run(
-            self._choose(template, has_tools=bool(tools)),
+            chosen,
             {
                 "documents": None,
                 **variables,
                 "messages": plain,
-                "tools": _plain(tools, "tools") if tools else None,
+                "tools": plain_tools,
                 "add_generation_prompt": add_generation_prompt,
             },
         )
         return _cut_final(text) if continue_final_message else text
 
-    def _choose(self, template: str | None, *, has_tools: bool) -> str:
+    def choose(self, template: str | None, *, has_tools: bool) -> str:
+        """The Jinja text that `render` will use. Raises `InvalidRequest` where there is none."""
         if template is not None:
             return self._templates.get(template, template)
         if has_tools and "tool_use" in self._templates:
@@ -232,6 +238,19 @@ def _compile(text: str) -> Template:
             param="chat_template",
         ) from None
     return template
+
+
+@lru_cache(maxsize=64)
+def takes_tools(text: str) -> bool:
+    """Whether a template knows tools: which there are, or how calls of them are written."""
+    from jinja2 import TemplateSyntaxError, meta
+
+    if "tool_calls" in text:
+        return True
+    try:
+        return "tools" in meta.find_undeclared_variables(_environment().parse(text))
+    except TemplateSyntaxError:
+        return True  # rendering it says what is wrong
 
 
 @lru_cache(maxsize=1)

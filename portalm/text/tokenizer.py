@@ -229,6 +229,10 @@ class Tokenizer:
         """The model's Jinja template for conversations; None if it has none."""
         return self._templates.default
 
+    def choose_template(self, template: str | None = None, *, has_tools: bool = False) -> str:
+        """The Jinja text that `render_chat` will use. Raises `InvalidRequest`: there is none."""
+        return self._templates.choose(template, has_tools=has_tools)
+
     def render_chat(
         self,
         messages: Sequence[Mapping[str, Any]],

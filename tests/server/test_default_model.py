@@ -88,6 +88,75 @@ def test_json_mode_needs_no_word_of_json_in_the_prompt(sdk: openai.OpenAI) -> No
     assert isinstance(json.loads(answer.choices[0].message.content), dict)
 
 
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "The weather in a city.",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string", "enum": ["Paris", "Oslo", "Rome"]}},
+            "required": ["city"],
+        },
+    },
+}
+
+
+NAMED = {"type": "function", "function": {"name": "get_weather"}}
+
+
+@pytest.mark.parametrize(("choice", "stream"), [("required", True), (NAMED, False)], ids=str)
+def test_a_forced_call_fits_its_schema(sdk: openai.OpenAI, choice, stream: bool) -> None:
+    answer = sdk.chat.completions.create(
+        model=sdk.models.list().data[0].id,
+        messages=[{"role": "user", "content": "How is the weather in Oslo?"}],
+        tools=[WEATHER],
+        tool_choice=choice,
+        parallel_tool_calls=False,
+        temperature=0,
+        max_tokens=60,
+        stream=stream,
+    )
+
+    if stream:
+        chunks = [chunk.choices[0] for chunk in answer]
+        functions = [call.function for c in chunks for call in c.delta.tool_calls or ()]
+        arguments = "".join(function.arguments for function in functions)
+        reason = chunks[-1].finish_reason
+    else:
+        [call] = answer.choices[0].message.tool_calls
+        arguments, reason = call.function.arguments, answer.choices[0].finish_reason
+    assert json.loads(arguments)["city"] in ("Paris", "Oslo", "Rome")
+    assert reason == "tool_calls"
+
+
+def test_tools_may_be_left_to_the_model(sdk: openai.OpenAI) -> None:
+    answer = sdk.chat.completions.create(
+        model=sdk.models.list().data[0].id,
+        messages=[{"role": "user", "content": "What is the capital of France?"}],
+        tools=[WEATHER],
+        temperature=0,
+        max_tokens=24,
+    )
+
+    [choice] = answer.choices
+    assert choice.message.content or choice.message.tool_calls
+
+
+def test_a_response_streams_and_goes_on(sdk: openai.OpenAI) -> None:
+    model = sdk.models.list().data[0].id
+    with sdk.responses.stream(
+        model=model, input="What is the capital of France?", max_output_tokens=24, temperature=0
+    ) as stream:
+        first = stream.get_final_response()
+    second = sdk.responses.create(
+        model=model, input="Say it again.", previous_response_id=first.id, max_output_tokens=8
+    )
+
+    assert "Paris" in first.output_text
+    assert second.usage.input_tokens > first.usage.total_tokens
+
+
 @pytest.mark.slow
 def test_500_streams_at_once_have_exact_token_counts(default_model: Path) -> None:
     async def stream(http: httpx.AsyncClient, i: int) -> tuple[int, str]:

@@ -213,3 +213,31 @@ def test_a_final_message_that_cannot_be_gone_on_with(template, content, generate
         render(template, messages, add_generation_prompt=generate, continue_final_message=True)
 
     assert caught.value.param == "continue_final_message"
+
+
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+
+
+def test_a_template_that_knows_no_tools_gets_them_as_text():
+    messages = [
+        {"role": "system", "content": "Be kind."},
+        USER,
+        {"role": "assistant", "content": "Hm.", "tool_calls": [CALL]},
+        {"role": "tool", "tool_call_id": "1", "content": "42"},
+    ]
+
+    text = render(CHATML, messages, tools=[TOOL])
+
+    assert text.startswith("<|system|>Be kind.\n\nYou may call functions")
+    assert '{"type": "function", "function": {"name": "f"' in text
+    assert text.endswith(
+        '<|assistant|>Hm.\n<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call></>'
+        "<|user|><tool_response>\n42\n</tool_response></><|assistant|>"
+    )
+    assert render(CHATML, [USER], tools=[TOOL]).startswith("<|system|>You may call functions")
+
+
+def test_a_template_that_knows_tools_gets_them_as_they_are():
+    template = "{{ tools[0].function.name }} {{ messages[0].role }}"
+
+    assert render(template, [{"role": "tool", "content": "42"}], tools=[TOOL]) == "f tool"

@@ -1,0 +1,194 @@
+"""From a conversation to a prompt and to what reads its answers: chat and responses share it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from portalm.errors import ConfigError, InvalidRequest
+from portalm.sampling_params import SamplingParams, StructuredOutputs
+from portalm.server.tool_use import ToolUse
+from portalm.text.answer import AnswerParser
+from portalm.text.reasoning_parsers import REASONING_PARSERS
+from portalm.text.reasoning_parsers.base import ReasoningParser
+from portalm.text.tokenizer import Tokenizer
+from portalm.text.tool_parsers import TOOL_PARSERS, recognise
+from portalm.text.tool_parsers.base import ToolParser
+from portalm.text.tool_parsers.forced import NamedCallParser, RequiredCallsParser
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnswerFormat:
+    """How the served model writes what is more than content: flags of `portalm serve`."""
+
+    tool_call_parser: str | None = None
+    """A name in portalm.text.tool_parsers; None: by the chat template."""
+    reasoning_parser: str | None = None
+    """A name in portalm.text.reasoning_parsers; None: reasoning is content."""
+    enable_auto_tool_choice: bool = False
+    """Tool calls must work: refuse to start where no parser is named or found."""
+
+    def __post_init__(self) -> None:
+        """Refuse names that there are not."""
+        if self.tool_call_parser is not None:
+            TOOL_PARSERS.get(self.tool_call_parser)
+        if self.reasoning_parser is not None:
+            REASONING_PARSERS.get(self.reasoning_parser)
+
+    def tool_parser(self, template: str) -> type[ToolParser] | None:
+        """What reads the calls of a model with that chat template; None: nobody knows."""
+        name = self.tool_call_parser or recognise(template)
+        return None if name is None else TOOL_PARSERS.get(name)
+
+    def check(self, tokenizer: Tokenizer) -> None:
+        """Raise `ConfigError` if tool calls must work with a model and cannot."""
+        template = tokenizer.chat_template
+        if self.enable_auto_tool_choice and (
+            template is None or self.tool_parser(template) is None
+        ):
+            raise ConfigError(
+                "--enable-auto-tool-choice: the model's chat template does not tell how it writes "
+                f"tool calls: name it with --tool-call-parser ({', '.join(TOOL_PARSERS.names())})"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatPlan:
+    """A conversation, ready to be answered."""
+
+    prompt: str
+    """Without the tokens that a tokenizer adds: the template wrote them."""
+    params: SamplingParams
+    tools: ToolUse
+    tool_parser: type[ToolParser] | None
+    reasoning_parser: type[ReasoningParser] | None
+    begun: str
+    """What the prompt has of the assistant's message already."""
+
+    def new_parser(self) -> AnswerParser:
+        """What takes one of the answers apart."""
+        return AnswerParser(
+            reasoning=self.reasoning_parser(self.begun) if self.reasoning_parser else None,
+            tools=self._new_tool_parser(),
+            new_call_id=(self.tool_parser or ToolParser).new_call_id,
+            max_calls=self.tools.max_calls,
+        )
+
+    def _new_tool_parser(self) -> ToolParser | None:
+        if self.tools.named is not None:
+            return NamedCallParser([self.tools.named])
+        if self.tools.choice == "required":
+            return RequiredCallsParser(self.tools.names)
+        if self.tools.choice == "auto" and self.tool_parser is not None:
+            return self.tool_parser(self.tools.names)
+        return None
+
+
+def plan_chat(
+    tokenizer: Tokenizer,
+    form: AnswerFormat,
+    messages: Sequence[Mapping[str, Any]],
+    params: SamplingParams,
+    tools: ToolUse,
+    *,
+    add_generation_prompt: bool = True,
+    continue_final_message: bool = False,
+    template: str | None = None,
+    variables: Mapping[str, Any] | None = None,
+) -> ChatPlan:
+    """What to ask the engine, and how to read its answers.
+
+    Args:
+        tokenizer: the model's.
+        form: how the model writes calls and reasoning.
+        messages: the conversation, as in chat completions.
+        params: what the request asks of sampling.
+        tools: what it says about tools.
+        add_generation_prompt: as in `Tokenizer.render_chat`.
+        continue_final_message: as in `Tokenizer.render_chat`.
+        template: as in `Tokenizer.render_chat`.
+        variables: more variables for the template.
+
+    Raises:
+        InvalidRequest: it cannot be answered as asked.
+    """
+    messages = [_with_reasoning(message) for message in messages]
+    text = tokenizer.choose_template(template, has_tools=bool(tools.tools))
+    tool_parser = form.tool_parser(text) if tools.tools else None
+    if tools.tools:
+        _check_tools_possible(tools, tool_parser, params)
+
+    def render(*, has_prompt: bool) -> str:
+        return tokenizer.render_chat(
+            messages,
+            add_generation_prompt=has_prompt,
+            continue_final_message=continue_final_message,
+            tools=tools.tools,
+            template=template,
+            **(variables or {}),
+        )
+
+    prompt = render(has_prompt=add_generation_prompt)
+    begun, reasoning_parser = "", None
+    if form.reasoning_parser is not None:
+        reasoning_parser = REASONING_PARSERS.get(form.reasoning_parser)
+        if continue_final_message:
+            begun = str(messages[-1].get("content") or "")
+        elif add_generation_prompt:
+            begun = prompt.removeprefix(render(has_prompt=False))
+    if tools.is_forced:
+        params = replace(params, structured_outputs=StructuredOutputs(json=tools.forced_schema()))
+    if params.structured_outputs is not None and reasoning_parser is not None:
+        _check_reasoning_over(reasoning_parser(begun), tools)
+    markers = [
+        *(tool_parser.markers if tool_parser and tools.choice == "auto" else ()),
+        *(reasoning_parser.markers if reasoning_parser else ()),
+    ]
+    if any(tokenizer.token_to_id(marker) in tokenizer.special_ids for marker in markers):
+        params = replace(params, skip_special_tokens=False)
+    return ChatPlan(
+        prompt=prompt,
+        params=params,
+        tools=tools,
+        tool_parser=tool_parser,
+        reasoning_parser=reasoning_parser,
+        begun=begun,
+    )
+
+
+def _check_tools_possible(
+    tools: ToolUse, tool_parser: type[ToolParser] | None, params: SamplingParams
+) -> None:
+    """Raise `InvalidRequest` where nobody could read the calls, or there can be none."""
+    if tools.choice == "auto" and tool_parser is None:
+        raise InvalidRequest(
+            "tool_choice 'auto': the model's chat template does not tell how it writes tool "
+            f"calls; start the server with --tool-call-parser ({', '.join(TOOL_PARSERS.names())}), "
+            "or send tool_choice 'required' or 'none'",
+            param="tool_choice",
+        )
+    if params.structured_outputs is not None:
+        raise InvalidRequest(
+            f"tool_choice {tools.choice!r} does not go with response_format or "
+            "structured_outputs: an answer of that form can hold no call; send tool_choice 'none'",
+            param="tool_choice",
+        )
+
+
+def _check_reasoning_over(parser: ReasoningParser, tools: ToolUse) -> None:
+    """Raise `InvalidRequest` where a grammar would have to wait for the reasoning to end."""
+    if not parser.is_over:
+        raise InvalidRequest(
+            "structured output and forced tool calls begin at once, and this model reasons "
+            'first: turn that off (chat_template_kwargs {"enable_thinking": false}), or send '
+            "neither response_format nor a tool_choice that forces calls",
+            param="tool_choice" if tools.is_forced else "response_format",
+        )
+
+
+def _with_reasoning(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A message whose reasoning has the name that chat templates read."""
+    if isinstance(message, Mapping) and isinstance(message.get("reasoning"), str):
+        return {"reasoning_content": message["reasoning"], **message}
+    return message

@@ -1,0 +1,182 @@
+"""The bodies of the Responses API; unknown fields are refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, NoReturn
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from portalm.errors import InvalidRequest
+from portalm.sampling_params import SamplingParams
+from portalm.server.protocol import JsonSchemaFormat, Messages, ResponseFormat, checked_variables
+from portalm.server.tool_use import ToolUse, check_tools
+
+_UNSUPPORTED = {
+    "conversation": "send previous_response_id, or the conversation as input",
+    "prompt": "stored prompts are not kept here: send input and instructions",
+    "max_tool_calls": "tools are called by you, not here",
+    "top_logprobs": "chat completions and completions have them",
+}
+_TOOL_FIELDS = ("name", "description", "parameters", "strict")
+
+
+class TextFormat(BaseModel):
+    """What the text of an answer must look like."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+    type: Literal["text", "json_object", "json_schema"] = "text"
+    name: str | None = None
+    description: str | None = None
+    strict: bool | None = None
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
+
+    def response_format(self) -> ResponseFormat:
+        """The same as chat completions spell it."""
+        if self.type != "json_schema":
+            return ResponseFormat(type=self.type)
+        if self.schema_ is None:
+            raise InvalidRequest("text.format of type json_schema needs schema", param="text")
+        return ResponseFormat(
+            type=self.type,
+            json_schema=JsonSchemaFormat(name=self.name, strict=self.strict, schema=self.schema_),
+        )
+
+
+class TextConfig(BaseModel):
+    """How the text of an answer is written."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    format: TextFormat | None = None
+    verbosity: str | None = None
+
+
+class ReasoningConfig(BaseModel):
+    """How the model reasons."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    effort: str | None = None
+    summary: str | None = None
+    generate_summary: str | None = None
+
+
+class ResponsesStreamOptions(BaseModel):
+    """What a stream has beside its events."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    include_obfuscation: bool = False
+
+
+class ResponsesRequest(BaseModel):
+    """POST /v1/responses."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str | None = None
+    input: str | Messages
+    instructions: str | None = None
+    previous_response_id: str | None = None
+    max_output_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    text: TextConfig | None = None
+    reasoning: ReasoningConfig | None = None
+    store: bool | None = None
+    metadata: dict[str, str] | None = None
+    stream: bool | None = None
+    stream_options: ResponsesStreamOptions | None = None
+    background: bool | None = None
+    truncation: str | None = None
+    include: list[str] | None = None
+
+    # of OpenAI's API: null is fine, anything else is refused by name
+    conversation: Any = None
+    prompt: Any = None
+    max_tool_calls: Any = None
+    top_logprobs: Any = None
+
+    # of OpenAI's API; they change no answer here
+    user: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    service_tier: str | None = None
+
+    # ours, as in chat completions
+    chat_template_kwargs: dict[str, Any] | None = None
+    seed: int | None = None
+    top_k: int = 0
+    min_p: float = 0.0
+    priority: int = 0
+    cache_salt: str | None = None
+    request_id: str | None = None
+
+    def check(self) -> None:
+        """Raise `InvalidRequest` for what is known and cannot be done."""
+        for name, instead in _UNSUPPORTED.items():
+            if getattr(self, name):
+                _refuse(name, f"is not supported: {instead}")
+        if self.truncation not in (None, "disabled"):
+            _refuse("truncation", f"{self.truncation!r} is not supported: shorten the input")
+        for what in self.include or ():
+            if what != "reasoning.encrypted_content":  # reasoning is given in the clear
+                _refuse("include", f"{what!r} is not supported")
+        if self.text is not None and self.text.verbosity not in (None, "medium"):
+            _refuse("text", "verbosity is not supported: say it in the instructions")
+        if self.reasoning is not None:
+            summary = self.reasoning.summary or self.reasoning.generate_summary
+            if summary not in (None, "auto"):
+                _refuse("reasoning", f"summary {summary!r} is not supported: reasoning is whole")
+        if self.background and self.store is False:
+            _refuse("background", "needs store: who did not wait asks for the response later")
+
+    def params(self) -> SamplingParams:
+        """The parameters. Raises `InvalidRequest`."""
+        form = self.text.format if self.text is not None else None
+        return SamplingParams(
+            temperature=1.0 if self.temperature is None else self.temperature,
+            top_p=1.0 if self.top_p is None else self.top_p,
+            top_k=self.top_k,
+            min_p=self.min_p,
+            seed=self.seed,
+            max_tokens=self.max_output_tokens,
+            structured_outputs=form.response_format().structured_outputs() if form else None,
+        )
+
+    def tool_use(self) -> ToolUse:
+        """What is said about tools. Raises `InvalidRequest`."""
+        choice = self.tool_choice
+        if isinstance(choice, Mapping) and choice.get("type") == "function":
+            choice = {"type": "function", "function": {"name": choice.get("name")}}
+        tools = [_nested(tool) for tool in self.tools or ()]
+        return check_tools(tools, choice, is_parallel=self.parallel_tool_calls)
+
+    def template_variables(self, template: str) -> dict[str, Any]:
+        """Variables for the chat template. Raises `InvalidRequest` for an effort that it lacks."""
+        variables = checked_variables(self.chat_template_kwargs)
+        effort = self.reasoning.effort if self.reasoning is not None else None
+        if effort is None:
+            return variables
+        if effort == "none" and "enable_thinking" in template:
+            return {"enable_thinking": False, **variables}
+        if effort != "none" and "reasoning_effort" in template:
+            return {"reasoning_effort": effort, **variables}
+        _refuse("reasoning", f"effort {effort!r}: the model's chat template has no such choice")
+
+
+def _nested(tool: Mapping[str, Any]) -> dict[str, Any]:
+    """A function as chat completions spell it."""
+    function = {key: tool[key] for key in _TOOL_FIELDS if key in tool}
+    others = {key: value for key, value in tool.items() if key not in _TOOL_FIELDS}
+    return {**others, "function": function}
+
+
+def _refuse(name: str, problem: str) -> NoReturn:
+    raise InvalidRequest(f"{name} {problem}", param=name)
