@@ -10,6 +10,7 @@ import sys
 from collections.abc import AsyncIterator, Iterator
 from typing import IO, TYPE_CHECKING
 
+from portalm.cli.answer_flags import add_answer_flags
 from portalm.cli.engine_flags import add_engine_flags
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ def add_run_batch(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     parser.add_argument(
         "--max-concurrency", type=int, default=256, help="requests that are asked at once"
     )
+    add_answer_flags(parser)
     add_engine_flags(parser)
     parser.set_defaults(run=run_run_batch)
 
@@ -62,6 +64,7 @@ async def _answer(
 
     from tqdm import tqdm
 
+    from portalm.cli.answer_flags import answer_format
     from portalm.server.batch import answer_lines
 
     task = asyncio.current_task()
@@ -73,6 +76,7 @@ async def _answer(
         _read(lines),
         served_model_names=arguments.served_model_name,
         max_in_flight=arguments.max_concurrency,
+        form=answer_format(arguments),
     )
     with tqdm(total=_count(lines), desc="Answering", unit="req") as bar:
         async with contextlib.aclosing(answers):

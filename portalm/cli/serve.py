@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from portalm.cli.answer_flags import add_answer_flags
 from portalm.cli.engine_flags import add_engine_flags
 
 
@@ -23,25 +24,7 @@ def add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     _add_access_flags(parser)
     _add_load_flags(parser)
     _add_watching_flags(parser)
-    parser.add_argument(
-        "--tool-call-parser",
-        default=None,
-        metavar="NAME",
-        help="how the model writes tool calls: hermes, llama3_json, mistral, pythonic, or what a "
-        "package brings; without it the chat template tells",
-    )
-    parser.add_argument(
-        "--enable-auto-tool-choice",
-        action="store_true",
-        help="refuse to start where nothing tells how the model writes tool calls",
-    )
-    parser.add_argument(
-        "--reasoning-parser",
-        default=None,
-        metavar="NAME",
-        help="how the model writes its reasoning: deepseek_r1, qwen3, or what a package brings; "
-        "without it reasoning is part of the answer",
-    )
+    add_answer_flags(parser)
     add_engine_flags(parser)
     parser.set_defaults(run=run_serve)
 
@@ -122,10 +105,10 @@ def _add_watching_flags(parser: argparse.ArgumentParser) -> None:
 
 def run_serve(arguments: argparse.Namespace) -> int:
     """Serve until SIGINT or SIGTERM."""
+    from portalm.cli.answer_flags import answer_format
     from portalm.cli.engine_flags import engine_settings
     from portalm.config import EngineConfig
     from portalm.logs import LogConfig
-    from portalm.server.chat_plan import AnswerFormat
     from portalm.server.run import ServerConfig, run
 
     settings = engine_settings(arguments)
@@ -154,11 +137,7 @@ def run_serve(arguments: argparse.Namespace) -> int:
             log_requests=arguments.enable_log_requests,
             log_stats=not arguments.disable_log_stats,
             otlp_traces_endpoint=arguments.otlp_traces_endpoint,
-            answer_format=AnswerFormat(
-                tool_call_parser=arguments.tool_call_parser,
-                reasoning_parser=arguments.reasoning_parser,
-                enable_auto_tool_choice=arguments.enable_auto_tool_choice,
-            ),
+            answer_format=answer_format(arguments),
         ),
     )
     return 0

@@ -257,12 +257,7 @@ class Engine:
             if awaiting is not None or self.scheduler.abort(request_id) is not None:
                 self._num_prompt_logprobs_sent.pop(request_id, None)
                 outputs.append(
-                    TokenOutput(
-                        request_id=request_id,
-                        token_ids=[],
-                        finish_reason="abort",
-                        scheduled_time=self._scheduled_times.pop(request_id, None),
-                    )
+                    TokenOutput(request_id=request_id, token_ids=[], finish_reason="abort")
                 )
         return outputs
 

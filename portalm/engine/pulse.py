@@ -76,7 +76,7 @@ class Pulse:
         sign = self.read()
         if sign.num_tokens >= 64:  # of small ones the fixed part is most
             self._slowest = max(self._slowest, (time.monotonic() - sign.since) / sign.num_tokens)
-        self._write(0, 0.0)
+        self._write(0, DEADLINE_S)
 
     def _write(self, num_tokens: int, deadline_s: float) -> None:
         _NUMBERS.pack_into(

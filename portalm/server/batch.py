@@ -19,6 +19,7 @@ from fastapi import FastAPI
 from portalm.config import EngineConfig
 from portalm.engine.client import EngineClient
 from portalm.server.app import build_app
+from portalm.server.chat_plan import AnswerFormat
 from portalm.server.errors import error_object
 from portalm.server.metrics import Metrics
 from portalm.server.state import ServerState, new_id
@@ -164,6 +165,7 @@ async def answer_lines(
     *,
     served_model_names: Sequence[str] = (),
     max_in_flight: int = 256,
+    form: AnswerFormat | None = None,
 ) -> AsyncGenerator[dict[str, Any], None]:
     """The answers to a batch file's lines as they come, by an engine that runs until the last.
 
@@ -172,15 +174,23 @@ async def answer_lines(
         lines: of the file.
         served_model_names: names that lines may use; empty: the model's own.
         max_in_flight: lines that are asked at once.
+        form: how the model writes tool calls and reasoning; None: as its chat template tells.
 
     Raises:
-        PortaLMError: the engine could not start.
+        PortaLMError: the engine could not start, or tool calls must work and cannot.
     """
     client = EngineClient(engine)
     try:
         await client.start()
+        form = form or AnswerFormat()
+        form.check(client.tokenizer)
         names = tuple(served_model_names) or (engine.model,)
-        state = ServerState(client=client, metrics=Metrics(client, names[0]), model_names=names)
+        state = ServerState(
+            client=client,
+            metrics=Metrics(client, names[0]),
+            model_names=names,
+            answer_format=form,
+        )
         async for answer in BatchRunner(build_app(state), max_in_flight=max_in_flight).run(lines):
             yield answer
     finally:

@@ -10,13 +10,16 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response
 
 from portalm.engine.input_processor import ProcessedInput
+from portalm.engine.output_processor import AnswerDelta
 from portalm.outputs import CompletionOutput, Logprob
 from portalm.server.answers import collect
 from portalm.server.auth import salt_for, tenant_of
+from portalm.server.chat_logprobs import chat_logprobs
 from portalm.server.chat_plan import ChatPlan, plan_chat
 from portalm.server.protocol import ChatRequest
 from portalm.server.state import ServerState, failure, new_id, state_of
 from portalm.server.stream import event_stream, usage
+from portalm.server.text_logprobs import prompt_logprobs_object
 from portalm.text.answer import AnswerParser, AnswerPiece
 from portalm.text.char_parser import Content, Reasoning
 
@@ -45,7 +48,9 @@ async def chat_completions(
     )
     processed = await state.client.check(
         body.request_id or chat_id,
-        plan.prompt,
+        await state.truncated(
+            plan.prompt, plan.params, body.truncate_prompt_tokens, add_special_tokens=False
+        ),
         plan.params,
         priority=body.priority,
         cache_salt=salt_for(request, body.cache_salt),
@@ -57,13 +62,36 @@ async def chat_completions(
         chunk_head = {**head, "object": "chat.completion.chunk"}
         return event_stream(_chunks(state, body, chunk_head, processed, plan))
     answers = await collect(request, state, [processed], plan.params)
-    choices = [_choice(plan, answer) for output in answers.outputs for answer in output.outputs]
+    [output] = answers.outputs
+    choices = [_choice(state, body, plan, answer) for answer in output.outputs]
     return JSONResponse(
-        {**head, "object": "chat.completion", "choices": choices, "usage": answers.usage()}
+        {
+            **head,
+            "object": "chat.completion",
+            "choices": choices,
+            "usage": answers.usage(),
+            **_of_prompt(body, processed, output.prompt_logprobs),
+        }
     )
 
 
-def _choice(plan: ChatPlan, answer: CompletionOutput) -> dict[str, Any]:
+def _of_prompt(
+    body: ChatRequest,
+    processed: ProcessedInput,
+    prompt_logprobs: list[dict[int, Logprob] | None] | None,
+) -> dict[str, Any]:
+    """What is asked for of the prompt, which all choices share."""
+    told: dict[str, Any] = {}
+    if body.prompt_logprobs is not None:
+        told["prompt_logprobs"] = prompt_logprobs_object(prompt_logprobs, body.prompt_logprobs)
+    if body.return_token_ids:
+        told["prompt_token_ids"] = processed.prompt_token_ids
+    return told
+
+
+def _choice(
+    state: ServerState, body: ChatRequest, plan: ChatPlan, answer: CompletionOutput
+) -> dict[str, Any]:
     parser = plan.new_parser()
     parser.push(answer.text)
     parser.finish()
@@ -83,10 +111,19 @@ def _choice(plan: ChatPlan, answer: CompletionOutput) -> dict[str, Any]:
     return {
         "index": answer.index,
         "message": message,
-        "logprobs": _logprobs(answer.logprobs),
+        "logprobs": _logprobs(state, body, answer),
         "finish_reason": _finish_reason(parser, answer.finish_reason),
         "stop_reason": answer.stop_reason,
+        **({"token_ids": answer.token_ids} if body.return_token_ids else {}),
     }
+
+
+def _logprobs(
+    state: ServerState, body: ChatRequest, answer: CompletionOutput | AnswerDelta
+) -> dict[str, Any] | None:
+    return chat_logprobs(
+        state.client.tokenizer, answer.token_ids, answer.logprobs, body.top_logprobs or 0
+    )
 
 
 async def _chunks(
@@ -106,7 +143,11 @@ async def _chunks(
         if not is_begun:  # not before: what fails in the queue is answered with a status
             is_begun = True
             for index in range(plan.params.n):
-                yield _chunk(head, index, {"role": "assistant", "content": ""})
+                yield {
+                    **_chunk(head, index, {"role": "assistant", "content": ""}),
+                    **_of_prompt(body, processed, delta.prompt_logprobs),
+                    **_usage_so_far(body, num_prompt, 0, 0),
+                }
         num_generated += len(delta.token_ids)
         if delta.final is not None:
             num_cached = delta.final.num_cached_tokens
@@ -116,20 +157,33 @@ async def _chunks(
             pieces += parser.finish()
         # none: half a character, or what may begin a stop string or a tool call
         chunks = [_chunk(head, delta.index, _delta(piece)) for piece in pieces]
-        if not chunks and (delta.logprobs or delta.finish_reason is not None):
+        is_told = delta.logprobs or (body.return_token_ids and delta.token_ids)
+        if not chunks and (is_told or delta.finish_reason is not None):
             chunks.append(_chunk(head, delta.index, {}))
         if chunks:
-            chunks[0]["choices"][0]["logprobs"] = _logprobs(delta.logprobs)
+            chunks[0]["choices"][0]["logprobs"] = _logprobs(state, body, delta)
+            if body.return_token_ids:
+                chunks[0]["choices"][0]["token_ids"] = delta.token_ids
             chunks[-1]["choices"][0] |= {
                 "finish_reason": _finish_reason(parser, delta.finish_reason),
                 "stop_reason": delta.stop_reason,
             }
         for chunk in chunks:
-            if options is not None and options.continuous_usage_stats:
-                chunk["usage"] = usage(num_prompt, num_generated, num_cached)
-            yield chunk
+            yield {**chunk, **_usage_so_far(body, num_prompt, num_generated, num_cached)}
     if options is not None and options.include_usage:
         yield {**head, "choices": [], "usage": usage(num_prompt, num_generated, num_cached)}
+
+
+def _usage_so_far(
+    body: ChatRequest, num_prompt: int, num_generated: int, num_cached: int
+) -> dict[str, Any]:
+    """What a chunk says of usage: nothing, unless the last one shall."""
+    options = body.stream_options
+    if options is None or not (options.include_usage or options.continuous_usage_stats):
+        return {}
+    if not options.continuous_usage_stats:
+        return {"usage": None}
+    return {"usage": usage(num_prompt, num_generated, num_cached)}
 
 
 def _chunk(head: dict[str, Any], index: int, delta: dict[str, Any]) -> dict[str, Any]:
@@ -162,23 +216,3 @@ def _reasoning(text: str) -> dict[str, str]:
 
 def _finish_reason(parser: AnswerParser, reason: str | None) -> str | None:
     return "tool_calls" if reason == "stop" and parser.calls else reason
-
-
-def _logprobs(entries: list[dict[int, Logprob]] | None) -> dict[str, Any] | None:
-    if entries is None:
-        return None
-    content = []
-    for entry in entries:
-        drawn, *_ = entry.values()
-        top = sorted(entry.values(), key=lambda one: one.rank)
-        content.append({**_token(drawn), "top_logprobs": [_token(one) for one in top]})
-    return {"content": content}
-
-
-def _token(one: Logprob) -> dict[str, Any]:
-    text = one.decoded_token or ""
-    return {
-        "token": text,
-        "logprob": max(one.logprob, -9999.0),
-        "bytes": list(text.encode("utf-8", errors="replace")),
-    }

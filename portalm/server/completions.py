@@ -11,7 +11,6 @@ from fastapi.responses import JSONResponse, Response
 
 from portalm.engine.input_processor import ProcessedInput
 from portalm.outputs import CompletionOutput
-from portalm.sampling_params import SamplingParams
 from portalm.server.answers import collect
 from portalm.server.auth import salt_for, tenant_of
 from portalm.server.completion_choice import ChoiceShape
@@ -37,7 +36,7 @@ async def completions(
     inputs = [
         await state.client.check(
             base_id if len(prompts) == 1 else f"{base_id}-{i}",
-            await _truncated(state, prompt, params, body.truncate_prompt_tokens),
+            await state.truncated(prompt, params, body.truncate_prompt_tokens),
             params,
             priority=body.priority,
             cache_salt=salt_for(request, body.cache_salt),
@@ -64,19 +63,6 @@ async def completions(
         for rank, answer in enumerate(_best(output.outputs, body.n))
     ]
     return JSONResponse({**head, "choices": choices, "usage": usage})
-
-
-async def _truncated(
-    state: ServerState, prompt: str | list[int], params: SamplingParams, limit: int | None
-) -> str | list[int]:
-    """The prompt, or its last `limit` tokens; -1: as many as leave room for the answer."""
-    ready = state.client.ready
-    if limit is None or ready is None:
-        return prompt
-    if limit < 0:
-        limit = max(1, ready.max_model_len - (params.max_tokens or 1))
-    token_ids = await state.client.encode(prompt) if isinstance(prompt, str) else prompt
-    return token_ids[max(0, len(token_ids) - limit) :]
 
 
 def _best(answers: Sequence[CompletionOutput], n: int) -> Sequence[CompletionOutput]:

@@ -271,6 +271,8 @@ class ChatRequest(SamplingFields):
     continue_final_message: bool = False
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    return_token_ids: bool = False
+    truncate_prompt_tokens: int | None = Field(default=None, ge=-1)
 
     def template_variables(self) -> dict[str, Any]:
         """More variables for the chat template. Raises `InvalidRequest` for the server's own."""

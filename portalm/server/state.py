@@ -123,6 +123,24 @@ class ServerState:
             )
         return template
 
+    async def truncated(
+        self,
+        prompt: str | list[int],
+        params: SamplingParams,
+        limit: int | None,
+        *,
+        add_special_tokens: bool = True,
+    ) -> str | list[int]:
+        """The prompt, or its last `limit` tokens; -1: as many as leave room for the answer."""
+        ready = self.client.ready
+        if limit is None or ready is None:
+            return prompt
+        if limit < 0:
+            limit = max(1, ready.max_model_len - (params.max_tokens or 1))
+        if isinstance(prompt, str):
+            prompt = await self.client.encode(prompt, add_special_tokens=add_special_tokens)
+        return prompt[max(0, len(prompt) - limit) :]
+
     async def answers(
         self, inputs: Sequence[ProcessedInput], params: SamplingParams
     ) -> AsyncIterator[tuple[int, AnswerDelta]]:

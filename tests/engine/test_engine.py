@@ -75,16 +75,15 @@ def test_the_first_output_says_when_the_request_was_first_in_a_step(
         assert all(other.scheduled_time is None for other in others)
 
 
-def test_a_request_that_is_aborted_in_its_first_step_says_when_that_was(tmp_path: Path) -> None:
+def test_a_request_says_that_it_runs_before_its_first_token(tmp_path: Path) -> None:
     engine = make_engine(tmp_path, NullBackend(max_steps_in_flight=2))
     ask(engine, "long", [5] * 150)  # of three steps
     ask(engine, "waits", [6] * 50)
-    engine.step()
 
-    [long, waits] = engine.abort(["long", "waits"])
+    [news] = engine.step().outputs
 
-    assert long.scheduled_time is not None
-    assert waits.scheduled_time is None
+    assert (news.request_id, news.token_ids) == ("long", [])
+    assert news.scheduled_time is not None
 
 
 def test_preemption_changes_no_token(tmp_path: Path, steps_in_flight: int) -> None:
