@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -22,7 +23,14 @@ def on_a_terminal(*arguments: str) -> pexpect.spawn:
     """The command with a terminal; it is ended where the object is not used any more."""
     command = ["-m", "portalm.cli.main", *arguments]
     return pexpect.spawn(
-        sys.executable, command, timeout=30, encoding="utf-8", echo=False, dimensions=(24, 200)
+        sys.executable,
+        command,
+        timeout=30,
+        encoding="utf-8",
+        echo=False,
+        dimensions=(24, 200),
+        # where tests run in the background it is ignored, and would be here
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
 
 
