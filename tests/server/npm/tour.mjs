@@ -83,6 +83,47 @@ test('an answer is parsed by its schema', async () => {
   assert.equal(typeof answer.choices[0].message.parsed.capital, 'boolean');
 });
 
+const weather = {
+  type: 'function',
+  function: {
+    name: 'get_weather',
+    parameters: {
+      type: 'object',
+      properties: { city: { type: 'string', enum: ['Paris', 'Oslo'] } },
+      required: ['city'],
+    },
+  },
+};
+
+test('a required tool call fits its schema, whole and streamed', async () => {
+  const body = {
+    ...asked, max_completion_tokens: 60, tools: [weather], tool_choice: 'required',
+    parallel_tool_calls: false,
+  };
+
+  const whole = await client.chat.completions.create(body);
+  const streamed = await client.chat.completions.stream(body).finalMessage();
+
+  assert.equal(whole.choices[0].finish_reason, 'tool_calls');
+  for (const [call] of [whole.choices[0].message.tool_calls, streamed.tool_calls]) {
+    assert.equal(call.function.name, 'get_weather');
+    assert.ok(['Paris', 'Oslo'].includes(JSON.parse(call.function.arguments).city));
+  }
+});
+
+test('a response streams, is kept, and is gone on from', async () => {
+  const first = await client.responses.stream({
+    model, input: 'What is the capital of France?', max_output_tokens: 24, temperature: 0,
+  }).finalResponse();
+  const kept = await client.responses.retrieve(first.id);
+  const second = await client.responses.create({
+    model, input: 'Say it again.', previous_response_id: first.id, max_output_tokens: 8,
+  });
+
+  assert.match(kept.output_text ?? kept.output[0].content[0].text, /Paris/);
+  assert.ok(second.usage.input_tokens > first.usage.total_tokens);
+});
+
 test('texts are embedded', async () => {
   const encoder = new OpenAI({ baseURL: process.env.EMBEDDINGS_BASE_URL, maxRetries: 0 });
   const input = ['A man is eating food.', 'Someone is having a meal.', 'Stocks fell on Monday.'];
