@@ -27,5 +27,6 @@ trap '.venv/bin/pip install --quiet --no-build-isolation --no-deps --editable .'
 # Python itself is not instrumented: the runtimes come first, and its own leaks are its own
 export LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)"
 export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
-.venv/bin/pytest -q tests/unit/test_cpu_kernels.py tests/unit/test_cpu_linear.py \
+# uncaptured: what a sanitizer finds it says right before it ends the process
+.venv/bin/pytest -q -s tests/unit/test_cpu_kernels.py tests/unit/test_cpu_linear.py \
   tests/unit/test_cpu_program.py

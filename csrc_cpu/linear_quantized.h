@@ -200,9 +200,11 @@ inline void round_row(const RoundedTiles<F>& to, const X* x, int64_t k_size, int
       }
     }
     // a NaN or an infinity has no code: it shows in the scale and so in every product
-    scales[g * rows] = bits < kInfinityBits ? scale : __builtin_nanf("");
+    const bool is_finite = bits < kInfinityBits;
+    scales[g * rows] = is_finite ? scale : __builtin_nanf("");
     int32_t total = 0;
-    for (int l = 0; l < kLanes; ++l) total += total_of[l];
+    if (is_finite)
+      for (int l = 0; l < kLanes; ++l) total += total_of[l];
     offsets[g * rows] = shape.has_minimum ? total : total * shape.zero;
   }
 }
