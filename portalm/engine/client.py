@@ -508,22 +508,36 @@ class EngineClient:
             stats = self.stats  # nothing runs, and no block holds anything
             stats.num_running = stats.num_used_blocks = stats.num_cached_blocks = 0
             stats.num_waiting = len(self._open)
-            if self._num_fruitless >= _MAX_FRUITLESS_STARTS:
-                self._die(f"{reason}; {self._num_fruitless} engines in a row ended without a token")
-                return
-            logger.error(
-                "%s: starting another engine; %d answers will go on", reason, len(self._open)
-            )
-            self._num_fruitless += 1
-            try:
-                self.ready = await (await self._new_process()).ready()
-            except PortaLMError as error:
-                self._die(f"{reason}; another could not be started: {error}")
+            if not await self._start_another(reason):
                 return
             self._is_loaded = True
             self.num_restarts += 1
             self.last_news_time = time.monotonic()
             self._submit(self._open)
+
+    async def _start_another(self, reason: str) -> bool:
+        """Another engine has loaded; False: there is none, and none will be.
+
+        One that is killed while it loads is followed by the next; one that says why it cannot start
+        would only say it again.
+        """
+        while self._num_fruitless < _MAX_FRUITLESS_STARTS:
+            logger.error(
+                "%s: starting another engine; %d answers will go on", reason, len(self._open)
+            )
+            self._num_fruitless += 1
+            process = await self._new_process()
+            try:
+                self.ready = await process.ready()
+                return True
+            except EngineDead as error:
+                reason = str(error)
+                await process.end()
+            except PortaLMError as error:
+                self._die(f"{reason}; another could not be started: {error}")
+                return False
+        self._die(f"{reason}; {self._num_fruitless} engines in a row ended without a token")
+        return False
 
     async def _read(self, process: EngineProcess) -> str:
         """Hand out the engine's news until it ends; why it did."""

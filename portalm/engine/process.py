@@ -21,7 +21,7 @@ from portalm.engine.messages import (
     ToEngine,
 )
 from portalm.engine.pulse import Pulse
-from portalm.errors import PortaLMError
+from portalm.errors import EngineDead, PortaLMError
 from portalm.logs import LogConfig
 
 _TERMINATE_S = 5.0
@@ -98,13 +98,14 @@ class EngineProcess:
         """Wait until the model is loaded.
 
         Raises:
+            EngineDead: the process ended without a word.
             PortaLMError: it could not start; the text is the engine's own.
         """
         while isinstance(message := await self.receive(), EngineProgress):
             self.progress = message
         if message is None:
             assert self._process is not None
-            raise PortaLMError(
+            raise EngineDead(
                 f"the engine process ended with status {self._process.returncode} before its "
                 f"model was loaded; its messages are above"
             )

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import httpx
 import pytest
@@ -197,6 +200,26 @@ def test_a_server_listens_while_it_loads(tmp_path) -> None:
     assert first_refusal is not None
     assert first_refusal.status_code == 503
     assert re.search("loaded", first_refusal.json()["error"]["message"])
+
+
+def test_an_engine_that_is_killed_while_it_loads_is_followed_by_another(tmp_path: Path) -> None:
+    folder = make_model_folder(tmp_path / "tiny")
+    with running_server(str(folder), "--load-format", "dummy", "--device", "null") as server:
+        first = server.engine_pid()
+
+        def is_another() -> bool:
+            with contextlib.suppress(subprocess.CalledProcessError):  # there is none just now
+                return server.engine_pid() != first
+            return False
+
+        os.kill(first, signal.SIGKILL)
+        wait_until(is_another, 30)
+        os.kill(server.engine_pid(), signal.SIGKILL)
+        with server.client() as http:
+            wait_until(lambda: server.metric("engine_restarts_total") == 1, 60)
+
+            assert http.get("/health").status_code == 200
+            assert stream(http, {"prompt": [5, 6], "max_tokens": 4, "ignore_eos": True})
 
 
 @pytest.mark.chaos
