@@ -193,8 +193,7 @@ class EngineClient:
     @property
     def tokenizer(self) -> Tokenizer:
         """The model's tokenizer. Raises `EngineNotReady` before it is loaded."""
-        if self.ready is None:
-            raise EngineNotReady("the model is being loaded: try again in a moment")
+        self._check_ready()
         return self._tokenizer
 
     @property
@@ -325,9 +324,12 @@ class EngineClient:
         if self.ready is not None:
             self._inputs.check_task(task)
 
-    def _check_id(self, request_id: str) -> None:
+    def _check_ready(self) -> None:
         if self.ready is None:
             raise EngineNotReady("the model is being loaded: try again in a moment")
+
+    def _check_id(self, request_id: str) -> None:
+        self._check_ready()
         if request_id in self._inboxes:
             raise InvalidRequest(f"request id {request_id!r} is in use", param="request_id")
 
@@ -338,8 +340,7 @@ class EngineClient:
             InvalidRequest: it is longer, or no valid Unicode.
             EngineNotReady: the model is not loaded yet.
         """
-        if self.ready is None:
-            raise EngineNotReady("the model is being loaded: try again in a moment")
+        self._check_ready()
         encode = functools.partial(self._inputs.encode, text, add_special_tokens=add_special_tokens)
         return await _off_loop(len(text), encode)
 

@@ -166,7 +166,12 @@ class EngineProcess:
                 self._process.kill()
 
     async def end(self) -> None:
-        """Ask the process to end, then terminate it, then kill it; close the socket."""
+        """Ask the process to end, then terminate it, then kill it; close the socket.
+
+        One that has been ended stays so.
+        """
+        if self._socket.closed:
+            return
         process = self._process
         if process is not None and process.returncode is None:
             with contextlib.suppress(zmq.ZMQError):

@@ -15,8 +15,8 @@ from portalm.backend import KV, AttentionSpec, Backend, KVSpec, StepMeta, Weight
 from portalm.config import EncoderConfig, ModelConfig, Task
 from portalm.errors import UnsupportedModel
 from portalm.layers.linear import Linear, pack_linear
-from portalm.models.loader.checkpoint import Checkpoint, checked_tensor
-from portalm.models.model import AS_CAST, LoadProgress, Quantization, bytes_of
+from portalm.models.loader.checkpoint import Checkpoint, LoadProgress, TensorReader
+from portalm.models.model import AS_CAST, Quantization, bytes_of
 
 _QKV = ("attention.self.query", "attention.self.key", "attention.self.value")
 
@@ -124,20 +124,15 @@ class Bert:
         # the encoder of a checkpoint with a head that is not ours has the family's prefix
         names = set(checkpoint.names())
         added = "" if next(iter(shapes)) in names else _added_prefix(names, next(iter(shapes)))
-        num_loaded = 0
-
-        def read(name: str) -> torch.Tensor:
-            nonlocal num_loaded
-            num_loaded += 1
-            if progress is not None:
-                progress(num_loaded / len(shapes))
-            return checked_tensor(checkpoint, added + name, shapes[name])
+        reader = TensorReader(checkpoint, shapes, prefix=added, progress=progress)
 
         def table(name: str) -> torch.Tensor:
-            return read(name).to(dtype).to(device, copy=True)
+            return reader.tensor(name).to(dtype).to(device, copy=True)
 
         def linear(*full: str) -> Linear:
-            weights, biases = ([read(f"{n}.{kind}") for n in full] for kind in ("weight", "bias"))
+            weights, biases = (
+                [reader.tensor(f"{n}.{kind}") for n in full] for kind in ("weight", "bias")
+            )
             return pack_linear(backend, weights, biases, dtype, quantization.layers)
 
         def norm(name: str) -> Norm:

@@ -17,8 +17,8 @@ from portalm.layers.attention import Attention
 from portalm.layers.linear import Linear, pack_linear, pack_weight
 from portalm.layers.mlp import GatedMLP
 from portalm.layers.rope import cos_sin_table
-from portalm.models.loader.checkpoint import Checkpoint, checked_tensor, checked_weight
-from portalm.models.model import AS_CAST, LoadProgress, Quantization, bytes_of
+from portalm.models.loader.checkpoint import Checkpoint, LoadProgress, TensorReader
+from portalm.models.model import AS_CAST, Quantization, bytes_of
 
 _EMBEDDING = "model.embed_tokens.weight"
 _HEAD = "lm_head.weight"
@@ -127,33 +127,21 @@ class Llama:
         """Weights by name: embedding, cos_sin, layers, norm, head."""
         config, shapes, dtype = self.config, self.shapes(), getattr(torch, self.dtype)
         device = backend.device()
-        num_loaded = 0
-
-        def tell(name: str) -> str:
-            nonlocal num_loaded
-            num_loaded += 1
-            if progress is not None:
-                progress(num_loaded / len(shapes))
-            return name
-
-        def read(name: str) -> torch.Tensor:
-            return checked_tensor(checkpoint, tell(name), shapes[name])
+        reader = TensorReader(checkpoint, shapes, progress=progress)
 
         def matrix(name: str) -> torch.Tensor | QuantizedWeight:
-            if quantization.keep:
-                return checked_weight(checkpoint, tell(name), shapes[name])
-            return read(name)
+            return reader.weight(name) if quantization.keep else reader.tensor(name)
 
         def linear(prefix: str, *names: str) -> Linear:
             full = [f"{prefix}.{name}" for name in names]
-            biases = [read(f"{n}.bias") for n in full if self._has_bias(n)]
+            biases = [reader.tensor(f"{n}.bias") for n in full if self._has_bias(n)]
             weights = [matrix(f"{n}.weight") for n in full]
             return pack_linear(backend, weights, biases, dtype, quantization.layers)
 
         def vector(name: str) -> torch.Tensor:
-            return read(name).to(dtype).to(device, copy=True)
+            return reader.tensor(name).to(dtype).to(device, copy=True)
 
-        embedding = read(_EMBEDDING).to(dtype).to(device, copy=True)
+        embedding = reader.tensor(_EMBEDDING).to(dtype).to(device, copy=True)
         if not config.tie_word_embeddings:
             head_weight = matrix(_HEAD)
         else:

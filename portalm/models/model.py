@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,10 +10,7 @@ import torch
 
 from portalm.backend import KV, AttentionSpec, Backend, KVSpec, StepMeta, Weights
 from portalm.config import ModelConfig, Task
-from portalm.models.loader.checkpoint import Checkpoint
-
-LoadProgress = Callable[[float], None]
-"""Called with the share of the tensors that are loaded, 0 to 1."""
+from portalm.models.loader.checkpoint import Checkpoint, LoadProgress
 
 
 @dataclass(frozen=True, slots=True)

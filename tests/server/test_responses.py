@@ -248,6 +248,7 @@ def test_a_failure_in_the_background_is_kept(server: ScriptedServer) -> None:
     queued = create(server, "", background=True)
 
     wait_until(lambda: server.sdk.responses.retrieve(queued.id).status == "failed")
+    assert server.sdk.responses.retrieve(queued.id).error.code == "server_error"
 
 
 # -- in the background ------------------------------------------------------------------------

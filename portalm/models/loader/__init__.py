@@ -7,7 +7,6 @@ from pathlib import Path
 from portalm.config import EngineConfig
 from portalm.errors import CheckpointError
 from portalm.models.loader.checkpoint import Checkpoint as Checkpoint
-from portalm.models.loader.checkpoint import checked_tensor as checked_tensor
 
 
 def open_checkpoint(path: Path, config: EngineConfig) -> Checkpoint:
