@@ -255,12 +255,15 @@ PORTALM_INLINE Seen seen_by(const AttentionArgs& a, int64_t position, int64_t st
 }
 
 // Tokens that a row may not see get the score -inf, whatever stood there; the largest score of the
-// others is returned.
-PORTALM_INLINE float mask_scores(const AttentionArgs& a, Seen seen, float* s) {
+// others is returned. `distance` is the chunk's first token's from the row's, at most 0.
+PORTALM_INLINE float mask_scores(const AttentionArgs& a, Seen seen, float slope, int64_t distance,
+                                 float* s) {
   const float hidden = -__builtin_inff();
   if (a.soft_cap > 0)
     for (int64_t i = seen.from; i < seen.to; ++i)
       s[i] = a.soft_cap * __builtin_tanhf(s[i] / a.soft_cap);
+  if (slope != 0)
+    for (int64_t i = seen.from; i < seen.to; ++i) s[i] += slope * (distance + i);
   for (int64_t i = 0; i < seen.from; ++i) s[i] = hidden;
   for (int64_t i = seen.to; i < kChunk; ++i) s[i] = hidden;
   Vec best = splat(hidden);
@@ -289,7 +292,7 @@ PORTALM_INLINE void weigh(float largest, float* s, Running out, int64_t r) {
 
 // One chunk, for those rows of an item that see some of it.
 template <typename K>
-inline void attend_chunk(const AttentionArgs& a, const Item& item, int64_t group,
+inline void attend_chunk(const AttentionArgs& a, const Item& item, int64_t head, int64_t group,
                          const Chunk<K>& chunk, const float* query, float* scores, float* largest,
                          Running out) {
   const int64_t head_size = a.shape.head_size;
@@ -308,8 +311,11 @@ inline void attend_chunk(const AttentionArgs& a, const Item& item, int64_t group
   }
   // two loops: the rows do not wait for each other's largest score
   for (int64_t r = first * group; r < last * group; ++r) {
-    const Seen seen = seen_by(a, item.position + r / group, chunk.start);
-    largest[r] = max_of(out.largest[r], mask_scores(a, seen, scores + r * kScoreStride));
+    const int64_t position = item.position + r / group;
+    const float slope = a.slopes ? a.slopes[head * group + r % group] : 0.0f;
+    largest[r] = max_of(out.largest[r],
+                        mask_scores(a, seen_by(a, position, chunk.start), slope,
+                                    chunk.start - position, scores + r * kScoreStride));
   }
   for (int64_t r = first * group; r < last * group; ++r)
     weigh(largest[r], scores + r * kScoreStride, out, r);
@@ -345,7 +351,7 @@ inline void attend_span(const AttentionArgs& a, const Item& item, int64_t head, 
     for (int64_t u = 0; reads_ahead && u < min_of(chunk.num_units, next.num_units); ++u)
       chunk.ahead[u] = reinterpret_cast<const char*>(next.keys[u]) -
                        reinterpret_cast<const char*>(chunk.keys[u]);
-    attend_chunk<K>(a, item, group, chunk, query, scores, largest, out);
+    attend_chunk<K>(a, item, head, group, chunk, query, scores, largest, out);
     chunk = next;
   }
 }
@@ -375,7 +381,9 @@ inline void store_out(const AttentionArgs& a, const Item& item, int64_t head, in
               ((item.first_token + i) * a.heads + head * group) * head_size;
       for (int64_t g = 0; g < group; ++g) {
         const int64_t r = i * group + g;
-        const float scale = 1.0f / total.weight[r];
+        float weight = total.weight[r];
+        if (a.sinks) weight += exp_of(splat(a.sinks[head * group + g] - total.largest[r]))[0];
+        const float scale = 1.0f / weight;
         for (int64_t d = 0; d < head_size; ++d)
           put(to + g * head_size + d, total.value[r * total.stride + d] * scale);
       }

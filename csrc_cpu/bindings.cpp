@@ -113,12 +113,13 @@ NB_MODULE(_cpu, m) {
                         int kv_code, int64_t num_blocks, int64_t block_size, int64_t kv_heads,
                         int64_t head_size, Ptr block_table, int64_t max_blocks, Ptr items,
                         int64_t num_items, Ptr partials, Ptr counters, float scale, float soft_cap,
-                        int64_t window) {
+                        int64_t window, Ptr slopes, Ptr sinks) {
     nb::gil_scoped_release released;
     kernels().attention({at(query), at(out), dtype(code), query_stride, heads, at(cache),
                          kv_shape(kv_code, num_blocks, block_size, kv_heads, head_size),
                          at<int32_t>(block_table), max_blocks, at<int32_t>(items), num_items,
-                         at<float>(partials), at<int32_t>(counters), scale, soft_cap, window});
+                         at<float>(partials), at<int32_t>(counters), scale, soft_cap, window,
+                         at<float>(slopes), at<float>(sinks)});
   });
   using portalm::Program;
   nb::class_<Program>(m, "Program")

@@ -140,6 +140,8 @@ struct AttentionArgs {  // attention.h
   float scale;
   float soft_cap;  // 0: none
   int64_t window;  // 0: none
+  const float* slopes;  // [H], ALiBi's; null: none
+  const float* sinks;   // [H]; null: none
 };
 
 struct SampleArgs {  // sample.h

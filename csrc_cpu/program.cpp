@@ -82,7 +82,8 @@ constexpr Kernel kKernels[] = {
      [](Reader r) {
        kernels().attention({r.at(), r.at(), r.dtype(), r.number(), r.number(), r.at(),
                             r.kv_shape(), r.at<int32_t>(), r.number(), r.at<int32_t>(), r.number(),
-                            r.at<float>(), r.at<int32_t>(), r.real(), r.real(), r.number()});
+                            r.at<float>(), r.at<int32_t>(), r.real(), r.real(), r.number(),
+                            r.at<float>(), r.at<float>()});
      }},
 };
 constexpr int kNumKernels = sizeof kKernels / sizeof *kKernels;

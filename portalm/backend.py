@@ -85,12 +85,13 @@ class Capabilities:
     block_sizes: frozenset[int] | None = None
     """KV block sizes; None: any."""
     features: frozenset[str] = frozenset()
-    """Of: sliding_window, soft_cap, batch_invariant (a request's logits do not depend, bit for
-    bit, on what else is in the batch)."""
+    """Of: sliding_window, soft_cap, alibi, sinks, batch_invariant (a request's logits do not
+    depend, bit for bit, on what else is in the batch)."""
     quantizations: frozenset[str] = frozenset()
     """Of `QUANTIZED_FORMATS`: weights that `pack` takes as they are, or rounds to."""
     static_shapes: bool = False
-    """Steps must be padded to one of `buckets()`."""
+    """Every step must be padded to one of `buckets()`; else a step that no captured bucket holds
+    runs as it is."""
     max_steps_in_flight: int = 1
     """1: `to_host` waits for the step. 2: a step may be enqueued while another one runs."""
 
@@ -143,6 +144,11 @@ class AttentionSpec:
     """A token sees itself and this many less one before it; None: all."""
     soft_cap: float | None = None
     """Scores become cap * tanh(score / cap); None: as they are."""
+    alibi_slopes: tuple[float, ...] | None = None
+    """One of each query head: slope * (key's position - query's position) is added to a score
+    (after the cap). Press et al., "Train short, test long", 2022."""
+    has_sinks: bool = False
+    """`attend` is given `sinks`: one more score for each head, whose weight goes nowhere."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -152,6 +158,8 @@ class Bucket:
     num_tokens: int
     num_requests: int
     num_blocks: int
+    max_query_len: int
+    """Tokens that one request may compute: 1 in a bucket for decodes alone."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -389,12 +397,21 @@ class Backend(Protocol):
         ...
 
     def attend(
-        self, kv: KV, layer: int, query: torch.Tensor, meta: StepMeta, spec: AttentionSpec
+        self,
+        kv: KV,
+        layer: int,
+        query: torch.Tensor,
+        meta: StepMeta,
+        spec: AttentionSpec,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Causal attention of each query token over its request's context.
 
         `query` is [T, H, D]; the cache already holds this step. Decode, prefill and mixed in one
-        call. Returns [T, H, D] in the dtype of `query`; rows of pad tokens are unspecified.
+        call. `sinks`, float32 [H] where `spec.has_sinks`, take part in the softmax of each row of
+        their head and have no value (Xiao et al., "Efficient streaming language models with
+        attention sinks", 2023, as gpt-oss learns them). Returns [T, H, D] in the dtype of `query`;
+        rows of pad tokens are unspecified.
         """
         ...
 

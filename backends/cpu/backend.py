@@ -69,13 +69,14 @@ class CpuBackend(TorchBackend):
         kv_dtypes=_DTYPES,
         head_sizes=cache.HEAD_SIZES,
         block_sizes=cache.BLOCK_SIZES,
-        features=frozenset({"sliding_window", "soft_cap", "batch_invariant"}),
+        features=frozenset({"sliding_window", "soft_cap", "alibi", "sinks", "batch_invariant"}),
         quantizations=frozenset(_EXACT_FORMATS),
     )
 
     def __init__(self) -> None:
         """Raises `BackendError` if PORTALM_CPU_ISA names what this CPU cannot run."""
         super().__init__()
+        self._slopes: dict[tuple[float, ...], npt.NDArray[np.float32]] = {}
         from portalm_backends import _cpu
 
         try:
@@ -225,7 +226,13 @@ class CpuBackend(TorchBackend):
         return meta
 
     def attend(
-        self, kv: CpuKV, layer: int, query: torch.Tensor, meta: StepMeta, spec: AttentionSpec
+        self,
+        kv: CpuKV,
+        layer: int,
+        query: torch.Tensor,
+        meta: StepMeta,
+        spec: AttentionSpec,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attention of [T, H, D]; rows of pad tokens are not written."""
         plan: attention.AttentionPlan | None = meta.plan.get(spec)
@@ -249,8 +256,18 @@ class CpuBackend(TorchBackend):
             spec.scale,
             spec.soft_cap or 0.0,
             spec.sliding_window or 0,
+            self._slopes_ptr(spec.alibi_slopes),
+            0 if sinks is None else sinks.data_ptr(),
         )
         return out
+
+    def _slopes_ptr(self, slopes: tuple[float, ...] | None) -> int:
+        """Address of float32 [H] that stays where it is; 0 for none."""
+        if slopes is None:
+            return 0
+        if slopes not in self._slopes:
+            self._slopes[slopes] = np.array(slopes, np.float32)
+        return self._slopes[slopes].ctypes.data
 
     # -- layers -------------------------------------------------------------------------------
 

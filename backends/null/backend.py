@@ -180,7 +180,13 @@ class NullBackend(TorchBackend):
         return self.linear(x.float(), weight)
 
     def attend(
-        self, kv: KV, layer: int, query: torch.Tensor, meta: StepMeta, spec: AttentionSpec
+        self,
+        kv: KV,
+        layer: int,
+        query: torch.Tensor,
+        meta: StepMeta,
+        spec: AttentionSpec,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The query itself."""
         return query

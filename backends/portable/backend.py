@@ -165,7 +165,13 @@ class TorchBackend(abc.ABC):
 
     @abc.abstractmethod
     def attend(
-        self, kv: KV, layer: int, query: torch.Tensor, meta: StepMeta, spec: AttentionSpec
+        self,
+        kv: KV,
+        layer: int,
+        query: torch.Tensor,
+        meta: StepMeta,
+        spec: AttentionSpec,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Causal attention of query [T, H, D] over each request's context: [T, H, D]."""
 

@@ -15,6 +15,7 @@ def paged_attention(
     value_cache: torch.Tensor,
     meta: StepMeta,
     spec: AttentionSpec,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention of each query token over its request's cached context.
 
@@ -23,7 +24,8 @@ def paged_attention(
         key_cache: [NB, B, H_kv, D] of one layer; already holds this step.
         value_cache: the same shape.
         meta: which query tokens and which blocks belong to which request.
-        spec: scale, sliding window, soft cap.
+        spec: scale, sliding window, soft cap, ALiBi's slopes.
+        sinks: float32 [H] where the spec has them.
 
     Returns:
         [T, H, D], in the dtype of `query`; rows of pad tokens are zero.
@@ -47,10 +49,17 @@ def paged_attention(
             scores = spec.soft_cap * torch.tanh(scores / spec.soft_cap)
         position = torch.arange(seq_len - len(q), seq_len)[:, None]
         context = torch.arange(first, seq_len)[None, :]
+        if spec.alibi_slopes is not None:
+            slopes = torch.tensor(spec.alibi_slopes)[:, None, None]
+            scores = scores + slopes * (context - position)
         is_hidden = context > position
         if spec.sliding_window is not None:
             is_hidden |= context <= position - spec.sliding_window
-        probs = scores.masked_fill(is_hidden, float("-inf")).softmax(dim=-1)
+        scores = scores.masked_fill(is_hidden, float("-inf"))
+        if sinks is not None:
+            sink = sinks.float()[:, None, None].expand(-1, len(q), 1)
+            scores = torch.cat((scores, sink), dim=-1)
+        probs = scores.softmax(dim=-1)[..., : seq_len - first]
         out[start:end] = torch.einsum("hqk,khd->qhd", probs, v).to(query.dtype)
     return out
 

@@ -26,7 +26,7 @@ class ReferenceBackend(TorchBackend):
     capabilities = Capabilities(
         dtypes=cache.DTYPES,
         kv_dtypes=cache.DTYPES,
-        features=frozenset({"sliding_window", "soft_cap"}),
+        features=frozenset({"sliding_window", "soft_cap", "alibi", "sinks"}),
     )
 
     @classmethod
@@ -57,10 +57,16 @@ class ReferenceBackend(TorchBackend):
         return cache.write(kv, layer, key, value, meta)
 
     def attend(
-        self, kv: KV, layer: int, query: torch.Tensor, meta: StepMeta, spec: AttentionSpec
+        self,
+        kv: KV,
+        layer: int,
+        query: torch.Tensor,
+        meta: StepMeta,
+        spec: AttentionSpec,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attention of [T, H, D], one request after the other."""
-        return attention.paged_attention(query, kv[layer, 0], kv[layer, 1], meta, spec)
+        return attention.paged_attention(query, kv[layer, 0], kv[layer, 1], meta, spec, sinks)
 
     def attend_encoder(
         self,

@@ -125,6 +125,7 @@ def padded_shape(
     num_tokens = sum(c.end - c.start for c in chunks) + pad.num_tokens
     num_requests = len(chunks) + pad.num_requests
     num_blocks = max(-(-c.end // block_size) for c in chunks) + pad.num_blocks
+    longest = max(c.end - c.start for c in chunks)
     if subject.buckets is None:
         return Padded(num_tokens, num_requests, num_blocks, None)
     bucket = next(
@@ -133,6 +134,7 @@ def padded_shape(
         if b.num_tokens >= num_tokens
         and b.num_requests >= num_requests
         and b.num_blocks >= num_blocks
+        and b.max_query_len >= longest
     )
     return Padded(bucket.num_tokens, bucket.num_requests, bucket.num_blocks, bucket)
 
@@ -205,6 +207,8 @@ class AttentionProblem:
     key: list[F32]
     """Of each request, its whole context [N, H_kv, D]."""
     value: list[F32]
+    sinks: F32 | None = None
+    """[H]"""
 
 
 def attention_problem(
@@ -219,6 +223,8 @@ def attention_problem(
     kv_dtype: str | None = None,
     sliding_window: int | None = None,
     soft_cap: float | None = None,
+    has_alibi: bool = False,
+    has_sinks: bool = False,
     spread: float = 2.0,
 ) -> AttentionProblem:
     """A problem whose scores have a standard deviation of `spread`.
@@ -226,6 +232,7 @@ def attention_problem(
     Keys and values are rounded to `dtype`, in which they come, and then to the cache's dtype.
     """
     size = subject.head_size if head_size is None else head_size
+    slopes = tuple(2.0 ** (-8 * (i + 1) / heads.num_heads) for i in range(heads.num_heads))
     spec = AttentionSpec(
         num_heads=heads.num_heads,
         num_kv_heads=heads.num_kv_heads,
@@ -233,6 +240,8 @@ def attention_problem(
         scale=size**-0.5,
         sliding_window=sliding_window,
         soft_cap=soft_cap,
+        alibi_slopes=slopes if has_alibi else None,
+        has_sinks=has_sinks,
     )
     kv_spec = KVSpec(
         num_layers=3,
@@ -257,6 +266,7 @@ def attention_problem(
         query=[rounded(spread * random(n, heads.num_heads), dtype) for n in batch.query_lens],
         key=[stored(random(n, heads.num_kv_heads)) for n in batch.seq_lens],
         value=[stored(random(n, heads.num_kv_heads)) for n in batch.seq_lens],
+        sinks=spread * rng.standard_normal(heads.num_heads, np.float32) if has_sinks else None,
     )
 
 
@@ -312,6 +322,7 @@ class AttentionRun:
                 self.subject.put(query, self.problem.dtype),
                 meta,
                 self.problem.spec,
+                None if self.problem.sinks is None else self.subject.put(self.problem.sinks),
             )
         )
         loc = meta.host_query_start_loc

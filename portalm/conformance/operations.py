@@ -55,6 +55,8 @@ class Attend:
     kv_dtype: str | None = None
     sliding_window: int | None = None
     soft_cap: float | None = None
+    has_alibi: bool = False
+    has_sinks: bool = False
 
     @property
     def name(self) -> str:
@@ -69,6 +71,7 @@ class Attend:
         ):
             if value is not None:
                 parts.append(f"{label} {value}")
+        parts += ["alibi"] * self.has_alibi + ["sinks"] * self.has_sinks
         return ", ".join(parts)
 
     def problem(self, subject: Subject) -> AttentionProblem:
@@ -86,6 +89,10 @@ class Attend:
             subject.needs_feature("sliding_window")
         if self.soft_cap is not None:
             subject.needs_feature("soft_cap")
+        if self.has_alibi:
+            subject.needs_feature("alibi")
+        if self.has_sinks:
+            subject.needs_feature("sinks")
         return attention_problem(
             subject,
             self.batch,
@@ -96,6 +103,8 @@ class Attend:
             kv_dtype=self.kv_dtype,
             sliding_window=self.sliding_window,
             soft_cap=self.soft_cap,
+            has_alibi=self.has_alibi,
+            has_sinks=self.has_sinks,
         )
 
 
@@ -105,7 +114,11 @@ def check_attend(subject: Subject, case: Attend) -> float:
     actual = AttentionRun(subject, problem).run()
     expected = [
         reference.attention(
-            q.astype(np.float64), k.astype(np.float64), v.astype(np.float64), problem.spec
+            q.astype(np.float64),
+            k.astype(np.float64),
+            v.astype(np.float64),
+            problem.spec,
+            None if problem.sinks is None else problem.sinks.astype(np.float64),
         )
         for q, k, v in zip(problem.query, problem.key, problem.value, strict=True)
     ]
@@ -129,6 +142,9 @@ def attend_cases() -> list[Attend]:
         for w in (1, 7, 100)
     ]
     cases += [Attend(batch, _GQA, DTYPES[0], soft_cap=2.0) for batch in (mixed, long)]
+    cases += [Attend(batch, _GQA, DTYPES[0], has_alibi=True) for batch in (mixed, long)]
+    cases += [Attend(batch, _GQA, DTYPES[0], has_sinks=True) for batch in (mixed, long)]
+    cases.append(Attend(long, _GQA, DTYPES[0], sliding_window=7, has_alibi=True, has_sinks=True))
     return cases
 
 

@@ -15,14 +15,17 @@ from portalm.backend import AttentionSpec
 Array = npt.NDArray[np.float64]
 
 
-def attention(query: Array, key: Array, value: Array, spec: AttentionSpec) -> Array:
+def attention(
+    query: Array, key: Array, value: Array, spec: AttentionSpec, sinks: Array | None = None
+) -> Array:
     """Causal attention of one request's newest tokens over its whole context.
 
     Args:
         query: [Q, H, D], the last Q tokens of the context.
         key: [N, H_kv, D], the context in order, the query tokens' own keys included.
         value: [N, H_kv, D]
-        spec: scale, window and soft cap.
+        spec: scale, window, soft cap and slopes.
+        sinks: [H], one more score for each row of a head.
 
     Returns:
         [Q, H, D]
@@ -40,8 +43,12 @@ def attention(query: Array, key: Array, value: Array, spec: AttentionSpec) -> Ar
             scores = key[seen] @ query[i, head] * spec.scale  # [position + 1 - first]
             if spec.soft_cap is not None:
                 scores = spec.soft_cap * np.tanh(scores / spec.soft_cap)
-            weights = np.exp(scores - scores.max())
-            out[i, head] = weights @ value[seen] / weights.sum()
+            if spec.alibi_slopes is not None:
+                scores += spec.alibi_slopes[head] * (np.arange(first, position + 1) - position)
+            sink = -np.inf if sinks is None else sinks[head]
+            largest = max(scores.max(), sink)
+            weights = np.exp(scores - largest)
+            out[i, head] = weights @ value[seen] / (weights.sum() + np.exp(sink - largest))
     return out
 
 

@@ -100,7 +100,7 @@ def _serve(
     send(engine.ready)
     while True:
         outputs: list[TokenOutput] = []
-        timeout_ms = 0 if engine.has_work() else _IDLE_POLL_MS
+        timeout_ms = 0 if engine.has_work() or engine.has_captures_left else _IDLE_POLL_MS
         while socket.poll(timeout_ms):
             message = _decoder.decode(socket.recv())
             if isinstance(message, Shutdown):
@@ -118,7 +118,7 @@ def _serve(
             news = engine.step()
             pulse.end()
             send(news)
-        elif os.getppid() != parent:
+        elif not engine.capture_next() and os.getppid() != parent:
             logger.warning("the server is gone: the engine ends")
             return 0
 

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[str, float], None]
-"""Called with a phase (load, warm_up) and its share done, 0 to 1."""
+"""Called with a phase (load, capture, warm_up) and its share done, 0 to 1."""
 
 _DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -131,6 +131,8 @@ class Engine:
         self._stats = EngineStats()
         budgeted = time.perf_counter()
 
+        if self.backend.capabilities.static_shapes:
+            self._capture_all(tell)
         tell("warm_up", 0.0)
         self._warm_up()
         tell("warm_up", 1.0)
@@ -281,8 +283,10 @@ class Engine:
         started = time.perf_counter()
         plan: StepPlan | None = None
         refused = self._admit_loaded() if self._awaiting else []
+        # a step is captured while none is on the device: until all are, steps do not overlap
+        max_in_flight = 1 if self.capture_next() else self._max_in_flight
         try:
-            while len(self._in_flight) < self._max_in_flight:
+            while len(self._in_flight) < max_in_flight:
                 plan = self.scheduler.schedule()
                 if plan.is_empty:
                     self.runner.forget(plan.released)
@@ -294,9 +298,8 @@ class Engine:
                     self.step_begins(plan.num_tokens)
                 self._in_flight.append(self.runner.dispatch(plan))
             if not self._in_flight:
-                for request in self._awaiting.values():
-                    _grammar_of(request).wait(_GRAMMAR_WAIT_S)
-                    break
+                if self._awaiting:
+                    _grammar_of(next(iter(self._awaiting.values()))).wait(_GRAMMAR_WAIT_S)
                 return self._outputs([], refused)
             step = self._in_flight.popleft()
             plan = step.plan
@@ -308,6 +311,34 @@ class Engine:
         updates = self.scheduler.update(plan, result)
         self._count(plan, result, time.perf_counter() - started)
         return self._outputs(updates, refused)
+
+    @property
+    def has_captures_left(self) -> bool:
+        """True while steps are still to be captured: service goes on meanwhile."""
+        return self.runner.graphs.next_to_capture() is not None
+
+    def capture_next(self) -> bool:
+        """Capture one more step, if one is left and nothing is on the device; True if it was."""
+        if self._in_flight or not self.has_captures_left:
+            return False
+        try:
+            self.runner.capture_next()
+        except BackendError as error:
+            if error.kind == "device_lost" or self.backend.capabilities.static_shapes:
+                raise
+            logger.warning("no more steps are captured, others run as they are: %s", error)
+            self.runner.graphs.give_up()
+        if not self.has_captures_left:
+            self.runner.graphs.seal()
+        return True
+
+    def _capture_all(self, tell: Progress) -> None:
+        """Capture every bucket before service."""
+        num_buckets = len(self.runner.graphs.buckets or ())
+        for i in range(num_buckets):
+            tell("capture", i / num_buckets)
+            self.capture_next()
+        tell("capture", 1.0)
 
     def _recover(self, plan: StepPlan, error: BackendError) -> list[RequestUpdate]:
         """A step failed: its largest request ends, all others are computed again.
@@ -530,6 +561,8 @@ def _check_claims(config: EngineConfig, model: Model, backend: Backend, dtype: s
         for feature, is_wanted in (
             ("sliding_window", spec.sliding_window is not None),
             ("soft_cap", spec.soft_cap is not None),
+            ("alibi", spec.alibi_slopes is not None),
+            ("sinks", spec.has_sinks),
         ):
             if is_wanted and feature not in claims.features:
                 raise Unsupported(

@@ -6,7 +6,7 @@ from types import TracebackType
 
 from tqdm import tqdm
 
-_WORDS = {"load": "Loading model", "warm_up": "Warming up"}
+_WORDS = {"load": "Loading model", "capture": "Capturing steps", "warm_up": "Warming up"}
 
 
 class LoadingBar:

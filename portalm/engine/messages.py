@@ -109,6 +109,11 @@ class EngineStats(msgspec.Struct, kw_only=True):
     last_step_s: float = 0.0
     """Seconds from planning a step to having its ids."""
 
+    @property
+    def kv_used(self) -> float:
+        """Share of the pool's blocks that running requests hold, 0 to 1."""
+        return self.num_used_blocks / self.num_blocks if self.num_blocks else 0.0
+
 
 class EngineReady(msgspec.Struct, tag=True, kw_only=True):
     """The engine has loaded its model and takes requests."""
@@ -136,7 +141,7 @@ class EngineProgress(msgspec.Struct, tag=True):
     """How far an engine is that has not loaded its model yet."""
 
     phase: str
-    """load, then warm_up."""
+    """load, then capture (where all steps are captured before service), then warm_up."""
     share: float
     """Of the phase, 0 to 1."""
 

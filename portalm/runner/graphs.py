@@ -1,4 +1,8 @@
-"""Captured steps: which bucket a step is padded to, and the capture that runs it."""
+"""Captured steps: which bucket a step is padded to, and the capture that runs it.
+
+Where every step must be padded (`static_shapes`) all buckets are captured before service. Elsewhere
+they are captured in service, one by one between steps; what no captured bucket holds runs as it is.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +34,7 @@ class CaptureKey:
 
 
 class StepGraphs:
-    """One captured step per bucket and kind of sampling, captured when first needed."""
+    """One captured step per bucket and kind of sampling."""
 
     def __init__(
         self,
@@ -59,6 +63,15 @@ class StepGraphs:
         self._sealed = ExitStack()
         buckets = backend.buckets(max_tokens, max_requests, max_blocks)
         self.buckets: Sequence[Bucket] | None = None if buckets is None else sorted(buckets)
+        self._must_pad = backend.capabilities.static_shapes
+        self._uncaptured: list[Bucket] = []
+        """In ascending order."""
+        self._usable: list[Bucket] = []
+        """What a step may be padded to, in ascending order."""
+        if self.buckets is not None and self._must_pad:
+            self._usable = list(self.buckets)
+        if self.buckets is not None and not enforce_eager:
+            self._uncaptured = list(self.buckets)
 
     def shape(
         self,
@@ -67,37 +80,50 @@ class StepGraphs:
         num_blocks: int,
         num_rows: int,
         num_states: int = 0,
+        *,
+        max_query_len: int,
     ) -> tuple[Bucket | None, PaddedShape | None]:
-        """The smallest bucket that holds such a step, and what to pad to; None: not padded."""
-        if self.buckets is None:
-            return None, None
-        fitting = [
-            b
-            for b in self.buckets
-            if b.num_tokens >= num_tokens
-            and b.num_requests >= num_requests
-            and b.num_blocks >= num_blocks
-        ]
-        if not fitting:
+        """The smallest usable bucket that holds such a step, what to pad to; None: not padded."""
+        for bucket in self._usable:
+            if (
+                bucket.num_tokens >= num_tokens
+                and bucket.num_requests >= num_requests
+                and bucket.num_blocks >= num_blocks
+                and bucket.max_query_len >= max_query_len
+            ):
+                return bucket, padded(bucket, num_rows, num_states)
+        if self._must_pad:
             raise ConfigError(
                 f"no bucket of the backend holds a step of {num_tokens} tokens, {num_requests} "
-                f"requests and {num_blocks} blocks a request; largest: {self.buckets[-1]}"
+                f"requests of at most {max_query_len} tokens and {num_blocks} blocks a request; "
+                f"largest: {self._usable[-1]}"
             )
-        bucket = min(fitting, key=lambda b: (b.num_tokens, b.num_requests, b.num_blocks))
-        # rows beyond one a request come from prompt logprobs: at most one a token
-        rows = bucket.num_requests
-        if num_rows > rows:
-            rows = bucket.num_tokens + bucket.num_requests
-        elif num_states and not num_rows:
-            rows = 0  # nothing is drawn
-        states = bucket.num_tokens if num_states else 0
-        return bucket, PaddedShape(
-            bucket.num_tokens, bucket.num_requests, bucket.num_blocks, rows, states
-        )
+        return None, None
+
+    # -- capturing before it is needed --------------------------------------------------------
+
+    def next_to_capture(self) -> Bucket | None:
+        """The largest bucket that is not captured yet: the others then fit its memory."""
+        return self._uncaptured[-1] if self._uncaptured else None
+
+    def capture(self, inputs: StepInputs) -> StepFn:
+        """The capture of `inputs`, a step of `next_to_capture()`, which service may use now."""
+        bucket = self._uncaptured[-1]
+        assert inputs.meta.bucket == bucket
+        captured = self.step_for(inputs)
+        self._uncaptured.pop()
+        if not self._must_pad:
+            self._usable.insert(0, bucket)
+        return captured
+
+    def give_up(self) -> None:
+        """Capture no more: steps that would have used what is missing run as they are."""
+        self._uncaptured.clear()
 
     def step_for(self, inputs: StepInputs) -> StepFn:
-        """The capture that runs `inputs`."""
-        if self._enforce_eager:
+        """What runs `inputs`: a capture, or the step as it is."""
+        is_unpadded = self.buckets is not None and inputs.meta.bucket is None
+        if self._enforce_eager or is_unpadded:
             return self._step
         key = _key(inputs)
         captured = self._captured.get(key)
@@ -113,6 +139,18 @@ class StepGraphs:
     def unseal(self) -> None:
         """Allow captures again."""
         self._sealed.close()
+
+
+def padded(bucket: Bucket, num_rows: int, num_states: int) -> PaddedShape:
+    """The sizes of a step of `bucket` with so many rows of logits and of hidden states."""
+    # rows beyond one a request come from prompt logprobs: at most one a token
+    rows = bucket.num_requests
+    if num_rows > rows:
+        rows = bucket.num_tokens + bucket.num_requests
+    elif num_states and not num_rows:
+        rows = 0  # nothing is drawn
+    states = bucket.num_tokens if num_states else 0
+    return PaddedShape(bucket.num_tokens, bucket.num_requests, bucket.num_blocks, rows, states)
 
 
 def _key(inputs: StepInputs) -> CaptureKey:

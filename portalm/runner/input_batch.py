@@ -222,6 +222,27 @@ class InputBatch:
             previous_rows=self._previous_rows(planned, loc, shape.num_tokens, drawn_rows),
         )
 
+    def padding(self, pad: PaddedShape) -> StepArrays:
+        """The arrays of a step without a request: pad tokens in the null block."""
+        zeros = np.zeros(max(pad.num_tokens, pad.num_requests, pad.num_rows) + 1, np.int32)
+        return StepArrays(
+            num_tokens=0,
+            num_requests=0,
+            num_rows=0,
+            num_decodes=0,
+            rows=np.zeros(0, np.intp),
+            token_ids=zeros[: pad.num_tokens],
+            positions=zeros[: pad.num_tokens],
+            slot_mapping=zeros[: pad.num_tokens],
+            query_start_loc=zeros[: pad.num_requests + 1],
+            seq_lens=zeros[: pad.num_requests],
+            block_table=np.zeros((pad.num_requests, pad.num_blocks), np.int32),
+            logits_rows=zeros[: pad.num_rows],
+            max_query_len=0,
+            max_seq_len=0,
+            previous_rows=None,
+        )
+
     def _build_decodes(
         self,
         planned: list[PlannedRequest],

@@ -12,6 +12,7 @@ import torch
 from portalm.backend import (
     KV,
     Backend,
+    Bucket,
     HostFuture,
     SampleOutput,
     StepInputs,
@@ -20,7 +21,7 @@ from portalm.backend import (
 )
 from portalm.config import SchedulerConfig
 from portalm.core.plan import StepPlan, StepResult, TokenLogprobs
-from portalm.runner.graphs import StepGraphs
+from portalm.runner.graphs import StepGraphs, padded
 from portalm.runner.input_batch import InputBatch, StepArrays
 from portalm.runner.pooler import PooledPart, Pooler, pooled_parts, state_rows
 from portalm.runner.sampled_rows import SampledRow, sampled_rows
@@ -98,6 +99,20 @@ class ModelRunner:
         }
         return StepInFlight(plan, sampled, out, self._backend, parts, self._pooler)
 
+    def capture_next(self) -> bool:
+        """Capture one more bucket, by a step of padding alone; False: there is none left.
+
+        Nothing may be in flight. Raises `BackendError` if the device cannot.
+        """
+        bucket = self.graphs.next_to_capture()
+        if bucket is None:
+            return False
+        inputs = self._padding(bucket)
+        step = self.graphs.capture(inputs)
+        self._kv, out = step(self._weights, self._kv, inputs)
+        self._backend.to_host(out.token_ids).result()
+        return True
+
     def _copy_blocks(self, copies: list[tuple[int, int]]) -> None:
         pairs = np.array(copies, np.int32)
         src, dst = (self._backend.to_device(np.ascontiguousarray(x)) for x in pairs.T)
@@ -118,6 +133,7 @@ class ModelRunner:
             -(-longest // self.batch.block_size),
             len(sampled),
             num_states,
+            max_query_len=max(p.num_tokens for p in plan.requests),
         )
         arrays = self.batch.build(
             plan,
@@ -133,6 +149,28 @@ class ModelRunner:
                 states = np.pad(states, (0, pad.num_states - num_states))
             num_states = len(states)
             wanted = np.concatenate([wanted, states])
+        types = _token_types(plan, arrays) if self._kv is None else None
+        return self._on_device(arrays, wanted, sampled, bucket, num_states, types)
+
+    def _padding(self, bucket: Bucket) -> StepInputs:
+        """A step of `bucket` without a single request."""
+        draws = "generate" in self._model.tasks
+        pad = padded(bucket, int(draws), int(not draws))
+        arrays = self.batch.padding(pad)
+        wanted = np.zeros(pad.num_rows + pad.num_states, np.int32)
+        types = None if self._kv is not None else np.zeros(pad.num_tokens, np.int32)
+        return self._on_device(arrays, wanted, [], bucket, pad.num_states, types)
+
+    def _on_device(
+        self,
+        arrays: StepArrays,
+        wanted: npt.NDArray[np.int32],
+        sampled: list[SampledRow],
+        bucket: Bucket | None,
+        num_states: int,
+        types: npt.NDArray[np.int32] | None,
+    ) -> StepInputs:
+        """Arrays, and the rows of logits and hidden states that are wanted, as a step's inputs."""
         to_device = self._backend.to_device
         meta = StepMeta(
             positions=to_device(arrays.positions),
@@ -146,7 +184,7 @@ class ModelRunner:
             num_decodes=arrays.num_decodes,
             max_query_len=arrays.max_query_len,
             max_seq_len=arrays.max_seq_len,
-            token_types=to_device(_token_types(plan, arrays)) if self._kv is None else None,
+            token_types=None if types is None else to_device(types),
             bucket=bucket,
         )
         previous = arrays.previous_rows

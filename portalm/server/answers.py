@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import Request
+from starlette.requests import ClientDisconnect
 
 from portalm.engine.input_processor import ProcessedInput
 from portalm.outputs import RequestOutput
@@ -41,6 +42,7 @@ async def collect(
     """All answers, when they are whole; aborted if the client leaves before.
 
     Raises:
+        ClientDisconnect: it has left.
         InvalidRequest: an answer failed on what was asked.
     """
     found: dict[int, RequestOutput] = {}
@@ -53,4 +55,6 @@ async def collect(
                 found[i] = delta.final
 
     await while_connected(request.receive, gather())
+    if len(found) < len(inputs):
+        raise ClientDisconnect
     return Answers([found[i] for i in sorted(found)])

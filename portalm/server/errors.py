@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from portalm.errors import (
     CompilersBusy,
@@ -17,6 +18,9 @@ from portalm.errors import (
 )
 from portalm.server.responses_store import ResponseUnknown, StoreFull
 from portalm.server.state import Draining, ModelUnknown, Overloaded
+
+_CLIENT_LEFT = 499
+"""As nginx counts it; HTTP has no status for an answer that nobody waits for."""
 
 _TYPES = {
     400: "invalid_request_error",
@@ -102,6 +106,10 @@ def add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     async def unknown(request: Request, error: Exception) -> JSONResponse:
         return error_response(500, "the server failed on this request; its log says how")
+
+    @app.exception_handler(ClientDisconnect)
+    async def left(request: Request, error: ClientDisconnect) -> Response:
+        return Response(status_code=_CLIENT_LEFT)  # nobody reads it: it is counted
 
     @app.exception_handler(HTTPException)
     async def plain(request: Request, error: HTTPException) -> JSONResponse:

@@ -145,8 +145,7 @@ class _EngineCollector(Collector):
         stats = self._client.stats
         for name, (text, attribute) in _GAUGES.items():
             yield self._gauge(name, text, getattr(stats, attribute))
-        used = stats.num_used_blocks / stats.num_blocks if stats.num_blocks else 0.0
-        yield self._gauge("kv_cache_usage_perc", "Share of KV blocks held, 0 to 1.", used)
+        yield self._gauge("kv_cache_usage_perc", "Share of KV blocks held, 0 to 1.", stats.kv_used)
         yield self._gauge(
             "engine_ready", "1 while an engine takes requests.", int(self._client.is_alive)
         )

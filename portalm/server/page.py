@@ -110,13 +110,12 @@ def _engine(state: ServerState) -> dict[str, Any] | None:
 
 def _load(state: ServerState) -> dict[str, float]:
     stats = state.client.stats
-    num_blocks = max(1, stats.num_blocks)
     return {
         "time_s": time.monotonic(),
         "num_running": stats.num_running,
         "num_waiting": stats.num_waiting,
-        "kv_used": stats.num_used_blocks / num_blocks,
-        "kv_cached": stats.num_cached_blocks / num_blocks,
+        "kv_used": stats.kv_used,
+        "kv_cached": stats.num_cached_blocks / max(1, stats.num_blocks),
         "prompt_tokens_total": stats.prompt_tokens_total,
         "generation_tokens_total": stats.generation_tokens_total,
         "prefix_queries_total": stats.prefix_queries_total,

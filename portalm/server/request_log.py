@@ -88,11 +88,10 @@ def throughput(
     """What the engine did between two readings, and how full it is."""
     queries = after.prefix_queries_total - before.prefix_queries_total
     hits = after.prefix_hits_total - before.prefix_hits_total
-    used = after.num_used_blocks / after.num_blocks if after.num_blocks else 0.0
     return {
         "running": after.num_running,
         "waiting": after.num_waiting,
-        "kv_used": used,
+        "kv_used": after.kv_used,
         "prompt_tokens_per_s": (after.prompt_tokens_total - before.prompt_tokens_total) / seconds,
         "generated_tokens_per_s": (after.generation_tokens_total - before.generation_tokens_total)
         / seconds,

@@ -22,16 +22,16 @@ class SlotOffByOne(ReferenceBackend):
 
 
 class SeqLenOffByOne(ReferenceBackend):
-    def attend(self, kv, layer, query, meta, spec):
+    def attend(self, kv, layer, query, meta, spec, sinks=None):
         shorter = meta.host_seq_lens.copy()
         shorter[shorter > 1] -= 1
-        return super().attend(kv, layer, query, replace(meta, host_seq_lens=shorter), spec)
+        return super().attend(kv, layer, query, replace(meta, host_seq_lens=shorter), spec, sinks)
 
 
 class NoCausalMask(ReferenceBackend):
     """Every token sees the whole context: as if each were the last of its request."""
 
-    def attend(self, kv, layer, query, meta, spec):
+    def attend(self, kv, layer, query, meta, spec, sinks=None):
         out = torch.zeros_like(query)
         loc = meta.host_query_start_loc
         for i in range(len(meta.host_seq_lens)):
@@ -42,27 +42,39 @@ class NoCausalMask(ReferenceBackend):
                 block_table=meta.block_table[i : i + 1],
             )
             for token in range(loc[i], loc[i + 1]):
-                out[token] = super().attend(kv, layer, query[token : token + 1], one, spec)[0]
+                row = query[token : token + 1]
+                out[token] = super().attend(kv, layer, row, one, spec, sinks)[0]
         return out
 
 
 class WindowOffByOne(ReferenceBackend):
-    def attend(self, kv, layer, query, meta, spec):
+    def attend(self, kv, layer, query, meta, spec, sinks=None):
         if spec.sliding_window is not None:
             spec = replace(spec, sliding_window=spec.sliding_window + 1)
-        return super().attend(kv, layer, query, meta, spec)
+        return super().attend(kv, layer, query, meta, spec, sinks)
 
 
 class NoSoftCap(ReferenceBackend):
-    def attend(self, kv, layer, query, meta, spec):
-        return super().attend(kv, layer, query, meta, replace(spec, soft_cap=None))
+    def attend(self, kv, layer, query, meta, spec, sinks=None):
+        return super().attend(kv, layer, query, meta, replace(spec, soft_cap=None), sinks)
+
+
+class NoSlopes(ReferenceBackend):
+    def attend(self, kv, layer, query, meta, spec, sinks=None):
+        spec = replace(spec, alibi_slopes=None)
+        return super().attend(kv, layer, query, meta, spec, sinks)
+
+
+class SinksForgotten(ReferenceBackend):
+    def attend(self, kv, layer, query, meta, spec, sinks=None):
+        return super().attend(kv, layer, query, meta, spec)
 
 
 class MaskByMultiplying(ReferenceBackend):
     """Reads whole blocks and multiplies the dead slots away: 0 * NaN is NaN."""
 
-    def attend(self, kv, layer, query, meta, spec):
-        out = super().attend(kv, layer, query, meta, spec)
+    def attend(self, kv, layer, query, meta, spec, sinks=None):
+        out = super().attend(kv, layer, query, meta, spec, sinks)
         for i, seq_len in enumerate(meta.host_seq_lens.tolist()):
             if seq_len % kv.shape[3]:
                 block = int(meta.block_table[i, (seq_len - 1) // kv.shape[3]])
@@ -73,10 +85,10 @@ class MaskByMultiplying(ReferenceBackend):
 
 
 class SwappedGroups(ReferenceBackend):
-    def attend(self, kv, layer, query, meta, spec):
+    def attend(self, kv, layer, query, meta, spec, sinks=None):
         group = spec.num_heads // spec.num_kv_heads
         order = torch.arange(spec.num_heads).view(spec.num_kv_heads, group).T.flatten()
-        out = super().attend(kv, layer, query[:, order], meta, spec)
+        out = super().attend(kv, layer, query[:, order], meta, spec, sinks)
         return out[:, torch.argsort(order)]
 
 
@@ -188,6 +200,8 @@ FAULTS = {  # and where it must show
     NoCausalMask: "attend",
     WindowOffByOne: "window",
     NoSoftCap: "cap",
+    NoSlopes: "alibi",
+    SinksForgotten: "sinks",
     MaskByMultiplying: "attend",
     SwappedGroups: "gqa",
     RopeOffByOne: "rope",

@@ -230,7 +230,7 @@ def test_padding_that_the_seam_allows_is_accepted() -> None:
     meta.seq_lens = torch.from_numpy(meta.host_seq_lens)
     meta.block_table = int32([[1, 0], [2, 0], [0, 0]])
     meta.logits_rows = int32([0, 3, 0])
-    meta.bucket = Bucket(6, 3, 2)
+    meta.bucket = Bucket(6, 3, 2, 6)
 
     ids = drawn(backend, step, kv, make_inputs(meta, [5, 6, 7, 8, 0, 0]))
 
