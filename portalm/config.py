@@ -7,6 +7,7 @@ engine process inherits.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -56,8 +57,9 @@ class RopeConfig:
     """Leading dimensions of a head that rotate; None: all."""
     scaling: tuple[tuple[str, Any], ...] = ()
     """The checkpoint's rope_scaling as sorted pairs (rope_type, factor, ...); empty: none."""
-    is_interleaved: bool = False
-    """Pairs are (0, 1), (2, 3), ... instead of (0, D/2), (1, D/2 + 1), ..."""
+    max_context: int | None = None
+    """Longest text that will be computed, which some scalings depend on; None: the longest that the
+    model was made for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +103,7 @@ class ModelConfig:
     head_size: int
     max_position: int
     """Longest context the model was made for, in tokens."""
-    rms_norm_eps: float = 1e-5
+    norm_eps: float = 1e-5
     rope: RopeConfig = field(default_factory=RopeConfig)
     tie_word_embeddings: bool = False
     attention_bias: bool = False
@@ -115,6 +117,9 @@ class ModelConfig:
     pooling: PoolingConfig = field(default_factory=PoolingConfig)
     encoder: EncoderConfig | None = None
     """None: a decoder."""
+    values: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    """All of config.json, or what GGUF metadata spell under its names: what only one family has is
+    read there, by that family."""
 
     def __post_init__(self) -> None:
         """Reject shapes that no model has; a broken file shows here first."""
@@ -129,6 +134,10 @@ class ModelConfig:
                 f"model config: num_heads ({self.num_heads}) must be a multiple of "
                 f"num_kv_heads ({self.num_kv_heads})"
             )
+
+    def serving(self, max_model_len: int) -> ModelConfig:
+        """The same model for texts of at most so many tokens."""
+        return replace(self, rope=replace(self.rope, max_context=max_model_len))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -59,7 +59,7 @@ class Transformers:
                 num_attention_heads=config.num_heads,
                 num_key_value_heads=config.num_kv_heads,
                 max_position_embeddings=config.max_position,
-                rms_norm_eps=config.rms_norm_eps,
+                rms_norm_eps=config.norm_eps,
                 rope_theta=config.rope.theta,
                 tie_word_embeddings=config.tie_word_embeddings,
             )

@@ -125,7 +125,7 @@ def _default(source: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_size,
         "max_position_embeddings": config.max_position,
-        "rms_norm_eps": config.rms_norm_eps,
+        "rms_norm_eps": config.norm_eps,
         "rope_theta": config.rope.theta,
     }
     tensors = {

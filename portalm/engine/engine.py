@@ -85,10 +85,10 @@ class Engine:
         )
         checkpoint = open_checkpoint(self.model_path, config)
         try:
-            self.model_config = checkpoint.config
-            dtype = _choose_dtype(config, checkpoint.config, self.backend)
-            model = model_class(checkpoint.config.architecture)(checkpoint.config, dtype)
             max_model_len = _choose_max_model_len(config, checkpoint.config)
+            self.model_config = checkpoint.config.serving(max_model_len)
+            dtype = _choose_dtype(config, self.model_config, self.backend)
+            model = model_class(self.model_config.architecture)(self.model_config, dtype)
             _check_claims(config, model, self.backend, dtype)
             weights = model.load(
                 checkpoint,

@@ -4,10 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 
-from portalm.backend import Backend, PackedWeight, QuantizedWeight
+from portalm.backend import Backend, Capabilities, PackedWeight, QuantizedWeight
+
+
+class Packer(Protocol):
+    """What loading asks of a backend."""
+
+    capabilities: Capabilities
+
+    def device(self) -> torch.device:
+        """Where tensors live."""
+        ...
+
+    def pack(
+        self,
+        weight: torch.Tensor | QuantizedWeight,
+        *,
+        quantization: str | None = None,
+        for_logits: bool = False,
+    ) -> PackedWeight:
+        """See `Backend.pack`."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +45,7 @@ class Linear:
 
 
 def pack_linear(
-    backend: Backend,
+    backend: Packer,
     weights: Sequence[torch.Tensor | QuantizedWeight],
     biases: Sequence[torch.Tensor],
     dtype: torch.dtype,
@@ -44,7 +65,7 @@ def pack_linear(
 
 
 def pack_weight(
-    backend: Backend,
+    backend: Packer,
     weights: Sequence[torch.Tensor | QuantizedWeight],
     dtype: torch.dtype,
     quantization: str | None = None,

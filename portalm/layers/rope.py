@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,39 +11,97 @@ import torch
 from portalm.config import RopeConfig
 from portalm.errors import UnsupportedModel
 
+_SCALINGS: dict[str, frozenset[str]] = {
+    "default": frozenset(),
+    "linear": frozenset({"factor"}),
+    "dynamic": frozenset({"factor"}),
+    "llama3": frozenset({"factor", "low_freq_factor", "high_freq_factor"}),
+    "yarn": frozenset(
+        {"factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim",
+         "truncate"}
+    ),
+    "longrope": frozenset({"factor", "short_factor", "long_factor", "attention_factor"}),
+    "factors": frozenset({"factors"}),
+}  # fmt: skip
+"""Scalings, with their parameters; "factors", one divisor for each frequency, is how GGUF files
+spell llama3."""
+
+_EVERYWHERE = frozenset({"rope_type", "original_max_position_embeddings", "finetuned"})
+
 
 def cos_sin_table(rope: RopeConfig, *, head_size: int, max_position: int) -> torch.Tensor:
     """Cosines and sines of every position: float32 [max_position, rotary_dim], cosines first.
 
     Su et al., "RoFormer", 2021; scalings as transformers computes them: linear (kaiokendev 2023),
-    llama3 (Meta 2024), yarn (Peng et al. 2023), and "factors", one divisor for each frequency.
+    dynamic (emozilla 2023), llama3 (Meta 2024), yarn (Peng et al. 2023), longrope (Ding et al.
+    2024). Dynamic and longrope depend on how long a text is: the table is for texts of
+    `rope.max_context` tokens, so that a token's rotation never changes as its text grows.
 
     Raises:
-        UnsupportedModel: a scaling that is not known.
+        UnsupportedModel: a scaling that is not known, or a parameter of it.
     """
     rotary_dim = rope.rotary_dim or head_size
+    scaling = dict(rope.scaling)
+    kind = str(scaling.get("rope_type", "default"))
+    _check_known(kind, scaling)
     exponent = torch.arange(0, rotary_dim, 2, dtype=torch.int64).float() / rotary_dim
     frequency = 1.0 / (rope.theta**exponent)  # [rotary_dim / 2]
-    scaling = dict(rope.scaling)
-    kind = scaling.get("rope_type", "default")
     attention_factor = 1.0
     if kind == "linear":
         frequency = frequency / float(scaling["factor"])
+    elif kind == "dynamic":
+        stretched = _dynamic_theta(rope, scaling, rotary_dim, rope.max_context or max_position)
+        frequency = 1.0 / (stretched**exponent)
     elif kind == "llama3":
         frequency = _llama3(frequency, scaling)
     elif kind == "yarn":
         frequency, attention_factor = _yarn(frequency, scaling, rope, rotary_dim)
+    elif kind == "longrope":
+        is_long = (rope.max_context or max_position) > int(
+            scaling["original_max_position_embeddings"]
+        )
+        factors = torch.tensor(scaling["long_factor" if is_long else "short_factor"])
+        if factors.shape != frequency.shape:
+            raise UnsupportedModel(
+                f"rope scaling longrope has {len(factors)} factors for the model's "
+                f"{len(frequency)} frequencies"
+            )
+        frequency = 1.0 / (factors.float() * rope.theta**exponent)
+        attention_factor = _longrope_attention_factor(scaling, max_position)
     elif kind == "factors":
         frequency = frequency / torch.tensor(scaling["factors"])
-    elif kind != "default":
-        raise UnsupportedModel(
-            f"rope scaling {kind!r} is not supported; supported: linear, llama3, yarn"
-        )
     angle = torch.outer(torch.arange(max_position).float(), frequency)
     return torch.cat((angle.cos(), angle.sin()), dim=-1) * attention_factor
 
 
-def _llama3(frequency: torch.Tensor, scaling: dict[str, Any]) -> torch.Tensor:
+def _check_known(kind: str, scaling: Mapping[str, Any]) -> None:
+    if kind not in _SCALINGS:
+        named = ", ".join(sorted(_SCALINGS.keys() - {"default", "factors"}))
+        raise UnsupportedModel(f"rope scaling {kind!r} is not supported; supported: {named}")
+    for name, value in scaling.items():
+        if name not in _SCALINGS[kind] | _EVERYWHERE and value is not None:
+            raise UnsupportedModel(f"rope scaling {kind}: {name} is {value!r}, which is not known")
+
+
+def _dynamic_theta(
+    rope: RopeConfig, scaling: Mapping[str, Any], rotary_dim: int, max_context: int
+) -> float:
+    """The base whose slowest wave is stretched as much as the context is."""
+    factor, original = float(scaling["factor"]), int(scaling["original_max_position_embeddings"])
+    stretch = factor * max(max_context, original) / original - (factor - 1)
+    return float(rope.theta * stretch ** (rotary_dim / (rotary_dim - 2)))
+
+
+def _longrope_attention_factor(scaling: Mapping[str, Any], max_position: int) -> float:
+    given = scaling.get("attention_factor")
+    if given is not None:
+        return float(given)
+    original = int(scaling["original_max_position_embeddings"])
+    factor = float(scaling.get("factor") or max_position / original)
+    return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+
+
+def _llama3(frequency: torch.Tensor, scaling: Mapping[str, Any]) -> torch.Tensor:
     """Long waves are stretched by `factor`, short ones stay, those between are blended."""
     factor = float(scaling["factor"])
     low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
@@ -56,7 +115,7 @@ def _llama3(frequency: torch.Tensor, scaling: dict[str, Any]) -> torch.Tensor:
 
 
 def _yarn(
-    frequency: torch.Tensor, scaling: dict[str, Any], rope: RopeConfig, rotary_dim: int
+    frequency: torch.Tensor, scaling: Mapping[str, Any], rope: RopeConfig, rotary_dim: int
 ) -> tuple[torch.Tensor, float]:
     """Low dimensions extrapolate, high ones interpolate, with a ramp between."""
     factor = float(scaling["factor"])
@@ -67,11 +126,25 @@ def _yarn(
         turns = math.log(original / (num_rotations * 2 * math.pi))
         return rotary_dim * turns / (2 * math.log(rope.theta))
 
-    low = max(math.floor(dimension(float(scaling.get("beta_fast") or 32))), 0)
-    high = min(math.ceil(dimension(float(scaling.get("beta_slow") or 1))), rotary_dim - 1)
+    low = dimension(float(scaling.get("beta_fast") or 32))
+    high = dimension(float(scaling.get("beta_slow") or 1))
+    if scaling.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, rotary_dim - 1)
     ramp = (torch.arange(rotary_dim // 2).float() - low) / max(high - low, 0.001)
     extrapolated = 1 - ramp.clamp(0, 1)
     scaled = frequency / factor * (1 - extrapolated) + frequency * extrapolated
+    return scaled, _yarn_attention_factor(scaling, factor)
+
+
+def _yarn_attention_factor(scaling: Mapping[str, Any], factor: float) -> float:
+    def mscale(weight: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
     given = scaling.get("attention_factor")
-    attention_factor = float(given) if given else 0.1 * math.log(factor) + 1.0
-    return scaled, attention_factor
+    if given is not None:
+        return float(given)
+    one, all_dims = scaling.get("mscale"), scaling.get("mscale_all_dim")
+    if one and all_dims:
+        return mscale(float(one)) / mscale(float(all_dims))
+    return mscale(1.0)

@@ -8,6 +8,7 @@ normed together with its input. A prompt is computed whole in one step and nothi
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -15,25 +16,11 @@ from portalm.backend import KV, AttentionSpec, Backend, KVSpec, StepMeta, Weight
 from portalm.config import EncoderConfig, ModelConfig, Task
 from portalm.errors import UnsupportedModel
 from portalm.layers.linear import Linear, pack_linear
+from portalm.layers.norms import LayerNorm
 from portalm.models.loader.checkpoint import Checkpoint, LoadProgress, TensorReader
 from portalm.models.model import AS_CAST, Quantization, bytes_of
 
 _QKV = ("attention.self.query", "attention.self.key", "attention.self.value")
-
-
-@dataclass(frozen=True, slots=True)
-class Norm:
-    """A layer norm's weights."""
-
-    weight: torch.Tensor
-    """[C]"""
-    bias: torch.Tensor
-    """[C]"""
-    eps: float
-
-    def __call__(self, backend: Backend, x: torch.Tensor) -> torch.Tensor:
-        """[T, C] -> [T, C]."""
-        return backend.layer_norm(x, self.weight, self.bias, self.eps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +30,10 @@ class Layer:
     qkv: Linear
     """Query, key and value rows, in this order."""
     attention_out: Linear
-    attention_norm: Norm
+    attention_norm: LayerNorm
     up: Linear
     down: Linear
-    norm: Norm
+    norm: LayerNorm
 
 
 class Bert:
@@ -67,6 +54,11 @@ class Bert:
             head_size=config.head_size,
             scale=config.head_size**-0.5,
         )
+
+    @classmethod
+    def complete(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """The config as it is."""
+        return values
 
     # -- shapes -------------------------------------------------------------------------------
 
@@ -124,20 +116,23 @@ class Bert:
         # the encoder of a checkpoint with a head that is not ours has the family's prefix
         names = set(checkpoint.names())
         added = "" if next(iter(shapes)) in names else _added_prefix(names, next(iter(shapes)))
-        reader = TensorReader(checkpoint, shapes, prefix=added, progress=progress)
+        reader = TensorReader(
+            checkpoint, len(shapes), rename=lambda name: added + name, progress=progress
+        )
 
         def table(name: str) -> torch.Tensor:
-            return reader.tensor(name).to(dtype).to(device, copy=True)
+            return reader.tensor(name, shapes[name]).to(dtype).to(device, copy=True)
 
         def linear(*full: str) -> Linear:
             weights, biases = (
-                [reader.tensor(f"{n}.{kind}") for n in full] for kind in ("weight", "bias")
+                [reader.tensor(name, shapes[name]) for name in (f"{n}.{kind}" for n in full)]
+                for kind in ("weight", "bias")
             )
             return pack_linear(backend, weights, biases, dtype, quantization.layers)
 
-        def norm(name: str) -> Norm:
+        def norm(name: str) -> LayerNorm:
             eps = self.encoder.layer_norm_eps
-            return Norm(table(f"{name}.weight"), table(f"{name}.bias"), eps)
+            return LayerNorm(table(f"{name}.weight"), table(f"{name}.bias"), eps)
 
         embeddings = f"{self.prefix}embeddings"
         weights: Weights = {

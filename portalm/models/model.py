@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -39,7 +39,16 @@ class Model(Protocol):
     """What may be asked of it."""
 
     def __init__(self, config: ModelConfig, dtype: str) -> None:
-        """A model of this shape."""
+        """A model of this shape.
+
+        Raises:
+            UnsupportedModel: the config says what the family has no code for.
+        """
+        ...
+
+    @classmethod
+    def complete(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """The `values` of a config.json, with what the family takes for granted filled in."""
         ...
 
     def shapes(self) -> dict[str, tuple[int, ...]]:

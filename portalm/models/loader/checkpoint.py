@@ -51,45 +51,58 @@ class TensorReader:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        shapes: Mapping[str, tuple[int, ...]],
+        num_tensors: int,
         *,
-        prefix: str = "",
+        rename: Callable[[str], str] = str,
         progress: LoadProgress | None = None,
     ) -> None:
         """Nothing is read yet.
 
         Args:
             checkpoint: where they are.
-            shapes: of all that will be read, by the model's names.
-            prefix: what the checkpoint's names have before those.
+            num_tensors: that will be read.
+            rename: the checkpoint's name of a tensor, from the model's.
             progress: told the share of the tensors that are read.
         """
         self._checkpoint = checkpoint
-        self._shapes = shapes
-        self._prefix = prefix
+        self._num_tensors = num_tensors
+        self._rename = rename
         self._progress = progress
-        self._num_read = 0
+        self._read: set[str] = set()
 
-    def tensor(self, name: str) -> torch.Tensor:
+    def tensor(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         """The tensor; a `CheckpointError` naming it if it is not there or of another shape."""
-        tensor = self._checkpoint.tensor(self._prefix + name)
-        self._took(name, tensor.shape)
+        name = self._rename(name)
+        tensor = self._checkpoint.tensor(name)
+        self._took(name, tensor.shape, shape)
         return tensor
 
-    def weight(self, name: str) -> torch.Tensor | QuantizedWeight:
+    def weight(self, name: str, shape: tuple[int, ...]) -> torch.Tensor | QuantizedWeight:
         """As `tensor`, of few bits where the file has it so."""
-        weight = self._checkpoint.weight(self._prefix + name)
-        self._took(name, weight.shape)
+        name = self._rename(name)
+        weight = self._checkpoint.weight(name)
+        self._took(name, weight.shape, shape)
         return weight
 
-    def _took(self, name: str, actual: torch.Size) -> None:
-        if tuple(actual) != self._shapes[name]:
+    def _took(self, name: str, actual: torch.Size, shape: tuple[int, ...]) -> None:
+        if tuple(actual) != shape:
             raise CheckpointError(
                 self._checkpoint.path,
-                f"tensor {self._prefix + name!r} is {list(actual)}, the model's config makes it "
-                f"{list(self._shapes[name])}",
+                f"tensor {name!r} is {list(actual)}, the model's config makes it {list(shape)}",
             )
-        self._num_read += 1
+        self._read.add(name)
         if self._progress is not None:
-            # a tied embedding is read twice
-            self._progress(min(1.0, self._num_read / len(self._shapes)))
+            self._progress(min(1.0, len(self._read) / self._num_tensors))
+
+    def check_complete(self) -> None:
+        """A `CheckpointError` for a bias that lies beside a weight and was not read.
+
+        The config then does not speak of it, and the answers would be wrong without it.
+        """
+        for name in self._checkpoint.names():
+            stem, _, kind = name.rpartition(".")
+            if kind == "bias" and name not in self._read and f"{stem}.weight" in self._read:
+                raise CheckpointError(
+                    self._checkpoint.path,
+                    f"tensor {name!r} is there, and the model's config makes none of it",
+                )

@@ -41,9 +41,36 @@ def read_config(folder: Path, overrides: Mapping[str, Any]) -> ModelConfig:
         raise CheckpointError(path, str(error)) from error
 
 
+_OTHER_NAMES = {
+    "n_embd": "hidden_size",
+    "n_embed": "hidden_size",
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "n_inner": "intermediate_size",
+    "n_positions": "max_position_embeddings",
+    "ffn_hidden_size": "intermediate_size",
+    "num_kv_heads": "num_key_value_heads",
+    "layer_norm_eps": "rms_norm_eps",
+    "layer_norm_epsilon": "rms_norm_eps",
+    "norm_epsilon": "rms_norm_eps",
+    "activation_function": "hidden_act",
+    "activation": "hidden_act",
+    "hidden_activation": "hidden_act",
+    "rotary_emb_base": "rope_theta",
+    "rotary_pct": "partial_rotary_factor",
+}
+"""What some families call what most call otherwise."""
+
+
 def model_config(values: dict[str, Any], generated: dict[str, Any]) -> ModelConfig:
     """The config that config.json's `values` and generation_config.json's spell."""
+    from portalm.models.registry import model_class
+
     architectures = values.get("architectures") or [""]
+    for other, name in _OTHER_NAMES.items():
+        if values.get(other) is not None:
+            values = {**values, name: values[other]}
+    values = model_class(str(architectures[0])).complete(values)
     num_heads = int(values["num_attention_heads"])
     hidden_size = int(values["hidden_size"])
     head_size = int(values.get("head_dim") or hidden_size // num_heads)
@@ -57,7 +84,7 @@ def model_config(values: dict[str, Any], generated: dict[str, Any]) -> ModelConf
         num_kv_heads=int(values.get("num_key_value_heads") or num_heads),
         head_size=head_size,
         max_position=_max_position(values),
-        rms_norm_eps=float(values.get("rms_norm_eps", 1e-6)),
+        norm_eps=float(values.get("rms_norm_eps", 1e-6)),
         rope=_rope_config(values, head_size),
         tie_word_embeddings=bool(values.get("tie_word_embeddings", False)),
         attention_bias=bool(values.get("attention_bias", False)),
@@ -67,6 +94,7 @@ def model_config(values: dict[str, Any], generated: dict[str, Any]) -> ModelConf
         eos_token_ids=_eos_ids(values, generated),
         dtype=_dtype(values),
         encoder=_encoder_config(values),
+        values=values,
     )
 
 
@@ -117,13 +145,19 @@ def _max_position(values: dict[str, Any]) -> int:
 def _rope_config(values: dict[str, Any], head_size: int) -> RopeConfig:
     """Both spellings: rope_theta and rope_scaling, or all of it in rope_parameters."""
     scaling = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
+    if "full_attention" in scaling:  # a rotation for each kind of layer: this is the main one
+        scaling = dict(scaling["full_attention"] or {})
     theta = float(scaling.pop("rope_theta", None) or values.get("rope_theta") or 10_000.0)
     partial = scaling.pop("partial_rotary_factor", None) or values.get("partial_rotary_factor")
     kind = scaling.pop("rope_type", None) or scaling.pop("type", None) or "default"
     scaling.pop("type", None)
     if kind != "default":
-        scaling["rope_type"] = kind
-        scaling.setdefault("original_max_position_embeddings", values["max_position_embeddings"])
+        scaling["rope_type"] = "longrope" if kind == "su" else kind
+        longest = values["max_position_embeddings"]
+        scaling.setdefault(
+            "original_max_position_embeddings",
+            values.get("original_max_position_embeddings") or longest,
+        )
     else:
         scaling = {}
     return RopeConfig(

@@ -1,0 +1,320 @@
+"""What decoder families have in common; a family says where it is different.
+
+As it stands a `Decoder` is a Llama with Hugging Face's names. `build` reads the weights layer by
+layer, and is also what tells which tensors there must be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+
+from portalm.backend import KV, AttentionSpec, Backend, KVSpec, StepMeta, Weights
+from portalm.config import ModelConfig, RopeConfig, Task
+from portalm.errors import UnsupportedModel
+from portalm.layers.attention import Attention
+from portalm.layers.blocks import Block, SequentialBlock, add_norm
+from portalm.layers.mlp import ACTIVATIONS, GATED, Activation, FeedForward, GatedMLP
+from portalm.layers.norms import Norm
+from portalm.layers.rope import cos_sin_table
+from portalm.models.layer_reader import LayerReader, NoDevice, ShapeRecorder
+from portalm.models.loader.checkpoint import Checkpoint, LoadProgress, TensorReader
+from portalm.models.model import AS_CAST, Quantization, bytes_of
+
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "add_cross_attention": (False,),
+    "alibi": (False,),
+    "attention_bias": (False,),
+    "attention_multiplier": (),
+    "attn_logit_softcapping": (),
+    "clip_qkv": (),
+    "embedding_multiplier": (1.0,),
+    "final_logit_softcapping": (),
+    "first_k_dense_replace": (0,),
+    "layer_types": (),
+    "logit_scale": (1.0,),
+    "logits_scaling": (1.0,),
+    "mlp_bias": (False,),
+    "n_routed_experts": (0,),
+    "no_rope_layers": (),
+    "num_experts": (0,),
+    "num_local_experts": (0,),
+    "qk_layernorm": (False,),
+    "query_pre_attn_scalar": (),
+    "residual_multiplier": (1.0,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "sliding_window": (),
+    "use_bidirectional_attention": (False,),
+    "use_qk_norm": (False,),
+}
+"""Values of config.json that change what a model computes, and those that change nothing (null
+never does)."""
+
+
+class Decoder:
+    """Functions of a decoder; see `portalm.models.model.Model`."""
+
+    tasks: tuple[Task, ...] = ("generate", "embed")
+
+    # what most families change is here, how most change it in the methods below
+    defaults: ClassVar[Mapping[str, Any]] = {}
+    """What config.json means where it does not say."""
+    reads: ClassVar[frozenset[str]] = frozenset()
+    """Values of `_NEUTRAL` that the family has code for."""
+    embedding = "model.embed_tokens"
+    layer_prefix = "model.layers."
+    last_norm = "model.norm"
+    head = "lm_head"
+    optional_prefix = ""
+    """Of all names: some checkpoints leave it out."""
+    is_interleaved = False
+    """Rotary pairs lie side by side."""
+    embedding_scale = 1.0
+    logit_scale = 1.0
+    logit_cap: float | None = None
+    """Logits become cap * tanh(logit / cap)."""
+
+    def __init__(self, config: ModelConfig, dtype: str) -> None:
+        """A model of this shape, computed in `dtype`.
+
+        Raises:
+            UnsupportedModel: the config says what the family has no code for.
+        """
+        self.config = config
+        self.dtype = dtype
+        for name, neutral in _NEUTRAL.items():
+            value = config.values.get(name)
+            if name in self.reads or value is None or value in neutral or _is_off(name, config):
+                continue
+            raise UnsupportedModel(
+                f"config.json: {name} is {value!r}, which is not supported for "
+                f"{config.architecture}: its answers would be wrong"
+            )
+        self.layers = [self.spec(layer) for layer in range(config.num_layers)]
+
+    @classmethod
+    def complete(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """`values` of config.json, with the family's defaults for what is not there."""
+        return {**cls.defaults, **values}
+
+    def activation(self, known: frozenset[Activation] = GATED) -> Activation:
+        """The feed-forward's, by config.json's hidden_act; among `known`."""
+        name = self.config.values.get("hidden_act", "silu")
+        found = ACTIVATIONS.get(str(name))
+        if found not in known:
+            raise UnsupportedModel(
+                f"config.json: hidden_act {name!r} is not supported for "
+                f"{self.config.architecture}; supported: "
+                f"{', '.join(n for n, a in ACTIVATIONS.items() if a in known)}"
+            )
+        return found
+
+    def layer_type(self, layer: int) -> str:
+        """The layer's kind, by config.json's layer_types: sliding_attention or full_attention."""
+        kinds = self.config.values.get("layer_types") or self.layer_types()
+        kind = str(kinds[layer])
+        if kind not in ("sliding_attention", "full_attention"):
+            raise UnsupportedModel(
+                f"config.json: layer_types has {kind!r}, which is not supported for "
+                f"{self.config.architecture}"
+            )
+        return kind
+
+    def layer_types(self) -> list[str]:
+        """Every layer's kind, where config.json does not say."""
+        return ["full_attention"] * self.config.num_layers
+
+    # -- shapes -------------------------------------------------------------------------------
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor of the checkpoint, with its shape."""
+        recorder = ShapeRecorder()
+        self.build(LayerReader(recorder, NoDevice(), self.dtype))
+        return recorder.shapes
+
+    def weight_bytes(self) -> int:
+        """Bytes of all weights in `dtype`; a tied head is packed beside the embedding."""
+        shapes = self.shapes()
+        if self.config.tie_word_embeddings:
+            shapes[f"{self.head}.weight"] = shapes[f"{self.embedding}.weight"]
+        return bytes_of(shapes, self.dtype)
+
+    def spec(self, layer: int) -> AttentionSpec:
+        """What a layer's attention computes."""
+        config = self.config
+        return AttentionSpec(
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_size=config.head_size,
+            scale=config.head_size**-0.5,
+        )
+
+    def attention_specs(self) -> list[AttentionSpec]:
+        """One for each layer."""
+        return self.layers
+
+    def kv_spec(self, block_size: int, kv_dtype: str) -> KVSpec:
+        """The KV cache that the model needs."""
+        return KVSpec(
+            num_layers=self.config.num_layers,
+            num_kv_heads=self.config.num_kv_heads,
+            head_size=self.config.head_size,
+            block_size=block_size,
+            dtype=kv_dtype,
+        )
+
+    def ropes(self) -> tuple[RopeConfig, ...]:
+        """The rotations that layers refer to by number."""
+        return (self.config.rope,)
+
+    # -- loading ------------------------------------------------------------------------------
+
+    def load(
+        self,
+        checkpoint: Checkpoint,
+        backend: Backend,
+        *,
+        quantization: Quantization = AS_CAST,
+        progress: LoadProgress | None = None,
+    ) -> Weights:
+        """Weights by name: what `build` gives, and ropes."""
+        reader = TensorReader(
+            checkpoint,
+            len(self.shapes()),
+            rename=self._rename(checkpoint),
+            progress=progress,
+        )
+        weights = self.build(LayerReader(reader, backend, self.dtype, quantization))
+        reader.check_complete()
+        config = self.config
+        weights["ropes"] = [
+            cos_sin_table(rope, head_size=config.head_size, max_position=config.max_position).to(
+                backend.device()
+            )
+            for rope in self.ropes()
+        ]
+        return weights
+
+    def _rename(self, checkpoint: Checkpoint) -> Any:
+        prefix = self.optional_prefix
+        if not prefix or f"{self.embedding}.weight" in checkpoint.names():
+            return str
+        return lambda name: name.removeprefix(prefix)
+
+    def build(self, read: LayerReader) -> Weights:
+        """Weights by name: embedding, layers, norm, head."""
+        config = self.config
+        shape = (config.vocab_size, config.hidden_size)
+        is_tied = config.tie_word_embeddings
+        embedding = read.tensor(f"{self.embedding}.weight", *shape)
+        return {
+            "embedding": embedding,
+            "head": read.head(
+                f"{self.embedding if is_tied else self.head}.weight",
+                *shape,
+                tied=embedding if is_tied else None,
+            ),
+            "layers": [
+                self.block(read, i, f"{self.layer_prefix}{i}") for i in range(config.num_layers)
+            ],
+            "norm": self.norm(read, self.last_norm),
+        }
+
+    def norm(self, read: LayerReader, name: str) -> Norm:
+        """A norm of hidden states."""
+        return read.rms_norm(name, self.config.hidden_size, self.config.norm_eps)
+
+    def block(self, read: LayerReader, layer: int, name: str) -> Block:
+        """Layer number `layer`, whose tensors' names begin with `name`."""
+        return SequentialBlock(
+            attention_norm=self.norm(read, f"{name}.input_layernorm"),
+            attention=self.attention(read, layer, f"{name}.self_attn"),
+            mlp_norm=self.norm(read, f"{name}.post_attention_layernorm"),
+            mlp=self.mlp(read, f"{name}.mlp"),
+        )
+
+    def attention(self, read: LayerReader, layer: int, name: str) -> Attention:
+        """A layer's attention."""
+        config, has_bias = self.config, self.config.attention_bias
+        query, kv = config.num_heads * config.head_size, config.num_kv_heads * config.head_size
+        return Attention(
+            layer=layer,
+            spec=self.layers[layer],
+            qkv=read.linear(
+                *(f"{name}.{part}_proj" for part in "qkv"),
+                rows=(query, kv, kv),
+                columns=config.hidden_size,
+                has_bias=has_bias,
+            ),
+            out=read.linear(
+                f"{name}.o_proj", rows=(config.hidden_size,), columns=query, has_bias=has_bias
+            ),
+            is_interleaved=self.is_interleaved,
+        )
+
+    def mlp(self, read: LayerReader, name: str) -> FeedForward:
+        """A layer's feed-forward."""
+        hidden, inner = self.config.hidden_size, self.config.intermediate_size
+        has_bias = self.config.mlp_bias
+        return GatedMLP(
+            gate_up=read.linear(
+                f"{name}.gate_proj",
+                f"{name}.up_proj",
+                rows=(inner, inner),
+                columns=hidden,
+                has_bias=has_bias,
+            ),
+            down=read.linear(f"{name}.down_proj", rows=(hidden,), columns=inner, has_bias=has_bias),
+            activation=self.activation(),
+        )
+
+    # -- running ------------------------------------------------------------------------------
+
+    def embed(
+        self, backend: Backend, weights: Weights, token_ids: torch.Tensor, meta: StepMeta
+    ) -> torch.Tensor:
+        """What the first layer gets: [T, C] of int32 [T] ids."""
+        x = backend.embed(token_ids, weights["embedding"])
+        return x if self.embedding_scale == 1.0 else x * self.embedding_scale
+
+    def forward(
+        self,
+        backend: Backend,
+        weights: Weights,
+        kv: KV,
+        token_ids: torch.Tensor,
+        meta: StepMeta,
+    ) -> tuple[KV, torch.Tensor]:
+        """Hidden states behind the last norm: [R, C] for meta.logits_rows of int32 [T] ids."""
+        layers: list[Block] = weights["layers"]
+        residual = self.embed(backend, weights, token_ids, meta)  # [T, C]
+        added: torch.Tensor | None = None
+        for layer in layers:
+            kv, added, residual = layer(backend, kv, added, residual, weights["ropes"], meta)
+        assert added is not None
+        added = backend.take_rows(added, meta.logits_rows)  # [R, C]
+        residual = backend.take_rows(residual, meta.logits_rows)
+        x, _ = add_norm(backend, weights["norm"], added, residual)
+        return kv, x
+
+    def logits(self, backend: Backend, weights: Weights, hidden: torch.Tensor) -> torch.Tensor:
+        """[R, C] -> float32 [R, V]."""
+        logits = backend.logits(hidden, weights["head"])
+        if self.logit_scale != 1.0:
+            logits = logits * self.logit_scale
+        if self.logit_cap is not None:
+            logits = self.logit_cap * torch.tanh(logits / self.logit_cap)
+        return logits
+
+
+def _is_off(name: str, config: ModelConfig) -> bool:
+    """What another value of the config, or the value's own content, makes neutral."""
+    if name == "sliding_window":
+        return config.sliding_window is None
+    if name == "layer_types":
+        return set(config.values[name]) == {"full_attention"}
+    if name == "no_rope_layers":
+        return all(config.values[name])
+    return False

@@ -1,0 +1,151 @@
+"""Reads a model's layers: what names a tensor also says its shape, once.
+
+A family's `build` is run twice: without a checkpoint, to find out which tensors there must be, and
+with one, to read them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from portalm.backend import Capabilities, PackedWeight, QuantizedWeight
+from portalm.layers.linear import Linear, Packer, pack_linear, pack_weight
+from portalm.layers.norms import LayerNorm, RMSNorm
+from portalm.models.loader.checkpoint import TensorReader
+from portalm.models.model import AS_CAST, Quantization
+
+class ShapeRecorder:
+    """Stands in for a checkpoint: writes down what is asked of it, and gives tensors of no data."""
+
+    def __init__(self) -> None:
+        """Nothing was asked yet."""
+        self.shapes: dict[str, tuple[int, ...]] = {}
+
+    def tensor(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """A tensor of this shape."""
+        self.shapes[name] = shape
+        return torch.empty(shape, device="meta")
+
+    weight = tensor
+
+
+class NoDevice:
+    """Where tensors of no data are packed."""
+
+    capabilities = Capabilities(dtypes=frozenset(), kv_dtypes=frozenset())
+
+    def device(self) -> torch.device:
+        """Torch's device for shapes alone."""
+        return torch.device("meta")
+
+    def pack(
+        self,
+        weight: torch.Tensor | QuantizedWeight,
+        *,
+        quantization: str | None = None,
+        for_logits: bool = False,
+    ) -> PackedWeight:
+        """The weight itself."""
+        return weight
+
+
+RowOrder = Callable[[torch.Tensor], torch.Tensor]
+"""Puts the rows of [N, ...] into another order."""
+
+
+class LayerReader:
+    """Layers of a model by their tensors' names, packed and on the device."""
+
+    def __init__(
+        self,
+        reader: TensorReader | ShapeRecorder,
+        backend: Packer,
+        dtype: str,
+        quantization: Quantization = AS_CAST,
+    ) -> None:
+        """Read through `reader`, pack for `backend` in `dtype`, or as `quantization` says."""
+        self._reader = reader
+        self._backend = backend
+        self.dtype: torch.dtype = getattr(torch, dtype)
+        self._quantization = quantization
+
+    def tensor(self, name: str, *shape: int) -> torch.Tensor:
+        """A tensor in the model's dtype."""
+        return self._host(name, shape).to(self.dtype).to(self._backend.device(), copy=True)
+
+    def linear(
+        self,
+        *names: str,
+        rows: tuple[int, ...],
+        columns: int,
+        has_bias: bool = False,
+        order: RowOrder | None = None,
+        is_transposed: bool = False,
+    ) -> Linear:
+        """One layer out of `name`.weight, and `name`.bias, of one name or of several end to end.
+
+        Args:
+            names: of layers with the same input.
+            rows: N of each.
+            columns: K of all.
+            has_bias: each has a bias [N].
+            order: what the checkpoint's rows, of weight and bias, become.
+            is_transposed: the checkpoint has [K, N].
+        """
+        weights, biases = [], []
+        for name, n in zip(names, rows, strict=True):
+            shape = (columns, n) if is_transposed else (n, columns)
+            weight = self._weight(f"{name}.weight", shape)
+            if is_transposed and not isinstance(weight, QuantizedWeight):
+                weight = weight.T
+            weights.append(weight if order is None else reordered(weight, order))
+            if has_bias:
+                bias = self._host(f"{name}.bias", (n,))
+                biases.append(bias if order is None else order(bias))
+        return pack_linear(self._backend, weights, biases, self.dtype, self._quantization.layers)
+
+    def head(self, name: str, rows: int, columns: int, tied: torch.Tensor | None) -> PackedWeight:
+        """The output head [V, C]; `tied`: the embedding, which `name` then is, on the device."""
+        shape = (rows, columns)
+        is_kept = self._quantization.keep
+        weight = self._weight(name, shape) if tied is None or is_kept else tied
+        form = self._quantization.head
+        return pack_weight(self._backend, [weight], self.dtype, form, for_logits=True)
+
+    def rms_norm(self, name: str, size: int, eps: float, *, is_shifted: bool = False) -> RMSNorm:
+        """The norm whose weight is `name`.weight; `is_shifted`: the checkpoint has it less 1."""
+        if not is_shifted:
+            return RMSNorm(self.tensor(f"{name}.weight", size), eps)
+        weight = self._host(f"{name}.weight", (size,)).float() + 1.0
+        return RMSNorm(weight.to(self.dtype).to(self._backend.device()), eps)
+
+    def layer_norm(self, name: str, size: int, eps: float, *, has_bias: bool = True) -> LayerNorm:
+        """The norm of `name`.weight and `name`.bias."""
+        weight = self.tensor(f"{name}.weight", size)
+        bias = self.tensor(f"{name}.bias", size) if has_bias else torch.zeros_like(weight)
+        return LayerNorm(weight, bias, eps)
+
+    def _host(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        return self._reader.tensor(name, shape)
+
+    def _weight(self, name: str, shape: tuple[int, ...]) -> torch.Tensor | QuantizedWeight:
+        if self._quantization.keep:
+            return self._reader.weight(name, shape)
+        return self._reader.tensor(name, shape)
+
+
+def reordered(
+    weight: torch.Tensor | QuantizedWeight, order: RowOrder
+) -> torch.Tensor | QuantizedWeight:
+    """`weight` with its rows in another order."""
+    if not isinstance(weight, QuantizedWeight):
+        return order(weight)
+    return replace(
+        weight,
+        codes=order(weight.codes),
+        scales=order(weight.scales),
+        minimums=None if weight.minimums is None else order(weight.minimums),
+    )
