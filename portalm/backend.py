@@ -502,6 +502,14 @@ class Backend(Protocol):
         """x times the normal distribution's share below x (the exact form, by erf)."""
         ...
 
+    def gelu_tanh(self, x: torch.Tensor) -> torch.Tensor:
+        """X times (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3))) / 2."""
+        ...
+
+    def gelu_tanh_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """gelu_tanh(gate) * up of [T, 2 I] (gate first): [T, I]."""
+        ...
+
     def take_rows(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """Rows int32 [R] of x [T, C]: [R, C]."""
         ...

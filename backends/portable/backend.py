@@ -279,6 +279,18 @@ class TorchBackend(abc.ABC):
         """
         return F.gelu(x)
 
+    def gelu_tanh(self, x: torch.Tensor) -> torch.Tensor:
+        """x * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3))) / 2.
+
+        The approximation that Hendrycks and Gimpel give beside the exact form.
+        """
+        return F.gelu(x, approximate="tanh")
+
+    def gelu_tanh_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """gelu_tanh(gate) * up of [T, 2 I]: [T, I]."""
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.gelu(gate, approximate="tanh") * up
+
     def take_rows(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """Rows int32 [R] of x [T, C]: [R, C]."""
         return x.index_select(0, rows)

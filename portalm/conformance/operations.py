@@ -348,6 +348,38 @@ def check_gelu(subject: Subject, case: Named) -> float:
     return require_close("gelu", out, reference.gelu(x.astype(np.float64)), NMSE_BOUND[case.name])
 
 
+def check_gelu_tanh(subject: Subject, case: Named) -> float:
+    """Plain and as a gate, large values of both signs included."""
+    subject.needs_dtype(case.name)
+    x = _random((5, 2 * 41), case.name, 1, 3.0)
+    x[0, :2] = (-90.0, 90.0)
+    plain = subject.get(subject.backend.gelu_tanh(subject.put(x, case.name)))
+    gated = subject.get(subject.backend.gelu_tanh_mul(subject.put(x, case.name)))
+    wide, bound = x.astype(np.float64), NMSE_BOUND[case.name]
+    return max(
+        require_close("gelu_tanh", plain, reference.gelu_tanh(wide), bound),
+        require_close("gelu_tanh_mul", gated, reference.gelu_tanh_mul(wide), bound),
+    )
+
+
+def check_head_norms(subject: Subject, case: Named) -> float:
+    """rms_norm and layer_norm of each head, [T, H, D] that lies within wider rows."""
+    subject.needs_dtype(case.name)
+    wide = _random((7, 5 * 24), case.name, 1, 3.0)
+    weight, bias = _random((24,), case.name, 2), _random((24,), case.name, 3)
+    heads = subject.put(wide, case.name)[:, 24 : 4 * 24].view(7, 3, 24)
+    scale, shift = subject.put(weight, case.name), subject.put(bias, case.name)
+    x = wide.astype(np.float64).reshape(7, 5, 24)[:, 1:4]
+    w, b = weight.astype(np.float64), bias.astype(np.float64)
+    bound = NMSE_BOUND[case.name]
+    rms = subject.get(subject.backend.rms_norm(heads, scale, 1e-5))
+    layer = subject.get(subject.backend.layer_norm(heads, scale, shift, 1e-5))
+    return max(
+        require_close("rms_norm of heads", rms, reference.rms_norm(x, w, 1e-5), bound),
+        require_close("layer_norm of heads", layer, reference.layer_norm(x, w, b, 1e-5), bound),
+    )
+
+
 def check_silu_mul(subject: Subject, case: Named) -> float:
     """Large values of both signs included."""
     subject.needs_dtype(case.name)
@@ -613,8 +645,10 @@ CHECKS = (
     Check("L1", "logits", check_logits, _DTYPE_CASES),
     Check("L1", "rms_norm", check_norms, _DTYPE_CASES),
     Check("L1", "layer_norm", check_layer_norm, _DTYPE_CASES),
+    Check("L1", "norms of heads", check_head_norms, _DTYPE_CASES),
     Check("L1", "silu_mul", check_silu_mul, _DTYPE_CASES),
     Check("L1", "gelu", check_gelu, _DTYPE_CASES),
+    Check("L1", "gelu_tanh", check_gelu_tanh, _DTYPE_CASES),
     Check("L1", "rope", check_rope,
           tuple(Rope(d, n, i) for d in DTYPES for n in (64, 32) for i in (False, True))),
     Check("L1", "embed and take_rows", check_rows, _DTYPE_CASES),

@@ -89,6 +89,18 @@ def gelu(x: Array) -> Array:
     return out
 
 
+def gelu_tanh(x: Array) -> Array:
+    """`x` times (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3))) / 2."""
+    out: Array = x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2
+    return out
+
+
+def gelu_tanh_mul(gate_up: Array) -> Array:
+    """gelu_tanh(gate) * up of [T, 2 I], gate first: [T, I]."""
+    gate, up = np.split(gate_up, 2, axis=-1)
+    return gelu_tanh(gate) * up
+
+
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
     """`x` [T, C] over its root mean square, times `weight` [C]."""
     normed: Array = x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * weight

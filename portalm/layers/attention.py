@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from portalm.backend import KV, AttentionSpec, Backend, StepMeta
 from portalm.layers.linear import Linear
-from portalm.layers.norms import Norm
+
+HeadNorm = Callable[[Backend, torch.Tensor], torch.Tensor]
+"""A norm of [T, H, D], or of [T, H D]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,9 +27,9 @@ class Attention:
     """Which of the model's rotations turns query and key; None: none does."""
     is_interleaved: bool = False
     """How rotary pairs lie: (0, 1), (2, 3), ... instead of (0, D/2), (1, D/2 + 1), ..."""
-    query_norm: Norm | None = None
+    query_norm: HeadNorm | None = None
     """Before the rotation, over each head; None: none."""
-    key_norm: Norm | None = None
+    key_norm: HeadNorm | None = None
     norms_whole: bool = False
     """The two norms go over all heads of a token at once."""
     sinks: torch.Tensor | None = None
@@ -62,7 +64,7 @@ class Attention:
         return kv, self.out(backend, attended.view(num_tokens, query_size))
 
     def _normed(
-        self, backend: Backend, x: torch.Tensor, norm: Norm | None, num_heads: int
+        self, backend: Backend, x: torch.Tensor, norm: HeadNorm | None, num_heads: int
     ) -> torch.Tensor:
         """x [T, H D] as [T, H, D], normed where there is a norm for it."""
         heads = (x.shape[0], num_heads, self.spec.head_size)

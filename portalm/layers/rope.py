@@ -30,17 +30,23 @@ _EVERYWHERE = frozenset({"rope_type", "original_max_position_embeddings", "finet
 
 
 def cos_sin_table(rope: RopeConfig, *, head_size: int, max_position: int) -> torch.Tensor:
-    """Cosines and sines of every position: float32 [max_position, rotary_dim], cosines first.
+    """Cosines and sines of every position: float32 [N, rotary_dim], cosines first.
 
     Su et al., "RoFormer", 2021; scalings as transformers computes them: linear (kaiokendev 2023),
     dynamic (emozilla 2023), llama3 (Meta 2024), yarn (Peng et al. 2023), longrope (Ding et al.
-    2024). Dynamic and longrope depend on how long a text is: the table is for texts of
-    `rope.max_context` tokens, so that a token's rotation never changes as its text grows.
+    2024). Dynamic and longrope depend on how long a text is: the table is for the longest that will
+    be computed, so that a token's rotation never changes as its text grows.
+
+    Args:
+        rope: the model's; N is its `max_context`.
+        head_size: how many dimensions rotate, where it does not say.
+        max_position: the longest text that the model was made for: N, where it does not say.
 
     Raises:
         UnsupportedModel: a scaling that is not known, or a parameter of it.
     """
     rotary_dim = rope.rotary_dim or head_size
+    max_context = rope.max_context or max_position
     scaling = dict(rope.scaling)
     kind = str(scaling.get("rope_type", "default"))
     _check_known(kind, scaling)
@@ -50,27 +56,18 @@ def cos_sin_table(rope: RopeConfig, *, head_size: int, max_position: int) -> tor
     if kind == "linear":
         frequency = frequency / float(scaling["factor"])
     elif kind == "dynamic":
-        stretched = _dynamic_theta(rope, scaling, rotary_dim, rope.max_context or max_position)
+        stretched = _dynamic_theta(rope, scaling, rotary_dim, max_context)
         frequency = 1.0 / (stretched**exponent)
     elif kind == "llama3":
         frequency = _llama3(frequency, scaling)
     elif kind == "yarn":
         frequency, attention_factor = _yarn(frequency, scaling, rope, rotary_dim)
     elif kind == "longrope":
-        is_long = (rope.max_context or max_position) > int(
-            scaling["original_max_position_embeddings"]
-        )
-        factors = torch.tensor(scaling["long_factor" if is_long else "short_factor"])
-        if factors.shape != frequency.shape:
-            raise UnsupportedModel(
-                f"rope scaling longrope has {len(factors)} factors for the model's "
-                f"{len(frequency)} frequencies"
-            )
-        frequency = 1.0 / (factors.float() * rope.theta**exponent)
+        frequency = frequency / _longrope(scaling, max_context, rotary_dim)
         attention_factor = _longrope_attention_factor(scaling, max_position)
     elif kind == "factors":
         frequency = frequency / torch.tensor(scaling["factors"])
-    angle = torch.outer(torch.arange(max_position).float(), frequency)
+    angle = torch.outer(torch.arange(max_context).float(), frequency)
     return torch.cat((angle.cos(), angle.sin()), dim=-1) * attention_factor
 
 
@@ -90,6 +87,18 @@ def _dynamic_theta(
     factor, original = float(scaling["factor"]), int(scaling["original_max_position_embeddings"])
     stretch = factor * max(max_context, original) / original - (factor - 1)
     return float(rope.theta * stretch ** (rotary_dim / (rotary_dim - 2)))
+
+
+def _longrope(scaling: Mapping[str, Any], max_context: int, rotary_dim: int) -> torch.Tensor:
+    """What divides each frequency, float32 [rotary_dim / 2]."""
+    is_long = max_context > int(scaling["original_max_position_embeddings"])
+    factors = torch.tensor(scaling["long_factor" if is_long else "short_factor"]).float()
+    if len(factors) != rotary_dim // 2:
+        raise UnsupportedModel(
+            f"rope scaling longrope has {len(factors)} factors for the model's {rotary_dim // 2} "
+            f"frequencies"
+        )
+    return factors
 
 
 def _longrope_attention_factor(scaling: Mapping[str, Any], max_position: int) -> float:

@@ -7,7 +7,7 @@ layer, and is also what tells which tensors there must be.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -16,7 +16,16 @@ from portalm.config import ModelConfig, RopeConfig, Task
 from portalm.errors import UnsupportedModel
 from portalm.layers.attention import Attention
 from portalm.layers.blocks import Block, SequentialBlock, add_norm
-from portalm.layers.mlp import ACTIVATIONS, GATED, Activation, FeedForward, GatedMLP
+from portalm.layers.linear import Linear
+from portalm.layers.mlp import (
+    ACTIVATIONS,
+    GATED,
+    MLP,
+    PLAIN,
+    Activation,
+    FeedForward,
+    GatedMLP,
+)
 from portalm.layers.norms import Norm
 from portalm.layers.rope import cos_sin_table
 from portalm.models.layer_reader import LayerReader, NoDevice, ShapeRecorder
@@ -44,6 +53,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "qk_layernorm": (False,),
     "query_pre_attn_scalar": (),
     "residual_multiplier": (1.0,),
+    "scale_attn_weights": (True,),
     "scale_attn_by_inverse_layer_idx": (False,),
     "sliding_window": (),
     "use_bidirectional_attention": (False,),
@@ -67,6 +77,7 @@ class Decoder:
     layer_prefix = "model.layers."
     last_norm = "model.norm"
     head = "lm_head"
+    out_name = "o_proj"
     optional_prefix = ""
     """Of all names: some checkpoints leave it out."""
     is_interleaved = False
@@ -92,7 +103,7 @@ class Decoder:
                 f"config.json: {name} is {value!r}, which is not supported for "
                 f"{config.architecture}: its answers would be wrong"
             )
-        self.layers = [self.spec(layer) for layer in range(config.num_layers)]
+        self.specs = [self.spec(layer) for layer in range(config.num_layers)]
 
     @classmethod
     def complete(cls, values: dict[str, Any]) -> dict[str, Any]:
@@ -120,11 +131,27 @@ class Decoder:
                 f"config.json: layer_types has {kind!r}, which is not supported for "
                 f"{self.config.architecture}"
             )
+        if kind == "sliding_attention" and self.config.sliding_window is None:
+            raise UnsupportedModel(
+                "config.json: layer_types has 'sliding_attention', and sliding_window is not set"
+            )
         return kind
 
     def layer_types(self) -> list[str]:
-        """Every layer's kind, where config.json does not say."""
-        return ["full_attention"] * self.config.num_layers
+        """Every layer's kind, where config.json does not say: by `has_window`."""
+        has_window = self.config.sliding_window is not None
+        return [
+            "sliding_attention" if has_window and self.has_window(layer) else "full_attention"
+            for layer in range(self.config.num_layers)
+        ]
+
+    def has_window(self, layer: int) -> bool:
+        """Whether the config's sliding window is the layer's."""
+        return False
+
+    def has_bias(self, part: Literal["qkv", "out", "mlp"]) -> bool:
+        """Whether these linear layers have biases."""
+        return self.config.mlp_bias if part == "mlp" else self.config.attention_bias
 
     # -- shapes -------------------------------------------------------------------------------
 
@@ -144,16 +171,18 @@ class Decoder:
     def spec(self, layer: int) -> AttentionSpec:
         """What a layer's attention computes."""
         config = self.config
+        is_sliding = self.layer_type(layer) == "sliding_attention"
         return AttentionSpec(
             num_heads=config.num_heads,
             num_kv_heads=config.num_kv_heads,
             head_size=config.head_size,
             scale=config.head_size**-0.5,
+            sliding_window=config.sliding_window if is_sliding else None,
         )
 
     def attention_specs(self) -> list[AttentionSpec]:
         """One for each layer."""
-        return self.layers
+        return self.specs
 
     def kv_spec(self, block_size: int, kv_dtype: str) -> KVSpec:
         """The KV cache that the model needs."""
@@ -237,27 +266,36 @@ class Decoder:
 
     def attention(self, read: LayerReader, layer: int, name: str) -> Attention:
         """A layer's attention."""
-        config, has_bias = self.config, self.config.attention_bias
-        query, kv = config.num_heads * config.head_size, config.num_kv_heads * config.head_size
+        config = self.config
         return Attention(
             layer=layer,
-            spec=self.layers[layer],
-            qkv=read.linear(
-                *(f"{name}.{part}_proj" for part in "qkv"),
-                rows=(query, kv, kv),
-                columns=config.hidden_size,
-                has_bias=has_bias,
-            ),
+            spec=self.specs[layer],
+            qkv=self.qkv(read, name),
             out=read.linear(
-                f"{name}.o_proj", rows=(config.hidden_size,), columns=query, has_bias=has_bias
+                f"{name}.{self.out_name}",
+                rows=(config.hidden_size,),
+                columns=config.num_heads * config.head_size,
+                has_bias=self.has_bias("out"),
             ),
             is_interleaved=self.is_interleaved,
         )
 
+    def qkv(self, read: LayerReader, name: str) -> Linear:
+        """Query, key and value projection in one."""
+        config = self.config
+        query, kv = config.num_heads * config.head_size, config.num_kv_heads * config.head_size
+        return read.linear(
+            *(f"{name}.{part}_proj" for part in "qkv"),
+            rows=(query, kv, kv),
+            columns=config.hidden_size,
+            has_bias=self.has_bias("qkv"),
+        )
+
     def mlp(self, read: LayerReader, name: str) -> FeedForward:
         """A layer's feed-forward."""
-        hidden, inner = self.config.hidden_size, self.config.intermediate_size
-        has_bias = self.config.mlp_bias
+        hidden, inner, has_bias = (
+            self.config.hidden_size, self.config.intermediate_size, self.has_bias("mlp")
+        )  # fmt: skip
         return GatedMLP(
             gate_up=read.linear(
                 f"{name}.gate_proj",
@@ -268,6 +306,21 @@ class Decoder:
             ),
             down=read.linear(f"{name}.down_proj", rows=(hidden,), columns=inner, has_bias=has_bias),
             activation=self.activation(),
+        )
+
+    def plain_mlp(self, read: LayerReader, up: str, down: str, *, is_transposed: bool) -> MLP:
+        """A feed-forward without a gate, out of layers of these names."""
+        hidden, inner, has_bias = (
+            self.config.hidden_size, self.config.intermediate_size, self.has_bias("mlp")
+        )  # fmt: skip
+        return MLP(
+            up=read.linear(
+                up, rows=(inner,), columns=hidden, has_bias=has_bias, is_transposed=is_transposed
+            ),
+            down=read.linear(
+                down, rows=(hidden,), columns=inner, has_bias=has_bias, is_transposed=is_transposed
+            ),
+            activation=self.activation(PLAIN),
         )
 
     # -- running ------------------------------------------------------------------------------

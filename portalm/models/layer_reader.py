@@ -17,6 +17,7 @@ from portalm.layers.norms import LayerNorm, RMSNorm
 from portalm.models.loader.checkpoint import TensorReader
 from portalm.models.model import AS_CAST, Quantization
 
+
 class ShapeRecorder:
     """Stands in for a checkpoint: writes down what is asked of it, and gives tensors of no data."""
 
@@ -149,3 +150,15 @@ def reordered(
         scales=order(weight.scales),
         minimums=None if weight.minimums is None else order(weight.minimums),
     )
+
+
+def qkv_of_groups(num_kv_heads: int, head_size: int) -> RowOrder:
+    """Queries, keys, values out of rows that have, KV head by KV head, its queries, key, value."""
+
+    def order(rows: torch.Tensor) -> torch.Tensor:
+        rest = rows.shape[1:]
+        groups = rows.reshape(num_kv_heads, -1, head_size, *rest)
+        parts = (groups[:, :-2], groups[:, -2], groups[:, -1])
+        return torch.cat([part.reshape(-1, *rest) for part in parts])
+
+    return order

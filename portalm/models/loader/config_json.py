@@ -49,6 +49,7 @@ _OTHER_NAMES = {
     "n_inner": "intermediate_size",
     "n_positions": "max_position_embeddings",
     "ffn_hidden_size": "intermediate_size",
+    "n_head_kv": "num_key_value_heads",
     "num_kv_heads": "num_key_value_heads",
     "layer_norm_eps": "rms_norm_eps",
     "layer_norm_epsilon": "rms_norm_eps",

@@ -1,0 +1,96 @@
+"""Command R and Command R7B: parallel layers of one norm without a bias, scaled logits.
+
+Cohere's release notes of both; rotary pairs lie side by side. Command R+ norms query and key.
+Command R7B ("Cohere2") has windows in three layers of four, and rotates only those.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from portalm.backend import Backend
+from portalm.config import ModelConfig
+from portalm.layers.attention import Attention
+from portalm.layers.blocks import Block, ParallelBlock
+from portalm.layers.norms import LayerNorm, Norm
+from portalm.models.decoder import Decoder
+from portalm.models.layer_reader import LayerReader
+
+
+@dataclass(frozen=True, slots=True)
+class EachHeadNorm:
+    """A layer norm of each head, with weights of its own."""
+
+    plain: LayerNorm
+    """Of weights 1 and no bias."""
+    weight: torch.Tensor
+    """[H, D]"""
+
+    def __call__(self, backend: Backend, x: torch.Tensor) -> torch.Tensor:
+        """[T, H, D] -> [T, H, D]."""
+        return self.plain(backend, x) * self.weight
+
+
+class Cohere(Decoder):
+    """Functions of a Command R; see `portalm.models.model.Model`."""
+
+    defaults = {
+        "logit_scale": 0.0625,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500_000.0,
+        "tie_word_embeddings": True,
+    }
+    reads = frozenset({"attention_bias", "logit_scale", "use_qk_norm"})
+    is_interleaved = True
+
+    def __init__(self, config: ModelConfig, dtype: str) -> None:
+        """A model of this shape; `UnsupportedModel` for what has no code."""
+        super().__init__(config, dtype)
+        self.logit_scale = float(config.values["logit_scale"])
+
+    def norm(self, read: LayerReader, name: str) -> Norm:
+        """A layer norm without a bias."""
+        config = self.config
+        return read.layer_norm(name, config.hidden_size, config.norm_eps, has_bias=False)
+
+    def block(self, read: LayerReader, layer: int, name: str) -> Block:
+        """One norm for both parts."""
+        return ParallelBlock(
+            attention_norm=self.norm(read, f"{name}.input_layernorm"),
+            attention=self.attention(read, layer, f"{name}.self_attn"),
+            mlp=self.mlp(read, f"{name}.mlp"),
+        )
+
+    def attention(self, read: LayerReader, layer: int, name: str) -> Attention:
+        """Some norm query and key."""
+        attention = super().attention(read, layer, name)
+        if not self.config.values.get("use_qk_norm"):
+            return attention
+        return replace(
+            attention,
+            query_norm=self._head_norm(read, f"{name}.q_norm", self.config.num_heads),
+            key_norm=self._head_norm(read, f"{name}.k_norm", self.config.num_kv_heads),
+        )
+
+    def _head_norm(self, read: LayerReader, name: str, num_heads: int) -> EachHeadNorm:
+        weight = read.tensor(f"{name}.weight", num_heads, self.config.head_size)
+        ones, zeros = torch.ones_like(weight[0]), torch.zeros_like(weight[0])
+        return EachHeadNorm(LayerNorm(ones, zeros, self.config.norm_eps), weight)
+
+
+class Cohere2(Cohere):
+    """Functions of a Command R7B; see `portalm.models.model.Model`."""
+
+    defaults = {**Cohere.defaults, "rope_theta": 10_000.0, "sliding_window": 4096}
+    reads = frozenset({"attention_bias", "layer_types", "logit_scale", "sliding_window"})
+
+    def has_window(self, layer: int) -> bool:
+        """All but each fourth, or as sliding_window_pattern says."""
+        return (layer + 1) % int(self.config.values.get("sliding_window_pattern", 4)) != 0
+
+    def attention(self, read: LayerReader, layer: int, name: str) -> Attention:
+        """Layers that see all rotate nothing."""
+        attention = super().attention(read, layer, name)
+        return attention if attention.spec.sliding_window else replace(attention, rope=None)

@@ -1,0 +1,100 @@
+"""GPT-2: learned positions, layer norms, and linear layers that checkpoints have transposed.
+
+Radford et al., "Language models are unsupervised multitask learners", 2019.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+
+from portalm.backend import AttentionSpec, Backend, StepMeta, Weights
+from portalm.config import RopeConfig
+from portalm.layers.attention import Attention
+from portalm.layers.blocks import Block, SequentialBlock
+from portalm.layers.norms import Norm
+from portalm.models.decoder import Decoder
+from portalm.models.layer_reader import LayerReader
+
+
+class GPT2(Decoder):
+    """Functions of a GPT-2; see `portalm.models.model.Model`."""
+
+    defaults = {"hidden_act": "gelu_new", "rms_norm_eps": 1e-5, "tie_word_embeddings": True}
+    reads = frozenset({"scale_attn_by_inverse_layer_idx"})
+    optional_prefix = "transformer."
+    embedding = "transformer.wte"
+    layer_prefix = "transformer.h."
+    last_norm = "transformer.ln_f"
+
+    @classmethod
+    def complete(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """With defaults; the feed-forward is four times as wide as the rest."""
+        values = super().complete(values)
+        return {"intermediate_size": 4 * int(values["hidden_size"]), **values}
+
+    def has_bias(self, part: Literal["qkv", "out", "mlp"]) -> bool:
+        """All of them."""
+        return True
+
+    def spec(self, layer: int) -> AttentionSpec:
+        """Some scale scores down layer by layer."""
+        spec = super().spec(layer)
+        if not self.config.values.get("scale_attn_by_inverse_layer_idx"):
+            return spec
+        return replace(spec, scale=spec.scale / (layer + 1))
+
+    def ropes(self) -> tuple[RopeConfig, ...]:
+        """None: positions are learned."""
+        return ()
+
+    def build(self, read: LayerReader) -> Weights:
+        """With a table of positions."""
+        shape = (self.config.max_position, self.config.hidden_size)
+        positions = read.tensor("transformer.wpe.weight", *shape)
+        return {**super().build(read), "positions": positions}
+
+    def norm(self, read: LayerReader, name: str) -> Norm:
+        """A layer norm."""
+        return read.layer_norm(name, self.config.hidden_size, self.config.norm_eps)
+
+    def block(self, read: LayerReader, layer: int, name: str) -> Block:
+        """Norms before attention and feed-forward."""
+        return SequentialBlock(
+            attention_norm=self.norm(read, f"{name}.ln_1"),
+            attention=self.attention(read, layer, f"{name}.attn"),
+            mlp_norm=self.norm(read, f"{name}.ln_2"),
+            mlp=self.plain_mlp(read, f"{name}.mlp.c_fc", f"{name}.mlp.c_proj", is_transposed=True),
+        )
+
+    def attention(self, read: LayerReader, layer: int, name: str) -> Attention:
+        """Nothing is rotated."""
+        hidden = self.config.hidden_size
+        return Attention(
+            layer=layer,
+            spec=self.specs[layer],
+            qkv=read.linear(
+                f"{name}.c_attn",
+                rows=(3 * hidden,),
+                columns=hidden,
+                has_bias=True,
+                is_transposed=True,
+            ),
+            out=read.linear(
+                f"{name}.c_proj",
+                rows=(hidden,),
+                columns=hidden,
+                has_bias=True,
+                is_transposed=True,
+            ),
+            rope=None,
+        )
+
+    def embed(
+        self, backend: Backend, weights: Weights, token_ids: torch.Tensor, meta: StepMeta
+    ) -> torch.Tensor:
+        """Tokens and positions."""
+        tokens = backend.embed(token_ids, weights["embedding"])
+        return tokens + backend.embed(meta.positions, weights["positions"])

@@ -1,0 +1,66 @@
+"""GPT-NeoX and Pythia: a part of each head is rotated, attention and feed-forward side by side.
+
+Black et al., "GPT-NeoX-20B", 2022; Biderman et al., "Pythia", 2023.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from portalm.layers.blocks import Block, ParallelBlock, SequentialBlock
+from portalm.layers.linear import Linear
+from portalm.layers.norms import Norm
+from portalm.models.decoder import Decoder
+from portalm.models.layer_reader import LayerReader, qkv_of_groups
+
+
+class GPTNeoX(Decoder):
+    """Functions of a GPT-NeoX; see `portalm.models.model.Model`."""
+
+    defaults = {
+        "attention_bias": True,
+        "hidden_act": "gelu",
+        "partial_rotary_factor": 0.25,
+        "rms_norm_eps": 1e-5,
+        "use_parallel_residual": True,
+    }
+    reads = frozenset({"attention_bias"})
+    embedding = "gpt_neox.embed_in"
+    layer_prefix = "gpt_neox.layers."
+    last_norm = "gpt_neox.final_layer_norm"
+    head = "embed_out"
+    out_name = "dense"
+
+    def has_bias(self, part: Literal["qkv", "out", "mlp"]) -> bool:
+        """The feed-forward always."""
+        return part == "mlp" or self.config.attention_bias
+
+    def norm(self, read: LayerReader, name: str) -> Norm:
+        """A layer norm."""
+        return read.layer_norm(name, self.config.hidden_size, self.config.norm_eps)
+
+    def block(self, read: LayerReader, layer: int, name: str) -> Block:
+        """Both parts have a norm of their own, also where they are side by side."""
+        is_parallel = self.config.values["use_parallel_residual"]
+        return (ParallelBlock if is_parallel else SequentialBlock)(
+            attention_norm=self.norm(read, f"{name}.input_layernorm"),
+            attention=self.attention(read, layer, f"{name}.attention"),
+            mlp_norm=self.norm(read, f"{name}.post_attention_layernorm"),
+            mlp=self.plain_mlp(
+                read,
+                f"{name}.mlp.dense_h_to_4h",
+                f"{name}.mlp.dense_4h_to_h",
+                is_transposed=False,
+            ),
+        )
+
+    def qkv(self, read: LayerReader, name: str) -> Linear:
+        """Merged in the checkpoint, head by head."""
+        config = self.config
+        return read.linear(
+            f"{name}.query_key_value",
+            rows=(3 * config.hidden_size,),
+            columns=config.hidden_size,
+            has_bias=self.has_bias("qkv"),
+            order=qkv_of_groups(config.num_heads, config.head_size),
+        )

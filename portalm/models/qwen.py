@@ -1,0 +1,48 @@
+"""Qwen2, Qwen2.5 and Qwen3: Llamas with biases, or with norms, of query and key.
+
+Yang et al., "Qwen2 technical report", 2024, and "Qwen3 technical report", 2025.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+from portalm.layers.attention import Attention
+from portalm.models.decoder import Decoder
+from portalm.models.layer_reader import LayerReader
+
+
+class Qwen2(Decoder):
+    """Query, key and value have biases; later layers may have a window."""
+
+    defaults = {"use_sliding_window": False}
+    reads = frozenset({"sliding_window", "layer_types"})
+
+    def has_bias(self, part: Literal["qkv", "out", "mlp"]) -> bool:
+        """Only query, key and value."""
+        return part == "qkv"
+
+    def has_window(self, layer: int) -> bool:
+        """Layers from max_window_layers on."""
+        return layer >= int(self.config.values.get("max_window_layers", 28))
+
+
+class Qwen3(Qwen2):
+    """Query and key are normed, head by head, before they are rotated."""
+
+    defaults = {"use_sliding_window": False, "head_dim": 128}
+    reads = Qwen2.reads | {"attention_bias"}
+
+    def has_bias(self, part: Literal["qkv", "out", "mlp"]) -> bool:
+        """As the config says."""
+        return part != "mlp" and self.config.attention_bias
+
+    def attention(self, read: LayerReader, layer: int, name: str) -> Attention:
+        """A layer's attention."""
+        size, eps = self.config.head_size, self.config.norm_eps
+        return replace(
+            super().attention(read, layer, name),
+            query_norm=read.rms_norm(f"{name}.q_norm", size, eps),
+            key_norm=read.rms_norm(f"{name}.k_norm", size, eps),
+        )

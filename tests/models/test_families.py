@@ -1,0 +1,156 @@
+"""Every decoder family against transformers, on tiny random checkpoints that it saved."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from portalm.config import EngineConfig
+from portalm.engine.engine import Engine
+from tests.tiny import ask, run, tokens
+
+PROMPTS = {str(n): [(7 * n + i * i) % 120 for i in range(n)] for n in (1, 2, 17, 33, 90)}
+NUM_OUT = 64
+
+TINY: dict[str, Any] = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A family by the name of its classes in transformers, and a small config of it."""
+
+    family: str
+    changes: dict[str, Any] = field(default_factory=dict)
+    model: str = "{}ForCausalLM"
+    config: str = "{}Config"
+
+    def make(self) -> Any:
+        """A model as if trained: no two logits alike."""
+        import transformers
+
+        torch.manual_seed(0)
+        config_class = getattr(transformers, self.config.format(self.family))
+        config = config_class(**{**TINY, **self.changes})
+        model = getattr(transformers, self.model.format(self.family))(config).eval()
+        for parameter in model.parameters():
+            parameter.data.normal_(0, 0.2)
+        return model
+
+
+CASES = {
+    "mistral": Case("Mistral", {"sliding_window": 24}),
+    "mistral without a window": Case("Mistral", {"sliding_window": None}),
+    "qwen2": Case("Qwen2"),
+    "qwen2 with windows": Case(
+        "Qwen2", {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1}
+    ),
+    "qwen3": Case("Qwen3", {"head_dim": 24, "tie_word_embeddings": True}),
+    "phi3": Case("Phi3", {"sliding_window": 40}),
+    "phi4": Case(
+        "Phi3",
+        {
+            "partial_rotary_factor": 0.5,
+            "max_position_embeddings": 512,
+            "original_max_position_embeddings": 256,
+            "rope_scaling": {
+                "rope_type": "longrope",
+                "short_factor": [1.0, 1.1, 1.3, 1.5],
+                "long_factor": [1.0, 2.0, 4.0, 8.0],
+            },
+        },
+    ),
+    "gemma": Case("Gemma", {"head_dim": 32, "num_key_value_heads": 1}),
+    "gemma2": Case("Gemma2", {"head_dim": 32, "query_pre_attn_scalar": 20, "sliding_window": 24}),
+    "gemma3": Case(
+        "Gemma3",
+        {"head_dim": 32, "sliding_window": 24, "num_hidden_layers": 3, "sliding_window_pattern": 3},
+        config="{}TextConfig",
+    ),
+    "gpt2": Case(
+        "GPT2",
+        {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256},
+        model="{}LMHeadModel",
+    ),
+    "gpt_neox": Case("GPTNeoX"),
+    "gpt_neox, one after the other": Case(
+        "GPTNeoX", {"use_parallel_residual": False, "rotary_pct": 1.0}
+    ),
+    "falcon": Case("Falcon"),
+    "falcon 40b": Case("Falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon 11b": Case(
+        "Falcon",
+        {"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1},
+    ),
+    "falcon rw": Case(
+        "Falcon", {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True}
+    ),
+    "starcoder2": Case("Starcoder2", {"sliding_window": 24}),
+    "olmo2": Case("Olmo2"),
+    "smollm3": Case("SmolLM3", {"no_rope_layer_interval": 2}),
+    "granite": Case(
+        "Granite",
+        {
+            "attention_multiplier": 0.3,
+            "embedding_multiplier": 2.5,
+            "logits_scaling": 3.0,
+            "residual_multiplier": 0.7,
+        },
+    ),
+    "cohere": Case("Cohere"),
+    "command r+": Case("Cohere", {"use_qk_norm": True}),
+    "cohere2": Case("Cohere2", {"num_hidden_layers": 4, "sliding_window": 24}),
+}
+
+
+def engine_of(folder: Path, **settings: Any) -> Engine:
+    values = {"model": str(folder), "max_num_seqs": 8, "max_num_batched_tokens": 48, **settings}
+    return Engine(EngineConfig.from_dict(values))
+
+
+@pytest.mark.parametrize("device", ["reference", "cpu"])
+@pytest.mark.parametrize("name", CASES)
+def test_answers_equal_transformers(tmp_path: Path, name: str, device: str) -> None:
+    model = CASES[name].make()
+    model.save_pretrained(tmp_path)
+    engine = engine_of(tmp_path, device=device, max_model_len=200)
+
+    for key, prompt in PROMPTS.items():  # a mixed batch, in chunks of at most 48 tokens
+        ask(engine, key, prompt, max_tokens=NUM_OUT, prompt_logprobs=0)
+    outputs = run(engine)
+    for key, prompt in PROMPTS.items():  # computed before, but for their last blocks
+        ask(engine, key, prompt, max_tokens=NUM_OUT)
+    again = tokens(run(engine))
+    alone = {}
+    for key in ("2", "33"):
+        ask(engine, key, PROMPTS[key], max_tokens=NUM_OUT)
+        alone |= tokens(run(engine))
+
+    drawn = tokens(outputs)
+    assert engine.stats().prefix_hits_total > 0
+    assert again == drawn
+    assert alone == {key: drawn[key] for key in alone}
+    for key, prompt in PROMPTS.items():
+        with torch.inference_mode():
+            logits = model(torch.tensor([prompt + drawn[key]])).logits[0].double()
+        assert drawn[key] == logits[len(prompt) - 1 : -1].argmax(-1).tolist(), key
+        expected = logits.log_softmax(-1)[torch.arange(len(prompt) - 1), prompt[1:]]
+        actual = [e.logprob for o in outputs[key] for e in o.prompt_logprobs or []]
+        if len(prompt) > 1:
+            difference = torch.tensor(actual, dtype=torch.float64) - expected
+            error = float(difference.square().sum() / expected.square().sum())
+            assert error < 1e-10, (key, error)

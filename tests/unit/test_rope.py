@@ -1,0 +1,101 @@
+"""Tables of rotations against transformers' own, scaling by scaling, short texts and long."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from portalm.errors import UnsupportedModel
+from portalm.layers.rope import cos_sin_table
+from portalm.models.loader.config_json import model_config
+
+LENGTH = 64
+"""That the models were trained on."""
+
+SCALINGS: dict[str, dict[str, Any]] = {
+    "default": {"rope_type": "default"},
+    "linear": {"rope_type": "linear", "factor": 3.0},
+    "dynamic": {"rope_type": "dynamic", "factor": 2.0},
+    "llama3": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": LENGTH,
+    },
+    "yarn": {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "beta_fast": 16,
+        "original_max_position_embeddings": LENGTH,
+    },
+    "yarn, not truncated, mscale": {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "truncate": False,
+        "mscale": 1.2,
+        "mscale_all_dim": 0.7,
+        "original_max_position_embeddings": LENGTH,
+    },
+    "longrope": {
+        "rope_type": "longrope",
+        "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7],
+        "long_factor": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0],
+        "original_max_position_embeddings": LENGTH,
+    },
+}
+
+
+def config_values(scaling: dict[str, Any]) -> dict[str, Any]:
+    is_dynamic = scaling["rope_type"] == "dynamic"  # knows no other length than the longest
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": 32,
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "max_position_embeddings": LENGTH if is_dynamic else 4 * LENGTH,
+        "rope_parameters": {"rope_theta": 5000.0, **scaling},
+    }
+
+
+@pytest.mark.parametrize("length", [LENGTH // 2, LENGTH, 3 * LENGTH])
+@pytest.mark.parametrize("name", SCALINGS)
+def test_a_table_for_texts_of_a_length_is_transformers(name: str, length: int) -> None:
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    values = config_values(SCALINGS[name])
+    theirs = LlamaRotaryEmbedding(LlamaConfig(**values))
+    cos, sin = theirs(torch.empty(1), torch.arange(length)[None])
+    config = model_config(values, {})
+
+    table = cos_sin_table(
+        config.serving(length).rope, head_size=16, max_position=config.max_position
+    )
+
+    half = cos.shape[-1] // 2
+    expected = torch.cat((cos[0, :, :half], sin[0, :, :half]), dim=-1)
+    torch.testing.assert_close(table[:length], expected, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("scaling", "message"),
+    [
+        ({"rope_type": "spiral"}, "rope scaling 'spiral' is not supported; supported: dynamic"),
+        ({"rope_type": "linear", "factor": 2.0, "bend": 3}, "linear: bend is 3"),
+        (
+            {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0]},
+            "1 factors for the model's 8 frequencies",
+        ),
+    ],
+    ids=["kind", "parameter", "factors"],
+)
+def test_a_scaling_that_is_not_known_is_named(scaling: dict[str, Any], message: str) -> None:
+    config = model_config(config_values(scaling), {})
+
+    with pytest.raises(UnsupportedModel, match=message):
+        cos_sin_table(config.rope, head_size=16, max_position=8)
