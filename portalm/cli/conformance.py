@@ -9,7 +9,12 @@ def add_conformance(commands: argparse._SubParsersAction[argparse.ArgumentParser
     """`portalm conformance`: run the kit on one backend."""
     parser = commands.add_parser("conformance", help="check a backend against the reference")
     parser.add_argument("--device", default="auto", help="backend to check")
-    parser.add_argument("--level", action="append", default=[], help="L0 to L4; may be repeated")
+    parser.add_argument(
+        "--level",
+        action="append",
+        default=[],
+        help="L0 to L4, or claims, operations, laws, models, serving; may be repeated",
+    )
     parser.add_argument("-k", dest="pattern", default="", help="only checks whose name has this")
     parser.add_argument("--json", dest="json_path", default=None, help="file for the results")
     parser.set_defaults(run=run_conformance)

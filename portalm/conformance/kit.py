@@ -15,16 +15,23 @@ CHECKS = (*operations.CHECKS, *laws.CHECKS, *models.CHECKS, *serving.CHECKS)
 
 def all_items(levels: Sequence[str] = (), pattern: str = "") -> list[Item]:
     """Every case of every check of these levels (none: all) whose name has `pattern`."""
-    for level in levels:
-        if level not in LEVELS:
-            raise ConfigError(f"no level {level!r}; levels: {', '.join(LEVELS)}")
+    wanted = {_level(level) for level in levels}
     return [
         item
         for check in CHECKS
-        if not levels or check.level in levels
+        if not wanted or check.level in wanted
         for item in check.items()
         if pattern in item.name
     ]
+
+
+def _level(named: str) -> str:
+    """L3 for L3, and for its name: models."""
+    for level, name in LEVELS.items():
+        if named in (level, name.split()[0].strip(",")):
+            return level
+    known = ", ".join(f"{k} ({v})" for k, v in LEVELS.items())
+    raise ConfigError(f"no level {named!r}; levels: {known}")
 
 
 def run_kit(

@@ -1,4 +1,8 @@
-"""L3: whole models on the backend against a float64 forward pass in plain loops."""
+"""L3: whole models on the backend against a float64 forward pass.
+
+Llama's is written down here once more, in plain loops; other families run their own code over the
+same operations (oracle.py).
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from portalm.conformance import reference
+from portalm.conformance import oracle, reference
 from portalm.conformance.check import Check, CheckFailed, Named
 from portalm.conformance.subject import Subject
 from portalm.conformance.tiny import VARIANTS, ask, finish, prompts, tiny_engine
@@ -25,6 +29,8 @@ _NUM_GREEDY = 64
 def forward(engine: Engine, token_ids: list[int]) -> Array:
     """Logits of every position in float64: [N, V]; weights as the checkpoint has them."""
     config = engine.model_config
+    if config.architecture != "LlamaForCausalLM":
+        return oracle.forward(engine, token_ids)
     checkpoint = open_checkpoint(engine.model_path, engine.config)
 
     def w(name: str) -> Array:
@@ -39,7 +45,7 @@ def forward(engine: Engine, token_ids: list[int]) -> Array:
     x = w("model.embed_tokens.weight")[token_ids]
     for layer in range(config.num_layers):
         name = f"model.layers.{layer}"
-        normed = reference.rms_norm(x, w(f"{name}.input_layernorm.weight"), config.rms_norm_eps)
+        normed = reference.rms_norm(x, w(f"{name}.input_layernorm.weight"), config.norm_eps)
         q, k, v = (
             linear(normed, f"{name}.self_attn.{p}_proj", config.attention_bias).reshape(
                 len(token_ids), -1, config.head_size
@@ -50,12 +56,12 @@ def forward(engine: Engine, token_ids: list[int]) -> Array:
         attended = reference.attention(q, k, v, spec).reshape(len(token_ids), -1)
         x = x + linear(attended, f"{name}.self_attn.o_proj", config.attention_bias)
         normed = reference.rms_norm(
-            x, w(f"{name}.post_attention_layernorm.weight"), config.rms_norm_eps
+            x, w(f"{name}.post_attention_layernorm.weight"), config.norm_eps
         )
         gate, up = (linear(normed, f"{name}.mlp.{p}_proj", config.mlp_bias) for p in ("gate", "up"))
         gated = reference.silu_mul(np.concatenate([gate, up], axis=1))
         x = x + linear(gated, f"{name}.mlp.down_proj", config.mlp_bias)
-    x = reference.rms_norm(x, w("model.norm.weight"), config.rms_norm_eps)
+    x = reference.rms_norm(x, w("model.norm.weight"), config.norm_eps)
     head = "model.embed_tokens" if config.tie_word_embeddings else "lm_head"
     return reference.linear(x, w(f"{head}.weight"))
 

@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from portalm.config import EngineConfig
+from portalm.conformance.check import NotClaimed
 from portalm.conformance.subject import Subject
 from portalm.engine.engine import Engine
 from portalm.engine.messages import AddRequest, TokenOutput
+from portalm.errors import Unsupported
 from portalm.sampling_params import SamplingParams
 
 VOCAB_SIZE = 160
 
-_CONFIG = {
+_CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 128,
@@ -43,31 +45,77 @@ VARIANTS: dict[str, dict[str, Any]] = {
             "original_max_position_embeddings": 64,
         }
     },
+    "mistral": {"architectures": ["MistralForCausalLM"], "sliding_window": 24},
+    "qwen2": {"architectures": ["Qwen2ForCausalLM"]},
+    "qwen3": {"architectures": ["Qwen3ForCausalLM"]},
+    "phi3": {"architectures": ["Phi3ForCausalLM"], "partial_rotary_factor": 0.5},
+    "gemma": {"architectures": ["GemmaForCausalLM"]},
+    "gemma2": {"architectures": ["Gemma2ForCausalLM"], "sliding_window": 24},
+    "gemma3": {
+        "architectures": ["Gemma3ForCausalLM"],
+        "sliding_window": 24,
+        "sliding_window_pattern": 2,
+        "rope_theta": 1e6,
+    },
+    "gpt2": {"architectures": ["GPT2LMHeadModel"], "head_dim": None},
+    "gpt_neox": {"architectures": ["GPTNeoXForCausalLM"], "head_dim": None},
+    "falcon": {"architectures": ["FalconForCausalLM"], "head_dim": None},
+    "falcon, alibi": {
+        "architectures": ["FalconForCausalLM"],
+        "head_dim": None,
+        "alibi": True,
+        "multi_query": False,
+        "parallel_attn": False,
+    },
+    "starcoder2": {"architectures": ["Starcoder2ForCausalLM"], "sliding_window": None},
+    "olmo2": {"architectures": ["Olmo2ForCausalLM"]},
+    "smollm3": {"architectures": ["SmolLM3ForCausalLM"], "no_rope_layer_interval": 2},
+    "granite": {
+        "architectures": ["GraniteForCausalLM"],
+        "attention_multiplier": 0.1,
+        "embedding_multiplier": 2.5,
+        "logits_scaling": 0.5,
+        "residual_multiplier": 0.7,
+    },
+    "cohere": {"architectures": ["CohereForCausalLM"], "logit_scale": 1.5},
+    "cohere2": {
+        "architectures": ["Cohere2ForCausalLM"],
+        "logit_scale": 1.5,
+        "sliding_window": 24,
+        "sliding_window_pattern": 2,
+    },
 }
+"""By name: what its config.json has besides `_CONFIG`; a head_dim of null: of the hidden size."""
 
 
 @contextlib.contextmanager
 def tiny_engine(subject: Subject, variant: str = "llama", **settings: Any) -> Iterator[Engine]:
-    """An engine; its model's folder lives as long as the block."""
+    """An engine; its model's folder lives as long as the block.
+
+    Raises:
+        NotClaimed: the backend does not have what the model needs.
+    """
     head_size = subject.head_size
     config = {**_CONFIG, "head_dim": head_size, "torch_dtype": subject.dtype, **VARIANTS[variant]}
+    if config["head_dim"] is None:
+        config["hidden_size"] = _CONFIG["num_attention_heads"] * head_size
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(config))
-        yield Engine(
-            EngineConfig.from_dict(
-                {
-                    "model": folder,
-                    "load_format": "dummy",
-                    "block_size": subject.block_size,
-                    "max_num_seqs": 8,
-                    "max_num_batched_tokens": 64,
-                    "num_gpu_blocks_override": 8 * 256 // subject.block_size,
-                    "kv_cache_dtype": subject.kv_dtype(subject.dtype),
-                    **settings,
-                }
-            ),
-            backend=subject.backend,
-        )
+        values = {
+            "model": folder,
+            "load_format": "dummy",
+            "block_size": subject.block_size,
+            "max_num_seqs": 8,
+            "max_num_batched_tokens": 64,
+            "num_gpu_blocks_override": 8 * 256 // subject.block_size,
+            "kv_cache_dtype": subject.kv_dtype(subject.dtype),
+            **settings,
+        }
+        try:
+            engine = Engine(EngineConfig.from_dict(values), backend=subject.backend)
+        except Unsupported as reason:
+            raise NotClaimed(str(reason)) from None
+        yield engine
 
 
 def ask(engine: Engine, request_id: str, prompt: Sequence[int], **params: Any) -> None:

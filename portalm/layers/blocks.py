@@ -21,8 +21,6 @@ from portalm.layers.norms import Norm
 class Block(Protocol):
     """One decoder layer."""
 
-    attention: Attention
-
     def __call__(
         self,
         backend: Backend,

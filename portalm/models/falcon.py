@@ -86,7 +86,13 @@ class Falcon(Decoder):
                 mlp_norm=self.norm(read, f"{name}.post_attention_layernorm"),
                 mlp=mlp,
             )
-        if is_new and (values.get("num_ln_in_parallel_attn") or 2) == 2:
+        num_norms = values.get("num_ln_in_parallel_attn") or (2 if is_new else 1)
+        if num_norms not in ((1, 2) if is_new else (1,)):
+            raise UnsupportedModel(
+                f"config.json: num_ln_in_parallel_attn is {num_norms}, which no Falcon that is "
+                f"known has"
+            )
+        if num_norms == 2:
             return ParallelBlock(
                 attention_norm=self.norm(read, f"{name}.ln_attn"),
                 attention=attention,

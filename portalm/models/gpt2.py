@@ -33,6 +33,7 @@ class GPT2(Decoder):
     def complete(cls, values: dict[str, Any]) -> dict[str, Any]:
         """With defaults; the feed-forward is four times as wide as the rest."""
         values = super().complete(values)
+        values["num_key_value_heads"] = values["num_attention_heads"]
         return {"intermediate_size": 4 * int(values["hidden_size"]), **values}
 
     def has_bias(self, part: Literal["qkv", "out", "mlp"]) -> bool:

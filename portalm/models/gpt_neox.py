@@ -5,7 +5,7 @@ Black et al., "GPT-NeoX-20B", 2022; Biderman et al., "Pythia", 2023.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from portalm.layers.blocks import Block, ParallelBlock, SequentialBlock
 from portalm.layers.linear import Linear
@@ -30,6 +30,12 @@ class GPTNeoX(Decoder):
     last_norm = "gpt_neox.final_layer_norm"
     head = "embed_out"
     out_name = "dense"
+
+    @classmethod
+    def complete(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """With defaults; every query has a key and a value of its own."""
+        values = super().complete(values)
+        return {**values, "num_key_value_heads": values["num_attention_heads"]}
 
     def has_bias(self, part: Literal["qkv", "out", "mlp"]) -> bool:
         """The feed-forward always."""

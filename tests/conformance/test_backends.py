@@ -47,7 +47,11 @@ def test_the_command_writes_what_it_found(
 
 def test_an_unknown_level_names_those_there_are(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["conformance", "--device", "reference", "--level", "L9"]) == 2
-    assert "L0, L1, L2, L3, L4" in capsys.readouterr().err
+    assert "L3 (models), L4 (serving)" in capsys.readouterr().err
+
+
+def test_a_level_may_be_named() -> None:
+    assert all_items(["models"]) == all_items(["L3"])
 
 
 def test_a_backend_elsewhere_runs_it_under_pytest() -> None:

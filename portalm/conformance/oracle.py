@@ -1,0 +1,152 @@
+"""A model's own code over the float64 operations of `reference`: one request, whole, no cache.
+
+Nothing of the backend under test takes part: only the family's file says what is computed, which
+tests of its own compare with transformers.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from portalm.backend import AttentionSpec, Backend, Capabilities, QuantizedWeight
+from portalm.conformance import reference
+from portalm.engine.engine import Engine
+from portalm.models.loader import open_checkpoint
+from portalm.models.registry import model_class
+
+Array = npt.NDArray[np.float64]
+
+
+def forward(engine: Engine, token_ids: list[int]) -> Array:
+    """Logits of every position in float64, [N, V]; weights as the checkpoint has them."""
+    config = engine.model_config
+    model = model_class(config.architecture)(config, "float64")
+    oracle = cast(Backend, Oracle())
+    weights = model.load(open_checkpoint(engine.model_path, engine.config), oracle)
+    positions = torch.arange(len(token_ids), dtype=torch.int32)
+    meta: Any = SimpleNamespace(positions=positions, logits_rows=positions)
+    _, hidden = model.forward(oracle, weights, {}, torch.tensor(token_ids), meta)
+    return _array(model.logits(oracle, weights, hidden))
+
+
+def _array(x: torch.Tensor) -> Array:
+    return np.asarray(x.double().numpy(), np.float64)
+
+
+class Oracle:
+    """The operations that decoders are made of, on float64 tensors of the host."""
+
+    capabilities = Capabilities(dtypes=frozenset({"float64"}), kv_dtypes=frozenset({"float64"}))
+
+    def device(self) -> torch.device:
+        """The host."""
+        return torch.device("cpu")
+
+    def pack(
+        self,
+        weight: torch.Tensor | QuantizedWeight,
+        *,
+        quantization: str | None = None,
+        for_logits: bool = False,
+    ) -> torch.Tensor:
+        """The weight itself."""
+        assert isinstance(weight, torch.Tensor)
+        return weight
+
+    def linear(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """[T, K] -> [T, N]."""
+        added = None if bias is None else _array(bias)
+        return torch.from_numpy(reference.linear(_array(x), _array(weight), added))
+
+    def logits(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """[R, C] -> [R, V]."""
+        return self.linear(x, weight)
+
+    def embed(self, token_ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        """Rows [T] of [V, C]."""
+        return table[token_ids.long()]
+
+    def take_rows(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Rows [R] of [T, C]."""
+        return x[rows.long()]
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """Over the last dimension."""
+        return torch.from_numpy(reference.rms_norm(_array(x), _array(weight), eps))
+
+    def add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(the norm of the sum, the sum)."""
+        return self.rms_norm(x + residual, weight, eps), x + residual
+
+    def layer_norm(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
+    ) -> torch.Tensor:
+        """Over the last dimension."""
+        normed = reference.layer_norm(_array(x), _array(weight), _array(bias), eps)
+        return torch.from_numpy(normed)
+
+    def rope(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        positions: torch.Tensor,
+        cos_sin: torch.Tensor,
+        *,
+        is_interleaved: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Query [T, H, D] and key [T, H_kv, D], rotated."""
+        places, table = positions.numpy(), _array(cos_sin)
+        turned = (reference.rope(_array(x), places, table, is_interleaved) for x in (query, key))
+        rotated_query, rotated_key = (torch.from_numpy(x) for x in turned)
+        return rotated_query, rotated_key
+
+    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """[T, 2 I] -> [T, I]."""
+        return torch.from_numpy(reference.silu_mul(_array(gate_up)))
+
+    def gelu_tanh_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """[T, 2 I] -> [T, I]."""
+        return torch.from_numpy(reference.gelu_tanh_mul(_array(gate_up)))
+
+    def gelu(self, x: torch.Tensor) -> torch.Tensor:
+        """The exact form."""
+        return torch.from_numpy(reference.gelu(_array(x)))
+
+    def gelu_tanh(self, x: torch.Tensor) -> torch.Tensor:
+        """The form by tanh."""
+        return torch.from_numpy(reference.gelu_tanh(_array(x)))
+
+    def kv_write(
+        self,
+        kv: dict[int, tuple[torch.Tensor, torch.Tensor]],
+        layer: int,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        meta: object,
+    ) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+        """The layer's keys and values are these."""
+        return {**kv, layer: (key, value)}
+
+    def attend(
+        self,
+        kv: dict[int, tuple[torch.Tensor, torch.Tensor]],
+        layer: int,
+        query: torch.Tensor,
+        meta: object,
+        spec: AttentionSpec,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Causal attention of [T, H, D]."""
+        key, value = kv[layer]
+        parts = _array(query), _array(key), _array(value)
+        extra = None if sinks is None else _array(sinks)
+        return torch.from_numpy(reference.attention(*parts, spec, extra))
