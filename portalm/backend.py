@@ -65,6 +65,24 @@ class QuantizedWeight:
         return weight.view(rows, columns)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Experts:
+    """E gated feed-forwards of one shape, of which each token takes a few."""
+
+    gate_up: tuple[PackedWeight, ...]
+    """Of each expert, [2 I, C], gate rows first, as `Backend.pack` made it."""
+    down: tuple[PackedWeight, ...]
+    """[C, I] each."""
+    gate_up_bias: torch.Tensor | None = None
+    """[E, 2 I]"""
+    down_bias: torch.Tensor | None = None
+    """[E, C]"""
+    swiglu_limit: float | None = None
+    """None: down(silu(gate) * up). Else gate is clamped to at most this, up to this on either side,
+    and it is down(gate * sigmoid(alpha * gate) * (up + 1)), as gpt-oss has it."""
+    swiglu_alpha: float = 1.0
+
+
 QUANTIZED_FORMATS = {"int8": 32, "int4": 32, "int4_min": 32, "int8_g16": 16}
 """Group sizes. int8: zero is 128; int4: zero is 8; int4_min: with minimums."""
 
@@ -508,6 +526,20 @@ class Backend(Protocol):
 
     def gelu_tanh_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         """gelu_tanh(gate) * up of [T, 2 I] (gate first): [T, I]."""
+        ...
+
+    def moe(
+        self,
+        x: torch.Tensor,
+        expert_ids: torch.Tensor,
+        expert_weights: torch.Tensor,
+        experts: Experts,
+    ) -> torch.Tensor:
+        """Each token's experts applied to it and added up by their weights.
+
+        `x` is [T, C], `expert_ids` int32 [T, k] (different ones in a row), `expert_weights` float32
+        [T, k]. Returns [T, C] in the dtype of `x`; the sum is over float32.
+        """
         ...
 
     def take_rows(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

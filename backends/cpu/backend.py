@@ -20,6 +20,7 @@ from portalm.backend import (
     Bucket,
     Capabilities,
     DeviceReport,
+    Experts,
     KVSpec,
     MemInfo,
     QuantizedWeight,
@@ -33,7 +34,7 @@ from portalm.errors import BackendError
 from portalm_backends.cpu import attention, cache
 from portalm_backends.cpu.cache import CODES, CpuKV
 from portalm_backends.cpu.memory import Arena
-from portalm_backends.cpu.program import RecordedStep, Recorder
+from portalm_backends.cpu.program import NotRecordable, RecordedStep, Recorder
 from portalm_backends.portable import host_memory, sampling
 from portalm_backends.portable.backend import TorchBackend
 
@@ -449,6 +450,27 @@ class CpuBackend(TorchBackend):
             gate_up.stride(0),
         )
         return out
+
+    def moe(
+        self,
+        x: torch.Tensor,
+        expert_ids: torch.Tensor,
+        expert_weights: torch.Tensor,
+        experts: Experts,
+    ) -> torch.Tensor:
+        """Each expert on the tokens that chose it: [T, C]."""
+        if isinstance(self._native, Recorder):
+            raise NotRecordable("which experts compute follows from the tokens")
+        order = torch.argsort(expert_ids.flatten(), stable=True)  # of [T * k]
+        counts = torch.bincount(expert_ids.flatten(), minlength=len(experts.down)).tolist()
+        total = torch.zeros(x.shape, dtype=torch.float32)
+        weights = expert_weights.flatten()
+        for expert, chosen in enumerate(order.split(counts)):
+            if len(chosen):
+                tokens = chosen // expert_ids.shape[1]
+                out = self.expert(x[tokens], expert, experts).float()
+                total.index_add_(0, tokens, out * weights[chosen, None])
+        return total.to(x.dtype)
 
     # -- execution ----------------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ from portalm.backend import (
     Bucket,
     Capabilities,
     DeviceReport,
+    Experts,
     HostFuture,
     KVSpec,
     MemInfo,
@@ -290,6 +291,40 @@ class TorchBackend(abc.ABC):
         """gelu_tanh(gate) * up of [T, 2 I]: [T, I]."""
         gate, up = gate_up.chunk(2, dim=-1)
         return F.gelu(gate, approximate="tanh") * up
+
+    def moe(
+        self,
+        x: torch.Tensor,
+        expert_ids: torch.Tensor,
+        expert_weights: torch.Tensor,
+        experts: Experts,
+    ) -> torch.Tensor:
+        """Every expert on every token, weighted by 0 where it was not chosen: [T, C].
+
+        No shape follows from what was chosen; a device that does not need this computes less.
+        """
+        shares = x.new_zeros((len(x), len(experts.down)), dtype=torch.float32)
+        shares = shares.scatter(1, expert_ids.long(), expert_weights)  # [T, E]
+        total = x.new_zeros(x.shape, dtype=torch.float32)
+        for expert in range(len(experts.down)):
+            share = shares[:, expert, None]
+            out = self.expert(x, expert, experts).float() * share
+            # an expert that was not chosen may overflow
+            total = total + torch.where(share > 0, out, 0.0)
+        return total.to(x.dtype)
+
+    def expert(self, x: torch.Tensor, expert: int, experts: Experts) -> torch.Tensor:
+        """One expert applied to [T, C]."""
+        bias, limit = experts.gate_up_bias, experts.swiglu_limit
+        gate_up = self.linear(x, experts.gate_up[expert], None if bias is None else bias[expert])
+        if limit is None:
+            inner = self.silu_mul(gate_up)
+        else:
+            gate, up = gate_up.chunk(2, dim=-1)
+            gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+            inner = gate * torch.sigmoid(experts.swiglu_alpha * gate) * (up + 1)
+        bias = experts.down_bias
+        return self.linear(inner, experts.down[expert], None if bias is None else bias[expert])
 
     def take_rows(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """Rows int32 [R] of x [T, C]: [R, C]."""

@@ -9,7 +9,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from portalm.backend import AttentionSpec, KVSpec, LogitBias, Penalties, SampleOutput, SampleParams
+from portalm.backend import (
+    AttentionSpec,
+    Experts,
+    KVSpec,
+    LogitBias,
+    PackedWeight,
+    Penalties,
+    SampleOutput,
+    SampleParams,
+)
 from portalm.conformance import reference, reference_sampling
 from portalm.conformance.cases import (
     BATCHES,
@@ -392,6 +401,57 @@ def check_silu_mul(subject: Subject, case: Named) -> float:
 
 
 @dataclass(frozen=True, slots=True)
+class Mixture:
+    """Experts with or without what gpt-oss has: biases and a clamped gate."""
+
+    dtype: str
+    is_clamped: bool
+
+    @property
+    def name(self) -> str:
+        """All of it."""
+        return f"{self.dtype}, {'clamped' if self.is_clamped else 'silu'}"
+
+
+def check_moe(subject: Subject, case: Mixture) -> float:
+    """Nine tokens over five experts, of which one is nobody's and one everybody's."""
+    subject.needs_dtype(case.dtype)
+    num_experts, hidden, inner = 5, 64, 48
+    x = _random((9, hidden), case.dtype, 1)
+    gate_up = _random((num_experts, 2 * inner, hidden), case.dtype, 2, hidden**-0.5)
+    down = _random((num_experts, hidden, inner), case.dtype, 3, inner**-0.5)
+    biases = [_random((num_experts, n), case.dtype, n) for n in (2 * inner, hidden)]
+    ids = np.array([(2, (0, 1, 4)[i % 3]) for i in range(9)], np.int32)
+    shares = np.random.default_rng(4).uniform(0.1, 0.9, (9, 2)).astype(np.float32)
+
+    def packed(weights: F32Array) -> tuple[PackedWeight, ...]:
+        put = (subject.put(weight, case.dtype).cpu() for weight in weights)
+        return tuple(subject.backend.pack(weight) for weight in put)
+
+    experts = Experts(gate_up=packed(gate_up), down=packed(down))
+    if case.is_clamped:
+        wide, narrow = (subject.put(bias, case.dtype) for bias in biases)
+        experts = replace(
+            experts, gate_up_bias=wide, down_bias=narrow, swiglu_limit=1.5, swiglu_alpha=1.7
+        )
+    out = subject.backend.moe(
+        subject.put(x, case.dtype), subject.index(ids), subject.put(shares), experts
+    )
+    first, last = (bias.astype(np.float64) for bias in biases)
+    expected = reference.moe(
+        x.astype(np.float64),
+        ids,
+        shares.astype(np.float64),
+        list(gate_up.astype(np.float64)),
+        list(down.astype(np.float64)),
+        (first, last) if case.is_clamped else None,
+        experts.swiglu_limit,
+        experts.swiglu_alpha,
+    )
+    return require_close("moe", subject.get(out), expected, NMSE_BOUND[case.dtype])
+
+
+@dataclass(frozen=True, slots=True)
 class Rope:
     """How many dimensions rotate, and how pairs lie."""
 
@@ -649,6 +709,7 @@ CHECKS = (
     Check("L1", "silu_mul", check_silu_mul, _DTYPE_CASES),
     Check("L1", "gelu", check_gelu, _DTYPE_CASES),
     Check("L1", "gelu_tanh", check_gelu_tanh, _DTYPE_CASES),
+    Check("L1", "moe", check_moe, tuple(Mixture(d, c) for d in DTYPES for c in (False, True))),
     Check("L1", "rope", check_rope,
           tuple(Rope(d, n, i) for d in DTYPES for n in (64, 32) for i in (False, True))),
     Check("L1", "embed and take_rows", check_rows, _DTYPE_CASES),

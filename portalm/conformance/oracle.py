@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from portalm.backend import AttentionSpec, Backend, Capabilities, QuantizedWeight
+from portalm.backend import AttentionSpec, Backend, Capabilities, Experts, QuantizedWeight
 from portalm.conformance import reference
 from portalm.engine.engine import Engine
 from portalm.models.loader import open_checkpoint
@@ -124,6 +124,29 @@ class Oracle:
     def gelu_tanh(self, x: torch.Tensor) -> torch.Tensor:
         """The form by tanh."""
         return torch.from_numpy(reference.gelu_tanh(_array(x)))
+
+    def moe(
+        self,
+        x: torch.Tensor,
+        expert_ids: torch.Tensor,
+        expert_weights: torch.Tensor,
+        experts: Experts,
+    ) -> torch.Tensor:
+        """Each token's experts, added up."""
+        biases = None
+        if experts.gate_up_bias is not None and experts.down_bias is not None:
+            biases = _array(experts.gate_up_bias), _array(experts.down_bias)
+        out = reference.moe(
+            _array(x),
+            expert_ids.numpy(),
+            _array(expert_weights),
+            [_array(weight) for weight in experts.gate_up],
+            [_array(weight) for weight in experts.down],
+            biases,
+            experts.swiglu_limit,
+            experts.swiglu_alpha,
+        )
+        return torch.from_numpy(out)
 
     def kv_write(
         self,

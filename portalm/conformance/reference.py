@@ -6,6 +6,7 @@ Nothing here is shared with the code under test, and nothing is written to be fa
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -138,6 +139,45 @@ def _sigmoid(x: Array) -> Array:
     """1 / (1 + exp(-x)), the exponent never positive: no overflow at either end."""
     small = np.exp(-np.abs(x))
     return np.where(x >= 0, 1 / (1 + small), small / (1 + small))
+
+
+def swiglu(gate_up: Array, limit: float, alpha: float) -> Array:
+    """gate * sigmoid(alpha * gate) * (up + 1) of [T, 2 I], clamped: [T, I]."""
+    gate, up = np.split(gate_up, 2, axis=-1)
+    gate, up = np.minimum(gate, limit), np.clip(up, -limit, limit)
+    return gate * _sigmoid(alpha * gate) * (up + 1)
+
+
+def moe(
+    x: Array,
+    ids: npt.NDArray[np.int32],
+    shares: Array,
+    gate_up: Sequence[Array],
+    down: Sequence[Array],
+    biases: tuple[Array, Array] | None = None,
+    limit: float | None = None,
+    alpha: float = 1.0,
+) -> Array:
+    """Each token's experts applied to it and added up by their shares.
+
+    Args:
+        x: [T, C]
+        ids: [T, k]
+        shares: [T, k]
+        gate_up: [2 I, C] of each expert.
+        down: [C, I] of each.
+        biases: [E, 2 I] and [E, C].
+        limit: clamps as in `swiglu`; None: silu(gate) * up.
+        alpha: of `swiglu`.
+    """
+    out: Array = np.zeros(x.shape, np.float64)
+    for token, chosen in enumerate(ids):
+        for expert, share in zip(chosen, shares[token], strict=True):
+            first, last = (None, None) if biases is None else (b[expert] for b in biases)
+            wide = linear(x[token : token + 1], gate_up[expert], first)
+            inner = silu_mul(wide) if limit is None else swiglu(wide, limit, alpha)
+            out[token] += share * linear(inner, down[expert], last)[0]
+    return out
 
 
 def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:

@@ -77,6 +77,32 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "logits_scaling": 0.5,
         "residual_multiplier": 0.7,
     },
+    "mixtral": {
+        "architectures": ["MixtralForCausalLM"],
+        "intermediate_size": 64,
+        "num_local_experts": 4,
+    },
+    "qwen2 moe": {
+        "architectures": ["Qwen2MoeForCausalLM"],
+        "moe_intermediate_size": 32,
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+        "shared_expert_intermediate_size": 48,
+    },
+    "qwen3 moe": {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "moe_intermediate_size": 32,
+        "norm_topk_prob": True,
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+    },
+    "gpt_oss": {
+        "architectures": ["GptOssForCausalLM"],
+        "intermediate_size": 48,
+        "num_experts_per_tok": 2,
+        "num_local_experts": 4,
+        "sliding_window": 24,
+    },
     "cohere": {"architectures": ["CohereForCausalLM"], "logit_scale": 1.5},
     "cohere2": {
         "architectures": ["Cohere2ForCausalLM"],

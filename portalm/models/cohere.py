@@ -60,7 +60,7 @@ class Cohere(Decoder):
         return ParallelBlock(
             attention_norm=self.norm(read, f"{name}.input_layernorm"),
             attention=self.attention(read, layer, f"{name}.self_attn"),
-            mlp=self.mlp(read, f"{name}.mlp"),
+            mlp=self.mlp(read, layer, f"{name}.mlp"),
         )
 
     def attention(self, read: LayerReader, layer: int, name: str) -> Attention:

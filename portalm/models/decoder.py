@@ -51,6 +51,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "num_experts": (0,),
     "num_local_experts": (0,),
     "qk_layernorm": (False,),
+    "quantization_config": (),
     "query_pre_attn_scalar": (),
     "residual_multiplier": (1.0,),
     "scale_attn_weights": (True,),
@@ -78,6 +79,7 @@ class Decoder:
     last_norm = "model.norm"
     head = "lm_head"
     out_name = "o_proj"
+    feed_forward = "mlp"
     optional_prefix = ""
     """Of all names: some checkpoints leave it out."""
     is_interleaved = False
@@ -261,7 +263,7 @@ class Decoder:
             attention_norm=self.norm(read, f"{name}.input_layernorm"),
             attention=self.attention(read, layer, f"{name}.self_attn"),
             mlp_norm=self.norm(read, f"{name}.post_attention_layernorm"),
-            mlp=self.mlp(read, f"{name}.mlp"),
+            mlp=self.mlp(read, layer, f"{name}.{self.feed_forward}"),
         )
 
     def attention(self, read: LayerReader, layer: int, name: str) -> Attention:
@@ -291,11 +293,13 @@ class Decoder:
             has_bias=self.has_bias("qkv"),
         )
 
-    def mlp(self, read: LayerReader, name: str) -> FeedForward:
+    def mlp(self, read: LayerReader, layer: int, name: str) -> FeedForward:
         """A layer's feed-forward."""
-        hidden, inner, has_bias = (
-            self.config.hidden_size, self.config.intermediate_size, self.has_bias("mlp")
-        )  # fmt: skip
+        return self.gated_mlp(read, name, self.config.intermediate_size)
+
+    def gated_mlp(self, read: LayerReader, name: str, inner: int) -> GatedMLP:
+        """A feed-forward with a gate, `inner` wide."""
+        hidden, has_bias = self.config.hidden_size, self.has_bias("mlp")
         return GatedMLP(
             gate_up=read.linear(
                 f"{name}.gate_proj",

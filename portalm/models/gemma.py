@@ -98,7 +98,7 @@ class Gemma2(Gemma):
             attention=self.attention(read, layer, f"{name}.self_attn"),
             attention_out_norm=self.norm(read, f"{name}.post_attention_layernorm"),
             mlp_norm=self.norm(read, f"{name}.pre_feedforward_layernorm"),
-            mlp=self.mlp(read, f"{name}.mlp"),
+            mlp=self.mlp(read, layer, f"{name}.mlp"),
             mlp_out_norm=self.norm(read, f"{name}.post_feedforward_layernorm"),
         )
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import torch
 
-from portalm.backend import Capabilities, PackedWeight, QuantizedWeight
+from portalm.backend import Capabilities, Experts, PackedWeight, QuantizedWeight
 from portalm.layers.linear import Linear, Packer, pack_linear, pack_weight
 from portalm.layers.norms import LayerNorm, RMSNorm
 from portalm.models.loader.checkpoint import TensorReader
@@ -107,6 +107,58 @@ class LayerReader:
                 bias = self._host(f"{name}.bias", (n,))
                 biases.append(bias if order is None else order(bias))
         return pack_linear(self._backend, weights, biases, self.dtype, self._quantization.layers)
+
+    def router(self, name: str, rows: int, columns: int, *, has_bias: bool = False) -> Linear:
+        """A small layer that decides: never of few bits."""
+        weight = self._host(f"{name}.weight", (rows, columns))
+        biases = [self._host(f"{name}.bias", (rows,))] if has_bias else []
+        return pack_linear(self._backend, [weight], biases, self.dtype)
+
+    def experts(
+        self, name: str, count: int, *, inner: int, columns: int, names: tuple[str, str, str]
+    ) -> Experts:
+        """Experts whose tensors are each by itself: `name`.0.`names`.weight and so on.
+
+        Args:
+            name: of all.
+            count: E.
+            inner: their width I.
+            columns: C.
+            names: of gate, up and down.
+        """
+        gate, up, down = names
+        wide, narrow = (inner, columns), (columns, inner)
+        return Experts(
+            gate_up=tuple(
+                self._packed(
+                    self._weight(f"{name}.{i}.{gate}.weight", wide),
+                    self._weight(f"{name}.{i}.{up}.weight", wide),
+                )
+                for i in range(count)
+            ),
+            down=tuple(
+                self._packed(self._weight(f"{name}.{i}.{down}.weight", narrow))
+                for i in range(count)
+            ),
+        )
+
+    def stacked_experts(
+        self, name: str, count: int, *, inner: int, columns: int, order: RowOrder
+    ) -> Experts:
+        """Experts in one tensor of each kind, transposed, with biases; `order` of gate and up."""
+        gate_up = self._host(f"{name}.gate_up_proj", (count, columns, 2 * inner))
+        down = self._host(f"{name}.down_proj", (count, inner, columns))
+        bias = self._host(f"{name}.gate_up_proj_bias", (count, 2 * inner))
+        device = self._backend.device()
+        return Experts(
+            gate_up=tuple(self._packed(order(weight.T)) for weight in gate_up),
+            down=tuple(self._packed(weight.T) for weight in down),
+            gate_up_bias=order(bias.T).T.contiguous().to(self.dtype).to(device),
+            down_bias=self.tensor(f"{name}.down_proj_bias", count, columns),
+        )
+
+    def _packed(self, *weights: torch.Tensor | QuantizedWeight) -> PackedWeight:
+        return pack_weight(self._backend, weights, self.dtype, self._quantization.layers)
 
     def head(self, name: str, rows: int, columns: int, tied: torch.Tensor | None) -> PackedWeight:
         """The output head [V, C]; `tied`: the embedding, which `name` then is, on the device."""

@@ -27,7 +27,7 @@ class Phi3(Decoder):
         rows = (config.num_heads + 2 * config.num_kv_heads) * config.head_size
         return read.linear(f"{name}.qkv_proj", rows=(rows,), columns=config.hidden_size)
 
-    def mlp(self, read: LayerReader, name: str) -> FeedForward:
+    def mlp(self, read: LayerReader, layer: int, name: str) -> FeedForward:
         """Gate and up are merged too."""
         hidden, inner = self.config.hidden_size, self.config.intermediate_size
         return GatedMLP(

@@ -37,6 +37,6 @@ class Starcoder2(Decoder):
         """A layer norm."""
         return read.layer_norm(name, self.config.hidden_size, self.config.norm_eps)
 
-    def mlp(self, read: LayerReader, name: str) -> FeedForward:
+    def mlp(self, read: LayerReader, layer: int, name: str) -> FeedForward:
         """No gate."""
         return self.plain_mlp(read, f"{name}.c_fc", f"{name}.c_proj", is_transposed=False)

@@ -175,6 +175,30 @@ class GeluByTanh(ReferenceBackend):
         return torch.nn.functional.gelu(x, approximate="tanh")
 
 
+class GateBehindUp(ReferenceBackend):
+    def gelu_tanh_mul(self, gate_up):
+        return super().gelu_tanh_mul(gate_up.roll(gate_up.shape[1] // 2, 1))
+
+
+class HeadsNormedAtOnce(ReferenceBackend):
+    def rms_norm(self, x, weight, eps):
+        ones = torch.ones(x[0].numel(), dtype=x.dtype)
+        return super().rms_norm(x.flatten(1), ones, eps).view(x.shape) * weight
+
+
+class NextExpert(ReferenceBackend):
+    def moe(self, x, expert_ids, expert_weights, experts):
+        shifted = (expert_ids + 1) % len(experts.down)
+        return super().moe(x, shifted, expert_weights, experts)
+
+
+class ClampForgotten(ReferenceBackend):
+    def moe(self, x, expert_ids, expert_weights, experts):
+        if experts.swiglu_limit is not None:
+            experts = replace(experts, swiglu_limit=100.0)
+        return super().moe(x, expert_ids, expert_weights, experts)
+
+
 class LogitsInTheDtype(ReferenceBackend):
     def logits(self, x, weight):
         return torch.nn.functional.linear(x.bfloat16(), weight.bfloat16()).float()
@@ -217,6 +241,10 @@ FAULTS = {  # and where it must show
     EncoderIsCausal: "attend_encoder",
     MeanForgotten: "layer_norm",
     GeluByTanh: "gelu",
+    GateBehindUp: "gelu_tanh",
+    HeadsNormedAtOnce: "norms of heads",
+    NextExpert: "moe",
+    ClampForgotten: "moe",
     LogitsInTheDtype: "logits",
     SealForgotten: "seal",
     Float16Inside: "linear",
@@ -253,8 +281,8 @@ def test_a_wrong_philox_counter_is_caught(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_batch_that_leaks_into_its_requests_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     right = attention.paged_attention
 
-    def leaky(query, key_cache, value_cache, meta, spec):
-        out = right(query, key_cache, value_cache, meta, spec)
+    def leaky(query, key_cache, value_cache, meta, spec, sinks=None):
+        out = right(query, key_cache, value_cache, meta, spec, sinks)
         return out + 1e-4 * (len(meta.host_seq_lens) - 1)
 
     monkeypatch.setattr(attention, "paged_attention", leaky)

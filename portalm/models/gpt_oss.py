@@ -1,0 +1,75 @@
+"""GPT-OSS: experts with biases and a clamped gate, sinks in every head, windows in half the layers.
+
+OpenAI, "gpt-oss-120b and gpt-oss-20b model card", 2025. The published checkpoints are of 4 bits
+(MXFP4), which are not read yet; those that were cast to bfloat16 are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from portalm.backend import AttentionSpec
+from portalm.layers.attention import Attention
+from portalm.layers.mlp import FeedForward
+from portalm.layers.moe import MoE
+from portalm.models.decoder import Decoder
+from portalm.models.layer_reader import LayerReader
+
+
+class GptOss(Decoder):
+    """Functions of a GPT-OSS; see `portalm.models.model.Model`."""
+
+    defaults = {
+        "attention_bias": True,
+        "head_dim": 64,
+        "num_experts_per_tok": 4,
+        "num_local_experts": 128,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 150_000.0,
+        "sliding_window": 128,
+        "swiglu_alpha": 1.702,
+        "swiglu_limit": 7.0,
+    }
+    reads = frozenset({"attention_bias", "layer_types", "num_local_experts", "sliding_window"})
+
+    def has_window(self, layer: int) -> bool:
+        """The first, the third and so on."""
+        return layer % 2 == 0
+
+    def spec(self, layer: int) -> AttentionSpec:
+        """Every head has a sink."""
+        return replace(super().spec(layer), has_sinks=True)
+
+    def attention(self, read: LayerReader, layer: int, name: str) -> Attention:
+        """With the sinks' scores."""
+        sinks = read.tensor(f"{name}.sinks", self.config.num_heads).float()
+        return replace(super().attention(read, layer, name), sinks=sinks)
+
+    def mlp(self, read: LayerReader, layer: int, name: str) -> FeedForward:
+        """A router with a bias; a token's weights add up to 1."""
+        values, hidden = self.config.values, self.config.hidden_size
+        num_experts = int(values["num_local_experts"])
+        experts = read.stacked_experts(
+            f"{name}.experts",
+            num_experts,
+            inner=self.config.intermediate_size,
+            columns=hidden,
+            order=_gate_first,
+        )
+        return MoE(
+            router=read.router(f"{name}.router", num_experts, hidden, has_bias=True),
+            experts=replace(
+                experts,
+                swiglu_alpha=float(values["swiglu_alpha"]),
+                swiglu_limit=float(values["swiglu_limit"]),
+            ),
+            top_k=int(values["num_experts_per_tok"]),
+            is_normalized=True,
+        )
+
+
+def _gate_first(rows: torch.Tensor) -> torch.Tensor:
+    """The checkpoint has gate and up rows in turn."""
+    return torch.cat((rows[0::2], rows[1::2]))
