@@ -5,7 +5,7 @@ Yang et al., "Qwen2 technical report", 2024, and "Qwen3 technical report", 2025.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from portalm.layers.mlp import FeedForward
 from portalm.layers.moe import MoE
@@ -79,6 +79,12 @@ class Qwen3Moe(Qwen3):
         "num_experts_per_tok": 8,
     }
     reads = frozenset({"attention_bias", "num_experts", "num_local_experts", "sliding_window"})
+
+    @classmethod
+    def complete(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """With defaults; newer files have another name for the number of experts."""
+        values = super().complete(values)
+        return {**values, "num_experts": values.get("num_local_experts") or values["num_experts"]}
 
     def has_window(self, layer: int) -> bool:
         """Every layer, where the config has one."""

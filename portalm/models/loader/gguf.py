@@ -17,6 +17,7 @@ from portalm.backend import QuantizedWeight
 from portalm.config import ModelConfig
 from portalm.errors import CheckpointError, ConfigError, UnsupportedModel
 from portalm.models.loader.config_json import model_config
+from portalm.models.loader.gguf_families import FAMILIES, GGUFFamily
 from portalm.models.loader.gguf_file import (
     TYPES,
     Reader,
@@ -30,24 +31,6 @@ from portalm.models.loader.gguf_quantized import as_quantized
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _ROWS_AT_A_TIME = 4096
 """Rows that are dequantised at once: several arrays as large as these live meanwhile."""
-_ARCHITECTURES = {"llama": "LlamaForCausalLM"}
-
-_TOP_NAMES = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-}
-_LAYER_NAMES = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
 _ROPE_FACTORS = "rope_freqs.weight"
 _VOCABULARY = frozenset(f"tokenizer.ggml.{name}" for name in ("tokens", "merges", "scores"))
 """Metadata that only a tokenizer needs: 100,000s of values."""
@@ -69,9 +52,11 @@ class GGUFCheckpoint:
         self._start = -(-reader.at // alignment) * alignment
         for name, info in infos.items():
             self._check_extent(name, info)
-        self._infos = {hf_name: info for name, info in infos.items() if (hf_name := _hf_name(name))}
+        self._family = self._find_family()
+        self._infos = {
+            hf_name: info for name, info in infos.items() if (hf_name := self._family.hf_name(name))
+        }
         factors = infos.get(_ROPE_FACTORS)
-        self._architecture = str(self.metadata.get("general.architecture", ""))
         self.config = self._config(overrides, self._read(factors) if factors else None)
 
     def _check_extent(self, name: str, info: TensorInfo) -> None:
@@ -102,6 +87,8 @@ class GGUFCheckpoint:
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor in its own float dtype, float32 where it was quantised."""
         tensor = self._read(self._info(name))
+        if self._family.is_shifted and name.endswith("norm.weight"):
+            return tensor.float() - 1.0
         num_heads = self._paired_heads(name)
         return _unpermute(tensor, num_heads) if num_heads else tensor
 
@@ -131,7 +118,7 @@ class GGUFCheckpoint:
 
     def _paired_heads(self, name: str) -> int:
         """Heads whose rotary pairs lie side by side in this tensor; 0: none do."""
-        if self._architecture == "llama":
+        if self._family.is_paired:
             for suffix, num_heads in (
                 ("q_proj", self.config.num_heads),
                 ("k_proj", self.config.num_kv_heads),
@@ -182,14 +169,18 @@ class GGUFCheckpoint:
 
     # -- config -------------------------------------------------------------------------------
 
+    def _find_family(self) -> GGUFFamily:
+        architecture = str(self.metadata.get("general.architecture", ""))
+        if architecture not in FAMILIES:
+            raise UnsupportedModel(
+                f"{self.path}: GGUF architecture {architecture!r} is not supported; "
+                f"supported: {', '.join(FAMILIES)}"
+            )
+        return FAMILIES[architecture]
+
     def _config(
         self, overrides: Mapping[str, Any], rope_factors: torch.Tensor | None
     ) -> ModelConfig:
-        if self._architecture not in _ARCHITECTURES:
-            raise UnsupportedModel(
-                f"{self.path}: GGUF architecture {self._architecture!r} is not supported; "
-                f"supported: {', '.join(_ARCHITECTURES)}"
-            )
         try:
             values = {**self._hf_values(rope_factors), **overrides}
             return model_config(values, {})
@@ -200,7 +191,7 @@ class GGUFCheckpoint:
 
     def _hf_values(self, rope_factors: torch.Tensor | None) -> dict[str, Any]:
         """The metadata under config.json's names."""
-        metadata, prefix = self.metadata, self._architecture
+        metadata, prefix = self.metadata, self.metadata["general.architecture"]
         get: Callable[[str], Any] = lambda key: metadata[f"{prefix}.{key}"]  # noqa: E731
         maybe: Callable[[str], Any] = lambda key: metadata.get(f"{prefix}.{key}")  # noqa: E731
         num_heads = get("attention.head_count")
@@ -208,21 +199,27 @@ class GGUFCheckpoint:
         if embedding is None:
             raise KeyError("token_embd.weight")
         rope = _rope_scaling(maybe, rope_factors)
+        rotary, head_size = maybe("rope.dimension_count"), maybe("attention.key_length")
+        if rotary and rotary != (head_size or get("embedding_length") // num_heads):
+            raise UnsupportedModel(
+                f"{self.path}: {prefix}.rope.dimension_count is {rotary}, less than a head: "
+                f"that is not supported for this architecture"
+            )
         return {
-            "architectures": [_ARCHITECTURES[prefix]],
+            "architectures": [self._family.architecture],
             "vocab_size": embedding.shape[0],
             "hidden_size": get("embedding_length"),
             "intermediate_size": get("feed_forward_length"),
             "num_hidden_layers": get("block_count"),
             "num_attention_heads": num_heads,
             "num_key_value_heads": maybe("attention.head_count_kv") or num_heads,
-            "head_dim": maybe("attention.key_length"),
+            "head_dim": head_size,
             "max_position_embeddings": get("context_length"),
             "rms_norm_eps": get("attention.layer_norm_rms_epsilon"),
             "rope_theta": maybe("rope.freq_base"),
             "rope_scaling": rope,
             "tie_word_embeddings": "lm_head.weight" not in self._infos,
-            "attention_bias": "model.layers.0.self_attn.q_proj.bias" in self._infos,
+            "attention_bias": "model.layers.0.self_attn.o_proj.bias" in self._infos,
             "mlp_bias": "model.layers.0.mlp.gate_proj.bias" in self._infos,
             "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
             "eos_token_id": [
@@ -231,6 +228,7 @@ class GGUFCheckpoint:
                 if key in metadata
             ],
             "torch_dtype": self._dtype(),
+            **self._family.hf_values(metadata),
         }
 
     def _dtype(self) -> str:
@@ -253,17 +251,6 @@ def _rope_scaling(
     if original:
         scaling["original_max_position_embeddings"] = original
     return scaling
-
-
-def _hf_name(name: str) -> str | None:
-    """The Hugging Face name of a GGUF tensor; None for one that models do not read."""
-    stem, _, suffix = name.rpartition(".")
-    if stem in _TOP_NAMES:
-        return f"{_TOP_NAMES[stem]}.{suffix}"
-    parts = stem.split(".")
-    if len(parts) == 3 and parts[0] == "blk" and parts[2] in _LAYER_NAMES:
-        return f"model.layers.{parts[1]}.{_LAYER_NAMES[parts[2]]}.{suffix}"
-    return None
 
 
 def _unpermute(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
