@@ -465,7 +465,7 @@ class CpuBackend(TorchBackend):
         counts = torch.bincount(expert_ids.flatten(), minlength=len(experts.down)).tolist()
         total = torch.zeros(x.shape, dtype=torch.float32)
         weights = expert_weights.flatten()
-        for expert, chosen in enumerate(order.split(counts)):
+        for expert, chosen in enumerate(torch.split(order, counts)):
             if len(chosen):
                 tokens = chosen // expert_ids.shape[1]
                 out = self.expert(x[tokens], expert, experts).float()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 
-from portalm.errors import UnsupportedModel
 from portalm.models.model import Model
 
 ARCHITECTURES = {
@@ -41,13 +40,8 @@ ARCHITECTURES = {
 
 
 def model_class(architecture: str) -> type[Model]:
-    """The class that runs `architecture`. Raises `UnsupportedModel`, naming those that run."""
-    home = ARCHITECTURES.get(architecture)
-    if home is None:
-        raise UnsupportedModel(
-            f"architecture {architecture!r} is not supported; supported: "
-            f"{', '.join(sorted(ARCHITECTURES))}"
-        )
+    """The class that runs `architecture`: a family's, or transformers' own code."""
+    home = ARCHITECTURES.get(architecture, "portalm.models.transformers_model:TransformersModel")
     module, _, name = home.partition(":")
     found: type[Model] = getattr(importlib.import_module(module), name)
     return found

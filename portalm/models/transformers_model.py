@@ -1,0 +1,339 @@
+"""A decoder that has no file here: transformers' own code, its attention replaced by the backend's.
+
+Slower than a family of our own (nothing is merged, packed or quantised), but there on the day that
+transformers has it. A dry run without data finds out which attention each layer asks for; what it
+asks for that a backend cannot be told, or what depends on more than a token and its place, refuses
+the model.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from portalm.backend import KV, AttentionSpec, Backend, KVSpec, StepMeta, Weights
+from portalm.config import ModelConfig, Task
+from portalm.errors import CheckpointError, Unsupported, UnsupportedModel
+from portalm.models.loader.checkpoint import Checkpoint, LoadProgress
+from portalm.models.model import AS_CAST, Quantization, bytes_of
+
+logger = logging.getLogger(__name__)
+
+_ATTENTION = "portalm"
+"""The name of our attention among transformers'."""
+
+_STEP = "portalm_step"
+"""The keyword by which a step gets to it."""
+
+_UNDERSTOOD = frozenset({"scaling", "sliding_window", "softcap", "s_aux", "is_causal"})
+_HARMLESS = frozenset(
+    {"dropout", "position_ids", "use_cache", "cache_position", "output_attentions",
+     "output_hidden_states", "output_router_logits", "return_dict", "logits_to_keep"}
+)  # fmt: skip
+"""Keywords of attention functions that change nothing here."""
+
+
+@dataclass(slots=True)
+class _DryRun:
+    """Writes down the attention of every layer."""
+
+    specs: dict[int, AttentionSpec] = field(default_factory=dict)
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        spec: AttentionSpec,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        if layer in self.specs:
+            raise UnsupportedModel(f"layer {layer} attends twice")
+        self.specs[layer] = spec
+        return query
+
+
+@dataclass(slots=True)
+class _Step:
+    """One step over the backend's cache."""
+
+    backend: Backend
+    kv: KV
+    meta: StepMeta
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        spec: AttentionSpec,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        self.kv = self.backend.kv_write(self.kv, layer, key, value, self.meta)
+        return self.backend.attend(self.kv, layer, query, self.meta, spec, sinks)
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    """What transformers calls: [1, H, T, D] and [1, H_kv, T, D] twice -> [1, T, H, D]."""
+    step: _DryRun | _Step | None = options.pop(_STEP, None)
+    if step is None:
+        raise UnsupportedModel("it does not hand keywords down to its attention")
+    strange = [k for k, v in options.items() if v is not None and k not in _UNDERSTOOD | _HARMLESS]
+    if strange or attention_mask is not None:
+        what = ", ".join(strange) or "a mask of its own"
+        raise UnsupportedModel(f"its attention asks for {what}")
+    if options.get("is_causal") is False or not getattr(module, "is_causal", True):
+        raise UnsupportedModel("its attention is not causal")
+    if value.shape != key.shape:
+        raise UnsupportedModel("its values are not as wide as its keys")
+    sinks, scale = options.get("s_aux"), options.get("scaling")
+    spec = AttentionSpec(
+        num_heads=query.shape[1],
+        num_kv_heads=key.shape[1],
+        head_size=query.shape[3],
+        scale=query.shape[3] ** -0.5 if scale is None else float(scale),
+        sliding_window=options.get("sliding_window"),
+        soft_cap=options.get("softcap"),
+        has_sinks=sinks is not None,
+    )
+    layer: Any = getattr(module, "layer_idx", None)
+    q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))  # [T, H, D]
+    out = step.attend(int(layer), q, k, v, spec, None if sinks is None else sinks.float())
+    return out[None], None
+
+
+class TransformersModel:
+    """Functions of any decoder that transformers has; see `portalm.models.model.Model`."""
+
+    tasks: tuple[Task, ...] = ("generate",)
+
+    def __init__(self, config: ModelConfig, dtype: str) -> None:
+        """A model of this shape, computed in `dtype`.
+
+        Raises:
+            UnsupportedModel: transformers does not have it, or not so that it can run here.
+        """
+        self.config = config
+        self.dtype = dtype
+        self._class = _find_class(config.architecture)
+        self._hf_config = _hf_config(config.values)
+        try:
+            with torch.device("meta"):
+                model = self._build("bfloat16")  # without data some operations know no other
+                self._specs = _dry_run(model)
+        except UnsupportedModel as reason:
+            raise _refusal(config.architecture, str(reason)) from None
+        except Exception as error:  # whatever foreign code raises: the model cannot run
+            raise _refusal(config.architecture, f"{type(error).__name__}: {error}") from error
+        self._shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
+        logger.warning(
+            "%s has no file of its own here and runs through transformers' code: slower, and its "
+            "weights are never of few bits",
+            config.architecture,
+        )
+
+    @classmethod
+    def complete(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """What transformers' config makes of `values`, under the names that most have."""
+        _find_class(str((values.get("architectures") or [""])[0]))
+        config = _hf_config(values)
+        names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim",
+                 "num_attention_heads", "num_key_value_heads", "max_position_embeddings",
+                 "tie_word_embeddings")  # fmt: skip
+        known = {name: getattr(config, name, None) for name in names}
+        known["intermediate_size"] = known["intermediate_size"] or 4 * config.hidden_size
+        return {**values, **{name: value for name, value in known.items() if value is not None}}
+
+    def _build(self, dtype: str) -> Any:
+        self._hf_config._attn_implementation = _ATTENTION
+        return self._class._from_config(
+            self._hf_config, dtype=getattr(torch, dtype), attn_implementation=_ATTENTION
+        ).eval()
+
+    # -- shapes -------------------------------------------------------------------------------
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every parameter, by transformers' name."""
+        return dict(self._shapes)
+
+    def weight_bytes(self) -> int:
+        """Bytes of all weights in `dtype`."""
+        return bytes_of(self._shapes, self.dtype)
+
+    def attention_specs(self) -> list[AttentionSpec]:
+        """One for each layer, as it asked for it."""
+        return self._specs
+
+    def kv_spec(self, block_size: int, kv_dtype: str) -> KVSpec:
+        """The KV cache that the model needs."""
+        first = self._specs[0]
+        return KVSpec(
+            num_layers=len(self._specs),
+            num_kv_heads=first.num_kv_heads,
+            head_size=first.head_size,
+            block_size=block_size,
+            dtype=kv_dtype,
+        )
+
+    # -- loading ------------------------------------------------------------------------------
+
+    def load(
+        self,
+        checkpoint: Checkpoint,
+        backend: Backend,
+        *,
+        quantization: Quantization = AS_CAST,
+        progress: LoadProgress | None = None,
+    ) -> Weights:
+        """The module itself, as `module`.
+
+        Raises:
+            Unsupported: the device does not run torch modules as they are, or `quantization` asks
+                for few bits.
+            CheckpointError: tensors are missing or of another shape.
+        """
+        if backend.capabilities.static_shapes:
+            raise Unsupported(
+                f"{self.config.architecture} runs through transformers' code, and backend "
+                f"{backend.name!r} does not run that: use another device"
+            )
+        if quantization.layers is not None:
+            raise Unsupported(
+                f"{self.config.architecture} runs through transformers' code, whose weights are "
+                f"never of few bits: leave --quantization out"
+            )
+        has_all = self._shapes.keys() <= set(checkpoint.names())
+        module = self._filled(checkpoint, progress) if has_all else self._converted(checkpoint)
+        module.requires_grad_(False)
+        return {"module": module.to(backend.device())}
+
+    def _filled(self, checkpoint: Checkpoint, progress: LoadProgress | None) -> Any:
+        """The checkpoint's tensors have the module's names."""
+        module = self._build(self.dtype)
+        for i, (name, parameter) in enumerate(module.named_parameters()):
+            tensor = checkpoint.tensor(name)
+            if tensor.shape != parameter.shape:
+                raise CheckpointError(
+                    checkpoint.path,
+                    f"tensor {name!r} is {list(tensor.shape)}, the model's config makes it "
+                    f"{list(parameter.shape)}",
+                )
+            parameter.data.copy_(tensor)
+            if progress is not None:
+                progress((i + 1) / len(self._shapes))
+        return module
+
+    def _converted(self, checkpoint: Checkpoint) -> Any:
+        """Transformers knows what its names are in files."""
+        module, found = self._class.from_pretrained(
+            checkpoint.path,
+            config=self._hf_config,
+            dtype=getattr(torch, self.dtype),
+            attn_implementation=_ATTENTION,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+        missing = sorted(found["missing_keys"]) + [str(k) for k in found["mismatched_keys"]]
+        if missing:
+            raise CheckpointError(
+                checkpoint.path, f"tensor {missing[0]!r} is missing or of another shape"
+            )
+        return module.eval()
+
+    # -- running ------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        backend: Backend,
+        weights: Weights,
+        kv: KV,
+        token_ids: torch.Tensor,
+        meta: StepMeta,
+    ) -> tuple[KV, torch.Tensor]:
+        """Logits, [R, V], of meta.logits_rows: the module has its own head."""
+        step = _Step(backend, kv, meta)
+        out = weights["module"](
+            input_ids=token_ids.long()[None],
+            position_ids=meta.positions.long()[None],
+            use_cache=False,
+            logits_to_keep=meta.logits_rows.long(),
+            **{_STEP: step},
+        )
+        return step.kv, out.logits[0]
+
+    def logits(self, backend: Backend, weights: Weights, hidden: torch.Tensor) -> torch.Tensor:
+        """What `forward` gave, in float32."""
+        return hidden.float()
+
+
+def _find_class(architecture: str) -> Any:
+    """The class in transformers, if it is a decoder that takes attention from elsewhere."""
+    import transformers
+
+    found = getattr(transformers, architecture, None)
+    if found is None or not architecture.endswith("ForCausalLM"):
+        from portalm.models.registry import ARCHITECTURES
+
+        raise UnsupportedModel(
+            f"architecture {architecture!r} is not supported, and transformers has no decoder of "
+            f"that name; supported: {', '.join(ARCHITECTURES)}"
+        )
+    if not found._supports_attention_backend or getattr(found, "_is_stateful", False):
+        raise _refusal(architecture, "its attention cannot be replaced, or it has a state besides")
+    transformers.AttentionInterface.register(_ATTENTION, _attention)
+    return found
+
+
+def _hf_config(values: Mapping[str, Any]) -> Any:
+    from transformers import CONFIG_MAPPING
+
+    kind = values.get("model_type")
+    if kind not in CONFIG_MAPPING:
+        raise UnsupportedModel(f"config.json: transformers knows no model_type {kind!r}")
+    return CONFIG_MAPPING[kind](**{k: v for k, v in values.items() if k != "model_type"})
+
+
+def _dry_run(model: Any) -> list[AttentionSpec]:
+    """The attention of every layer: a step of two tokens without data."""
+    text = model.config.get_text_config()
+    rope = getattr(text, "rope_parameters", None) or {}
+    if {"dynamic", "longrope"} & {str(v) for v in _leaves(rope)}:
+        raise UnsupportedModel("its rotation changes with a text's length")
+    run, ids = _DryRun(), torch.zeros((1, 2), dtype=torch.long, device="meta")
+    with torch.inference_mode():
+        model(input_ids=ids, position_ids=ids, use_cache=False, logits_to_keep=1, **{_STEP: run})
+    specs = [spec for _, spec in sorted(run.specs.items())]
+    if sorted(run.specs) != list(range(text.num_hidden_layers)):
+        raise UnsupportedModel("not every layer of it attends, each once")
+    if len({(spec.num_kv_heads, spec.head_size) for spec in specs}) != 1:
+        raise UnsupportedModel("its layers have keys of different shapes")
+    return specs
+
+
+def _leaves(values: Mapping[str, Any]) -> list[Any]:
+    """The values of a mapping, and of those within it."""
+    return [
+        leaf
+        for value in values.values()
+        for leaf in (_leaves(value) if isinstance(value, Mapping) else [value])
+    ]
+
+
+def _refusal(architecture: str, reason: str) -> UnsupportedModel:
+    return UnsupportedModel(
+        f"architecture {architecture!r} is not supported: it has no file here, and through "
+        f"transformers' code it cannot run because {reason}"
+    )

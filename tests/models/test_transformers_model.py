@@ -1,0 +1,101 @@
+"""Decoders without a file of their own run through transformers' code, and answer as it does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from portalm.errors import CheckpointError, Unsupported, UnsupportedModel
+from portalm.models import registry
+from tests.models.test_families import CASES, NUM_OUT, PROMPTS, Case, engine_of
+from tests.tiny import ask, make_config_folder, run, tokens
+
+OTHERS = {
+    "glm4": Case("Glm4", {"head_dim": 16}),
+    "olmo3": Case("Olmo3", {"sliding_window": 24}),
+    "helium": Case("Helium", {"head_dim": 16}),
+}
+OURS = ("gemma2", "gpt_oss", "granite")
+"""Caps, windows, sinks, experts and scaled logits: as if there were no file for them."""
+
+
+@pytest.mark.parametrize("device", ["reference", "cpu"])
+@pytest.mark.parametrize("name", [*OTHERS, *OURS])
+def test_answers_equal_transformers(
+    tmp_path: Path, name: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = OTHERS.get(name) or CASES[name]
+    monkeypatch.delitem(registry.ARCHITECTURES, f"{case.family}ForCausalLM", raising=False)
+    model = case.make()
+    model.save_pretrained(tmp_path)
+    engine = engine_of(tmp_path, device=device, max_model_len=200)
+
+    for key, prompt in PROMPTS.items():
+        ask(engine, key, prompt, max_tokens=NUM_OUT)
+    drawn = tokens(run(engine))
+    for key, prompt in PROMPTS.items():
+        ask(engine, key, prompt)
+    again = tokens(run(engine))
+
+    assert engine.stats().prefix_hits_total > 0
+    assert again == {key: drawn[key][:8] for key in drawn}
+    for key, prompt in PROMPTS.items():
+        with torch.inference_mode():
+            logits = model(torch.tensor([prompt + drawn[key]])).logits[0]
+        assert drawn[key] == logits[len(prompt) - 1 : -1].argmax(-1).tolist(), key
+
+
+def test_it_is_said_once_that_no_file_of_ours_runs(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    OTHERS["helium"].make().save_pretrained(tmp_path)
+
+    engine_of(tmp_path, device="reference")
+
+    said = [r.message for r in caplog.records if "transformers' code" in r.message]
+    assert len(said) == 1 and "HeliumForCausalLM" in said[0]
+
+
+def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    OTHERS["helium"].make().save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, file, metadata={"format": "pt"})
+
+    with pytest.raises(CheckpointError, match=r"'model.layers.1.mlp.up_proj.weight' is missing"):
+        engine_of(tmp_path, device="reference")
+
+
+def test_few_bits_are_refused(tmp_path: Path) -> None:
+    OTHERS["helium"].make().save_pretrained(tmp_path)
+
+    with pytest.raises(Unsupported, match="never of few bits"):
+        engine_of(tmp_path, device="cpu", quantization="int8")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "values", "message"),
+    [
+        ("MambaForCausalLM", {"model_type": "mamba"}, "cannot be replaced"),
+        ("VaxForCausalLM", {}, "no decoder of that name; supported: .*LlamaForCausalLM"),
+        ("HeliumForCausalLM", {"model_type": "vax"}, "knows no model_type 'vax'"),
+        (
+            "HeliumForCausalLM",
+            {"model_type": "helium", "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
+            "its rotation changes",
+        ),
+    ],
+)
+def test_what_cannot_run_so_is_refused_with_the_reason(
+    tmp_path: Path, architecture: str, values: dict[str, Any], message: str
+) -> None:
+    folder = make_config_folder(tmp_path, architectures=[architecture], **values)
+
+    with pytest.raises(UnsupportedModel, match=message):
+        engine_of(folder, device="reference", load_format="dummy")
