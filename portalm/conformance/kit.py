@@ -5,12 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from portalm.backend import Backend
-from portalm.conformance import laws, models, operations, serving
+from portalm.conformance import laws, layers, models, operations, serving
 from portalm.conformance.check import LEVELS, Item, Result
 from portalm.conformance.subject import Subject
 from portalm.errors import ConfigError
 
-CHECKS = (*operations.CHECKS, *laws.CHECKS, *models.CHECKS, *serving.CHECKS)
+CHECKS = (
+    *operations.CHECKS,
+    *layers.CHECKS,
+    *laws.CHECKS,
+    *models.CHECKS,
+    *serving.CHECKS,
+)
 
 
 def all_items(levels: Sequence[str] = (), pattern: str = "") -> list[Item]:

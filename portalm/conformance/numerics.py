@@ -94,3 +94,8 @@ def rounded(x: FloatArray, dtype: str) -> npt.NDArray[np.float32]:
     single = torch.from_numpy(np.ascontiguousarray(x, np.float32))
     array: npt.NDArray[np.float32] = single.to(torch_dtype(dtype)).float().numpy()
     return array
+
+
+def random_array(shape: tuple[int, ...], dtype: str, seed: int, scale: float = 1.0) -> F32Array:
+    """Normal numbers that `dtype` has: the same for a seed."""
+    return rounded(np.random.default_rng(seed).standard_normal(shape) * scale, dtype)
