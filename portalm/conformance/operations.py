@@ -1,4 +1,4 @@
-"""L0 and L1: claims hold, what is not claimed is refused, operations are what they mean."""
+"""L0 and L1: claims hold, what is not claimed is refused; attention and sampling."""
 
 from __future__ import annotations
 
@@ -38,6 +38,7 @@ from portalm.conformance.numerics import (
     DTYPES,
     NMSE_BOUND,
     F32Array,
+    random_array,
     require_close,
     require_equal,
 )
