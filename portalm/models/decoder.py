@@ -6,7 +6,7 @@ layer, and is also what tells which tensors there must be.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -228,7 +228,8 @@ class Decoder:
         ]
         return weights
 
-    def _rename(self, checkpoint: Checkpoint) -> Any:
+    def _rename(self, checkpoint: Checkpoint) -> Callable[[str], str]:
+        """The checkpoint's name of a tensor, from ours."""
         prefix = self.optional_prefix
         if not prefix or f"{self.embedding}.weight" in checkpoint.names():
             return str
