@@ -300,7 +300,7 @@ def _find_class(architecture: str) -> Any:
 def _hf_config(values: Mapping[str, Any]) -> Any:
     from transformers import CONFIG_MAPPING
 
-    kind = values.get("model_type")
+    kind = str(values.get("model_type"))
     if kind not in CONFIG_MAPPING:
         raise UnsupportedModel(f"config.json: transformers knows no model_type {kind!r}")
     return CONFIG_MAPPING[kind](**{k: v for k, v in values.items() if k != "model_type"})

@@ -62,16 +62,12 @@ def write_gguf(path: Path, name: str, config: Any, tensors: dict[str, torch.Tens
             values = paired(values, config.num_attention_heads)
         if name in PAIRED and hf_name.endswith("k_proj.weight"):
             values = paired(values, config.num_key_value_heads)
-        writer.add_tensor(names.get_name(hf_name, (".weight", ".bias")) + _kind(hf_name), values)
+        writer.add_tensor(names.get_name(hf_name, (".weight", ".bias")), values)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return path
-
-
-def _kind(name: str) -> str:
-    return "." + name.rpartition(".")[2]
 
 
 def shape_of(config: ModelConfig) -> str:
