@@ -188,6 +188,12 @@ class SchedulerConfig:
             )
 
 
+CHECKPOINT_SCHEMES = ("awq", "bitsandbytes", "compressed-tensors", "fp8", "gptq")
+"""How checkpoints write weights of few bits (portalm/quant)."""
+
+QUANTIZATIONS = ("auto", "none", "int8", "int4", *CHECKPOINT_SCHEMES)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
     """Everything a user may set on an engine: the keywords of `LLM()` and the flags of `serve`."""
@@ -200,10 +206,11 @@ class EngineConfig:
     """Name of a backend (`portalm devices` lists them); auto takes the fastest that can run."""
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     """What weights and activations are computed in; auto: as the checkpoint, if the device can."""
-    quantization: Literal["auto", "none", "int8", "int4"] = "auto"
+    quantization: str = "auto"
     """What weights are computed with. auto: the values that the checkpoint has, in its own few bits
     where the device can and `dtype` is not float32; none: `dtype`, dequantised if need be; int8,
-    int4: rounded where they have more, and activations to 8 bits."""
+    int4: rounded where they have more, and activations to 8 bits; a name of
+    `CHECKPOINT_SCHEMES`: as auto, of a checkpoint that must be of that scheme."""
     max_model_len: int | None = None
     """Longest prompt plus answer; None: what the model was made for."""
     block_size: int = 16
@@ -255,9 +262,9 @@ class EngineConfig:
             raise ConfigError("model must not be empty: give a folder, a .gguf file or a hub id")
         object.__setattr__(self, "hf_overrides", tuple(sorted(dict(self.hf_overrides).items())))
         _positive(self, "block_size", "max_num_seqs", "max_num_batched_tokens")
-        if self.quantization not in ("auto", "none", "int8", "int4"):
+        if self.quantization not in QUANTIZATIONS:
             raise ConfigError(
-                f"quantization must be auto, none, int8 or int4, not {self.quantization!r}"
+                f"quantization must be one of {', '.join(QUANTIZATIONS)}, not {self.quantization!r}"
             )
         optional = (
             "max_model_len", "kv_cache_memory_bytes", "num_gpu_blocks_override", "cpu_threads"

@@ -6,7 +6,7 @@ import argparse
 import json
 from typing import Any
 
-from portalm.config import DEFAULT_MODEL
+from portalm.config import DEFAULT_MODEL, QUANTIZATIONS
 
 _DTYPES = ("auto", "float32", "float16", "bfloat16")
 
@@ -28,8 +28,9 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--quantization",
         "what weights are computed with: auto is the checkpoint's own few bits where the device "
-        "can, none --dtype; int8 and int4 round those of more, and activations to 8 bits",
-        choices=("auto", "none", "int8", "int4"),
+        "can, none --dtype; int8 and int4 round those of more, and activations to 8 bits; others "
+        "are auto for a checkpoint that must be of that scheme",
+        choices=QUANTIZATIONS,
     )
     add("--max-model-len", "longest prompt plus answer, for example 4096 or 32k", type=_length)
     add("--block-size", "tokens per KV block", type=int)

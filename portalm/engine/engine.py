@@ -505,7 +505,7 @@ def _choose_quantization(config: EngineConfig, backend: Backend, dtype: str) -> 
     """What `config.quantization` means on this backend; `Unsupported` if it cannot."""
     if config.quantization == "none":
         return AS_CAST
-    if config.quantization == "auto":
+    if config.quantization not in _ROUNDED:
         # float32 was asked for: the reference of all else stays at its precision
         return Quantization(keep=bool(backend.capabilities.quantizations) and dtype != "float32")
     quantization = _ROUNDED[config.quantization]

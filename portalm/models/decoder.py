@@ -51,7 +51,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "num_experts": (0,),
     "num_local_experts": (0,),
     "qk_layernorm": (False,),
-    "quantization_config": (),
     "query_pre_attn_scalar": (),
     "residual_multiplier": (1.0,),
     "scale_attn_weights": (True,),

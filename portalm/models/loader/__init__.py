@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from portalm.config import EngineConfig
+from portalm.config import CHECKPOINT_SCHEMES, EngineConfig
 from portalm.errors import CheckpointError
 from portalm.models.loader.checkpoint import Checkpoint as Checkpoint
 
@@ -39,7 +39,21 @@ def open_checkpoint(path: Path, config: EngineConfig) -> Checkpoint:
 
     from portalm.models.loader.safetensors import SafetensorsCheckpoint
 
-    return SafetensorsCheckpoint(path, model_config)
+    checkpoint = SafetensorsCheckpoint(path, model_config)
+    found = model_config.values.get("quantization_config")
+    if config.quantization in CHECKPOINT_SCHEMES and not found:
+        raise CheckpointError(
+            path, f"its config.json does not say that it is {config.quantization}"
+        )
+    if not found:
+        return checkpoint
+    from portalm.models.loader.quantized import QuantizedCheckpoint
+    from portalm.quant import find_scheme
+
+    scheme = find_scheme(found)
+    if config.quantization in CHECKPOINT_SCHEMES and config.quantization != scheme.name:
+        raise CheckpointError(path, f"it is {scheme.name}, quantization is {config.quantization!r}")
+    return QuantizedCheckpoint(checkpoint, scheme)
 
 
 def _dummy(path: Path, real: Checkpoint, config: EngineConfig) -> Checkpoint:

@@ -1,0 +1,39 @@
+"""How checkpoints write weights of few bits: one file a scheme."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from portalm.errors import UnsupportedModel
+from portalm.quant.awq import AWQ
+from portalm.quant.bitsandbytes import BitsAndBytes
+from portalm.quant.compressed_tensors import CompressedTensors
+from portalm.quant.fp8 import FP8
+from portalm.quant.gptq import GPTQ
+from portalm.quant.scheme import Scheme as Scheme
+
+_SCHEMES: dict[str, Callable[[Mapping[str, Any]], Scheme]] = {
+    "awq": AWQ,
+    "bitsandbytes": BitsAndBytes,
+    "compressed-tensors": CompressedTensors,
+    "fbgemm_fp8": FP8,
+    "fp8": FP8,
+    "gptq": GPTQ,
+}
+"""By quantization_config's quant_method in config.json."""
+
+
+def find_scheme(config: Mapping[str, Any]) -> Scheme:
+    """The scheme of a `quantization_config`.
+
+    Raises:
+        UnsupportedModel: one that is not known, or of a kind that is not.
+    """
+    method = str(config.get("quant_method", ""))
+    if method not in _SCHEMES:
+        raise UnsupportedModel(
+            f"config.json: quantization_config's quant_method {method!r} is not supported; "
+            f"supported: {', '.join(_SCHEMES)}"
+        )
+    return _SCHEMES[method](config)

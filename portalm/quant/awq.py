@@ -1,0 +1,43 @@
+"""AWQ: 4 bits by groups with a zero each. Lin et al., "AWQ", 2023; the layout of AutoAWQ's gemm."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from portalm.quant.scheme import LayerParts, Weight, grouped, setting, unpacked
+
+_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+"""Which of a word's eight columns lies in each of its nibbles, the lowest first."""
+
+
+class AWQ:
+    """qweight int32 [K, N / 8], qzeros int32 [G, N / 8], scales [G, N]."""
+
+    name = "awq"
+    marks = ("qweight",)
+    parts = ("qweight", "qzeros", "scales")
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        """As quantization_config says; `UnsupportedModel` for other layouts."""
+        setting(config, "bits", (4,), 4)
+        setting(config, "version", ("gemm", "GEMM"), "gemm")
+
+    def read(self, parts: LayerParts) -> Weight:
+        """[N, K]: scale * (code - zero)."""
+        qweight = parts.get("qweight", None, None)
+        scales = parts.get("scales", None, 8 * qweight.shape[1])
+        qzeros = parts.get("qzeros", len(scales), qweight.shape[1])
+        if len(qweight) % len(scales):
+            raise parts.error(f"{len(qweight)} columns do not make {len(scales)} groups")
+        return grouped(_in_order(qweight).T, scales.T, bits=4, zeros=_in_order(qzeros).T)
+
+
+def _in_order(words: torch.Tensor) -> torch.Tensor:
+    """int32 [R, C] -> uint8 [R, 8 C]."""
+    codes = unpacked(words, 4, along_rows=False).view(*words.shape, 8)
+    ordered = torch.empty_like(codes)
+    ordered[..., list(_ORDER)] = codes
+    return ordered.view(len(words), -1)

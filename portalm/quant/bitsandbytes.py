@@ -1,0 +1,78 @@
+"""bitsandbytes: 8 bits by rows; 4 bits by blocks whose scales may be of 8 bits themselves.
+
+Dettmers et al., "LLM.int8()", 2022, and "QLoRA", 2023 (nf4).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from portalm.quant.scheme import LayerParts, Weight, grouped
+
+_STATES = ("nf4", "fp4")
+
+
+class BitsAndBytes:
+    """weight int8 [N, K] and SCB [N]; or weight uint8 [N K / 2, 1] and what `quant_state` names."""
+
+    name = "bitsandbytes"
+    marks = ("SCB", "weight.absmax")
+    parts = (
+        "SCB",
+        "weight_format",
+        "weight.absmax",
+        "weight.quant_map",
+        "weight.nested_absmax",
+        "weight.nested_quant_map",
+        *(f"weight.quant_state.bitsandbytes__{kind}" for kind in _STATES),
+    )
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        """What was done is written beside each weight."""
+
+    def read(self, parts: LayerParts) -> Weight:
+        """[N, K]: row by row, or block by block of its numbers."""
+        if parts.has("weight.absmax"):
+            return _four_bits(parts)
+        weight = parts.get("weight", None, None)
+        if weight.dtype != torch.int8:
+            raise parts.error(f"weight is {weight.dtype}, not int8")
+        largest = parts.get("SCB", len(weight)).float()
+        codes = (weight.short() + 128).to(torch.uint8)
+        return grouped(codes, largest[:, None] / 127, bits=8)
+
+
+def _four_bits(parts: LayerParts) -> torch.Tensor:
+    """float32 [N, K]: each code stands for a value of quant_map, times its block's absmax."""
+    state = _state(parts)
+    shape, block = [int(n) for n in state["shape"]], int(state["blocksize"])
+    packed = parts.get("weight").flatten()
+    if len(shape) != 2 or 2 * len(packed) != shape[0] * shape[1]:
+        raise parts.error(f"weight has {2 * len(packed)} codes, its quant_state makes it {shape}")
+    num_blocks = -(-2 * len(packed) // block)
+    absmax = parts.get("weight.absmax", num_blocks)
+    if absmax.dtype == torch.uint8:
+        outer = int(state["nested_blocksize"])
+        values = parts.get("weight.nested_quant_map", 256)
+        scales = parts.get("weight.nested_absmax", -(-num_blocks // outer))
+        absmax = values[absmax.long()] * scales.repeat_interleave(outer)[:num_blocks]
+        absmax = absmax + float(state["nested_offset"])
+    codes = torch.stack((packed >> 4, packed & 15), dim=-1).flatten()  # the first is the high one
+    values = parts.get("weight.quant_map", 16).float()[codes.long()]
+    return (values * absmax.float().repeat_interleave(block)[: len(values)]).view(shape)
+
+
+def _state(parts: LayerParts) -> dict[str, Any]:
+    for kind in _STATES:
+        name = f"weight.quant_state.bitsandbytes__{kind}"
+        if parts.has(name):
+            try:
+                state: dict[str, Any] = json.loads(bytes(parts.get(name).tolist()))
+                return {key: state[key] for key in ("shape", "blocksize")} | state
+            except (ValueError, KeyError, TypeError) as error:
+                raise parts.error(f"{name} is not what it should be ({error!r})") from error
+    raise parts.error(f"it has no quant_state of {' or '.join(_STATES)}")

@@ -1,0 +1,49 @@
+"""FP8 weights: one scale for a tensor, for each row, or for each block (DeepSeek-V3's, 2024).
+
+Micikevicius et al., "FP8 formats for deep learning", 2022. Activations that a checkpoint would
+round to 8 bits keep what the device computes with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from portalm.quant.scheme import LayerParts, Weight, scaled_by_blocks, setting
+
+_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+class FP8:
+    """weight [N, K] of 8 bits; weight_scale [] or [1] or [N, 1], or weight_scale_inv by blocks."""
+
+    name = "fp8"
+    marks = ("weight_scale", "weight_scale_inv")
+    parts = ("weight_scale", "weight_scale_inv", "input_scale", "input_scale_ub")
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        """As quantization_config says; `UnsupportedModel` for other formats of 8 bits."""
+        setting(config, "fmt", ("e4m3", "e5m2", "float8_e4m3fn"), "e4m3")
+        block = config.get("weight_block_size")
+        self._block = None if block is None else (int(block[0]), int(block[1]))
+
+    def read(self, parts: LayerParts) -> Weight:
+        """[N, K]: code * scale (weight_scale_inv is a scale all the same)."""
+        weight = parts.get("weight", None, None)
+        if weight.dtype not in _FP8:
+            raise parts.error(f"weight is {weight.dtype}, not one of 8 bits")
+        name = "weight_scale" if parts.has("weight_scale") else "weight_scale_inv"
+        scales = parts.get(name)
+        if scales.numel() == 1:
+            scales = scales.reshape(1, 1)
+        elif scales.ndim == 1:
+            scales = scales[:, None]
+        if self._block is not None and name == "weight_scale_inv":
+            wanted = [-(-n // b) for n, b in zip(weight.shape, self._block, strict=True)]
+            if list(scales.shape) != wanted:
+                raise parts.error(f"{name} is {list(scales.shape)}, its blocks make it {wanted}")
+        elif scales.shape not in ((1, 1), (len(weight), 1)):
+            raise parts.error(f"{name} is {list(scales.shape)}, the weight is {list(weight.shape)}")
+        return scaled_by_blocks(weight, scales, self._block)
