@@ -9,7 +9,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from portalm.beam_search_params import BeamSearchParams as BeamSearchParams
     from portalm.llm import LLM as LLM
+    from portalm.outputs import BeamSearchOutput as BeamSearchOutput
     from portalm.outputs import CompletionOutput as CompletionOutput
     from portalm.outputs import EmbeddingRequestOutput as EmbeddingRequestOutput
     from portalm.outputs import RequestOutput as RequestOutput
@@ -21,6 +23,8 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "LLM": "portalm.llm",
+    "BeamSearchOutput": "portalm.outputs",
+    "BeamSearchParams": "portalm.beam_search_params",
     "SamplingParams": "portalm.sampling_params",
     "RequestOutput": "portalm.outputs",
     "CompletionOutput": "portalm.outputs",
@@ -31,6 +35,8 @@ _HOMES = {
 
 __all__ = [
     "LLM",
+    "BeamSearchOutput",
+    "BeamSearchParams",
     "CompletionOutput",
     "EmbeddingRequestOutput",
     "PoolingParams",

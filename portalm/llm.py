@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 from tqdm import tqdm
 
 from portalm.backend import Backend
+from portalm.beam_search_params import BeamSearchParams
 from portalm.config import DEFAULT_MODEL, EngineConfig
+from portalm.engine.beam_search import BeamSearch, likeliest
 from portalm.engine.engine import Engine
 from portalm.engine.grammars import LoadedGrammars, vocabulary_of
 from portalm.engine.input_processor import NO_ANSWER, InputProcessor, ProcessedInput, TextPair
@@ -21,6 +23,8 @@ from portalm.engine.output_processor import AnswerDelta, OutputProcessor
 from portalm.engine.scores import as_pairs, cosine, numbers
 from portalm.errors import InvalidRequest, RequestFailed
 from portalm.outputs import (
+    BeamSearchOutput,
+    BeamSearchSequence,
     EmbeddingOutput,
     EmbeddingRequestOutput,
     RequestOutput,
@@ -154,6 +158,59 @@ class LLM:
             for conversation in conversations
         ]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+
+    def beam_search(
+        self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams
+    ) -> list[BeamSearchOutput]:
+        """The likeliest continuations of each prompt, by `params.beam_width` beams.
+
+        Each beam is continued by one request a token; its prompt and tokens are in the prefix cache
+        but for the last block.
+
+        Args:
+            prompts: a text, token ids, or a list of either.
+            params: how wide and how long.
+
+        Raises:
+            InvalidRequest: a prompt or a parameter cannot work.
+            RequestFailed: the device failed on a beam.
+        """
+        self._inputs.check_task("generate")
+        many = _as_prompts(prompts)
+        eos = self.engine.ready.eos_token_ids
+        longest = self.engine.ready.max_model_len
+        searches: list[tuple[list[int], BeamSearch]] = []
+        for prompt in many:
+            token_ids = self._inputs.check_prompt(prompt)
+            room = min(params.max_tokens, longest - len(token_ids))
+            searches.append((token_ids, BeamSearch(replace(params, max_tokens=room), eos)))
+        while open_ones := [one for one in searches if one[1].running]:
+            beams = [
+                ([*prompt, *beam.token_ids], search.step_params)
+                for prompt, search in open_ones
+                for beam in search.running
+            ]
+            answers = iter(
+                self.generate([b[0] for b in beams], [b[1] for b in beams], use_tqdm=False)
+            )
+            for _, search in open_ones:
+                found = [_continuation(next(answers)) for _ in search.running]
+                search.advance(found)
+        return [self._beam_output(prompt, search) for prompt, search in searches]
+
+    def _beam_output(self, prompt: list[int], search: BeamSearch) -> BeamSearchOutput:
+        return BeamSearchOutput(
+            [
+                BeamSearchSequence(
+                    tokens=[*prompt, *beam.token_ids],
+                    text="" if self._tokenizer is None else self._tokenizer.decode(beam.token_ids),
+                    cum_logprob=beam.logprob,
+                    score=beam.score,
+                    finish_reason=beam.finish_reason,
+                )
+                for beam in search.best()
+            ]
+        )
 
     def embed(
         self,
@@ -345,6 +402,13 @@ class LLM:
         for request_id in request_ids:
             self.engine.abort(self._outputs.engine_ids(request_id))
             self._outputs.forget(request_id)
+
+
+def _continuation(output: RequestOutput) -> list[tuple[int, float]]:
+    """The likeliest next tokens of a beam."""
+    if output.error is not None:
+        raise RequestFailed(output.error)
+    return likeliest(output.outputs[0])
 
 
 def _scored(output: RequestOutput, score: float, token_ids: list[int]) -> ScoringRequestOutput:

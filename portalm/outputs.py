@@ -94,6 +94,28 @@ class RequestOutput:
 
 
 @dataclass(slots=True)
+class BeamSearchSequence:
+    """One of the likeliest continuations."""
+
+    tokens: list[int]
+    """The prompt's, then the continuation's."""
+    text: str
+    """Of the continuation."""
+    cum_logprob: float
+    """Of the continuation's tokens together."""
+    score: float
+    """By which it is ranked: `cum_logprob` over its length to the power of length_penalty."""
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(slots=True)
+class BeamSearchOutput:
+    """A prompt's likeliest continuations, the best first."""
+
+    sequences: list[BeamSearchSequence]
+
+
+@dataclass(slots=True)
 class EmbeddingOutput:
     """A vector."""
 

@@ -106,8 +106,7 @@ class InputProcessor:
         assert (grammar is None) == (params.structured_outputs is None)
         self.check_task("generate")
         _check_identity(request_id, cache_salt, priority)
-        token_ids = self._token_ids(prompt, add_special_tokens=add_special_tokens)
-        self._check_length(token_ids, self._max_model_len - 1)
+        token_ids = self.check_prompt(prompt, add_special_tokens=add_special_tokens)
         self._check_params(params)
         bad_words_ids = self._bad_words_ids(params.bad_words)
         # stop strings are found on this side, grammars go by themselves
@@ -137,6 +136,14 @@ class InputProcessor:
             requests=requests,
             grammar=grammar,
         )
+
+    def check_prompt(
+        self, prompt: str | Sequence[int], *, add_special_tokens: bool = True
+    ) -> list[int]:
+        """The prompt's token ids; `InvalidRequest` if it leaves no room for an answer."""
+        token_ids = self._token_ids(prompt, add_special_tokens=add_special_tokens)
+        self._check_length(token_ids, self._max_model_len - 1)
+        return token_ids
 
     def process_pooling(
         self,

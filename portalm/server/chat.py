@@ -14,6 +14,7 @@ from portalm.engine.output_processor import AnswerDelta
 from portalm.outputs import CompletionOutput, Logprob
 from portalm.server.answers import collect
 from portalm.server.auth import salt_for, tenant_of
+from portalm.server.beam_search import search_beams
 from portalm.server.chat_logprobs import chat_logprobs
 from portalm.server.chat_plan import ChatPlan, plan_chat
 from portalm.server.protocol import ChatRequest
@@ -33,6 +34,7 @@ async def chat_completions(
     """The assistant's next message."""
     model = state.check_model(body.model)
     params = body.params()
+    beams = body.beams(params.n, params.max_tokens)
     state.admit(params.n)
     chat_id = new_id("chatcmpl")
     plan = plan_chat(
@@ -61,7 +63,10 @@ async def chat_completions(
     if body.stream:
         chunk_head = {**head, "object": "chat.completion.chunk"}
         return event_stream(_chunks(state, body, chunk_head, processed, plan))
-    answers = await collect(request, state, [processed], plan.params)
+    if beams is None:
+        answers = await collect(request, state, [processed], plan.params)
+    else:
+        answers = await search_beams(request, state, [processed], plan.params, beams)
     [output] = answers.outputs
     choices = [_choice(state, body, plan, answer) for answer in output.outputs]
     return JSONResponse(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator, Sequence
+from dataclasses import replace
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
@@ -13,6 +14,7 @@ from portalm.engine.input_processor import ProcessedInput
 from portalm.outputs import CompletionOutput
 from portalm.server.answers import collect
 from portalm.server.auth import salt_for, tenant_of
+from portalm.server.beam_search import search_beams
 from portalm.server.completion_choice import ChoiceShape
 from portalm.server.completion_stream import CompletionStream
 from portalm.server.protocol import CompletionRequest
@@ -29,6 +31,7 @@ async def completions(
     """Continue one prompt or several."""
     model = state.check_model(body.model)
     params = body.params()
+    beams = body.beams(params.n, params.max_tokens)
     prompts = body.prompts()
     state.admit(len(prompts) * params.n)
     completion_id = new_id("cmpl")
@@ -53,7 +56,10 @@ async def completions(
     shape = ChoiceShape(body=body, params=params, tokenizer=state.client.tokenizer)
     if body.stream:
         return event_stream(_chunks(state, shape, head, inputs))
-    answers = await collect(request, state, inputs, params)
+    if beams is None:
+        answers = await collect(request, state, inputs, params)
+    else:
+        answers = await search_beams(request, state, inputs, replace(params, n=body.n), beams)
     for output in answers.outputs:
         output.outputs = [shape.as_asked(answer) for answer in output.outputs]
     usage = answers.usage()  # of all candidates

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from portalm.beam_search_params import BeamSearchParams
 from portalm.errors import InvalidRequest
 from portalm.sampling_params import SamplingParams, StructuredOutputs
 from portalm.server.tool_use import ToolUse, check_tools
@@ -21,6 +22,16 @@ MAX_ANSWERS = 4096
 
 MAX_PROMPT = 1 << 20
 """Token ids of one prompt, whatever the model: longer ones are not looked at."""
+
+_WITH_BEAMS = {
+    "add_generation_prompt", "best_of", "cache_salt", "chat_template", "chat_template_kwargs",
+    "continue_final_message", "detokenize", "early_stopping", "ignore_eos", "length_penalty",
+    "max_completion_tokens", "max_tokens", "messages", "metadata", "model", "n", "priority", "prompt",
+    "request_id", "return_token_ids", "seed", "service_tier", "skip_special_tokens",
+    "spaces_between_special_tokens", "store", "temperature", "truncate_prompt_tokens",
+    "use_beam_search", "user",
+}  # fmt: skip
+"""What may be asked of answers that are searched for."""
 
 Messages = Annotated[list[dict[str, Any]], Field(fail_fast=True, max_length=4096)]
 TokenIds = Annotated[list[int], Field(fail_fast=True)]
@@ -118,6 +129,10 @@ class SamplingFields(BaseModel):
     guided_grammar: str | None = None
     guided_whitespace_pattern: str | None = None
 
+    use_beam_search: bool = False
+    length_penalty: float = 1.0
+    early_stopping: bool | Literal["never"] = False
+
     # of OpenAI's API; they change no answer here
     user: str | None = None
     metadata: dict[str, Any] | None = None
@@ -167,6 +182,40 @@ class SamplingFields(BaseModel):
             else tuple(self.allowed_token_ids),
             bad_words=tuple(self.bad_words),
             structured_outputs=self._structured_outputs(),  # type: ignore[arg-type]  # a mapping may be
+        )
+
+    def beams(self, beam_width: int, max_tokens: int | None) -> BeamSearchParams | None:
+        """How to search for the likeliest answers; None: they are drawn.
+
+        Args:
+            beam_width: as the endpoint spells it.
+            max_tokens: as the endpoint spells it; None: as many as there is room for.
+
+        Raises:
+            InvalidRequest: for what a search would not look at, or cannot work.
+        """
+        given = {
+            name
+            for name in self.model_fields_set
+            if getattr(self, name) != type(self).model_fields[name].default
+        }
+        if not self.use_beam_search:
+            for name in given & {"length_penalty", "early_stopping"}:
+                raise InvalidRequest(f"{name} goes with use_beam_search: true", param=name)
+            return None
+        for name in sorted(given - _WITH_BEAMS):
+            raise InvalidRequest(f"{name} does not go with use_beam_search", param=name)
+        if self.temperature not in (None, 0.0, 1.0):
+            raise InvalidRequest(
+                "temperature does not go with use_beam_search: nothing is drawn",
+                param="temperature",
+            )
+        return BeamSearchParams(
+            beam_width=beam_width,
+            max_tokens=MAX_PROMPT if max_tokens is None else max_tokens,
+            ignore_eos=self.ignore_eos,
+            length_penalty=self.length_penalty,
+            early_stopping=self.early_stopping,
         )
 
     def _structured_outputs(self) -> StructuredOutputs | dict[str, Any] | None:
