@@ -44,8 +44,8 @@ class BeamSearch:
         if self._num_candidates > MAX_LOGPROBS:
             most = MAX_LOGPROBS * params.beam_width // self._num_candidates
             raise InvalidRequest(
-                f"beam_width ({params.beam_width}) needs the {self._num_candidates} likeliest tokens "
-                f"of each step; {MAX_LOGPROBS} are computed: it may be {most}",
+                f"beam_width ({params.beam_width}) needs the {self._num_candidates} likeliest "
+                f"tokens of each step; {MAX_LOGPROBS} are computed: it may be {most}",
                 param="beam_width",
             )
         self.running: list[Beam] = [Beam()]

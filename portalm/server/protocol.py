@@ -26,8 +26,8 @@ MAX_PROMPT = 1 << 20
 _WITH_BEAMS = {
     "add_generation_prompt", "best_of", "cache_salt", "chat_template", "chat_template_kwargs",
     "continue_final_message", "detokenize", "early_stopping", "ignore_eos", "length_penalty",
-    "max_completion_tokens", "max_tokens", "messages", "metadata", "model", "n", "priority", "prompt",
-    "request_id", "return_token_ids", "seed", "service_tier", "skip_special_tokens",
+    "max_completion_tokens", "max_tokens", "messages", "metadata", "model", "n", "priority",
+    "prompt", "request_id", "return_token_ids", "seed", "service_tier", "skip_special_tokens",
     "spaces_between_special_tokens", "store", "temperature", "truncate_prompt_tokens",
     "use_beam_search", "user",
 }  # fmt: skip

@@ -46,8 +46,8 @@ def llm(model: tuple[Path, Any]) -> Iterator[LLM]:
 def beams_of_transformers(model: Any, prompt: list[int], **settings: Any) -> list[tuple]:
     width = settings["num_beams"]
     out = model.generate(
-        torch.tensor([prompt]), do_sample=False, num_return_sequences=width, return_dict_in_generate=True,
-        output_scores=True, **settings,
+        torch.tensor([prompt]), do_sample=False, num_return_sequences=width,
+        return_dict_in_generate=True, output_scores=True, **settings,
     )  # fmt: skip
     found = []
     for row, score in zip(out.sequences.tolist(), out.sequences_scores.tolist(), strict=True):
