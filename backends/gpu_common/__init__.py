@@ -1,0 +1,1 @@
+"""What CUDA and ROCm share: Triton kernels, capture of steps, memory."""
