@@ -89,6 +89,8 @@ class Gpu(Protocol):
     """Where torch puts tensors."""
     arch: str
     """sm_90, gfx942, ..."""
+    num_cores: int
+    """Multiprocessors, or compute units."""
     summary: str
     """Its name and memory, in a line."""
 
@@ -152,6 +154,7 @@ class TorchGpu:
             self.arch = f"sm_{properties.major}{properties.minor}"
         else:
             self.arch = properties.gcnArchName.partition(":")[0]
+        self.num_cores = int(properties.multi_processor_count)
         self.summary = f"{properties.name}, {self.arch}, {properties.total_memory / 2**30:.0f} GiB"
         torch.cuda.set_device(index)
 

@@ -116,7 +116,7 @@ class Graphs:
         return found
 
 
-@dataclasses.dataclass(slots=True, weakref_slot=True)
+@dataclasses.dataclass(eq=False)
 class Results:
     """What every captured step writes, until the next one does."""
 

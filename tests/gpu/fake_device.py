@@ -117,6 +117,7 @@ class FakeGpu:
     """What `portalm_backends.gpu_common.device.Gpu` asks for."""
 
     handle = torch.device("cpu")
+    num_cores = 8
     summary = "a fake device"
 
     def __init__(self, *, arch: str = "sm_90", seed: int = 0, total: int = 64 << 20) -> None:
