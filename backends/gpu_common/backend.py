@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from portalm_backends.gpu_common import attention, cache
     from portalm_backends.gpu_common.kernels import linear, norms, rope, sampling, silu_mul
 
+
 class GpuBackend(TorchBackend):
     """One GPU: steps are enqueued, captured as graphs, and answered a step late."""
 
@@ -53,7 +54,7 @@ class GpuBackend(TorchBackend):
         self._family = attention.family_of(self.arch.name)
         self._fp8 = None  # w8a8 is asked for by --quantization fp8, which the seam does not have
         self._transfers = Transfers(gpu)
-        self._graphs = Graphs(gpu, self._transfers, sampling.sample)
+        self._graphs = Graphs(gpu, self._transfers, self._sample)
 
     # -- device and memory --------------------------------------------------------------------
 
@@ -109,9 +110,7 @@ class GpuBackend(TorchBackend):
 
     def kv_alloc(self, spec: KVSpec, num_blocks: int) -> torch.Tensor:
         """One tensor, [L, NB, H_kv, 2, B, D]."""
-        return cache.allocate(
-            spec, num_blocks, self.device(), dtypes=self.capabilities.kv_dtypes
-        )
+        return cache.allocate(spec, num_blocks, self.device(), dtypes=self.capabilities.kv_dtypes)
 
     def kv_write(
         self,
@@ -133,9 +132,7 @@ class GpuBackend(TorchBackend):
         wire = cache.export_blocks(kv, blocks)
         return torch.from_numpy(self.to_host(wire.view(torch.uint8)).result()).view(wire.dtype)
 
-    def kv_import(
-        self, kv: torch.Tensor, blocks: torch.Tensor, wire: torch.Tensor
-    ) -> torch.Tensor:
+    def kv_import(self, kv: torch.Tensor, blocks: torch.Tensor, wire: torch.Tensor) -> torch.Tensor:
         """The inverse of `kv_export`; a wire of another dtype is converted."""
         return cache.import_blocks(kv, blocks, wire)
 
@@ -264,6 +261,9 @@ class GpuBackend(TorchBackend):
         """One token from each row of float32 logits [R, V]."""
         if self._graphs.draw is not None:
             return self._graphs.draw(logits)
+        return self._sample(logits, params)
+
+    def _sample(self, logits: torch.Tensor, params: SampleParams) -> SampleOutput:
         return sampling.sample(logits, params)
 
 

@@ -189,7 +189,7 @@ class TorchGpu:
 
     def new_stream(self) -> torch.cuda.Stream:
         """Another one, beside it."""
-        return torch.cuda.Stream(self.handle)
+        return torch.cuda.Stream(self.handle)  # type: ignore[no-untyped-call]
 
     def on(self, stream: torch.cuda.Stream) -> AbstractContextManager[Any]:
         """Within it `stream` is the current one."""

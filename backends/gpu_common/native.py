@@ -40,11 +40,15 @@ class Choice:
 CHOICES = {
     "kv_copy": Choice(True, "one launch copies all layers; nothing in it for Triton to tile"),
     "kv_write": Choice(True, "it costs its launch: a call into C++ instead of Triton's launcher"),
-    "sample": Choice(True, "the threshold search is histograms in shared memory, which Triton lacks"),
+    "sample": Choice(
+        True, "the threshold search is histograms in shared memory, which Triton lacks"
+    ),
     "decode_attention": Choice(
         True, "long contexts of few requests: split and merged in one launch, bound by memory"
     ),
-    "prefill_attention": Choice(False, "bound by products: Triton has tensor cores on every device"),
+    "prefill_attention": Choice(
+        False, "bound by products: Triton has tensor cores on every device"
+    ),
     "linear": Choice(False, "the vendor's library through torch, and Triton for few bits"),
     "norms": Choice(False, "one pass over rows, which Triton does at the speed of memory"),
 }
@@ -120,7 +124,13 @@ def plan_decodes(
     begin = first[request] + (np.arange(len(request)) - first_item) * length
     items = np.zeros((max_items, 5), np.int32)
     items[: len(request)] = np.stack(
-        (request, begin, np.minimum(begin + length, seq_lens[request]), first_item, counts[request]),
+        (
+            request,
+            begin,
+            np.minimum(begin + length, seq_lens[request]),
+            first_item,
+            counts[request],
+        ),
         axis=1,
     )
     return DecodePlan(items=items, has_splits=bool((counts > 1).any()))

@@ -5,9 +5,18 @@ from __future__ import annotations
 
 import torch
 
-from portalm.backend import KV, AttentionSpec, DeviceReport, KVSpec, StepMeta
+from portalm.backend import (
+    KV,
+    AttentionSpec,
+    DeviceReport,
+    KVSpec,
+    SampleOutput,
+    SampleParams,
+    StepMeta,
+)
 from portalm_backends.gpu_common.archs import CUDA
 from portalm_backends.gpu_common.backend import GpuBackend
+from portalm_backends.portable.backend import TorchBackend
 
 
 class PlainGpu(GpuBackend):
@@ -15,6 +24,19 @@ class PlainGpu(GpuBackend):
 
     name = "plain"
     archs = CUDA
+
+    prepare = TorchBackend.prepare
+    pack = TorchBackend.pack
+    linear = TorchBackend.linear
+    logits = TorchBackend.logits
+    rms_norm = TorchBackend.rms_norm
+    add_rms_norm = TorchBackend.add_rms_norm
+    rope = TorchBackend.rope
+    silu_mul = TorchBackend.silu_mul
+    kv_copy = TorchBackend.kv_copy
+
+    def _sample(self, logits: torch.Tensor, params: SampleParams) -> SampleOutput:
+        return TorchBackend.sample(self, logits, params)
 
     @classmethod
     def find(cls) -> DeviceReport:

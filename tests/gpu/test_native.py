@@ -126,7 +126,9 @@ def test_rotation_is_that_of_the_pairs_positions(
 
     stored = cache[1, :, 0, [0, 4, 15]].transpose(0, 1)
     for x, actual in ((query, rotated), (key, stored)):
-        expected = rotate(x.double().numpy(), angles[positions.long()].double().numpy(), is_interleaved)
+        expected = rotate(
+            x.double().numpy(), angles[positions.long()].double().numpy(), is_interleaved
+        )
         np.testing.assert_allclose(actual.double().numpy(), expected, atol=0.02, rtol=0.005)
     assert cache[1, :, 1, [0, 4, 15]].transpose(0, 1).equal(value)
 
