@@ -229,7 +229,7 @@ class CapturedStep:
         self._forward, self._draw = forward, draw
 
     def _rows(self, x: torch.Tensor) -> torch.Tensor:
-        """This bucket's share of what all captures write to."""
+        """The share that the bucket has of what all captures write to."""
         assert self._static is not None
         return x[: len(self._static.meta.logits_rows)]
 

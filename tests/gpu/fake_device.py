@@ -144,9 +144,21 @@ class FakeGpu:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Within it torch computes on this device."""
-        with _Launches(self):
-            yield
+        """Within it torch computes on this device; `cpu()` waits for it, and leaves it."""
+        cpu = torch.Tensor.cpu
+
+        def to_host(x: torch.Tensor) -> torch.Tensor:
+            self.num_waits += 1
+            self.drain()
+            with _disable_current_modes():
+                return _on_host(x.clone())
+
+        torch.Tensor.cpu = to_host  # type: ignore[method-assign]
+        try:
+            with _Launches(self):
+                yield
+        finally:
+            torch.Tensor.cpu = cpu  # type: ignore[method-assign]
 
     # -- what the backend uses ----------------------------------------------------------------
 
@@ -244,6 +256,9 @@ class FakeGpu:
 
     def launch(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Put a torch operation on the current stream; what it will return."""
+        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        if inputs and all(hasattr(x, "is_on_host") for x in inputs):
+            return tree_map(_on_host, func(*args, **kwargs))
         if func.is_view or func is torch.ops.aten.lift_fresh.default:
             return func(*args, **kwargs)
         if func._schema.is_mutable:
@@ -290,6 +305,13 @@ class _Launches(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return self.gpu.launch(func, args, kwargs or {})
+
+
+def _on_host(x: Any) -> Any:
+    """`x`, no longer of the device: what is made of it is computed at once."""
+    if isinstance(x, torch.Tensor):
+        x.is_on_host = True  # type: ignore[attr-defined]
+    return x
 
 
 def _kind(x: Any) -> Any:

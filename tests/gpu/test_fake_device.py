@@ -74,3 +74,13 @@ def test_a_value_that_the_host_reads_breaks_a_capture() -> None:
         gpu.new_graph().capture_begin(gpu.new_pool(), "thread_local")
         with pytest.raises(SynchronizesInCapture):
             x.item()
+
+
+def test_what_has_left_the_device_is_computed_at_once() -> None:
+    gpu = FakeGpu()
+    x = torch.ones(2)
+    with gpu.running():
+        host = (x + 1).cpu()
+
+        assert (host[:1] * 3).numpy().tolist() == [6]
+    assert gpu.num_waits == 1
