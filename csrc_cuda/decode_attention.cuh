@@ -85,7 +85,7 @@ struct DecodeAttention {
       const int64_t head = int64_t{kv_head} * a.group_size + g;
       typename T::Vector v = {};
       if (g < a.group_size)
-        v = *vector_at<T>(a.query, item.request * a.query_stride + head * D + lane() * kVector);
+        v = load(vector_at<T>(a.query, item.request * a.query_stride + head * D + lane() * kVector));
       T::unpack(v, query[g]);
       for (float& x : query[g]) x *= a.scale;
     }
@@ -254,7 +254,7 @@ struct DecodeAttention {
         const float scale = sum > 0 ? 1 / sum : 0.0f;
         for (float& x : values) x *= scale;
         const int64_t row = (int64_t{item.request} * a.num_kv_heads * a.group_size + head) * D;
-        *vector_at<T>(a.out, row + index) = T::pack(values);
+        store(vector_at<T>(a.out, row + index), T::pack(values));
       } else {
         for (int j = 0; j < kVector; ++j) out_part[g * kPart + index + j] = values[j];
         if (index == 0) {

@@ -132,29 +132,63 @@ struct alignas(8) Bytes8 {
   uint32_t word[2];
 };
 
-// Reads what this kernel reads once and nobody writes meanwhile: past the first-level cache.
-__device__ inline Bytes16 load_stream(const Bytes16* p) {
+// Memory of the device, said to be that and not a block's: AMD's compiler cannot always see it.
+// `load_stream` reads what is read once and written by nobody meanwhile: past the caches' first level.
 #if defined(__CUDA_ARCH__)
+template <typename Bytes>
+__device__ inline Bytes load(const Bytes* p) {
+  return *p;
+}
+template <typename Bytes>
+__device__ inline void store(Bytes* p, const Bytes& x) {
+  *p = x;
+}
+__device__ inline Bytes16 load_stream(const Bytes16* p) {
   Bytes16 x;
   asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
       : "=r"(x.word[0]), "=r"(x.word[1]), "=r"(x.word[2]), "=r"(x.word[3])
       : "l"(p));
   return x;
-#else
-  return *p;
-#endif
 }
 __device__ inline Bytes8 load_stream(const Bytes8* p) {
-#if defined(__CUDA_ARCH__)
   Bytes8 x;
   asm("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];"
       : "=r"(x.word[0]), "=r"(x.word[1])
       : "l"(p));
   return x;
-#else
-  return *p;
-#endif
 }
+#elif defined(__HIP__)
+template <typename Bytes>
+using Words = uint32_t __attribute__((ext_vector_type(sizeof(Bytes) / 4)));
+template <typename Bytes>
+using GlobalWords = __attribute__((address_space(1))) Words<Bytes>;
+
+template <typename Bytes>
+__device__ inline Bytes load(const Bytes* p) {
+  return bits_as<Bytes>(*(const GlobalWords<Bytes>*)p);
+}
+template <typename Bytes>
+__device__ inline void store(Bytes* p, const Bytes& x) {
+  *(GlobalWords<Bytes>*)p = bits_as<Words<Bytes>>(x);
+}
+template <typename Bytes>
+__device__ inline Bytes load_stream(const Bytes* p) {
+  return bits_as<Bytes>(__builtin_nontemporal_load((const GlobalWords<Bytes>*)p));
+}
+#else
+template <typename Bytes>
+__device__ inline Bytes load(const Bytes* p) {
+  return *p;
+}
+template <typename Bytes>
+__device__ inline void store(Bytes* p, const Bytes& x) {
+  *p = x;
+}
+template <typename Bytes>
+__device__ inline Bytes load_stream(const Bytes* p) {
+  return *p;
+}
+#endif
 
 // -- numbers ----------------------------------------------------------------------------------
 // Eight of a type are one vector: `Vector`, unpacked to floats and packed from them.

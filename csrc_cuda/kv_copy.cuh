@@ -26,7 +26,7 @@ __device__ inline void kv_copy(const KvCopyArgs& a) {
     if (first + i * kCopyThreads < num_vectors) held[i] = load_stream(from + first + i * kCopyThreads);
 #pragma unroll
   for (int i = 0; i < kCopyVectors; ++i)
-    if (first + i * kCopyThreads < num_vectors) to[first + i * kCopyThreads] = held[i];
+    if (first + i * kCopyThreads < num_vectors) store(to + first + i * kCopyThreads, held[i]);
 }
 
 }  // namespace portalm

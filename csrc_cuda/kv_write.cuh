@@ -21,7 +21,7 @@ namespace portalm {
 template <typename T>
 __device__ inline void load_rotated(const KvWriteArgs& a, const void* head, int index,
                                     const float* turns, float (&x)[kVector]) {
-  T::unpack(*vector_at<T>(head, index), x);
+  T::unpack(load(vector_at<T>(head, index)), x);
   if (index >= a.rotary_dim) return;
   const int half = a.rotary_dim / 2;
   if (a.is_interleaved) {
@@ -35,7 +35,7 @@ __device__ inline void load_rotated(const KvWriteArgs& a, const void* head, int 
   }
   const bool is_first = index < half;
   float other[kVector];
-  T::unpack(*vector_at<T>(head, is_first ? index + half : index - half), other);
+  T::unpack(load(vector_at<T>(head, is_first ? index + half : index - half)), other);
   turns += is_first ? index : index - half;
   for (int i = 0; i < kVector; ++i)
     x[i] = x[i] * turns[i] + other[i] * (is_first ? -turns[half + i] : turns[half + i]);
@@ -57,7 +57,7 @@ __device__ void kv_write(const KvWriteArgs& a) {
     const int64_t place = int64_t{head} * a.head_size;
     load_rotated<T>(a, vector_at<T>(a.query, token * a.query_stride + place), index, turns, x);
     const int64_t row = token * a.num_heads * a.head_size;
-    *vector_at<T>(a.query_out, row + place + index) = T::pack(x);
+    store(vector_at<T>(a.query_out, row + place + index), T::pack(x));
     return;
   }
 
@@ -68,13 +68,13 @@ __device__ void kv_write(const KvWriteArgs& a) {
     load_rotated<T>(a, vector_at<T>(a.key, token * a.key_stride + place), index, turns, x);
     T::unpack(T::pack(x), x);  // a key is rounded to its own dtype first, as rope's result is
   } else {
-    T::unpack(*vector_at<T>(a.value, token * a.value_stride + place + index), x);
+    T::unpack(load(vector_at<T>(a.value, token * a.value_stride + place + index)), x);
   }
   const uint32_t slot = a.slots[token], block_size = a.cache.block_size;
   const int64_t at = slot / block_size * a.cache.block_stride +
                      slot % block_size * a.cache.token_stride + kv_head * a.cache.head_stride;
   void* const layer = const_cast<void*>(is_key ? a.cache.key : a.cache.value);
-  *vector_at<C>(layer, at + index) = C::pack(x);
+  store(vector_at<C>(layer, at + index), C::pack(x));
 }
 
 }  // namespace portalm

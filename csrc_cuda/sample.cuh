@@ -89,7 +89,7 @@ struct Row {
   __device__ void load(int group, float (&x)[4]) const {
     const int id = 4 * group;
     if (is_aligned && id + 4 <= vocab_size) {
-      const Bytes16 v = *reinterpret_cast<const Bytes16*>(logits + id);
+      const Bytes16 v = portalm::load(reinterpret_cast<const Bytes16*>(logits + id));
       for (int i = 0; i < 4; ++i) x[i] = bits_as<float>(v.word[i]) / temperature;
     } else {
       for (int i = 0; i < 4; ++i)

@@ -1,6 +1,6 @@
 """The native kernels (csrc_cuda, csrc_rocm): which operations they do, and how they are called.
 
-They are built into the wheel where a compiler for them was found; without them Triton does all of it.
+They are built into the wheel where a compiler for them was found; without them Triton does it all.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float8_e4m3fn: 2}
 
 DECODE_HEAD_SIZES = frozenset({64, 128})
 DECODE_GROUP_SIZE = 4
-"""Most query heads of a KV head: with more, products without tensor cores are slower than memory."""
+"""Most query heads of a KV head: with more, products without tensor cores outlast the reads."""
 
 ITEM_ALIGNMENT = 16
 """Tokens: where a stretch of a context may begin (csrc_cuda/decode_attention.cuh)."""
@@ -90,7 +90,7 @@ class DecodePlan:
     """How a step's contexts are split over thread blocks (csrc_cuda/arguments.h, DecodeItem)."""
 
     items: npt.NDArray[np.int32]
-    """[N, 5]: request, first token, end, its request's first item, how many that has; 0: padding."""
+    """[N, 5]: request; first token; end; its request's first item; how many it has, 0: padding."""
     has_splits: bool
     """Some request has several items."""
 
@@ -161,11 +161,6 @@ class NativeKernels:
             and spec.num_heads // spec.num_kv_heads <= DECODE_GROUP_SIZE
             and kv.block_size % ITEM_ALIGNMENT == 0
         )
-
-    @staticmethod
-    def samples(params: SampleParams) -> bool:
-        """Always: what is not drawn itself (penalties, bias, mask, logprobs) is torch's."""
-        return True
 
     # -- operations ---------------------------------------------------------------------------
 

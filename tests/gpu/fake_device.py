@@ -145,7 +145,7 @@ class FakeGpu:
     @contextmanager
     def running(self) -> Iterator[None]:
         """Within it torch computes on this device; `cpu()` waits for it, and leaves it."""
-        cpu = torch.Tensor.cpu
+        cpu, from_numpy = torch.Tensor.cpu, torch.from_numpy
 
         def to_host(x: torch.Tensor) -> torch.Tensor:
             self.num_waits += 1
@@ -154,11 +154,12 @@ class FakeGpu:
                 return _on_host(x.clone())
 
         torch.Tensor.cpu = to_host  # type: ignore[method-assign]
+        torch.from_numpy = lambda array: _on_host(from_numpy(array))
         try:
             with _Launches(self):
                 yield
         finally:
-            torch.Tensor.cpu = cpu  # type: ignore[method-assign]
+            torch.Tensor.cpu, torch.from_numpy = cpu, from_numpy  # type: ignore[method-assign]
 
     # -- what the backend uses ----------------------------------------------------------------
 

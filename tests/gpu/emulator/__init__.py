@@ -8,6 +8,7 @@ of its own, with the sanitizers, has a copy of their memory.
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import functools
 import hashlib
 import os
@@ -15,18 +16,21 @@ import pickle
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from portalm_backends.gpu_common.native import NativeKernels
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
+from portalm_backends.gpu_common.native import NativeKernels
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
-COMPILER = shutil.which("g++")
+COMPILER = shutil.which("g++") or ""
+WAVES = (32, 64)
 
 
 class KernelFault(Exception):
@@ -34,45 +38,59 @@ class KernelFault(Exception):
 
 
 @functools.cache
-def build(wave: int, *, is_whole: bool) -> Path:
-    """The library for waves of `wave` lanes; built again when a source has changed.
+def build(*, is_whole: bool) -> dict[int, Path]:
+    """Libraries by the number of lanes in a wave; built again when a source has changed.
 
-    Whole, it has every kernel of csrc_cuda/instances.h, which takes long to compile.
+    Whole, they have every kernel of csrc_cuda/instances.h, which takes long to compile.
     """
-    sources = [HERE / "emulator.cpp", HERE / "kernels.cpp", ROOT / "csrc_cuda/launchers.cpp"]
+    sources = [HERE / "fibers.cpp", ROOT / "csrc_cuda/launchers.cpp", HERE / "kernels.cpp"]
     headers = sorted((*HERE.glob("*.h"), *(ROOT / "csrc_cuda").glob("*.*h")))
     digest = hashlib.sha256(b"".join(p.read_bytes() for p in (Path(__file__), *sources, *headers)))
-    name = f"{'all' if is_whole else 'few'}-wave{wave}-{digest.hexdigest()[:16]}.so"
-    library = ROOT / "build/emulator" / name
-    if not library.exists():
-        library.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = library.with_suffix(f".{os.getpid()}")
-        subprocess.run(
-            [
-                str(COMPILER), "-std=c++20", "-shared", "-fPIC", "-O1", "-g1",
-                "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined",
-                "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", f"-DPORTALM_EMULATED={wave}",
-                *([] if is_whole else ["-DPORTALM_FEW_KERNELS"]),
-                f"-I{ROOT / 'csrc_cuda'}", f"-I{HERE}", *map(str, sources), "-o", str(unfinished),
-            ],
-            check=True,
-        )  # fmt: skip
-        unfinished.rename(library)
-    return library
+    folder = ROOT / f"build/emulator/{'all' if is_whole else 'few'}-{digest.hexdigest()[:16]}"
+    libraries = {wave: folder / f"wave{wave}.so" for wave in WAVES}
+    if folder.exists():
+        return libraries
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as unfinished:
+        sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+        options = [
+            *sanitize, "-std=c++20", "-fPIC", "-O1", "-g1", "-Wall", "-Wextra", "-Werror",
+            "-Wno-unknown-pragmas", f"-I{ROOT / 'csrc_cuda'}", f"-I{HERE}",
+            *([] if is_whole else ["-DPORTALM_FEW_KERNELS"]),
+        ]  # fmt: skip
+        jobs = [(source, f"{source.stem}.o", []) for source in sources[:2]]
+        jobs += [(sources[2], f"kernels{wave}.o", [f"-DPORTALM_EMULATED={wave}"]) for wave in WAVES]
+        compilations = [
+            subprocess.Popen(
+                [COMPILER, *options, *more, "-c", source, "-o", target], cwd=unfinished
+            )
+            for source, target, more in jobs
+        ]
+        if any(compilation.wait() for compilation in compilations):
+            raise RuntimeError("the emulator does not compile")
+        for wave, library in libraries.items():
+            objects = ["fibers.o", "launchers.o", f"kernels{wave}.o"]
+            subprocess.run(
+                [COMPILER, "-shared", *sanitize, *objects, "-o", library.name],
+                cwd=unfinished, check=True,
+            )  # fmt: skip
+        Path(unfinished).rename(folder)
+        Path(unfinished).mkdir()  # for its own end
+    return libraries
 
 
 class Emulator:
     """Stands for portalm_backends._cuda and ._rocm."""
 
     def __init__(self, wave: int, *, is_whole: bool = False) -> None:
-        self._library = build(wave, is_whole=is_whole)
-        self._tensors: list[torch.Tensor] = []
+        self._library = build(is_whole=is_whole)[wave]
+        self._tensors: list[torch.Tensor] = []  # whose memory a launch may touch
         self._worker: subprocess.Popen[bytes] | None = None
 
     def native(self, method: str, *args: Any, **kwargs: Any) -> Any:
         """`NativeKernels.method(...)`, whose launches run on the emulator."""
-        given = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, torch.Tensor)]
-        self._tensors = given
+        self._tensors = list(_tensors_of((args, kwargs)))
         with _Recorder(self._tensors):
             try:
                 return getattr(NativeKernels(self, lambda: 0), method)(*args, **kwargs)
@@ -122,7 +140,7 @@ class Emulator:
 
     def _start(self) -> subprocess.Popen[bytes]:
         runtimes = [
-            subprocess.check_output([str(COMPILER), f"-print-file-name={name}"], text=True).strip()
+            subprocess.check_output([COMPILER, f"-print-file-name={name}"], text=True).strip()
             for name in ("libasan.so", "libubsan.so")
         ]
         environment = {
@@ -152,5 +170,13 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
-        self._tensors += [x for x in tree_flatten(made)[0] if isinstance(x, torch.Tensor)]
+        self._tensors += _tensors_of(made)
         return made
+
+
+def _tensors_of(x: Any) -> Iterator[torch.Tensor]:
+    for leaf in tree_flatten(x)[0]:
+        if isinstance(leaf, torch.Tensor):
+            yield leaf
+        elif dataclasses.is_dataclass(leaf):
+            yield from _tensors_of([getattr(leaf, f.name) for f in dataclasses.fields(leaf)])

@@ -1,20 +1,10 @@
-// Device code on a CPU: what gpu_compat.h needs, with each thread of a block a fiber of its own.
-//
-// Blocks run one after the other; within one, a fiber runs until it waits. A block barrier parks it
-// until every live thread has arrived at the same one, a collective until every lane of its wave
-// has: anything else is an error that says who waits where. Shared memory is new in every block,
-// filled with NaN, and of exact size, so that AddressSanitizer sees its ends. Fibers take turns in
-// either order: results that depend on it lack a barrier.
+// Device code on a CPU: what gpu_compat.h needs, over the fibers of fibers.h.
 #pragma once
 
 #include <math.h>
 #include <string.h>
-#include <ucontext.h>
 
-#include <functional>
-#include <map>
-#include <memory>
-#include <vector>
+#include "fibers.h"
 
 #define __global__
 #define __device__
@@ -25,53 +15,20 @@
 namespace portalm {
 constexpr int kWave = PORTALM_EMULATED;
 
-namespace emulator {
-
-struct Fiber {
-  ucontext_t context;
-  std::unique_ptr<char[]> stack;
-  const void* waits_at = nullptr;  // call site; null: it can run
-  bool is_in_wave = false;         // what it waits for: its wave, else its block
-  bool is_done = false;
-  uint32_t given = 0, taken = 0;   // of a shuffle
-  void* sanitizer_stack = nullptr;
-};
-
-struct Block {
-  int x, y, z;
-  std::vector<Fiber> fibers;
-  int running = 0;
-  std::map<int, std::unique_ptr<char[]>> shared;
-};
-
-extern Block block;
-
-void* shared(int line, size_t bytes);
-void wait(bool is_in_wave, const void* site);
-// Gives `value` to the other lanes: those of this wave, with what each gave in `taken`.
-const Fiber* exchange(uint32_t value, const void* site);
-
-// Runs `kernel` in every thread of every block, up to one whose barrier diverges: `take_error` says so.
-void launch(int x, int y, int z, int threads, bool is_reversed, const std::function<void()>& kernel);
-const char* take_error();  // empty: none since it was last asked
-
-}  // namespace emulator
-
 inline int thread_index() { return emulator::block.running; }
 inline int block_x() { return emulator::block.x; }
 inline int block_y() { return emulator::block.y; }
 inline int block_z() { return emulator::block.z; }
 
-[[gnu::noinline]] inline void block_barrier() {
-  emulator::wait(false, __builtin_return_address(0));
-}
+// The line is that of the caller, by which a divergent barrier is known.
+inline void block_barrier(int line = __builtin_LINE()) { emulator::wait(false, line); }
 inline void device_fence() {}
 
-[[gnu::noinline]] inline uint32_t shuffle(uint32_t value, int source_lane) {
-  return emulator::exchange(value, __builtin_return_address(0))[source_lane].taken;
+inline uint32_t shuffle(uint32_t value, int source_lane, int line = __builtin_LINE()) {
+  return emulator::exchange(value, line)[source_lane].taken;
 }
-[[gnu::noinline]] inline bool any_lane(bool is) {
-  const emulator::Fiber* lanes = emulator::exchange(is, __builtin_return_address(0));
+inline bool any_lane(bool is, int line = __builtin_LINE()) {
+  const emulator::Fiber* lanes = emulator::exchange(is, line);
   for (int lane = 0; lane < kWave; ++lane)
     if (lanes[lane].taken) return true;
   return false;
