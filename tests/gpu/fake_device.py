@@ -117,6 +117,7 @@ class FakeGpu:
     """What `portalm_backends.gpu_common.device.Gpu` asks for."""
 
     handle = torch.device("cpu")
+    runs_native = False
     num_cores = 8
     summary = "a fake device"
 
