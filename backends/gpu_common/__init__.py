@@ -1,1 +1,1 @@
-"""What CUDA and ROCm share: Triton kernels, capture of steps, memory."""
+"""What CUDA and ROCm share: one backend, one set of kernels, one way to capture steps."""
