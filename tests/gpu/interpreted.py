@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import pytest
 import torch
 
 from portalm.backend import Capabilities, QuantizedWeight, SampleOutput, SampleParams
 from portalm_backends.gpu_common import weights
 from portalm_backends.gpu_common.kernels import linear, norms, rope, sampling, silu_mul
 from portalm_backends.reference.backend import ReferenceBackend
+
+complete = pytest.mark.gpu_interpreted
+
+
+def some(values: Iterable[Any], is_usual: Callable[[Any], bool]) -> list[Any]:
+    """Parameters of a test: the usual ones in every run, all others under `gpu_interpreted`."""
+    return [value if is_usual(value) else pytest.param(value, marks=complete) for value in values]
 
 
 class InterpretedBackend(ReferenceBackend):

@@ -14,7 +14,7 @@ from portalm.conformance.operations import CHECKS
 from portalm.conformance.subject import Subject
 from portalm_backends.gpu_common.kernels import norms, rope, silu_mul
 from portalm_backends.reference.backend import ReferenceBackend
-from tests.gpu.interpreted import InterpretedBackend
+from tests.gpu.interpreted import InterpretedBackend, complete, some
 
 SUBJECT = Subject(InterpretedBackend())
 TORCH = ReferenceBackend()
@@ -27,7 +27,12 @@ def kit_items() -> list[Item]:
     return [item for item in items if "bfloat16" not in item.case]
 
 
-@pytest.mark.parametrize("item", kit_items(), ids=lambda item: item.name)
+USUAL = ("logits[float16]", "rms_norm[float16]", "layer_norm[float32]", "silu_mul[float32]")
+
+
+@pytest.mark.parametrize(
+    "item", some(kit_items(), lambda item: item.name in USUAL), ids=lambda item: item.name
+)
 def test_the_kits_cases(item: Item) -> None:
     result = item.run(SUBJECT)
 
@@ -58,7 +63,9 @@ def inside_nan(x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(1, 576), (3, 33), (37, 16), (2, 4100)], ids=str)
+@pytest.mark.parametrize(
+    "shape", some([(1, 576), (3, 33), (37, 16), (2, 4100)], lambda s: s == (3, 33)), ids=str
+)
 def test_norms_of_rows_inside_wider_ones(shape: tuple[int, int], dtype: str) -> None:
     x, residual = (inside_nan(normal(*shape, dtype=dtype, seed=i)) for i in (1, 2))
     weight, bias = (normal(shape[1], dtype=dtype, seed=i) for i in (3, 4))
@@ -90,7 +97,7 @@ def test_no_rows_are_no_work() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("width", [1, 41, 1024, 1536])
+@pytest.mark.parametrize("width", some([1, 41, 1024, 1536], lambda w: w == 1536))
 def test_silu_mul_of_rows_inside_wider_ones(width: int, dtype: str) -> None:
     gate_up = inside_nan(normal(3, 2 * width, dtype=dtype) * 3)
     expected = reference.silu_mul(gate_up.double().numpy())
@@ -99,10 +106,13 @@ def test_silu_mul_of_rows_inside_wider_ones(width: int, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("is_interleaved", [False, True], ids=["halves", "interleaved"])
-@pytest.mark.parametrize("size, rotary_dim", [(64, 64), (80, 80), (96, 64), (64, 20), (128, 128)])
+@pytest.mark.parametrize(
+    "sizes", some([(64, 64), (80, 80), (96, 64), (64, 20), (128, 128)], lambda s: s == (96, 64))
+)
 def test_rope_of_views_into_a_merged_projection(
-    size: int, rotary_dim: int, is_interleaved: bool
+    sizes: tuple[int, int], is_interleaved: bool
 ) -> None:
+    size, rotary_dim = sizes
     heads, kv_heads = 9, 3
     merged = inside_nan(normal(7, (heads + 2 * kv_heads) * size, dtype="float16"))
     query, key, _ = merged.split([heads * size, kv_heads * size, kv_heads * size], dim=-1)
@@ -121,6 +131,7 @@ def test_rope_of_views_into_a_merged_projection(
 # -- a fault in each --------------------------------------------------------------------------
 
 
+@complete
 def test_the_kit_catches_wrong_operations() -> None:
     class Wrong(InterpretedBackend):
         def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -64,6 +64,5 @@ def _quantize(
     x = tl.load(x_ptr + row * row_stride + columns, mask=mask, other=0.0).to(tl.float32)
     scale = tl.maximum(tl.max(tl.abs(x), axis=0) / LARGEST, 1e-12)
     tl.store(scales_ptr + row, scale)
-    scaled = tl.clamp(x / scale, -LARGEST, LARGEST)
-    rounded = scaled.to(values_ptr.dtype.element_ty, fp_downcast_rounding="rtne")
+    rounded = tl.clamp(x / scale, -LARGEST, LARGEST).to(values_ptr.dtype.element_ty)
     tl.store(values_ptr + row * width + columns, rounded, mask=mask)

@@ -110,12 +110,6 @@ def _weight(scaled, top):
 
 
 @triton.jit
-def _middle(low, high):
-    """The mean of two int32, rounded down, which does not overflow."""
-    return (low & high) + ((low ^ high) >> 1)
-
-
-@triton.jit
 def _scan(
     scores_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, seed_ptr, position_ptr,
     best_ptr, mass_ptr, left_out_ptr, kept_scores_ptr, kept_ids_ptr, vocab_size, row_stride,
@@ -165,7 +159,7 @@ def _cut(keys, highest, CANDIDATES: tl.constexpr):
     if tl.sum((keys > low).to(tl.int32), axis=0) <= CANDIDATES:
         high = low
     while (low + 1 < high) & (num_above * 2 < CANDIDATES):
-        middle = _middle(low, high)
+        middle = (low & high) + ((low ^ high) >> 1)  # the mean, without overflow
         count = tl.sum((keys > middle).to(tl.int32), axis=0)
         if count <= CANDIDATES:
             high, num_above = middle, count
@@ -223,7 +217,7 @@ def _threshold(
     else:
         high = tl.minimum(high, left_out)
     while low + 1 < high:
-        middle = _middle(low, high)
+        middle = (low & high) + ((low ^ high) >> 1)  # the mean, without overflow
         measured, largest, smallest = _measure(
             values_ptr, num_values, temperature, middle, floor, top, BY_MASS, SEARCHED
         )
@@ -276,11 +270,11 @@ def _choose(
                 tops = score_of(key_of(bests))
                 total = tl.sum(tl.where(is_chunk, masses * _weight(tops, top), 0.0), axis=0)
             elif floor > left_out:
-                total, largest, smallest = _measure(
+                total, _, _ = _measure(
                     kept_ptr, num_kept, temperature, floor - 1, floor, top, True, SEARCHED
                 )
             else:
-                total, largest, smallest = _measure(
+                total, _, _ = _measure(
                     row_ptr, vocab_size, temperature, floor - 1, floor, top, True, SEARCHED
                 )
             floor = _threshold(
