@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import sys
+import types
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +14,7 @@ import pytest
 import torch
 
 from portalm.backend import AttentionSpec, SampleParams
+from portalm_backends.gpu_common import native
 from portalm_backends.gpu_common.native import NativeKernels, plan_decodes
 from portalm_backends.portable import sampling
 from tests.gpu.emulator import COMPILER, WAVES, Emulator, KernelFault
@@ -23,7 +27,7 @@ BLOCK_SIZE = 16
 
 @pytest.fixture(scope="module", params=WAVES, ids="wave{}".format)
 def emulator(request: pytest.FixtureRequest) -> Iterator[Emulator]:
-    is_whole = "gpu_compiled" in request.config.option.markexpr
+    is_whole = any(item.get_closest_marker("gpu_compiled") for item in request.session.items)
     emulator = Emulator(request.param, is_whole=is_whole)
     yield emulator
     emulator.close()
@@ -31,6 +35,48 @@ def emulator(request: pytest.FixtureRequest) -> Iterator[Emulator]:
 
 def int32(values: Any) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int32)
+
+
+# -- the modules ----------------------------------------------------------------------------------
+
+
+def test_every_native_choice_can_be_called() -> None:
+    for operation, choice in native.CHOICES.items():
+        assert hasattr(NativeKernels, operation) == choice.is_native
+
+
+def test_what_was_not_built_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "portalm_backends._cuda", None)
+    monkeypatch.setitem(sys.modules, "portalm_backends._rocm", None)
+
+    assert "no nvcc was found" in str(native.missing("cuda", "sm_90"))
+    assert "a clang with amdgcn" in str(native.missing("rocm", "gfx942"))
+
+
+def test_an_architecture_without_a_code_object_is_said(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    module = types.ModuleType("_rocm")
+    module.__file__ = str(tmp_path / "_rocm.so")
+    (tmp_path / "_rocm_kernels").mkdir()
+    (tmp_path / "_rocm_kernels/gfx942.hsaco").touch()
+    monkeypatch.setitem(sys.modules, "portalm_backends._rocm", module)
+
+    assert native.missing("rocm", "gfx942:sramecc+:xnack-") is None
+    assert native.missing("rocm", "gfx906") == "they were not built for gfx906"
+
+
+@pytest.mark.parametrize("vendor", ["cuda", "rocm"])
+def test_a_module_needs_its_device_only_when_it_launches(vendor: str) -> None:
+    module = pytest.importorskip(f"portalm_backends._{vendor}", reason="it was not built here")
+    if torch.cuda.is_available():
+        pytest.skip("there is a device")
+
+    with pytest.raises(RuntimeError, match=r"portalm_kv_copy: .*driver|no code object is loaded"):
+        module.kv_copy(0, 16, 1, 16, 16, 1, 16, 16)
+    if vendor == "rocm":
+        with pytest.raises(RuntimeError, match="no HIP runtime"):
+            module.load("gfx942.hsaco")
 
 
 # -- the emulator itself --------------------------------------------------------------------------
