@@ -109,7 +109,8 @@ def plan_attention(
         meta: its fields on the host are looked at.
         spec: of the layers.
         to_device: copies to where `attend` runs, without waiting.
-        num_programs: how many fill the device; contexts are split until there are so many.
+        num_programs: how many fill the device (two for each of its multiprocessors); contexts
+            are split until there are so many.
     """
     group = spec.num_heads // spec.num_kv_heads
     narrow_tokens, wide_tokens = max(1, _NARROW_ROWS // group), max(1, _WIDE_ROWS // group)
