@@ -95,7 +95,9 @@ class FakeGraph:
     def capture_begin(self, pool: Any, capture_error_mode: str) -> None:
         assert self.gpu.recording is None, "a graph is being captured already"
         assert self.gpu.current_stream() is not self.gpu.default, "the default stream"
-        assert pool is self.gpu.pool, "graphs share one pool"
+        assert pool.graphs or not pool.was_used, "a pool whose graphs are gone takes no others"
+        pool.was_used = True
+        pool.graphs.add(self)
         self.num_bytes = -self.gpu.bytes_made
         self.gpu.recording = self.recorded
 
@@ -111,6 +113,14 @@ class FakeGraph:
         self.gpu.num_replays += 1
         for work in self.recorded:
             self.gpu.enqueue(work)
+
+
+class FakePool:
+    """Memory that graphs share, as torch's allocator sees it."""
+
+    def __init__(self) -> None:
+        self.graphs: weakref.WeakSet[FakeGraph] = weakref.WeakSet()
+        self.was_used = False
 
 
 class FakeGpu:
@@ -129,7 +139,6 @@ class FakeGpu:
         self.streams = [self.default]
         self._current = self.default
         self.recording: list[Work] | None = None
-        self.pool: object = None
         self.graphs: weakref.WeakSet[FakeGraph] = weakref.WeakSet()
         self.num_captures = self.num_replays = self.num_launches = self.num_waits = 0
         self.num_empty_caches = 0
@@ -202,9 +211,8 @@ class FakeGpu:
     def new_graph(self) -> FakeGraph:
         return FakeGraph(self)
 
-    def new_pool(self) -> object:
-        self.pool = object()
-        return self.pool
+    def new_pool(self) -> FakePool:
+        return FakePool()
 
     def synchronize(self) -> None:
         self.drain()
