@@ -40,4 +40,5 @@ def main() -> None:
     tell("a number to the host and back in step", (time.perf_counter() - begin) * 1e4, "us")
 
 
-main()
+if __name__ == "__main__":
+    main()

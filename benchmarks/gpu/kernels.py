@@ -162,4 +162,5 @@ def main() -> None:
             tell(f"FAILED {part.__name__}", None, message=f"{type(error).__name__}: {error}")
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -32,4 +32,5 @@ def main() -> None:
     tell("slowest cases", None, cases=[asdict(r) for r in slowest])
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -107,4 +107,5 @@ def main() -> None:
             server.wait(30)
 
 
-main()
+if __name__ == "__main__":
+    main()
