@@ -57,7 +57,6 @@ class GpuBackend(TorchBackend):
         if gpu.runs_native and native.missing(self.native_name, gpu.arch) is None:
             self._native = native.load(self.native_name, gpu.arch)
         self._family = attention.family_of(self.arch.name)
-        self._fp8 = None  # w8a8 is asked for by --quantization fp8, which the seam does not have
         self._transfers = Transfers(gpu)
         self._graphs = Graphs(gpu, self._transfers, self._sample)
 
@@ -194,7 +193,6 @@ class GpuBackend(TorchBackend):
             self.device(),
             quantization=quantization,
             for_logits=for_logits,
-            fp8=self._fp8,
         )
 
     def linear(

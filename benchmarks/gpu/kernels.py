@@ -148,6 +148,11 @@ def small_ones(backend: Any, run: Settings, dtype: torch.dtype) -> None:
             "us",
             tbytes=rows * vocab * 4 / taken / 1e12,
         )
+        if getattr(backend, "_native", None) is not None:
+            from portalm_backends.gpu_common.kernels import sampling
+
+            taken = seconds(backend, partial(sampling.sample, logits, params))
+            tell(f"sample in Triton, {label}, {rows} rows", taken * 1e6, "us")
 
 
 def main() -> None:
