@@ -33,10 +33,9 @@ def shell(job: str) -> str:
 
 
 def github() -> str:
-    """The jobs as the JSON that a workflow's matrix takes."""
-    return json.dumps(
-        {"include": [{"job": name, **fields} for name, fields in load()["jobs"].items()]}
-    )
+    """The jobs that any machine can run, as the JSON that a workflow's matrix takes."""
+    jobs = {name: fields for name, fields in load()["jobs"].items() if "needs" not in fields}
+    return json.dumps({"include": [{"job": name, **fields} for name, fields in jobs.items()]})
 
 
 if __name__ == "__main__":

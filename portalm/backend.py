@@ -110,6 +110,9 @@ class Capabilities:
     static_shapes: bool = False
     """Every step must be padded to one of `buckets()`; else a step that no captured bucket holds
     runs as it is."""
+    measures_memory: bool = False
+    """`peak` and `memory` see what a step takes on the device: the KV pool is sized by measuring
+    the largest step, not by a formula."""
     max_steps_in_flight: int = 1
     """1: `to_host` waits for the step. 2: a step may be enqueued while another one runs."""
 
@@ -370,8 +373,16 @@ class Backend(Protocol):
         """A copy on the device, dtype kept; may return before the copy is done."""
         ...
 
+    def to_device_all(self, hosts: Sequence[np.ndarray]) -> Sequence[torch.Tensor]:
+        """`to_device` of each: in one transfer, where a transfer costs more than its bytes."""
+        ...
+
     def to_host(self, x: torch.Tensor) -> HostFuture:
         """Start copying `x` to the host."""
+        ...
+
+    def device_errors(self) -> AbstractContextManager[None]:
+        """Within it what the device's library raises comes as `BackendError`."""
         ...
 
     def use_threads(self, num_threads: int) -> None:

@@ -93,9 +93,17 @@ class TorchBackend(abc.ABC):
         """A copy, so that the host may write its buffer again."""
         return torch.from_numpy(np.ascontiguousarray(host)).to(self.device(), copy=True)
 
+    def to_device_all(self, hosts: Sequence[npt.NDArray[np.generic]]) -> Sequence[torch.Tensor]:
+        """One after the other."""
+        return [self.to_device(host) for host in hosts]
+
     def to_host(self, x: torch.Tensor) -> HostFuture:
         """A copy that is done when this returns."""
         return DoneFuture(x.cpu().numpy())
+
+    def device_errors(self) -> contextlib.AbstractContextManager[None]:
+        """Nothing to translate."""
+        return contextlib.nullcontext()
 
     def use_threads(self, num_threads: int) -> None:
         """Torch's pool, of the whole process."""

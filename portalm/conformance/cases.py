@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from portalm.backend import KV, AttentionSpec, Bucket, KVSpec, StepMeta
+from portalm.conformance.check import CheckFailed
 from portalm.conformance.numerics import FloatArray, rounded
 from portalm.conformance.subject import Subject
 
@@ -121,14 +122,17 @@ class Padded:
 def padded_shape(
     subject: Subject, chunks: Sequence[Chunk], block_size: int, pad: Pad = NO_PAD
 ) -> Padded:
-    """The step's size with `pad`, or the smallest bucket that holds it."""
+    """The step's size with `pad`, or the smallest bucket that holds it.
+
+    Of a backend whose steps need no bucket only those are padded that one holds.
+    """
     num_tokens = sum(c.end - c.start for c in chunks) + pad.num_tokens
     num_requests = len(chunks) + pad.num_requests
     num_blocks = max(-(-c.end // block_size) for c in chunks) + pad.num_blocks
     longest = max(c.end - c.start for c in chunks)
     if subject.buckets is None:
         return Padded(num_tokens, num_requests, num_blocks, None)
-    bucket = next(
+    holding = (
         b
         for b in subject.buckets
         if b.num_tokens >= num_tokens
@@ -136,6 +140,11 @@ def padded_shape(
         and b.num_blocks >= num_blocks
         and b.max_query_len >= longest
     )
+    bucket = next(holding, None)
+    if bucket is None:
+        if subject.claims.static_shapes:
+            raise CheckFailed(f"no bucket holds {num_tokens} tokens of {num_requests} requests")
+        return Padded(num_tokens, num_requests, num_blocks, None)
     return Padded(bucket.num_tokens, bucket.num_requests, bucket.num_blocks, bucket)
 
 

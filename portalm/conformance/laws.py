@@ -166,10 +166,10 @@ def check_copy(subject: Subject, case: None) -> None:
 # -- captured steps ---------------------------------------------------------------------------
 
 
-def _small_step(subject: Subject):  # type: ignore[no-untyped-def]
+def _small_step(subject: Subject, batch: str):  # type: ignore[no-untyped-def]
     """A step of one layer of everything, its weights, cache and inputs."""
     backend, dtype = subject.backend, subject.dtype
-    problem = _problem(subject, "ragged")
+    problem = _problem(subject, batch)
     run = AttentionRun(subject, problem)
     run.fill_context()
     spec = problem.spec
@@ -207,9 +207,9 @@ def _small_step(subject: Subject):  # type: ignore[no-untyped-def]
     return step, weights, run.kv, inputs
 
 
-def check_compiled(subject: Subject, case: None) -> None:
+def check_compiled(subject: Subject, case: Named) -> None:
     """A captured step draws what the step itself draws, again and again."""
-    step, weights, kv, inputs = _small_step(subject)
+    step, weights, kv, inputs = _small_step(subject, case.name)
     kv, eager = step(weights, kv, inputs)
     expected = subject.get(eager.token_ids).copy()
     captured = subject.backend.compile(step, inputs.meta.bucket, inputs)
@@ -220,7 +220,7 @@ def check_compiled(subject: Subject, case: None) -> None:
 
 def check_seal(subject: Subject, case: None) -> None:
     """Within seal() a new capture is refused, after it it is not."""
-    step, _, _, inputs = _small_step(subject)
+    step, _, _, inputs = _small_step(subject, "ragged")
     with subject.backend.seal():
         try:
             subject.backend.compile(step, inputs.meta.bucket, inputs)
@@ -242,6 +242,6 @@ CHECKS = (
     Check("L2", "sampling alone", check_sample_alone, (Named("mixed"), Named("all filters"))),
     Check("L2", "export and import", check_export_import),
     Check("L2", "copy", check_copy),
-    Check("L2", "captured step", check_compiled),
+    Check("L2", "captured step", check_compiled, (Named("ragged"), Named("decode"))),
     Check("L2", "seal", check_seal),
 )

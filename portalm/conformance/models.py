@@ -31,10 +31,10 @@ def forward(engine: Engine, token_ids: list[int]) -> Array:
     config = engine.model_config
     if config.architecture != "LlamaForCausalLM":
         return oracle.forward(engine, token_ids)
-    checkpoint = open_checkpoint(engine.model_path, engine.config)
+    checkpoint = open_checkpoint(engine.model_path, engine.config, engine.backend.device())
 
     def w(name: str) -> Array:
-        return np.asarray(checkpoint.tensor(name).double().numpy(), np.float64)
+        return np.asarray(checkpoint.tensor(name).cpu().double().numpy(), np.float64)
 
     def linear(x: Array, name: str, has_bias: bool) -> Array:
         return reference.linear(x, w(f"{name}.weight"), w(f"{name}.bias") if has_bias else None)

@@ -10,7 +10,7 @@ from portalm.conformance.check import Check, CheckFailed, Named
 from portalm.conformance.subject import Subject
 from portalm.conformance.tiny import ask, finish, prompts, tiny_engine, tokens
 from portalm.engine.engine import Engine
-from portalm.errors import BackendError
+from portalm.errors import BackendError, BackendErrorKind
 
 _SAMPLING: dict[str, dict[str, Any]] = {
     "greedy": {},
@@ -129,13 +129,14 @@ def _with_fault(engine: Engine, fault: Callable[[int], None]) -> None:
     graphs.step_for = faulty_step_for  # type: ignore[method-assign]
 
 
-def check_oom(subject: Subject, case: None) -> None:
-    """A device that is out of memory in one step ends one request; the others are as they were."""
+def check_failure(subject: Subject, case: Named) -> None:
+    """A step that fails ends one request, none if memory ran out; others are as they were."""
     expected, _ = _answers(subject, "greedy")
+    kind: BackendErrorKind = "oom" if case.name == "out of memory" else "kernel"
 
     def fault(number: int) -> None:
         if number == 4:
-            raise BackendError("oom", "planted: out of memory")
+            raise BackendError(kind, f"planted: {case.name}")
 
     with tiny_engine(subject) as engine:
         _with_fault(engine, fault)
@@ -144,7 +145,7 @@ def check_oom(subject: Subject, case: None) -> None:
         outputs = finish(engine)
         held = engine.stats().num_used_blocks
     failed = [k for k, many in outputs.items() if many[-1].finish_reason == "error"]
-    if len(failed) != 1 or held:
+    if len(failed) != (kind != "oom") or held:
         raise CheckFailed(f"{len(failed)} requests ended by one failure, {held} blocks held")
     actual = {k: v for k, v in tokens(outputs).items() if k not in failed}
     _require_same(subject, "after a failure", actual, {k: expected[k] for k in actual})
@@ -156,5 +157,10 @@ CHECKS = (
     Check("L4", "alone or in a batch", check_alone, _KINDS),
     Check("L4", "abort frees blocks", check_abort),
     Check("L4", "no capture once warm", check_sealed),
-    Check("L4", "out of memory ends one request", check_oom),
+    Check(
+        "L4",
+        "a step that fails",
+        check_failure,
+        (Named("out of memory"), Named("a kernel")),
+    ),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+from dataclasses import replace
 
 from portalm.config import SchedulerConfig
 from portalm.core.block_manager import BlockManager, NoBlocks
@@ -274,6 +275,10 @@ class Scheduler:
         request.num_published_blocks = 0
         self._released.append(request.request_id)
         self._waiting.push(self._key(request), request)
+
+    def limit_tokens(self, max_batch_tokens: int) -> None:
+        """Plan at most so many tokens a step from now on."""
+        self.config = replace(self.config, max_batch_tokens=max_batch_tokens)
 
     def rewind(self, failed: dict[str, str]) -> list[RequestUpdate]:
         """After a step that failed: nothing on the device is trusted, all is computed again.

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from portalm.backend import Backend, KVSpec, load_backend
+from portalm.backend import Backend, KVSpec, Weights, load_backend
 from portalm.config import MAX_PROMPT_LOGPROB_ROWS, EngineConfig, ModelConfig
 from portalm.core.plan import RequestUpdate, StepPlan, StepResult
 from portalm.core.request import Request
@@ -24,7 +24,7 @@ from portalm.models.loader import open_checkpoint
 from portalm.models.model import AS_CAST, Quantization
 from portalm.models.registry import model_class
 from portalm.pooling_params import PoolingParams
-from portalm.runner.memory import activation_bytes, kv_budget
+from portalm.runner.memory import activation_bytes, kv_budget, measured_bytes
 from portalm.runner.model_runner import ModelRunner, StepInFlight
 from portalm.sampling_params import SamplingParams
 from portalm.structured.grammar import Grammar, Grammars
@@ -83,7 +83,7 @@ class Engine:
         self.tokenizer_path = (
             self.model_path if config.tokenizer is None else resolve_model(config.tokenizer)
         )
-        checkpoint = open_checkpoint(self.model_path, config)
+        checkpoint = open_checkpoint(self.model_path, config, self.backend.device())
         try:
             max_model_len = _choose_max_model_len(config, checkpoint.config)
             self.model_config = checkpoint.config.serving(max_model_len)
@@ -103,7 +103,7 @@ class Engine:
         self.attention_specs = model.attention_specs()
         self.tasks = model.tasks
         spec = model.kv_spec(config.block_size, _kv_dtype(config, dtype))
-        num_blocks = self._num_blocks(model, spec, dtype, max_model_len)
+        num_blocks = self._num_blocks(model, weights, spec, dtype, max_model_len)
         self.scheduler = Scheduler(
             config.scheduler_config(max_model_len=max_model_len, num_blocks=num_blocks)
         )
@@ -120,6 +120,8 @@ class Engine:
             self.backend.capabilities.max_steps_in_flight if config.async_scheduling else 1
         )
         self._in_flight: deque[StepInFlight] = deque()
+        self._num_failures = 0
+        """Of steps behind each other, up to now."""
         self.step_begins: Callable[[int], None] | None = None
         """Called with the number of tokens of every step, before the device gets it."""
         self._grammars = Grammars()
@@ -278,7 +280,8 @@ class Engine:
 
         Raises:
             BackendError: of kind device_lost: the engine cannot go on. Any other failure of the
-                device ends one request (the one with the most tokens in the step).
+                device ends one request (the one with the most tokens in the step); where memory
+                ran out, only if smaller steps do not fit either.
         """
         started = time.perf_counter()
         plan: StepPlan | None = None
@@ -308,6 +311,7 @@ class Engine:
             if error.kind == "device_lost" or plan is None:
                 raise
             return self._outputs(self._recover(plan, error), refused)
+        self._num_failures = 0
         updates = self.scheduler.update(plan, result)
         self._count(plan, result, time.perf_counter() - started)
         return self._outputs(updates, refused)
@@ -343,16 +347,22 @@ class Engine:
     def _recover(self, plan: StepPlan, error: BackendError) -> list[RequestUpdate]:
         """A step failed: its largest request ends, all others are computed again.
 
-        Sampling is stateless, so those draw the same tokens as if nothing had happened.
+        Sampling is stateless, so those draw the same tokens as if nothing had happened. Where
+        memory ran out nobody ends before it was tried again with less of it.
         """
-        largest = max(plan.requests, key=lambda p: (p.num_tokens, p.start))
+        self._num_failures += 1
+        failed = {}
+        if not (error.kind == "oom" and self._may_try_again(plan)):
+            largest = max(plan.requests, key=lambda p: (p.num_tokens, p.start)).request
+            reason = f"the device failed on this request ({error.kind}): {error}"
+            failed[largest.request_id] = reason
         logger.error(
-            "step %d failed (%s: %s); request %s ends, %d others are computed again",
+            "step %d failed (%s: %s); %s, %d requests are computed again",
             plan.step_id,
             error.kind,
             error,
-            largest.request.request_id,
-            len(plan.requests) - 1,
+            f"request {next(iter(failed))} ends" if failed else "no request ends",
+            len(plan.requests) - len(failed),
         )
         for step in self._in_flight:  # planned on top of the failed one: their ids mean nothing
             try:
@@ -361,13 +371,22 @@ class Engine:
                 if later.kind == "device_lost":
                     raise
         self._in_flight.clear()
-        return self.scheduler.rewind(
-            failed={
-                largest.request.request_id: (
-                    f"the device failed on this request ({error.kind}): {error}"
-                )
-            }
+        return self.scheduler.rewind(failed)
+
+    def _may_try_again(self, plan: StepPlan) -> bool:
+        """Make steps smaller, if this one can be; as it was it is tried only once again."""
+        config = self.scheduler.config
+        limit = max(plan.num_tokens // 2, config.max_batch_requests)
+        if plan.num_tokens <= limit or not config.enable_chunked_prefill:
+            return self._num_failures == 1
+        logger.warning(
+            "steps have at most %d tokens from now on: one of %d did not fit the device's memory "
+            "(--max-num-batched-tokens and --gpu-memory-utilization leave more room)",
+            limit,
+            plan.num_tokens,
         )
+        self.scheduler.limit_tokens(limit)
+        return True
 
     def _outputs(self, updates: list[RequestUpdate], more: Sequence[TokenOutput]) -> StepOutputs:
         outputs = [*more, *(self._output(u) for u in updates)]
@@ -428,12 +447,34 @@ class Engine:
     # -- start and end ------------------------------------------------------------------------
 
     def _num_blocks(
-        self, model: Model, spec: KVSpec | None, dtype: str, max_model_len: int
+        self,
+        model: Model,
+        weights: Weights,
+        spec: KVSpec | None,
+        dtype: str,
+        max_model_len: int,
     ) -> int | None:
         """Size of the KV pool; None for an encoder, which has none."""
         if spec is None:
             return None
         config = self.config
+        is_given = config.num_gpu_blocks_override or config.kv_cache_memory_bytes
+        if self.backend.capabilities.measures_memory and not is_given:
+            limits = config.scheduler_config(max_model_len=max_model_len, num_blocks=2)
+            activations = measured_bytes(
+                lambda kv: ModelRunner(
+                    model, weights, kv, self.backend, limits, enforce_eager=config.enforce_eager
+                ),
+                self.backend,
+                spec,
+            )
+        else:
+            activations = activation_bytes(
+                self.model_config,
+                dtype_bytes=_DTYPE_BYTES[dtype],
+                max_tokens=config.max_num_batched_tokens,
+                max_logits_rows=config.max_num_seqs + MAX_PROMPT_LOGPROB_ROWS,
+            )
         budget = kv_budget(
             config,
             self.model_config,
@@ -441,12 +482,7 @@ class Engine:
             spec,
             max_model_len=max_model_len,
             weight_bytes=model.weight_bytes(),
-            activations=activation_bytes(
-                self.model_config,
-                dtype_bytes=_DTYPE_BYTES[dtype],
-                max_tokens=config.max_num_batched_tokens,
-                max_logits_rows=config.max_num_seqs + MAX_PROMPT_LOGPROB_ROWS,
-            ),
+            activations=activations,
         )
         return budget.num_blocks
 

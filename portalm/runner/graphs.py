@@ -106,15 +106,11 @@ class StepGraphs:
         """The largest bucket that is not captured yet: the others then fit its memory."""
         return self._uncaptured[-1] if self._uncaptured else None
 
-    def capture(self, inputs: StepInputs) -> StepFn:
-        """The capture of `inputs`, a step of `next_to_capture()`, which service may use now."""
-        bucket = self._uncaptured[-1]
-        assert inputs.meta.bucket == bucket
-        captured = self.step_for(inputs)
-        self._uncaptured.pop()
+    def note_captured(self) -> None:
+        """A step of `next_to_capture()` has run: service may use its bucket from now on."""
+        bucket = self._uncaptured.pop()
         if not self._must_pad:
             self._usable.insert(0, bucket)
-        return captured
 
     def give_up(self) -> None:
         """Capture no more: steps that would have used what is missing run as they are."""

@@ -69,6 +69,7 @@ class InputBatch:
     def __init__(self, config: SchedulerConfig) -> None:
         """Room for `max_batch_requests` rows (memory is touched as tokens come)."""
         num_rows, max_len = config.max_batch_requests, config.max_model_len
+        self.config = config
         self.block_size = config.block_size
         self.max_blocks = -(-max_len // config.block_size)
         self.token_ids = np.zeros((num_rows, max_len), np.int32)
@@ -240,6 +241,34 @@ class InputBatch:
             logits_rows=zeros[: pad.num_rows],
             max_query_len=0,
             max_seq_len=0,
+            previous_rows=None,
+        )
+
+    def largest(self, num_rows: int) -> StepArrays:
+        """The arrays of a step of all the tokens and requests that a step may have, in block 0."""
+        config = self.config
+        num_tokens, num_requests = config.max_batch_tokens, config.max_batch_requests
+        num_tokens = min(num_tokens, num_requests * config.max_model_len)
+        lengths = np.full(num_requests, num_tokens // num_requests, np.int32)
+        lengths[num_requests - num_tokens % num_requests :] += 1  # decodes come first
+        loc = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+        positions = np.arange(num_tokens, dtype=np.int32) - np.repeat(loc[:-1], lengths)
+        longest = int(lengths.max())
+        return StepArrays(
+            num_tokens=num_tokens,
+            num_requests=num_requests,
+            num_rows=num_rows,
+            num_decodes=int(np.count_nonzero(lengths == 1)),
+            rows=np.arange(num_requests),
+            token_ids=np.zeros(num_tokens, np.int32),
+            positions=positions,
+            slot_mapping=np.zeros(num_tokens, np.int32),
+            query_start_loc=loc,
+            seq_lens=lengths,
+            block_table=np.zeros((num_requests, -(-longest // self.block_size)), np.int32),
+            logits_rows=np.zeros(num_rows, np.int32),
+            max_query_len=longest,
+            max_seq_len=longest,
             previous_rows=None,
         )
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from portalm.backend import Backend, KVSpec
+from portalm.backend import KV, Backend, KVSpec
 from portalm.config import EngineConfig, ModelConfig
 from portalm.errors import ConfigError
+from portalm.runner.model_runner import ModelRunner
 
 _OWN_MEMORY_SHARE = 0.9
 """Of a device's own memory: what weights, activations and KV may take together by default."""
@@ -45,6 +48,30 @@ def activation_bytes(
     return (
         max_tokens * per_token * dtype_bytes + states + max_logits_rows * model.vocab_size * 4 * 4
     )
+
+
+def measured_bytes(make_runner: Callable[[KV], ModelRunner], backend: Backend, spec: KVSpec) -> int:
+    """What the largest step and all captured steps take beside weights and KV, by trying.
+
+    Two captures tell what the others will take: the largest one's memory is shared by all, the
+    second one's cost is each one's own.
+
+    Args:
+        make_runner: of the engine's settings, over a KV cache that has nothing but the null block.
+        backend: measures.
+        spec: the KV cache's shape.
+    """
+    runner = make_runner(backend.kv_alloc(spec, 1))
+    with backend.peak() as used:
+        runner.run_largest()
+    step_bytes = used()
+    num_captures = 0 if runner.graphs.buckets is None else len(runner.graphs.buckets)
+    free = [backend.memory().free]
+    while len(free) < 3 and runner.capture_next():
+        free.append(backend.memory().free)
+    taken = [max(0, before - after) for before, after in itertools.pairwise(free)]
+    captured_bytes = sum(taken) + (taken[-1] * (num_captures - len(taken)) if taken else 0)
+    return step_bytes + captured_bytes
 
 
 def kv_budget(

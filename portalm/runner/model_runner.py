@@ -85,6 +85,10 @@ class ModelRunner:
 
     def dispatch(self, plan: StepPlan) -> StepInFlight:
         """Start computing `plan`, which must not be empty."""
+        with self._backend.device_errors():
+            return self._dispatch(plan)
+
+    def _dispatch(self, plan: StepPlan) -> StepInFlight:
         self.forget(plan.released)
         rows = self.batch.update(plan)
         if plan.block_copies:
@@ -107,11 +111,27 @@ class ModelRunner:
         bucket = self.graphs.next_to_capture()
         if bucket is None:
             return False
-        inputs = self._padding(bucket)
-        step = self.graphs.capture(inputs)
-        self._kv, out = step(self._weights, self._kv, inputs)
-        self._backend.to_host(out.token_ids).result()
+        with self._backend.device_errors():
+            inputs = self._padding(bucket)
+            step = self.graphs.step_for(inputs)
+            self._kv, out = step(self._weights, self._kv, inputs)
+            self._backend.to_host(out.token_ids).result()
+        self.graphs.note_captured()
         return True
+
+    def run_largest(self) -> None:
+        """A step of as many tokens, requests and rows of logits as there may be, for its memory.
+
+        All blocks are the null block. Every kind of sampling is in it.
+        """
+        config = self.batch.config
+        num_rows = config.max_batch_requests + config.max_prompt_logprob_rows
+        arrays = self.batch.largest(num_rows)
+        with self._backend.device_errors():
+            inputs = self._on_device(arrays, arrays.logits_rows, [], None, 0, None)
+            inputs.sample = self._sampler.every_kind(num_rows, self._backend.to_device)
+            self._kv, out = self.graphs.step_for(inputs)(self._weights, self._kv, inputs)
+            self._backend.to_host(out.token_ids).result()
 
     def _copy_blocks(self, copies: list[tuple[int, int]]) -> None:
         pairs = np.array(copies, np.int32)
@@ -171,14 +191,26 @@ class ModelRunner:
         types: npt.NDArray[np.int32] | None,
     ) -> StepInputs:
         """Arrays, and the rows of logits and hidden states that are wanted, as a step's inputs."""
-        to_device = self._backend.to_device
+        to_device, previous = self._backend.to_device, arrays.previous_rows
+        hosts = {
+            "token_ids": arrays.token_ids,
+            "positions": arrays.positions,
+            "slot_mapping": arrays.slot_mapping,
+            "query_start_loc": arrays.query_start_loc,
+            "seq_lens": arrays.seq_lens,
+            "block_table": arrays.block_table,
+            "logits_rows": wanted,
+        }
+        if previous is not None:
+            hosts["previous_rows"] = previous
+        sent = dict(zip(hosts, self._backend.to_device_all(list(hosts.values())), strict=True))
         meta = StepMeta(
-            positions=to_device(arrays.positions),
-            slot_mapping=to_device(arrays.slot_mapping),
-            query_start_loc=to_device(arrays.query_start_loc),
-            seq_lens=to_device(arrays.seq_lens),
-            block_table=to_device(arrays.block_table),
-            logits_rows=to_device(wanted),
+            positions=sent["positions"],
+            slot_mapping=sent["slot_mapping"],
+            query_start_loc=sent["query_start_loc"],
+            seq_lens=sent["seq_lens"],
+            block_table=sent["block_table"],
+            logits_rows=sent["logits_rows"],
             host_query_start_loc=arrays.query_start_loc,
             host_seq_lens=arrays.seq_lens,
             num_decodes=arrays.num_decodes,
@@ -187,13 +219,12 @@ class ModelRunner:
             token_types=None if types is None else to_device(types),
             bucket=bucket,
         )
-        previous = arrays.previous_rows
         return StepInputs(
-            token_ids=to_device(arrays.token_ids),
+            token_ids=sent["token_ids"],
             meta=self._backend.prepare(meta, self._specs),
             sample=self._sampler.build(sampled, arrays, self.batch, to_device),
             previous_ids=None if previous is None else self._last_ids,
-            previous_rows=None if previous is None else to_device(previous),
+            previous_rows=sent.get("previous_rows"),
             num_states=num_states,
         )
 

@@ -40,16 +40,44 @@ class Sampler:
         """Parameters of [R] rows, padded as `arrays.logits_rows` is (pad rows are greedy)."""
         num_rows = len(arrays.logits_rows)
         requests = [row.request for row in rows]
-        if self._last is not None and requests == self._last_requests and num_rows == len(rows):
-            position = np.array([row.position for row in rows], np.int64)
+        if (
+            self._last is not None
+            and requests == self._last_requests
+            and num_rows == len(self._last.position)
+        ):
+            position = np.zeros(num_rows, np.int64)
+            position[: len(rows)] = [row.position for row in rows]
             return replace(self._last, position=to_device(position))
         built = self._build(rows, arrays, batch, to_device)
         self._last_requests = requests
-        is_lasting = num_rows == len(rows) and not any(
-            row.target >= 0 or _depends_on_history(row.request) for row in rows
-        )
+        is_lasting = not any(row.target >= 0 or _depends_on_history(row.request) for row in rows)
         self._last = built if is_lasting else None
         return built
+
+    def every_kind(self, num_rows: int, to_device: ToDevice) -> SampleParams:
+        """Parameters of [R] rows that need all that sampling may need at once."""
+        one = np.ones(num_rows, np.float32)
+        ids = np.zeros((num_rows, 1), np.int32)
+        return SampleParams(
+            temperature=to_device(one),
+            top_k=to_device(np.full(num_rows, 2, np.int32)),
+            top_p=to_device(one / 2),
+            min_p=to_device(one / 2),
+            seed=to_device(np.zeros(num_rows, np.int64)),
+            position=to_device(np.zeros(num_rows, np.int64)),
+            is_greedy=False,
+            has_filters=True,
+            penalties=Penalties(
+                prompt_ids=to_device(ids),
+                output_ids=to_device(ids),
+                presence=to_device(one),
+                frequency=to_device(one),
+                repetition=to_device(one),
+            ),
+            allowed=to_device(self._masks.everything(num_rows)),
+            targets=to_device(np.full(num_rows, -1, np.int32)),
+            num_logprobs=1,
+        )
 
     def _build(
         self, rows: list[SampledRow], arrays: StepArrays, batch: InputBatch, to_device: ToDevice

@@ -29,6 +29,10 @@ class TokenMasks:
         for request_id in request_ids:
             self._matchers.pop(request_id, None)
 
+    def everything(self, num_rows: int) -> npt.NDArray[np.int32]:
+        """The mask of [num_rows] rows that may draw any token."""
+        return np.tile(self._full, (num_rows, 1))
+
     def build(self, rows: list[SampledRow], num_rows: int) -> npt.NDArray[np.int32] | None:
         """int32 [num_rows, ceil(V / 32)], or None where no row is restricted.
 

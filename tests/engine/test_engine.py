@@ -125,7 +125,7 @@ def test_abort_in_flight_frees_every_block(tmp_path: Path, steps_in_flight: int)
 
 
 def test_a_failed_step_ends_one_request_and_no_other(tmp_path: Path, steps_in_flight: int) -> None:
-    backend = NullBackend(max_steps_in_flight=steps_in_flight, fail_at_step=6, fail_kind="oom")
+    backend = NullBackend(max_steps_in_flight=steps_in_flight, fail_at_step=6, fail_kind="kernel")
     engine = make_engine(tmp_path, backend)
     prompts = random_prompts(8, seed=3)
     for i, prompt in enumerate(prompts):
@@ -135,11 +135,27 @@ def test_a_failed_step_ends_one_request_and_no_other(tmp_path: Path, steps_in_fl
 
     failed = [k for k, many in outputs.items() if many[-1].finish_reason == "error"]
     assert len(failed) == 1
-    assert "oom" in (outputs[failed[0]][-1].error or "")
+    assert "kernel" in (outputs[failed[0]][-1].error or "")
     drawn = tokens(outputs)
     for i, prompt in enumerate(prompts):
         if str(i) not in failed:
             assert drawn[str(i)] == expected_chain(prompt, 20)
+    assert engine.stats().num_used_blocks == 0
+
+
+def test_a_step_without_memory_is_tried_again_and_ends_no_request(
+    tmp_path: Path, steps_in_flight: int
+) -> None:
+    backend = NullBackend(max_steps_in_flight=steps_in_flight, fail_at_step=2, fail_kind="oom")
+    engine = make_engine(tmp_path, backend)
+    prompts = random_prompts(8, seed=3)
+    for i, prompt in enumerate(prompts):
+        ask(engine, str(i), prompt, max_tokens=20)
+
+    drawn = tokens(run(engine))
+
+    assert drawn == {str(i): expected_chain(prompt, 20) for i, prompt in enumerate(prompts)}
+    assert engine.scheduler.config.max_batch_tokens == 32  # of 64: the next one may fit
     assert engine.stats().num_used_blocks == 0
 
 

@@ -1,0 +1,112 @@
+"""Penalties, bias and allowed mask on logits [R, V], before a token is drawn.
+
+Mapping:  `_count` has one program for each BLOCK tokens seen before, `_apply` one for each CHUNK
+          of a row, `_add` one for each BLOCK additions.
+Bound by: memory, 8 V R bytes, and 4 more V R where there are penalties.
+Meaning:  backends/portable/sampling.py; additions to one token may be summed in any order.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from portalm.backend import SampleParams
+
+CHUNK = 4096
+BLOCK = 1024
+_IN_PROMPT = tl.constexpr(1 << 30)
+"""Bit of a token's count that says it is in the prompt; below are its places in the answer."""
+
+
+def adjust(logits: torch.Tensor, params: SampleParams) -> torch.Tensor:
+    """float32 [R, V] after penalties, bias and mask; `logits` itself where there are none."""
+    penalties, bias, allowed = params.penalties, params.bias, params.allowed
+    num_rows, vocab_size = logits.shape
+    if (penalties is None and bias is None and allowed is None) or num_rows == 0:
+        return logits
+    scores = torch.empty((num_rows, vocab_size), dtype=logits.dtype, device=logits.device)
+    counts, knobs = logits, (logits, logits, logits)  # not read where there are no penalties
+    if penalties is not None:
+        counts = torch.zeros((num_rows, vocab_size), dtype=torch.int32, device=logits.device)
+        knobs = (penalties.presence, penalties.frequency, penalties.repetition)
+        for ids, is_prompt in ((penalties.prompt_ids, True), (penalties.output_ids, False)):
+            width = ids.shape[1]
+            if width:
+                _count[(triton.cdiv(width, BLOCK), num_rows)](
+                    ids, counts, width, ids.stride(0), vocab_size, is_prompt, BLOCK
+                )
+    masks = logits if allowed is None else allowed
+    # products and sums are rounded one by one, as the seam's torch default rounds them
+    _apply[(triton.cdiv(vocab_size, CHUNK), num_rows)](
+        logits, scores, counts, *knobs, masks, vocab_size, logits.stride(0), masks.stride(0),
+        penalties is not None, allowed is not None, CHUNK, enable_fp_fusion=False,
+    )  # fmt: skip
+    if bias is not None and len(bias.rows):
+        _add[(triton.cdiv(len(bias.rows), BLOCK),)](
+            bias.rows, bias.token_ids, bias.values, scores, masks, len(bias.rows), vocab_size,
+            masks.stride(0), allowed is not None, BLOCK,
+        )  # fmt: skip
+    return scores
+
+
+@triton.jit
+def _count(
+    ids_ptr, counts_ptr, width, row_stride, vocab_size, IS_PROMPT: tl.constexpr, BLOCK: tl.constexpr
+):
+    """How often each token was seen: int32 [R, V], zero before."""
+    row = tl.program_id(1).to(tl.int64)
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    ids = tl.load(ids_ptr + row * row_stride + at, mask=at < width, other=-1)
+    place = counts_ptr + row * vocab_size + ids
+    if IS_PROMPT:
+        tl.atomic_or(place, tl.full((BLOCK,), _IN_PROMPT, tl.int32), mask=ids >= 0)
+    else:
+        tl.atomic_add(place, tl.full((BLOCK,), 1, tl.int32), mask=ids >= 0)
+
+
+@triton.jit
+def _is_allowed(masks_ptr, row, ids, mask, mask_stride):
+    """The bits of tokens `ids` in their row's mask."""
+    words = tl.load(masks_ptr + row * mask_stride + ids // 32, mask=mask, other=0)
+    return ((words >> (ids % 32)) & 1) != 0
+
+
+@triton.jit
+def _apply(
+    logits_ptr, scores_ptr, counts_ptr, presence_ptr, frequency_ptr, repetition_ptr, masks_ptr,
+    vocab_size, row_stride, mask_stride,
+    HAS_PENALTIES: tl.constexpr, HAS_MASK: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Logits after penalties and mask."""
+    row = tl.program_id(1).to(tl.int64)
+    ids = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
+    is_token = ids < vocab_size
+    scores = tl.load(logits_ptr + row * row_stride + ids, mask=is_token, other=0.0)
+    if HAS_PENALTIES:
+        counts = tl.load(counts_ptr + row * vocab_size + ids, mask=is_token, other=0)
+        repetition = tl.load(repetition_ptr + row)
+        repeated = tl.where(scores > 0, tl.div_rn(scores, repetition), scores * repetition)
+        scores = tl.where(counts > 0, repeated, scores)
+        in_answer = (counts & (_IN_PROMPT - 1)).to(tl.float32)
+        scores -= tl.load(frequency_ptr + row) * in_answer
+        scores -= tl.load(presence_ptr + row) * (in_answer > 0).to(tl.float32)
+    if HAS_MASK:
+        is_allowed = _is_allowed(masks_ptr, row, ids, is_token, mask_stride)
+        scores = tl.where(is_allowed, scores, float("-inf"))
+    tl.store(scores_ptr + row * vocab_size + ids, scores, mask=is_token)
+
+
+@triton.jit
+def _add(
+    rows_ptr, ids_ptr, values_ptr, scores_ptr, masks_ptr, count, vocab_size, mask_stride,
+    HAS_MASK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Add values to scores; what the mask forbids stays so."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < count
+    rows = tl.load(rows_ptr + at, mask=mask, other=0).to(tl.int64)
+    ids = tl.load(ids_ptr + at, mask=mask, other=0)
+    if HAS_MASK:
+        mask &= _is_allowed(masks_ptr, rows, ids, mask, mask_stride)
+    values = tl.load(values_ptr + at, mask=mask, other=0.0)
+    tl.atomic_add(scores_ptr + rows * vocab_size + ids, values, mask=mask)

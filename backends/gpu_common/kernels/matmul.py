@@ -1,0 +1,142 @@
+"""x [M, K] times the transpose of a weight [N, K], where torch has no product of that kind.
+
+    x          float32, float16 or bfloat16; rows may lie apart
+    weight     FewBitWeight, or [N, K] in x's dtype whose products are wanted in float32
+
+Mapping:  one program for each BLOCK_N rows of the weight and BLOCK_M rows of x, and for each part
+          of K where those are few; the parts are then added by `_add_parts`, in a fixed order. The
+          weight is the left operand: its tile is what fills the tensor core's long side, and it is
+          unpacked in registers. Codes are multiplied as they are, exactly, and each group's
+          products are scaled in float32.
+Bound by: memory up to about 64 rows: N K bits / 8 + N K / group * 2 bytes.
+Meaning:  QuantizedWeight.dequantize; `Backend.linear` and `Backend.logits`.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from portalm.errors import BackendError
+from portalm_backends.gpu_common.weights import FewBitWeight
+
+_PROGRAMS = 512
+"""K is split until there are so many programs: enough for the largest devices."""
+_LEAST = 256
+"""Columns of K that one program has at least."""
+_PLAIN_GROUP = 64
+"""Columns of K that are multiplied at once where there are no groups."""
+
+
+def matmul(
+    x: torch.Tensor,
+    weight: torch.Tensor | FewBitWeight,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """x [M, K] times weight [N, K] transposed, plus bias [N], added in float32: `dtype` [M, N]."""
+    if isinstance(weight, FewBitWeight):
+        values, scales, minimums = weight.codes, weight.scales, weight.minimums
+        bits, group, n, k = weight.bits, weight.group, weight.codes.shape[1], weight.k
+    else:
+        values, scales, minimums, bits, group = weight, weight, None, 16, _PLAIN_GROUP
+        n, k = weight.shape
+    m = x.shape[0]
+    if x.shape[1] != k or x.stride(1) != 1:
+        raise BackendError("shape", f"linear: {list(x.shape)} times [{n}, {k}]^T")
+    out = torch.empty((m, n), dtype=dtype, device=x.device)
+    if m == 0:
+        return out
+    block_m = min(max(triton.next_power_of_2(m), 16), 128)
+    block_n = 64
+    num_programs = triton.cdiv(n, block_n) * triton.cdiv(m, block_m)
+    num_groups = triton.cdiv(k, group)
+    most = max(1, num_groups * group // _LEAST)
+    num_parts = min(triton.cdiv(_PROGRAMS, num_programs), most)
+    part = triton.cdiv(num_groups, num_parts)
+    num_parts = triton.cdiv(num_groups, part)
+    result, added = out, bias
+    if num_parts > 1:
+        result, added = torch.empty((num_parts, m, n), dtype=torch.float32, device=x.device), None
+    _matmul[(triton.cdiv(n, block_n), triton.cdiv(m, block_m), num_parts)](
+        x, values, scales, scales if minimums is None else minimums, x if added is None else added,
+        result, m, n, k, x.stride(0), num_groups, part, group, bits, minimums is not None,
+        added is not None, block_m, block_n, num_warps=4 if block_m < 64 else 8, num_stages=3,
+    )  # fmt: skip
+    if num_parts > 1:
+        block = 256
+        _add_parts[(m, triton.cdiv(n, block))](
+            result, x if bias is None else bias, out, m, n, num_parts, bias is not None, block
+        )
+    return out
+
+
+@triton.jit
+def _matmul(
+    x_ptr, values_ptr, scales_ptr, minimums_ptr, bias_ptr, out_ptr, m, n, k, x_stride, num_groups,
+    part, GROUP: tl.constexpr, BITS: tl.constexpr, HAS_MINIMUMS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """A tile of the product, over `part` groups of K."""
+    of_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    of_m = (tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    first = tl.program_id(2) * part
+    is_n, is_m = of_n < n, of_m < m
+    columns = tl.arange(0, GROUP)
+    total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for i in range(first, tl.minimum(first + part, num_groups)):
+        of_k = i * GROUP + columns
+        x = tl.load(
+            x_ptr + of_m[None, :] * x_stride + of_k[:, None],
+            mask=is_m[None, :] & (of_k < k)[:, None],
+            other=0.0,
+        )
+        if BITS == 16:
+            values = tl.load(
+                values_ptr + of_n[:, None].to(tl.int64) * k + of_k[None, :],
+                mask=is_n[:, None] & (of_k < k)[None, :],
+                other=0.0,
+            )
+            total = tl.dot(values, x, total, input_precision="ieee")
+        else:
+            rows = (i * n + of_n).to(tl.int64)
+            if BITS == 8:
+                place = values_ptr + rows[:, None] * GROUP + columns[None, :]
+                codes = tl.load(place, mask=is_n[:, None], other=0)
+            else:
+                pairs = tl.arange(0, GROUP // 2)
+                place = values_ptr + rows[:, None] * (GROUP // 2) + pairs[None, :]
+                both = tl.load(place, mask=is_n[:, None], other=0)
+                if HAS_MINIMUMS:
+                    codes = tl.join(both & 15, (both >> 4) & 15)
+                else:
+                    codes = tl.join((both << 4) >> 4, both >> 4)
+                codes = tl.reshape(codes, (BLOCK_N, GROUP))
+            scales = tl.load(scales_ptr + rows, mask=is_n, other=0.0).to(tl.float32)
+            total += tl.dot(codes.to(x.dtype), x, input_precision="ieee") * scales[:, None]
+            if HAS_MINIMUMS:
+                minimums = tl.load(minimums_ptr + rows, mask=is_n, other=0.0).to(tl.float32)
+                total += minimums[:, None] * tl.sum(x.to(tl.float32), axis=0)[None, :]
+    if HAS_BIAS:
+        total += tl.load(bias_ptr + of_n, mask=is_n, other=0.0).to(tl.float32)[:, None]
+    rows = tl.program_id(2) * m + of_m
+    tl.store(
+        out_ptr + rows[None, :] * n + of_n[:, None],
+        total.to(out_ptr.dtype.element_ty),
+        mask=is_m[None, :] & is_n[:, None],
+    )
+
+
+@triton.jit
+def _add_parts(
+    parts_ptr, bias_ptr, out_ptr, m, n, num_parts, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """The sum of float32 [num_parts, M, N], plus bias."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = columns < n
+    total = tl.zeros((BLOCK,), tl.float32)
+    for i in range(num_parts):
+        total += tl.load(parts_ptr + (i * m + row) * n + columns, mask=mask, other=0.0)
+    if HAS_BIAS:
+        total += tl.load(bias_ptr + columns, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row * n + columns, total.to(out_ptr.dtype.element_ty), mask=mask)

@@ -1,0 +1,107 @@
+"""RMS norm, with and without a residual, and layer norm over the last dimension.
+
+    x, residual   [..., C]   rows of two or three dimensions, which may lie apart (heads of a merged
+                             projection)
+    weight, bias  [C]
+
+Mapping:  a row stays in the registers of one program; several short rows share one.
+Bound by: memory: each value is read and written once.
+Meaning:  TorchBackend.rms_norm, add_rms_norm and layer_norm.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+_PROGRAM = 2048
+"""Values of one program where rows are shorter."""
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x / sqrt(mean(x^2) + eps), rounded to x's dtype, times weight; contiguous, as x is shaped."""
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    _launch(x, None, weight, None, out, None, eps)
+    return out
+
+
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(rms_norm(x + residual), x + residual); the sum is rounded to x's dtype once."""
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    total = torch.empty_like(out)
+    _launch(x, residual, weight, None, out, total, eps)
+    return out, total
+
+
+def layer_norm(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
+) -> torch.Tensor:
+    """(x - mean) / sqrt(variance + eps) * weight + bias, rounded to x's dtype once."""
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    _launch(x, None, weight, bias, out, None, eps)
+    return out
+
+
+def _launch(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    total: torch.Tensor | None,
+    eps: float,
+) -> None:
+    width = x.shape[-1]
+    num_rows = x.numel() // width
+    if num_rows == 0:
+        return
+    outer, inner, group = _row_strides(x)
+    residual_outer, residual_inner, _ = (0, 0, 0) if residual is None else _row_strides(residual)
+    block = triton.next_power_of_2(width)
+    rows = max(1, min(_PROGRAM // block, triton.next_power_of_2(num_rows)))
+    _norm[(triton.cdiv(num_rows, rows),)](
+        x, x if residual is None else residual, weight, weight if bias is None else bias, out,
+        out if total is None else total, num_rows, group, outer, inner, residual_outer,
+        residual_inner, width, eps, rows, block, residual is not None, bias is not None,
+        num_warps=min(max(rows * block // 512, 1), 16),
+    )  # fmt: skip
+
+
+def _row_strides(x: torch.Tensor) -> tuple[int, int, int]:
+    """Row r begins at r // group * outer + r % group * inner: (outer, inner, group)."""
+    if x.dim() > 3 or x.stride(-1) != 1:
+        x = x.reshape(-1, x.shape[-1])
+    if x.dim() == 3:
+        return x.stride(0), x.stride(1), x.shape[1]
+    return (x.stride(0) if x.dim() == 2 else 0), 0, 1
+
+
+@triton.jit
+def _norm(
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, out_ptr, total_ptr, num_rows, group, outer, inner,
+    residual_outer, residual_inner, width, eps,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    """ROWS rows, in float32; HAS_BIAS: layer norm."""
+    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None].to(tl.int64)
+    columns = tl.arange(0, BLOCK)[None, :]
+    mask = (rows < num_rows) & (columns < width)
+    place = rows // group * outer + rows % group * inner + columns
+    x = tl.load(x_ptr + place, mask=mask, other=0.0).to(tl.float32)
+    dtype = out_ptr.dtype.element_ty
+    if HAS_RESIDUAL:
+        place = rows // group * residual_outer + rows % group * residual_inner + columns
+        total = (x + tl.load(residual_ptr + place, mask=mask, other=0.0).to(tl.float32)).to(dtype)
+        tl.store(total_ptr + rows * width + columns, total, mask=mask)
+        x = total.to(tl.float32)
+    weight = tl.load(weight_ptr + columns, mask=columns < width, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        x = tl.where(mask, x - (tl.sum(x, axis=1) / width)[:, None], 0.0)
+        scale = tl.rsqrt(tl.sum(x * x, axis=1) / width + eps)[:, None]
+        bias = tl.load(bias_ptr + columns, mask=columns < width, other=0.0).to(tl.float32)
+        out = x * scale * weight + bias
+    else:
+        scale = tl.rsqrt(tl.sum(x * x, axis=1) / width + eps)[:, None]
+        out = (x * scale).to(dtype).to(tl.float32) * weight
+    tl.store(out_ptr + rows * width + columns, out.to(dtype), mask=mask)

@@ -1,0 +1,67 @@
+"""Float32 as integers that count upwards: scores and ids that are compared in one step."""
+
+import triton
+import triton.language as tl
+
+NOTHING = tl.constexpr(-2139095041)
+"""`ascending` of -inf: tokens of this or less cannot be drawn."""
+NOT_A_NUMBER = tl.constexpr(0x7FFFFFFFFFFFFFFF)
+"""Above everything that `numbered` gives: marks a part of a row that holds a NaN."""
+
+
+@triton.jit
+def ascending(x):
+    """Int32 in the order of float32 `x`; -0.0 and 0.0 are the same."""
+    bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+
+@triton.jit
+def score_of(key):
+    """The float32 whose `ascending` is `key`."""
+    return tl.where(key < 0, key ^ 0x7FFFFFFF, key).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def numbered(scores, ids):
+    """Int64 in the order of float32 `scores`, those of a tie in the opposite order of their ids.
+
+    So the largest of them is the argmax with ties to the lowest id, whoever compares in what order.
+    """
+    return (ascending(scores).to(tl.int64) << 32) | (0x7FFFFFFF - ids).to(tl.int64)
+
+
+@triton.jit
+def id_of(best):
+    """The int32 id within `numbered`."""
+    return (0x7FFFFFFF - (best & 0xFFFFFFFF)).to(tl.int32)
+
+
+@triton.jit
+def key_of(best):
+    """The `ascending` of the score within `numbered`."""
+    return (best >> 32).to(tl.int32)
+
+
+@triton.jit
+def log(x):
+    """Natural logarithm of positive, normal float32, good to about a unit in the last place.
+
+    Not the device's own: the fast one's error is absolute, and near 1 nothing of the result would
+    be right. Polynomial: S. L. Moshier, Cephes mathematical library, 1989 (logf).
+    """
+    bits = x.to(tl.int32, bitcast=True)
+    exponent = (bits - 0x3F3504F3) >> 23  # x = m * 2^exponent, m from sqrt(1/2) to sqrt(2)
+    r = (bits - (exponent << 23)).to(tl.float32, bitcast=True) - 1.0
+    exponent = exponent.to(tl.float32)
+    y = 7.0376836292e-2 * r - 1.1514610310e-1
+    y = y * r + 1.1676998740e-1
+    y = y * r - 1.2420140846e-1
+    y = y * r + 1.4249322787e-1
+    y = y * r - 1.6668057665e-1
+    y = y * r + 2.0000714765e-1
+    y = y * r - 2.4999993993e-1
+    y = y * r + 3.3333331174e-1
+    square = r * r
+    y = y * r * square - 2.12194440e-4 * exponent - 0.5 * square
+    return r + y + 0.693359375 * exponent

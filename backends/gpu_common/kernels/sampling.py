@@ -1,0 +1,321 @@
+"""Drawing tokens without a sort: two launches for the whole batch, whatever its rows ask for.
+
+    scores       float32 [R, V]   after penalties, bias and mask; rows may lie apart
+    temperature, top_k, top_p, min_p, seed, position   [R], as in SampleParams
+    targets      int32 [R] or none
+
+Mapping:  `_scan` has one program for each CHUNK tokens of a row, `_choose` one for each row. What
+          a row wants is read on the device, so one recorded sequence serves all rows.
+Method:   `_scan` finishes greedy rows and rows without filters but for the largest over chunks.
+          Of filtered rows it leaves the chunk's best CANDIDATES tokens. Every threshold is the
+          smallest t that less than so many tokens (top_k), or than such a mass (top_p), lie above:
+          `_choose` finds it by bisection, among the candidates where it lies above all that was
+          left out, else over the whole row. Truncation before a pivot search:
+          Park et al., "Qrita", 2026; here it is exact, since what was left out is known.
+Bound by: memory, 4 V R bytes; then latency of some ten steps for each of top_k and top_p.
+Meaning:  backends/portable/sampling.py.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from portalm.backend import SampleOutput, SampleParams
+from portalm_backends.gpu_common.kernels import adjust, logprobs
+from portalm_backends.gpu_common.kernels.gumbel import noise_from, noise_of
+from portalm_backends.gpu_common.kernels.ordering import (
+    NOT_A_NUMBER,
+    NOTHING,
+    ascending,
+    id_of,
+    key_of,
+    log,
+    numbered,
+    score_of,
+)
+
+CHUNK = 4096
+"""Tokens of one program: fixed, so that a row is computed alike in every batch."""
+CANDIDATES = 128
+"""Tokens of each chunk that are kept for rows with filters."""
+SEARCHED = 4096
+"""Tokens that `_choose` looks at in one step."""
+
+
+def sample(logits: torch.Tensor, params: SampleParams) -> SampleOutput:
+    """One token from each row of float32 logits [R, V], which are not changed; no host sync."""
+    scores = adjust.adjust(logits, params)
+    output = SampleOutput(token_ids=draw(scores, params))
+    if params.num_logprobs is not None:
+        logprobs.add_logprobs(output, logits, params.num_logprobs)
+    return output
+
+
+def draw(scores: torch.Tensor, params: SampleParams) -> torch.Tensor:
+    """int32 [R]: the token of each row of float32 [R, V]; -1 where none can be drawn."""
+    num_rows, vocab_size = scores.shape
+    num_chunks = triton.cdiv(vocab_size, CHUNK)
+
+    def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=scores.device)
+
+    best = empty(num_rows, num_chunks, dtype=torch.int64)
+    mass = empty(num_rows, num_chunks, dtype=torch.float32)
+    left_out = empty(num_rows, num_chunks, dtype=torch.int32)
+    kept_scores = empty(num_rows, num_chunks, CANDIDATES, dtype=torch.float32)
+    kept_ids = empty(num_rows, num_chunks, CANDIDATES, dtype=torch.int32)
+    token_ids = empty(num_rows, dtype=torch.int32)
+    if num_rows == 0:
+        return token_ids
+    row = (
+        params.temperature,
+        params.top_k,
+        params.top_p,
+        params.min_p,
+        params.seed,
+        params.position,
+    )
+    found = (best, mass, left_out, kept_scores, kept_ids)
+    _scan[(num_chunks, num_rows)](
+        scores, *row, *found, vocab_size, scores.stride(0), CHUNK, CANDIDATES, num_warps=8
+    )
+    _choose[(num_rows,)](
+        scores,
+        *row,
+        *found,
+        token_ids if params.targets is None else params.targets,
+        token_ids,
+        vocab_size,
+        scores.stride(0),
+        num_chunks,
+        triton.next_power_of_2(num_chunks),
+        CANDIDATES,
+        SEARCHED,
+        params.targets is not None,
+        num_warps=16,
+    )
+    return token_ids
+
+
+@triton.jit
+def _is_filtered(temperature, top_k, top_p, min_p):
+    """True if a row is drawn from some of its tokens only."""
+    return (temperature != 0.0) & ((top_k > 0) | (top_p < 1.0) | (min_p > 0.0))
+
+
+@triton.jit
+def _weight(scaled, top):
+    """exp(scaled - top), 1 where both are infinite."""
+    return tl.where(scaled == top, 1.0, tl.exp(scaled - top))
+
+
+@triton.jit
+def _scan(
+    scores_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, seed_ptr, position_ptr,
+    best_ptr, mass_ptr, left_out_ptr, kept_scores_ptr, kept_ids_ptr, vocab_size, row_stride,
+    CHUNK: tl.constexpr, CANDIDATES: tl.constexpr,
+):  # fmt: skip
+    """The best token of each chunk, and what `_choose` needs of those of filtered rows."""
+    chunk, row = tl.program_id(0), tl.program_id(1)
+    place = row * tl.num_programs(0) + chunk
+    temperature = tl.load(temperature_ptr + row)
+    ids = chunk * CHUNK + tl.arange(0, CHUNK)
+    scores = tl.load(
+        scores_ptr + row.to(tl.int64) * row_stride + ids, mask=ids < vocab_size, other=float("-inf")
+    )
+    scaled = tl.div_rn(scores, tl.where(temperature == 0.0, 1.0, temperature))
+    is_filtered = _is_filtered(
+        temperature, tl.load(top_k_ptr + row), tl.load(top_p_ptr + row), tl.load(min_p_ptr + row)
+    )
+    noisy = scaled
+    if (temperature != 0.0) & (is_filtered == 0):
+        seed, position = tl.load(seed_ptr + row), tl.load(position_ptr + row)
+        noisy += noise_from(seed, position, chunk * CHUNK, CHUNK)
+    best = tl.max(numbered(noisy, ids), axis=0)
+    has_nan = tl.max((scores != scores).to(tl.int32), axis=0) != 0
+    tl.store(best_ptr + place, tl.where(has_nan, NOT_A_NUMBER, best))
+    if is_filtered:
+        tl.store(mass_ptr + place, tl.sum(_weight(scaled, score_of(key_of(best))), axis=0))
+        keys = ascending(scaled)
+        cut = _cut(keys, key_of(best), CANDIDATES)
+        is_kept = keys > cut
+        largest = tl.max(tl.where(is_kept, NOTHING, keys), axis=0)
+        tl.store(left_out_ptr + place, tl.where(largest <= NOTHING, NOTHING - 1, largest))
+        slots = place.to(tl.int64) * CANDIDATES
+        at = tl.cumsum(is_kept.to(tl.int32), axis=0) - 1
+        tl.store(kept_scores_ptr + slots + at, scores, mask=is_kept)
+        tl.store(kept_ids_ptr + slots + at, ids, mask=is_kept)
+        rest = tl.arange(0, CANDIDATES)
+        is_free = rest >= tl.sum(is_kept.to(tl.int32), axis=0)
+        tl.store(kept_scores_ptr + slots + rest, float("-inf"), mask=is_free)
+        tl.store(kept_ids_ptr + slots + rest, 0, mask=is_free)
+
+
+@triton.jit
+def _cut(keys, highest, CANDIDATES: tl.constexpr):
+    """An int32 that at most CANDIDATES of `keys` are above, and at least half as many if it can."""
+    low = tl.full((), NOTHING, tl.int32)
+    high, num_above = highest, 0
+    if tl.sum((keys > low).to(tl.int32), axis=0) <= CANDIDATES:
+        high = low
+    while (low + 1 < high) & (num_above * 2 < CANDIDATES):
+        middle = (low & high) + ((low ^ high) >> 1)  # the mean, without overflow
+        count = tl.sum((keys > middle).to(tl.int32), axis=0)
+        if count <= CANDIDATES:
+            high, num_above = middle, count
+        else:
+            low = middle
+    return high
+
+
+@triton.jit
+def _measure(
+    values_ptr, num_values, temperature, above, floor, top,
+    BY_MASS: tl.constexpr, SEARCHED: tl.constexpr,
+):  # fmt: skip
+    """How many tokens, or what mass relative to `top`, lie above `above` and not below `floor`.
+
+    And the keys of the tokens next to it: the largest up to `above`, the smallest beyond.
+    """
+    total = tl.zeros((SEARCHED,), tl.float32)
+    largest = tl.full((SEARCHED,), NOTHING - 1, tl.int32)
+    smallest = tl.full((SEARCHED,), 0x7FFFFFFF, tl.int32)
+    for start in range(0, num_values, SEARCHED):
+        at = start + tl.arange(0, SEARCHED)
+        values = tl.load(values_ptr + at, mask=at < num_values, other=float("-inf"))
+        scaled = tl.div_rn(values, temperature)
+        keys = ascending(scaled)
+        is_above = keys > above
+        if BY_MASS:
+            total += tl.where(is_above & (keys >= floor), _weight(scaled, top), 0.0)
+        else:
+            total += tl.where(is_above & (keys >= floor), 1.0, 0.0)
+        largest = tl.maximum(largest, tl.where(is_above, NOTHING - 1, keys))
+        smallest = tl.minimum(smallest, tl.where(is_above, keys, 0x7FFFFFFF))
+    return tl.sum(total, axis=0), tl.max(largest, axis=0), tl.min(smallest, axis=0)
+
+
+@triton.jit
+def _threshold(
+    row_ptr, vocab_size, kept_ptr, num_kept, left_out, temperature, target, floor, top,
+    BY_MASS: tl.constexpr, SEARCHED: tl.constexpr,
+):  # fmt: skip
+    """The key of a token, or `floor`: the smallest from there on that less than `target` is above.
+
+    Above `left_out` the candidates are all there is; from there down the row itself is asked. Each
+    step halves the interval, and then shrinks it to the tokens that are in it: as many steps as
+    tokens that lie apart have, not as float32 has bits.
+    """
+    low, high = floor - 1, ascending(top)  # less than target is above `high`, not above `low`
+    values_ptr, num_values = row_ptr, vocab_size
+    measured, largest, smallest = _measure(
+        kept_ptr, num_kept, temperature, left_out, floor, top, BY_MASS, SEARCHED
+    )
+    if (measured >= target) | (left_out < floor):
+        values_ptr, num_values = kept_ptr, num_kept
+        low = tl.maximum(low, left_out)
+    else:
+        high = tl.minimum(high, left_out)
+    while low + 1 < high:
+        middle = (low & high) + ((low ^ high) >> 1)  # the mean, without overflow
+        measured, largest, smallest = _measure(
+            values_ptr, num_values, temperature, middle, floor, top, BY_MASS, SEARCHED
+        )
+        if measured < target:
+            high = tl.maximum(largest, low + 1)
+        else:
+            low = smallest - 1
+    return tl.maximum(high, floor)
+
+
+@triton.jit
+def _choose(
+    scores_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, seed_ptr, position_ptr,
+    best_ptr, mass_ptr, left_out_ptr, kept_scores_ptr, kept_ids_ptr, targets_ptr, out_ptr,
+    vocab_size, row_stride, num_chunks,
+    NUM_CHUNKS: tl.constexpr, CANDIDATES: tl.constexpr, SEARCHED: tl.constexpr,
+    HAS_TARGETS: tl.constexpr,
+):  # fmt: skip
+    """The token of each row."""
+    row = tl.program_id(0)
+    chunks = tl.arange(0, NUM_CHUNKS)
+    is_chunk = chunks < num_chunks
+    parts = row * num_chunks + chunks
+    bests = tl.load(best_ptr + parts, mask=is_chunk, other=-0x7FFFFFFFFFFFFFFF)
+    best = tl.max(bests, axis=0)
+    temperature = tl.load(temperature_ptr + row)
+    top_k, top_p = tl.load(top_k_ptr + row), tl.load(top_p_ptr + row)
+    min_p = tl.load(min_p_ptr + row)
+    is_broken = (best == NOT_A_NUMBER) | (key_of(best) <= NOTHING)
+    if (is_broken == 0) & _is_filtered(temperature, top_k, top_p, min_p):
+        top = score_of(key_of(best))
+        row_ptr = scores_ptr + row.to(tl.int64) * row_stride
+        kept_ptr = kept_scores_ptr + row.to(tl.int64) * num_chunks * CANDIDATES
+        ids_ptr = kept_ids_ptr + row.to(tl.int64) * num_chunks * CANDIDATES
+        num_kept = num_chunks * CANDIDATES
+        left_out = tl.max(tl.load(left_out_ptr + parts, mask=is_chunk, other=NOTHING - 1), axis=0)
+
+        floor = tl.full((), NOTHING, tl.int32)
+        if min_p > 0.0:
+            floor = ascending(top + log(min_p))
+        if (top_k > 0) & (top_k < vocab_size):
+            kth = _threshold(
+                row_ptr, vocab_size, kept_ptr, num_kept, left_out, temperature,
+                top_k.to(tl.float32), tl.full((), NOTHING, tl.int32), top, False, SEARCHED,
+            )  # fmt: skip
+            floor = tl.maximum(floor, kth)
+        if top_p < 1.0:
+            if floor <= NOTHING:
+                masses = tl.load(mass_ptr + parts, mask=is_chunk, other=0.0)
+                tops = score_of(key_of(bests))
+                total = tl.sum(tl.where(is_chunk, masses * _weight(tops, top), 0.0), axis=0)
+            elif floor > left_out:
+                total, _, _ = _measure(
+                    kept_ptr, num_kept, temperature, floor - 1, floor, top, True, SEARCHED
+                )
+            else:
+                total, _, _ = _measure(
+                    row_ptr, vocab_size, temperature, floor - 1, floor, top, True, SEARCHED
+                )
+            floor = _threshold(
+                row_ptr, vocab_size, kept_ptr, num_kept, left_out, temperature,
+                top_p * total, floor, top, True, SEARCHED,
+            )  # fmt: skip
+        # noise lies between -2.81 and 16.64: what is further behind cannot win
+        floor = tl.maximum(floor, ascending(top - 19.5))
+        seed, position = tl.load(seed_ptr + row), tl.load(position_ptr + row)
+        if floor > left_out:
+            best = _draw(
+                kept_ptr, ids_ptr, num_kept, temperature, floor, seed, position, True, SEARCHED
+            )
+        else:
+            best = _draw(
+                row_ptr, ids_ptr, vocab_size, temperature, floor, seed, position, False, SEARCHED
+            )  # fmt: skip
+    token_id = tl.where(is_broken, -1, id_of(best))
+    if HAS_TARGETS:
+        target = tl.load(targets_ptr + row)
+        token_id = tl.where(target >= 0, target, token_id)
+    tl.store(out_ptr + row, token_id)
+
+
+@triton.jit
+def _draw(
+    values_ptr, ids_ptr, num_values, temperature, floor, seed, position,
+    HAS_IDS: tl.constexpr, SEARCHED: tl.constexpr,
+):  # fmt: skip
+    """The best `numbered` of the tokens from `floor` up, with noise."""
+    best = tl.full((SEARCHED,), -0x7FFFFFFFFFFFFFFF, tl.int64)
+    for start in range(0, num_values, SEARCHED):
+        at = start + tl.arange(0, SEARCHED)
+        is_value = at < num_values
+        values = tl.load(values_ptr + at, mask=is_value, other=float("-inf"))
+        scaled = tl.div_rn(values, temperature)
+        is_drawable = ascending(scaled) >= floor
+        ids = at
+        if HAS_IDS:
+            ids = tl.load(ids_ptr + at, mask=is_value, other=0)
+        if tl.max(is_drawable.to(tl.int32), axis=0) != 0:
+            drawn = numbered(scaled + noise_of(seed, position, ids), ids)
+            best = tl.maximum(best, tl.where(is_drawable, drawn, -0x7FFFFFFFFFFFFFFF))
+    return tl.max(best, axis=0)

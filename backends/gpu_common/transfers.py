@@ -1,0 +1,99 @@
+"""Copies between host and device that nobody waits for before he must."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from portalm.errors import BackendError
+from portalm_backends.gpu_common.device import Event, Gpu, error_kind
+
+_ALIGNMENT = 16
+"""Bytes: where arrays of one transfer begin, so that kernels may read vectors."""
+
+
+class HostCopy:
+    """A copy to the host under way."""
+
+    def __init__(self, source: torch.Tensor, host: torch.Tensor, done: Event) -> None:
+        """Of `source`, which lives as long as this does, into pinned `host`, until `done`."""
+        self._source: torch.Tensor | None = source
+        self._host = host
+        self._done = done
+
+    def done(self) -> bool:
+        """True once `result` would not wait, or would raise."""
+        try:
+            return self._done.query()
+        except RuntimeError:  # `result` says what
+            return True
+
+    def result(self) -> npt.NDArray[np.generic]:
+        """The values; waits. Raises `BackendError` if the device failed before or in the copy."""
+        try:
+            self._done.synchronize()
+        except RuntimeError as error:
+            # an error that comes late is one of a kernel that ran: the device does not recover
+            raise BackendError(error_kind(error) or "device_lost", str(error)) from error
+        self._source = None
+        return self._host.numpy()
+
+
+class Transfers:
+    """Uploads in order with the steps, downloads beside them.
+
+    Uploads are small, and a step cannot begin without them. Downloads run on a stream of their own,
+    behind what was enqueued when they began, while the next step runs.
+    """
+
+    def __init__(self, gpu: Gpu) -> None:
+        """Nothing is under way."""
+        self._gpu = gpu
+        self._downloads = gpu.new_stream()
+        self.last_download: Event | None = None
+        """Behind the last one: until then its source must not be written again."""
+
+    def upload(self, arrays: Sequence[npt.NDArray[np.generic]]) -> list[torch.Tensor]:
+        """Each array on the device, in one transfer; the host may write its own again at once."""
+        starts, size = [], 0
+        for array in arrays:
+            starts.append(size)
+            size += -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
+        pinned = self._gpu.pinned(size)
+        staged = pinned.numpy()
+        for start, array in zip(starts, arrays, strict=True):
+            target = staged[start : start + array.nbytes].view(array.dtype)
+            target.reshape(array.shape)[...] = array
+        packed = torch.empty(size, dtype=torch.uint8, device=self._gpu.handle)
+        packed.copy_(pinned, non_blocking=True)
+        return [
+            packed[start : start + array.nbytes].view(_DTYPES[array.dtype]).view(array.shape)
+            for start, array in zip(starts, arrays, strict=True)
+        ]
+
+    def download(self, x: torch.Tensor) -> HostCopy:
+        """Start copying `x` to the host."""
+        ready = self._gpu.current_stream().record_event()
+        size = x.numel() * x.element_size()
+        host = self._gpu.pinned(size).view(x.dtype).view(x.shape)
+        self._downloads.wait_event(ready)
+        with self._gpu.on(self._downloads):
+            host.copy_(x, non_blocking=True)
+        self.last_download = self._downloads.record_event()
+        return HostCopy(x, host, self.last_download)
+
+
+_DTYPES = {
+    np.dtype(np.int32): torch.int32,
+    np.dtype(np.int64): torch.int64,
+    np.dtype(np.float32): torch.float32,
+    np.dtype(np.float64): torch.float64,
+    np.dtype(np.float16): torch.float16,
+    np.dtype(np.uint8): torch.uint8,
+    np.dtype(np.int8): torch.int8,
+    np.dtype(np.int16): torch.int16,
+    np.dtype(np.bool_): torch.bool,
+}

@@ -1,0 +1,166 @@
+"""Linear weights in the layouts that the kernels read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from portalm.backend import QUANTIZED_FORMATS, QuantizedWeight
+from portalm.errors import BackendError
+
+QUANTIZATIONS = frozenset(QUANTIZED_FORMATS)
+"""What `pack` takes as it is, or rounds to, on every device."""
+
+FP8 = "fp8"
+"""What `pack` rounds to where the device multiplies float8 by rows and columns of their own scale
+(`kernels.fp8.dtype_of`)."""
+
+
+@dataclass(frozen=True, slots=True)
+class FewBitWeight:
+    """A weight [N, K] of few bits: kernels/matmul.py multiplies activations as they are with it.
+
+    Group by group of K, so that the rows of one program lie end to end.
+    """
+
+    codes: torch.Tensor
+    """int8 [K / group, N, bytes of a group]: two codes of 4 bits a byte, the first one low; where
+    there are no minimums, two's complement: less the code that stands for 0."""
+    scales: torch.Tensor
+    """float16 [K / group, N]"""
+    minimums: torch.Tensor | None
+    """float16 [K / group, N]"""
+    bits: int
+    """4 or 8"""
+    group: int
+    k: int
+    """Columns; the last group may have more, of zeros."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fp8Weight:
+    """A weight [N, K] in float8: activations are rounded to float8 as well, row by row."""
+
+    values: torch.Tensor
+    """[N, K] of a float8 dtype."""
+    scales: torch.Tensor
+    """float32 [1, N]"""
+
+
+GpuWeight = torch.Tensor | FewBitWeight | Fp8Weight
+
+
+def pack(
+    weight: torch.Tensor | QuantizedWeight,
+    device: torch.device,
+    *,
+    quantization: str | None = None,
+    for_logits: bool = False,
+    fp8: torch.dtype | None = None,
+) -> GpuWeight:
+    """A linear weight [N, K] on `device`, as `Backend.pack` words it.
+
+    Args:
+        weight: on the host; of few bits, it keeps its codes whatever `quantization` says.
+        device: where it goes; all rounding is done there.
+        quantization: what a tensor is rounded to, one of `QUANTIZATIONS` or `FP8`.
+        for_logits: `logits` reads it: its products are not those of float8.
+        fp8: the device's float8, None if it has none.
+
+    Raises:
+        BackendError: `quantization` is not one of these, or shape and device do not go with it.
+    """
+    if isinstance(weight, QuantizedWeight):
+        return few_bits(_on(weight, device))
+    weight = weight.to(device).contiguous()
+    if quantization is None:
+        return weight
+    if quantization == FP8 and not for_logits:
+        return _as_fp8(weight, fp8)
+    if quantization not in QUANTIZATIONS:
+        raise BackendError("unsupported", f"weights cannot be rounded to {quantization!r}")
+    return few_bits(round_to(weight, quantization), weight.shape[1])
+
+
+def _on(weight: QuantizedWeight, device: torch.device) -> QuantizedWeight:
+    return QuantizedWeight(
+        format=weight.format,
+        codes=weight.codes.to(device),
+        scales=weight.scales.to(device),
+        zero=weight.zero,
+        minimums=None if weight.minimums is None else weight.minimums.to(device),
+    )
+
+
+def few_bits(weight: QuantizedWeight, k: int | None = None) -> FewBitWeight:
+    """`weight` in the layout of the kernels, with `k` columns (None: all)."""
+    rows, columns = weight.codes.shape
+    group = QUANTIZED_FORMATS[weight.format]
+    bits = 8 if weight.format.startswith("int8") else 4
+    codes = weight.codes.view(rows, columns // group, group).transpose(
+        0, 1
+    )  # [K / group, N, group]
+    codes = codes - weight.zero  # uint8 wraps around: two's complement
+    if bits == 4:
+        codes = (codes[..., 0::2] & 15) | (codes[..., 1::2] << 4)
+    return FewBitWeight(
+        codes=codes.contiguous().view(torch.int8),
+        scales=_by_group(weight.scales),
+        minimums=None if weight.minimums is None else _by_group(weight.minimums),
+        bits=bits,
+        group=group,
+        k=columns if k is None else k,
+    )
+
+
+def _by_group(x: torch.Tensor) -> torch.Tensor:
+    """float32 [N, K / group] as float16 [K / group, N]: checkpoints have no more bits."""
+    return x.half().t().contiguous()
+
+
+def round_to(weight: torch.Tensor, format: str) -> QuantizedWeight:
+    """A weight [N, K] rounded to a format; K grows to whole groups, by zeros.
+
+    Each group's scale is such that its extremes are codes: of the sign of the largest where one
+    code stands for zero in 4 bits, as those reach further down than up.
+    """
+    group = QUANTIZED_FORMATS[format]
+    columns = weight.shape[1]
+    padded = F.pad(weight.float(), (0, -columns % group))
+    parts = padded.view(padded.shape[0], -1, group)
+    minimums, zero = None, 0
+    if format == "int4_min":
+        minimums = parts.amin(dim=-1).half().float()
+        scales = (parts.amax(dim=-1) - minimums) / 15
+        largest = 15
+    elif format == "int4":
+        place = parts.abs().argmax(dim=-1, keepdim=True)
+        scales, zero, largest = parts.gather(-1, place)[..., 0] / -8, 8, 15
+    else:
+        scales, zero, largest = parts.abs().amax(dim=-1) / 127, 128, 255
+    scales = scales.half().float()
+    divisors = torch.where(scales == 0, 1.0, scales)[..., None]
+    offset = parts if minimums is None else parts - minimums[..., None]
+    codes = ((offset / divisors).round() + zero).clamp(0, largest)
+    return QuantizedWeight(
+        format=format,
+        codes=codes.to(torch.uint8).view(padded.shape),
+        scales=scales,
+        zero=zero,
+        minimums=minimums,
+    )
+
+
+def _as_fp8(weight: torch.Tensor, fp8: torch.dtype | None) -> Fp8Weight:
+    if fp8 is None:
+        raise BackendError("unsupported", "this device does not multiply float8 by rows")
+    if weight.shape[0] % 16 or weight.shape[1] % 16:
+        raise BackendError(
+            "unsupported",
+            f"a weight {list(weight.shape)} cannot be float8: rows and columns come by 16",
+        )
+    wide = weight.float()
+    scales = (wide.abs().amax(dim=1) / torch.finfo(fp8).max).clamp(min=1e-12)  # [N]
+    return Fp8Weight((wide / scales[:, None]).to(fp8), scales[None, :])

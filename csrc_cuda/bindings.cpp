@@ -1,0 +1,20 @@
+// portalm_backends._cuda and ._rocm: the launchers as functions of integers. Addresses come from
+// data_ptr(), a stream from torch; the caller keeps what they point to alive.
+#include <nanobind/nanobind.h>
+
+#include "launchers.h"
+
+#if defined(PORTALM_ROCM)
+#include <nanobind/stl/string.h>
+
+#include "../csrc_rocm/device.h"
+NB_MODULE(_rocm, m) {
+  m.def("load", &portalm::load_code_object);  // before the first launch
+#else
+NB_MODULE(_cuda, m) {
+#endif
+  m.def("kv_copy", &portalm::kv_copy);
+  m.def("kv_write", &portalm::kv_write);
+  m.def("decode_attention", &portalm::decode_attention);
+  m.def("sample", &portalm::sample);
+}

@@ -1,0 +1,15 @@
+// All device code, and each kernel of instances.h as an entry point under its own name.
+#pragma once
+
+#include "decode_attention.cuh"
+#include "kv_copy.cuh"
+#include "kv_write.cuh"
+#include "sample.cuh"
+
+namespace portalm {
+#define PORTALM_KERNEL(name, Args, threads, ...)                              \
+  extern "C" __global__ void PORTALM_BOUNDS(threads) portalm_##name(Args a) { \
+    __VA_ARGS__(a);                                                           \
+  }
+#include "instances.h"
+}  // namespace portalm

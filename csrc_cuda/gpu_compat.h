@@ -1,0 +1,330 @@
+// The few things in which NVIDIA's compiler, AMD's and the emulator differ. Device code includes
+// no CUDA, HIP or torch header.
+//
+//   kWave           lanes that run in step: 32, on CDNA 64
+//   indices         thread_index(), lane_index(), block_x(), block_y(), block_z()
+//   collectives     block_barrier(), shuffle(), shuffle_xor(), any_lane(): every lane takes part
+//   storage types   Half, BFloat16, Fp8 (e4m3fn): bits in memory, float in registers
+#pragma once
+
+#include <stdint.h>
+
+#include "arguments.h"
+
+#if defined(PORTALM_EMULATED)
+#include "emulator.h"
+
+#elif defined(__HIP__)  // clang -x hip -nogpuinc: the compiler's builtins, no header of ROCm
+#define __global__ __attribute__((global))
+#define __device__ __attribute__((device))
+#define __shared__ __attribute__((shared))
+#define PORTALM_BOUNDS(threads) __attribute__((amdgpu_flat_work_group_size(threads, threads)))
+#define PORTALM_SHARED(type, name, count) __shared__ type name[count]
+
+namespace portalm {
+constexpr int kWave = __AMDGCN_WAVEFRONT_SIZE__;
+
+__device__ inline int thread_index() { return __builtin_amdgcn_workitem_id_x(); }
+__device__ inline int block_x() { return __builtin_amdgcn_workgroup_id_x(); }
+__device__ inline int block_y() { return __builtin_amdgcn_workgroup_id_y(); }
+__device__ inline int block_z() { return __builtin_amdgcn_workgroup_id_z(); }
+
+__device__ inline void block_barrier() {
+  __builtin_amdgcn_fence(__ATOMIC_RELEASE, "workgroup");
+  __builtin_amdgcn_s_barrier();
+  __builtin_amdgcn_fence(__ATOMIC_ACQUIRE, "workgroup");
+}
+// Makes this thread's writes seen by the device, and others' writes by this thread.
+__device__ inline void device_fence() { __builtin_amdgcn_fence(__ATOMIC_SEQ_CST, "agent"); }
+
+__device__ inline uint32_t shuffle(uint32_t value, int source_lane) {
+  return __builtin_amdgcn_ds_bpermute(source_lane * 4, value);
+}
+__device__ inline bool any_lane(bool is) {
+  return kWave == 64 ? __builtin_amdgcn_ballot_w64(is) != 0 : __builtin_amdgcn_ballot_w32(is) != 0;
+}
+__device__ inline int32_t atomic_add(int32_t* p, int32_t value) {
+  return __hip_atomic_fetch_add(p, value, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_AGENT);
+}
+__device__ inline void shared_add(uint64_t* p, uint64_t value) {
+  __hip_atomic_fetch_add(p, value, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_WORKGROUP);
+}
+__device__ inline void shared_min(int32_t* p, int32_t value) {
+  __hip_atomic_fetch_min(p, value, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_WORKGROUP);
+}
+
+__device__ inline float exp2_of(float x) { return __builtin_exp2f(x); }
+__device__ inline float exp_of(float x) { return __builtin_expf(x); }
+__device__ inline float log_of(float x) { return __builtin_logf(x); }
+__device__ inline double ceil_of(double x) { return __builtin_ceil(x); }
+template <typename To, typename From>
+__device__ inline To bits_as(From from) {
+  return __builtin_bit_cast(To, from);
+}
+}  // namespace portalm
+
+#else  // nvcc
+#define PORTALM_BOUNDS(threads) __launch_bounds__(threads, 1)
+#define PORTALM_SHARED(type, name, count) __shared__ type name[count]
+
+namespace portalm {
+constexpr int kWave = 32;
+
+__device__ inline int thread_index() { return threadIdx.x; }
+__device__ inline int block_x() { return blockIdx.x; }
+__device__ inline int block_y() { return blockIdx.y; }
+__device__ inline int block_z() { return blockIdx.z; }
+
+__device__ inline void block_barrier() { __syncthreads(); }
+__device__ inline void device_fence() { __threadfence(); }
+
+__device__ inline uint32_t shuffle(uint32_t value, int source_lane) {
+  return __shfl_sync(0xFFFFFFFFu, value, source_lane);
+}
+__device__ inline bool any_lane(bool is) { return __any_sync(0xFFFFFFFFu, is); }
+__device__ inline int32_t atomic_add(int32_t* p, int32_t value) { return atomicAdd(p, value); }
+__device__ inline void shared_add(uint64_t* p, uint64_t value) {
+  atomicAdd(reinterpret_cast<unsigned long long*>(p), value);
+}
+__device__ inline void shared_min(int32_t* p, int32_t value) { atomicMin(p, value); }
+
+__device__ inline float exp2_of(float x) { return exp2f(x); }
+__device__ inline float exp_of(float x) { return expf(x); }
+__device__ inline float log_of(float x) { return logf(x); }
+__device__ inline double ceil_of(double x) { return ceil(x); }
+template <typename To, typename From>
+__device__ inline To bits_as(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  memcpy(&to, &from, sizeof(to));
+  return to;
+}
+}  // namespace portalm
+#endif
+
+namespace portalm {
+
+__device__ inline int lane_index() { return thread_index() % kWave; }
+
+__device__ inline float shuffle(float value, int source_lane) {
+  return bits_as<float>(shuffle(bits_as<uint32_t>(value), source_lane));
+}
+__device__ inline uint64_t shuffle(uint64_t value, int source_lane) {
+  const uint32_t low = shuffle(static_cast<uint32_t>(value), source_lane);
+  return uint64_t{shuffle(static_cast<uint32_t>(value >> 32), source_lane)} << 32 | low;
+}
+template <typename V>
+__device__ inline V shuffle_xor(V value, int mask) {
+  return shuffle(value, lane_index() ^ mask);
+}
+
+template <typename V>
+__device__ constexpr V max_of(V a, V b) {
+  return a > b ? a : b;
+}
+
+// -- memory in pieces of 16 and 8 bytes -------------------------------------------------------
+
+struct alignas(16) Bytes16 {
+  uint32_t word[4];
+};
+struct alignas(8) Bytes8 {
+  uint32_t word[2];
+};
+
+// Memory of the device, said to be that and not a block's: AMD's compiler cannot always see it.
+// `load_stream` reads what is read once and written by nobody meanwhile: past the caches' first level.
+#if defined(__CUDA_ARCH__)
+template <typename Bytes>
+__device__ inline Bytes load(const Bytes* p) {
+  return *p;
+}
+template <typename Bytes>
+__device__ inline void store(Bytes* p, const Bytes& x) {
+  *p = x;
+}
+__device__ inline Bytes16 load_stream(const Bytes16* p) {
+  Bytes16 x;
+  asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+      : "=r"(x.word[0]), "=r"(x.word[1]), "=r"(x.word[2]), "=r"(x.word[3])
+      : "l"(p));
+  return x;
+}
+__device__ inline Bytes8 load_stream(const Bytes8* p) {
+  Bytes8 x;
+  asm("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];"
+      : "=r"(x.word[0]), "=r"(x.word[1])
+      : "l"(p));
+  return x;
+}
+#elif defined(__HIP__)
+template <typename Bytes>
+using Words = uint32_t __attribute__((ext_vector_type(sizeof(Bytes) / 4)));
+template <typename Bytes>
+using GlobalWords = __attribute__((address_space(1))) Words<Bytes>;
+
+template <typename Bytes>
+__device__ inline Bytes load(const Bytes* p) {
+  return bits_as<Bytes>(*(const GlobalWords<Bytes>*)p);
+}
+template <typename Bytes>
+__device__ inline void store(Bytes* p, const Bytes& x) {
+  *(GlobalWords<Bytes>*)p = bits_as<Words<Bytes>>(x);
+}
+template <typename Bytes>
+__device__ inline Bytes load_stream(const Bytes* p) {
+  return bits_as<Bytes>(__builtin_nontemporal_load((const GlobalWords<Bytes>*)p));
+}
+#else
+template <typename Bytes>
+__device__ inline Bytes load(const Bytes* p) {
+  return *p;
+}
+template <typename Bytes>
+__device__ inline void store(Bytes* p, const Bytes& x) {
+  *p = x;
+}
+template <typename Bytes>
+__device__ inline Bytes load_stream(const Bytes* p) {
+  return *p;
+}
+#endif
+
+// -- numbers ----------------------------------------------------------------------------------
+// Eight of a type are one vector: `Vector`, unpacked to floats and packed from them.
+
+struct BFloat16 {
+  using Vector = Bytes16;
+
+  __device__ static void unpack(const Vector& v, float (&out)[kVector]) {
+    for (int i = 0; i < 4; ++i) {
+      out[2 * i] = bits_as<float>(v.word[i] << 16);
+      out[2 * i + 1] = bits_as<float>(v.word[i] & 0xFFFF0000u);
+    }
+  }
+  __device__ static uint32_t pack2(float low, float high) {
+#if defined(__CUDA_ARCH__)
+    uint32_t both;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+    return both;
+#else
+    return round(low) | round(high) << 16;
+#endif
+  }
+  __device__ static uint32_t round(float x) {  // to the nearest, ties to even
+    const uint32_t bits = bits_as<uint32_t>(x);
+    if (x != x) return 0x7FC0;
+    return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+  }
+  __device__ static Vector pack(const float (&x)[kVector]) {
+    Vector v;
+    for (int i = 0; i < 4; ++i) v.word[i] = pack2(x[2 * i], x[2 * i + 1]);
+    return v;
+  }
+};
+
+struct Half {
+  using Vector = Bytes16;
+
+  __device__ static float from_bits(uint16_t bits) {
+#if defined(__CUDA_ARCH__)
+    float x;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
+    return x;
+#elif defined(__CUDACC__)
+    return 0;  // nvcc's pass over the host's code, which has no such type
+#else
+    return static_cast<float>(bits_as<_Float16>(bits));
+#endif
+  }
+  __device__ static uint16_t to_bits(float x) {
+#if defined(__CUDA_ARCH__)
+    uint16_t bits;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+    return bits;
+#elif defined(__CUDACC__)
+    return 0;
+#else
+    return bits_as<uint16_t>(static_cast<_Float16>(x));
+#endif
+  }
+  __device__ static void unpack(const Vector& v, float (&out)[kVector]) {
+    for (int i = 0; i < 4; ++i) {
+      out[2 * i] = from_bits(static_cast<uint16_t>(v.word[i]));
+      out[2 * i + 1] = from_bits(static_cast<uint16_t>(v.word[i] >> 16));
+    }
+  }
+  __device__ static Vector pack(const float (&x)[kVector]) {
+    Vector v;
+    for (int i = 0; i < 4; ++i)
+      v.word[i] = to_bits(x[2 * i]) | uint32_t{to_bits(x[2 * i + 1])} << 16;
+    return v;
+  }
+};
+
+// e4m3fn (OCP 8-bit floating point, 2023): bias 7, no infinity, 0x7F is NaN, the largest is 448.
+// gfx942's own instructions know another bias only (fnuz), so AMD's devices convert by bits.
+struct Fp8 {
+  using Vector = Bytes8;
+
+  __device__ static void unpack(const Vector& v, float (&out)[kVector]) {
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t pair = v.word[i / 2] >> (i % 2 * 16) & 0xFFFF;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+      uint32_t halves;
+      asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(static_cast<uint16_t>(pair)));
+      out[2 * i] = Half::from_bits(static_cast<uint16_t>(halves));
+      out[2 * i + 1] = Half::from_bits(static_cast<uint16_t>(halves >> 16));
+#else
+      out[2 * i] = from_bits(pair & 0xFF);
+      out[2 * i + 1] = from_bits(pair >> 8);
+#endif
+    }
+  }
+  __device__ static float from_bits(uint32_t bits) {
+    // exponent and mantissa put where float32 has them: only the bias is then wrong, by 2^120
+    const float magnitude = bits_as<float>((bits & 0x7F) << 20) * 0x1p120f;
+    const float value = (bits & 0x7F) == 0x7F ? bits_as<float>(0x7FC00000u) : magnitude;
+    return bits & 0x80 ? -value : value;
+  }
+  __device__ static uint32_t to_bits(float x) {  // to the nearest, ties to even; too large: 448
+    const uint32_t sign = bits_as<uint32_t>(x) >> 24 & 0x80;
+    const float magnitude = x < 0 ? -x : x;
+    if (x != x) return 0x7F;
+    if (magnitude >= 448.0f) return sign | 0x7E;
+    if (magnitude < 0x1p-6f) {  // subnormal: steps of 2^-9, rounded by float32's own addition
+      return sign | (bits_as<uint32_t>(magnitude + 0x1p14f) & 0xFF);
+    }
+    const uint32_t bits = bits_as<uint32_t>(magnitude);
+    const uint32_t rounded = bits + 0x7FFFF + (bits >> 20 & 1);
+    return sign | ((rounded >> 20) - (120 << 3));
+  }
+  __device__ static Vector pack(const float (&x)[kVector]) {
+    Vector v = {};
+    for (int i = 0; i < 4; ++i) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+      uint16_t both;
+      asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;"
+          : "=h"(both)
+          : "f"(x[2 * i + 1]), "f"(x[2 * i]));
+      const uint32_t pair = both;
+#else
+      const uint32_t pair = to_bits(x[2 * i]) | to_bits(x[2 * i + 1]) << 8;
+#endif
+      v.word[i / 2] |= pair << (i % 2 * 16);
+    }
+    return v;
+  }
+};
+
+// Element `index`, a multiple of 8, of an array of `T`.
+template <typename T>
+__device__ inline auto* vector_at(void* base, int64_t index) {
+  return static_cast<typename T::Vector*>(base) + index / kVector;
+}
+template <typename T>
+__device__ inline const auto* vector_at(const void* base, int64_t index) {
+  return static_cast<const typename T::Vector*>(base) + index / kVector;
+}
+
+}  // namespace portalm

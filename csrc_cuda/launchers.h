@@ -1,0 +1,59 @@
+// From numbers to a launch: which kernel, with which grid. The same for every device; `launch` is the
+// device's own. Addresses are integers, dtypes are codes (arguments.h), strides count elements; the
+// caller keeps memory alive and has checked shapes (backends/gpu_common/native.py). Only int64_t and
+// double cross, so that they can be bound as they are.
+#pragma once
+
+#include "arguments.h"
+
+namespace portalm {
+
+#define PORTALM_KERNEL(name, Args, threads, ...) name,
+enum class Kernel {
+#include "instances.h"
+};
+
+#define PORTALM_KERNEL(name, Args, threads, ...) "portalm_" #name,
+inline constexpr const char* kKernelNames[] = {
+#include "instances.h"
+};
+constexpr int kNumKernels = sizeof(kKernelNames) / sizeof(kKernelNames[0]);
+
+struct Grid {
+  int64_t x, y, z;
+  int threads;
+};
+
+// Enqueues it on `stream`, with a copy of the arguments. Throws std::runtime_error where the device
+// refuses.
+void launch(Kernel kernel, const Grid& grid, const void* arguments, int64_t bytes, int64_t stream);
+
+// Each enqueues one operation on `stream`; nothing where there is nothing to do. They throw
+// std::invalid_argument for a shape that no kernel was built for.
+extern "C" {
+void kv_copy(int64_t stream, int64_t cache, int64_t num_pieces, int64_t piece_stride_bytes,
+             int64_t block_bytes, int64_t count, int64_t source, int64_t destination);
+
+// query, query_out, positions and cos_sin are 0, as num_heads and rotary_dim, without rotation.
+void kv_write(int64_t stream, int64_t dtype, int64_t cache_dtype, int64_t key_cache,
+              int64_t value_cache, int64_t block_stride, int64_t token_stride, int64_t head_stride,
+              int64_t block_size, int64_t key, int64_t key_stride, int64_t value,
+              int64_t value_stride, int64_t slots, int64_t num_tokens, int64_t num_kv_heads,
+              int64_t head_size, int64_t query, int64_t query_stride, int64_t query_out,
+              int64_t num_heads, int64_t positions, int64_t cos_sin, int64_t rotary_dim,
+              int64_t is_interleaved);
+
+void decode_attention(int64_t stream, int64_t dtype, int64_t cache_dtype, int64_t key_cache,
+                      int64_t value_cache, int64_t block_stride, int64_t token_stride,
+                      int64_t head_stride, int64_t block_size, int64_t query, int64_t query_stride,
+                      int64_t out, int64_t block_table, int64_t table_stride, int64_t seq_lens,
+                      int64_t items, int64_t num_items, int64_t partials, int64_t counters,
+                      int64_t num_kv_heads, int64_t group_size, int64_t head_size, double scale,
+                      double soft_cap, int64_t window, int64_t slopes, int64_t sinks);
+
+void sample(int64_t stream, int64_t logits, int64_t num_rows, int64_t vocab_size, int64_t stride,
+            int64_t temperature, int64_t top_k, int64_t top_p, int64_t min_p, int64_t seed,
+            int64_t position, int64_t out);
+}
+
+}  // namespace portalm

@@ -1,0 +1,57 @@
+// Device code on a CPU: what gpu_compat.h needs, over the fibers of fibers.h.
+#pragma once
+
+#include <math.h>
+#include <string.h>
+
+#include "fibers.h"
+
+#define __global__
+#define __device__
+#define PORTALM_BOUNDS(threads)
+#define PORTALM_SHARED(type, name, count) \
+  type* const name = static_cast<type*>(::portalm::emulator::shared(__LINE__, sizeof(type) * (count)))
+
+namespace portalm {
+constexpr int kWave = PORTALM_EMULATED;
+
+inline int thread_index() { return emulator::block.running; }
+inline int block_x() { return emulator::block.x; }
+inline int block_y() { return emulator::block.y; }
+inline int block_z() { return emulator::block.z; }
+
+// The line is that of the caller, by which a divergent barrier is known.
+inline void block_barrier(int line = __builtin_LINE()) { emulator::wait(false, line); }
+inline void device_fence() {}
+
+inline uint32_t shuffle(uint32_t value, int source_lane, int line = __builtin_LINE()) {
+  return emulator::exchange(value, line)[source_lane].taken;
+}
+inline bool any_lane(bool is, int line = __builtin_LINE()) {
+  const emulator::Fiber* lanes = emulator::exchange(is, line);
+  for (int lane = 0; lane < kWave; ++lane)
+    if (lanes[lane].taken) return true;
+  return false;
+}
+
+template <typename V>
+V atomic_add(V* p, V value) {
+  const V before = *p;
+  *p += value;
+  return before;
+}
+inline void shared_add(uint64_t* p, uint64_t value) { *p += value; }
+inline void shared_min(int32_t* p, int32_t value) { *p = value < *p ? value : *p; }
+
+inline float exp2_of(float x) { return exp2f(x); }
+inline float exp_of(float x) { return expf(x); }
+inline float log_of(float x) { return logf(x); }
+inline double ceil_of(double x) { return ceil(x); }
+template <typename To, typename From>
+To bits_as(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  memcpy(&to, &from, sizeof(to));
+  return to;
+}
+}  // namespace portalm

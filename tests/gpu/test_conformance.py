@@ -1,0 +1,58 @@
+"""The kit on the GPU backends: kernels interpreted, on a device that stands for one. Nothing here
+ran on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from portalm.conformance.check import Item
+from portalm.conformance.kit import all_items
+from portalm.conformance.subject import Subject
+from tests.gpu.fake_device import FakeGpu
+from tests.gpu.interpreted_gpu import interpreted, interpreted_backend
+
+ITEMS = all_items(["L0", "L1", "L2"])
+ARCHS = ("sm_90", "gfx942", "gfx1100")
+"""One of each family: they differ in their tiles."""
+
+QUICK = {
+    "export and import",
+    "copy",
+    "seal",
+    "sampling alone[mixed]",
+    "linear rows alone",
+}
+"""Cases that the default tests have time for, of the first architecture."""
+
+
+def cases() -> list[object]:
+    found = []
+    for arch in ARCHS:
+        for item in ITEMS:
+            is_quick = arch == ARCHS[0] and item.name in QUICK
+            marks = () if is_quick else (pytest.mark.gpu_interpreted,)
+            found.append(
+                pytest.param(arch, item, marks=marks, id=f"{arch} {item.level} {item.name}")
+            )
+    return found
+
+
+@pytest.fixture(scope="module")
+def subjects() -> Iterator[dict[str, tuple[FakeGpu, Subject]]]:
+    yield {}
+
+
+@pytest.mark.parametrize(("arch", "item"), cases())
+def test_conforms(arch: str, item: Item, subjects: dict[str, tuple[FakeGpu, Subject]]) -> None:
+    if arch not in subjects:
+        gpu = FakeGpu(arch=arch)
+        subjects[arch] = (gpu, Subject(interpreted_backend(gpu)))
+    gpu, subject = subjects[arch]
+    with interpreted(gpu):
+        result = item.run(subject)
+
+    if result.status == "unsupported":
+        pytest.skip(f"not claimed: {result.message}")
+    assert result.status == "pass", result.message

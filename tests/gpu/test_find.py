@@ -1,0 +1,90 @@
+"""`find` says exactly what is missing, and never starts a device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from portalm.errors import Unsupported
+from portalm_backends.cuda.backend import CudaBackend
+from portalm_backends.gpu_common.archs import CUDA, ROCM
+from portalm_backends.gpu_common.device import error_kind
+from portalm_backends.gpu_common.find import find
+from portalm_backends.rocm.backend import RocmBackend
+from tests.gpu.fake_device import FakeGpu
+
+CPU_BUILD = {"CUDA": None, "ROCm": None}
+CUDA_BUILD = {"CUDA": "13.0", "ROCm": None}
+
+
+def found(builds: dict[str, str | None], *, wanted: str = "CUDA", has_driver: bool = True) -> str:
+    report = find(
+        maker="NVIDIA",
+        has_driver=has_driver,
+        driver_hint="install it",
+        builds=builds,
+        wanted=wanted,
+    )
+    assert not report.is_available
+    return report.summary
+
+
+def test_a_cpu_build_of_torch_is_named() -> None:
+    assert f"torch {torch.__version__} is a CPU build" in found(CPU_BUILD)
+
+
+def test_a_build_for_the_other_maker_is_named() -> None:
+    assert "built for CUDA: a ROCm build is needed" in found(CUDA_BUILD, wanted="ROCm")
+
+
+def test_a_missing_driver_is_named() -> None:
+    assert "no NVIDIA driver" in found(CUDA_BUILD, has_driver=False)
+
+
+def test_a_device_that_is_not_passed_in_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+
+    assert "shows no GPU to this process" in found(CUDA_BUILD)
+
+
+def test_a_device_that_is_here_is_found_and_not_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: pytest.fail("it was started"))
+    report = find(maker="NVIDIA", has_driver=True, driver_hint="", builds=CUDA_BUILD, wanted="CUDA")
+
+    assert report.is_available
+    assert report.summary.startswith("2 NVIDIA GPUs, torch")
+
+
+@pytest.mark.parametrize("backend", [CudaBackend, RocmBackend])
+def test_what_is_missing_on_this_machine_is_said(backend: type[CudaBackend]) -> None:
+    report = backend.find()
+
+    assert report.is_available or "torch" in report.summary or "driver" in report.summary
+
+
+def test_an_architecture_that_is_not_known_is_refused_by_name() -> None:
+    with pytest.raises(Unsupported, match=r"no kernels for sm_75.*sm_80 \(A100\)"):
+        CudaBackend(FakeGpu(arch="sm_75"))
+    with pytest.raises(Unsupported, match=r"no kernels for gfx906.*gfx942"):
+        RocmBackend(FakeGpu(arch="gfx906"))
+
+
+@pytest.mark.parametrize("arch", [*CUDA, *ROCM])
+def test_every_architecture_says_why_it_has_no_8_bit_floats(arch: str) -> None:
+    one = {**CUDA, **ROCM}[arch]
+
+    assert bool(one.fp8) != bool(one.no_fp8_because)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "oom"),
+        (torch.AcceleratorError("CUDA error: an illegal memory access"), "device_lost"),
+        (RuntimeError("HIP error: invalid configuration argument"), "kernel"),
+        (RuntimeError("shapes cannot be multiplied"), None),
+    ],
+)  # fmt: skip
+def test_errors_of_the_device_are_told_from_others(error: RuntimeError, kind: str | None) -> None:
+    assert error_kind(error) == kind

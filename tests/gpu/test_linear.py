@@ -1,0 +1,232 @@
+"""Products with weights of few bits and of float8, interpreted, against float64."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from portalm.backend import QUANTIZED_FORMATS, QuantizedWeight
+from portalm.errors import BackendError
+from portalm_backends.gpu_common import weights
+from portalm_backends.gpu_common.kernels import fp8, linear, matmul
+from tests.gpu.interpreted import complete, some
+
+CPU = torch.device("cpu")
+DTYPES = {"float32": torch.float32, "float16": torch.float16}
+NMSE = {"float32": 1e-11, "float16": 1e-6}
+
+
+def normal(*shape: int, dtype: str = "float32", seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator).to(DTYPES[dtype])
+
+
+def nmse(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    difference = actual.double() - expected
+    assert difference.isfinite().all()
+    return float(difference.square().sum() / expected.square().sum())
+
+
+def random_weight(format: str, n: int, k: int, seed: int = 0) -> QuantizedWeight:
+    """Codes of all values, scales of several sizes."""
+    rng = np.random.default_rng(seed)
+    groups = k // QUANTIZED_FORMATS[format]
+    bits = 8 if format.startswith("int8") else 4
+    scales = rng.uniform(0.01, 0.3, (n, groups)).astype(np.float16).astype(np.float32)
+    minimums = None
+    if format.endswith("_min"):
+        found = -rng.uniform(0.1, 2, (n, groups)).astype(np.float16).astype(np.float32)
+        minimums = torch.from_numpy(found)
+    return QuantizedWeight(
+        format=format,
+        codes=torch.from_numpy(rng.integers(0, 1 << bits, (n, k), dtype=np.uint8)),
+        scales=torch.from_numpy(scales),
+        zero=0 if minimums is not None else 1 << (bits - 1),
+        minimums=minimums,
+    )
+
+
+# -- weights of few bits ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", some(DTYPES, lambda dtype: dtype == "float16"))
+@pytest.mark.parametrize("format", QUANTIZED_FORMATS)
+def test_codes_are_multiplied_exactly(format: str, dtype: str) -> None:
+    """What is lost is the rounding of the result alone."""
+    weight, bias = random_weight(format, 70, 160), normal(70, dtype=dtype, seed=1)
+    packed = weights.pack(weight, CPU)
+    for rows in (1, 3, 17):
+        x = normal(rows, 160, dtype=dtype, seed=rows)
+
+        actual = linear.linear(x, packed, bias)
+
+        expected = x.double() @ weight.dequantize().double().T + bias.double()
+        assert actual.dtype == x.dtype
+        assert nmse(actual, expected) < NMSE[dtype] / (1 if dtype == "float32" else 10), rows
+
+
+@complete
+@pytest.mark.parametrize("format", QUANTIZED_FORMATS)
+def test_logits_of_few_bits_are_float32(format: str) -> None:
+    weight, x = random_weight(format, 70, 64), normal(3, 64, dtype="float16")
+
+    actual = linear.logits(x, weights.pack(weight, CPU))
+
+    assert actual.dtype == torch.float32
+    assert nmse(actual, x.double() @ weight.dequantize().double().T) < 1e-11
+
+
+@pytest.mark.parametrize("k", some([32, 1024, 2080], lambda k: k == 1024))
+def test_k_is_split_where_there_are_few_rows(k: int) -> None:
+    weight, bias = random_weight("int4_min", 33, k), normal(33, seed=1)
+    x = normal(2, k, seed=2)
+
+    actual = linear.linear(x, weights.pack(weight, CPU), bias)
+
+    assert nmse(actual, x.double() @ weight.dequantize().double().T + bias.double()) < 1e-11
+
+
+def test_rows_of_x_may_lie_apart() -> None:
+    weight, wide = random_weight("int4", 40, 64), torch.full((6, 200), float("nan"))
+    wide[:5, 30:94] = normal(5, 64)
+    x = wide[:5, 30:94]
+
+    actual = linear.linear(x, weights.pack(weight, CPU))
+
+    assert nmse(actual, x.double() @ weight.dequantize().double().T) < 1e-11
+
+
+def test_a_row_that_is_not_a_number_spoils_no_other() -> None:
+    packed, x = weights.pack(random_weight("int8", 40, 64), CPU), normal(9, 64)
+    expected = linear.linear(x, packed)
+    x[3, 50] = float("nan")
+
+    actual = linear.linear(x, packed)
+
+    others = [i for i in range(9) if i != 3]
+    assert torch.equal(actual[others], expected[others])
+    assert actual[3].isnan().all()
+
+
+def test_a_wrong_number_of_columns_is_refused() -> None:
+    packed = weights.pack(random_weight("int8", 40, 64), CPU)
+
+    with pytest.raises(BackendError, match=r"linear: \[2, 32\] times \[40, 64\]\^T"):
+        linear.linear(normal(2, 32), packed)
+
+
+# -- rounding weights -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("format, bound", [("int8", 3e-5), ("int8_g16", 3e-5), ("int4", 8e-3),
+                                           ("int4_min", 7e-3)])  # fmt: skip
+def test_rounding_loses_what_the_bits_leave(format: str, bound: float) -> None:
+    weight = normal(64, 96)
+
+    rounded = weights.round_to(weight, format)
+
+    assert nmse(rounded.dequantize(), weight.double()) < bound
+    assert rounded.format == format
+
+
+@complete
+@pytest.mark.parametrize("format", QUANTIZED_FORMATS)
+def test_a_weight_of_any_width_is_rounded_and_multiplied(format: str) -> None:
+    weight, x = normal(20, 41, seed=1), normal(3, 41, seed=2)
+    weight[4] = 0.0
+
+    packed = weights.pack(weight, CPU, quantization=format)
+
+    rounded = weights.round_to(weight, format).dequantize()[:, :41]
+    assert nmse(linear.linear(x, packed), x.double() @ rounded.double().T) < 1e-11
+
+
+@pytest.mark.parametrize("format", QUANTIZED_FORMATS)
+def test_packed_weights_take_the_bits_they_claim(format: str) -> None:
+    packed = weights.pack(random_weight(format, 64, 512), CPU)
+
+    assert isinstance(packed, weights.FewBitWeight)
+    tensors = (packed.codes, packed.scales, packed.minimums)
+    num_bytes = sum(t.numel() * t.element_size() for t in tensors if t is not None)
+    per_weight = {"int8": 8.5, "int8_g16": 9.0, "int4": 4.5, "int4_min": 5.0}[format]
+    assert num_bytes * 8 == per_weight * 64 * 512
+
+
+def test_what_is_not_known_is_refused() -> None:
+    with pytest.raises(BackendError, match="cannot be rounded to 'int3'"):
+        weights.pack(normal(16, 32), CPU, quantization="int3")
+
+
+# -- float32 products of 16-bit floats --------------------------------------------------------
+
+
+SHAPES = [(5, 301, 96), (1, 64, 64), (33, 70, 1000), (3, 7, 65)]
+
+
+@pytest.mark.parametrize("shape", some(SHAPES, lambda s: s[0] == 3), ids=str)
+def test_products_without_a_float32_copy(shape: tuple[int, int, int]) -> None:
+    m, n, k = shape
+    x, weight = normal(m, k, dtype="float16", seed=1), normal(n, k, dtype="float16", seed=2)
+
+    actual = matmul.matmul(x, weight, None, torch.float32)
+
+    assert nmse(actual, x.double() @ weight.double().T) < 1e-11
+
+
+# -- float8 -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e4m3fnuz], ids=str)
+def test_rows_are_rounded_to_float8_by_their_own_scale(dtype: torch.dtype) -> None:
+    x = normal(5, 96, seed=1) * torch.tensor([1e-3, 1.0, 50.0, 1e4, 0.0])[:, None]
+
+    values, scales = fp8.quantize(x, dtype)
+
+    assert values.dtype == dtype
+    back = values.float() * scales
+    assert (back[4] == 0).all()
+    for row in range(4):
+        # the interpreter cuts off where devices round: four times what those lose
+        assert nmse(back[row], x[row].double()) < 6e-3
+        assert float(values[row].float().abs().max()) == torch.finfo(dtype).max
+
+
+def test_a_float8_weight_has_a_scale_for_each_row() -> None:
+    weight = normal(32, 48) * torch.logspace(-3, 3, 32)[:, None]
+
+    packed = weights.pack(weight, CPU, quantization="fp8", fp8=torch.float8_e4m3fn)
+
+    assert isinstance(packed, weights.Fp8Weight)
+    back = packed.values.float() * packed.scales.T
+    assert max(nmse(b, w.double()) for b, w in zip(back, weight, strict=True)) < 1.5e-3
+
+
+def test_float8_is_refused_where_it_cannot_be() -> None:
+    with pytest.raises(BackendError, match="does not multiply float8"):
+        weights.pack(normal(16, 16), CPU, quantization="fp8")
+    with pytest.raises(BackendError, match="come by 16"):
+        weights.pack(normal(16, 24), CPU, quantization="fp8", fp8=torch.float8_e4m3fn)
+
+
+# -- a fault in each --------------------------------------------------------------------------
+
+
+@complete
+@pytest.mark.parametrize("format", QUANTIZED_FORMATS)
+def test_wrong_groups_and_wrong_halves_show(format: str) -> None:
+    weight, x = random_weight(format, 16, 64), normal(2, 64)
+    packed = weights.pack(weight, CPU)
+    assert isinstance(packed, weights.FewBitWeight)
+    expected = x.double() @ weight.dequantize().double().T
+    swapped = packed.codes.roll(4, dims=-1) if packed.bits == 8 else (
+        (packed.codes << 4) | ((packed.codes >> 4) & 15)
+    )  # fmt: skip
+    faults = [replace(packed, codes=swapped), replace(packed, scales=packed.scales.flip(0))]
+    if packed.minimums is not None:
+        faults.append(replace(packed, minimums=packed.minimums.flip(0)))
+
+    for fault in faults:
+        assert nmse(linear.linear(x, fault), expected) > 1e-3

@@ -1,0 +1,430 @@
+"""The native kernels' device code, on the emulator, against float64 loops: no GPU is used."""
+
+from __future__ import annotations
+
+import math
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from portalm.backend import AttentionSpec, SampleParams
+from portalm_backends.gpu_common import native
+from portalm_backends.gpu_common.native import NativeKernels, plan_decodes
+from portalm_backends.portable import sampling
+from tests.gpu.emulator import COMPILER, WAVES, Emulator, KernelFault
+
+pytestmark = pytest.mark.skipif(not COMPILER, reason="the emulator is compiled by g++")
+
+all_cases = pytest.mark.gpu_compiled
+"""For those that add seconds: the job that compiles all kernels emulates all cases too."""
+
+NAN = float("nan")
+BLOCK_SIZE = 16
+
+
+@pytest.fixture(scope="module", params=WAVES, ids="wave{}".format)
+def emulator(request: pytest.FixtureRequest) -> Iterator[Emulator]:
+    is_whole = any(item.get_closest_marker("gpu_compiled") for item in request.session.items)
+    emulator = Emulator(request.param, is_whole=is_whole)
+    yield emulator
+    emulator.close()
+
+
+def int32(values: Any) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+# -- the modules ----------------------------------------------------------------------------------
+
+
+def test_every_native_choice_can_be_called() -> None:
+    for operation, choice in native.CHOICES.items():
+        assert not choice.is_native or hasattr(NativeKernels, operation), operation
+
+
+def test_what_was_not_built_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "portalm_backends._cuda", None)
+    monkeypatch.setitem(sys.modules, "portalm_backends._rocm", None)
+
+    assert "no nvcc was found" in str(native.missing("cuda", "sm_90"))
+    assert "a clang with amdgcn" in str(native.missing("rocm", "gfx942"))
+
+
+def test_an_architecture_without_a_code_object_is_said(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    module = types.ModuleType("_rocm")
+    module.__file__ = str(tmp_path / "_rocm.so")
+    (tmp_path / "_rocm_kernels").mkdir()
+    (tmp_path / "_rocm_kernels/gfx942.hsaco").touch()
+    monkeypatch.setitem(sys.modules, "portalm_backends._rocm", module)
+
+    assert native.missing("rocm", "gfx942:sramecc+:xnack-") is None
+    assert native.missing("rocm", "gfx906") == "they were not built for gfx906"
+
+
+@pytest.mark.parametrize("vendor", ["cuda", "rocm"])
+def test_a_module_needs_its_device_only_when_it_launches(vendor: str) -> None:
+    module = pytest.importorskip(f"portalm_backends._{vendor}", reason="it was not built here")
+    if torch.cuda.is_available():
+        pytest.skip("there is a device")
+
+    with pytest.raises(RuntimeError, match=r"portalm_kv_copy: .*driver|no code object is loaded"):
+        module.kv_copy(0, 16, 1, 16, 16, 1, 16, 16)
+    if vendor == "rocm":
+        with pytest.raises(RuntimeError, match="no HIP runtime"):
+            module.load("gfx942.hsaco")
+
+
+# -- the emulator itself --------------------------------------------------------------------------
+
+
+def test_a_barrier_that_only_some_reach_is_an_error(emulator: Emulator) -> None:
+    with pytest.raises(KernelFault, match="divergent barrier in block 0, 0, 0"):
+        emulator.launch("divergent_barrier")
+
+
+def test_a_shuffle_without_all_lanes_is_an_error(emulator: Emulator) -> None:
+    with pytest.raises(KernelFault, match="threads in a collective at line"):
+        emulator.launch("half_a_shuffle")
+
+
+def test_shared_memory_ends_where_it_ends(emulator: Emulator) -> None:
+    with pytest.raises(KernelFault, match="heap-buffer-overflow"):
+        emulator.launch("past_shared_memory")
+
+
+def test_a_missing_barrier_shows_in_the_order_of_threads(emulator: Emulator) -> None:
+    with pytest.raises(KernelFault, match="order of threads"):
+        emulator.launch("missing_barrier", torch.zeros(64, dtype=torch.int32), 64)
+
+
+# -- the cache ------------------------------------------------------------------------------------
+
+
+def poisoned_cache(
+    num_blocks: int, kv_heads: int, head_size: int, dtype: torch.dtype = torch.bfloat16
+) -> torch.Tensor:
+    """One layer, [NB, H_kv, 2, B, D], of NaN."""
+    cache = torch.full((num_blocks, kv_heads, 2, BLOCK_SIZE, head_size), NAN)
+    return cache.to(dtype)
+
+
+def test_copied_blocks_are_those_of_every_layer_and_no_others(emulator: Emulator) -> None:
+    cache = torch.randn(3, 7, 1, 2, BLOCK_SIZE, 264).bfloat16()  # 16.5 KiB: more than one stretch
+    expected = cache.clone()
+    expected[:, [5, 3]] = expected[:, [0, 6]]
+
+    emulator.native("kv_copy", cache, int32([0, 6]), int32([5, 3]))
+
+    assert cache.equal(expected)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "cache_dtype"),
+    [
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.float16),
+        (torch.bfloat16, torch.float8_e4m3fn),
+    ],
+    ids=["bf16", "fp16", "fp8"],
+)
+def test_keys_and_values_are_rounded_into_their_slots(
+    emulator: Emulator, dtype: torch.dtype, cache_dtype: torch.dtype
+) -> None:
+    key, value = torch.randn(2, 5, 2, 80).to(dtype) * 100
+    key[0, 0, :4] = torch.tensor([0.0, -0.0, 0.001, -0.017])  # subnormal in 8 bits
+    slots = [17, 16, 40, 47, 3]
+    cache = poisoned_cache(3, 2, 80, cache_dtype)
+
+    emulator.native("kv_write", cache, key, value, int32(slots))
+
+    for t, slot in enumerate(slots):
+        block, offset = divmod(slot, BLOCK_SIZE)
+        for half, x in enumerate((key, value)):
+            limit = 448.0 if cache_dtype == torch.float8_e4m3fn else math.inf
+            expected = x[t].float().clamp(-limit, limit).to(cache_dtype)
+            assert cache[block, :, half, offset].view(torch.uint8).equal(expected.view(torch.uint8))
+    assert cache.float().isnan().sum() == (3 * BLOCK_SIZE - 5) * 2 * 2 * 80
+
+
+@pytest.mark.parametrize(
+    ("rotary_dim", "is_interleaved"),
+    [(64, False), (32, True), pytest.param(32, False, marks=all_cases)],
+)
+def test_rotation_is_that_of_the_pairs_positions(
+    emulator: Emulator, rotary_dim: int, is_interleaved: bool
+) -> None:
+    num_tokens, heads, kv_heads, head_size = 3, 4, 2, 64
+    merged = torch.randn(num_tokens, (heads + 2 * kv_heads) * head_size).bfloat16()
+    split = merged.split([heads * head_size, kv_heads * head_size, kv_heads * head_size], dim=1)
+    query, key, value = (x.unflatten(1, (-1, head_size)) for x in split)
+    positions = int32([0, 7, 2])
+    angles = torch.rand(8, rotary_dim // 2) * 6
+    cos_sin = torch.cat((angles.cos(), angles.sin()), dim=1)
+    cache = poisoned_cache(2, kv_heads, head_size)
+
+    rotated = emulator.native(
+        "rope_kv_write", cache, query, key, value, int32([16, 20, 31]), positions, cos_sin,
+        is_interleaved=is_interleaved,
+    )  # fmt: skip
+
+    stored = cache[1, :, 0, [0, 4, 15]].transpose(0, 1)
+    for x, actual in ((query, rotated), (key, stored)):
+        expected = rotate(
+            x.double().numpy(), angles[positions.long()].double().numpy(), is_interleaved
+        )
+        np.testing.assert_allclose(actual.double().numpy(), expected, atol=0.02, rtol=0.005)
+    assert cache[1, :, 1, [0, 4, 15]].transpose(0, 1).equal(value)
+
+
+def rotate(x: np.ndarray, angles: np.ndarray, is_interleaved: bool) -> np.ndarray:
+    """x [T, H, D] with pair i turned by angles[:, i]."""
+    out = x.copy()
+    half = angles.shape[1]
+    for i in range(half):
+        a, b = (2 * i, 2 * i + 1) if is_interleaved else (i, half + i)
+        cos, sin = np.cos(angles[:, i])[:, None], np.sin(angles[:, i])[:, None]
+        out[..., a] = x[..., a] * cos - x[..., b] * sin
+        out[..., b] = x[..., b] * cos + x[..., a] * sin
+    return out
+
+
+# -- attention ------------------------------------------------------------------------------------
+
+
+def attend(
+    query: np.ndarray, key: np.ndarray, value: np.ndarray, spec: AttentionSpec, sinks: Any = None
+) -> np.ndarray:
+    """One request's last token in float64: query [H, D], keys and values [N, H_kv, D]."""
+    out = np.zeros_like(query)
+    last = len(key) - 1
+    for h in range(spec.num_heads):
+        kv_head = h * spec.num_kv_heads // spec.num_heads
+        scores, rows = [], []
+        for t in range(len(key)):
+            if spec.sliding_window and t <= last - spec.sliding_window:
+                continue
+            score = query[h] @ key[t, kv_head] * spec.scale
+            if spec.soft_cap:
+                score = spec.soft_cap * np.tanh(score / spec.soft_cap)
+            if spec.alibi_slopes:
+                score += spec.alibi_slopes[h] * (t - last)
+            scores.append(score)
+            rows.append(value[t, kv_head])
+        if sinks is not None:
+            scores.append(float(sinks[h]))
+            rows.append(np.zeros_like(rows[0]))
+        weights = np.exp(np.array(scores) - max(scores))
+        out[h] = weights / weights.sum() @ np.array(rows)
+    return out
+
+
+def spec_of(group: int = 4, head_size: int = 128, kv_heads: int = 2, **kind: Any) -> AttentionSpec:
+    return AttentionSpec(
+        num_heads=group * kv_heads,
+        num_kv_heads=kv_heads,
+        head_size=head_size,
+        scale=kind.pop("scale", head_size**-0.5),
+        **kind,
+    )
+
+
+def check_decode(
+    emulator: Emulator,
+    spec: AttentionSpec,
+    seq_lens: list[int],
+    *,
+    max_items: int = 12,
+    cache_dtype: torch.dtype = torch.bfloat16,
+    sinks: torch.Tensor | None = None,
+) -> None:
+    """Decode requests of these lengths, 0 for padding, in a cache whose free slots are NaN."""
+    torch.manual_seed(0)
+    dtype = torch.float16 if cache_dtype == torch.float16 else torch.bfloat16
+    max_blocks = -(-max(seq_lens) // BLOCK_SIZE)
+    num_blocks = 1 + len(seq_lens) * max_blocks
+    free = (torch.randperm(num_blocks - 1) + 1).tolist()
+    cache = poisoned_cache(num_blocks, spec.num_kv_heads, spec.head_size, cache_dtype)
+    table = torch.zeros(len(seq_lens), max_blocks, dtype=torch.int32)
+    wide = torch.randn(len(seq_lens), spec.num_heads + 3, spec.head_size).to(dtype)
+    query = wide[:, : spec.num_heads]  # rows of a merged projection
+    contexts = []
+    for i, length in enumerate(seq_lens):
+        keys, values = torch.randn(2, length, spec.num_kv_heads, spec.head_size).to(cache_dtype)
+        contexts.append((keys.double().numpy(), values.double().numpy()))
+        for t in range(length):
+            if t % BLOCK_SIZE == 0:
+                table[i, t // BLOCK_SIZE] = free.pop()
+            block = int(table[i, t // BLOCK_SIZE])
+            cache[block, :, 0, t % BLOCK_SIZE] = keys[t]
+            cache[block, :, 1, t % BLOCK_SIZE] = values[t]
+    plan = plan_decodes(
+        np.array(seq_lens), max_items=max_items, window=spec.sliding_window, min_tokens=32
+    )
+    partials, counters = NativeKernels.decode_workspace(
+        spec, max_items, len(seq_lens), torch.device("cpu")
+    )
+    partials.fill_(NAN)
+    slopes = torch.tensor(spec.alibi_slopes) if spec.alibi_slopes else None
+
+    out = emulator.native(
+        "decode_attention", cache, query, table, int32(seq_lens), torch.from_numpy(plan.items),
+        (partials, counters), spec, slopes, sinks,
+    )  # fmt: skip
+
+    assert counters.count_nonzero() == 0
+    for i, (keys, values) in enumerate(contexts):
+        if seq_lens[i]:
+            expected = attend(query[i].double().numpy(), keys, values, spec, sinks)
+            np.testing.assert_allclose(out[i].double().numpy(), expected, atol=0.006, rtol=0.006)
+
+
+def some_of(cases: dict[str, Any], *names: str) -> list[Any]:
+    """All cases; those of other names are left to the job that has the time."""
+    return [name if name in names else pytest.param(name, marks=all_cases) for name in cases]
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "a group that is not whole": {"group": 3},
+    "window": {"sliding_window": 37},
+    "window of one": {"sliding_window": 1},
+    "cap": {"soft_cap": 2.0, "scale": 0.3},
+    "alibi": {"alibi_slopes": tuple(2.0**-i for i in range(1, 9))},
+    "large scores": {"scale": 6.0},
+}
+
+
+@pytest.mark.parametrize("kind", some_of(KINDS, "window", "alibi"))
+def test_decode_attention_is_that_of_the_loops(emulator: Emulator, kind: str) -> None:
+    check_decode(emulator, spec_of(**KINDS[kind]), [70, 0, 1, 16, 161])
+
+
+def test_sinks_count_once_however_a_context_is_split(emulator: Emulator) -> None:
+    sinks = torch.linspace(-2, 6, 8)
+
+    check_decode(emulator, spec_of(has_sinks=True), [161, 5], sinks=sinks)
+    check_decode(emulator, spec_of(has_sinks=True), [161, 5], sinks=sinks, max_items=2)
+
+
+def test_decode_attention_reads_8_bit_caches(emulator: Emulator) -> None:
+    spec = spec_of(group=1, head_size=64)
+
+    check_decode(emulator, spec, [9, 130], cache_dtype=torch.float8_e4m3fn)
+
+
+@all_cases
+@pytest.mark.parametrize("group", [1, 2, 4])
+@pytest.mark.parametrize("head_size", [64, 128])
+@pytest.mark.parametrize(
+    "cache_dtype", [torch.bfloat16, torch.float8_e4m3fn, torch.float16], ids=str
+)
+def test_every_decode_kernel_is_that_of_the_loops(
+    emulator: Emulator, cache_dtype: torch.dtype, head_size: int, group: int
+) -> None:
+    spec = spec_of(group=group, head_size=head_size, soft_cap=30.0, sliding_window=100)
+
+    check_decode(emulator, spec, [1000, 90, 0], cache_dtype=cache_dtype)
+
+
+@pytest.mark.parametrize("window", [None, 100])
+def test_a_plan_covers_what_is_seen_once_and_fits(window: int | None) -> None:
+    random = np.random.default_rng(0)
+    for _ in range(200):
+        seq_lens = random.integers(0, 5000, random.integers(1, 40))
+        max_items = len(seq_lens) + random.integers(0, 100)
+
+        items = plan_decodes(seq_lens, max_items=max_items, window=window).items
+
+        assert items.shape == (max_items, 5)
+        for request, length in enumerate(seq_lens):
+            own = np.flatnonzero((items[:, 0] == request) & (items[:, 4] > 0))
+            assert bool(len(own)) == (length > 0)
+            if length:
+                starts, ends = items[own, 1], items[own, 2]
+                assert (starts % 16 == 0).all()
+                assert starts[0] <= max(length - (window or length), 0)
+                assert ends[-1] == length
+                assert (starts[1:] == ends[:-1]).all()
+                assert (items[own, 3] == own[0]).all()
+                assert (items[own, 4] == len(own)).all()
+
+
+# -- sampling -------------------------------------------------------------------------------------
+
+
+def params(num_rows: int, **kind: Any) -> SampleParams:
+    def row(name: str, default: float, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.as_tensor(kind.get(name, default), dtype=dtype).expand(num_rows).contiguous()
+
+    temperature = row("temperature", 1.0)
+    return SampleParams(
+        temperature=temperature,
+        top_k=row("top_k", 0, torch.int32),
+        top_p=row("top_p", 1.0),
+        min_p=row("min_p", 0.0),
+        seed=torch.arange(num_rows, dtype=torch.int64) * 0x1234567890ABCDE - 2**62,
+        position=torch.arange(num_rows, dtype=torch.int64) * 0x100000007,
+        is_greedy=bool((temperature == 0).all()),
+        has_filters=True,
+    )
+
+
+DRAWS: dict[str, dict[str, Any]] = {
+    "greedy": {"temperature": 0.0},
+    "temperature": {"temperature": 1.7},
+    "top_k": {"top_k": 5},
+    "top_p": {"top_p": 0.8},
+    "min_p": {"min_p": 0.1, "temperature": 0.6},
+    "all, row by row": {
+        "temperature": [1.0, 0.0, 0.5, 1.3, 1.0, 2.0],
+        "top_k": [40, 3, 0, 1, 7, 2000],
+        "top_p": [0.9, 0.5, 0.2, 1.0, 0.95, 0.7],
+        "min_p": [0.0, 0.0, 0.02, 0.0, 0.3, 0.0],
+    },
+}
+
+
+@pytest.mark.parametrize(
+    "vocab_size",
+    [130, pytest.param(5003, marks=all_cases), pytest.param(3, marks=all_cases)],
+)
+@pytest.mark.parametrize("kind", some_of(DRAWS, "all, row by row"))
+def test_drawn_ids_are_the_portable_ones(emulator: Emulator, kind: str, vocab_size: int) -> None:
+    torch.manual_seed(vocab_size)
+    logits = torch.randn(6, vocab_size) * 3
+    logits[:, 2] = -math.inf
+
+    actual = emulator.native("sample", logits, params(6, **DRAWS[kind]))
+
+    assert actual.token_ids.equal(sampling.sample(logits, params(6, **DRAWS[kind])).token_ids)
+
+
+@all_cases
+def test_ties_go_to_the_lowest_id_and_thresholds_keep_theirs(emulator: Emulator) -> None:
+    logits = torch.tensor([[0.0, 2.0, -0.0, 2.0, 2.0, -1.0]]).expand(8, 6).contiguous()
+
+    greedy = emulator.native("sample", logits, params(8, temperature=0.0)).token_ids
+    drawn = emulator.native("sample", logits, params(8, top_k=1)).token_ids
+
+    assert set(greedy.tolist()) == {1}
+    assert set(drawn.tolist()) == {1, 3, 4}
+
+
+def test_a_row_that_is_broken_is_the_only_one(emulator: Emulator) -> None:
+    logits = torch.zeros(4, 100)
+    logits[1, 99] = NAN
+    logits[2] = -math.inf
+    logits[3, 50] = math.inf
+
+    for temperature in (0.0, 1.0):
+        ids = emulator.native("sample", logits, params(4, temperature=temperature)).token_ids
+        assert ids[0] >= 0
+        assert ids[1:].tolist() == [-1, -1, 50]

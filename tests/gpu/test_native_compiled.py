@@ -1,0 +1,60 @@
+"""The native kernels compiled for each target: what they take, and how they touch memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import re
+
+import pytest
+
+from tests.gpu import native_targets
+from tests.gpu.native_targets import CLANG, CUDA_TARGETS, NVCC, ROCM_TARGETS
+
+TARGETS = [
+    *(pytest.param(t, marks=pytest.mark.skipif(not NVCC, reason="no nvcc")) for t in CUDA_TARGETS),
+    *(
+        pytest.param(t, marks=pytest.mark.skipif(not CLANG, reason="no clang-19"))
+        for t in ROCM_TARGETS
+    ),
+]
+
+pytestmark = [pytest.mark.gpu_compiled, pytest.mark.parametrize("target", TARGETS)]
+
+compiled = functools.cache(native_targets.compile_for)
+
+
+@pytest.mark.parametrize("what", ["registers", "shared", "waves"])
+def test_resources_are_those_of_the_table(target: str, what: str) -> None:
+    # after a change that is meant: python -m tests.gpu.native_targets
+    budget = json.loads(native_targets.BUDGETS.read_text())[target]
+
+    actual = {name: dataclasses.asdict(r)[what] for name, r in compiled(target).resources.items()}
+
+    assert set(actual) == set(budget)
+    for name, used in actual.items():
+        if what == "waves":
+            assert used >= budget[name][what], name
+        else:
+            assert used <= budget[name][what], name
+
+
+def test_nothing_is_spilled(target: str) -> None:
+    spilling = {name for name, r in compiled(target).resources.items() if r.spills}
+
+    assert spilling == set()
+
+
+def test_memory_is_read_and_written_16_bytes_at_a_time(target: str) -> None:
+    wide_load, wide_store = (
+        (r"LDG\.[\w.]*128", r"STG\.[\w.]*128")
+        if target.startswith("sm_")
+        else (r"global_load_(b128|dwordx4)", r"global_store_(b128|dwordx4)")
+    )
+    # what is under way at once: a decode's 4 tokens' keys and values, a copy's 4 vectors
+    for name, code in compiled(target).assembly.items():
+        least = 8 if name.startswith("decode") else {"kv_copy": 4}.get(name, 1)
+        if "Fp8" not in name:  # whose 8 elements are 8 bytes
+            assert len(re.findall(wide_load, code)) >= least, name
+            assert name == "sample" or re.search(wide_store, code), name
