@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -10,6 +11,8 @@ import torch
 
 from portalm.config import RopeConfig
 from portalm.errors import UnsupportedModel
+
+logger = logging.getLogger(__name__)
 
 _SCALINGS: dict[str, frozenset[str]] = {
     "default": frozenset(),
@@ -67,6 +70,15 @@ def cos_sin_table(rope: RopeConfig, *, head_size: int, max_position: int) -> tor
         attention_factor = _longrope_attention_factor(scaling, max_position)
     elif kind == "factors":
         frequency = frequency / torch.tensor(scaling["factors"])
+    original = int(scaling.get("original_max_position_embeddings", max_context))
+    if kind in ("dynamic", "longrope") and max_context > original:
+        logger.warning(
+            "rope scaling %s: every text is rotated as one of %d tokens is, also short ones; "
+            "--max-model-len %d gives what the model does with those",
+            kind,
+            max_context,
+            original,
+        )
     angle = torch.outer(torch.arange(max_context).float(), frequency)
     return torch.cat((angle.cos(), angle.sin()), dim=-1) * attention_factor
 

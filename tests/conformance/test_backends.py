@@ -15,8 +15,10 @@ from portalm.conformance.check import Item
 from portalm.conformance.kit import all_items, run_kit
 from portalm.conformance.report import as_json, as_markdown
 from portalm.conformance.subject import Subject
+from portalm.conformance.tiny import VARIANTS
 
 ITEMS = all_items()
+FAMILIES = set(VARIANTS) - {name for name in VARIANTS if name.startswith("llama")}
 
 
 @pytest.fixture(scope="module", params=["reference", "cpu"])
@@ -24,7 +26,15 @@ def subject(request: pytest.FixtureRequest) -> Subject:
     return Subject(load_backend(request.param))
 
 
-@pytest.mark.parametrize("item", ITEMS, ids=[f"{i.level} {i.name}" for i in ITEMS])
+def marks(item: Item) -> list[pytest.MarkDecorator]:
+    """tests/models draws 64 tokens of every family already."""
+    is_again = item.check == "greedy tokens" and item.case in FAMILIES
+    return [pytest.mark.slow] if is_again else []
+
+
+@pytest.mark.parametrize(
+    "item", [pytest.param(i, id=f"{i.level} {i.name}", marks=marks(i)) for i in ITEMS]
+)
 def test_conforms(subject: Subject, item: Item) -> None:
     result = item.run(subject)
 

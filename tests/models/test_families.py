@@ -12,6 +12,8 @@ import torch
 from portalm.config import EngineConfig
 from portalm.engine.engine import Engine
 from portalm.errors import CheckpointError, UnsupportedModel
+from portalm.models.loader.config_json import model_config
+from portalm.models.registry import model_class
 from tests.tiny import ask, make_config_folder, run, tokens
 
 PROMPTS = {str(n): [(7 * n + i * i) % 120 for i in range(n)] for n in (1, 17, 33, 90)}
@@ -184,6 +186,22 @@ def test_answers_equal_transformers(tmp_path: Path, name: str, device: str) -> N
             difference = torch.tensor(actual, dtype=torch.float64) - expected
             error = float(difference.square().sum() / expected.square().sum())
             assert error < 1e-10, (key, error)
+
+
+@pytest.mark.parametrize("name", ["qwen2 with windows", "gemma2", "gemma3", "smollm3", "cohere2",
+                                  "gpt_oss", "qwen2 moe"])  # fmt: skip
+def test_layers_are_of_transformers_kinds_where_the_config_does_not_say(name: str) -> None:
+    case = CASES[name]
+    theirs = case.make().config
+    values = {**theirs.to_dict(), **case.changes}
+    values["architectures"] = [case.model.format(case.family)]
+    del values["layer_types"]
+    config = model_config(values, {})
+
+    model = model_class(config.architecture)(config, "float32")
+
+    kinds = [model.layer_type(layer) for layer in range(config.num_layers)]
+    assert kinds == theirs.layer_types
 
 
 def test_names_without_their_prefix_are_found(tmp_path: Path) -> None:

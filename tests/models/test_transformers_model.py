@@ -22,8 +22,10 @@ OURS = ("gemma2", "gpt_oss", "granite")
 """Caps, windows, sinks, experts and scaled logits: as if there were no file for them."""
 
 
-@pytest.mark.parametrize("device", ["reference", "cpu"])
-@pytest.mark.parametrize("name", [*OTHERS, *OURS])
+@pytest.mark.parametrize(
+    ("name", "device"),
+    [*((name, "reference") for name in OTHERS), *((name, "cpu") for name in (*OURS, "olmo3"))],
+)
 def test_answers_equal_transformers(
     tmp_path: Path, name: str, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -99,3 +99,14 @@ def test_a_scaling_that_is_not_known_is_named(scaling: dict[str, Any], message: 
 
     with pytest.raises(UnsupportedModel, match=message):
         cos_sin_table(config.rope, head_size=16, max_position=8)
+
+
+@pytest.mark.parametrize(("length", "num_said"), [(LENGTH, 0), (LENGTH + 1, 1)])
+def test_that_short_texts_are_rotated_as_long_ones_is_said(
+    length: int, num_said: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = model_config(config_values(SCALINGS["longrope"]), {}).serving(length)
+
+    cos_sin_table(config.rope, head_size=16, max_position=config.max_position)
+
+    assert len([r for r in caplog.records if "--max-model-len 64" in r.message]) == num_said
