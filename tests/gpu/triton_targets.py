@@ -1,0 +1,165 @@
+"""Compiles Triton kernels for GPUs that are not here, and says what they would take of one.
+
+Nothing is run. `TRITON_INTERPRET` must be off where kernels are compiled: a process either
+interprets kernels or compiles them.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx90a": GPUTarget("hip", "gfx90a", 64),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+    "gfx950": GPUTarget("hip", "gfx950", 64),
+    "gfx1100": GPUTarget("hip", "gfx1100", 32),
+}
+
+SHARED_LIMIT = {
+    "sm_80": 163 * 1024,
+    "sm_90": 227 * 1024,
+    "sm_100": 227 * 1024,
+    "gfx90a": 64 * 1024,
+    "gfx942": 64 * 1024,
+    "gfx950": 160 * 1024,
+    "gfx1100": 64 * 1024,
+}
+"""Bytes of shared memory (LDS) that one program may have."""
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """What one program of a compiled kernel takes."""
+
+    registers: int
+    """Of a thread: 32-bit registers; on AMD vector registers, accumulation ones included."""
+    shared: int
+    """Bytes of shared memory (LDS)."""
+    spills: int
+    """Registers of a thread that live in memory."""
+    occupancy: int
+    """Programs that a multiprocessor (CU, or WGP on RDNA) holds at once, by these limits alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """A kernel compiled for one target."""
+
+    resources: Resources
+    assembly: str
+    """SASS on NVIDIA, GCN or RDNA on AMD."""
+    stages: dict[str, Any]
+    """Text of every stage: ttir, ttgir, llir, ptx or amdgcn."""
+
+
+def compile_for(
+    kernel: Any,
+    signature: dict[str, str],
+    constants: dict[str, Any],
+    target: str,
+    *,
+    num_warps: int = 4,
+    num_stages: int = 2,
+    **options: Any,
+) -> Compiled:
+    """Compile a Triton kernel for one of `TARGETS`, on a machine without a GPU.
+
+    Args:
+        kernel: a function under `triton.jit`.
+        signature: type of each argument that is not constant, in Triton's words ("*bf16", "i32",
+            "fp32"). Pointers count as aligned to 16 bytes, as torch's are; "i32:16" is an
+            integer that is a multiple of 16.
+        constants: values of the `tl.constexpr` arguments, and of others that are None.
+        target: its name.
+        num_warps: warps of a program.
+        num_stages: depth of software pipelining.
+        options: of the target's compiler (waves_per_eu, maxnreg).
+    """
+    types: dict[str, str] = {}
+    aligned: dict[tuple[int], list[list[Any]]] = {}
+    for i, name in enumerate(kernel.arg_names):
+        if name in constants:
+            types[name] = "constexpr"
+            continue
+        types[name], _, multiple = signature[name].partition(":")
+        if types[name].startswith("*") or multiple == "16":
+            aligned[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(
+        fn=kernel,
+        signature=types,
+        constexprs={(kernel.arg_names.index(name),): value for name, value in constants.items()},
+        attrs=aligned,
+    )
+    compiled = triton.compile(
+        source,
+        target=TARGETS[target],
+        options={
+            "num_warps": num_warps,
+            "num_stages": num_stages,
+            "enable_fp_fusion": True,
+            **options,
+        },
+    )
+    shared = int(compiled.metadata.shared)
+    if target.startswith("sm_"):
+        return _nvidia(compiled, target, num_warps, shared)
+    return _amd(compiled, target, num_warps, shared)
+
+
+def _nvidia(compiled: Any, target: str, num_warps: int, shared: int) -> Compiled:
+    """Resources by cuobjdump, SASS by nvdisasm (both come with Triton)."""
+    from triton import knobs
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(compiled.asm["cubin"])
+        usage = _output(knobs.nvidia.cuobjdump.path, "-res-usage", path)
+        sass = _output(knobs.nvidia.nvdisasm.path, "-c", path)
+    registers = int(re.findall(r"REG:(\d+)", usage)[-1])
+    # spilled registers show as stores to local memory, one line each of 1, 2 or 4 registers
+    widths = re.findall(r"\bSTL(?:\.(64|128))?\b", sass)
+    spills = sum(int(width or 32) // 32 for width in widths)
+    per_sm = 65536 // (-(-registers // 8) * 8 * 32 * num_warps)
+    by_shared = (SHARED_LIMIT[target] + 1024) // (shared + 1024)
+    resources = Resources(registers, shared, spills, min(per_sm, by_shared, 64 // num_warps))
+    return Compiled(resources, sass, dict(compiled.asm))
+
+
+def _amd(compiled: Any, target: str, num_warps: int, shared: int) -> Compiled:
+    """Resources by the metadata that the assembler reads."""
+    text = compiled.asm["amdgcn"]
+
+    def number(name: str) -> int:
+        found = re.search(rf"\.{name}:\s*(\d+)", text)
+        return int(found.group(1)) if found else 0
+
+    registers = number("vgpr_count")
+    spills = number("vgpr_spill_count") + number("sgpr_spill_count")
+    if target.startswith("gfx11"):  # a WGP: 4 SIMDs of 1,536 registers of 32 lanes, 128 KiB
+        waves, lds = 4 * min(16, 1536 // (-(-registers // 24) * 24)), 128 * 1024
+    else:  # a CU: 4 SIMDs of 512 registers of 64 lanes
+        waves, lds = 4 * min(8, 512 // (-(-registers // 8) * 8)), SHARED_LIMIT[target]
+    by_shared = lds // shared if shared else waves
+    return Compiled(
+        Resources(registers, shared, spills, min(waves // num_warps, by_shared)),
+        text,
+        dict(compiled.asm),
+    )
+
+
+def _output(*command: object) -> str:
+    return subprocess.run(
+        [str(part) for part in command], check=True, capture_output=True, text=True
+    ).stdout
