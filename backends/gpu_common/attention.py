@@ -1,0 +1,475 @@
+"""Attention: work lists for the kernels, made on the host, and their launches.
+
+Query tokens are cut into tiles. A narrow tile holds a whole request of few new tokens (a decode);
+wide ones are cut out of longer requests. A tile is one item of work, against all of its context, or
+several items, each against a part of it, whose results `merge_kernel` puts together.
+
+A narrow tile's result does not depend on how it was cut: within an item, too, partial softmaxes
+are merged at the same multiples of tokens and in the same order. A wide tile has no registers
+left for that: its last bits may depend on whether the step around it was large enough to leave
+it whole.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from portalm.backend import AttentionSpec, StepMeta
+from portalm_backends.gpu_common.kernels.paged_attention import (
+    attention_kernel,
+    encoder_kernel,
+    merge_kernel,
+)
+
+Ints = npt.NDArray[np.int32]
+
+ITEM_FIELDS = 8
+"""request; first query row; query tokens (0: nothing to do); position of the first one; first and
+last + 1 token of the context; partial result to write (-1: the item sees all of its context);
+tokens of one part (a power of 2)."""
+
+MERGE_FIELDS = 4
+"""First query row; query tokens (0: nothing to do); first partial result; their number."""
+
+_NARROW_ROWS = 16
+"""Query tokens times heads of a KV head in a narrow tile: the least a tensor core's tile has."""
+
+_WIDE_ROWS = 128
+
+_PART_TOKENS = 256
+"""Least context of an item that is a part."""
+
+_MOST_PARTS = 32
+"""Parts of a tile; longer contexts have longer parts."""
+
+_MOST_PROGRAMS = 2048
+"""What splitting may add to a launch: programs for which a bucket has no work cost time too."""
+
+_LOG2E = 1.4426950408889634
+
+
+# -- planning ---------------------------------------------------------------------------------
+
+
+@dataclass(slots=True, frozen=True)
+class Tiles:
+    """The work of one kernel's launch."""
+
+    items: torch.Tensor
+    """int32 [N, ITEM_FIELDS], most work first."""
+    merges: torch.Tensor
+    """int32 [M, MERGE_FIELDS]"""
+    num_partials: int
+    """Room for results of parts."""
+    tokens: int
+    """Query tokens of a tile, at most."""
+    merge_tokens: int
+    """Query tokens of a tile that is split, at most."""
+
+
+@dataclass(slots=True, frozen=True)
+class AttentionPlan:
+    """One step's attention for layers of one kind. All but the tensors' values is one for a bucket.
+
+    A captured step is replayed with other work by copying another plan's tensors into its own.
+    """
+
+    narrow: Tiles | None
+    wide: Tiles | None
+
+
+@dataclass(slots=True)
+class _Work:
+    """One kernel's lists on the host, and the sizes that they are padded to."""
+
+    items: Ints
+    merges: Ints
+    num_partials: int
+    tokens: int
+    merge_tokens: int
+
+
+def plan_attention(
+    meta: StepMeta, spec: AttentionSpec, device: torch.device, *, num_programs: int = 264
+) -> AttentionPlan:
+    """A step's work, on the device.
+
+    Args:
+        meta: its fields on the host are looked at.
+        spec: of the layers.
+        device: where `attend` runs.
+        num_programs: how many fill the device; contexts are split until there are so many.
+    """
+    group = spec.num_heads // spec.num_kv_heads
+    narrow_tokens, wide_tokens = max(1, _NARROW_ROWS // group), max(1, _WIDE_ROWS // group)
+    fill = max(1, num_programs // spec.num_kv_heads)
+    most_extra = max(1, _MOST_PROGRAMS // spec.num_kv_heads)
+    lengths = np.diff(meta.host_query_start_loc)
+    is_narrow = lengths <= narrow_tokens
+    bucket = meta.bucket
+    num_narrow = num_wide = None
+    longest = meta.max_query_len
+    if bucket is not None:
+        longest = bucket.max_query_len
+        num_narrow = bucket.num_requests
+        others = min(bucket.num_requests, bucket.num_tokens // (narrow_tokens + 1))
+        num_wide = bucket.num_tokens // wide_tokens + others
+    window = spec.sliding_window
+    narrow = _tiles(meta, np.flatnonzero((lengths > 0) & is_narrow), narrow_tokens, window)
+    wide = _tiles(meta, np.flatnonzero(~is_narrow), wide_tokens, window)
+    # one token or as many as fit: each number is a kernel of its own
+    tokens = 1 if longest == 1 else narrow_tokens
+    works: list[_Work | None] = [_split(narrow, fill, most_extra, tokens, num_narrow), None]
+    if longest > narrow_tokens:
+        works[1] = _split(wide, fill, most_extra // 4, wide_tokens, num_wide)
+    host = np.concatenate(
+        [part.ravel() for work in works if work is not None for part in (work.items, work.merges)]
+    )
+    flat, offset = torch.from_numpy(host).to(device), 0
+    tiles: list[Tiles | None] = []
+    for work in works:
+        if work is None or not len(work.items):
+            tiles.append(None)
+            continue
+        middle = offset + work.items.size
+        end = middle + work.merges.size
+        tiles.append(
+            Tiles(
+                items=flat[offset:middle].view(-1, ITEM_FIELDS),
+                merges=flat[middle:end].view(-1, MERGE_FIELDS),
+                num_partials=work.num_partials,
+                tokens=work.tokens,
+                merge_tokens=work.merge_tokens,
+            )
+        )
+        offset = end
+    return AttentionPlan(*tiles)
+
+
+def _tiles(
+    meta: StepMeta, requests: npt.NDArray[np.int64], tokens: int, window: int | None
+) -> Ints:
+    """[N, ITEM_FIELDS]: the query tokens of `requests` cut into tiles of `tokens`."""
+    loc, lengths = meta.host_query_start_loc, np.diff(meta.host_query_start_loc)
+    counts = -(-lengths[requests] // tokens)
+    owner = np.repeat(requests, counts)
+    offset = (np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)) * tokens
+    tiles = np.zeros((len(owner), ITEM_FIELDS), np.int32)
+    tiles[:, 0] = owner
+    tiles[:, 1] = loc[owner] + offset
+    tiles[:, 2] = np.minimum(lengths[owner] - offset, tokens)
+    tiles[:, 3] = (meta.host_seq_lens - lengths)[owner] + offset
+    if window is not None:
+        tiles[:, 4] = np.maximum(tiles[:, 3] - (window - 1), 0)
+    tiles[:, 5] = tiles[:, 3] + tiles[:, 2]
+    tiles[:, 6] = -1
+    tiles[:, 7] = _part_tokens(tiles[:, 5])
+    return tiles
+
+
+def _part_tokens(context: Ints) -> Ints:
+    """Tokens of a part: a function of the context's length alone, at most _MOST_PARTS of them."""
+    least = np.maximum(-(-context // _MOST_PARTS), _PART_TOKENS)
+    parts: Ints = (1 << np.ceil(np.log2(least)).astype(np.int32)).astype(np.int32)
+    return parts
+
+
+def _split(tiles: Ints, fill: int, most_extra: int, tokens: int, num_tiles: int | None) -> _Work:
+    """Items of `tiles`, those that would keep the device waiting cut into parts.
+
+    Args:
+        tiles: whole ones.
+        fill: items that keep the device busy.
+        most_extra: items that splitting may add.
+        tokens: of a tile, at most.
+        num_tiles: tiles of the bucket, which the lists are padded for; None: not padded.
+    """
+    context = tiles[:, 5] - tiles[:, 4]
+    first_part = tiles[:, 4] // tiles[:, 7]
+    num_parts = (tiles[:, 5] - 1) // tiles[:, 7] - first_part + 1
+    is_split = (num_parts > 1) & (context > int(context.sum()) // fill)
+    if is_split.any():
+        order = np.argsort(np.where(is_split, -context, 1), kind="stable")
+        fits = np.cumsum(np.where(is_split, num_parts - 1, 0)[order]) <= most_extra
+        is_split[order] &= fits
+    num_parts = np.where(is_split, num_parts, 1)
+    first_item = np.cumsum(np.where(is_split, num_parts, 0)) - num_parts
+    tile = np.repeat(np.arange(len(tiles)), num_parts)
+    items = tiles[tile]
+    part = np.arange(len(tile)) - (np.cumsum(num_parts) - num_parts)[tile]
+    cut = is_split[tile]
+    begin = (first_part[tile] + part) * items[:, 7]
+    items[:, 4] = np.where(cut, np.maximum(items[:, 4], begin), items[:, 4])
+    items[:, 5] = np.where(cut, np.minimum(items[:, 5], begin + items[:, 7]), items[:, 5])
+    items[:, 6] = np.where(cut, first_item[tile] + part, -1)
+    items = items[np.argsort(items[:, 4] - items[:, 5], kind="stable")]
+    merges = np.zeros((int(is_split.sum()), MERGE_FIELDS), np.int32)
+    merges[:, :2] = tiles[is_split, 1:3]
+    merges[:, 2] = first_item[is_split]
+    merges[:, 3] = num_parts[is_split]
+    num_partials = int(num_parts[is_split].sum())
+    merge_tokens = int(merges[:, 1].max(initial=0))
+    if num_tiles is not None:
+        extra = min(most_extra, num_tiles * _MOST_PARTS)
+        items = _padded(items, num_tiles + extra)
+        merges = _padded(merges, min(num_tiles, extra))
+        num_partials, merge_tokens = len(merges) + extra, tokens
+    return _Work(items, merges, num_partials, tokens, merge_tokens)
+
+
+def _padded(rows: Ints, count: int) -> Ints:
+    out = np.zeros((count, rows.shape[1]), np.int32)
+    out[: len(rows)] = rows
+    return out
+
+
+# -- tiles of each target ---------------------------------------------------------------------
+
+
+@dataclass(slots=True, frozen=True, kw_only=True)
+class TileShape:
+    """How a kernel is cut for a target."""
+
+    rows: int
+    """Query tokens times heads."""
+    tile: int
+    """Tokens of keys and values at a time."""
+    num_warps: int
+    num_stages: int
+    waves_per_eu: int | None = None
+
+
+_SHAPES = {
+    "nvidia": {
+        "narrow": TileShape(rows=16, tile=64, num_warps=4, num_stages=5),
+        "wide": TileShape(rows=128, tile=64, num_warps=8, num_stages=5),
+        "exact": TileShape(rows=16, tile=32, num_warps=4, num_stages=3),
+    },
+    "cdna": {
+        "narrow": TileShape(rows=16, tile=32, num_warps=4, num_stages=2),
+        "wide": TileShape(rows=128, tile=32, num_warps=4, num_stages=1),
+        "exact": TileShape(rows=16, tile=16, num_warps=4, num_stages=1),
+    },
+    "rdna": {
+        "narrow": TileShape(rows=16, tile=32, num_warps=4, num_stages=1),
+        "wide": TileShape(rows=64, tile=32, num_warps=4, num_stages=1),
+        "exact": TileShape(rows=16, tile=16, num_warps=4, num_stages=1),
+    },
+}
+"""By family of GPUs. `exact` is for float32, whose products no tensor core computes."""
+
+
+def family_of(arch: str) -> str:
+    """The key of `_SHAPES` for an architecture by its compiler's name (sm_90, gfx942)."""
+    if arch.startswith("sm_"):
+        return "nvidia"
+    return "cdna" if arch.startswith("gfx9") else "rdna"
+
+
+@functools.cache
+def tile_shape(kind: str, family: str, dtype: torch.dtype, head_size: int, group: int) -> TileShape:
+    """How attention is cut.
+
+    Args:
+        kind: narrow or wide.
+        family: of `family_of`.
+        dtype: of the query.
+        head_size: D.
+        group: query heads of a KV head.
+    """
+    shape = _SHAPES[family]["exact" if dtype == torch.float32 else kind]
+    rows = max(shape.rows, _power_of_2(group))
+    tile = shape.tile
+    if head_size > 128:  # the sums take as many registers with half the rows
+        rows = max(rows // 2, 16, _power_of_2(group))
+        tile = max(tile // 2, 16)
+    return TileShape(
+        rows=rows,
+        tile=tile,
+        num_warps=shape.num_warps,
+        num_stages=shape.num_stages,
+        waves_per_eu=shape.waves_per_eu,
+    )
+
+
+def _power_of_2(number: int) -> int:
+    return 1 << (number - 1).bit_length()
+
+
+# -- launching --------------------------------------------------------------------------------
+
+
+def attend(
+    cache: torch.Tensor,
+    query: torch.Tensor,
+    meta: StepMeta,
+    spec: AttentionSpec,
+    plan: AttentionPlan,
+    sinks: torch.Tensor | None = None,
+    *,
+    family: str = "nvidia",
+) -> torch.Tensor:
+    """Causal attention of each query token over its request's context.
+
+    Args:
+        cache: one layer's, [NB, H_kv, 2, B, D]; already holds this step.
+        query: [T, H, D]; rows of a token contiguous.
+        meta: `block_table` is looked at.
+        spec: of the layer.
+        plan: of this step for `spec`.
+        sinks: float32 [H] where the spec has them.
+        family: of the GPU (`family_of`).
+
+    Returns:
+        [T, H, D], in the dtype of `query`; rows of pad tokens are not written.
+    """
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    for kind, tiles in (("narrow", plan.narrow), ("wide", plan.wide)):
+        if tiles is not None:
+            _launch(kind, tiles, cache, query, out, meta, spec, sinks, family)
+    return out
+
+
+def _launch(
+    kind: str,
+    tiles: Tiles,
+    cache: torch.Tensor,
+    query: torch.Tensor,
+    out: torch.Tensor,
+    meta: StepMeta,
+    spec: AttentionSpec,
+    sinks: torch.Tensor | None,
+    family: str,
+) -> None:
+    """One launch over the items, one more where parts are to be merged."""
+    num_kv_heads, size = spec.num_kv_heads, spec.head_size
+    group = spec.num_heads // num_kv_heads
+    shape = tile_shape(kind, family, query.dtype, size, group)
+    tokens = min(shape.rows // group, tiles.tokens)
+    num_partials = max(1, tiles.num_partials)
+    rows = num_kv_heads * tiles.tokens * group
+    partials = torch.empty((num_partials, rows, size), dtype=torch.float32, device=out.device)
+    part_weights = torch.empty((num_partials, rows, 2), dtype=torch.float32, device=out.device)
+    score_scale, cap = spec.scale * _LOG2E, 0.0
+    if spec.soft_cap is not None:
+        score_scale, cap = 2 * score_scale / spec.soft_cap, spec.soft_cap * _LOG2E
+    slopes = None
+    if spec.alibi_slopes is not None:
+        slopes = _slopes(spec.alibi_slopes, out.device)
+    axes = (len(tiles.items), num_kv_heads)
+    num_parts = math.ceil(tiles.tokens / tokens)
+    grid = (*(axes if kind == "wide" else axes[::-1]), num_parts)
+    attention_kernel[grid](
+        query,
+        cache,
+        out,
+        partials,
+        part_weights,
+        meta.block_table,
+        tiles.items,
+        out if slopes is None else slopes,
+        out if sinks is None else sinks,
+        query.stride(0),
+        meta.block_table.stride(0),
+        score_scale,
+        cap,
+        spec.sliding_window or 0,
+        GROUP=group,
+        NUM_KV_HEADS=num_kv_heads,
+        D=size,
+        DP=max(16, _power_of_2(size)),
+        BLOCK=cache.shape[3],
+        TILE=shape.tile,
+        ROWS=shape.rows,
+        TOKENS=tokens,
+        ITEM_TOKENS=tiles.tokens,
+        IS_WIDE=kind == "wide",
+        HAS_CAP=spec.soft_cap is not None,
+        HAS_WINDOW=spec.sliding_window is not None,
+        HAS_ALIBI=slopes is not None,
+        HAS_SINKS=sinks is not None,
+        num_warps=shape.num_warps,
+        num_stages=shape.num_stages,
+        enable_fp_fusion=True,
+    )
+    if len(tiles.merges):
+        merge_kernel[(num_kv_heads, len(tiles.merges), tiles.merge_tokens)](
+            partials,
+            part_weights,
+            out,
+            tiles.merges,
+            out if sinks is None else sinks,
+            GROUP=group,
+            GROUP_PADDED=_power_of_2(group),
+            NUM_KV_HEADS=num_kv_heads,
+            D=size,
+            DP=max(16, _power_of_2(size)),
+            ITEM_TOKENS=tiles.tokens,
+            HAS_SINKS=sinks is not None,
+            num_warps=4,
+            enable_fp_fusion=True,
+        )
+
+
+@functools.cache
+def _slopes(slopes: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """float32 [H], which stays where it is: captured steps read it."""
+    return torch.tensor(slopes, dtype=torch.float32, device=device)
+
+
+def attend_encoder(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    meta: StepMeta,
+    spec: AttentionSpec,
+    *,
+    family: str = "nvidia",
+) -> torch.Tensor:
+    """Attention of each token to all tokens of its request.
+
+    Args:
+        query: [T, H, D], whole prompts end to end; rows of a token contiguous.
+        key: [T, H_kv, D], likewise.
+        value: the same shape.
+        meta: `query_start_loc` is looked at on the device.
+        spec: scale and heads.
+        family: of the GPU (`family_of`).
+
+    Returns:
+        [T, H, D], in the dtype of `query`; rows of pad tokens are not written.
+    """
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    group = spec.num_heads // spec.num_kv_heads
+    shape = tile_shape("wide", family, query.dtype, spec.head_size, group)
+    tokens = shape.rows // group
+    longest = meta.max_query_len if meta.bucket is None else meta.bucket.max_query_len
+    num_requests = len(meta.query_start_loc) - 1
+    encoder_kernel[(math.ceil(longest / tokens), spec.num_kv_heads, num_requests)](
+        query,
+        key,
+        value,
+        out,
+        meta.query_start_loc,
+        query.stride(0),
+        key.stride(0),
+        value.stride(0),
+        spec.scale * _LOG2E,
+        GROUP=group,
+        NUM_KV_HEADS=spec.num_kv_heads,
+        D=spec.head_size,
+        DP=max(16, _power_of_2(spec.head_size)),
+        TILE=shape.tile,
+        ROWS=shape.rows,
+        TOKENS=tokens,
+        num_warps=shape.num_warps,
+        num_stages=min(shape.num_stages, 3),
+        enable_fp_fusion=True,
+    )
+    return out

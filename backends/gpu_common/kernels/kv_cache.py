@@ -1,0 +1,131 @@
+"""Writing to the paged cache, with or without the rotation of keys and queries, and copies in it.
+
+    cache        [NB, H_kv, 2, B, D]    of one layer, updated in place
+    query        [T, H, D]              rows of a token contiguous; row strides are given
+    key, value   [T, H_kv, D]           likewise
+    slots        int32 [T]              block * B + offset; padding lands in block 0, never read
+    cos_sin      float32 [max_position, rotary_dim]   cosines, then sines
+
+Mapping:  `write_kernel` has one program for each token, `rotate_write_kernel` for each token and
+          KV head: its key and value and the query heads of its group; `copy_kernel` for each
+          layer, pair of blocks and piece of 16 KiB.
+Bound by: memory, 2 T (H + 2 H_kv) D elements; at few tokens by the launch.
+Meaning:  Backend.rope, then Backend.kv_write; Backend.kv_copy.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _stored(x, dtype: tl.constexpr, LARGEST: tl.constexpr):
+    """`x` in the cache's dtype; 8-bit floats hold no infinity: what is larger becomes LARGEST."""
+    if LARGEST > 0:
+        x = x.to(tl.float32)
+        # a NaN stays one: neither comparison holds
+        x = tl.where(x > LARGEST, LARGEST, tl.where(x < -LARGEST, -LARGEST, x))
+    return x.to(dtype)
+
+
+@triton.jit
+def write_kernel(
+    key, value, cache, slots, key_stride, value_stride,
+    NUM_KV_HEADS: tl.constexpr, HEADS_PADDED: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    BLOCK: tl.constexpr, LARGEST: tl.constexpr,
+):  # fmt: skip
+    """One token's keys and values into their slot."""
+    token = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slots + token)
+    head, dim = tl.arange(0, HEADS_PADDED)[:, None], tl.arange(0, DP)[None, :]
+    mask = (head < NUM_KV_HEADS) & (dim < D)
+    target = cache + (slot // BLOCK).to(tl.int64) * (NUM_KV_HEADS * 2 * BLOCK * D)
+    target += (slot % BLOCK) * D
+    places = head * (2 * BLOCK * D) + dim
+    dtype: tl.constexpr = cache.dtype.element_ty
+    k = tl.load(key + token * key_stride + head * D + dim, mask=mask)
+    v = tl.load(value + token * value_stride + head * D + dim, mask=mask)
+    tl.store(target + places, _stored(k, dtype, LARGEST), mask=mask)
+    tl.store(target + BLOCK * D + places, _stored(v, dtype, LARGEST), mask=mask)
+
+
+@triton.jit
+def _turn(source, target, cos, sin, row, is_row, pair, R: tl.constexpr, D: tl.constexpr,
+          IS_INTERLEAVED: tl.constexpr, DTYPE: tl.constexpr, LARGEST: tl.constexpr):  # fmt: skip
+    """Rows [N, D] at `source` + row * D rotated, in float32, to `target` + row * D.
+
+    Su et al., "RoFormer", 2021. Rounded to the source's dtype before the cache's, as a rotated
+    key that is kept would be.
+    """
+    if IS_INTERLEAVED:
+        first, second = 2 * pair, 2 * pair + 1
+    else:
+        first, second = pair, pair + R // 2
+    mask = is_row[:, None] & (pair < R // 2)[None, :]
+    rows = row[:, None] * D
+    a = tl.load(source + rows + first[None, :], mask=mask, other=0.0)
+    b = tl.load(source + rows + second[None, :], mask=mask, other=0.0)
+    dtype: tl.constexpr = source.dtype.element_ty
+    a, b = a.to(tl.float32), b.to(tl.float32)
+    turned_a = (a * cos - b * sin).to(dtype)
+    turned_b = (b * cos + a * sin).to(dtype)
+    tl.store(target + rows + first[None, :], _stored(turned_a, DTYPE, LARGEST), mask=mask)
+    tl.store(target + rows + second[None, :], _stored(turned_b, DTYPE, LARGEST), mask=mask)
+
+
+@triton.jit
+def _keep(source, target, row, is_row, FIRST: tl.constexpr, COUNT: tl.constexpr,
+          D: tl.constexpr, DTYPE: tl.constexpr, LARGEST: tl.constexpr):  # fmt: skip
+    """Dimensions from FIRST on, COUNT or fewer, of rows [N, D] as they are."""
+    dim = FIRST + tl.arange(0, COUNT)
+    places = row[:, None] * D + dim[None, :]
+    mask = is_row[:, None] & (dim < D)[None, :]
+    x = tl.load(source + places, mask=mask, other=0.0)
+    tl.store(target + places, _stored(x, DTYPE, LARGEST), mask=mask)
+
+
+@triton.jit
+def rotate_write_kernel(
+    query, key, value, query_out, cache, slots, positions, cos_sin,
+    query_stride, key_stride, value_stride,
+    GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr, NUM_KV_HEADS: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, HALF_PADDED: tl.constexpr,
+    REST_PADDED: tl.constexpr, BLOCK: tl.constexpr, IS_INTERLEAVED: tl.constexpr,
+    LARGEST: tl.constexpr,
+):  # fmt: skip
+    """One token's key, rotated, and value of one head into their slot; its queries rotated."""
+    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    slot = tl.load(slots + token)
+    place = (slot // BLOCK).to(tl.int64) * NUM_KV_HEADS + head
+    target = cache + place * (2 * BLOCK * D) + (slot % BLOCK) * D
+    dtype: tl.constexpr = cache.dtype.element_ty
+    out_dtype: tl.constexpr = query_out.dtype.element_ty
+
+    pair = tl.arange(0, HALF_PADDED)
+    turns = cos_sin + tl.load(positions + token).to(tl.int64) * R + pair
+    cos = tl.load(turns, mask=pair < R // 2, other=0.0)[None, :]
+    sin = tl.load(turns + R // 2, mask=pair < R // 2, other=0.0)[None, :]
+    member, single = tl.arange(0, GROUP_PADDED), tl.arange(0, 1)
+    is_member, is_single = member < GROUP, single < 1
+    queries = query + token * query_stride + head * (GROUP * D)
+    queries_out = query_out + (token * NUM_KV_HEADS + head) * (GROUP * D)
+    keys = key + token * key_stride + head * D
+    _turn(queries, queries_out, cos, sin, member, is_member, pair, R, D, IS_INTERLEAVED,
+          out_dtype, 0)  # fmt: skip
+    _turn(keys, target, cos, sin, single, is_single, pair, R, D, IS_INTERLEAVED, dtype, LARGEST)
+    if REST_PADDED > 0:
+        _keep(queries, queries_out, member, is_member, R, REST_PADDED, D, out_dtype, 0)
+        _keep(keys, target, single, is_single, R, REST_PADDED, D, dtype, LARGEST)
+    values = value + token * value_stride + head * D
+    _keep(values, target + BLOCK * D, single, is_single, 0, DP, D, dtype, LARGEST)
+
+
+@triton.jit
+def copy_kernel(cache, source, destination, layer_words, block_words, WORDS: tl.constexpr):
+    """WORDS 32-bit words of one block of one layer, from source[i] to destination[i]."""
+    word = tl.program_id(0) * WORDS + tl.arange(0, WORDS)
+    pair, layer = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    mask = word < block_words
+    base = cache + layer * layer_words
+    old = tl.load(source + pair).to(tl.int64) * block_words
+    new = tl.load(destination + pair).to(tl.int64) * block_words
+    tl.store(base + new + word, tl.load(base + old + word, mask=mask), mask=mask)

@@ -1,0 +1,318 @@
+"""Attention over the paged cache, and over whole prompts without one.
+
+    query, out   [T, H, D]                  rows of a token contiguous; query's row stride is given
+    cache        [NB, H_kv, 2, B, D]        of one layer (cache.py says why)
+    table        int32 [S, MB]
+    items        int32 [N, 8]               what one program computes (attention.py)
+    partials     float32 [P, H_kv, R, D]    unfinished sums of items that see a part of a context
+    weights      float32 [P, H_kv, R, 2]    their largest score, in powers of 2, and sum of weights
+
+Mapping:  one program for each item and KV head. Rows of its tile are query tokens times the query
+          heads of that KV head, so that a decode fills as much of a tensor core's tile as there
+          are heads in the group, and keys are read once for all of them. `_merge` has one
+          program for each query token and KV head of what was split.
+Bound by: memory in decodes (2 * context * H_kv * D elements), products in prefills.
+Meaning:  Backend.attend, Backend.attend_encoder. Online softmax: Milakov and Gimelshein, 2018;
+          tiles: Dao, "FlashAttention-2", 2023; splits: Dao et al., "FlashDecoding", 2023.
+
+Scores are kept in powers of 2, so that exp is one instruction. Slots that hold no token are never
+loaded (they may hold NaN, which a weight of 0 would let through).
+"""
+
+import triton
+import triton.language as tl
+
+_LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _load_rows(rows, is_live, dim, D: tl.constexpr, IS_MASKED: tl.constexpr):
+    """[N, DP] behind pointers [N]; zeros where nothing is live and past D."""
+    pointers = rows[:, None] + dim[None, :]
+    if IS_MASKED:
+        if dim.shape[0] == D:
+            return tl.load(pointers, mask=is_live[:, None], other=0.0)
+        return tl.load(pointers, mask=is_live[:, None] & (dim < D)[None, :], other=0.0)
+    if dim.shape[0] == D:
+        return tl.load(pointers)
+    return tl.load(pointers, mask=(dim < D)[None, :], other=0.0)
+
+
+@triton.jit
+def _token_offsets(table, first, token, is_live, D: tl.constexpr, BLOCK: tl.constexpr,
+                   BLOCK_STRIDE: tl.constexpr, IS_MASKED: tl.constexpr):  # fmt: skip
+    """Where tokens [N] from `first` on lie in a layer's cache, in elements; int64 [N]."""
+    if token.shape[0] <= BLOCK:  # tiles are aligned, so all of it is in one block
+        block = tl.load(table + first // BLOCK).to(tl.int64)
+        return block * BLOCK_STRIDE + ((first & (BLOCK - 1)) + (token - first)) * D
+    if IS_MASKED:
+        block = tl.load(table + token // BLOCK, mask=is_live, other=0)
+    else:
+        block = tl.load(table + token // BLOCK)
+    return block.to(tl.int64) * BLOCK_STRIDE + (token & (BLOCK - 1)) * D
+
+
+@triton.jit
+def _combine(acc, top, total, part_acc, part_top, part_total):
+    """Two softmaxes over different tokens as one: sums [M, DP], largest scores and weights [M]."""
+    new_top = tl.maximum(top, part_top)
+    base = tl.where(new_top == float("-inf"), 0.0, new_top)
+    old, new = tl.exp2(top - base), tl.exp2(part_top - base)
+    return acc * old[:, None] + part_acc * new[:, None], new_top, total * old + part_total * new
+
+
+@triton.jit
+def _update(q, key, value, is_seen, bias, score_scale, cap, acc, top, total,
+            HAS_CAP: tl.constexpr, HAS_BIAS: tl.constexpr, IS_MASKED: tl.constexpr):  # fmt: skip
+    """The online softmax, one tile of keys and values [N, DP] further."""
+    scores = tl.dot(q, tl.trans(key.to(q.dtype)), input_precision="ieee")  # [M, N]
+    if HAS_CAP:  # tanh(x) = 1 - 2 / (exp(2 x) + 1), which is right at both ends
+        scores = cap * (1.0 - 2.0 / (tl.exp2(scores * score_scale) + 1.0))
+    if HAS_BIAS:
+        if not HAS_CAP:
+            scores = scores * score_scale
+        scores = scores + bias
+    if IS_MASKED:
+        scores = tl.where(is_seen, scores, float("-inf"))
+    # the factor is folded into the exponent where nothing comes between
+    factor = 1.0 if HAS_CAP or HAS_BIAS else score_scale
+    new_top = tl.maximum(top, tl.max(scores, 1) * factor)
+    base = tl.where(new_top == float("-inf"), 0.0, new_top)
+    weights = tl.exp2(scores * factor - base[:, None])
+    shrink = tl.exp2(top - base)
+    total = total * shrink + tl.sum(weights, 1)
+    acc = acc * shrink[:, None]
+    value = value.to(q.dtype)
+    acc = tl.dot(weights.to(q.dtype), value, acc, input_precision="ieee")
+    return acc, new_top, total
+
+
+@triton.jit
+def _span(q, keys, table, start, stop, live_begin, live_end, position, slope, window, split,
+          score_scale, cap, acc, top, total, all_acc, all_top, all_total,
+          D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, BLOCK_STRIDE: tl.constexpr,
+          TILE: tl.constexpr, HAS_CAP: tl.constexpr, HAS_WINDOW: tl.constexpr,
+          HAS_ALIBI: tl.constexpr, IS_MASKED: tl.constexpr, MERGES: tl.constexpr):  # fmt: skip
+    """Tiles of tokens from `start`, a multiple of TILE, to `stop`.
+
+    Unmasked, every row sees every token. With MERGES, what came since a multiple of `split` is
+    put to the rest there, exactly as `_merge` does with what other programs computed.
+    """
+    dim = tl.arange(0, DP)
+    for first in range(start, stop, TILE):
+        token = first + tl.arange(0, TILE)
+        is_live = (token >= live_begin) & (token < live_end)
+        offset = _token_offsets(table, first, token, is_live, D, BLOCK, BLOCK_STRIDE, IS_MASKED)
+        key = _load_rows(keys + offset, is_live, dim, D, IS_MASKED)
+        value = _load_rows(keys + BLOCK * D + offset, is_live, dim, D, IS_MASKED)
+        is_seen = token[None, :] <= position[:, None]
+        if IS_MASKED:
+            is_seen = is_seen & is_live[None, :]
+            if HAS_WINDOW:
+                is_seen = is_seen & (token[None, :] > position[:, None] - window)
+        bias = 0.0
+        if HAS_ALIBI:
+            bias = slope[:, None] * (token[None, :] - position[:, None]).to(tl.float32)
+        acc, top, total = _update(
+            q, key, value, is_seen, bias, score_scale, cap, acc, top, total,
+            HAS_CAP, HAS_ALIBI, IS_MASKED,
+        )  # fmt: skip
+        if MERGES:  # noqa: SIM102 (one is known when compiled, the other is not)
+            if (first + TILE) % split == 0:
+                all_acc, all_top, all_total = _combine(all_acc, all_top, all_total, acc, top, total)
+                acc, total = tl.zeros_like(acc), tl.zeros_like(total)
+                top = tl.full(top.shape, float("-inf"), tl.float32)
+    return acc, top, total, all_acc, all_top, all_total
+
+
+@triton.jit
+def _finish(acc, top, total, sinks, head, is_row, HAS_SINKS: tl.constexpr):
+    """Weighted means [M, DP] of the sums; a sink takes its share and adds nothing."""
+    if HAS_SINKS:
+        sink = tl.load(sinks + head, mask=is_row, other=0.0).to(tl.float32) * _LOG2E
+        base = tl.maximum(top, sink)
+        shrink = tl.exp2(top - base)
+        return acc * (shrink / (total * shrink + tl.exp2(sink - base)))[:, None]
+    return acc / total[:, None]
+
+
+@triton.jit
+def attention_kernel(
+    query, cache, out, partials, part_weights, table, items, slopes, sinks,
+    query_stride, table_stride, score_scale, cap, window,
+    GROUP: tl.constexpr, NUM_KV_HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    BLOCK: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
+    ITEM_TOKENS: tl.constexpr, IS_WIDE: tl.constexpr, HAS_CAP: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_SINKS: tl.constexpr,
+):  # fmt: skip
+    """TOKENS query tokens of one item, with the query heads of one KV head.
+
+    Axes: narrow tiles (few rows, one loop) have heads first, so that long items begin first; wide
+    ones have items first, so that programs that run together read the same keys. The third axis
+    counts parts of ITEM_TOKENS / TOKENS of an item.
+    """
+    if IS_WIDE:
+        index, kv_head = tl.program_id(0), tl.program_id(1)
+    else:
+        index, kv_head = tl.program_id(1), tl.program_id(0)
+    item = items + index * 8
+    first_token = tl.program_id(2) * TOKENS
+    num_tokens = tl.minimum(tl.load(item + 2) - first_token, TOKENS)
+    if num_tokens <= 0:
+        return
+    request = tl.load(item)
+    query_row = tl.load(item + 1) + first_token
+    first_position = tl.load(item + 3) + first_token
+    last_position = first_position + num_tokens - 1
+    begin, end = tl.load(item + 4), tl.minimum(tl.load(item + 5), last_position + 1)
+    partial, split = tl.load(item + 6), tl.load(item + 7)
+    if HAS_WINDOW:
+        begin = tl.maximum(begin, first_position - window + 1)
+
+    row = tl.arange(0, ROWS)
+    token, head = row // GROUP, kv_head * GROUP + row % GROUP
+    is_row = token < num_tokens
+    dim = tl.arange(0, DP)
+    rows = query + (query_row + token).to(tl.int64) * query_stride + head * D
+    q = _load_rows(rows, is_row, dim, D, True)
+    position = first_position + tl.where(is_row, token, 0)
+    slope = 0.0
+    if HAS_ALIBI:
+        slope = tl.load(slopes + head, mask=is_row, other=0.0) * _LOG2E
+
+    table += request.to(tl.int64) * table_stride
+    keys = cache + kv_head * (2 * BLOCK * D)
+    stride: tl.constexpr = NUM_KV_HEADS * 2 * BLOCK * D
+    acc = tl.zeros([ROWS, DP], tl.float32)
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    start = begin // TILE * TILE
+    if IS_WIDE:
+        # masked tiles at the window's edge, then those that all rows see whole, then the diagonal
+        bulk_begin, bulk_end = start, tl.minimum(end, first_position + 1) // TILE * TILE
+        if HAS_WINDOW:
+            bulk_begin = tl.maximum(begin, last_position - window + 1)
+            bulk_begin = (bulk_begin + TILE - 1) // TILE * TILE
+            bulk_end = tl.maximum(bulk_end, bulk_begin)
+            acc, top, total, _a, _b, _c = _span(
+                q, keys, table, start, tl.minimum(bulk_begin, end), begin, end, position, slope,
+                window, split, score_scale, cap, acc, top, total, 0, 0, 0,
+                D, DP, BLOCK, stride, TILE, HAS_CAP, HAS_WINDOW, HAS_ALIBI, True, False,
+            )  # fmt: skip
+        acc, top, total, _a, _b, _c = _span(
+            q, keys, table, bulk_begin, bulk_end, begin, end, position, slope,
+            window, split, score_scale, cap, acc, top, total, 0, 0, 0,
+            D, DP, BLOCK, stride, TILE, HAS_CAP, HAS_WINDOW, HAS_ALIBI, False, False,
+        )  # fmt: skip
+        acc, top, total, _a, _b, _c = _span(
+            q, keys, table, bulk_end, end, begin, end, position, slope,
+            window, split, score_scale, cap, acc, top, total, 0, 0, 0,
+            D, DP, BLOCK, stride, TILE, HAS_CAP, HAS_WINDOW, HAS_ALIBI, True, False,
+        )  # fmt: skip
+    else:
+        acc, top, total, all_acc, all_top, all_total = _span(
+            q, keys, table, start, end, begin, end, position, slope,
+            window, split, score_scale, cap, acc, top, total, acc, top, total,
+            D, DP, BLOCK, stride, TILE, HAS_CAP, HAS_WINDOW, HAS_ALIBI, True, True,
+        )  # fmt: skip
+        acc, top, total = _combine(all_acc, all_top, all_total, acc, top, total)
+
+    if partial >= 0:
+        place = (partial.to(tl.int64) * NUM_KV_HEADS + kv_head) * (ITEM_TOKENS * GROUP)
+        place = place + first_token * GROUP + row
+        targets = partials + place[:, None] * D + dim[None, :]
+        tl.store(targets, acc, mask=is_row[:, None] & (dim < D)[None, :])
+        tl.store(part_weights + place * 2, top, mask=is_row)
+        tl.store(part_weights + place * 2 + 1, total, mask=is_row)
+        return
+    result = _finish(acc, top, total, sinks, head, is_row, HAS_SINKS)
+    targets = out + (query_row + token).to(tl.int64) * (NUM_KV_HEADS * GROUP * D) + head * D
+    tl.store(
+        targets[:, None] + dim[None, :],
+        result.to(out.dtype.element_ty),
+        mask=is_row[:, None] & (dim < D)[None, :],
+    )
+
+
+@triton.jit
+def merge_kernel(
+    partials, part_weights, out, merges, sinks,
+    GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr, NUM_KV_HEADS: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, ITEM_TOKENS: tl.constexpr, HAS_SINKS: tl.constexpr,
+):  # fmt: skip
+    """One query token's partial results of one KV head's group, put together in their order."""
+    kv_head, token = tl.program_id(0), tl.program_id(2)
+    merge = merges + tl.program_id(1) * 4
+    if token >= tl.load(merge + 1):
+        return
+    query_row, first, count = tl.load(merge), tl.load(merge + 2), tl.load(merge + 3)
+    member, dim = tl.arange(0, GROUP_PADDED), tl.arange(0, DP)
+    is_row = member < GROUP
+    step: tl.constexpr = NUM_KV_HEADS * ITEM_TOKENS * GROUP
+    place = (first.to(tl.int64) * NUM_KV_HEADS + kv_head) * (ITEM_TOKENS * GROUP)
+    place = place + token * GROUP + member
+    mask = is_row[:, None] & (dim < D)[None, :]
+    acc = tl.zeros([GROUP_PADDED, DP], tl.float32)
+    top = tl.full([GROUP_PADDED], float("-inf"), tl.float32)
+    total = tl.zeros([GROUP_PADDED], tl.float32)
+    for _ in tl.range(0, count, num_stages=3):
+        part = tl.load(partials + place[:, None] * D + dim[None, :], mask=mask, other=0.0)
+        part_top = tl.load(part_weights + place * 2, mask=is_row, other=0.0)
+        part_total = tl.load(part_weights + place * 2 + 1, mask=is_row, other=1.0)
+        acc, top, total = _combine(acc, top, total, part, part_top, part_total)
+        place += step
+    head = kv_head * GROUP + member
+    result = _finish(acc, top, total, sinks, head, is_row, HAS_SINKS)
+    targets = out + (query_row + token).to(tl.int64) * (NUM_KV_HEADS * GROUP * D) + head * D
+    tl.store(targets[:, None] + dim[None, :], result.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def encoder_kernel(
+    query, key, value, out, query_start_loc,
+    query_stride, key_stride, value_stride, score_scale,
+    GROUP: tl.constexpr, NUM_KV_HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    TILE: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    """TOKENS query tokens of one prompt against all of it: [T, H, D], keys [T, H_kv, D].
+
+    The lengths are read here, so that a captured step may be replayed with others.
+    """
+    start = tl.load(query_start_loc + tl.program_id(2))
+    length = tl.load(query_start_loc + tl.program_id(2) + 1) - start
+    first_token, kv_head = tl.program_id(0) * TOKENS, tl.program_id(1)
+    if first_token >= length:
+        return
+    row = tl.arange(0, ROWS)
+    token, head = first_token + row // GROUP, kv_head * GROUP + row % GROUP
+    is_row = (row < TOKENS * GROUP) & (token < length)
+    dim = tl.arange(0, DP)
+    rows = query + (start + token).to(tl.int64) * query_stride + head * D
+    q = _load_rows(rows, is_row, dim, D, True)
+    acc = tl.zeros([ROWS, DP], tl.float32)
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    keys = key + start.to(tl.int64) * key_stride + kv_head * D
+    values = value + start.to(tl.int64) * value_stride + kv_head * D
+    bulk = length // TILE * TILE
+    for first in range(0, bulk, TILE):
+        other = (first + tl.arange(0, TILE)).to(tl.int64)
+        k = _load_rows(keys + other * key_stride, is_row, dim, D, False)
+        v = _load_rows(values + other * value_stride, is_row, dim, D, False)
+        acc, top, total = _update(
+            q, k, v, 0, 0.0, score_scale, 0.0, acc, top, total, False, False, False
+        )
+    if bulk < length:
+        other = (bulk + tl.arange(0, TILE)).to(tl.int64)
+        is_live = other < length
+        k = _load_rows(keys + other * key_stride, is_live, dim, D, True)
+        v = _load_rows(values + other * value_stride, is_live, dim, D, True)
+        acc, top, total = _update(
+            q, k, v, is_live[None, :], 0.0, score_scale, 0.0, acc, top, total, False, False, True
+        )
+    targets = out + (start + token).to(tl.int64) * (NUM_KV_HEADS * GROUP * D) + head * D
+    tl.store(
+        targets[:, None] + dim[None, :],
+        (acc / total[:, None]).to(out.dtype.element_ty),
+        mask=is_row[:, None] & (dim < D)[None, :],
+    )
