@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -96,15 +97,20 @@ class _Work:
 
 
 def plan_attention(
-    meta: StepMeta, spec: AttentionSpec, device: torch.device, *, num_programs: int = 264
+    meta: StepMeta,
+    spec: AttentionSpec,
+    to_device: Callable[[Ints], torch.Tensor],
+    *,
+    num_programs: int = 264,
 ) -> AttentionPlan:
     """A step's work, on the device.
 
     Args:
         meta: its fields on the host are looked at.
         spec: of the layers.
-        device: where `attend` runs.
-        num_programs: how many fill the device; contexts are split until there are so many.
+        to_device: copies an array there.
+        num_programs: how many fill the device (two for each of its multiprocessors); contexts
+            are split until there are so many.
     """
     group = spec.num_heads // spec.num_kv_heads
     narrow_tokens, wide_tokens = max(1, _NARROW_ROWS // group), max(1, _WIDE_ROWS // group)
@@ -131,7 +137,7 @@ def plan_attention(
     host = np.concatenate(
         [part.ravel() for work in works if work is not None for part in (work.items, work.merges)]
     )
-    flat, offset = torch.from_numpy(host).to(device), 0
+    flat, offset = to_device(host), 0
     tiles: list[Tiles | None] = []
     for work in works:
         if work is None or not len(work.items):

@@ -64,7 +64,7 @@ class InterpretedAttention(ReferenceBackend):
 
     def prepare(self, meta: StepMeta, specs: Sequence[AttentionSpec]) -> StepMeta:
         for spec in dict.fromkeys(specs):
-            meta.plan[spec] = attention.plan_attention(meta, spec, self.device())
+            meta.plan[spec] = attention.plan_attention(meta, spec, self.to_device)
         return meta
 
     def attend(
