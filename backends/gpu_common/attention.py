@@ -248,7 +248,12 @@ class TileShape:
     """Tokens of keys and values at a time."""
     num_warps: int
     num_stages: int
-    waves_per_eu: int | None = None
+    waves_per_eu: int = 0
+    """AMD: waves of a SIMD that registers are to be kept free for; 0: as the compiler likes."""
+
+    def options(self) -> dict[str, int]:
+        """What a launch says beside warps and stages."""
+        return {"waves_per_eu": self.waves_per_eu} if self.waves_per_eu else {}
 
 
 _SHAPES = {
@@ -403,6 +408,7 @@ def _launch(
         num_warps=shape.num_warps,
         num_stages=shape.num_stages,
         enable_fp_fusion=True,
+        **shape.options(),
     )
     if len(tiles.merges):
         merge_kernel[(num_kv_heads, len(tiles.merges), tiles.merge_tokens)](
@@ -477,5 +483,6 @@ def attend_encoder(
         num_warps=shape.num_warps,
         num_stages=min(shape.num_stages, 3),
         enable_fp_fusion=True,
+        **shape.options(),
     )
     return out

@@ -48,7 +48,7 @@ LAWS = items(
 QUICK = [
     item
     for item in [*ATTEND, *ENCODE]
-    if item.case in {"decode, gqa, float16", "mixed, mqa, float32", "17, gqa of 3, float32"}
+    if item.case in {"decode, gqa, float16", "17, gqa of 3, float32"}
 ]
 
 
@@ -78,7 +78,7 @@ def test_all_cases_of_the_kit_in_buckets(item: Item) -> None:
 
 # -- what the kit's short contexts do not reach ------------------------------------------------
 
-SPEC = AttentionSpec(num_heads=4, num_kv_heads=2, head_size=16, scale=0.5)
+SPEC = AttentionSpec(num_heads=4, num_kv_heads=1, head_size=16, scale=0.5)
 BLOCK = 16
 EVERYTHING = dataclasses.replace(
     SPEC, sliding_window=400, soft_cap=3.0, alibi_slopes=(0.5, 0.25, 0.125, 0.0625), has_sinks=True
@@ -102,14 +102,14 @@ class Step:
         num_blocks = 1 + sum(blocks)
         ids = (1 + torch.randperm(num_blocks - 1, generator=generator)).split(blocks)
         table = torch.zeros((num_requests, max(blocks)), dtype=torch.int32)
-        self.cache = torch.full((num_blocks, 2, 2, BLOCK, 16), float("nan"))
+        self.cache = torch.full((num_blocks, 1, 2, BLOCK, 16), float("nan"))
         self.key, self.value = [], []
         for i, (length, own) in enumerate(zip(seq_lens, ids, strict=True)):
             table[i, : len(own)] = own
-            pair = torch.randn((2, length, 2, 16), generator=generator)  # [2, N, H_kv, D]
-            slots = torch.full((2, len(own) * BLOCK, 2, 16), float("nan"))
+            pair = torch.randn((2, length, 1, 16), generator=generator)  # [2, N, H_kv, D]
+            slots = torch.full((2, len(own) * BLOCK, 1, 16), float("nan"))
             slots[:, :length] = pair
-            self.cache[own] = slots.view(2, len(own), BLOCK, 2, 16).permute(1, 3, 0, 2, 4)
+            self.cache[own] = slots.view(2, len(own), BLOCK, 1, 16).permute(1, 3, 0, 2, 4)
             self.key.append(pair[0])
             self.value.append(pair[1])
         self.query = torch.full((num_tokens, 4, 16), float("nan"))
@@ -160,7 +160,7 @@ class Step:
 
 @pytest.mark.parametrize("spec", [SPEC, EVERYTHING], ids=["plain", "everything"])
 def test_a_decode_split_over_programs_gives_the_same_bits_as_whole(spec: AttentionSpec) -> None:
-    step = Step([1, 3], [700, 513])
+    step = Step([1, 3], [600, 513])
 
     split, whole = step.plan(spec, ALONE), step.plan(spec, CROWD)
 
