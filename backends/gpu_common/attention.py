@@ -275,8 +275,8 @@ _SHAPES = {
         "exact": TileShape(rows=16, tile=16, num_warps=4, num_stages=1),
     },
     "rdna": {
-        "narrow": TileShape(rows=16, tile=32, num_warps=4, num_stages=1),
-        "wide": TileShape(rows=64, tile=32, num_warps=4, num_stages=1),
+        "narrow": TileShape(rows=16, tile=16, num_warps=4, num_stages=1),
+        "wide": TileShape(rows=64, tile=16, num_warps=8, num_stages=1),
         "exact": TileShape(rows=16, tile=16, num_warps=4, num_stages=1),
     },
 }
