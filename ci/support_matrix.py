@@ -1,7 +1,7 @@
 """docs/support-matrix.md, from what the conformance kit found on each device.
 
-python ci/support_matrix.py record DEVICE   runs the kit and writes docs/support/DEVICE.json
-python ci/support_matrix.py write           writes docs/support-matrix.md from those files
+python ci/support_matrix.py record DEVICE [LEVEL ...]   runs the kit, writes docs/support/*.json
+python ci/support_matrix.py write                       writes docs/support-matrix.md from those
 
 cuda and rocm are interpreted here, on a device that stands for a GPU. On a machine with one,
 `portalm conformance --device cuda --json docs/support/cuda.json` says "run".
@@ -38,8 +38,8 @@ def page() -> str:
     return _HEAD + as_markdown(records)
 
 
-def record(device: str) -> None:
-    """Run the kit on `device` and keep the counts, level by level."""
+def record(device: str, levels: list[str]) -> None:
+    """Run these levels of the kit (none: all that there are) on `device` and keep the counts."""
     if device in ARCHS:
         sys.path.insert(0, str(ROOT))
         import tests.gpu.conftest  # noqa: F401 - kernels are to be interpreted
@@ -50,7 +50,7 @@ def record(device: str) -> None:
         run_levels(
             device,
             interpreted_backend(gpu),
-            ["L0", "L1", "L2"],
+            levels or ["L0", "L1", "L2"],
             interpreted(gpu),
             checked="interpreted",
             summary=f"kernels for {ARCHS[device]} in Triton's interpreter; no GPU has run it",
@@ -60,7 +60,7 @@ def record(device: str) -> None:
         from portalm.conformance.check import LEVELS
 
         backend = load_backend(device)
-        run_levels(device, backend, list(LEVELS), contextlib.nullcontext(), checked="run")
+        run_levels(device, backend, levels or list(LEVELS), contextlib.nullcontext(), checked="run")
 
 
 def run_levels(
@@ -84,7 +84,7 @@ def run_levels(
 if __name__ == "__main__":
     if sys.argv[1:] == ["write"]:
         PAGE.write_text(page())
-    elif len(sys.argv) == 3 and sys.argv[1] == "record":
-        record(sys.argv[2])
+    elif len(sys.argv) > 2 and sys.argv[1] == "record":
+        record(sys.argv[2], sys.argv[3:])
     else:
-        sys.exit("usage: support_matrix.py write | support_matrix.py record DEVICE")
+        sys.exit("usage: support_matrix.py write | support_matrix.py record DEVICE [LEVEL ...]")

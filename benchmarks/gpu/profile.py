@@ -24,7 +24,7 @@ def idle_share(spans: list[tuple[float, float]]) -> float:
 
 def steady(engine: Any, run: Settings, model: str, streams: int) -> None:
     """Decode steps under torch's profiler, and without it."""
-    num_steps = run.scaled(40, 4)
+    num_steps = run.scaled(40, 2)
     for i in range(streams):
         ask(engine, f"steady-{i}", run.scaled(512, 8), 3 * num_steps + 40)
     while sum(len(o.token_ids) for o in engine.step().outputs) < streams:
