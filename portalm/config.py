@@ -191,10 +191,10 @@ class EngineConfig:
     """Name of a backend (`portalm devices` lists them); auto takes the fastest that can run."""
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     """What weights and activations are computed in; auto: as the checkpoint, if the device can."""
-    quantization: Literal["auto", "none", "int8", "int4"] = "auto"
+    quantization: Literal["auto", "none", "int8", "int4", "fp8"] = "auto"
     """What weights are computed with. auto: the values that the checkpoint has, in its own few bits
     where the device can and `dtype` is not float32; none: `dtype`, dequantised if need be; int8,
-    int4: rounded where they have more, and activations to 8 bits."""
+    int4: rounded where they have more, and activations to 8 bits; fp8: as int8, in float8."""
     max_model_len: int | None = None
     """Longest prompt plus answer; None: what the model was made for."""
     block_size: int = 16
@@ -246,9 +246,9 @@ class EngineConfig:
             raise ConfigError("model must not be empty: give a folder, a .gguf file or a hub id")
         object.__setattr__(self, "hf_overrides", tuple(sorted(dict(self.hf_overrides).items())))
         _positive(self, "block_size", "max_num_seqs", "max_num_batched_tokens")
-        if self.quantization not in ("auto", "none", "int8", "int4"):
+        if self.quantization not in ("auto", "none", "int8", "int4", "fp8"):
             raise ConfigError(
-                f"quantization must be auto, none, int8 or int4, not {self.quantization!r}"
+                f"quantization must be auto, none, int8, int4 or fp8, not {self.quantization!r}"
             )
         optional = (
             "max_model_len", "kv_cache_memory_bytes", "num_gpu_blocks_override", "cpu_threads"

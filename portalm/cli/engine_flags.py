@@ -28,8 +28,8 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--quantization",
         "what weights are computed with: auto is the checkpoint's own few bits where the device "
-        "can, none --dtype; int8 and int4 round those of more, and activations to 8 bits",
-        choices=("auto", "none", "int8", "int4"),
+        "can, none --dtype; int8, int4 and fp8 round those of more, and activations to 8 bits",
+        choices=("auto", "none", "int8", "int4", "fp8"),
     )
     add("--max-model-len", "longest prompt plus answer, for example 4096 or 32k", type=_length)
     add("--block-size", "tokens per KV block", type=int)
