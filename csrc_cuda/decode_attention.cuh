@@ -11,8 +11,8 @@
 //           Keys and values go to registers, as no other lane needs them: staging them in shared
 //           memory (cp.async) would only add traffic.
 // Bound by: memory while the group is small: 2 * context * H_kv * D elements; per 8 elements of key
-//           and value it costs some 26 * group + 20 instructions a lane (no tensor cores).
-// Needs:    D 64, 128 or 256; block_size and item.begin in multiples of 16; strides of 8 elements.
+//           and value it costs some 26 * kDecodeGroup + 20 instructions a lane (no tensor cores).
+// Needs:    H / H_kv up to kDecodeGroup; D 64 or 128; block_size and item.begin in multiples of 16; strides of 8 elements.
 // Meaning:  Backend.attend. Split softmax: Dao et al., "FlashDecoding", 2023; Milakov and
 //           Gimelshein, "Online normalizer calculation for softmax", 2018.
 #pragma once
@@ -47,11 +47,13 @@ __device__ inline void sum_over_lanes(float* values) {
   }
 }
 
-// T: of query and output; C: of the cache; D: head size; G: query heads of a KV head, at most.
-template <typename T, typename C, int D, int G>
+// T: dtype of query and output; C: of the cache; D: head size. A smaller group than the largest costs
+// the same instructions and no more memory.
+template <typename T, typename C, int D>
 struct DecodeAttention {
+  static constexpr int G = kDecodeGroup;
   static constexpr int kLanes = D / kVector;
-  static constexpr int kTokens = G <= 2 ? 8 : 16 / G;  // taken at a time by a group of lanes
+  static constexpr int kTokens = 4;  // taken at a time by a group of lanes
   static constexpr int kScores = kTokens * G;          // index: head * kTokens + token
   static constexpr int kHeld = at_least_1(kScores / kLanes);  // scores of a lane, all of one head
   static constexpr int kSameHead = kLanes / G;                // lanes of that head, side by side
@@ -302,10 +304,10 @@ struct DecodeAttention {
   }
 };
 
-template <typename T, typename C, int D, int G>
+template <typename T, typename C, int D>
 __device__ void decode_attention(const DecodeAttentionArgs& a) {
   const DecodeItem item = a.items[block_x()];
-  if (item.count > 0) DecodeAttention<T, C, D, G>{a, block_y(), item}.run();
+  if (item.count > 0) DecodeAttention<T, C, D>{a, block_y(), item}.run();
 }
 
 }  // namespace portalm

@@ -29,9 +29,9 @@ Kernel write_kernel(int64_t dtype, int64_t cache_dtype) {
 Kernel decode_kernel(int64_t dtype, int64_t cache_dtype, int64_t head_size, int64_t group_size) {
 #define PORTALM_KERNEL(...)
 #define PORTALM_WRITE(...)
-#define PORTALM_DECODE(T, C, D, G)                                                      \
-  if (dtype == T && cache_dtype == C && head_size == D && group_size <= G) \
-    return Kernel::decode_attention_##T##_##C##_##D##_##G;
+#define PORTALM_DECODE(T, C, D)                                                            \
+  if (dtype == T && cache_dtype == C && head_size == D && group_size <= kDecodeGroup) \
+    return Kernel::decode_attention_##T##_##C##_##D;
 #include "instances.h"
   throw std::invalid_argument("decode_attention is not built for dtype " + std::to_string(dtype) +
                               ", a cache of dtype " + std::to_string(cache_dtype) +

@@ -42,6 +42,7 @@ add_custom_target(rocm_kernels ALL DEPENDS ${code_objects})
 nanobind_add_module(_rocm NB_STATIC csrc_cuda/bindings.cpp csrc_cuda/launchers.cpp
                     csrc_rocm/device.cpp)
 target_compile_definitions(_rocm PRIVATE PORTALM_ROCM)
+target_include_directories(_rocm PRIVATE csrc_cuda)
 target_link_libraries(_rocm PRIVATE ${CMAKE_DL_LIBS})
 install(TARGETS _rocm LIBRARY DESTINATION portalm_backends)
 install(FILES ${code_objects} DESTINATION portalm_backends/_rocm_kernels)

@@ -15,6 +15,7 @@ class CudaBackend(GpuBackend):
     name = "cuda"
     rank = 100
     archs = CUDA
+    native_name = "cuda"
 
     def __init__(self, gpu: Gpu | None = None) -> None:
         """Starts the device, unless `gpu` stands for one."""

@@ -109,7 +109,8 @@ def plan_attention(
         meta: its fields on the host are looked at.
         spec: of the layers.
         to_device: copies to where `attend` runs, without waiting.
-        num_programs: how many fill the device; contexts are split until there are so many.
+        num_programs: how many fill the device (two for each of its multiprocessors); contexts
+            are split until there are so many.
     """
     group = spec.num_heads // spec.num_kv_heads
     narrow_tokens, wide_tokens = max(1, _NARROW_ROWS // group), max(1, _WIDE_ROWS // group)
@@ -126,12 +127,12 @@ def plan_attention(
         others = min(bucket.num_requests, bucket.num_tokens // (narrow_tokens + 1))
         num_wide = bucket.num_tokens // wide_tokens + others
     window = spec.sliding_window
-    narrow = _tiles(meta, np.flatnonzero((lengths > 0) & is_narrow), narrow_tokens, window)
-    wide = _tiles(meta, np.flatnonzero(~is_narrow), wide_tokens, window)
     # one token or as many as fit: each number is a kernel of its own
     tokens = 1 if longest == 1 else narrow_tokens
+    narrow = _tiles(meta, lengths, np.flatnonzero((lengths > 0) & is_narrow), narrow_tokens, window)
     works: list[_Work | None] = [_split(narrow, fill, most_extra, tokens, num_narrow), None]
     if longest > narrow_tokens:
+        wide = _tiles(meta, lengths, np.flatnonzero(~is_narrow), wide_tokens, window)
         works[1] = _split(wide, fill, most_extra // 4, wide_tokens, num_wide)
     host = np.concatenate(
         [part.ravel() for work in works if work is not None for part in (work.items, work.merges)]
@@ -158,10 +159,14 @@ def plan_attention(
 
 
 def _tiles(
-    meta: StepMeta, requests: npt.NDArray[np.int64], tokens: int, window: int | None
+    meta: StepMeta,
+    lengths: Ints,
+    requests: npt.NDArray[np.int64],
+    tokens: int,
+    window: int | None,
 ) -> Ints:
-    """[N, ITEM_FIELDS]: the query tokens of `requests` cut into tiles of `tokens`."""
-    loc, lengths = meta.host_query_start_loc, np.diff(meta.host_query_start_loc)
+    """[N, ITEM_FIELDS]: the query tokens of `requests` cut into tiles of at most `tokens`."""
+    loc = meta.host_query_start_loc
     counts = -(-lengths[requests] // tokens)
     owner = np.repeat(requests, counts)
     offset = (np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)) * tokens
@@ -181,7 +186,8 @@ def _tiles(
 def _part_tokens(context: Ints) -> Ints:
     """Tokens of a part: a function of the context's length alone, at most _MOST_PARTS of them."""
     least = np.maximum(-(-context // _MOST_PARTS), _PART_TOKENS)
-    parts: Ints = (1 << np.ceil(np.log2(least)).astype(np.int32)).astype(np.int32)
+    _, exponent = np.frexp((least - 1).astype(np.float64))  # least - 1 < 2^exponent
+    parts: Ints = np.left_shift(1, exponent).astype(np.int32)
     return parts
 
 
@@ -203,22 +209,24 @@ def _split(tiles: Ints, fill: int, most_extra: int, tokens: int, num_tiles: int 
         order = np.argsort(np.where(is_split, -context, 1), kind="stable")
         fits = np.cumsum(np.where(is_split, num_parts - 1, 0)[order]) <= most_extra
         is_split[order] &= fits
-    num_parts = np.where(is_split, num_parts, 1)
-    first_item = np.cumsum(np.where(is_split, num_parts, 0)) - num_parts
-    tile = np.repeat(np.arange(len(tiles)), num_parts)
-    items = tiles[tile]
-    part = np.arange(len(tile)) - (np.cumsum(num_parts) - num_parts)[tile]
-    cut = is_split[tile]
-    begin = (first_part[tile] + part) * items[:, 7]
-    items[:, 4] = np.where(cut, np.maximum(items[:, 4], begin), items[:, 4])
-    items[:, 5] = np.where(cut, np.minimum(items[:, 5], begin + items[:, 7]), items[:, 5])
-    items[:, 6] = np.where(cut, first_item[tile] + part, -1)
+    num_parts = num_parts[is_split]
+    first_item = np.cumsum(num_parts) - num_parts
+    items = tiles
+    if len(num_parts):
+        parts = np.repeat(tiles[is_split], num_parts, axis=0)
+        index = np.arange(len(parts))
+        part = index - np.repeat(first_item, num_parts)
+        begin = (np.repeat(first_part[is_split], num_parts) + part) * parts[:, 7]
+        parts[:, 4] = np.maximum(parts[:, 4], begin)
+        parts[:, 5] = np.minimum(parts[:, 5], begin + parts[:, 7])
+        parts[:, 6] = index
+        items = np.concatenate([parts, tiles[~is_split]])
     items = items[np.argsort(items[:, 4] - items[:, 5], kind="stable")]
     merges = np.zeros((int(is_split.sum()), MERGE_FIELDS), np.int32)
     merges[:, :2] = tiles[is_split, 1:3]
-    merges[:, 2] = first_item[is_split]
-    merges[:, 3] = num_parts[is_split]
-    num_partials = int(num_parts[is_split].sum())
+    merges[:, 2] = first_item
+    merges[:, 3] = num_parts
+    num_partials = int(num_parts.sum())
     merge_tokens = int(merges[:, 1].max(initial=0))
     if num_tiles is not None:
         extra = min(most_extra, num_tiles * _MOST_PARTS)
@@ -247,7 +255,12 @@ class TileShape:
     """Tokens of keys and values at a time."""
     num_warps: int
     num_stages: int
-    waves_per_eu: int | None = None
+    waves_per_eu: int = 0
+    """AMD: waves of a SIMD that registers are to be kept free for; 0: as the compiler likes."""
+
+    def options(self) -> dict[str, int]:
+        """What a launch says beside warps and stages."""
+        return {"waves_per_eu": self.waves_per_eu} if self.waves_per_eu else {}
 
 
 _SHAPES = {
@@ -402,6 +415,7 @@ def _launch(
         num_warps=shape.num_warps,
         num_stages=shape.num_stages,
         enable_fp_fusion=True,
+        **shape.options(),
     )
     if len(tiles.merges):
         merge_kernel[(num_kv_heads, len(tiles.merges), tiles.merge_tokens)](
@@ -476,5 +490,6 @@ def attend_encoder(
         num_warps=shape.num_warps,
         num_stages=min(shape.num_stages, 3),
         enable_fp_fusion=True,
+        **shape.options(),
     )
     return out

@@ -25,7 +25,7 @@ from portalm.backend import (
     StepMeta,
 )
 from portalm.errors import BackendError, Unsupported
-from portalm_backends.gpu_common import memory
+from portalm_backends.gpu_common import memory, native
 from portalm_backends.gpu_common.archs import Arch
 from portalm_backends.gpu_common.device import Gpu, error_kind
 from portalm_backends.gpu_common.graph import Graphs, decode_buckets
@@ -43,6 +43,8 @@ class GpuBackend(TorchBackend):
 
     archs: dict[str, Arch]
     """Architectures that this backend knows, by name."""
+    native_name: str
+    """Of the module with native kernels, where they were built: cuda or rocm."""
 
     def __init__(self, gpu: Gpu) -> None:
         """On `gpu`, which is started. Raises `Unsupported` for one that is not known."""
@@ -52,6 +54,9 @@ class GpuBackend(TorchBackend):
         self._fp8 = fp8.dtype_of(gpu.handle)
         self.capabilities = capabilities(self.arch, has_fp8_products=self._fp8 is not None)
         self._gpu = gpu
+        self._native: native.NativeKernels | None = None
+        if gpu.runs_native and native.missing(self.native_name, gpu.arch) is None:
+            self._native = native.load(self.native_name, gpu.arch)
         self._family = attention.family_of(self.arch.name)
         self._transfers = Transfers(gpu)
         self._graphs = Graphs(gpu, self._transfers, self._sample)
@@ -125,7 +130,10 @@ class GpuBackend(TorchBackend):
 
     def kv_copy(self, kv: torch.Tensor, src: torch.Tensor, dst: torch.Tensor) -> torch.Tensor:
         """Blocks src[i] to dst[i], int32 [N] each, over all layers, in one launch."""
-        return cache.copy(kv, src, dst)
+        if self._native is None or not len(src):
+            return cache.copy(kv, src, dst)
+        self._native.kv_copy(kv, src, dst)
+        return kv
 
     def kv_export(self, kv: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
         """Blocks int32 [N] as [N, L, 2, B, H_kv, D] on the host; waits for it."""
@@ -186,7 +194,6 @@ class GpuBackend(TorchBackend):
             self.device(),
             quantization=quantization,
             for_logits=for_logits,
-            fp8=self._fp8,
         )
 
     def linear(
@@ -264,7 +271,9 @@ class GpuBackend(TorchBackend):
         return self._sample(logits, params)
 
     def _sample(self, logits: torch.Tensor, params: SampleParams) -> SampleOutput:
-        return sampling.sample(logits, params)
+        if self._native is None or not len(logits):
+            return sampling.sample(logits, params)
+        return self._native.sample(logits, params)
 
 
 def _import_kernels() -> None:

@@ -89,6 +89,8 @@ class Gpu(Protocol):
     """Where torch puts tensors."""
     arch: str
     """sm_90, gfx942, ..."""
+    runs_native: bool
+    """Kernels that were compiled beforehand can be launched on it."""
     num_cores: int
     """Multiprocessors, or compute units."""
     summary: str
@@ -145,6 +147,8 @@ class Gpu(Protocol):
 
 class TorchGpu:
     """The device that torch calls `cuda:INDEX`, whoever made it. Making one starts it."""
+
+    runs_native = True
 
     def __init__(self, index: int = 0) -> None:
         """Raises what torch raises where there is no such device."""

@@ -57,7 +57,6 @@ class Graphs:
         self.is_sealed = False
         self.draw: Callable[[torch.Tensor], SampleOutput] | None = None
         """While a step is captured: what is done with its logits, [R, V]."""
-        self._pool: Any = None
         self._steps: weakref.WeakValueDictionary[tuple[int, Bucket], CapturedStep]
         self._steps = weakref.WeakValueDictionary()
         self._results: weakref.WeakValueDictionary[int, Results] = weakref.WeakValueDictionary()
@@ -98,12 +97,6 @@ class Graphs:
         if self.transfers.last_download is not None:
             self.gpu.current_stream().wait_event(self.transfers.last_download)
 
-    def pool(self) -> Any:
-        """The memory of all graphs."""
-        if self._pool is None:
-            self._pool = self.gpu.new_pool()
-        return self._pool
-
     def results(self, fn: StepFn, num_rows: int, vocab_size: int) -> Results:
         """Where captures of `fn` leave logits and ids: the largest comes first, others share it."""
         found = self._results.get(id(fn))
@@ -112,6 +105,7 @@ class Graphs:
             found = self._results[id(fn)] = Results(
                 logits=torch.empty(num_rows, vocab_size, device=handle),
                 ids=torch.zeros(num_rows, dtype=torch.int32, device=handle),
+                pool=self.gpu.new_pool(),
             )
         return found
 
@@ -124,6 +118,8 @@ class Results:
     """float32 [R, V]"""
     ids: torch.Tensor
     """int32 [R]: also what the step after reads, without a copy."""
+    pool: Any
+    """The memory of the graphs. It goes when they go: one whose graphs are gone takes no others."""
 
 
 class CapturedStep:
@@ -171,18 +167,19 @@ class CapturedStep:
         main = gpu.current_stream()
         graphs.stream.wait_stream(main)
         with gpu.on(graphs.stream):
-            static = _copies(inputs)
-            # once as it is: kernels are compiled, libraries take their workspaces, and the number
-            # of columns of the logits is known
+            static = dataclasses.replace(
+                _copies(inputs),
+                previous_ids=torch.zeros_like(inputs.meta.logits_rows),
+                previous_rows=torch.full_like(inputs.token_ids, -1),
+            )
+            static.sample = _plain(static.sample)
+            # once as it is: every kernel is compiled and loaded, libraries take their workspaces,
+            # and the number of columns of the logits is known
             vocab_size = self._rehearse(weights, kv, static)
             num_rows = len(static.meta.logits_rows)
             self._results = graphs.results(self._fn, num_rows, vocab_size)
-            self._static = dataclasses.replace(
-                static,
-                sample=_plain(static.sample),
-                previous_ids=self._results.ids,
-                previous_rows=torch.full_like(static.token_ids, -1),
-            )
+            static.previous_ids = self._results.ids
+            self._static = static
             self._record(weights, kv)
             self._kv = kv
         main.wait_stream(graphs.stream)
@@ -193,7 +190,7 @@ class CapturedStep:
 
         def draw(logits: torch.Tensor) -> SampleOutput:
             vocab_sizes.append(logits.shape[1])
-            return self._graphs.sample(logits, _plain(static.sample))
+            return self._graphs.sample(logits, static.sample)
 
         with self._graphs.drawing_by(draw):
             self._fn(weights, kv, static)
@@ -205,19 +202,19 @@ class CapturedStep:
         graphs, static = self._graphs, self._static
         logits, ids = self._rows(self._results.logits), self._rows(self._results.ids)
         forward, draw = graphs.gpu.new_graph(), graphs.gpu.new_graph()
-        open_graph = forward
+        open_graph, pool = forward, self._results.pool
 
         def split(raw: torch.Tensor) -> SampleOutput:
             nonlocal open_graph
             if raw.data_ptr() != logits.data_ptr():
                 logits.copy_(raw)
             forward.capture_end()
-            draw.capture_begin(graphs.pool(), _CAPTURE_MODE)
+            draw.capture_begin(pool, _CAPTURE_MODE)
             open_graph = draw
             ids.copy_(graphs.sample(logits, static.sample).token_ids)
             return SampleOutput(token_ids=ids)
 
-        forward.capture_begin(graphs.pool(), _CAPTURE_MODE)
+        forward.capture_begin(pool, _CAPTURE_MODE)
         try:
             with graphs.drawing_by(split):
                 self._fn(weights, kv, static)

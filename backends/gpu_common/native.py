@@ -38,21 +38,27 @@ class Choice:
 
 
 CHOICES = {
-    "kv_copy": Choice(True, "one launch copies all layers; nothing in it for Triton to tile"),
-    "kv_write": Choice(True, "it costs its launch: a call into C++ instead of Triton's launcher"),
+    "kv_copy": Choice(
+        True, "one launch copies all layers, between steps, where the host's cost shows"
+    ),
     "sample": Choice(
         True, "the threshold search is histograms in shared memory, which Triton lacks"
     ),
-    "decode_attention": Choice(
-        True, "long contexts of few requests: split and merged in one launch, bound by memory"
+    "kv_write": Choice(
+        False,
+        "one launch in either, captured in most steps; Triton's takes float32 too. The native one "
+        "spares eager steps Triton's launcher: until a GPU has measured how much, one is enough",
     ),
-    "prefill_attention": Choice(
-        False, "bound by products: Triton has tensor cores on every device"
+    "decode_attention": Choice(
+        False,
+        "Triton's has tensor cores and takes every step. The native one splits and merges long "
+        "contexts in one launch, for small groups of heads: until a GPU has measured both, "
+        "a request's tokens all come from the same kernel",
     ),
     "linear": Choice(False, "the vendor's library through torch, and Triton for few bits"),
     "norms": Choice(False, "one pass over rows, which Triton does at the speed of memory"),
 }
-"""For operations that have both, or whose choice others would ask about."""
+"""What the GPU backends take, where there are both or others would ask."""
 
 
 def missing(vendor: str, arch: str) -> str | None:

@@ -15,6 +15,7 @@ class RocmBackend(GpuBackend):
     name = "rocm"
     rank = 100
     archs = ROCM
+    native_name = "rocm"
 
     def __init__(self, gpu: Gpu | None = None) -> None:
         """Starts the device, unless `gpu` stands for one."""

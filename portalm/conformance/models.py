@@ -25,10 +25,10 @@ _NUM_GREEDY = 64
 def forward(engine: Engine, token_ids: list[int]) -> Array:
     """Logits of every position in float64: [N, V]; weights as the checkpoint has them."""
     config = engine.model_config
-    checkpoint = open_checkpoint(engine.model_path, engine.config)
+    checkpoint = open_checkpoint(engine.model_path, engine.config, engine.backend.device())
 
     def w(name: str) -> Array:
-        return np.asarray(checkpoint.tensor(name).double().numpy(), np.float64)
+        return np.asarray(checkpoint.tensor(name).cpu().double().numpy(), np.float64)
 
     def linear(x: Array, name: str, has_bias: bool) -> Array:
         return reference.linear(x, w(f"{name}.weight"), w(f"{name}.bias") if has_bias else None)

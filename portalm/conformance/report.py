@@ -41,8 +41,8 @@ def as_table(device: str, results: Sequence[Result]) -> str:
     return "\n".join(lines)
 
 
-def as_json(backend: Backend, results: Sequence[Result]) -> str:
-    """Everything, for the record."""
+def as_json(backend: Backend, results: Sequence[Result], *, checked: str = "run") -> str:
+    """Everything, for the record; `checked`: run on the device itself, emulated, interpreted."""
     claims = asdict(backend.capabilities)
     for name, value in claims.items():
         if isinstance(value, frozenset):
@@ -50,6 +50,7 @@ def as_json(backend: Backend, results: Sequence[Result]) -> str:
     record: dict[str, Any] = {
         "portalm": __version__,
         "device": backend.name,
+        "checked": checked,
         "summary": backend.find().summary,
         "capabilities": claims,
         "counts": counts(results),
@@ -62,8 +63,8 @@ def as_markdown(records: Sequence[dict[str, Any]]) -> str:
     """The support matrix: a row for each record that `as_json` wrote."""
     levels = list(LEVELS)
     lines = [
-        "| device | dtypes | features | " + " | ".join(levels) + " | checked on |",
-        "|---|---|---|" + "---|" * (len(levels) + 1),
+        "| device | how | dtypes | features | " + " | ".join(levels) + " | checked on |",
+        "|---|---|---|---|" + "---|" * (len(levels) + 1),
     ]
     for record in records:
         claims = record["capabilities"]
@@ -76,7 +77,7 @@ def as_markdown(records: Sequence[dict[str, Any]]) -> str:
                 else f"{count['pass']} of {count['pass'] + count['fail']}"
             )
         lines.append(
-            f"| {record['device']} | {', '.join(claims['dtypes'])} | "
+            f"| {record['device']} | {record['checked']} | {', '.join(claims['dtypes'])} | "
             f"{', '.join(claims['features']) or '-'} | {' | '.join(cells)} | {record['summary']} |"
         )
     return "\n".join(lines) + "\n"

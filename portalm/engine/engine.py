@@ -84,7 +84,7 @@ class Engine:
         self.tokenizer_path = (
             self.model_path if config.tokenizer is None else resolve_model(config.tokenizer)
         )
-        checkpoint = open_checkpoint(self.model_path, config)
+        checkpoint = open_checkpoint(self.model_path, config, self.backend.device())
         try:
             self.model_config = checkpoint.config
             dtype = _choose_dtype(config, checkpoint.config, self.backend)

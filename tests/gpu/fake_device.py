@@ -95,7 +95,9 @@ class FakeGraph:
     def capture_begin(self, pool: Any, capture_error_mode: str) -> None:
         assert self.gpu.recording is None, "a graph is being captured already"
         assert self.gpu.current_stream() is not self.gpu.default, "the default stream"
-        assert pool is self.gpu.pool, "graphs share one pool"
+        assert pool.graphs or not pool.was_used, "a pool whose graphs are gone takes no others"
+        pool.was_used = True
+        pool.graphs.add(self)
         self.num_bytes = -self.gpu.bytes_made
         self.gpu.recording = self.recorded
 
@@ -113,10 +115,19 @@ class FakeGraph:
             self.gpu.enqueue(work)
 
 
+class FakePool:
+    """Memory that graphs share, as torch's allocator sees it."""
+
+    def __init__(self) -> None:
+        self.graphs: weakref.WeakSet[FakeGraph] = weakref.WeakSet()
+        self.was_used = False
+
+
 class FakeGpu:
     """What `portalm_backends.gpu_common.device.Gpu` asks for."""
 
     handle = torch.device("cpu")
+    runs_native = False
     num_cores = 8
     summary = "a fake device"
 
@@ -128,7 +139,6 @@ class FakeGpu:
         self.streams = [self.default]
         self._current = self.default
         self.recording: list[Work] | None = None
-        self.pool: object = None
         self.graphs: weakref.WeakSet[FakeGraph] = weakref.WeakSet()
         self.num_captures = self.num_replays = self.num_launches = self.num_waits = 0
         self.num_empty_caches = 0
@@ -201,9 +211,8 @@ class FakeGpu:
     def new_graph(self) -> FakeGraph:
         return FakeGraph(self)
 
-    def new_pool(self) -> object:
-        self.pool = object()
-        return self.pool
+    def new_pool(self) -> FakePool:
+        return FakePool()
 
     def synchronize(self) -> None:
         self.drain()
@@ -258,6 +267,8 @@ class FakeGpu:
     def launch(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Put a torch operation on the current stream; what it will return."""
         inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        if func is torch.ops.aten.index.Tensor:  # a list as an index is a tensor by now
+            inputs = inputs[:1]
         if inputs and all(hasattr(x, "is_on_host") for x in inputs):
             return tree_map(_on_host, func(*args, **kwargs))
         if func.is_view or func is torch.ops.aten.lift_fresh.default:

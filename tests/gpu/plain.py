@@ -24,6 +24,7 @@ class PlainGpu(GpuBackend):
 
     name = "plain"
     archs = CUDA
+    native_name = "none"
 
     prepare = TorchBackend.prepare
     pack = TorchBackend.pack

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import sys
+import types
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,11 +14,15 @@ import pytest
 import torch
 
 from portalm.backend import AttentionSpec, SampleParams
+from portalm_backends.gpu_common import native
 from portalm_backends.gpu_common.native import NativeKernels, plan_decodes
 from portalm_backends.portable import sampling
 from tests.gpu.emulator import COMPILER, WAVES, Emulator, KernelFault
 
 pytestmark = pytest.mark.skipif(not COMPILER, reason="the emulator is compiled by g++")
+
+all_cases = pytest.mark.gpu_compiled
+"""For those that add seconds: the job that compiles all kernels emulates all cases too."""
 
 NAN = float("nan")
 BLOCK_SIZE = 16
@@ -23,7 +30,7 @@ BLOCK_SIZE = 16
 
 @pytest.fixture(scope="module", params=WAVES, ids="wave{}".format)
 def emulator(request: pytest.FixtureRequest) -> Iterator[Emulator]:
-    is_whole = "gpu_compiled" in request.config.option.markexpr
+    is_whole = any(item.get_closest_marker("gpu_compiled") for item in request.session.items)
     emulator = Emulator(request.param, is_whole=is_whole)
     yield emulator
     emulator.close()
@@ -31,6 +38,48 @@ def emulator(request: pytest.FixtureRequest) -> Iterator[Emulator]:
 
 def int32(values: Any) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int32)
+
+
+# -- the modules ----------------------------------------------------------------------------------
+
+
+def test_every_native_choice_can_be_called() -> None:
+    for operation, choice in native.CHOICES.items():
+        assert not choice.is_native or hasattr(NativeKernels, operation), operation
+
+
+def test_what_was_not_built_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "portalm_backends._cuda", None)
+    monkeypatch.setitem(sys.modules, "portalm_backends._rocm", None)
+
+    assert "no nvcc was found" in str(native.missing("cuda", "sm_90"))
+    assert "a clang with amdgcn" in str(native.missing("rocm", "gfx942"))
+
+
+def test_an_architecture_without_a_code_object_is_said(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    module = types.ModuleType("_rocm")
+    module.__file__ = str(tmp_path / "_rocm.so")
+    (tmp_path / "_rocm_kernels").mkdir()
+    (tmp_path / "_rocm_kernels/gfx942.hsaco").touch()
+    monkeypatch.setitem(sys.modules, "portalm_backends._rocm", module)
+
+    assert native.missing("rocm", "gfx942:sramecc+:xnack-") is None
+    assert native.missing("rocm", "gfx906") == "they were not built for gfx906"
+
+
+@pytest.mark.parametrize("vendor", ["cuda", "rocm"])
+def test_a_module_needs_its_device_only_when_it_launches(vendor: str) -> None:
+    module = pytest.importorskip(f"portalm_backends._{vendor}", reason="it was not built here")
+    if torch.cuda.is_available():
+        pytest.skip("there is a device")
+
+    with pytest.raises(RuntimeError, match=r"portalm_kv_copy: .*driver|no code object is loaded"):
+        module.kv_copy(0, 16, 1, 16, 16, 1, 16, 16)
+    if vendor == "rocm":
+        with pytest.raises(RuntimeError, match="no HIP runtime"):
+            module.load("gfx942.hsaco")
 
 
 # -- the emulator itself --------------------------------------------------------------------------
@@ -105,8 +154,10 @@ def test_keys_and_values_are_rounded_into_their_slots(
     assert cache.float().isnan().sum() == (3 * BLOCK_SIZE - 5) * 2 * 2 * 80
 
 
-@pytest.mark.parametrize("is_interleaved", [False, True], ids=["halves", "pairs"])
-@pytest.mark.parametrize("rotary_dim", [64, 32], ids=["whole", "half"])
+@pytest.mark.parametrize(
+    ("rotary_dim", "is_interleaved"),
+    [(64, False), (32, True), pytest.param(32, False, marks=all_cases)],
+)
 def test_rotation_is_that_of_the_pairs_positions(
     emulator: Emulator, rotary_dim: int, is_interleaved: bool
 ) -> None:
@@ -235,6 +286,11 @@ def check_decode(
             np.testing.assert_allclose(out[i].double().numpy(), expected, atol=0.006, rtol=0.006)
 
 
+def some_of(cases: dict[str, Any], *names: str) -> list[Any]:
+    """All cases; those of other names are left to the job that has the time."""
+    return [name if name in names else pytest.param(name, marks=all_cases) for name in cases]
+
+
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
     "a group that is not whole": {"group": 3},
@@ -246,7 +302,7 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", some_of(KINDS, "window", "alibi"))
 def test_decode_attention_is_that_of_the_loops(emulator: Emulator, kind: str) -> None:
     check_decode(emulator, spec_of(**KINDS[kind]), [70, 0, 1, 16, 161])
 
@@ -264,7 +320,7 @@ def test_decode_attention_reads_8_bit_caches(emulator: Emulator) -> None:
     check_decode(emulator, spec, [9, 130], cache_dtype=torch.float8_e4m3fn)
 
 
-@pytest.mark.gpu_compiled
+@all_cases
 @pytest.mark.parametrize("group", [1, 2, 4])
 @pytest.mark.parametrize("head_size", [64, 128])
 @pytest.mark.parametrize(
@@ -336,8 +392,11 @@ DRAWS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("vocab_size", [5003, 130, 3])
-@pytest.mark.parametrize("kind", DRAWS)
+@pytest.mark.parametrize(
+    "vocab_size",
+    [130, pytest.param(5003, marks=all_cases), pytest.param(3, marks=all_cases)],
+)
+@pytest.mark.parametrize("kind", some_of(DRAWS, "all, row by row"))
 def test_drawn_ids_are_the_portable_ones(emulator: Emulator, kind: str, vocab_size: int) -> None:
     torch.manual_seed(vocab_size)
     logits = torch.randn(6, vocab_size) * 3
@@ -348,11 +407,12 @@ def test_drawn_ids_are_the_portable_ones(emulator: Emulator, kind: str, vocab_si
     assert actual.token_ids.equal(sampling.sample(logits, params(6, **DRAWS[kind])).token_ids)
 
 
+@all_cases
 def test_ties_go_to_the_lowest_id_and_thresholds_keep_theirs(emulator: Emulator) -> None:
-    logits = torch.tensor([[0.0, 2.0, -0.0, 2.0, 2.0, -1.0]]).expand(16, 6).contiguous()
+    logits = torch.tensor([[0.0, 2.0, -0.0, 2.0, 2.0, -1.0]]).expand(8, 6).contiguous()
 
-    greedy = emulator.native("sample", logits, params(16, temperature=0.0)).token_ids
-    drawn = emulator.native("sample", logits, params(16, top_k=1)).token_ids
+    greedy = emulator.native("sample", logits, params(8, temperature=0.0)).token_ids
+    drawn = emulator.native("sample", logits, params(8, top_k=1)).token_ids
 
     assert set(greedy.tolist()) == {1}
     assert set(drawn.tolist()) == {1, 3, 4}

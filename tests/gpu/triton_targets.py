@@ -48,7 +48,8 @@ class Resources:
     shared: int
     """Bytes of shared memory (LDS)."""
     spills: int
-    """Registers of a thread that live in memory."""
+    """Registers of a thread that live in memory. Scalar registers of AMD's that live in lanes of
+    vector registers are not counted."""
     occupancy: int
     """Programs that a multiprocessor (CU, or WGP on RDNA) holds at once, by these limits alone."""
 
@@ -146,7 +147,7 @@ def _amd(compiled: Any, target: str, num_warps: int, shared: int) -> Compiled:
         return int(found.group(1)) if found else 0
 
     registers = number("vgpr_count")
-    spills = number("vgpr_spill_count") + number("sgpr_spill_count")
+    spills = number("vgpr_spill_count")
     if target.startswith("gfx11"):  # a WGP: 4 SIMDs of 1,536 registers of 32 lanes, 128 KiB
         waves, lds = 4 * min(16, 1536 // (-(-registers // 24) * 24)), 128 * 1024
     else:  # a CU: 4 SIMDs of 512 registers of 64 lanes

@@ -136,7 +136,8 @@ def _finish(acc, top, total, sinks, head, is_row, HAS_SINKS: tl.constexpr):
     return acc / total[:, None]
 
 
-@triton.jit
+# numbers that vary from step to step: one kernel for all of them
+@triton.jit(do_not_specialize=["table_stride", "window"])
 def attention_kernel(
     query, cache, out, partials, part_weights, table, items, slopes, sinks,
     query_stride, table_stride, score_scale, cap, window,

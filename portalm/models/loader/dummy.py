@@ -14,7 +14,7 @@ from portalm.errors import CheckpointError
 
 
 class DummyCheckpoint:
-    """Tensors made when asked for; the same name and seed give the same values."""
+    """Tensors made when asked for; the same name and seed give the same values on one device."""
 
     def __init__(
         self,
@@ -23,12 +23,17 @@ class DummyCheckpoint:
         shapes: dict[str, tuple[int, ...]],
         *,
         seed: int,
+        device: torch.device | None = None,
     ) -> None:
-        """For a model whose tensors are `shapes`."""
+        """For a model whose tensors are `shapes`, made on `device` if it has random numbers."""
         self.path = folder
         self.config = config
         self._shapes = shapes
         self._seed = seed
+        try:
+            self._generator = torch.Generator(device or "cpu")
+        except RuntimeError:  # torch draws no random numbers there
+            self._generator = torch.Generator()
 
     def names(self) -> Sequence[str]:
         """Every tensor of the model."""
@@ -39,14 +44,15 @@ class DummyCheckpoint:
         if name not in self._shapes:
             raise CheckpointError(self.path, f"the model has no tensor {name!r}")
         shape = self._shapes[name]
-        generator = torch.Generator().manual_seed(
-            self._seed * 1_000_003 + zlib.crc32(name.encode())
-        )
-        dtype = getattr(torch, self.config.dtype)
+        generator = self._generator
+        generator.manual_seed(self._seed * 1_000_003 + zlib.crc32(name.encode()))
+        dtype, device = getattr(torch, self.config.dtype), generator.device
         if name.lower().endswith("norm.weight"):
-            return (1 + 0.1 * torch.randn(shape, generator=generator)).to(dtype)
+            noise = torch.randn(shape, generator=generator, device=device)
+            return (1 + 0.1 * noise).to(dtype)
         scale = 1.0 if len(shape) == 1 else 1 / math.sqrt(shape[-1])
-        return torch.empty(shape, dtype=dtype).normal_(0, scale, generator=generator)
+        values = torch.empty(shape, dtype=dtype, device=device)
+        return values.normal_(0, scale, generator=generator)
 
     def weight(self, name: str) -> torch.Tensor:
         """The tensor: nothing here is of few bits."""

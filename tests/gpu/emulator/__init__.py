@@ -17,12 +17,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import unittest.mock
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from portalm_backends.gpu_common.native import NativeKernels
@@ -91,11 +91,21 @@ class Emulator:
     def native(self, method: str, *args: Any, **kwargs: Any) -> Any:
         """`NativeKernels.method(...)`, whose launches run on the emulator."""
         self._tensors = list(_tensors_of((args, kwargs)))
-        with _Recorder(self._tensors):
+        with unittest.mock.patch.object(torch, "empty", self._empty):
             try:
                 return getattr(NativeKernels(self, lambda: 0), method)(*args, **kwargs)
             finally:
                 self._tensors = []
+
+    def _empty(self, size: Any, **kwargs: Any) -> torch.Tensor:
+        """What NativeKernels makes for results, known to the emulator too."""
+        made = torch.full(
+            (size,) if isinstance(size, int) else size,
+            torch.nan if kwargs["dtype"].is_floating_point else -7,
+            **kwargs,
+        )
+        self._tensors.append(made)
+        return made
 
     def __getattr__(self, kernel: str) -> Callable[..., None]:
         return functools.partial(self.launch, kernel)
@@ -159,19 +169,6 @@ class Emulator:
         if self._worker is not None:
             self._worker.communicate()
             self._worker = None
-
-
-class _Recorder(TorchDispatchMode):
-    """Keeps every tensor that is made within it."""
-
-    def __init__(self, tensors: list[torch.Tensor]) -> None:
-        super().__init__()
-        self._tensors = tensors
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        self._tensors += _tensors_of(made)
-        return made
 
 
 def _tensors_of(x: Any) -> Iterator[torch.Tensor]:

@@ -2,7 +2,6 @@
 
 #include <string.h>
 
-#include <algorithm>
 #include <string>
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -20,8 +19,9 @@ Block block;
 namespace {
 
 constexpr size_t kStackBytes = 64 << 10;
-std::vector<std::unique_ptr<char[]>> stacks;
-ucontext_t scheduler;
+constexpr size_t kStackStride = kStackBytes + 832;  // at powers of 2 they would share a cache's sets
+std::vector<char> stacks;
+void* scheduler[5];
 const void* scheduler_stack;
 size_t scheduler_stack_bytes;
 const std::function<void()>* kernel;
@@ -29,11 +29,13 @@ std::string message;
 
 Fiber& current() { return block.fibers[block.running]; }
 
+[[gnu::noinline]] void jump(void** to) { __builtin_longjmp(to, 1); }
+
 void back_to_scheduler() {
   Fiber& fiber = current();
   __sanitizer_start_switch_fiber(fiber.is_done ? nullptr : &fiber.sanitizer_stack, scheduler_stack,
                                  scheduler_stack_bytes);
-  swapcontext(&fiber.context, &scheduler);
+  if (!__builtin_setjmp(fiber.resume_at)) jump(scheduler);
   __sanitizer_finish_switch_fiber(fiber.sanitizer_stack, &scheduler_stack, &scheduler_stack_bytes);
 }
 
@@ -48,7 +50,11 @@ void resume(int thread) {
   block.running = thread;
   [[maybe_unused]] void* own_stack = nullptr;
   __sanitizer_start_switch_fiber(&own_stack, current().stack, kStackBytes);
-  swapcontext(&scheduler, &current().context);
+  if (!__builtin_setjmp(scheduler)) {
+    if (current().is_begun) jump(current().resume_at);
+    current().is_begun = true;
+    setcontext(&current().beginning);
+  }
   __sanitizer_finish_switch_fiber(own_stack, nullptr, nullptr);
 }
 
@@ -90,12 +96,12 @@ bool run_block(bool is_reversed) {
   const int threads = static_cast<int>(block.fibers.size());
   for (Fiber& fiber : block.fibers) {
     fiber.waits_at = 0;
-    fiber.is_done = false;
+    fiber.is_done = fiber.is_begun = false;
     __asan_unpoison_memory_region(fiber.stack, kStackBytes);  // frames that never returned
-    getcontext(&fiber.context);
-    fiber.context.uc_stack = {fiber.stack, 0, kStackBytes};
-    fiber.context.uc_link = nullptr;
-    makecontext(&fiber.context, run_fiber, 0);
+    getcontext(&fiber.beginning);
+    fiber.beginning.uc_stack = {fiber.stack, 0, kStackBytes};
+    fiber.beginning.uc_link = nullptr;
+    makecontext(&fiber.beginning, run_fiber, 0);
   }
   for (;;) {
     bool is_progress = false, is_live = false;
@@ -145,11 +151,8 @@ void launch(int x, int y, int z, int threads, int wave, bool is_reversed,
   block.wave = wave;
   block.fibers.clear();
   block.fibers.resize(threads);
-  stacks.resize(std::max<size_t>(stacks.size(), threads));
-  for (int i = 0; i < threads; ++i) {
-    if (!stacks[i]) stacks[i].reset(new char[kStackBytes]);
-    block.fibers[i].stack = stacks[i].get();
-  }
+  if (stacks.size() < threads * kStackStride) stacks.resize(threads * kStackStride);
+  for (int i = 0; i < threads; ++i) block.fibers[i].stack = &stacks[i * kStackStride];
   for (block.z = 0; block.z < z; ++block.z)
     for (block.y = 0; block.y < y; ++block.y)
       for (block.x = 0; block.x < x; ++block.x) {

@@ -20,7 +20,9 @@ namespace portalm::emulator {
 
 
 struct Fiber {
-  ucontext_t context;
+  ucontext_t beginning;
+  void* resume_at[5];  // of __builtin_setjmp, once it has begun: swapcontext costs two system calls
+  bool is_begun = false;
   char* stack;
   int waits_at = 0;         // line of the source; 0: it can run
   bool is_in_wave = false;  // what it waits for: its wave, else its block

@@ -1,0 +1,171 @@
+"""Each kernel at the shapes of the 8B model: share of the bytes or products that are possible."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from gpu.common import Settings, seconds, settings, tell
+from portalm.backend import AttentionSpec, KVSpec, SampleParams, StepMeta, load_backend
+
+
+def attention_meta(backend: Any, spec: Any, lengths: list[int], contexts: list[int]) -> StepMeta:
+    """A step of requests with `lengths` new tokens each behind `contexts` in all."""
+    block = 16
+    blocks = -(-max(contexts) // block)
+    table = 1 + np.arange(len(lengths) * blocks, dtype=np.int32).reshape(len(lengths), blocks)
+    loc = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    positions = np.concatenate(
+        [np.arange(c - n, c) for n, c in zip(lengths, contexts, strict=True)]
+    ).astype(np.int32)
+    owner = np.repeat(np.arange(len(lengths)), lengths)
+    slots = (table[owner, positions // block] * block + positions % block).astype(np.int32)
+    put = backend.to_device
+    seq_lens = np.array(contexts, np.int32)
+    meta = StepMeta(
+        positions=put(positions),
+        slot_mapping=put(slots),
+        query_start_loc=put(loc),
+        seq_lens=put(seq_lens),
+        block_table=put(table),
+        logits_rows=put(loc[1:] - 1),
+        host_query_start_loc=loc,
+        host_seq_lens=seq_lens,
+        num_decodes=lengths.count(1),
+        max_query_len=max(lengths),
+        max_seq_len=max(contexts),
+    )
+    return backend.prepare(meta, [spec])
+
+
+def attention(backend: Any, run: Settings, dtype: torch.dtype) -> None:
+    """Decodes by bytes read, a prompt by products, beside torch's own attention."""
+    model = run.model("8b")
+    heads, kv_heads, size = (
+        model["num_attention_heads"],
+        model["num_key_value_heads"],
+        model["head_dim"],
+    )
+    spec = AttentionSpec(num_heads=heads, num_kv_heads=kv_heads, head_size=size, scale=size**-0.5)
+    name = str(dtype).removeprefix("torch.")
+    kv_spec = KVSpec(num_layers=1, num_kv_heads=kv_heads, head_size=size, block_size=16, dtype=name)
+    cases = [(64, 1024), (256, 1024), (64, 8192), (1, 8192)] if not run.is_tiny else [(2, 40)]
+    for count, context in cases:
+        kv = backend.kv_alloc(kv_spec, 1 + count * -(-context // 16))
+        kv.normal_()
+        meta = attention_meta(backend, spec, [1] * count, [context] * count)
+        query = torch.randn(count, heads, size, device=backend.device()).to(dtype)
+        taken = seconds(backend, partial(backend.attend, kv, 0, query, meta, spec))
+        num_bytes = 2 * count * context * kv_heads * size * dtype.itemsize
+        tell(f"decode attention, {count} x {context}", num_bytes / taken / 1e12, "TB/s")
+    length = run.scaled(8192, 48)
+    kv = backend.kv_alloc(kv_spec, 1 + -(-length // 16))
+    kv.normal_()
+    meta = attention_meta(backend, spec, [length], [length])
+    query = torch.randn(length, heads, size, device=backend.device()).to(dtype)
+    key, value = (query[:, :kv_heads].clone() for _ in range(2))
+    ours = seconds(backend, lambda: backend.attend(kv, 0, query, meta, spec), times=10)
+    q, k, v = (x.transpose(0, 1)[None].contiguous() for x in (query, key, value))
+    theirs = seconds(
+        backend,
+        lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True),
+        times=10,
+    )
+    flops = 2 * length * length * heads * size
+    tell(f"prefill attention, {length}", flops / ours / 1e12, "TFLOP/s", of_torch=theirs / ours)
+    write = seconds(backend, lambda: backend.kv_write(kv, 0, key, value, meta))
+    num_bytes = 4 * length * kv_heads * size * dtype.itemsize
+    tell(f"kv_write, {length} tokens", num_bytes / write / 1e12, "TB/s")
+
+
+def linears(backend: Any, run: Settings, dtype: torch.dtype) -> None:
+    """The 8B model's products."""
+    model = run.model("8b")
+    hidden, inner = model["hidden_size"], model["intermediate_size"]
+    kv = 2 * model["num_key_value_heads"] * model["head_dim"]
+    shapes = {
+        "qkv": (model["num_attention_heads"] * model["head_dim"] + kv, hidden),
+        "out": (hidden, hidden),
+        "gate_up": (2 * inner, hidden),
+        "down": (hidden, inner),
+    }
+    formats = [None, "int4_min", "int8"] if not run.is_tiny else [None]
+    for name, (n, k) in shapes.items():
+        weight = torch.randn(n, k, device=backend.device()).to(dtype)
+        for quantization in formats:
+            packed = backend.pack(weight, quantization=quantization)
+            for rows in (1, 16, 64, 256, 2048) if not run.is_tiny else (2,):
+                x = torch.randn(rows, k, device=backend.device()).to(dtype)
+                taken = seconds(backend, partial(backend.linear, x, packed))
+                label = f"{name}, {quantization or dtype}, {rows} rows"
+                tflops = 2 * rows * n * k / taken / 1e12
+                tell(label, taken * 1e6, "us", tflops=tflops, tbytes=n * k * 2 / taken / 1e12)
+
+
+def small_ones(backend: Any, run: Settings, dtype: torch.dtype) -> None:
+    """Norms, activation, rotation, the head and the draw."""
+    model, device = run.model("8b"), backend.device()
+    rows, hidden = run.scaled(256, 4), model["hidden_size"]
+    x, residual = (torch.randn(rows, hidden, device=device).to(dtype) for _ in range(2))
+    weight = torch.ones(hidden, device=device).to(dtype)
+    taken = seconds(backend, lambda: backend.add_rms_norm(x, residual, weight, 1e-5))
+    tell(f"add_rms_norm, {rows} rows", taken * 1e6, "us")
+    gate_up = torch.randn(rows, 2 * model["intermediate_size"], device=device).to(dtype)
+    taken = seconds(backend, lambda: backend.silu_mul(gate_up))
+    tell(f"silu_mul, {rows} rows", taken * 1e6, "us")
+    vocab = model["vocab_size"]
+    head = backend.pack(torch.randn(vocab, hidden).to(dtype), for_logits=True)
+    taken = seconds(backend, lambda: backend.logits(x, head))
+    tell(f"logits, {rows} rows", taken * 1e6, "us")
+    logits = torch.randn(rows, vocab, device=device)
+
+    def column(value: float, kind: torch.dtype) -> torch.Tensor:
+        return torch.full((rows,), value, dtype=kind, device=device)
+
+    for label, temperature, top_k, top_p in (
+        ("greedy", 0.0, 0, 1.0),
+        ("temperature", 1.0, 0, 1.0),
+        ("top_k and top_p", 1.0, 50, 0.9),
+    ):
+        params = SampleParams(
+            temperature=column(temperature, torch.float32),
+            top_k=column(top_k, torch.int32),
+            top_p=column(top_p, torch.float32),
+            min_p=column(0.0, torch.float32),
+            seed=column(1, torch.int64),
+            position=column(7, torch.int64),
+            is_greedy=False,
+            has_filters=True,
+        )
+        taken = seconds(backend, partial(backend.sample, logits, params))
+        tell(
+            f"sample, {label}, {rows} rows",
+            taken * 1e6,
+            "us",
+            tbytes=rows * vocab * 4 / taken / 1e12,
+        )
+        if getattr(backend, "_native", None) is not None:
+            from portalm_backends.gpu_common.kernels import sampling
+
+            taken = seconds(backend, partial(sampling.sample, logits, params))
+            tell(f"sample in Triton, {label}, {rows} rows", taken * 1e6, "us")
+
+
+def main() -> None:
+    """Time all of them."""
+    run = settings()
+    backend = load_backend(run.device)
+    dtype = torch.float32 if run.is_tiny else torch.bfloat16
+    for part in (attention, small_ones, linears):
+        try:
+            part(backend, run, dtype)
+        except Exception as error:  # one that breaks must not hide the others
+            tell(f"FAILED {part.__name__}", None, message=f"{type(error).__name__}: {error}")
+
+
+if __name__ == "__main__":
+    main()

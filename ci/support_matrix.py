@@ -1,0 +1,90 @@
+"""docs/support-matrix.md, from what the conformance kit found on each device.
+
+python ci/support_matrix.py record DEVICE [LEVEL ...]   runs the kit, writes docs/support/*.json
+python ci/support_matrix.py write                       writes docs/support-matrix.md from those
+
+cuda and rocm are interpreted here, on a device that stands for a GPU. On a machine with one,
+`portalm conformance --device cuda --json docs/support/cuda.json` says "run".
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "docs/support"
+PAGE = ROOT / "docs/support-matrix.md"
+ARCHS = {"cuda": "sm_90", "rocm": "gfx942"}
+
+_HEAD = """# Support matrix
+
+What the conformance kit found on each device: cases that passed, of those that were tried. Written
+by `python ci/support_matrix.py write` from docs/support. How: `run` is on the device itself;
+`interpreted` is the device's kernels in Triton's interpreter, streams and graphs on a device that
+stands for one; `emulated` is the whole backend on something that stands for its device.
+
+"""
+
+
+def page() -> str:
+    """The page, from the files that are there."""
+    from portalm.conformance.report import as_markdown
+
+    records = [json.loads(path.read_text()) for path in sorted(FOLDER.glob("*.json"))]
+    return _HEAD + as_markdown(records)
+
+
+def record(device: str, levels: list[str]) -> None:
+    """Run these levels of the kit (none: all that there are) on `device` and keep the counts."""
+    if device in ARCHS:
+        sys.path.insert(0, str(ROOT))
+        import tests.gpu.conftest  # noqa: F401 - kernels are to be interpreted
+        from tests.gpu.fake_device import FakeGpu
+        from tests.gpu.interpreted_gpu import interpreted, interpreted_backend
+
+        gpu = FakeGpu(arch=ARCHS[device])
+        run_levels(
+            device,
+            interpreted_backend(gpu),
+            levels or ["L0", "L1", "L2"],
+            interpreted(gpu),
+            checked="interpreted",
+            summary=f"kernels for {ARCHS[device]} in Triton's interpreter; no GPU has run it",
+        )
+    else:
+        from portalm.backend import load_backend
+        from portalm.conformance.check import LEVELS
+
+        backend = load_backend(device)
+        run_levels(device, backend, levels or list(LEVELS), contextlib.nullcontext(), checked="run")
+
+
+def run_levels(
+    device: str, backend: Any, levels: list[str], running: Any, *, checked: str, summary: str = ""
+) -> None:
+    """The file is there behind every level, so that a run that is broken off has left something."""
+    from portalm.conformance.kit import run_kit
+    from portalm.conformance.report import as_json, as_table
+
+    results = []
+    with running:
+        for level in levels:
+            results += run_kit(backend, levels=[level])
+            kept = json.loads(as_json(backend, results, checked=checked))
+            kept["results"] = [r for r in kept["results"] if r["status"] == "fail"]
+            kept["summary"] = summary or kept["summary"]
+            (FOLDER / f"{device}.json").write_text(json.dumps(kept, indent=1) + "\n")
+            print(as_table(device, results), flush=True)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["write"]:
+        PAGE.write_text(page())
+    elif len(sys.argv) > 2 and sys.argv[1] == "record":
+        record(sys.argv[2], sys.argv[3:])
+    else:
+        sys.exit("usage: support_matrix.py write | support_matrix.py record DEVICE [LEVEL ...]")

@@ -1,0 +1,38 @@
+"""docs/support-matrix.md says what was found, and how."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ci.support_matrix import FOLDER, PAGE, page
+from portalm.backend import load_backend
+
+RECORDS = {path.stem: json.loads(path.read_text()) for path in FOLDER.glob("*.json")}
+
+
+def test_the_page_is_what_the_command_writes() -> None:
+    assert PAGE.read_text() == page()
+
+
+def test_nothing_that_failed_is_passed_over() -> None:
+    for device, record in RECORDS.items():
+        failed = sum(count["fail"] for count in record["counts"].values())
+        assert failed == len([r for r in record["results"] if r["status"] == "fail"]), device
+
+
+@pytest.mark.parametrize("device", sorted(RECORDS.keys() & {"cpu", "reference"}))
+def test_claims_are_those_of_the_backend(device: str) -> None:
+    claimed = load_backend(device).capabilities
+
+    assert RECORDS[device]["capabilities"]["features"] == sorted(claimed.features)
+    assert RECORDS[device]["capabilities"]["dtypes"] == sorted(claimed.dtypes)
+
+
+@pytest.mark.parametrize("device", sorted(RECORDS.keys() & {"cuda", "rocm"}))
+def test_no_gpu_is_said_to_have_run_anything_before_one_has(device: str) -> None:
+    readme = (Path(__file__).parents[2] / "backends" / device / "README.md").read_text()
+
+    assert (RECORDS[device]["checked"] == "run") == ("not run on a GPU" not in readme)

@@ -1,0 +1,280 @@
+"""Attention's kernels, interpreted, against plain loops in float64; and the plans they follow."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from portalm.backend import AttentionSpec, Bucket, StepMeta
+from portalm.conformance import laws, operations, reference
+from portalm.conformance.check import Item
+from portalm.conformance.numerics import NMSE_BOUND, require_close
+from portalm.conformance.subject import Subject
+from portalm_backends.gpu_common import attention
+from portalm_backends.gpu_common.attention import AttentionPlan, Tiles
+from tests.gpu.interpreted_attention import InterpretedAttention
+
+FAMILIES = ("nvidia", "cdna", "rdna")
+BUCKETS = [
+    Bucket(num_tokens=4, num_requests=4, num_blocks=24, max_query_len=1),
+    Bucket(num_tokens=64, num_requests=8, num_blocks=24, max_query_len=64),
+    Bucket(num_tokens=512, num_requests=16, num_blocks=24, max_query_len=512),
+]
+
+
+def items(*names: str) -> list[Item]:
+    every = [*operations.CHECKS, *laws.CHECKS]
+    found = [item for check in every if check.name in names for item in check.items()]
+    return [item for item in found if "bfloat16" not in item.case]
+
+
+ATTEND, ENCODE = items("attend"), items("attend_encoder")
+LAWS = items(
+    "padding",
+    "block permutation",
+    "chunked prefill",
+    "alone or in a batch",
+    "encoder padding",
+    "encoder alone or in a batch",
+    "export and import",
+    "copy",
+)
+"""The interpreter multiplies the bits of bfloat16: what is left is float32 and float16."""
+
+QUICK = [
+    item
+    for item in [*ATTEND, *ENCODE]
+    if item.case in {"decode, gqa, float16", "17, gqa of 3, float32"}
+]
+
+
+@pytest.mark.parametrize("item", QUICK, ids=lambda item: item.case)
+def test_attention_is_what_it_means(item: Item) -> None:
+    result = item.run(Subject(InterpretedAttention()))
+
+    assert result.status == "pass", result.message
+
+
+@pytest.mark.gpu_interpreted
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("item", [*ATTEND, *ENCODE, *LAWS], ids=lambda item: item.name)
+def test_all_cases_of_the_kit(item: Item, family: str) -> None:
+    result = item.run(Subject(InterpretedAttention(family=family)))
+
+    assert result.status == "pass", result.message
+
+
+@pytest.mark.gpu_interpreted
+@pytest.mark.parametrize("item", [*ATTEND, *LAWS], ids=lambda item: item.name)
+def test_all_cases_of_the_kit_in_buckets(item: Item) -> None:
+    result = item.run(Subject(InterpretedAttention(buckets=BUCKETS)))
+
+    assert result.status == "pass", result.message
+
+
+# -- what the kit's short contexts do not reach ------------------------------------------------
+
+SPEC = AttentionSpec(num_heads=4, num_kv_heads=1, head_size=16, scale=0.5)
+BLOCK = 16
+EVERYTHING = dataclasses.replace(
+    SPEC, sliding_window=400, soft_cap=3.0, alibi_slopes=(0.5, 0.25, 0.125, 0.0625), has_sinks=True
+)
+SINKS = torch.tensor([1.0, -2.0, 0.5, 3.0])
+ALONE, CROWD = 10**6, 1
+"""Programs that fill a device: so many that all is split, so few that nothing is."""
+
+
+class Step:
+    """Random requests over shuffled blocks; slots that hold no token are NaN."""
+
+    def __init__(
+        self, query_lens: list[int], seq_lens: list[int], bucket: Bucket | None = None
+    ) -> None:
+        generator = torch.Generator().manual_seed(0)
+        num_requests, num_tokens = len(query_lens), sum(query_lens)
+        if bucket is not None:
+            num_requests, num_tokens = bucket.num_requests, bucket.num_tokens
+        blocks = [-(-n // BLOCK) for n in seq_lens]
+        num_blocks = 1 + sum(blocks)
+        ids = (1 + torch.randperm(num_blocks - 1, generator=generator)).split(blocks)
+        table = torch.zeros((num_requests, max(blocks)), dtype=torch.int32)
+        self.cache = torch.full((num_blocks, 1, 2, BLOCK, 16), float("nan"))
+        self.key, self.value = [], []
+        for i, (length, own) in enumerate(zip(seq_lens, ids, strict=True)):
+            table[i, : len(own)] = own
+            pair = torch.randn((2, length, 1, 16), generator=generator)  # [2, N, H_kv, D]
+            slots = torch.full((2, len(own) * BLOCK, 1, 16), float("nan"))
+            slots[:, :length] = pair
+            self.cache[own] = slots.view(2, len(own), BLOCK, 1, 16).permute(1, 3, 0, 2, 4)
+            self.key.append(pair[0])
+            self.value.append(pair[1])
+        self.query = torch.full((num_tokens, 4, 16), float("nan"))
+        self.query[: sum(query_lens)] = 2 * torch.randn(
+            (sum(query_lens), 4, 16), generator=generator
+        )
+        loc = np.full(num_requests + 1, sum(query_lens), np.int32)
+        loc[: len(query_lens)] = np.cumsum([0, *query_lens[:-1]])
+        lengths = np.zeros(num_requests, np.int32)
+        lengths[: len(seq_lens)] = seq_lens
+        self.meta = StepMeta(
+            positions=torch.empty(0),
+            slot_mapping=torch.empty(0),
+            query_start_loc=torch.from_numpy(loc),
+            seq_lens=torch.from_numpy(lengths),
+            block_table=table,
+            logits_rows=torch.empty(0),
+            host_query_start_loc=loc,
+            host_seq_lens=lengths,
+            num_decodes=query_lens.count(1),
+            max_query_len=max(query_lens),
+            max_seq_len=max(seq_lens),
+            bucket=bucket,
+        )
+        self.query_lens = query_lens
+
+    def plan(self, spec: AttentionSpec, num_programs: int) -> AttentionPlan:
+        return attention.plan_attention(
+            self.meta, spec, torch.from_numpy, num_programs=num_programs
+        )
+
+    def attend(self, spec: AttentionSpec, plan: AttentionPlan) -> torch.Tensor:
+        """Rows of real tokens."""
+        sinks = SINKS if spec.has_sinks else None
+        out = attention.attend(self.cache, self.query, self.meta, spec, plan, sinks)
+        return out[: sum(self.query_lens)]
+
+    def expected(self, spec: AttentionSpec) -> Any:
+        sinks = SINKS.double().numpy() if spec.has_sinks else None
+        queries = self.query[: sum(self.query_lens)].double().split(self.query_lens)
+        return np.concatenate(
+            [
+                reference.attention(q.numpy(), k.double().numpy(), v.double().numpy(), spec, sinks)
+                for q, k, v in zip(queries, self.key, self.value, strict=True)
+            ]
+        )
+
+
+@pytest.mark.parametrize("spec", [SPEC, EVERYTHING], ids=["plain", "everything"])
+def test_a_decode_split_over_programs_gives_the_same_bits_as_whole(spec: AttentionSpec) -> None:
+    step = Step([1, 3], [600, 513])
+
+    split, whole = step.plan(spec, ALONE), step.plan(spec, CROWD)
+
+    assert split.narrow is not None and len(split.narrow.merges) == 2
+    assert whole.narrow is not None and len(whole.narrow.merges) == 0
+    actual = step.attend(spec, split)
+    assert torch.equal(actual, step.attend(spec, whole))
+    require_close("", actual.numpy(), step.expected(spec), NMSE_BOUND["float32"])
+
+
+@pytest.mark.parametrize("spec", [SPEC, EVERYTHING], ids=["plain", "everything"])
+def test_a_chunk_behind_a_long_context_is_split(spec: AttentionSpec) -> None:
+    step = Step([12], [523])
+
+    plan = step.plan(spec, ALONE)
+
+    assert plan.wide is not None and len(plan.wide.merges) == 1
+    actual = step.attend(spec, plan)
+    require_close("", actual.numpy(), step.expected(spec), NMSE_BOUND["float32"])
+
+
+def test_a_captured_step_replays_other_work() -> None:
+    bucket = Bucket(num_tokens=24, num_requests=4, num_blocks=64, max_query_len=24)
+    first, second = Step([1, 20], [40, 20], bucket), Step([1, 1, 11], [300, 20, 280], bucket)
+    captured = first.plan(SPEC, 264)
+
+    other = second.plan(SPEC, 264)
+    for one, two in ((captured.narrow, other.narrow), (captured.wide, other.wide)):
+        assert one is not None and two is not None
+        one.items.copy_(two.items)
+        one.merges.copy_(two.merges)
+
+    actual = second.attend(SPEC, captured)
+    require_close("", actual.numpy(), second.expected(SPEC), NMSE_BOUND["float32"])
+
+
+# -- plans ------------------------------------------------------------------------------------
+
+
+def seen(step: Step, tiles: Tiles | None) -> list[tuple[int, int, int]]:
+    """(request, query row, token of the context) of all that the items look at."""
+    pairs = []
+    for item in [] if tiles is None else tiles.items.tolist():
+        request, row, count, position, begin, end = item[:6]
+        for i in range(count):
+            pairs += [(request, row + i, at) for at in range(begin, min(end, position + i + 1))]
+    return pairs
+
+
+@pytest.mark.parametrize("num_programs", [ALONE, 64, CROWD])
+@pytest.mark.parametrize("bucket", [None, Bucket(256, 8, 128, 256)], ids=["exact", "bucket"])
+def test_every_token_of_every_context_is_seen_once(
+    num_programs: int, bucket: Bucket | None
+) -> None:
+    query_lens, seq_lens = [1, 1, 1, 8, 9, 130], [1, 900, 256, 300, 257, 131]
+    step = Step(query_lens, seq_lens, bucket)
+
+    plan = step.plan(SPEC, num_programs)
+
+    pairs = seen(step, plan.narrow) + seen(step, plan.wide)
+    row = 0
+    for request, (count, length) in enumerate(zip(query_lens, seq_lens, strict=True)):
+        for i in range(count):
+            expected = [(request, row + i, at) for at in range(length - count + i + 1)]
+            assert sorted(p for p in pairs if p[1] == row + i) == expected
+        row += count
+
+
+@pytest.mark.parametrize("num_programs", [ALONE, CROWD])
+def test_parts_and_merges_name_each_other(num_programs: int) -> None:
+    plan = Step([1, 1, 40], [1000, 9000, 700]).plan(SPEC, num_programs)
+
+    for tiles in (plan.narrow, plan.wide):
+        assert tiles is not None
+        parts = sorted(item[6] for item in tiles.items.tolist() if item[6] >= 0)
+        merged = [
+            part
+            for row, count, first, number in tiles.merges.tolist()
+            for part in range(first, first + number)
+        ]
+        assert parts == sorted(merged) == list(range(tiles.num_partials))
+        rows = {item[6]: item[1] for item in tiles.items.tolist()}
+        for row, _, first, number in tiles.merges.tolist():
+            assert {rows[part] for part in range(first, first + number)} == {row}
+
+
+def test_a_buckets_plans_have_one_shape() -> None:
+    bucket = Bucket(num_tokens=256, num_requests=8, num_blocks=128, max_query_len=256)
+    batches = [([1], [1]), ([1] * 8, [2000] * 8), ([256], [256]), ([32] * 8, [900] * 8)]
+    plans = [Step(*batch, bucket).plan(SPEC, n) for batch in batches for n in (ALONE, CROWD)]
+
+    def shape(tiles: Tiles | None) -> Any:
+        assert tiles is not None
+        shapes = tiles.items.shape, tiles.merges.shape
+        return *shapes, tiles.num_partials, tiles.tokens, tiles.merge_tokens
+
+    assert len({(shape(plan.narrow), shape(plan.wide)) for plan in plans}) == 1
+
+
+def test_a_bucket_for_decodes_alone_has_no_wide_tiles() -> None:
+    bucket = Bucket(num_tokens=8, num_requests=8, num_blocks=128, max_query_len=1)
+
+    assert Step([1] * 3, [9, 900, 30], bucket).plan(SPEC, 264).wide is None
+
+
+def test_parts_grow_so_that_few_are_merged() -> None:
+    plan = Step([1], [200_000]).plan(SPEC, ALONE)
+
+    assert plan.narrow is not None
+    assert plan.narrow.merges.tolist() == [[0, 1, 0, 25]]
+
+
+def test_most_work_comes_first() -> None:
+    plan = Step([1, 1, 1], [30, 250, 90]).plan(SPEC, CROWD)
+
+    assert plan.narrow is not None
+    assert plan.narrow.items[:, 0].tolist() == [1, 2, 0]
