@@ -108,7 +108,7 @@ def plan_attention(
     Args:
         meta: its fields on the host are looked at.
         spec: of the layers.
-        to_device: copies to where `attend` runs, without waiting.
+        to_device: copies an array there.
         num_programs: how many fill the device (two for each of its multiprocessors); contexts
             are split until there are so many.
     """
@@ -275,8 +275,8 @@ _SHAPES = {
         "exact": TileShape(rows=16, tile=16, num_warps=4, num_stages=1),
     },
     "rdna": {
-        "narrow": TileShape(rows=16, tile=32, num_warps=4, num_stages=1),
-        "wide": TileShape(rows=64, tile=32, num_warps=4, num_stages=1),
+        "narrow": TileShape(rows=16, tile=16, num_warps=4, num_stages=1),
+        "wide": TileShape(rows=64, tile=16, num_warps=8, num_stages=1),
         "exact": TileShape(rows=16, tile=16, num_warps=4, num_stages=1),
     },
 }

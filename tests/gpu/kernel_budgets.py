@@ -1,0 +1,301 @@
+"""What each GPU kernel takes of each target, and the table of what it may: kernel_budgets.json.
+
+`python -m tests.gpu.kernel_budgets --write` compiles all and writes the table anew; without
+`--write` it prints what differs and fails. Nothing is run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from portalm_backends.gpu_common import attention
+from portalm_backends.gpu_common.kernels import kv_cache, paged_attention
+from tests.gpu.operation_launches import FP8_OPERATIONS, OPERATIONS
+from tests.gpu.triton_targets import SHARED_LIMIT, TARGETS, Compiled, compile_for
+
+TABLE = Path(__file__).with_suffix(".json")
+
+Budgets = dict[str, dict[str, dict[str, int]]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Launch:
+    """A kernel with the types and constants of one of its launches."""
+
+    kernel: Any
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    num_warps: int = 4
+    num_stages: int = 2
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def compile(self, target: str) -> Compiled:
+        return compile_for(
+            self.kernel,
+            self.signature,
+            self.constants,
+            target,
+            num_warps=self.num_warps,
+            num_stages=self.num_stages,
+            **self.options,
+        )
+
+
+_ATTENTION_TYPES = {
+    "out": "*bf16",
+    "query": "*bf16",
+    "cache": "*bf16",
+    "partials": "*fp32",
+    "part_weights": "*fp32",
+    "table": "*i32",
+    "items": "*i32",
+    "merges": "*i32",
+    "slopes": "*fp32",
+    "sinks": "*fp32",
+    "query_stride": "i32:16",
+    "table_stride": "i32",
+    "score_scale": "fp32",
+    "cap": "fp32",
+    "window": "i32",
+}
+
+
+def _attention(
+    target: str,
+    kind: str,
+    *,
+    head_size: int = 128,
+    block_size: int = 16,
+    group: int = 4,
+    dtype: str = "bf16",
+    kv_dtype: str | None = None,
+    has_all: bool = False,
+) -> Launch:
+    """`attention.attend` of a decode (narrow) or a prompt (wide)."""
+    torch_dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
+    family = attention.family_of(target)
+    shape = attention.tile_shape(kind, family, torch_dtype, head_size, group)
+    item_tokens = 1 if kind == "narrow" else 128 // group
+    types = _ATTENTION_TYPES | dict.fromkeys(("query", "out"), f"*{dtype}")
+    return Launch(
+        kernel=paged_attention.attention_kernel,
+        signature=types | {"cache": f"*{kv_dtype or dtype}"},
+        constants={
+            "GROUP": group,
+            "NUM_KV_HEADS": 8,
+            "D": head_size,
+            "DP": 1 << (head_size - 1).bit_length(),
+            "BLOCK": block_size,
+            "TILE": shape.tile,
+            "ROWS": shape.rows,
+            "TOKENS": min(shape.rows // group, item_tokens),
+            "ITEM_TOKENS": item_tokens,
+            "IS_WIDE": kind == "wide",
+            "HAS_CAP": has_all,
+            "HAS_WINDOW": has_all,
+            "HAS_ALIBI": has_all,
+            "HAS_SINKS": has_all,
+        },
+        num_warps=shape.num_warps,
+        num_stages=shape.num_stages,
+        options=shape.options(),
+    )
+
+
+def _merge(target: str) -> Launch:
+    return Launch(
+        kernel=paged_attention.merge_kernel,
+        signature=_ATTENTION_TYPES,
+        constants={
+            "GROUP": 4,
+            "GROUP_PADDED": 4,
+            "NUM_KV_HEADS": 8,
+            "D": 128,
+            "DP": 128,
+            "ITEM_TOKENS": 1,
+            "HAS_SINKS": False,
+        },
+    )
+
+
+def _encoder(target: str) -> Launch:
+    shape = attention.tile_shape("wide", attention.family_of(target), torch.bfloat16, 64, 1)
+    types = dict.fromkeys(("query", "key", "value", "out"), "*bf16")
+    strides = {f"{name}_stride": "i32:16" for name in ("query", "key", "value")}
+    return Launch(
+        kernel=paged_attention.encoder_kernel,
+        signature={**types, **strides, "query_start_loc": "*i32", "score_scale": "fp32"},
+        constants={
+            "GROUP": 1,
+            "NUM_KV_HEADS": 12,
+            "D": 64,
+            "DP": 64,
+            "TILE": shape.tile,
+            "ROWS": shape.rows,
+            "TOKENS": shape.rows,
+        },
+        num_warps=shape.num_warps,
+        num_stages=min(shape.num_stages, 3),
+        options=shape.options(),
+    )
+
+
+def _write(target: str) -> Launch:
+    types = dict.fromkeys(("key", "value", "cache"), "*bf16")
+    return Launch(
+        kernel=kv_cache.write_kernel,
+        signature={**types, "slots": "*i32", "key_stride": "i32:16", "value_stride": "i32:16"},
+        constants={
+            "NUM_KV_HEADS": 8,
+            "HEADS_PADDED": 8,
+            "D": 128,
+            "DP": 128,
+            "BLOCK": 16,
+            "LARGEST": 0.0,
+        },
+    )
+
+
+def _rotate_write(target: str) -> Launch:
+    types = dict.fromkeys(("query", "key", "value", "query_out", "cache"), "*bf16")
+    indices = {"slots": "*i32", "positions": "*i32", "cos_sin": "*fp32"}
+    strides = {f"{name}_stride": "i32:16" for name in ("query", "key", "value")}
+    return Launch(
+        kernel=kv_cache.rotate_write_kernel,
+        signature={**types, **indices, **strides},
+        constants={
+            "GROUP": 4,
+            "GROUP_PADDED": 4,
+            "NUM_KV_HEADS": 8,
+            "D": 128,
+            "DP": 128,
+            "R": 128,
+            "HALF_PADDED": 64,
+            "REST_PADDED": 0,
+            "BLOCK": 16,
+            "IS_INTERLEAVED": False,
+            "LARGEST": 0.0,
+        },
+        num_warps=1,
+    )
+
+
+def _copy(target: str) -> Launch:
+    return Launch(
+        kernel=kv_cache.copy_kernel,
+        signature={
+            "cache": "*i32",
+            "source": "*i32",
+            "destination": "*i32",
+            "layer_words": "i64:16",
+            "block_words": "i32:16",
+        },
+        constants={"WORDS": 4096},
+    )
+
+
+LAUNCHES: dict[str, Callable[[str], Launch]] = {
+    "attention, decode": lambda target: _attention(target, "narrow"),
+    "attention, decode, all features": lambda t: _attention(t, "narrow", has_all=True),
+    "attention, decode, blocks of 64": lambda t: _attention(t, "narrow", block_size=64),
+    "attention, decode, head 64": lambda t: _attention(t, "narrow", head_size=64),
+    "attention, decode, head 256": lambda t: _attention(t, "narrow", head_size=256),
+    "attention, decode, fp32": lambda t: _attention(t, "narrow", dtype="fp32"),
+    "attention, prefill": lambda t: _attention(t, "wide"),
+    "attention, prefill, all features": lambda t: _attention(t, "wide", has_all=True),
+    "attention, prefill, head 64": lambda t: _attention(t, "wide", head_size=64),
+    "attention, prefill, head 256": lambda t: _attention(t, "wide", head_size=256),
+    "attention, prefill, fp32": lambda t: _attention(t, "wide", dtype="fp32"),
+    "attention, merge": _merge,
+    "attention, encoder": _encoder,
+    "cache, write": _write,
+    "cache, rotate and write": _rotate_write,
+    "cache, copy": _copy,
+}
+"""By name: how a kernel is launched on a target."""
+
+FP8_TARGETS = ("sm_90", "sm_100", "gfx950")
+FP8_LAUNCHES: dict[str, Callable[[str], Launch]] = {
+    "attention, decode, fp8 cache": lambda t: _attention(t, "narrow", kv_dtype="fp8e4nv"),
+    "attention, prefill, fp8 cache": lambda t: _attention(t, "wide", kv_dtype="fp8e4nv"),
+}
+"""Those of targets that have 8-bit floats of the kind in checkpoints."""
+
+
+OPERATION_TARGETS = ("sm_90", "gfx942")
+"""Where the operations' kernels are measured: one of each maker."""
+
+
+def launches(target: str) -> dict[str, Callable[[str], Launch]]:
+    """All that is measured for a target."""
+    found = LAUNCHES | (FP8_LAUNCHES if target in FP8_TARGETS else {})
+    if target in OPERATION_TARGETS:
+        operations = OPERATIONS | (FP8_OPERATIONS if target in FP8_TARGETS else {})
+        found |= {name: partial(_same, how) for name, how in operations.items()}
+    return found
+
+
+def _same(how: dict[str, Any], target: str) -> Launch:
+    """Launched alike on every target."""
+    return Launch(**how)
+
+
+def measure(target: str, name: str) -> dict[str, int]:
+    """Registers, shared bytes, spills and programs a multiprocessor of one kernel."""
+    return dataclasses.asdict(launches(target)[name](target).compile(target).resources)
+
+
+def over_budget(target: str, name: str, taken: dict[str, int]) -> list[str]:
+    """What is more than the table allows: 8 registers and an eighth of shared memory are slack.
+
+    Another release of the compiler allocates a little differently; spills have no slack.
+    """
+    allowed = json.loads(TABLE.read_text())[name][target]
+    limits = {
+        "registers": allowed["registers"] + 8,
+        "shared": min(allowed["shared"] * 9 // 8, SHARED_LIMIT[target]),
+        "spills": allowed["spills"],
+    }
+    return [
+        f"{name} on {target}: {taken[what]} {what}, {limit} allowed"
+        for what, limit in limits.items()
+        if taken[what] > limit
+    ]
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", action="store_true", help="write the table")
+    parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=TARGETS)
+    parser.add_argument("--only", default="", help="kernels whose name contains this")
+    arguments = parser.parse_args()
+    table: Budgets = json.loads(TABLE.read_text()) if TABLE.exists() else {}
+    failures: list[str] = []
+    for target in arguments.targets:
+        for name in launches(target):
+            if arguments.only not in name:
+                continue
+            taken = measure(target, name)
+            print(f"{target:8} {name:34} {taken}", flush=True)
+            if arguments.write:
+                table.setdefault(name, {})[target] = taken
+                TABLE.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+            else:
+                failures += over_budget(target, name, taken)
+    print("\n".join(failures))
+    sys.exit(1 if failures else 0)
+
+
+if __name__ == "__main__":
+    main()
