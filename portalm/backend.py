@@ -106,7 +106,8 @@ class Capabilities:
     """Of: sliding_window, soft_cap, alibi, sinks, batch_invariant (a request's logits do not
     depend, bit for bit, on what else is in the batch)."""
     quantizations: frozenset[str] = frozenset()
-    """Of `QUANTIZED_FORMATS`: weights that `pack` takes as they are, or rounds to."""
+    """Of `QUANTIZED_FORMATS`: weights that `pack` takes as they are, or rounds to. And fp8: what it
+    rounds to, by rows of a scale of their own, as `linear` rounds activations then."""
     static_shapes: bool = False
     """Every step must be padded to one of `buckets()`; else a step that no captured bucket holds
     runs as it is."""

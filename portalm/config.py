@@ -188,10 +188,10 @@ class SchedulerConfig:
             )
 
 
-CHECKPOINT_SCHEMES = ("awq", "bitsandbytes", "compressed-tensors", "fp8", "gptq")
+CHECKPOINT_SCHEMES = ("awq", "bitsandbytes", "compressed-tensors", "gptq")
 """How checkpoints write weights of few bits (portalm/quant)."""
 
-QUANTIZATIONS = ("auto", "none", "int8", "int4", *CHECKPOINT_SCHEMES)
+QUANTIZATIONS = ("auto", "none", "int8", "int4", "fp8", *CHECKPOINT_SCHEMES)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -209,7 +209,7 @@ class EngineConfig:
     quantization: str = "auto"
     """What weights are computed with. auto: the values that the checkpoint has, in its own few bits
     where the device can and `dtype` is not float32; none: `dtype`, dequantised if need be; int8,
-    int4: rounded where they have more, and activations to 8 bits; a name of
+    int4: rounded where they have more, and activations to 8 bits; fp8: as int8, in float8; a name of
     `CHECKPOINT_SCHEMES`: as auto, of a checkpoint that must be of that scheme."""
     max_model_len: int | None = None
     """Longest prompt plus answer; None: what the model was made for."""

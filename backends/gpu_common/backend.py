@@ -30,12 +30,12 @@ from portalm_backends.gpu_common.archs import Arch
 from portalm_backends.gpu_common.device import Gpu, error_kind
 from portalm_backends.gpu_common.graph import Graphs, decode_buckets
 from portalm_backends.gpu_common.transfers import Transfers
-from portalm_backends.gpu_common.weights import QUANTIZATIONS, FewBitWeight, GpuWeight, pack
+from portalm_backends.gpu_common.weights import FP8, QUANTIZATIONS, FewBitWeight, GpuWeight, pack
 from portalm_backends.portable.backend import TorchBackend
 
 if TYPE_CHECKING:
     from portalm_backends.gpu_common import attention, cache
-    from portalm_backends.gpu_common.kernels import linear, norms, rope, sampling, silu_mul
+    from portalm_backends.gpu_common.kernels import fp8, linear, norms, rope, sampling, silu_mul
 
 
 class GpuBackend(TorchBackend):
@@ -51,7 +51,8 @@ class GpuBackend(TorchBackend):
         super().__init__()
         _import_kernels()
         self.arch = known_arch(gpu.arch, self.archs)
-        self.capabilities = capabilities(self.arch)
+        self._fp8 = fp8.dtype_of(gpu.handle)
+        self.capabilities = capabilities(self.arch, has_fp8_products=self._fp8 is not None)
         self._gpu = gpu
         self._native: native.NativeKernels | None = None
         if gpu.runs_native and native.missing(self.native_name, gpu.arch) is None:
@@ -277,9 +278,9 @@ class GpuBackend(TorchBackend):
 
 def _import_kernels() -> None:
     """Triton is imported when a GPU is started, not where one is only looked for."""
-    global attention, cache, linear, norms, rope, sampling, silu_mul
+    global attention, cache, fp8, linear, norms, rope, sampling, silu_mul
     from portalm_backends.gpu_common import attention, cache
-    from portalm_backends.gpu_common.kernels import linear, norms, rope, sampling, silu_mul
+    from portalm_backends.gpu_common.kernels import fp8, linear, norms, rope, sampling, silu_mul
 
 
 def known_arch(name: str, archs: dict[str, Arch]) -> Arch:
@@ -290,14 +291,14 @@ def known_arch(name: str, archs: dict[str, Arch]) -> Arch:
     return archs[name]
 
 
-def capabilities(arch: Arch) -> Capabilities:
-    """What this folder's kernels do on `arch`."""
+def capabilities(arch: Arch, *, has_fp8_products: bool) -> Capabilities:
+    """What this folder's kernels do on `arch`, and torch's products there."""
     return Capabilities(
         dtypes=cache.DTYPES,
         kv_dtypes=cache.DTYPES | (arch.fp8 & cache.FP8_DTYPES),
         head_sizes=cache.HEAD_SIZES,
         block_sizes=cache.BLOCK_SIZES,
-        quantizations=QUANTIZATIONS,
+        quantizations=QUANTIZATIONS | ({FP8} if has_fp8_products else set()),
         features=frozenset({"sliding_window", "soft_cap", "alibi", "sinks"}),
         measures_memory=True,
         max_steps_in_flight=2,

@@ -156,6 +156,11 @@ def round_to(weight: torch.Tensor, format: str) -> QuantizedWeight:
 def _as_fp8(weight: torch.Tensor, fp8: torch.dtype | None) -> Fp8Weight:
     if fp8 is None:
         raise BackendError("unsupported", "this device does not multiply float8 by rows")
+    if weight.dtype != torch.bfloat16:
+        raise BackendError(
+            "unsupported",
+            f"float8 products are bfloat16, the model is {weight.dtype}: use --dtype bfloat16",
+        )
     if weight.shape[0] % 16 or weight.shape[1] % 16:
         raise BackendError(
             "unsupported",

@@ -44,6 +44,7 @@ _ROUNDED = {
     "int8": Quantization(keep=True, layers="int8", head="int8"),
     # the head decides between tokens: 4 bits there cost more than they save
     "int4": Quantization(keep=True, layers="int4_min", head="int8"),
+    "fp8": Quantization(layers="fp8"),
 }
 
 _GRAMMAR_WAIT_S = 0.01
@@ -547,7 +548,7 @@ def _choose_quantization(config: EngineConfig, backend: Backend, dtype: str) -> 
     quantization = _ROUNDED[config.quantization]
     claimed = backend.capabilities.quantizations
     for name in (quantization.layers, quantization.head):
-        if name not in claimed:
+        if name is not None and name not in claimed:
             raise Unsupported(
                 f"backend {backend.name!r} does not compute with {config.quantization} weights; "
                 f"it does with: {', '.join(sorted(claimed)) or 'none of few bits'}"

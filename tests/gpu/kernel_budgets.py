@@ -12,6 +12,7 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 
 from portalm_backends.gpu_common import attention
 from portalm_backends.gpu_common.kernels import kv_cache, paged_attention
+from tests.gpu.operation_launches import FP8_OPERATIONS, OPERATIONS
 from tests.gpu.triton_targets import SHARED_LIMIT, TARGETS, Compiled, compile_for
 
 TABLE = Path(__file__).with_suffix(".json")
@@ -230,9 +232,22 @@ FP8_LAUNCHES: dict[str, Callable[[str], Launch]] = {
 """Those of targets that have 8-bit floats of the kind in checkpoints."""
 
 
+OPERATION_TARGETS = ("sm_90", "gfx942")
+"""Where the operations' kernels are measured: one of each maker."""
+
+
 def launches(target: str) -> dict[str, Callable[[str], Launch]]:
-    """All that a target runs."""
-    return LAUNCHES | (FP8_LAUNCHES if target in FP8_TARGETS else {})
+    """All that is measured for a target."""
+    found = LAUNCHES | (FP8_LAUNCHES if target in FP8_TARGETS else {})
+    if target in OPERATION_TARGETS:
+        operations = OPERATIONS | (FP8_OPERATIONS if target in FP8_TARGETS else {})
+        found |= {name: partial(_same, how) for name, how in operations.items()}
+    return found
+
+
+def _same(how: dict[str, Any], target: str) -> Launch:
+    """Launched alike on every target."""
+    return Launch(**how)
 
 
 def measure(target: str, name: str) -> dict[str, int]:

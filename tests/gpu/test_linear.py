@@ -195,7 +195,7 @@ def test_rows_are_rounded_to_float8_by_their_own_scale(dtype: torch.dtype) -> No
 
 
 def test_a_float8_weight_has_a_scale_for_each_row() -> None:
-    weight = normal(32, 48) * torch.logspace(-3, 3, 32)[:, None]
+    weight = (normal(32, 48) * torch.logspace(-3, 3, 32)[:, None]).bfloat16()
 
     packed = weights.pack(weight, CPU, quantization="fp8", fp8=torch.float8_e4m3fn)
 
@@ -207,8 +207,10 @@ def test_a_float8_weight_has_a_scale_for_each_row() -> None:
 def test_float8_is_refused_where_it_cannot_be() -> None:
     with pytest.raises(BackendError, match="does not multiply float8"):
         weights.pack(normal(16, 16), CPU, quantization="fp8")
+    with pytest.raises(BackendError, match="use --dtype bfloat16"):
+        weights.pack(normal(16, 16), CPU, quantization="fp8", fp8=torch.float8_e4m3fn)
     with pytest.raises(BackendError, match="come by 16"):
-        weights.pack(normal(16, 24), CPU, quantization="fp8", fp8=torch.float8_e4m3fn)
+        weights.pack(normal(16, 24).bfloat16(), CPU, quantization="fp8", fp8=torch.float8_e4m3fn)
 
 
 # -- a fault in each --------------------------------------------------------------------------

@@ -364,7 +364,7 @@ def test_a_scheme_that_is_named_must_be_the_checkpoints(tmp_path: Path) -> None:
         answers(folder, quantization="gptq")
     with pytest.raises(CheckpointError, match="does not say that it is awq"):
         answers(plain, quantization="awq")
-    with pytest.raises(ConfigError, match="must be one of auto, none, int8, int4, awq"):
+    with pytest.raises(ConfigError, match="must be one of auto, none, int8, int4, fp8, awq"):
         answers(plain, quantization="exl2")
 
 

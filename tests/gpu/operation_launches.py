@@ -1,0 +1,174 @@
+"""How kernels of operations are launched on a target, as kernel_budgets compiles them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from portalm_backends.gpu_common.kernels import (
+    adjust,
+    fp8,
+    logprobs,
+    matmul,
+    norms,
+    rope,
+    sampling,
+    silu_mul,
+)
+
+_FLOAT, _INT, _LONG, _HALF = "*fp32", "*i32", "*i64", "*bf16"
+
+
+def _types(kind: str, *names: str) -> dict[str, str]:
+    return dict.fromkeys(names, kind)
+
+
+def _sampling() -> dict[str, dict[str, Any]]:
+    rows = {
+        **_types(_FLOAT, "scores_ptr", "temperature_ptr", "top_p_ptr", "min_p_ptr"),
+        **_types(_INT, "top_k_ptr", "left_out_ptr", "kept_ids_ptr", "targets_ptr", "out_ptr"),
+        **_types(_LONG, "seed_ptr", "position_ptr", "best_ptr"),
+        **_types(_FLOAT, "mass_ptr", "kept_scores_ptr"),
+        **_types("i32:16", "vocab_size", "row_stride"),
+        "num_chunks": "i32",
+    }
+    logs = {
+        **_types(_FLOAT, "raw_ptr", "tops_ptr", "masses_ptr", "logprobs_ptr", "top_logprobs_ptr"),
+        **_types(_INT, "token_ids_ptr", "ahead_ptr", "ranks_ptr", "top_ids_ptr"),
+        **_types("i32:16", "vocab_size", "row_stride"),
+        **_types("i32", "num_top", "num_chunks"),
+        "bests_ptr": _LONG,
+    }
+    changes = {
+        **_types(_FLOAT, "logits_ptr", "scores_ptr", "presence_ptr", "frequency_ptr"),
+        **_types(_FLOAT, "repetition_ptr", "values_ptr"),
+        **_types(_INT, "counts_ptr", "masks_ptr", "ids_ptr", "rows_ptr"),
+        **_types("i32:16", "vocab_size", "row_stride", "mask_stride"),
+        **_types("i32", "width", "count"),
+    }
+    chunk = {"CHUNK": sampling.CHUNK}
+    kept = {"CANDIDATES": sampling.CANDIDATES}
+    both = {"HAS_PENALTIES": True, "HAS_MASK": True}
+    block = {"BLOCK": adjust.BLOCK}
+    return {
+        "sampling, scan": _launch(sampling._scan, rows, chunk | kept, 8),
+        "sampling, choose": _launch(
+            sampling._choose,
+            rows,
+            kept | {"NUM_CHUNKS": 32, "SEARCHED": sampling.SEARCHED, "HAS_TARGETS": True},
+            16,
+        ),
+        "sampling, adjust": _launch(adjust._apply, changes, both | {"CHUNK": adjust.CHUNK}),
+        "sampling, count": _launch(adjust._count, changes, block | {"IS_PROMPT": True}),
+        "sampling, bias": _launch(adjust._add, changes, block | {"HAS_MASK": True}),
+        "logprobs, scan": _launch(logprobs._scan, logs, {"CHUNK": logprobs.CHUNK}, 8),
+        "logprobs, merge": _launch(logprobs._merge, logs, {"NUM_CHUNKS": 32, "NUM_BESTS": 1024}),
+    }
+
+
+def _layers() -> dict[str, dict[str, Any]]:
+    norm = {
+        **_types(_HALF, "x_ptr", "residual_ptr", "weight_ptr", "bias_ptr", "out_ptr", "total_ptr"),
+        **_types("i32:16", "outer", "residual_outer", "width"),
+        **_types("i32", "num_rows", "group", "inner", "residual_inner"),
+        "eps": "fp32",
+    }
+    turn = {
+        **_types(_HALF, "query_ptr", "key_ptr", "query_out_ptr", "key_out_ptr"),
+        **_types("i32:16", "query_stride", "query_head_stride", "key_stride", "key_head_stride"),
+        **_types("i32", "num_heads", "num_kv_heads", "query_programs"),
+        "positions_ptr": _INT,
+        "cos_sin_ptr": _FLOAT,
+    }
+    row = {"ROWS": 1, "BLOCK": 4096}
+    head = {"SIZE": 128, "ROTARY": 128, "HALF": 64, "REST": 0, "HEADS": 8}
+    rows = {**_types("i32:16", "width", "row_stride"), "gate_up_ptr": _HALF, "out_ptr": _HALF}
+    return {
+        "rms_norm": _launch(norms._norm, norm, row | _flags(False, False), 8),
+        "add_rms_norm": _launch(norms._norm, norm, row | _flags(True, False), 8),
+        "layer_norm": _launch(norms._norm, norm, row | _flags(False, True), 8),
+        "rms_norm of heads": _launch(
+            norms._norm, norm, {"ROWS": 16, "BLOCK": 128} | _flags(False, False)
+        ),
+        "silu_mul": _launch(silu_mul._silu_mul, rows, {"BLOCK": silu_mul._BLOCK}),
+        "rope, halves": _launch(rope._rope, turn, head | {"IS_INTERLEAVED": False}),
+        "rope, interleaved": _launch(rope._rope, turn, head | {"IS_INTERLEAVED": True}),
+    }
+
+
+def _flags(has_residual: bool, has_bias: bool) -> dict[str, bool]:
+    return {"HAS_RESIDUAL": has_residual, "HAS_BIAS": has_bias}
+
+
+def _products() -> dict[str, dict[str, Any]]:
+    found = {}
+    for name, bits, group, has_minimums in (
+        ("int4", 4, 32, False),
+        ("int4_min", 4, 32, True),
+        ("int8", 8, 32, False),
+        ("int8_g16", 8, 16, False),
+        ("bf16 into float32", 16, matmul._PLAIN_GROUP, False),
+    ):
+        types = {
+            **_types(_HALF, "x_ptr", "bias_ptr"),
+            **_types("*fp16", "scales_ptr", "minimums_ptr"),
+            **_types("i32:16", "n", "k", "x_stride"),
+            **_types("i32", "m", "num_groups", "part"),
+            "values_ptr": _HALF if bits == 16 else "*i8",
+            "out_ptr": _FLOAT,
+        }
+        for block_m in (16, 128):
+            constants = {
+                "GROUP": group,
+                "BITS": bits,
+                "HAS_MINIMUMS": has_minimums,
+                "HAS_BIAS": False,
+                "BLOCK_M": block_m,
+                "BLOCK_N": 64,
+            }
+            num_warps = 4 if block_m < 64 else 8
+            found[f"linear, {name}, {block_m} rows"] = _launch(
+                matmul._matmul, types, constants, num_warps, 3
+            )
+    parts = {
+        **_types(_HALF, "bias_ptr", "out_ptr"),
+        **_types("i32", "m", "num_parts"),
+        "parts_ptr": _FLOAT,
+        "n": "i32:16",
+    }
+    found["linear, parts"] = _launch(matmul._add_parts, parts, {"HAS_BIAS": False, "BLOCK": 256})
+    return found
+
+
+def _launch(
+    kernel: Any,
+    signature: dict[str, str],
+    constants: dict[str, Any],
+    num_warps: int = 4,
+    num_stages: int = 2,
+) -> dict[str, Any]:
+    return {
+        "kernel": kernel,
+        "signature": signature,
+        "constants": constants,
+        "num_warps": num_warps,
+        "num_stages": num_stages,
+    }
+
+
+OPERATIONS: dict[str, dict[str, Any]] = _sampling() | _layers() | _products()
+"""By name: what `kernel_budgets.Launch` is made of, the same on every target."""
+
+FP8_OPERATIONS = {
+    "linear, quantize to fp8": _launch(
+        fp8._quantize,
+        {
+            **_types("i32:16", "width", "row_stride"),
+            "x_ptr": _HALF,
+            "values_ptr": "*fp8e4nv",
+            "scales_ptr": _FLOAT,
+        },
+        {"LARGEST": 448.0, "BLOCK": 4096},
+        8,
+    )
+}
+"""Those of targets that have 8-bit floats of the kind in checkpoints."""
