@@ -1,1 +1,1 @@
-"""XLA devices (TPUs), by JAX; model functions written in torch are traced through torchax."""
+"""The XLA backend: TPUs, and XLA's own clients for the host and GPUs, through JAX."""

@@ -62,19 +62,21 @@ class XlaBackend(TorchBackend):
         jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-        from portalm_backends.xla import attention, cache, encoder, layers, weights
+        from portalm_backends.xla import attention, cache, layers, weights
         from portalm_backends.xla.bridge import Bridge
         from portalm_backends.xla.graph import Programs
 
         self._device = jax.devices(platform)[0]
-        self._attention, self._encoder, self._cache = attention, encoder, cache
-        self._layers, self._weights = layers, weights
+        self._cache, self._layers, self._weights = cache, layers, weights
+        sizes = ("spec", "max_query_len")
+        self._attend = jax.jit(attention.paged_attention, static_argnames=sizes)
+        self._attend_encoder = jax.jit(attention.encoder_attention, static_argnames="spec")
         self._bridge = Bridge(self._device)
         self._programs = Programs(self._bridge, num_threads=len(os.sched_getaffinity(0)))
         self._is_tpu = platform == "tpu"
         self.capabilities = Capabilities(
             dtypes=frozenset({"float32", "bfloat16"}),
-            kv_dtypes=cache.DTYPES,
+            kv_dtypes=frozenset({"float32", "bfloat16", "float16"}),
             features=_FEATURES,
             quantizations=weights.FORMATS,
             static_shapes=True,
@@ -185,7 +187,7 @@ class XlaBackend(TorchBackend):
         """Attention of [T, H, D], all requests in one operation."""
         array = self._bridge.array
         return self._bridge.result(
-            self._attention.paged_attention(
+            self._attend(
                 array(query),
                 kv.layers[layer],
                 array(meta.query_start_loc),
@@ -208,9 +210,7 @@ class XlaBackend(TorchBackend):
         spec: AttentionSpec,
     ) -> torch.Tensor:
         """Attention of [T, H, D] within each request."""
-        return self._call(
-            self._encoder.attention, query, key, value, meta.query_start_loc, spec=spec
-        )
+        return self._call(self._attend_encoder, query, key, value, meta.query_start_loc, spec=spec)
 
     # -- layers -------------------------------------------------------------------------------
 

@@ -123,6 +123,8 @@ def _dtype(spec: KVSpec) -> jnp.dtype:
     return jnp.dtype(spec.dtype)
 
 
+# -- as the backend holds it ------------------------------------------------------------------
+
 _COPIES = 32
 """Blocks that are copied at a time: one program, however many there are."""
 

@@ -473,6 +473,7 @@ class Engine:
         """Wait for the device; the engine may not be used after."""
         while self._in_flight:
             self._in_flight.popleft().result()
+        self.runner.graphs.unseal()  # the backend may be another engine's next
         self._grammars.close()
 
 

@@ -1,14 +1,17 @@
-"""What tests of XLA share: they run by `-m xla`, where the extra is installed."""
+"""What tests of XLA share. They run by `-m xla`, on XLA's CPU client where there is no TPU."""
 
 from __future__ import annotations
 
-import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+pytest.importorskip("jax", reason="JAX is not installed: the extra portalm[tpu] brings it")
+
+from portalm_backends.xla.backend import XlaBackend
+
 HERE = Path(__file__).parent
-collect_ignore_glob = [] if importlib.util.find_spec("jax") else ["test_*.py"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -18,7 +21,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def backend():  # type: ignore[no-untyped-def]
-    from portalm_backends.xla.backend import XlaBackend
-
-    return XlaBackend()
+def backend() -> Iterator[XlaBackend]:
+    yield XlaBackend()

@@ -76,7 +76,7 @@ def add_random(engine: Engine, rng: random.Random, number: int) -> None:
 
 
 def test_1000_random_steps_compile_nothing(tmp_path: Path, backend: XlaBackend) -> None:
-    engine = make_engine(tmp_path, backend, num_gpu_blocks_override=120)
+    engine = make_engine(tmp_path, backend, num_gpu_blocks_override=40)
     rng = random.Random(5)
     failures = []
     with counting() as events:
@@ -87,6 +87,7 @@ def test_1000_random_steps_compile_nothing(tmp_path: Path, backend: XlaBackend) 
                 number += 1
             failures += [o.error for o in engine.step().outputs if o.error]
         run(engine)
+    engine.close()
 
     assert failures == []
     assert events == []
