@@ -92,6 +92,8 @@ class Capabilities:
     static_shapes: bool = False
     """Every step must be padded to one of `buckets()`; else a step that no captured bucket holds
     runs as it is."""
+    auto_dtype: str | None = None
+    """What dtype auto computes in; None: the checkpoint's dtype, where that is claimed."""
     max_steps_in_flight: int = 1
     """1: `to_host` waits for the step. 2: a step may be enqueued while another one runs."""
 
@@ -276,7 +278,7 @@ class SampleOutput:
     ranks: torch.Tensor | None = None
     """int32 [R]: 1 is the most likely token."""
     top_ids: torch.Tensor | None = None
-    """int32 [R, k], most likely first, ties to the lowest id."""
+    """int32 [R, k], most likely first, ties to the lowest id; a captured step may give more."""
     top_logprobs: torch.Tensor | None = None
     """float32 [R, k]"""
     states: torch.Tensor | None = None
@@ -515,6 +517,15 @@ class Backend(Protocol):
 
     def compile(self, fn: StepFn, bucket: Bucket | None, example: StepInputs | None) -> StepFn:
         """Capture a step: a CUDA graph, an XLA program, a native program; same meaning as `fn`."""
+        ...
+
+    def build(
+        self, steps: Sequence[StepFn], weights: Weights, kv: KV, progress: Callable[[float], None]
+    ) -> None:
+        """Do now, side by side, what these captured steps would do when first called.
+
+        `weights` and `kv` are what they will be called with; `progress` is told the share done.
+        """
         ...
 
     def seal(self) -> AbstractContextManager[None]:

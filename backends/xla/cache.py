@@ -7,10 +7,14 @@ one head is whole tiles, heads of 64 fill the 128 lanes, and no head is padded b
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
 
 from portalm.backend import KVSpec
 from portalm.errors import BackendError, Unsupported
@@ -117,3 +121,40 @@ def _dtype(spec: KVSpec) -> jnp.dtype:
             f"not {spec.dtype}"
         )
     return jnp.dtype(spec.dtype)
+
+
+# -- as the backend holds it ------------------------------------------------------------------
+
+_COPIES = 32
+"""Blocks that are copied at a time: one program, however many there are."""
+
+
+@dataclass(frozen=True, slots=True)
+class XlaKV:
+    """A cache of `num_blocks` blocks, the null block included."""
+
+    spec: KVSpec
+    num_blocks: int
+    layers: tuple[jax.Array, ...]
+
+    def with_layer(self, layer: int, array: jax.Array) -> XlaKV:
+        """The same with one layer's array replaced."""
+        return replace(self, layers=(*self.layers[:layer], array, *self.layers[layer + 1 :]))
+
+
+def copy_blocks(
+    layers: tuple[jax.Array, ...], src: npt.NDArray[np.int32], dst: npt.NDArray[np.int32]
+) -> tuple[jax.Array, ...]:
+    """Blocks src[i] copied to dst[i], int32 [N] each, over all layers; what came in is gone."""
+    for start in range(0, max(1, len(src)), _COPIES):
+        pairs = np.zeros((2, _COPIES), np.int32)  # padding copies the null block to itself
+        some = slice(start, start + _COPIES)
+        pairs[:, : len(src[some])] = src[some], dst[some]
+        layers = copy_in_place(layers, *pairs)
+    return layers
+
+
+write_in_place = functools.partial(jax.jit, donate_argnums=0)(write)
+copy_in_place = functools.partial(jax.jit, donate_argnums=0)(copy)
+import_in_place = functools.partial(jax.jit, donate_argnums=0)(import_blocks)
+export_jitted = functools.partial(jax.jit, static_argnums=2)(export_blocks)

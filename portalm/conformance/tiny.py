@@ -53,7 +53,7 @@ def tiny_engine(subject: Subject, variant: str = "llama", **settings: Any) -> It
     config = {**_CONFIG, "head_dim": head_size, "torch_dtype": subject.dtype, **VARIANTS[variant]}
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(config))
-        yield Engine(
+        engine = Engine(
             EngineConfig.from_dict(
                 {
                     "model": folder,
@@ -68,6 +68,8 @@ def tiny_engine(subject: Subject, variant: str = "llama", **settings: Any) -> It
             ),
             backend=subject.backend,
         )
+        yield engine
+        engine.close()
 
 
 def ask(engine: Engine, request_id: str, prompt: Sequence[int], **params: Any) -> None:
