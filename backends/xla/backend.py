@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
     from portalm_backends.xla.cache import XlaKV
     from portalm_backends.xla.weights import Weight
 
+logger = logging.getLogger(__name__)
+
 _FEATURES = frozenset({"sliding_window", "soft_cap", "alibi", "sinks"})
 _PACKAGES = ("jax", "jaxlib", "torchax")
 
@@ -62,12 +65,13 @@ class XlaBackend(TorchBackend):
         jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-        from portalm_backends.xla import attention, cache, layers, weights
+        from portalm_backends.xla import attention, cache, kernels, layers, weights
         from portalm_backends.xla.bridge import Bridge
         from portalm_backends.xla.graph import Programs
 
         self._device = jax.devices(platform)[0]
-        self._cache, self._layers, self._weights = cache, layers, weights
+        self._cache, self._kernels = cache, kernels
+        self._layers, self._weights = layers, weights
         sizes = ("spec", "max_query_len")
         self._attend = jax.jit(attention.paged_attention, static_argnames=sizes)
         self._attend_encoder = jax.jit(attention.encoder_attention, static_argnames="spec")
@@ -147,16 +151,27 @@ class XlaBackend(TorchBackend):
         return self._cache.bytes_per_block(spec, is_tpu=self._is_tpu)
 
     def kv_alloc(self, spec: KVSpec, num_blocks: int) -> XlaKV:
-        """One array a layer."""
+        """One array a layer; one warning where a TPU has no kernels for it."""
+        reason = self._kernels.why_not(spec)
+        if self._is_tpu and reason is not None:
+            logger.warning("attention is XLA's operations, which are slower: %s", reason)
         layers = self._cache.allocate(spec, num_blocks, is_tpu=self._is_tpu, device=self._device)
         return self._cache.XlaKV(spec, num_blocks, layers)
 
     def kv_write(
         self, kv: XlaKV, layer: int, key: torch.Tensor, value: torch.Tensor, meta: StepMeta
     ) -> XlaKV:
-        """Scatter [T, H_kv, D] each into their slots; the cache that came in is gone."""
-        arrays = (self._bridge.array(x) for x in (key, value, meta.slot_mapping))
-        return kv.with_layer(layer, self._cache.write_in_place(kv.layers[layer], *arrays))
+        """Put [T, H_kv, D] each into their slots; the cache that came in is gone."""
+        if self._has_kernels(kv):
+            write = self._kernels.write_in_place
+            where = (meta.query_start_loc, meta.seq_lens, meta.block_table)
+        else:
+            write, where = self._cache.write_in_place, (meta.slot_mapping,)
+        arrays = (self._bridge.array(x) for x in (key, value, *where))
+        return kv.with_layer(layer, write(kv.layers[layer], *arrays))
+
+    def _has_kernels(self, kv: XlaKV) -> bool:
+        return self._is_tpu and self._kernels.why_not(kv.spec) is None
 
     def kv_copy(self, kv: XlaKV, src: torch.Tensor, dst: torch.Tensor) -> XlaKV:
         """Blocks src[i] to dst[i], int32 [N] each, over all layers."""
@@ -186,8 +201,9 @@ class XlaBackend(TorchBackend):
     ) -> torch.Tensor:
         """Attention of [T, H, D], all requests in one operation."""
         array = self._bridge.array
+        attend = self._kernels.attend if self._has_kernels(kv) else self._attend
         return self._bridge.result(
-            self._attend(
+            attend(
                 array(query),
                 kv.layers[layer],
                 array(meta.query_start_loc),

@@ -135,6 +135,12 @@ class Program:
 
     def begin(self, weights: Weights, kv: KV) -> None:
         """Trace the step over such weights and cache, and have it compiled."""
+        self._compiled = self._programs.compilers.submit(self.lower(weights, kv).compile)
+
+    def lower(
+        self, weights: Weights, kv: KV, sharding: jax.sharding.Sharding | None = None
+    ) -> jax.stages.Lowered:
+        """The step traced over such weights and cache; for another device, where one is named."""
         self._take(weights)
         bridge = self._programs.bridge
         logits_shape: list[tuple[int, ...]] = []
@@ -155,15 +161,20 @@ class Program:
             states = None if out.states is None else bridge.array(out.states)
             return () if kv is None else step_kv.layers, ids, handed_on, trace.logits, states
 
-        lowered = jax.jit(program, donate_argnums=1).lower(
+        arguments = (
             self._arrays,
             () if kv is None else kv.layers,
             jax.ShapeDtypeStruct((self._layout.size,), jnp.int32),
             jax.ShapeDtypeStruct((self._programs.max_rows,), jnp.int32),
         )
-        self._compiled = self._programs.compilers.submit(lowered.compile)
-        if logits_shape:
+        if sharding is not None:
+            arguments = jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments
+            )
+        lowered = jax.jit(program, donate_argnums=1).lower(*arguments)
+        if logits_shape and sharding is None:
             self._finisher = self._programs.finisher(*logits_shape[0])
+        return lowered
 
     def wait(self) -> None:
         """Until all is compiled."""

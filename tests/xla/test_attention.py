@@ -78,7 +78,7 @@ def test_head_and_block_sizes(head_size, lanes, block_size):
 
 def test_more_decodes_than_a_group_before_queries_of_several_tiles():
     lengths = (1,) * (attention.GROUP + 3) + (2 * attention.TILE + 5, 3)
-    contexts = tuple(range(120, 120 + attention.GROUP + 3)) + (200, 130)
+    contexts = (*range(120, 120 + attention.GROUP + 3), 200, 130)
 
     require_right(make_step(Batch("crowd", lengths, contexts), _GQA))
 

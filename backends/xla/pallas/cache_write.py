@@ -1,15 +1,15 @@
 """cache_write: put a step's keys and values into the paged KV cache, in place.
 
-  rows     [H_kv, T', 2 P]      the new tokens, a value behind its key; a block's worth of room around
+  rows     [H_kv, T', 2 P]      the new tokens, a value behind its key; room for a block around
   layer    [NB, H_kv, B, 2 P]   the cache of one layer, aliased to the result
   and, of each block that the step touches: the block, the row that belongs to its first slot, and
   which of its slots are written (int32, in scalar memory)
 
-Mapping:  one grid step a touched block. Pallas' pipeline fetches the block and the two blocks' worth
-          of rows around its own, and stores it while the next one is on its way. The rows do not
+Mapping:  one grid step a touched block. Pallas' pipeline fetches the block and twice as many rows,
+          its own among them, and stores it while the next one is on its way. Its rows do not
           begin at a tile, so they are rotated into place.
 Bound by: memory and the number of grid steps: a block is read and written whole.
-Needs:    B and 2 P whole tiles (`limits.why_not`); a block belongs to one request of the step.
+Needs:    B and 2 P whole tiles (`kernels.why_not`); a block belongs to one request of the step.
 Meaning:  cache.write, but that padding is not written at all.
 """
 

@@ -2,19 +2,19 @@
 
   query    [H_kv, T * G', W]    rows of a KV head: a token's query heads next to each other
   layer    [NB, H_kv, B, 2 P]   the cache of one layer; already holds this step
-  and in scalar memory, int32: query_start_loc [S + 1], seq_lens [S], block_table [S * MB], and the
-  first request of each tile of tokens
+  and in scalar memory, int32: query_start_loc [S + 1], seq_lens [S], block_table [S * MB], and
+  the first request of each tile of tokens
 
-Mapping:  one grid step a tile of tokens. Within it, the requests that own tokens of the tile; of each
-          the chunks of its context that some row sees. Blocks of the next chunk, be it another
-          request's or the next tile's, are fetched while this one is computed. Rows of other
-          requests are masked: with one token a tile (decodes) there are none.
+Mapping:  one grid step a tile of tokens. Within it, the requests that own tokens of the tile; of
+          each the chunks of its context that some row sees. Blocks of the next chunk, be it
+          another request's or the next tile's, are fetched while this one is computed. Rows of
+          other requests are masked: with one token a tile (decodes) there are none.
 Bound by: memory in decodes: a block is read once a tile, all heads together.
-Needs:    B and 2 P whole tiles, block tables that fit into scalar memory (`limits.why_not`).
+Needs:    B and 2 P whole tiles (`kernels.why_not`), block tables that fit into scalar memory.
 Meaning:  attention.paged_attention.
 
-Where P is 64, a row of the cache is a key and its value in 128 lanes. The query then has zeros where
-the value is, and of the product with the weights the half that belongs to the value counts.
+Where P is 64, a row of the cache is a key and its value in 128 lanes. The query then has zeros
+where the value is, and of the product with the weights the half that belongs to the value counts.
 """
 
 from __future__ import annotations
@@ -70,7 +70,12 @@ class Shape:
 
 
 def shape_for(
-    layer: tuple[int, ...], spec: AttentionSpec, *, itemsize: int, num_blocks: int, max_query_len: int
+    layer: tuple[int, ...],
+    spec: AttentionSpec,
+    *,
+    itemsize: int,
+    num_blocks: int,
+    max_query_len: int,
 ) -> Shape:
     """The cut for a layer's array [NB, H_kv, B, 2 P]."""
     _, num_kv_heads, block_size, width = layer
@@ -265,7 +270,7 @@ class _Fetcher:
 
 
 def _kernel(spec: AttentionSpec, shape: Shape, has_sinks: bool, *refs: Any) -> None:
-    loc, seq_lens, table, first_request, layer, query, *extras = refs[: -7]
+    loc, seq_lens, table, first_request, layer, query, *extras = refs[:-7]
     out, buffer, semaphores, turn, largest, total, weighted = refs[-7:]
     slopes = extras[0] if spec.alibi_slopes is not None else None
     sinks = extras[-1] if has_sinks else None
@@ -296,8 +301,10 @@ def _kernel(spec: AttentionSpec, shape: Shape, has_sinks: bool, *refs: Any) -> N
         _clear_dead_slots(buffer.at[slot], chunk, *schedule.seen(tile, request), shape)
         distance, is_seen = _what_rows_see(schedule, tile, request, chunk)
         for head in range(spec.num_kv_heads):
-            kv = buffer[slot, :, head].reshape(shape.chunk, 2 * shape.lanes)
-            key, value = (kv, kv) if shape.is_joint else (kv[:, : shape.lanes], kv[:, shape.lanes :])
+            kv = buffer[slot, :, head].reshape(shape.chunk, 2 * shape.lanes).astype(query.dtype)
+            key, value = (
+                (kv, kv) if shape.is_joint else (kv[:, : shape.lanes], kv[:, shape.lanes :])
+            )
             scores = _scores(query[head], key, spec)
             if slopes is not None:
                 scores = scores + slopes[head] * distance.astype(jnp.float32)
@@ -357,7 +364,7 @@ def _scores(query: jax.Array, key: jax.Array, spec: AttentionSpec) -> jax.Array:
 
 
 def _product(left: jax.Array, right: jax.Array, axes: tuple[int, int]) -> jax.Array:
-    """The float32 product of two matrices over these axes, in full precision if they are float32."""
+    """The float32 product of two matrices over these axes; that of float32 ones in full."""
     is_single = left.dtype == jnp.float32
     return lax.dot_general(
         left,
