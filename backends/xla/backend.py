@@ -9,6 +9,7 @@ import importlib.metadata
 import importlib.util
 import logging
 import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,7 @@ from portalm.backend import (
     Weights,
 )
 from portalm.config import MAX_PROMPT_LOGPROB_ROWS, cache_dir
+from portalm.errors import Unsupported
 from portalm_backends.portable.backend import DoneFuture, TorchBackend
 from portalm_backends.xla import memory
 
@@ -55,8 +57,12 @@ class XlaBackend(TorchBackend):
     # what stands for a TPU is taken when it is named, not before the kernels made for a CPU
     rank = 20 if memory.tpu_chips() else -5
 
-    def __init__(self) -> None:
-        """Start JAX on the TPU, or on the host where there is none."""
+    def __init__(self, num_devices: int = 1) -> None:
+        """Start JAX on TPUs, or on the host where there are none.
+
+        Args:
+            num_devices: that divide weights and KV heads among them.
+        """
         super().__init__()
         import jax
 
@@ -69,13 +75,16 @@ class XlaBackend(TorchBackend):
         from portalm_backends.xla.bridge import Bridge
         from portalm_backends.xla.graph import Programs
 
-        self._device = jax.devices(platform)[0]
+        devices = jax.devices(platform)
+        if num_devices > len(devices):
+            raise Unsupported(f"{num_devices} devices were asked for, JAX finds {len(devices)}")
+        self._device = devices[0]
         self._cache, self._kernels = cache, kernels
         self._layers, self._weights = layers, weights
         sizes = ("spec", "max_query_len")
         self._attend = jax.jit(attention.paged_attention, static_argnames=sizes)
         self._attend_encoder = jax.jit(attention.encoder_attention, static_argnames="spec")
-        self._bridge = Bridge(self._device)
+        self._bridge = Bridge(devices[:num_devices])
         self._programs = Programs(self._bridge, num_threads=len(os.sched_getaffinity(0)))
         self._is_tpu = platform == "tpu"
         self.capabilities = Capabilities(
@@ -155,7 +164,8 @@ class XlaBackend(TorchBackend):
         reason = self._kernels.why_not(spec)
         if self._is_tpu and reason is not None:
             logger.warning("attention is XLA's operations, which are slower: %s", reason)
-        layers = self._cache.allocate(spec, num_blocks, is_tpu=self._is_tpu, device=self._device)
+        heads = self._bridge.divided(spec.num_kv_heads, axis=1)
+        layers = self._cache.allocate(spec, num_blocks, is_tpu=self._is_tpu, device=heads)
         return self._cache.XlaKV(spec, num_blocks, layers)
 
     def kv_write(
@@ -171,7 +181,9 @@ class XlaBackend(TorchBackend):
         return kv.with_layer(layer, write(kv.layers[layer], *arrays))
 
     def _has_kernels(self, kv: XlaKV) -> bool:
-        return self._is_tpu and self._kernels.why_not(kv.spec) is None
+        # XLA divides its own operations among devices, and no kernels
+        is_alone = len(self._bridge.devices) == 1
+        return self._is_tpu and is_alone and self._kernels.why_not(kv.spec) is None
 
     def kv_copy(self, kv: XlaKV, src: torch.Tensor, dst: torch.Tensor) -> XlaKV:
         """Blocks src[i] to dst[i], int32 [N] each, over all layers."""
@@ -327,12 +339,25 @@ class XlaBackend(TorchBackend):
     def build(
         self, steps: Sequence[StepFn], weights: Weights, kv: KV, progress: Callable[[float], None]
     ) -> None:
-        """Trace these one after the other, and compile them side by side."""
+        """Trace these one after the other, and compile them side by side.
+
+        Raises:
+            BackendError: of kind oom, with the numbers, if the largest does not fit.
+        """
+        started = time.perf_counter()
         for step in steps:
             step.begin(weights, kv)
+        traced = time.perf_counter()
         for i, step in enumerate(steps):
             progress(i / len(steps))
             step.wait()
+        logger.info(
+            "%d steps: %.1f s to trace, %.1f s more to compile or to read from the cache",
+            len(steps),
+            traced - started,
+            time.perf_counter() - traced,
+        )
+        memory.require_room(max((step.step_bytes() for step in steps), default=0), self.memory())
 
     def sample(self, logits: torch.Tensor, params: SampleParams) -> SampleOutput:
         """One token from each row of float32 logits [R, V]."""

@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torchax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from torchax.tensor import Tensor as DeviceTensor
 from torchax.view import View
 
@@ -29,6 +30,9 @@ from portalm.errors import BackendError, BackendErrorKind
 Array: TypeAlias = Any
 """A `jax.Array`, or what stands for one while a program is traced."""
 
+_AXIS = "tensor"
+"""Along which devices divide weights."""
+
 _VIEWS = {torch.bfloat16: (torch.int16, ml_dtypes.bfloat16)}
 """dtypes that numpy has no name for: what to see them as on the way."""
 
@@ -36,12 +40,18 @@ _VIEWS = {torch.bfloat16: (torch.int16, ml_dtypes.bfloat16)}
 class Bridge:
     """One device's side of it."""
 
-    def __init__(self, device: Any) -> None:
-        """To `device`, a `jax.Device`."""
-        self.device = device
+    def __init__(self, devices: Sequence[Any]) -> None:
+        """To these `jax.Device`s: weights and KV heads are divided among them.
+
+        XLA puts what they have to tell each other into the programs (Xu et al., "GSPMD", 2021).
+        """
+        self.devices = devices
+        self._mesh = Mesh(np.array(devices), (_AXIS,))
+        self.whole = NamedSharding(self._mesh, PartitionSpec())
+        """Each device has all of it."""
         # the CPU client's last passes take half of the compilation and win next to nothing
         self.compiler_options: dict[str, Any] = (
-            {"xla_backend_optimization_level": 1} if device.platform == "cpu" else {}
+            {"xla_backend_optimization_level": 1} if devices[0].platform == "cpu" else {}
         )
         self._env = torchax.default_env()
         self._local = threading.local()
@@ -54,13 +64,25 @@ class Bridge:
             return tensor.jax()
         return self.put(tensor)
 
-    def put(self, tensor: torch.Tensor) -> Array:
+    def put(self, tensor: torch.Tensor, sharding: NamedSharding | None = None) -> Array:
         """A host tensor on the device, in one copy (none, where the device is the host)."""
         tensor = tensor.detach().contiguous()
         if tensor.dtype in _VIEWS:
             through, dtype = _VIEWS[tensor.dtype]
-            return jax.device_put(tensor.view(through).numpy().view(dtype), self.device)
-        return jax.device_put(tensor.numpy(), self.device)
+            host = tensor.view(through).numpy().view(dtype)
+        else:
+            host = tensor.numpy()
+        return jax.device_put(host, sharding or self.whole)
+
+    def divided(self, size: int, *, axis: int) -> NamedSharding:
+        """An array's `axis` divided among the devices, if `size` is a multiple of their number."""
+        if size % len(self.devices):
+            return self.whole
+        return NamedSharding(self._mesh, PartitionSpec(*[None] * axis, _AXIS))
+
+    def shape(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        """What stands for an array that each device has all of, while a program is traced."""
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=self.whole)
 
     def tensor(self, array: Array) -> torch.Tensor:
         """An array as a tensor that stays on the device."""

@@ -165,14 +165,17 @@ class Program:
         arguments = (
             self._arrays,
             () if kv is None else kv.layers,
-            jax.ShapeDtypeStruct((self._layout.size,), jnp.int32),
-            jax.ShapeDtypeStruct((self._programs.max_rows,), jnp.int32),
+            bridge.shape((self._layout.size,), jnp.int32),
+            bridge.shape((self._programs.max_rows,), jnp.int32),
         )
         if sharding is not None:
             arguments = jax.tree.map(
                 lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments
             )
-        lowered = jax.jit(program, donate_argnums=1).lower(*arguments)
+        # the cache comes back as it went in; the rest each device has all of
+        cache = jax.tree.map(lambda x: x.sharding, arguments[1])
+        results = (cache, *[sharding or bridge.whole] * 4)
+        lowered = jax.jit(program, donate_argnums=1, out_shardings=results).lower(*arguments)
         if logits_shape and sharding is None:
             self._finisher = self._programs.finisher(*logits_shape[0])
         return lowered
@@ -184,6 +187,15 @@ class Program:
             self._compiled.result()
             if self._finisher is not None:
                 self._finisher.wait()
+
+    def step_bytes(self) -> int:
+        """What a step takes beside weights and cache, by the compiled program's own analysis."""
+        assert self._compiled is not None
+        sizes = self._compiled.result().memory_analysis()
+        if sizes is None:  # a client that cannot tell
+            return 0
+        out = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+        return int(sizes.temp_size_in_bytes + out + sizes.generated_code_size_in_bytes)
 
     def __call__(self, weights: Weights, kv: KV, inputs: StepInputs) -> tuple[KV, SampleOutput]:
         """One step; it is only enqueued."""

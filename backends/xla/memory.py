@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from portalm.backend import MemInfo
+from portalm.errors import BackendError
 from portalm_backends.portable import host_memory
 
 _PCI = Path("/sys/bus/pci/devices")
@@ -32,6 +33,22 @@ def tpu_chips(pci: Path = _PCI) -> list[str]:
         if vendor == _GOOGLE and device in _CHIPS:
             chips.append(_CHIPS[device])
     return chips
+
+
+def require_room(step_bytes: int, room: MemInfo) -> None:
+    """Raise `BackendError` of kind oom if the largest step does not fit beside what is there.
+
+    Args:
+        step_bytes: its temporaries and results, by the compiled program's analysis.
+        room: with weights and KV cache on the device.
+    """
+    if step_bytes > room.free:
+        raise BackendError(
+            "oom",
+            f"the largest step takes {step_bytes / 2**20:.0f} MiB beside weights and KV cache, and "
+            f"{room.free / 2**20:.0f} of {room.total / 2**20:.0f} MiB are free: lower "
+            f"--max-num-batched-tokens, --max-num-seqs or --kv-cache-memory-bytes",
+        )
 
 
 def memory(device: Any) -> MemInfo:

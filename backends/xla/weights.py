@@ -42,18 +42,19 @@ def pack(
     bridge: Bridge, weight: torch.Tensor | QuantizedWeight, quantization: str | None
 ) -> Weight:
     """A weight [N, K] of the host on the device, as `Backend.pack` words it."""
+    rows = bridge.divided(weight.shape[0], axis=0)
     if isinstance(weight, torch.Tensor):
         if quantization is None:
-            return bridge.tensor(bridge.put(weight))
+            return bridge.tensor(bridge.put(weight, rows))
         try:
             weight = round_to(weight, quantization)
         except (KeyError, ValueError) as error:
             raise BackendError("unsupported", f"weights cannot be rounded: {error}") from error
     minimums = weight.minimums
     return FewBits(
-        codes=bridge.tensor(jax.device_put(_signed(weight), bridge.device)),
-        scales=bridge.tensor(bridge.put(weight.scales)),
-        minimums=None if minimums is None else bridge.tensor(bridge.put(minimums)),
+        codes=bridge.tensor(jax.device_put(_signed(weight), rows)),
+        scales=bridge.tensor(bridge.put(weight.scales, rows)),
+        minimums=None if minimums is None else bridge.tensor(bridge.put(minimums, rows)),
     )
 
 
