@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import Request
-from starlette.requests import ClientDisconnect
 
 from portalm.engine.input_processor import ProcessedInput
 from portalm.outputs import RequestOutput
@@ -55,6 +54,4 @@ async def collect(
                 found[i] = delta.final
 
     await while_connected(request.receive, gather())
-    if len(found) < len(inputs):
-        raise ClientDisconnect
     return Answers([found[i] for i in sorted(found)])

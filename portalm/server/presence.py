@@ -7,17 +7,21 @@ import contextlib
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
+from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
 T = TypeVar("T")
 
 
-async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T | None:
-    """What `work` gives; cancelled at once, and None, if the client leaves before.
+async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """What `work` gives; it is cancelled at once if the client leaves before.
 
     Args:
         receive: ASGI's, with the whole body received.
         work: what the client waits for.
+
+    Raises:
+        ClientDisconnect: it has left.
     """
     leaving = asyncio.create_task(_left(receive))
     working = asyncio.create_task(work)
@@ -29,7 +33,9 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T |
                 task.cancel()
                 with contextlib.suppress(asyncio.CancelledError):
                     await task
-    return None if working.cancelled() else working.result()
+    if working.cancelled():
+        raise ClientDisconnect
+    return working.result()
 
 
 async def _left(receive: Receive) -> None:

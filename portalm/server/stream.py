@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 from fastapi.responses import Response
+from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from portalm.errors import PortaLMError
@@ -45,7 +46,8 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send it, as ASGI asks."""
-        await while_connected(receive, self._send(send))
+        with contextlib.suppress(ClientDisconnect):  # nobody is there to be told
+            await while_connected(receive, self._send(send))
 
     async def _send(self, send: Send) -> None:
         async with contextlib.aclosing(self._chunks) as chunks:

@@ -52,7 +52,14 @@ def http(server: RunningServer) -> Iterator[httpx.Client]:
 class Raw:
     """A client that sends a request and does as it likes then."""
 
-    def __init__(self, server: RunningServer, body: dict[str, object], buffer: int = 0) -> None:
+    def __init__(
+        self,
+        server: RunningServer,
+        body: dict[str, object],
+        *,
+        path: str = "/v1/completions",
+        buffer: int = 0,
+    ) -> None:
         host, port = server.url.removeprefix("http://").split(":")
         self.socket = socket.socket()
         if buffer:
@@ -60,8 +67,9 @@ class Raw:
         self.socket.connect((host, int(port)))
         content = json.dumps(body).encode()
         self.socket.sendall(
-            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-            b"Content-Length: %d\r\n\r\n" % len(content) + content
+            f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            f"Content-Length: {len(content)}\r\n\r\n".encode()
+            + content
         )
 
     def answer(self) -> tuple[int, bytes, dict]:
@@ -209,6 +217,34 @@ def test_who_leaves_is_aborted_at_once(server: RunningServer, http, stream: bool
     last = num_tokens()
     time.sleep(0.2)
     assert num_tokens() == last
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"prompt": "w5", "max_tokens": 19_000}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "w5"}]}),
+        ("/v1/responses", {"input": "w5"}),
+    ],
+)
+def test_an_answer_that_nobody_waits_for_is_counted_and_no_error(
+    server: RunningServer, http, path: str, body: dict[str, object]
+) -> None:
+    before = num_left(http, path)
+    with Raw(server, body, path=path):
+        server.wait_for("num_requests_running", 1)
+    server.wait_for("num_requests_running", 0, seconds=2)
+
+    end = time.monotonic() + 5
+    while num_left(http, path) == before:
+        assert time.monotonic() < end
+    assert not [line for line in server.output if "Traceback" in line]
+
+
+def num_left(http: httpx.Client, path: str) -> float:
+    """Answers of this endpoint whose client had left."""
+    pattern = rf'portalm:http_requests_total{{handler="{path}",[^}}]*status="499"}} (\S+)'
+    return sum(map(float, re.findall(pattern, http.get("/metrics").text)))
 
 
 def test_a_slow_reader_costs_only_itself(tmp_path: Path) -> None:
