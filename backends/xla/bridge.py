@@ -39,6 +39,10 @@ class Bridge:
     def __init__(self, device: Any) -> None:
         """To `device`, a `jax.Device`."""
         self.device = device
+        # the CPU client's last passes take half of the compilation and win next to nothing
+        self.compiler_options: dict[str, Any] = (
+            {"xla_backend_optimization_level": 1} if device.platform == "cpu" else {}
+        )
         self._env = torchax.default_env()
         self._local = threading.local()
 
@@ -68,6 +72,10 @@ class Bridge:
         return self.tensor(array) if self.is_tracing else host_tensor(array)
 
     # -- programs -----------------------------------------------------------------------------
+
+    def compile(self, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+        """The program, ready to be called; minutes, for a large one."""
+        return lowered.compile(compiler_options=self.compiler_options)
 
     @property
     def is_tracing(self) -> bool:

@@ -79,10 +79,10 @@ class Finisher:
         first = jax.jit(functools.partial(self._add, None))
         more = jax.jit(self._add, donate_argnums=0)
         finish = jax.jit(functools.partial(self._finish, max_rows))
-        self._first: Future[Any] = compilers.submit(first.lower(some).compile)
-        self._more: Future[Any] = compilers.submit(more.lower(entries, some).compile)
+        self._first: Future[Any] = compilers.submit(bridge.compile, first.lower(some))
+        self._more: Future[Any] = compilers.submit(bridge.compile, more.lower(entries, some))
         self._compiled: Future[Any] = compilers.submit(
-            finish.lower(logits, entries, packed, allowed).compile
+            bridge.compile, finish.lower(logits, entries, packed, allowed)
         )
 
     def wait(self) -> None:

@@ -135,7 +135,8 @@ class Program:
 
     def begin(self, weights: Weights, kv: KV) -> None:
         """Trace the step over such weights and cache, and have it compiled."""
-        self._compiled = self._programs.compilers.submit(self.lower(weights, kv).compile)
+        lowered = self.lower(weights, kv)
+        self._compiled = self._programs.compilers.submit(self._programs.bridge.compile, lowered)
 
     def lower(
         self, weights: Weights, kv: KV, sharding: jax.sharding.Sharding | None = None
