@@ -1,7 +1,7 @@
 """Compiles what the XLA backend would run on TPUs, on a machine without one, and keeps the figures.
 
     python ci/xla_compile.py                 the kernels and every step of the default model's shape
-    python ci/xla_compile.py --kernels       the kernels alone
+    python ci/xla_compile.py --kernels v5e   the kernels alone, for one target
     python ci/xla_compile.py --write         and docs/xla-compiled.md is written anew
 
 Exits 1 where a budget is broken: every byte of the KV cache is aliased (a step changes it in
@@ -262,6 +262,7 @@ def table(target: str, rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     """Compile for every target, print the figures, check the budgets."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("targets", nargs="*", metavar="TARGET", help=f"of: {', '.join(TARGETS)}")
     parser.add_argument("--kernels", action="store_true", help="no whole steps")
     parser.add_argument("--write", action="store_true", help=f"write {TABLE.name}")
     parser.add_argument("--here", choices=TARGETS, help=argparse.SUPPRESS)
@@ -274,7 +275,8 @@ def main() -> None:
             "libtpu is not installed: nothing is compiled for TPUs (the extra portalm[tpu] has it)"
         )
         return
-    rows = {t: compile_for(t, only_kernels=arguments.kernels) for t in TARGETS}
+    targets = arguments.targets or TARGETS
+    rows = {t: compile_for(t, only_kernels=arguments.kernels) for t in targets}
     if arguments.write:
         introduction = TABLE.read_text().split("## ")[0]
         TABLE.write_text(introduction + "\n\n".join(table(t, r) for t, r in rows.items()) + "\n")

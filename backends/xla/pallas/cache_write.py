@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -86,7 +87,7 @@ def write(
     part = (num_heads, block_size, width)
 
     def rows_at(which: int, e: jax.Array, block: jax.Array, first_row: jax.Array, *_: jax.Array):
-        return 0, first_row[e] // block_size + 1 + which, 0
+        return 0, lax.div(first_row[e] + block_size, jnp.int32(block_size)) + which, 0
 
     def cell_at(e: jax.Array, block: jax.Array, *_: jax.Array):
         return block[e], 0, 0, 0
@@ -113,8 +114,9 @@ def write(
 def _kernel(block, first_row, begin, end, this_ref, next_ref, old_ref, new_ref):  # type: ignore[no-untyped-def]
     e = pl.program_id(0)
     num_heads, block_size, width = old_ref.shape
-    shift = (first_row[e] + block_size) % block_size
-    slot = jax.lax.broadcasted_iota(jnp.int32, (block_size, width), 0)
+    # of numbers that are not negative: floor division asks which TPU runs this
+    shift = lax.rem(first_row[e] + block_size, jnp.int32(block_size))
+    slot = lax.broadcasted_iota(jnp.int32, (block_size, width), 0)
     is_new = (slot >= begin[e]) & (slot < end[e])
     for head in range(num_heads):
         rows = jnp.concatenate([this_ref[head], next_ref[head]]).astype(jnp.float32)  # [2 B, 2 P]

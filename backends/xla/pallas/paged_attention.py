@@ -213,10 +213,14 @@ class _Schedule:
         first_token = jnp.maximum(tile * self.shape.tile, self.loc[request])
         return jnp.maximum(self.offset(request) + first_token - self.window + 1, 0), end
 
+    def chunk_of(self, place: Any) -> Any:
+        """The chunk of a place of the context; floor division would ask which TPU runs this."""
+        return lax.div(place, jnp.int32(self.shape.chunk))
+
     def start(self, tile: Any) -> tuple[Any, Any]:
         """The request and the chunk that a tile begins with."""
         request = self.first_request[tile]
-        return request, self.seen(tile, request)[0] // self.shape.chunk
+        return request, self.chunk_of(self.seen(tile, request)[0])
 
     def after(self, tile: Any, request: Any, chunk: Any) -> tuple[Any, Any, Any]:
         """What follows: (tile, request, chunk); behind the last tile something harmless."""
@@ -230,7 +234,7 @@ class _Schedule:
             in_request, request, jnp.where(in_tile, request + 1, self.first_request[known])
         )
         next_request = jnp.minimum(next_request, num_requests - 1)
-        first_chunk = self.seen(known, next_request)[0] // self.shape.chunk
+        first_chunk = self.chunk_of(self.seen(known, next_request)[0])
         return next_tile, next_request, jnp.where(in_request, chunk + 1, first_chunk)
 
 
@@ -344,9 +348,9 @@ def _what_rows_see(
 ) -> tuple[jax.Array, jax.Array]:
     """Distance of each place of the chunk from each row's own, int32 [R, K], and if it is seen."""
     shape = schedule.shape
-    size = (shape.tile * shape.group, shape.chunk)
-    token = tile * shape.tile + lax.broadcasted_iota(jnp.int32, size, 0) // shape.group
-    place = chunk * shape.chunk + lax.broadcasted_iota(jnp.int32, size, 1)
+    row = lax.broadcasted_iota(jnp.int32, (shape.tile * shape.group, 1), 0)
+    token = tile * shape.tile + lax.div(row, jnp.int32(shape.group))
+    place = chunk * shape.chunk + lax.broadcasted_iota(jnp.int32, (1, shape.chunk), 1)
     distance = place - (token + schedule.offset(request))
     is_own = (token >= schedule.loc[request]) & (token < schedule.loc[request + 1])
     is_seen = is_own & (distance <= 0)
