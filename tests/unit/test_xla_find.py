@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from portalm.backend import MemInfo
+from portalm.errors import BackendError
 from portalm_backends.xla import memory
 from portalm_backends.xla.backend import XlaBackend
 
@@ -47,3 +49,11 @@ def test_what_is_not_installed_is_named_with_its_extra(
 
 def test_what_stands_for_a_tpu_is_only_taken_when_named() -> None:
     assert XlaBackend.rank < 0 or memory.tpu_chips()
+
+
+def test_a_step_that_does_not_fit_is_refused_with_the_numbers() -> None:
+    room = MemInfo(total=4 << 30, free=100 << 20, host_shared=False)
+
+    memory.require_room(100 << 20, room)
+    with pytest.raises(BackendError, match=r"takes 101 MiB .* 100 of 4096 MiB are free"):
+        memory.require_room(101 << 20, room)
