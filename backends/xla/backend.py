@@ -144,14 +144,19 @@ class XlaBackend(TorchBackend):
 
     def _call(
         self, operation: Callable[..., Any], *tensors: torch.Tensor | None, **static: Any
-    ) -> Any:
-        """What an operation makes of tensors: tensors again."""
-        bridge = self._bridge
-        arrays = [None if tensor is None else bridge.array(tensor) for tensor in tensors]
-        made = operation(*arrays, **static)
-        if isinstance(made, tuple):
-            return tuple(bridge.result(one) for one in made)
-        return bridge.result(made)
+    ) -> torch.Tensor:
+        """What an operation makes of tensors: a tensor again."""
+        return self._bridge.result(operation(*self._arrays(tensors), **static))
+
+    def _call_for_two(
+        self, operation: Callable[..., Any], *tensors: torch.Tensor, **static: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same of an operation that gives two."""
+        one, other = operation(*self._arrays(tensors), **static)
+        return self._bridge.result(one), self._bridge.result(other)
+
+    def _arrays(self, tensors: Sequence[torch.Tensor | None]) -> list[Any]:
+        return [None if tensor is None else self._bridge.array(tensor) for tensor in tensors]
 
     # -- KV cache -----------------------------------------------------------------------------
 
@@ -172,6 +177,7 @@ class XlaBackend(TorchBackend):
         self, kv: XlaKV, layer: int, key: torch.Tensor, value: torch.Tensor, meta: StepMeta
     ) -> XlaKV:
         """Put [T, H_kv, D] each into their slots; the cache that came in is gone."""
+        where: tuple[torch.Tensor, ...]
         if self._has_kernels(kv):
             write = self._kernels.write_in_place
             where = (meta.query_start_loc, meta.seq_lens, meta.block_table)
@@ -280,7 +286,7 @@ class XlaBackend(TorchBackend):
         self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(rms_norm(x + residual), x + residual)."""
-        return self._call(self._layers.add_rms_norm, x, residual, weight, eps=eps)
+        return self._call_for_two(self._layers.add_rms_norm, x, residual, weight, eps=eps)
 
     def layer_norm(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
@@ -298,7 +304,7 @@ class XlaBackend(TorchBackend):
         is_interleaved: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Query [T, H, D] and key [T, H_kv, D] rotated by positions int32 [T]."""
-        return self._call(
+        return self._call_for_two(
             self._layers.rope, query, key, positions, cos_sin, is_interleaved=is_interleaved
         )
 
@@ -344,20 +350,23 @@ class XlaBackend(TorchBackend):
         Raises:
             BackendError: of kind oom, with the numbers, if the largest does not fit.
         """
+        from portalm_backends.xla.graph import Program
+
         started = time.perf_counter()
-        for step in steps:
+        programs = [step for step in steps if isinstance(step, Program)]
+        for step in programs:
             step.begin(weights, kv)
         traced = time.perf_counter()
-        for i, step in enumerate(steps):
-            progress(i / len(steps))
+        for i, step in enumerate(programs):
+            progress(i / len(programs))
             step.wait()
         logger.info(
             "%d steps: %.1f s to trace, %.1f s more to compile or to read from the cache",
-            len(steps),
+            len(programs),
             traced - started,
             time.perf_counter() - traced,
         )
-        memory.require_room(max((step.step_bytes() for step in steps), default=0), self.memory())
+        memory.require_room(max((step.step_bytes() for step in programs), default=0), self.memory())
 
     def sample(self, logits: torch.Tensor, params: SampleParams) -> SampleOutput:
         """One token from each row of float32 logits [R, V]."""

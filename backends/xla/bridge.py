@@ -22,13 +22,16 @@ import numpy.typing as npt
 import torch
 import torchax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from torchax.tensor import Tensor as DeviceTensor
+from torchax.tensor import Tensor
 from torchax.view import View
 
 from portalm.errors import BackendError, BackendErrorKind
 
 Array: TypeAlias = Any
 """A `jax.Array`, or what stands for one while a program is traced."""
+
+DeviceTensor: TypeAlias = Tensor
+"""A tensor whose values are on the device, or traced."""
 
 _AXIS = "tensor"
 """Along which devices divide weights."""

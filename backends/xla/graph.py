@@ -245,7 +245,7 @@ class Program:
             "positions", "slot_mapping", "query_start_loc", "seq_lens", "block_table",
             "logits_rows", "token_types",
         )  # fmt: skip
-        indices = {name: tensor(parts[name]) for name in names if name in parts}
+        indices: dict[str, Any] = {name: tensor(parts[name]) for name in names if name in parts}
         plan = {"num_decodes": parts["num_decodes"]}
         return StepInputs(
             token_ids=tensor(parts["token_ids"]),

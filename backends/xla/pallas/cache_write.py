@@ -16,7 +16,7 @@ Meaning:  cache.write, but that padding is not written at all.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -86,10 +86,12 @@ def write(
     cell = (None, num_heads, block_size, width)
     part = (num_heads, block_size, width)
 
-    def rows_at(which: int, e: jax.Array, block: jax.Array, first_row: jax.Array, *_: jax.Array):
+    def rows_at(
+        which: int, e: jax.Array, block: jax.Array, first_row: jax.Array, *_: jax.Array
+    ) -> tuple[Any, ...]:
         return 0, lax.div(first_row[e] + block_size, jnp.int32(block_size)) + which, 0
 
-    def cell_at(e: jax.Array, block: jax.Array, *_: jax.Array):
+    def cell_at(e: jax.Array, block: jax.Array, *_: jax.Array) -> tuple[Any, ...]:
         return block[e], 0, 0, 0
 
     return pl.pallas_call(
