@@ -161,6 +161,8 @@ def kernel_rows(sharding: Any) -> Iterator[dict[str, Any]]:
 
 def print_steps(sharding: Any) -> None:
     """A row for the whole step of every bucket that an engine of the default model captures."""
+    import jax
+
     from portalm.config import EngineConfig
     from portalm.engine.engine import Engine
     from portalm_backends.xla.backend import XlaBackend
@@ -173,6 +175,7 @@ def print_steps(sharding: Any) -> None:
 
         def __init__(self) -> None:
             super().__init__()
+            jax.config.update("jax_enable_compilation_cache", False)  # seconds are of compiling
             self._is_tpu = True
             self._names: dict[Any, str] = {}
 
@@ -255,7 +258,7 @@ def as_line(row: dict[str, Any]) -> str:
 
 def table(target: str, rows: list[dict[str, Any]]) -> str:
     """A target's rows in Markdown."""
-    lines = [f"## TPU {target}", "", f"| {' | '.join(HEADER)} |", "|---" * len(HEADER) + "|"]
+    lines = [f"## TPU {target}", "", f"| {' | '.join(HEADER)} |", "|" + "---|" * len(HEADER)]
     return "\n".join([*lines, *(f"| {as_line(row)} |" for row in rows)])
 
 
