@@ -12,7 +12,7 @@ PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint 
 BIN := $(VENV)/bin
 NATIVE := $(shell find csrc_cpu csrc_cuda csrc_rocm -type f 2>/dev/null)
 
-.PHONY: demo install install-dev model test-models browser check lint types layers test bench bench-cpu clean
+.PHONY: demo install install-dev tpu model test-models browser check lint types layers test bench bench-cpu clean
 
 demo: install model
 	$(BIN)/portalm generate
@@ -41,6 +41,13 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml CMakeLists.txt $(NATIVE)
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+# XLA: JAX, and what compiles for TPUs; runs on its CPU client where there is no TPU
+tpu: $(VENV)/.installed-tpu
+
+$(VENV)/.installed-tpu: $(VENV)/.installed-dev
+	$(PIP) --no-build-isolation --editable '.[dev,tpu]'
 	@touch $@
 
 model: install

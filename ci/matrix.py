@@ -22,8 +22,6 @@ def load() -> dict[str, Any]:
 def shell(job: str) -> str:
     """The job's command and markers as shell assignments; exits with the reason if unknown."""
     matrix = load()
-    if job in matrix["planned"]:
-        sys.exit(f"ci/run.sh: {job} cannot run yet; it will need {matrix['planned'][job]}")
     if job not in matrix["jobs"]:
         sys.exit(f"ci/run.sh: no job {job!r} in ci/matrix.yml; jobs: {', '.join(matrix['jobs'])}")
     fields = matrix["jobs"][job]

@@ -114,6 +114,8 @@ class Capabilities:
     measures_memory: bool = False
     """`peak` and `memory` see what a step takes on the device: the KV pool is sized by measuring
     the largest step, not by a formula."""
+    auto_dtype: str | None = None
+    """What dtype auto computes in; None: the checkpoint's dtype, where that is claimed."""
     max_steps_in_flight: int = 1
     """1: `to_host` waits for the step. 2: a step may be enqueued while another one runs."""
 
@@ -298,7 +300,7 @@ class SampleOutput:
     ranks: torch.Tensor | None = None
     """int32 [R]: 1 is the most likely token."""
     top_ids: torch.Tensor | None = None
-    """int32 [R, k], most likely first, ties to the lowest id."""
+    """int32 [R, k], most likely first, ties to the lowest id; a captured step may give more."""
     top_logprobs: torch.Tensor | None = None
     """float32 [R, k]"""
     states: torch.Tensor | None = None
@@ -567,6 +569,15 @@ class Backend(Protocol):
 
     def compile(self, fn: StepFn, bucket: Bucket | None, example: StepInputs | None) -> StepFn:
         """Capture a step: a CUDA graph, an XLA program, a native program; same meaning as `fn`."""
+        ...
+
+    def build(
+        self, steps: Sequence[StepFn], weights: Weights, kv: KV, progress: Callable[[float], None]
+    ) -> None:
+        """Do now, side by side, what these captured steps would do when first called.
+
+        `weights` and `kv` are what they will be called with; `progress` is told the share done.
+        """
         ...
 
     def seal(self) -> AbstractContextManager[None]:

@@ -29,6 +29,7 @@ from portalm.backend import (
     StepFn,
     StepInputs,
     StepMeta,
+    Weights,
 )
 from portalm.errors import BackendError
 from portalm_backends.portable import encoder, host_memory
@@ -109,6 +110,10 @@ class TorchBackend(abc.ABC):
         """Torch's pool, of the whole process."""
         torch.set_num_threads(num_threads)
 
+    def one_plus_one(self) -> int:
+        """What the device makes of it: 2, where it works."""
+        return int((torch.ones(1, device=self.device()) + 1).cpu())
+
     def probe(self, timeout_s: float) -> None:
         """One addition on another thread, waited for at most `timeout_s` seconds."""
         failures: list[Exception] = []
@@ -116,7 +121,7 @@ class TorchBackend(abc.ABC):
 
         def add() -> None:
             try:
-                answer = int((torch.ones(1, device=self.device()) + 1).cpu())
+                answer = self.one_plus_one()
                 if answer != 2:
                     failures.append(ArithmeticError(f"1 + 1 is {answer}"))
             except Exception as error:  # whatever it is, the caller has to hear of it
@@ -355,6 +360,12 @@ class TorchBackend(abc.ABC):
                 f"all steps that service needs must be captured at start-up",
             )
         return fn
+
+    def build(
+        self, steps: Sequence[StepFn], weights: Weights, kv: KV, progress: Callable[[float], None]
+    ) -> None:
+        """Nothing to do: their first calls do it."""
+        progress(1.0)
 
     @contextlib.contextmanager
     def seal(self) -> Iterator[None]:

@@ -142,6 +142,7 @@ def tiny_engine(subject: Subject, variant: str = "llama", **settings: Any) -> It
         except Unsupported as reason:
             raise NotClaimed(str(reason)) from None
         yield engine
+        engine.close()
 
 
 def ask(engine: Engine, request_id: str, prompt: Sequence[int], **params: Any) -> None:

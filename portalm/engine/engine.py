@@ -339,10 +339,8 @@ class Engine:
 
     def _capture_all(self, tell: Progress) -> None:
         """Capture every bucket before service."""
-        num_buckets = len(self.runner.graphs.buckets or ())
-        for i in range(num_buckets):
-            tell("capture", i / num_buckets)
-            self.capture_next()
+        self.runner.capture_all(lambda share: tell("capture", share))
+        self.runner.graphs.seal()
         tell("capture", 1.0)
 
     def _recover(self, plan: StepPlan, error: BackendError) -> list[RequestUpdate]:
@@ -512,6 +510,7 @@ class Engine:
         """Wait for the device; the engine may not be used after."""
         while self._in_flight:
             self._in_flight.popleft().result()
+        self.runner.graphs.unseal()  # the backend may be another engine's next
         self._grammars.close()
 
 
@@ -522,7 +521,8 @@ def _grammar_of(request: Request) -> Grammar:
 
 def _choose_dtype(config: EngineConfig, model: ModelConfig, backend: Backend) -> str:
     claimed = backend.capabilities.dtypes
-    wanted = model.dtype if config.dtype == "auto" else config.dtype
+    usual = backend.capabilities.auto_dtype or model.dtype
+    wanted = usual if config.dtype == "auto" else config.dtype
     if wanted in claimed:
         return wanted
     if config.dtype == "auto" and "float32" in claimed:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from portalm.backend import Backend, Bucket, StepFn, StepInputs
 from portalm.errors import ConfigError
@@ -44,6 +44,8 @@ class StepGraphs:
         max_tokens: int,
         max_requests: int,
         max_blocks: int,
+        max_scored_rows: int,
+        draws: bool,
         enforce_eager: bool,
     ) -> None:
         """Nothing is captured yet.
@@ -54,11 +56,15 @@ class StepGraphs:
             max_tokens: of one step.
             max_requests: of one step.
             max_blocks: of one request.
+            max_scored_rows: prompt tokens of one step whose logprobs are computed.
+            draws: tokens are drawn; False: an encoder.
             enforce_eager: run `step` as it is (padded all the same, where the device needs it).
         """
         self._backend = backend
         self._step = step
         self._enforce_eager = enforce_eager
+        self._max_scored_rows = max_scored_rows
+        self._draws = draws
         self._captured: dict[CaptureKey, StepFn] = {}
         self._sealed = ExitStack()
         buckets = backend.buckets(max_tokens, max_requests, max_blocks)
@@ -70,7 +76,7 @@ class StepGraphs:
         """What a step may be padded to, in ascending order."""
         if self.buckets is not None and self._must_pad:
             self._usable = list(self.buckets)
-        if self.buckets is not None and not enforce_eager:
+        if self.buckets is not None and not enforce_eager and (draws or self._must_pad):
             self._uncaptured = list(self.buckets)
 
     def shape(
@@ -85,13 +91,15 @@ class StepGraphs:
     ) -> tuple[Bucket | None, PaddedShape | None]:
         """The smallest usable bucket that holds such a step, what to pad to; None: not padded."""
         for bucket in self._usable:
+            shape = self._fitting(bucket, num_rows, num_states)
             if (
-                bucket.num_tokens >= num_tokens
+                shape is not None
+                and bucket.num_tokens >= num_tokens
                 and bucket.num_requests >= num_requests
                 and bucket.num_blocks >= num_blocks
                 and bucket.max_query_len >= max_query_len
             ):
-                return bucket, padded(bucket, num_rows, num_states)
+                return bucket, shape
         if self._must_pad:
             raise ConfigError(
                 f"no bucket of the backend holds a step of {num_tokens} tokens, {num_requests} "
@@ -112,6 +120,30 @@ class StepGraphs:
         if not self._must_pad:
             self._usable.insert(0, bucket)
 
+    def shapes(self, bucket: Bucket) -> list[PaddedShape]:
+        """The sizes that steps of `bucket` may have: the usual one first."""
+        shapes = [_usual(bucket)] if self._draws else []
+        if bucket.max_query_len > 1 and self._must_pad:
+            shapes.append(self._wide(bucket))
+        return shapes
+
+    def _fitting(self, bucket: Bucket, num_rows: int, num_states: int) -> PaddedShape | None:
+        """What of `shapes` holds so many rows of logits and of hidden states."""
+        if self._draws and num_rows <= bucket.num_requests and not num_states:
+            return _usual(bucket)
+        return self._wide(bucket) if bucket.max_query_len > 1 else None
+
+    def _wide(self, bucket: Bucket) -> PaddedShape:
+        """With rows for tokens of prompts that are scored, and every token's hidden state."""
+        rows = bucket.num_requests + min(bucket.num_tokens, self._max_scored_rows)
+        return PaddedShape(
+            bucket.num_tokens,
+            bucket.num_requests,
+            bucket.num_blocks,
+            rows if self._draws else 0,
+            bucket.num_tokens,
+        )
+
     def give_up(self) -> None:
         """Capture no more: steps that would have used what is missing run as they are."""
         self._uncaptured.clear()
@@ -121,7 +153,7 @@ class StepGraphs:
         is_unpadded = self.buckets is not None and inputs.meta.bucket is None
         if self._enforce_eager or is_unpadded:
             return self._step
-        key = _key(inputs)
+        key = _key(inputs, takes_any_sampling=self._must_pad)
         captured = self._captured.get(key)
         if captured is None:
             captured = self._backend.compile(self._step, inputs.meta.bucket, inputs)
@@ -137,25 +169,25 @@ class StepGraphs:
         self._sealed.close()
 
 
-def padded(bucket: Bucket, num_rows: int, num_states: int) -> PaddedShape:
-    """The sizes of a step of `bucket` with so many rows of logits and of hidden states."""
-    # rows beyond one a request come from prompt logprobs: at most one a token
-    rows = bucket.num_requests
-    if num_rows > rows:
-        rows = bucket.num_tokens + bucket.num_requests
-    elif num_states and not num_rows:
-        rows = 0  # nothing is drawn
-    states = bucket.num_tokens if num_states else 0
-    return PaddedShape(bucket.num_tokens, bucket.num_requests, bucket.num_blocks, rows, states)
+def _usual(bucket: Bucket) -> PaddedShape:
+    """A row of logits for each request."""
+    return PaddedShape(
+        bucket.num_tokens, bucket.num_requests, bucket.num_blocks, bucket.num_requests
+    )
 
 
-def _key(inputs: StepInputs) -> CaptureKey:
+def _key(inputs: StepInputs, *, takes_any_sampling: bool) -> CaptureKey:
+    """Where steps are padded one capture of a size takes all that requests may ask for."""
     bucket, sample = inputs.meta.bucket, inputs.sample
+    num_rows = len(inputs.meta.logits_rows)
+    plain = CaptureKey(None, None, False, False, False, False, False, False, None, False, 0)
     if bucket is None:  # sizes and kinds of sampling may vary: one capture serves all
-        return CaptureKey(None, None, False, False, False, False, False, False, None, False, 0)
+        return plain
+    if takes_any_sampling:
+        return replace(plain, bucket=bucket, num_rows=num_rows, num_states=inputs.num_states)
     return CaptureKey(
         bucket=bucket,
-        num_rows=len(inputs.meta.logits_rows),
+        num_rows=num_rows,
         is_greedy=sample.is_greedy,
         has_filters=sample.has_filters,
         has_penalties=sample.penalties is not None,

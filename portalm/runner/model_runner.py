@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,14 +16,15 @@ from portalm.backend import (
     Bucket,
     HostFuture,
     SampleOutput,
+    StepFn,
     StepInputs,
     StepMeta,
     Weights,
 )
 from portalm.config import SchedulerConfig
 from portalm.core.plan import StepPlan, StepResult, TokenLogprobs
-from portalm.runner.graphs import StepGraphs, padded
-from portalm.runner.input_batch import InputBatch, StepArrays
+from portalm.runner.graphs import StepGraphs
+from portalm.runner.input_batch import InputBatch, PaddedShape, StepArrays
 from portalm.runner.pooler import PooledPart, Pooler, pooled_parts, state_rows
 from portalm.runner.sampled_rows import SampledRow, sampled_rows
 from portalm.runner.sampler import Sampler, num_logprobs_of
@@ -64,6 +66,8 @@ class ModelRunner:
             max_tokens=config.max_batch_tokens,
             max_requests=config.max_batch_requests,
             max_blocks=self.batch.max_blocks,
+            max_scored_rows=config.max_prompt_logprob_rows,
+            draws="generate" in model.tasks,
             enforce_eager=enforce_eager,
         )
         self._backend = backend
@@ -111,13 +115,33 @@ class ModelRunner:
         bucket = self.graphs.next_to_capture()
         if bucket is None:
             return False
+        [shape] = self.graphs.shapes(bucket)
         with self._backend.device_errors():
-            inputs = self._padding(bucket)
-            step = self.graphs.step_for(inputs)
-            self._kv, out = step(self._weights, self._kv, inputs)
-            self._backend.to_host(out.token_ids).result()
+            inputs = self._padding(bucket, shape)
+            self._try(self.graphs.step_for(inputs), inputs)
         self.graphs.note_captured()
         return True
+
+    def capture_all(self, progress: Callable[[float], None]) -> None:
+        """Capture every size that a step may have, and try each; `progress` is told the share done.
+
+        Nothing may be in flight. Raises `BackendError` if the device cannot.
+        """
+        captured: list[tuple[StepFn, StepInputs]] = []
+        while (bucket := self.graphs.next_to_capture()) is not None:
+            examples = [self._padding(bucket, shape) for shape in self.graphs.shapes(bucket)]
+            captured += [(self.graphs.step_for(inputs), inputs) for inputs in examples]
+            self.graphs.note_captured()
+        self._backend.build([step for step, _ in captured], self._weights, self._kv, progress)
+        for step, inputs in captured:
+            self._try(step, inputs)
+        if self._kv is not None:  # copies need a program too, on such a device
+            self._copy_blocks([(0, 0)])
+
+    def _try(self, step: StepFn, inputs: StepInputs) -> None:
+        """Run a step of padding."""
+        self._kv, out = step(self._weights, self._kv, inputs)
+        self._backend.to_host(out.token_ids).result()
 
     def run_largest(self) -> None:
         """A step of as many tokens, requests and rows of logits as there may be, for its memory.
@@ -164,18 +188,15 @@ class ModelRunner:
         )
         wanted = arrays.logits_rows
         if num_states:
-            states = state_rows(parts, arrays.query_start_loc)
-            if pad is not None:
-                states = np.pad(states, (0, pad.num_states - num_states))
-            num_states = len(states)
-            wanted = np.concatenate([wanted, states])
+            wanted = np.concatenate([wanted, state_rows(parts, arrays.query_start_loc)])
+        if pad is not None:
+            wanted = np.pad(wanted, (0, pad.num_states - num_states))
+            num_states = pad.num_states
         types = _token_types(plan, arrays) if self._kv is None else None
         return self._on_device(arrays, wanted, sampled, bucket, num_states, types)
 
-    def _padding(self, bucket: Bucket) -> StepInputs:
+    def _padding(self, bucket: Bucket, pad: PaddedShape) -> StepInputs:
         """A step of `bucket` without a single request."""
-        draws = "generate" in self._model.tasks
-        pad = padded(bucket, int(draws), int(not draws))
         arrays = self.batch.padding(pad)
         wanted = np.zeros(pad.num_rows + pad.num_states, np.int32)
         types = None if self._kv is not None else np.zeros(pad.num_tokens, np.int32)
@@ -287,7 +308,8 @@ class StepInFlight:
         self._sampled = sampled
         self._parts = parts
         self._pooler = pooler
-        self._states = None if out.states is None else backend.to_host(out.states)
+        # a padded step may give states that nobody asked for
+        self._states = backend.to_host(out.states) if parts and out.states is not None else None
         self._token_ids = backend.to_host(out.token_ids)
         self._logprobs: list[HostFuture] = []
         if out.logprobs is not None:

@@ -1,0 +1,43 @@
+"""Weights rounded to few bits, group by group: what `Backend.pack` does where it is asked to."""
+
+from __future__ import annotations
+
+import torch
+
+from portalm.backend import QUANTIZED_FORMATS, QuantizedWeight
+
+
+def round_to(weight: torch.Tensor, format: str) -> QuantizedWeight:
+    """A weight [N, K] in one of `QUANTIZED_FORMATS`; K must be whole groups.
+
+    A group's extremes become codes. One of 4 bits without minimums puts the code that has no
+    opposite, -8, where the largest value is.
+
+    Raises:
+        ValueError: K is not a multiple of the format's group.
+    """
+    group = QUANTIZED_FORMATS[format]
+    rows, columns = weight.shape
+    if columns % group:
+        raise ValueError(f"{format} has groups of {group} columns: {columns} are not whole groups")
+    parts = weight.float().view(rows, columns // group, group)
+    offset: torch.Tensor = parts
+    minimums = None
+    if format == "int4_min":
+        minimums = parts.amin(dim=-1)
+        offset = parts - minimums[..., None]
+        scales, zero, largest = offset.amax(dim=-1) / 15, 0, 15
+    elif format == "int4":
+        place = parts.abs().argmax(dim=-1, keepdim=True)
+        scales, zero, largest = parts.gather(-1, place)[..., 0] / -8, 8, 15
+    else:
+        scales, zero, largest = parts.abs().amax(dim=-1) / 127, 128, 255
+    divisors = torch.where(scales == 0, 1.0, scales)[..., None]
+    codes = ((offset / divisors).round() + zero).clamp(0, largest)
+    return QuantizedWeight(
+        format=format,
+        codes=codes.to(torch.uint8).view(rows, columns),
+        scales=scales,
+        zero=zero,
+        minimums=minimums,
+    )

@@ -1,0 +1,1 @@
+"""The XLA backend: TPUs, and XLA's own clients for the host and GPUs, through JAX."""

@@ -1,0 +1,149 @@
+"""The XLA backend's CPU client against torch eager: the same model functions, requests and machine.
+
+Both sides run in turn in one process, several rounds, in float32; the figures are medians and the
+ratios are of the medians. Torch eager is the reference backend with attention over all requests at
+once, as eager code would have it.
+
+    python benchmarks/engine/xla_against_eager.py [--rounds 3] [--out FILE.json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import platform
+import random
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import torch
+import torch.nn.functional as F
+
+from portalm.backend import KV, AttentionSpec, Backend, StepMeta
+from portalm.config import DEFAULT_MODEL, EngineConfig
+from portalm.engine.engine import Engine
+from portalm.engine.messages import AddRequest
+from portalm.sampling_params import SamplingParams
+from portalm_backends.reference.backend import ReferenceBackend
+from portalm_backends.xla.backend import XlaBackend
+
+NUM_IN, NUM_OUT = 128, 64
+AT_A_TIME = (8, 32)
+
+
+class EagerBackend(ReferenceBackend):
+    """Torch eager: decodes attend in one call of torch's own attention."""
+
+    name = "eager"
+
+    def attend(
+        self,
+        kv: KV,
+        layer: int,
+        query: torch.Tensor,
+        meta: StepMeta,
+        spec: AttentionSpec,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Decodes padded to the longest context; what else there is as the reference has it."""
+        if meta.max_query_len > 1:
+            return super().attend(kv, layer, query, meta, spec, sinks)
+        key, value = (
+            kv[layer, i][meta.block_table].flatten(1, 2).transpose(1, 2) for i in (0, 1)
+        )  # [S, H_kv, N, D]
+        is_seen = torch.arange(key.shape[2]) < meta.seq_lens[:, None]
+        # what no token is in may be NaN
+        key, value = (x.masked_fill(~is_seen[:, None, :, None], 0.0) for x in (key, value))
+        out = F.scaled_dot_product_attention(
+            query[:, :, None], key, value, is_seen[:, None, None], scale=spec.scale, enable_gqa=True
+        )
+        return out[:, :, 0]
+
+
+def make_engine(backend: Backend, at_a_time: int) -> Engine:
+    """The default model in float32."""
+    config = EngineConfig(
+        model=DEFAULT_MODEL,
+        dtype="float32",
+        quantization="none",
+        max_model_len=1024,
+        max_num_seqs=at_a_time,
+        enable_prefix_caching=False,
+    )
+    return Engine(config, backend=backend)
+
+
+def rate(engine: Engine, at_a_time: int, seed: int) -> float:
+    """Output tokens a second of `at_a_time` greedy requests."""
+    rng = random.Random(seed)
+    for i in range(at_a_time):
+        engine.add(
+            AddRequest(
+                request_id=f"{seed}-{i}",
+                prompt_token_ids=[rng.randrange(100, 49_000) for _ in range(NUM_IN)],
+                params=SamplingParams(temperature=0.0, max_tokens=NUM_OUT, ignore_eos=True),
+                seed=0,
+            )
+        )
+    started, num_tokens = time.perf_counter(), 0
+    while engine.has_work():
+        num_tokens += sum(len(output.token_ids) for output in engine.step().outputs)
+    assert num_tokens == at_a_time * NUM_OUT, num_tokens
+    return num_tokens / (time.perf_counter() - started)
+
+
+def measure(rounds: int) -> dict[str, Any]:
+    """All rounds of both sides at each number of requests, the medians and their ratios."""
+    rows: dict[str, Any] = {}
+    for at_a_time in AT_A_TIME:
+        backends: tuple[Backend, ...] = (XlaBackend(), EagerBackend())
+        engines = {backend.name: make_engine(backend, at_a_time) for backend in backends}
+        found: dict[str, list[float]] = {name: [] for name in engines}
+        for engine in engines.values():
+            rate(engine, at_a_time, seed=1)
+        for round_ in range(rounds):
+            for name, engine in engines.items():
+                found[name].append(rate(engine, at_a_time, seed=10 + round_))
+                print(f"{at_a_time} at a time, round {round_}: {found}", file=sys.stderr)
+        medians = {name: statistics.median(values) for name, values in found.items()}
+        rows[str(at_a_time)] = {
+            "rounds": found,
+            "medians": medians,
+            "ratio": medians["tpu"] / medians["eager"],
+        }
+    return rows
+
+
+def main() -> None:
+    """Measure, print a table, write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=None, help="JSON file to write")
+    arguments = parser.parse_args()
+
+    result = {
+        "what": f"requests of {NUM_IN} in, {NUM_OUT} out, greedy, ignore_eos, all at a time",
+        "model": DEFAULT_MODEL,
+        "dtype": "float32",
+        "date": datetime.date.today().isoformat(),
+        "machine": platform.machine(),
+        "jax": jax.__version__,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "at_a_time": measure(arguments.rounds),
+    }
+    print(f"{'at a time':>10} {'XLA':>8} {'eager':>8} {'ratio':>6}   (output tokens/s, medians)")
+    for at_a_time, row in result["at_a_time"].items():
+        medians = row["medians"]
+        print(f"{at_a_time:>10} {medians['tpu']:8.1f} {medians['eager']:8.1f} {row['ratio']:6.2f}")
+    if arguments.out is not None:
+        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

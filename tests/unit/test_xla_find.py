@@ -1,0 +1,59 @@
+"""What the XLA backend says of a machine, without JAX and without a TPU."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from portalm.backend import MemInfo
+from portalm.errors import BackendError
+from portalm_backends.xla import memory
+from portalm_backends.xla.backend import XlaBackend
+
+
+def add_device(pci: Path, name: str, vendor: str, device: str) -> None:
+    folder = pci / name
+    folder.mkdir()
+    (folder / "vendor").write_text(f"{vendor}\n")
+    (folder / "device").write_text(f"{device}\n")
+
+
+def test_chips_are_told_from_other_devices(tmp_path: Path) -> None:
+    add_device(tmp_path, "0000:00:04.0", "0x1ae0", "0x0063")
+    add_device(tmp_path, "0000:00:05.0", "0x1ae0", "0x0063")
+    add_device(tmp_path, "0000:00:06.0", "0x1ae0", "0x0042")  # a network card of the same vendor
+    add_device(tmp_path, "0000:00:07.0", "0x8086", "0x0063")
+
+    assert memory.tpu_chips(tmp_path) == ["v5e", "v5e"]
+
+
+def test_a_machine_without_a_pci_bus_has_none(tmp_path: Path) -> None:
+    assert memory.tpu_chips(tmp_path / "pci") == []
+
+
+@pytest.mark.parametrize(("chips", "extra"), [([], "xla-cpu"), (["v5e"] * 4, "tpu")])
+def test_what_is_not_installed_is_named_with_its_extra(
+    chips: list[str], extra: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "tpu_chips", lambda: chips)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+
+    report = XlaBackend.find()
+
+    assert not report.is_available
+    assert f"pip install 'portalm[{extra}]'" in report.summary
+    assert "jax" in report.summary
+
+
+def test_what_stands_for_a_tpu_is_only_taken_when_named() -> None:
+    assert XlaBackend.rank < 0 or memory.tpu_chips()
+
+
+def test_a_step_that_does_not_fit_is_refused_with_the_numbers() -> None:
+    room = MemInfo(total=4 << 30, free=100 << 20, host_shared=False)
+
+    memory.require_room(100 << 20, room)
+    with pytest.raises(BackendError, match=r"takes 101 MiB .* 100 of 4096 MiB are free"):
+        memory.require_room(101 << 20, room)

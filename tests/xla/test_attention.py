@@ -1,0 +1,153 @@
+"""Attention as XLA operations, against float64 loops."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from portalm.backend import AttentionSpec
+from portalm.conformance import reference
+from portalm.conformance.cases import BATCHES, HEADS, Batch, batch_named
+from portalm.conformance.numerics import NMSE_BOUND, require_close
+from portalm_backends.xla import attention
+from tests.xla.steps import Step, make_step
+
+_GQA = HEADS[1]
+
+
+def attend(step: Step, dtype: str = "float32") -> np.ndarray:
+    """The step's own rows, [sum of query_lens, H, D]."""
+    compiled = jax.jit(attention.paged_attention, static_argnames=("spec", "max_query_len"))
+    out = compiled(
+        jnp.asarray(step.query, dtype),
+        jnp.asarray(step.after, dtype),
+        step.query_start_loc,
+        step.seq_lens,
+        step.block_table,
+        step.spec,
+        max_query_len=max(step.batch.query_lens),
+        sinks=step.sinks,
+    )
+    assert out.shape == step.query.shape
+    assert out.dtype == dtype
+    return np.asarray(out[: step.num_tokens], np.float32)
+
+
+def require_right(step: Step) -> None:
+    require_close("attention", attend(step), step.expected(), NMSE_BOUND["float32"])
+
+
+@pytest.mark.parametrize("batch", BATCHES, ids=lambda b: b.name)
+def test_every_batch_is_what_plain_loops_give(batch):
+    require_right(make_step(batch, _GQA))
+
+
+@pytest.mark.parametrize("heads", HEADS, ids=lambda h: h.name)
+def test_every_layout_of_heads(heads):
+    require_right(make_step(batch_named("mixed"), heads))
+
+
+@pytest.mark.parametrize("name", ["mixed", "long context"])
+@pytest.mark.parametrize(
+    "features",
+    [
+        {"sliding_window": 1},
+        {"sliding_window": 100},
+        {"soft_cap": 2.0},
+        {"has_alibi": True},
+        {"has_sinks": True},
+        {"sliding_window": 7, "has_alibi": True, "has_sinks": True, "soft_cap": 3.0},
+    ],
+    ids=str,
+)
+def test_every_feature(name, features):
+    require_right(make_step(batch_named(name), _GQA, **features))
+
+
+@pytest.mark.parametrize(
+    ("head_size", "lanes", "block_size"), [(16, 64, 8), (80, 128, 12), (128, 128, 256)]
+)
+def test_head_and_block_sizes(head_size, lanes, block_size):
+    step = make_step(
+        batch_named("mixed"), _GQA, head_size=head_size, lanes=lanes, block_size=block_size
+    )
+    require_right(step)
+
+
+def test_more_decodes_than_a_group_before_queries_of_several_tiles():
+    lengths = (1,) * (attention.GROUP + 3) + (2 * attention.TILE + 5, 3)
+    contexts = (*range(120, 120 + attention.GROUP + 3), 200, 130)
+
+    require_right(make_step(Batch("crowd", lengths, contexts), _GQA))
+
+
+def test_slots_before_a_window_may_hold_nan():
+    step = make_step(batch_named("long context"), _GQA, sliding_window=100)
+    step.after[step.block_table[0, :12]] = np.nan  # 192 tokens; the query sees 211 to 310
+
+    require_right(step)
+
+
+def test_a_token_left_out_would_be_seen():
+    step = make_step(batch_named("decode"), _GQA)
+    expected = step.expected()
+    step.seq_lens[0] -= 1
+
+    with pytest.raises(AssertionError):
+        np.testing.assert_allclose(attend(step), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_smaller_dtypes(dtype):
+    step = make_step(batch_named("mixed"), _GQA)
+    for x in (step.query, step.after, *(x for pair in step.contexts for x in pair)):
+        x[:] = np.asarray(jnp.asarray(x, dtype), np.float32)
+
+    require_close("attention", attend(step, dtype), step.expected(), NMSE_BOUND[dtype])
+
+
+@pytest.mark.parametrize("lengths", [(17,), (1, 1, 33, 7, 130, 300)], ids=str)
+@pytest.mark.parametrize("heads", HEADS[:2], ids=lambda h: h.name)
+def test_an_encoders_tokens_see_their_own_prompt(lengths, heads):
+    rng = np.random.default_rng(0)
+    num_tokens, pad = sum(lengths), 5
+    q, k, v = (
+        rng.standard_normal((num_tokens, count, 64), np.float32)
+        for count in (heads.num_heads, heads.num_kv_heads, heads.num_kv_heads)
+    )
+    spec = AttentionSpec(
+        num_heads=heads.num_heads, num_kv_heads=heads.num_kv_heads, head_size=64, scale=0.125
+    )
+    loc = np.concatenate([[0], np.cumsum(lengths), [num_tokens] * 2]).astype(np.int32)
+    padded = [np.pad(x, ((0, pad), (0, 0), (0, 0)), constant_values=np.nan) for x in (q, k, v)]
+
+    out = jax.jit(attention.encoder_attention, static_argnames="spec")(*padded, loc, spec)
+
+    cuts = np.cumsum(lengths)[:-1]
+    parts = zip(*(np.split(x.astype(np.float64), cuts) for x in (q, k, v)), strict=True)
+    expected = np.concatenate([reference.encoder_attention(*one, spec) for one in parts])
+    require_close("encoder", np.asarray(out[:num_tokens]), expected, NMSE_BOUND["float32"])
+
+
+def test_no_temporary_grows_with_the_length_that_a_bucket_allows():
+    def temporaries(num_blocks: int) -> int:
+        f32, i32 = jnp.float32, jnp.int32
+        shapes = (
+            ((8, 9, 64), f32),
+            ((num_blocks, 3, 16, 128), f32),
+            ((9,), i32),
+            ((8,), i32),
+            ((8, num_blocks), i32),
+        )
+        spec = AttentionSpec(num_heads=9, num_kv_heads=3, head_size=64, scale=0.125)
+        compiled = (
+            jax.jit(attention.paged_attention, static_argnames=("spec", "max_query_len"))
+            .lower(*(jax.ShapeDtypeStruct(*s) for s in shapes), spec, max_query_len=8)
+            .compile()
+        )
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    table = 8 * (1024 - 64) * 4
+    assert temporaries(1024) <= temporaries(64) + 3 * table
