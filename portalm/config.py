@@ -209,7 +209,7 @@ class EngineConfig:
     quantization: str = "auto"
     """What weights are computed with. auto: the values that the checkpoint has, in its own few bits
     where the device can and `dtype` is not float32; none: `dtype`, dequantised if need be; int8,
-    int4: rounded where they have more, and activations to 8 bits; fp8: as int8, in float8; a name of
+    int4: rounded where they have more, and activations to 8 bits; fp8: as int8, in float8; one of
     `CHECKPOINT_SCHEMES`: as auto, of a checkpoint that must be of that scheme."""
     max_model_len: int | None = None
     """Longest prompt plus answer; None: what the model was made for."""

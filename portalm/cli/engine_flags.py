@@ -28,8 +28,8 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--quantization",
         "what weights are computed with: auto is the checkpoint's own few bits where the device "
-        "can, none --dtype; int8, int4 and fp8 round those of more, and activations to 8 bits; others "
-        "are auto for a checkpoint that must be of that scheme",
+        "can, none --dtype; int8, int4 and fp8 round those of more, and activations to 8 bits; "
+        "others are auto for a checkpoint that must be of that scheme",
         choices=QUANTIZATIONS,
     )
     add("--max-model-len", "longest prompt plus answer, for example 4096 or 32k", type=_length)
