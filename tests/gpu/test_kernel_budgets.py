@@ -48,11 +48,12 @@ def test_a_few_kernels_are_within_their_budget(target: str) -> None:
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx90a", "gfx942", "gfx950"])
-def test_kernels_of_16_bits_spill_no_register(target: str) -> None:
+def test_kernels_that_models_use_spill_no_register(target: str) -> None:
+    rare = ("fp32", "all features")  # the exact one, and windows, caps, slopes and sinks at once
     spilling = [
         name
         for name, row in TABLE.items()
-        if "fp32" not in name and target in row and row[target]["spills"]
+        if target in row and row[target]["spills"] and not any(word in name for word in rare)
     ]
 
     assert not spilling
