@@ -204,6 +204,21 @@ def test_a_float8_weight_has_a_scale_for_each_row() -> None:
     assert max(nmse(b, w.double()) for b, w in zip(back, weight, strict=True)) < 1.5e-3
 
 
+def test_float8_products_lose_what_float8_loses() -> None:
+    """Torch multiplies float8 by rows on the CPU too."""
+    assert fp8.dtype_of(CPU) is torch.float8_e4m3fn
+    weight, bias = normal(48, 64, seed=1).bfloat16(), normal(48, seed=2).bfloat16()
+    x = (normal(5, 64) * torch.tensor([1e-2, 1.0, 10.0, 1.0, 100.0])[:, None]).bfloat16()
+    packed = weights.pack(weight, CPU, quantization="fp8", fp8=torch.float8_e4m3fn)
+
+    actual = linear.linear(x, packed, bias)
+
+    expected = x.double() @ weight.double().T + bias.double()
+    assert actual.dtype == torch.bfloat16
+    for row in range(5):
+        assert nmse(actual[row], expected[row]) < 1e-2, row
+
+
 def test_float8_is_refused_where_it_cannot_be() -> None:
     with pytest.raises(BackendError, match="does not multiply float8"):
         weights.pack(normal(16, 16), CPU, quantization="fp8")

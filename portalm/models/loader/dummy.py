@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -30,10 +31,10 @@ class DummyCheckpoint:
         self.config = config
         self._shapes = shapes
         self._seed = seed
-        try:
-            self._generator = torch.Generator(device or "cpu")
-        except RuntimeError:  # torch draws no random numbers there
-            self._generator = torch.Generator()
+        self._device = torch.device("cpu")
+        if device is not None:
+            with suppress(RuntimeError):  # torch draws no random numbers there
+                self._device = torch.Generator(device).device
 
     def names(self) -> Sequence[str]:
         """Every tensor of the model."""
@@ -44,9 +45,10 @@ class DummyCheckpoint:
         if name not in self._shapes:
             raise CheckpointError(self.path, f"the model has no tensor {name!r}")
         shape = self._shapes[name]
-        generator = self._generator
-        generator.manual_seed(self._seed * 1_000_003 + zlib.crc32(name.encode()))
-        dtype, device = getattr(torch, self.config.dtype), generator.device
+        dtype, device = getattr(torch, self.config.dtype), self._device
+        generator = torch.Generator(device).manual_seed(
+            self._seed * 1_000_003 + zlib.crc32(name.encode())
+        )
         if name.lower().endswith("norm.weight"):
             noise = torch.randn(shape, generator=generator, device=device)
             return (1 + 0.1 * noise).to(dtype)
