@@ -166,6 +166,11 @@ class XlaBackend(TorchBackend):
 
     def kv_alloc(self, spec: KVSpec, num_blocks: int) -> XlaKV:
         """One array a layer; one warning where a TPU has no kernels for it."""
+        if spec.dtype not in self.capabilities.kv_dtypes:
+            raise Unsupported(
+                f"the tpu backend stores keys and values as "
+                f"{', '.join(sorted(self.capabilities.kv_dtypes))}, not {spec.dtype}"
+            )
         reason = self._kernels.why_not(spec)
         if self._is_tpu and reason is not None:
             logger.warning("attention is XLA's operations, which are slower: %s", reason)

@@ -30,7 +30,7 @@ from portalm.errors import BackendError, BackendErrorKind
 Array: TypeAlias = Any
 """A `jax.Array`, or what stands for one while a program is traced."""
 
-DeviceTensor: TypeAlias = Tensor
+DeviceTensor: Any = Tensor
 """A tensor whose values are on the device, or traced."""
 
 _AXIS = "tensor"
@@ -166,7 +166,12 @@ def device_errors(what: str) -> Iterator[None]:
 def leaves(tree: Any) -> list[torch.Tensor]:
     """The tensors in dicts, lists, tuples and dataclasses, in their order."""
     found: list[torch.Tensor] = []
-    replace_leaves(tree, lambda tensor: (found.append(tensor), tensor)[1])
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        found.append(tensor)
+        return tensor
+
+    replace_leaves(tree, note)
     return found
 
 

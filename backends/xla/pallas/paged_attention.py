@@ -298,7 +298,7 @@ def _kernel(spec: AttentionSpec, shape: Shape, has_sinks: bool, *refs: Any) -> N
         following = schedule.after(tile, request, chunk)
 
         @pl.when(following[0] < pl.num_programs(0))
-        def _() -> None:
+        def fetch_following() -> None:
             fetcher.start(*following, 1 - slot)
 
         fetcher.wait(tile, request, chunk, slot)
