@@ -38,7 +38,7 @@ def bytes_per_block(spec: KVSpec, *, is_tpu: bool) -> int:
     """Bytes of one block over all layers, padding included."""
     lanes = lanes_per_head(spec.head_size, is_tpu=is_tpu)
     numbers = spec.num_layers * spec.num_kv_heads * spec.block_size * 2 * lanes
-    return numbers * _dtype(spec).itemsize
+    return numbers * int(_dtype(spec).itemsize)
 
 
 def layer_shape(spec: KVSpec, num_blocks: int, *, is_tpu: bool) -> tuple[int, int, int, int]:
