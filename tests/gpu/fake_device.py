@@ -271,6 +271,8 @@ class FakeGpu:
             inputs = inputs[:1]
         if inputs and all(hasattr(x, "is_on_host") for x in inputs):
             return tree_map(_on_host, func(*args, **kwargs))
+        if any(x.device.type == "meta" for x in inputs) or _is_meta(kwargs.get("device")):
+            return func(*args, **kwargs)  # shapes alone are on no device
         if func.is_view or func is torch.ops.aten.lift_fresh.default:
             return func(*args, **kwargs)
         if func._schema.is_mutable:
@@ -317,6 +319,10 @@ class _Launches(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return self.gpu.launch(func, args, kwargs or {})
+
+
+def _is_meta(device: Any) -> bool:
+    return isinstance(device, torch.device) and device.type == "meta"
 
 
 def _on_host(x: Any) -> Any:
