@@ -245,7 +245,14 @@ def test_an_unknown_setting_is_refused_by_name() -> None:
 
 
 def test_a_device_that_is_not_here_says_what_is_missing() -> None:
-    with pytest.raises(BackendUnavailable, match="no installed package brings a backend") as caught:
-        LLM(device="cuda", use_tqdm=False)
+    with pytest.raises(BackendUnavailable, match="a ROCm build is needed") as caught:
+        LLM(device="rocm", use_tqdm=False)
 
-    assert "cpu" in str(caught.value)
+    assert "Available on this machine: cpu" in str(caught.value)
+
+
+def test_a_device_that_nobody_knows_is_refused_by_name() -> None:
+    with pytest.raises(BackendUnavailable, match="no installed package brings a backend") as caught:
+        LLM(device="vax", use_tqdm=False)
+
+    assert "installed: cpu" in str(caught.value)

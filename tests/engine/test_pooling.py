@@ -222,7 +222,8 @@ def test_what_a_step_in_flight_adds_to_a_preempted_prompt_does_not_count(tmp_pat
 
 
 def test_a_failed_step_pools_the_others_again(tmp_path: Path) -> None:
-    engine = make_engine(tmp_path, NullBackend(fail_at_step=2, max_steps_in_flight=2))
+    backend = NullBackend(fail_at_step=2, fail_kind="kernel", max_steps_in_flight=2)
+    engine = make_engine(tmp_path, backend)
     pool(engine, "small", [9] * 100, pooling="mean")
     pool(engine, "large", [8] * 200, pooling="mean")
 
@@ -232,6 +233,18 @@ def test_a_failed_step_pools_the_others_again(tmp_path: Path) -> None:
     assert sorted(reasons.values()) == ["error", "stop"]
     [name] = [name for name, reason in reasons.items() if reason == "stop"]
     assert vector(outputs[name])[0] == {"small": 9, "large": 8}[name]
+
+
+def test_where_memory_runs_out_all_are_pooled_in_smaller_steps(tmp_path: Path) -> None:
+    backend = NullBackend(fail_at_step=2, fail_kind="oom", max_steps_in_flight=2)
+    engine = make_engine(tmp_path, backend)
+    pool(engine, "small", [9] * 100, pooling="mean")
+    pool(engine, "large", [8] * 200, pooling="mean")
+
+    outputs = run(engine)
+
+    assert vector(outputs["small"])[0] == 9
+    assert vector(outputs["large"])[0] == 8
 
 
 @pytest.mark.parametrize(
