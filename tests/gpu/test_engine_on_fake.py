@@ -67,6 +67,7 @@ def test_every_kind_of_sampling_gives_the_reference_tokens(
     assert gpu.num_replays > 100
 
 
+@pytest.mark.gpu_interpreted
 def test_kinds_of_sampling_may_be_mixed(
     tmp_path: Path, expected: dict[str, dict[str, list[int]]]
 ) -> None:
@@ -132,6 +133,7 @@ def test_preemption_changes_no_token(
     assert engine.stats().num_used_blocks == 0
 
 
+@pytest.mark.gpu_interpreted
 def test_an_abort_in_flight_changes_no_other_answer(
     tmp_path: Path, expected: dict[str, dict[str, list[int]]]
 ) -> None:
@@ -149,6 +151,7 @@ def test_an_abort_in_flight_changes_no_other_answer(
     assert engine.stats().num_used_blocks == 0
 
 
+@pytest.mark.gpu_interpreted
 def test_a_stop_token_ends_an_answer_whose_next_token_is_in_flight(
     tmp_path: Path, expected: dict[str, dict[str, list[int]]]
 ) -> None:
@@ -192,6 +195,7 @@ def test_memory_that_runs_out_once_ends_no_request(
     assert gpu.num_empty_caches > 0
 
 
+@pytest.mark.gpu_interpreted
 def test_a_step_that_does_not_fit_is_split(
     tmp_path: Path, expected: dict[str, dict[str, list[int]]]
 ) -> None:
@@ -211,6 +215,7 @@ def test_a_step_that_does_not_fit_is_split(
     assert engine.scheduler.config.max_batch_tokens <= 20
 
 
+@pytest.mark.gpu_interpreted
 def test_memory_that_never_suffices_ends_one_request(tmp_path: Path) -> None:
     class Broken(PlainGpu):
         def embed(self, token_ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
@@ -250,6 +255,7 @@ def test_a_fault_of_the_device_that_comes_late_ends_the_engine(tmp_path: Path) -
     assert caught.value.kind == "device_lost"
 
 
+@pytest.mark.gpu_interpreted
 def test_a_capture_that_runs_out_of_memory_is_done_without(
     tmp_path: Path, expected: dict[str, dict[str, list[int]]]
 ) -> None:
@@ -287,6 +293,7 @@ def merged(first: dict[str, list[int]], then: dict[str, list[int]]) -> dict[str,
 # -- memory -----------------------------------------------------------------------------------
 
 
+@pytest.mark.gpu_interpreted
 def test_the_pool_leaves_room_for_the_largest_step_and_the_captures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
