@@ -228,7 +228,6 @@ def test_names_without_their_prefix_are_found(tmp_path: Path) -> None:
         ("LlamaForCausalLM", {"use_qk_norm": True}, "use_qk_norm is True"),
         ("LlamaForCausalLM", {"sliding_window": 64}, "sliding_window is 64"),
         ("LlamaForCausalLM", {"num_local_experts": 8}, "num_local_experts is 8"),
-        ("LlamaForCausalLM", {"quantization_config": {"bits": 4}}, "quantization_config is"),
         ("LlamaForCausalLM", {"hidden_act": "relu"}, "hidden_act 'relu'.*supported: silu"),
         ("MistralForCausalLM", {"attention_bias": True}, "attention_bias is True"),
         ("Qwen3ForCausalLM", {"layer_types": ["chunked_attention"] * 2}, "'chunked_attention'"),
