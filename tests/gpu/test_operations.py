@@ -9,8 +9,8 @@ import torch
 
 from portalm.conformance import reference
 from portalm.conformance.check import Item
+from portalm.conformance.kit import CHECKS
 from portalm.conformance.numerics import NMSE_BOUND, require_close
-from portalm.conformance.operations import CHECKS
 from portalm.conformance.subject import Subject
 from portalm_backends.gpu_common.kernels import norms, rope, silu_mul
 from portalm_backends.reference.backend import ReferenceBackend

@@ -160,7 +160,8 @@ def test_an_explosive_schema_gets_a_400_in_time_and_holds_nobody_up(server: Runn
         running.result()
 
     assert response.status_code == 400
-    assert "more than 10 s" in response.json()["error"]["message"]
+    message = response.json()["error"]["message"]  # by whichever bound it meets first
+    assert "more than 10 s" in message or "takes too much memory" in message
     assert seconds < 60  # the limit, and the start of a second compiler
     assert len(gaps) > 20 and max(gaps) < 5
 
