@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from portalm.backend import QUANTIZED_FORMATS, QuantizedWeight
 from portalm.errors import BackendError
+from portalm_backends.portable.rounding import round_to
 
 QUANTIZATIONS = frozenset(QUANTIZED_FORMATS)
 """What `pack` takes as it is, or rounds to, on every device."""
@@ -81,7 +82,9 @@ def pack(
         return _as_fp8(weight, fp8)
     if quantization not in QUANTIZATIONS:
         raise BackendError("unsupported", f"weights cannot be rounded to {quantization!r}")
-    return few_bits(round_to(weight, quantization), weight.shape[1])
+    columns = weight.shape[1]
+    whole = F.pad(weight, (0, -columns % QUANTIZED_FORMATS[quantization]))  # groups
+    return few_bits(round_to(whole, quantization), columns)
 
 
 def _on(weight: QuantizedWeight, device: torch.device) -> QuantizedWeight:
@@ -116,41 +119,9 @@ def few_bits(weight: QuantizedWeight, k: int | None = None) -> FewBitWeight:
 
 
 def _by_group(x: torch.Tensor) -> torch.Tensor:
-    """float32 [N, K / group] as float16 [K / group, N]: checkpoints have no more bits."""
-    return x.half().t().contiguous()
-
-
-def round_to(weight: torch.Tensor, format: str) -> QuantizedWeight:
-    """A weight [N, K] rounded to a format; K grows to whole groups, by zeros.
-
-    Each group's scale is such that its extremes are codes: of the sign of the largest where one
-    code stands for zero in 4 bits, as those reach further down than up.
-    """
-    group = QUANTIZED_FORMATS[format]
-    columns = weight.shape[1]
-    padded = F.pad(weight.float(), (0, -columns % group))
-    parts = padded.view(padded.shape[0], -1, group)
-    minimums, zero = None, 0
-    if format == "int4_min":
-        minimums = parts.amin(dim=-1).half().float()
-        scales = (parts.amax(dim=-1) - minimums) / 15
-        largest = 15
-    elif format == "int4":
-        place = parts.abs().argmax(dim=-1, keepdim=True)
-        scales, zero, largest = parts.gather(-1, place)[..., 0] / -8, 8, 15
-    else:
-        scales, zero, largest = parts.abs().amax(dim=-1) / 127, 128, 255
-    scales = scales.half().float()
-    divisors = torch.where(scales == 0, 1.0, scales)[..., None]
-    offset = parts if minimums is None else parts - minimums[..., None]
-    codes = ((offset / divisors).round() + zero).clamp(0, largest)
-    return QuantizedWeight(
-        format=format,
-        codes=codes.to(torch.uint8).view(padded.shape),
-        scales=scales,
-        zero=zero,
-        minimums=minimums,
-    )
+    """float32 [N, K / group] as [K / group, N]: in float16 where that has all of its values."""
+    half = x.half()
+    return (half if torch.equal(half.float(), x) else x).t().contiguous()
 
 
 def _as_fp8(weight: torch.Tensor, fp8: torch.dtype | None) -> Fp8Weight:

@@ -11,7 +11,8 @@ def round_to(weight: torch.Tensor, format: str) -> QuantizedWeight:
     """A weight [N, K] in one of `QUANTIZED_FORMATS`; K must be whole groups.
 
     A group's extremes become codes. One of 4 bits without minimums puts the code that has no
-    opposite, -8, where the largest value is.
+    opposite, -8, where the largest value is. Scales and minimums are numbers of float16 where that
+    is precise enough, so that a device need not keep more.
 
     Raises:
         ValueError: K is not a multiple of the format's group.
@@ -21,18 +22,18 @@ def round_to(weight: torch.Tensor, format: str) -> QuantizedWeight:
     if columns % group:
         raise ValueError(f"{format} has groups of {group} columns: {columns} are not whole groups")
     parts = weight.float().view(rows, columns // group, group)
-    offset: torch.Tensor = parts
     minimums = None
     if format == "int4_min":
-        minimums = parts.amin(dim=-1)
-        offset = parts - minimums[..., None]
-        scales, zero, largest = offset.amax(dim=-1) / 15, 0, 15
+        minimums = _half(parts.amin(dim=-1))
+        scales, zero, largest = (parts.amax(dim=-1) - minimums) / 15, 0, 15
     elif format == "int4":
         place = parts.abs().argmax(dim=-1, keepdim=True)
         scales, zero, largest = parts.gather(-1, place)[..., 0] / -8, 8, 15
     else:
         scales, zero, largest = parts.abs().amax(dim=-1) / 127, 128, 255
+    scales = _half(scales)
     divisors = torch.where(scales == 0, 1.0, scales)[..., None]
+    offset = parts if minimums is None else parts - minimums[..., None]
     codes = ((offset / divisors).round() + zero).clamp(0, largest)
     return QuantizedWeight(
         format=format,
@@ -41,3 +42,10 @@ def round_to(weight: torch.Tensor, format: str) -> QuantizedWeight:
         zero=zero,
         minimums=minimums,
     )
+
+
+def _half(x: torch.Tensor) -> torch.Tensor:
+    """float32, rounded to float16 where that is normal; what is smaller or larger stays."""
+    half = x.half().float()
+    is_normal = (x.abs() >= torch.finfo(torch.float16).tiny) & half.isfinite()
+    return torch.where(is_normal, half, x)

@@ -12,6 +12,7 @@ from portalm.backend import QUANTIZED_FORMATS, QuantizedWeight
 from portalm.errors import BackendError
 from portalm_backends.gpu_common import weights
 from portalm_backends.gpu_common.kernels import fp8, linear, matmul
+from portalm_backends.portable.rounding import round_to
 from tests.gpu.interpreted import complete, some
 
 CPU = torch.device("cpu")
@@ -126,7 +127,7 @@ def test_a_wrong_number_of_columns_is_refused() -> None:
 def test_rounding_loses_what_the_bits_leave(format: str, bound: float) -> None:
     weight = normal(64, 96)
 
-    rounded = weights.round_to(weight, format)
+    rounded = round_to(weight, format)
 
     assert nmse(rounded.dequantize(), weight.double()) < bound
     assert rounded.format == format
@@ -140,8 +141,20 @@ def test_a_weight_of_any_width_is_rounded_and_multiplied(format: str) -> None:
 
     packed = weights.pack(weight, CPU, quantization=format)
 
-    rounded = weights.round_to(weight, format).dequantize()[:, :41]
+    rounded = round_to(
+        torch.nn.functional.pad(weight, (0, -41 % QUANTIZED_FORMATS[format])), format
+    ).dequantize()[:, :41]
     assert nmse(linear.linear(x, packed), x.double() @ rounded.double().T) < 1e-11
+
+
+def test_scales_that_float16_does_not_have_are_kept() -> None:
+    weight = random_weight("int4_min", 24, 64)
+    weight = replace(weight, scales=weight.scales * 1e-7, minimums=weight.minimums * 1e-7)
+    x = normal(2, 64)
+
+    actual = linear.linear(x, weights.pack(weight, CPU))
+
+    assert nmse(actual, x.double() @ weight.dequantize().double().T) < 1e-11
 
 
 @pytest.mark.parametrize("format", QUANTIZED_FORMATS)
