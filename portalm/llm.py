@@ -182,8 +182,8 @@ class LLM:
         searches: list[tuple[list[int], BeamSearch]] = []
         for prompt in many:
             token_ids = self._inputs.check_prompt(prompt)
-            room = min(params.max_tokens, longest - len(token_ids))
-            searches.append((token_ids, BeamSearch(replace(params, max_tokens=room), eos)))
+            search = BeamSearch(params, eos, room=longest - len(token_ids))
+            searches.append((token_ids, search))
         while open_ones := [one for one in searches if one[1].running]:
             beams = [
                 ([*prompt, *beam.token_ids], search.step_params)

@@ -31,13 +31,21 @@ class Beam:
 class BeamSearch:
     """The search behind one prompt."""
 
-    def __init__(self, params: BeamSearchParams, eos_token_ids: Collection[int]) -> None:
+    def __init__(
+        self, params: BeamSearchParams, eos_token_ids: Collection[int], *, room: int
+    ) -> None:
         """Begin with the prompt alone.
+
+        Args:
+            params: how wide and how long.
+            eos_token_ids: end a beam, unless they are to be ignored.
+            room: tokens that fit behind the prompt.
 
         Raises:
             InvalidRequest: so many beams need more likely tokens of each step than are computed.
         """
         self._params = params
+        self._max_tokens = min(params.max_tokens, room)
         self._eos = frozenset(() if params.ignore_eos else eos_token_ids)
         # so many that enough of them go on, even if all others end
         self._num_candidates = max(2, 1 + len(self._eos)) * params.beam_width
@@ -82,7 +90,7 @@ class BeamSearch:
         going_on: list[Beam] = []
         for rank, beam in enumerate(candidates):
             is_eos = beam.token_ids[-1] in self._eos
-            if not is_eos and length < params.max_tokens:
+            if not is_eos and length < self._max_tokens:
                 going_on.append(beam)
             elif rank < params.beam_width:  # the others are there to go on, if they do
                 score = beam.logprob / length**params.length_penalty
@@ -100,7 +108,7 @@ class BeamSearch:
             return True
         reached = length
         if params.early_stopping == "never" and params.length_penalty > 0:
-            reached = params.max_tokens
+            reached = self._max_tokens
         return (
             not going_on
             or going_on[0].logprob / reached**params.length_penalty <= self._ended[-1].score

@@ -34,14 +34,7 @@ class _Search:
         self.processed = processed
         self.params = params
         room = ready.max_model_len - len(processed.prompt_token_ids)
-        beams = BeamSearchParams(
-            beam_width=beams.beam_width,
-            max_tokens=min(beams.max_tokens, room),
-            ignore_eos=beams.ignore_eos,
-            length_penalty=beams.length_penalty,
-            early_stopping=beams.early_stopping,
-        )
-        self.search = BeamSearch(beams, ready.eos_token_ids)
+        self.search = BeamSearch(beams, ready.eos_token_ids, room=room)
         self.watch = RequestWatch(state.metrics, state.observers, processed, params)
         self._arrival = time.time()
 

@@ -114,7 +114,7 @@ def test_beams_leave_no_block_behind(llm: LLM) -> None:
 
 
 def test_an_ended_beam_is_only_left_for_a_better_one() -> None:
-    search = BeamSearch(BeamSearchParams(beam_width=2, max_tokens=5), {9})
+    search = BeamSearch(BeamSearchParams(beam_width=2, max_tokens=5), {9}, room=100)
     search.advance([[(9, -0.1), (1, -1.0), (2, -2.0), (3, -3.0)]])
     search.advance([[(9, -0.1), (4, -0.2)], [(5, -9.0), (6, -9.5)]])
 
@@ -142,4 +142,4 @@ def test_more_beams_than_likely_tokens_are_refused(llm: LLM) -> None:
 
 
 def test_a_search_begins_with_the_prompt_alone() -> None:
-    assert BeamSearch(BeamSearchParams(beam_width=3), ()).running == [Beam()]
+    assert BeamSearch(BeamSearchParams(beam_width=3), (), room=100).running == [Beam()]
