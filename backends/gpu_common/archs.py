@@ -17,8 +17,6 @@ class Arch:
     """Threads that run in step."""
     fp8: frozenset[str] = frozenset()
     """8-bit floats that its kernels take, by torch's names."""
-    no_fp8_because: str = ""
-    """Why there are none."""
 
 
 _OCP = frozenset({"float8_e4m3fn", "float8_e5m2"})
@@ -26,8 +24,8 @@ _OCP = frozenset({"float8_e4m3fn", "float8_e5m2"})
 CUDA = {
     arch.name: arch
     for arch in (
-        Arch(name="sm_80", product="A100", warp_size=32, no_fp8_because="it came with sm_89"),
-        Arch(name="sm_86", product="A10", warp_size=32, no_fp8_because="it came with sm_89"),
+        Arch(name="sm_80", product="A100", warp_size=32),
+        Arch(name="sm_86", product="A10", warp_size=32),
         Arch(name="sm_89", product="L40S", warp_size=32, fp8=_OCP),
         Arch(name="sm_90", product="H100, H200", warp_size=32, fp8=_OCP),
         Arch(name="sm_100", product="B200", warp_size=32, fp8=_OCP),
@@ -40,15 +38,14 @@ CUDA = {
 ROCM = {
     arch.name: arch
     for arch in (
-        Arch(name="gfx90a", product="MI210, MI250", warp_size=64, no_fp8_because="it has none"),
+        Arch(name="gfx90a", product="MI210, MI250", warp_size=64),
         Arch(
             name="gfx942",
             product="MI300X, MI325X",
             warp_size=64,
-            no_fp8_because="its 8-bit floats are of another kind (fnuz) than checkpoints'",
-        ),
+        ),  # its 8-bit floats are of another kind (fnuz) than checkpoints'
         Arch(name="gfx950", product="MI350X", warp_size=64, fp8=_OCP),
-        Arch(name="gfx1100", product="RX 7900", warp_size=32, no_fp8_because="it has none"),
+        Arch(name="gfx1100", product="RX 7900", warp_size=32),
         Arch(name="gfx1201", product="RX 9070", warp_size=32, fp8=_OCP),
     )
 }

@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 
 from portalm.backend import DeviceReport
-from portalm_backends.gpu_common.archs import Arch
 
 _INSTALL = "docs/deploy-gpu.md says how to install one"
 
@@ -59,11 +58,6 @@ def exists(*paths: str) -> bool:
 def torch_builds() -> dict[str, str | None]:
     """What the installed torch was built for."""
     return {"CUDA": torch.version.cuda, "ROCm": torch.version.hip}
-
-
-def fp8_note(arch: Arch) -> str:
-    """What 8-bit floats `arch` has, or why it has none."""
-    return ", ".join(sorted(arch.fp8)) or f"none: {arch.no_fp8_because}"
 
 
 def _missing(summary: str) -> DeviceReport:

@@ -7,7 +7,6 @@ import torch
 
 from portalm.errors import Unsupported
 from portalm_backends.cuda.backend import CudaBackend
-from portalm_backends.gpu_common.archs import CUDA, ROCM
 from portalm_backends.gpu_common.device import error_kind
 from portalm_backends.gpu_common.find import find
 from portalm_backends.rocm.backend import RocmBackend
@@ -68,13 +67,6 @@ def test_an_architecture_that_is_not_known_is_refused_by_name() -> None:
         CudaBackend(FakeGpu(arch="sm_75"))
     with pytest.raises(Unsupported, match=r"no kernels for gfx906.*gfx942"):
         RocmBackend(FakeGpu(arch="gfx906"))
-
-
-@pytest.mark.parametrize("arch", [*CUDA, *ROCM])
-def test_every_architecture_says_why_it_has_no_8_bit_floats(arch: str) -> None:
-    one = {**CUDA, **ROCM}[arch]
-
-    assert bool(one.fp8) != bool(one.no_fp8_because)
 
 
 @pytest.mark.parametrize(
