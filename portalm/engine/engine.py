@@ -480,7 +480,7 @@ class Engine:
             self.backend,
             spec,
             max_model_len=max_model_len,
-            weight_bytes=model.weight_bytes(),
+            weight_bytes=model.weight_bytes,
             activations=activations,
         )
         return budget.num_blocks

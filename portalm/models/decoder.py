@@ -96,6 +96,7 @@ class Decoder:
         """
         self.config = config
         self.dtype = dtype
+        self._shapes: dict[str, tuple[int, ...]] = {}
         for name, neutral in _NEUTRAL.items():
             value = config.values.get(name)
             if name in self.reads or value is None or value in neutral or _is_off(name, config):
@@ -158,9 +159,11 @@ class Decoder:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every tensor of the checkpoint, with its shape."""
-        recorder = ShapeRecorder()
-        self.build(LayerReader(recorder, NoDevice(), self.dtype))
-        return recorder.shapes
+        if not self._shapes:  # a model of many experts has tens of thousands
+            recorder = ShapeRecorder()
+            self.build(LayerReader(recorder, NoDevice(), self.dtype))
+            self._shapes = recorder.shapes
+        return dict(self._shapes)
 
     def weight_bytes(self) -> int:
         """Bytes of all weights in `dtype`; a tied head is packed beside the embedding."""
@@ -212,7 +215,7 @@ class Decoder:
         """Weights by name: what `build` gives, and ropes."""
         reader = TensorReader(
             checkpoint,
-            len(self.shapes()),
+            len(checkpoint.names()),
             rename=self._rename(checkpoint),
             progress=progress,
         )

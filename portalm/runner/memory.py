@@ -81,7 +81,7 @@ def kv_budget(
     spec: KVSpec,
     *,
     max_model_len: int,
-    weight_bytes: int,
+    weight_bytes: Callable[[], int],
     activations: int,
 ) -> KVBudget:
     """The KV pool for an engine whose weights are on the device already.
@@ -111,7 +111,9 @@ def kv_budget(
     )
 
 
-def _room(config: EngineConfig, backend: Backend, *, weight_bytes: int, activations: int) -> int:
+def _room(
+    config: EngineConfig, backend: Backend, *, weight_bytes: Callable[[], int], activations: int
+) -> int:
     """Bytes that the KV pool may take."""
     if config.kv_cache_memory_bytes is not None:
         return config.kv_cache_memory_bytes
@@ -122,7 +124,7 @@ def _room(config: EngineConfig, backend: Backend, *, weight_bytes: int, activati
         if share is None:
             return min(int((memory.free - activations) * _HOST_MEMORY_SHARE), _HOST_KV_LIMIT)
         return min(
-            int(memory.total * share) - weight_bytes - activations, memory.free - activations
+            int(memory.total * share) - weight_bytes() - activations, memory.free - activations
         )
     return (
         min(
