@@ -11,6 +11,7 @@ import torch
 from portalm.config import EngineConfig
 from portalm.engine.engine import Engine
 from portalm.errors import CheckpointError, UnsupportedModel
+from portalm.models.decoder import Decoder
 from portalm.models.loader import open_checkpoint
 from tests.tiny import ask, run
 
@@ -184,3 +185,16 @@ def test_dummy_weights_are_the_same_every_time(tmp_path: Path) -> None:
 
     for name in one.names():
         assert torch.equal(one.tensor(name), other.tensor(name))
+
+
+def test_a_start_builds_no_model_for_its_shapes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = saved(tmp_path)
+
+    def shapes(self: object) -> None:
+        raise AssertionError("that takes longer than to load a small model")
+
+    monkeypatch.setattr(Decoder, "shapes", shapes)
+
+    engine_of(folder)
