@@ -162,6 +162,8 @@ class SamplingParams:
     """Texts whose last token may not be drawn after the ones before it."""
     structured_outputs: StructuredOutputs | None = None
     """What the answer must look like. A mapping of its fields is accepted."""
+    logits_processors: Mapping[str, Any] = field(default_factory=dict)
+    """Installed processors (`portalm.logits_processor`) by name, and what each is given."""
 
     def __post_init__(self) -> None:
         """Normalise strings and sequences, then reject what cannot work, naming the field."""
@@ -171,6 +173,7 @@ class SamplingParams:
         put(self, "bad_words", _as_tuple("bad_words", self.bad_words))
         put(self, "top_k", 0 if self.top_k == -1 else self.top_k)
         put(self, "logit_bias", _int_keys(self.logit_bias or {}))
+        put(self, "logits_processors", _by_name(self.logits_processors))
         if self.allowed_token_ids is not None:
             put(self, "allowed_token_ids", _as_tuple("allowed_token_ids", self.allowed_token_ids))
         if isinstance(self.structured_outputs, Mapping):
@@ -243,7 +246,11 @@ class SamplingParams:
     @property
     def needs_history(self) -> bool:
         """True if a token cannot be drawn before the host knows the one before it."""
-        return self.has_penalties or bool(self.bad_words) or self.structured_outputs is not None
+        return (
+            self.has_penalties
+            or bool(self.bad_words or self.logits_processors)
+            or self.structured_outputs is not None
+        )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SamplingParams:
@@ -285,6 +292,16 @@ def _int_keys(bias: Mapping[Any, float]) -> dict[int, float]:
             "logit_bias must map token ids to numbers, for example {50256: -100}",
             param="logit_bias",
         ) from None
+
+
+def _by_name(processors: Any) -> dict[str, Any]:
+    if not isinstance(processors, Mapping) or not all(isinstance(k, str) for k in processors):
+        raise InvalidRequest(
+            "logits_processors must map names of installed processors to what each is given, "
+            'for example {"no_digits": null}',
+            param="logits_processors",
+        )
+    return dict(processors)
 
 
 def _refuse(name: str, problem: str) -> NoReturn:

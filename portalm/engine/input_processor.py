@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from portalm.config import Task
 from portalm.engine.messages import AddRequest, EngineReady
 from portalm.errors import InvalidRequest, RequestTooLarge
+from portalm.logits_processor import check_logits_processors
 from portalm.pooling_params import PoolingParams
 from portalm.sampling_params import SamplingParams, as_token_ids
 from portalm.structured.messages import CompiledGrammar
@@ -275,6 +276,7 @@ class InputProcessor:
         self._check_ids("logit_bias", params.logit_bias)
         self._check_ids("stop_token_ids", params.stop_token_ids)
         self._check_ids("allowed_token_ids", params.allowed_token_ids or ())
+        check_logits_processors(params.logits_processors)
 
     def _check_ids(self, name: str, token_ids: Collection[int]) -> None:
         if not token_ids:

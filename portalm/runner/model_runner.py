@@ -355,11 +355,14 @@ class StepInFlight:
         result.refused = {
             row.request.request_id: row.trouble for row in self._sampled if row.trouble is not None
         }
+        result.failed |= {
+            row.request.request_id: row.fault for row in self._sampled if row.fault is not None
+        }
         for planned, token_id in zip(self.plan.requests, result.token_ids, strict=True):
             if (
                 planned.draws_token
                 and token_id < 0
-                and planned.request.request_id not in result.refused
+                and planned.request.request_id not in result.refused | result.failed
             ):
                 result.failed[planned.request.request_id] = (
                     "the model's logits are not numbers (NaN or all -inf) after token "

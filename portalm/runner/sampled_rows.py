@@ -22,6 +22,8 @@ class SampledRow:
     """The prompt token whose logprob is wanted, or -1: a token is drawn."""
     trouble: str | None = None
     """Why nothing can be drawn, where the request itself leaves nothing."""
+    fault: str | None = None
+    """Why what is drawn is worth nothing, where a logits processor failed."""
 
     @property
     def forbidden_ids(self) -> list[int]:

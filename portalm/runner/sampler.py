@@ -11,7 +11,9 @@ import torch
 
 from portalm.backend import LogitBias, Penalties, SampleParams
 from portalm.core.request import Request
+from portalm.logits_processor import Biases
 from portalm.runner.input_batch import InputBatch, StepArrays
+from portalm.runner.logits_processors import LogitsProcessors
 from portalm.runner.sampled_rows import SampledRow
 from portalm.runner.token_masks import TokenMasks
 
@@ -26,6 +28,7 @@ class Sampler:
     def __init__(self, vocab_size: int) -> None:
         """For logits of `vocab_size` columns."""
         self._masks = TokenMasks(vocab_size)
+        self._processors = LogitsProcessors(vocab_size)
         self._last_requests: list[Request] = []
         self._last: SampleParams | None = None
         """Of the last step, if nothing but the positions differs where the same requests draw."""
@@ -143,7 +146,7 @@ class Sampler:
         )
 
     def _bias(self, rows: list[SampledRow], to_device: ToDevice) -> LogitBias | None:
-        """logit_bias, and -inf for stop tokens before min_tokens and the ends of bad words."""
+        """logit_bias, -inf for stop tokens before min_tokens and ends of bad words, processors'."""
         entries: list[tuple[int, int, float]] = []
         for i, row in enumerate(rows):
             if row.target >= 0:
@@ -152,13 +155,18 @@ class Sampler:
             entries.extend((i, token_id, value) for token_id, value in params.logit_bias.items())
             if row.request.grammar is None:  # else they are in its mask, unless it has ended
                 entries.extend((i, token_id, _FORBIDDEN) for token_id in row.forbidden_ids)
-        if not entries:
+        parts = self._processors.biases(rows)
+        if entries:
+            row_ids, token_ids, values = zip(*entries, strict=True)
+            own = Biases(np.array(row_ids), np.array(token_ids), np.array(values))
+            parts.insert(0, own)
+        if not parts:
             return None
-        row_ids, token_ids, values = zip(*entries, strict=True)
+        row_array, id_array, value_array = (np.concatenate(x) for x in zip(*parts, strict=True))
         return LogitBias(
-            rows=to_device(np.array(row_ids, np.int32)),
-            token_ids=to_device(np.array(token_ids, np.int32)),
-            values=to_device(np.array(values, np.float32)),
+            rows=to_device(row_array.astype(np.int32)),
+            token_ids=to_device(id_array.astype(np.int32)),
+            values=to_device(value_array.astype(np.float32)),
         )
 
 
@@ -170,6 +178,7 @@ def _depends_on_history(request: Request) -> bool:
         or params.min_tokens
         or params.prompt_logprobs is not None
         or request.bad_words_ids
+        or params.logits_processors
         or request.grammar is not None
     )
 

@@ -120,6 +120,8 @@ class SamplingFields(BaseModel):
         default_factory=list
     )
 
+    logits_processors: Annotated[dict[str, Any], Field(max_length=16)] = Field(default_factory=dict)
+
     # what an answer must look like: at most one of these
     response_format: ResponseFormat | None = None
     structured_outputs: dict[str, Any] | None = None
@@ -181,6 +183,7 @@ class SamplingFields(BaseModel):
             if self.allowed_token_ids is None
             else tuple(self.allowed_token_ids),
             bad_words=tuple(self.bad_words),
+            logits_processors=self.logits_processors,
             structured_outputs=self._structured_outputs(),  # type: ignore[arg-type]  # a mapping may be
         )
 

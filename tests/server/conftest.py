@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import signal
 import subprocess
@@ -19,6 +20,8 @@ import pytest
 from tests.tiny import make_config_folder
 
 START_S = 90
+PLUGINS = Path(__file__).parents[1] / "plugins"
+"""What is installed beside: house_plugins."""
 
 ENDLESS = (  # the default model goes on with it until it may not any more
     "Write all numbers from 1 to 1000, separated by commas: 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12,"
@@ -59,8 +62,9 @@ class RunningServer:
 def running_server(*flags: str) -> Iterator[RunningServer]:
     command = [sys.executable, "-m", "portalm.cli.main", "serve", "--port", "0", *flags]
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd="/"
-    )
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd="/",
+        env={**os.environ, "PYTHONPATH": str(PLUGINS)},
+    )  # fmt: skip
     output: list[str] = []
     found: list[str] = []
     ready = threading.Event()

@@ -194,6 +194,10 @@ CASES = {
         },
         bad_words=["ab"],
     ),
+    "logits_processors": case(
+        lambda before, now: most_common(before) > 1 and most_common(now) == 1,
+        logits_processors={"no_repeats": {"last": 99}},
+    ),
 }  # fmt: skip
 
 

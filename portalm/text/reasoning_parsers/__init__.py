@@ -7,10 +7,10 @@ A package adds one with an entry point of the group `portalm.reasoning_parsers`:
 
 from __future__ import annotations
 
-from portalm.text.parser_registry import ParserRegistry
+from portalm.plugins import Plugins
 from portalm.text.reasoning_parsers.base import ReasoningParser
 
-REASONING_PARSERS = ParserRegistry(
+REASONING_PARSERS = Plugins(
     ReasoningParser,  # type: ignore[type-abstract]  # only to compare with
     kind="reasoning parser",
     group="portalm.reasoning_parsers",

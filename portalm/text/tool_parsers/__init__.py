@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from functools import lru_cache
 
+from portalm.plugins import Plugins
 from portalm.text.chat_template import takes_tools
-from portalm.text.parser_registry import ParserRegistry
 from portalm.text.tool_parsers.base import ToolParser
 
-TOOL_PARSERS = ParserRegistry(
+TOOL_PARSERS = Plugins(
     ToolParser,  # type: ignore[type-abstract]  # only to compare with
     kind="tool call parser",
     group="portalm.tool_parsers",

@@ -1,4 +1,4 @@
-"""Parsers by name: ours, and those that other packages bring as entry points."""
+"""Classes by name: ours, and those that other packages bring as entry points."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from portalm.errors import ConfigError
 P = TypeVar("P")
 
 
-class ParserRegistry(Generic[P]):
-    """All parsers of one kind."""
+class Plugins(Generic[P]):
+    """All classes of one kind."""
 
-    def __init__(self, base: type[P], *, kind: str, group: str, own: Mapping[str, str]) -> None:
-        """The parsers of a kind.
+    def __init__(
+        self, base: type[P], *, kind: str, group: str, own: Mapping[str, str] | None = None
+    ) -> None:
+        """The classes of a kind.
 
         Args:
             base: what each of them is a subclass of.
@@ -25,10 +27,12 @@ class ParserRegistry(Generic[P]):
             own: ours, name -> module:class.
         """
         self._base = base
+        self._found: dict[str, type[P]] = {}
         self._kind = kind
         self._group = group
         self._own = {
-            name: importlib.metadata.EntryPoint(name, home, group) for name, home in own.items()
+            name: importlib.metadata.EntryPoint(name, home, group)
+            for name, home in (own or {}).items()
         }
 
     def names(self) -> list[str]:
@@ -36,25 +40,29 @@ class ParserRegistry(Generic[P]):
         return sorted(self._entry_points())
 
     def get(self, name: str) -> type[P]:
-        """The parser of that name. Raises `ConfigError`, naming those that there are."""
+        """The class of that name. Raises `ConfigError`, naming those that there are."""
+        if name in self._found:  # to look through all installed packages takes milliseconds
+            return self._found[name]
         entry_point = self._entry_points().get(name)
         if entry_point is None:
+            installed = ", ".join(self.names()) or "none"
             raise ConfigError(
-                f"there is no {self._kind} {name!r}; installed: {', '.join(self.names())} "
+                f"there is no {self._kind} {name!r}; installed: {installed} "
                 f"(packages add more by the entry-point group {self._group!r})"
             )
         try:
-            parser = entry_point.load()
+            found = entry_point.load()
         except Exception as error:  # code of another package: it may raise anything
             raise ConfigError(
                 f"the {self._kind} {name!r} does not import: {type(error).__name__}: {error}"
             ) from error
-        if not isinstance(parser, type) or not issubclass(parser, self._base):
+        if not isinstance(found, type) or not issubclass(found, self._base):
             raise ConfigError(
                 f"the {self._kind} {name!r} ({entry_point.value}) is no subclass of "
                 f"{self._base.__module__}.{self._base.__name__}"
             )
-        return parser
+        self._found[name] = found
+        return found
 
     def _entry_points(self) -> dict[str, importlib.metadata.EntryPoint]:
         others = importlib.metadata.entry_points(group=self._group)
