@@ -165,7 +165,8 @@ class AttentionSpec:
     scale: float
     """Multiplies the scores before the softmax."""
     sliding_window: int | None = None
-    """A token sees itself and this many less one before it; None: all."""
+    """A token sees itself and this many less one before it (an encoder's also behind it); None:
+    all."""
     soft_cap: float | None = None
     """Scores become cap * tanh(score / cap); None: as they are."""
     alibi_slopes: tuple[float, ...] | None = None
@@ -458,8 +459,8 @@ class Backend(Protocol):
         """Attention of each token to all tokens of its request in this step, no cache.
 
         `query` is [T, H, D], `key` and `value` are [T, H_kv, D]; whole prompts end to end. Returns
-        [T, H, D] in the dtype of `query`; rows of pad tokens are unspecified. Windows and soft
-        caps do not apply.
+        [T, H, D] in the dtype of `query`; rows of pad tokens are unspecified. Soft caps do not
+        apply.
         """
         ...
 

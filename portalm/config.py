@@ -71,6 +71,8 @@ class PoolingConfig:
     """Scale vectors to length 1."""
     max_tokens: int | None = None
     """Longest text that the model was trained on; None: its longest context."""
+    is_purpose: bool = False
+    """The checkpoint says how it is pooled: a decoder then embeds, and does not generate."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -458,7 +458,7 @@ def attend_encoder(
         key: [T, H_kv, D], likewise.
         value: the same shape.
         meta: `query_start_loc` is looked at on the device.
-        spec: scale and heads.
+        spec: scale, heads and window.
         family: of the GPU (`family_of`).
 
     Returns:
@@ -480,6 +480,7 @@ def attend_encoder(
         key.stride(0),
         value.stride(0),
         spec.scale * _LOG2E,
+        spec.sliding_window or 0,
         GROUP=group,
         NUM_KV_HEADS=spec.num_kv_heads,
         D=spec.head_size,
@@ -487,6 +488,7 @@ def attend_encoder(
         TILE=shape.tile,
         ROWS=shape.rows,
         TOKENS=tokens,
+        HAS_WINDOW=spec.sliding_window is not None,
         num_warps=shape.num_warps,
         num_stages=min(shape.num_stages, 3),
         enable_fp_fusion=True,

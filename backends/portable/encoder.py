@@ -36,7 +36,7 @@ def attention(
         key: [T, H_kv, D]
         value: [T, H_kv, D]
         meta: which tokens belong to which request.
-        spec: the scale.
+        spec: scale and window.
 
     Returns:
         [T, H, D], in the dtype of `query`; rows of pad tokens are not written.
@@ -51,10 +51,23 @@ def attention(
             for x in (query, key, value)
         )  # [N, H, L, D]
         attended = F.scaled_dot_product_attention(
-            q, k, v, scale=spec.scale, enable_gqa=spec.num_heads != spec.num_kv_heads
+            q,
+            k,
+            v,
+            attn_mask=_near(q.shape[2], spec.sliding_window, query.device),
+            scale=spec.scale,
+            enable_gqa=spec.num_heads != spec.num_kv_heads,
         )
         out[group.tokens] = attended.transpose(1, 2).flatten(0, 1)
     return out
+
+
+def _near(length: int, window: int | None, device: torch.device) -> torch.Tensor | None:
+    """bool [L, L]: which tokens see each other; None: all."""
+    if window is None or window >= length:
+        return None
+    place = torch.arange(length, device=device)
+    return (place[:, None] - place).abs() < window
 
 
 def _group(meta: StepMeta, device: torch.device) -> list[_SameLength]:

@@ -78,7 +78,7 @@ def encoder_attention(
         key: [T, H_kv, D]
         value: the same shape.
         meta: which tokens belong to which request.
-        spec: scale.
+        spec: scale and window.
 
     Returns:
         [T, H, D], in the dtype of `query`; rows of pad tokens are zero.
@@ -91,8 +91,12 @@ def encoder_attention(
         k, v = (
             x[start:end].float().repeat_interleave(group_size, dim=1) for x in (key, value)
         )  # [N, H, D]
-        probs = (torch.einsum("qhd,khd->hqk", q, k) * spec.scale).softmax(dim=-1)
-        out[start:end] = torch.einsum("hqk,khd->qhd", probs, v).to(query.dtype)
+        scores = torch.einsum("qhd,khd->hqk", q, k) * spec.scale
+        if spec.sliding_window is not None:
+            place = torch.arange(end - start)
+            is_far = (place[:, None] - place).abs() >= spec.sliding_window
+            scores = scores.masked_fill(is_far, float("-inf"))
+        out[start:end] = torch.einsum("hqk,khd->qhd", scores.softmax(dim=-1), v).to(query.dtype)
     return out
 
 

@@ -123,7 +123,7 @@ def encoder_attention(
         key: [T, H_kv, D]
         value: the same shape.
         query_start_loc: int32 [S + 1]
-        spec: scale.
+        spec: scale and window.
 
     Returns:
         [T, H, D], in the dtype of `query`; rows of pad tokens are unspecified.
@@ -131,7 +131,9 @@ def encoder_attention(
     num_tokens = query.shape[0]
     query, key, value = (_pad(x, max(CHUNK, TILE)) for x in (query, key, value))
     lengths = jnp.diff(query_start_loc)
-    plain = replace(spec, sliding_window=None, soft_cap=None, alibi_slopes=None)
+    reach = spec.sliding_window  # as far as a token sees behind itself a decoder's row is moved
+    window = None if reach is None else 2 * reach - 1
+    plain = replace(spec, sliding_window=window, soft_cap=None, alibi_slopes=None)
 
     def tile(request: jax.Array, first: jax.Array, q: jax.Array) -> jax.Array:
         def fetch(chunk: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -140,7 +142,10 @@ def encoder_attention(
             return k.swapaxes(0, 1)[None], v.swapaxes(0, 1)[None]
 
         end = lengths[request]
-        rows = _rows(q, jnp.broadcast_to(end - 1, (TILE,)), end, plain)
+        last = jnp.broadcast_to(end - 1, (TILE,))
+        if reach is not None:
+            last = first + jnp.arange(TILE) + reach - 1
+        rows = _rows(q, last, end, plain)
         return _attend(rows, fetch, CHUNK, plain, None)
 
     return _over_tiles(query, jnp.zeros_like(query), query_start_loc, lengths, tile)[:num_tokens]

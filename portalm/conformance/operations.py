@@ -157,16 +157,18 @@ def attend_cases() -> list[Attend]:
 
 @dataclass(frozen=True, slots=True)
 class Encode:
-    """Prompts of these lengths, and a head layout."""
+    """Prompts of these lengths, a head layout, and how far tokens see."""
 
     lengths: tuple[int, ...]
     heads: Heads
     dtype: str
+    sliding_window: int | None = None
 
     @property
     def name(self) -> str:
         """All of it."""
-        return f"{'+'.join(map(str, self.lengths))}, {self.heads.name}, {self.dtype}"
+        window = "" if self.sliding_window is None else f", window {self.sliding_window}"
+        return f"{'+'.join(map(str, self.lengths))}, {self.heads.name}, {self.dtype}{window}"
 
 
 def run_encoder(subject: Subject, case: Encode, pad: Pad = NO_PAD) -> list[F32Array]:
@@ -192,6 +194,7 @@ def encoder_spec(subject: Subject, case: Encode) -> AttentionSpec:
         num_kv_heads=case.heads.num_kv_heads,
         head_size=subject.head_size,
         scale=subject.head_size**-0.5,
+        sliding_window=case.sliding_window,
     )
 
 
@@ -208,8 +211,10 @@ def encoder_inputs(subject: Subject, case: Encode) -> tuple[F32Array, F32Array, 
 
 
 def check_attend_encoder(subject: Subject, case: Encode) -> float:
-    """Every token sees its whole prompt and no other, compared with plain loops."""
+    """Every token sees what it may of its prompt and no other, compared with plain loops."""
     subject.needs_dtype(case.dtype)
+    if case.sliding_window is not None:
+        subject.needs_feature("sliding_window")
     actual = run_encoder(subject, case)
     cuts = np.cumsum(case.lengths)[:-1]
     q, k, v = (np.split(x.astype(np.float64), cuts) for x in encoder_inputs(subject, case))
@@ -225,8 +230,10 @@ ENCODER_BATCH = (1, 1, 33, 7, 17, 7, 64)
 
 
 def encode_cases() -> list[Encode]:
-    """Batches by dtype, and head layouts."""
+    """Batches by dtype, head layouts, and windows around the sizes of tiles."""
     cases = [Encode(ENCODER_BATCH, _GQA, dtype) for dtype in DTYPES]
+    cases += [Encode(ENCODER_BATCH, _GQA, DTYPES[0], window) for window in (1, 8)]
+    cases.append(Encode((130, 300), _GQA, DTYPES[0], 65))
     cases += [Encode((17,), heads, DTYPES[0]) for heads in HEADS]
     return [*cases, Encode((130, 300), HEADS[0], DTYPES[0])]
 

@@ -60,18 +60,20 @@ def encoder_attention(query: Array, key: Array, value: Array, spec: AttentionSpe
         query: [N, H, D]
         key: [N, H_kv, D]
         value: [N, H_kv, D]
-        spec: scale.
+        spec: scale and window.
 
     Returns:
         [N, H, D]
     """
     group = query.shape[1] // key.shape[1]
     out = np.empty(query.shape, np.float64)
+    reach = spec.sliding_window or len(query)
     for i in range(len(query)):
+        seen = slice(max(0, i - reach + 1), i + reach)
         for head in range(query.shape[1]):
-            scores = key[:, head // group] @ query[i, head] * spec.scale  # [N]
+            scores = key[seen, head // group] @ query[i, head] * spec.scale
             weights = np.exp(scores - scores.max())
-            out[i, head] = weights @ value[:, head // group] / weights.sum()
+            out[i, head] = weights @ value[seen, head // group] / weights.sum()
     return out
 
 

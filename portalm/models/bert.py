@@ -2,23 +2,22 @@
 
 Devlin et al., "BERT", 2019; Liu et al., "RoBERTa", 2019, whose positions begin behind the padding
 token's id; Reimers and Gurevych, "Sentence-BERT", 2019. Post-norm layers: what a layer adds is
-normed together with its input. A prompt is computed whole in one step and nothing of it is kept.
+normed together with its input.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from portalm.backend import KV, AttentionSpec, Backend, KVSpec, StepMeta, Weights
-from portalm.config import EncoderConfig, ModelConfig, Task
-from portalm.errors import UnsupportedModel
+from portalm.backend import KV, Backend, StepMeta, Weights
+from portalm.config import Task
 from portalm.layers.linear import Linear, pack_linear
 from portalm.layers.norms import LayerNorm
+from portalm.models.encoder import Encoder, added_prefix
 from portalm.models.loader.checkpoint import Checkpoint, LoadProgress, TensorReader
-from portalm.models.model import AS_CAST, Quantization, bytes_of
+from portalm.models.model import AS_CAST, Quantization
 
 _QKV = ("attention.self.query", "attention.self.key", "attention.self.value")
 
@@ -36,29 +35,11 @@ class Layer:
     norm: LayerNorm
 
 
-class Bert:
+class Bert(Encoder):
     """Functions of an encoder; see `portalm.models.model.Model`."""
 
-    tasks: tuple[Task, ...] = ("embed",)
     prefix = ""
     """Of tensors' names, before the encoder's own."""
-
-    def __init__(self, config: ModelConfig, dtype: str) -> None:
-        """A model of this shape, computed in `dtype`."""
-        self.config = config
-        self.dtype = dtype
-        self.encoder = config.encoder or EncoderConfig()
-        self._spec = AttentionSpec(
-            num_heads=config.num_heads,
-            num_kv_heads=config.num_heads,
-            head_size=config.head_size,
-            scale=config.head_size**-0.5,
-        )
-
-    @classmethod
-    def complete(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """The config as it is."""
-        return values
 
     # -- shapes -------------------------------------------------------------------------------
 
@@ -88,18 +69,6 @@ class Bert:
         """Tensors behind the encoder: the layer that makes a state, then the one that scores."""
         return {}
 
-    def weight_bytes(self) -> int:
-        """Bytes of all weights in `dtype`."""
-        return bytes_of(self.shapes(), self.dtype)
-
-    def attention_specs(self) -> list[AttentionSpec]:
-        """None: there is no KV cache."""
-        return []
-
-    def kv_spec(self, block_size: int, kv_dtype: str) -> KVSpec | None:
-        """None: there is no KV cache."""
-        return None
-
     # -- loading ------------------------------------------------------------------------------
 
     def load(
@@ -113,9 +82,7 @@ class Bert:
         """Weights by name: words, positions, types, norm, layers, and head where there is one."""
         shapes, dtype = self.shapes(), getattr(torch, self.dtype)
         device = backend.device()
-        # the encoder of a checkpoint with a head that is not ours has the family's prefix
-        names = set(checkpoint.names())
-        added = "" if next(iter(shapes)) in names else _added_prefix(names, next(iter(shapes)))
+        added = added_prefix(set(checkpoint.names()), next(iter(shapes)))
         reader = TensorReader(
             checkpoint, len(shapes), rename=lambda name: added + name, progress=progress
         )
@@ -170,7 +137,7 @@ class Bert:
     ) -> tuple[KV, torch.Tensor]:
         """Hidden states behind the last layer: [R, C] for meta.logits_rows of int32 [T] ids."""
         assert meta.token_types is not None
-        spec = self._spec
+        spec = self.spec
         shape = (len(token_ids), spec.num_heads, spec.head_size)
         positions = meta.positions + self.encoder.first_position
         x = (
@@ -204,15 +171,6 @@ class BertClassifier(Bert):
     prefix = "bert."
     head_names = ("bert.pooler.dense", "classifier")
 
-    def __init__(self, config: ModelConfig, dtype: str) -> None:
-        """A model of this shape; `UnsupportedModel` if it scores more than one thing."""
-        super().__init__(config, dtype)
-        if self.encoder.num_labels != 1:
-            raise UnsupportedModel(
-                f"{config.architecture} with {self.encoder.num_labels} labels is not supported: a "
-                f"cross-encoder, which scores pairs of texts, has one"
-            )
-
     def head(self) -> dict[str, tuple[int, ...]]:
         """The layer that makes a state of the first token, and the one that scores it."""
         hidden = self.config.hidden_size
@@ -236,9 +194,3 @@ def _linear_shapes(name: str, n: int, k: int) -> dict[str, tuple[int, ...]]:
 
 def _norm_shapes(name: str, size: int) -> dict[str, tuple[int, ...]]:
     return {f"{name}.weight": (size,), f"{name}.bias": (size,)}
-
-
-def _added_prefix(names: set[str], wanted: str) -> str:
-    """What stands before `wanted` in the checkpoint; empty if nothing ends so."""
-    found = [name.removesuffix(wanted) for name in names if name.endswith(f".{wanted}")]
-    return found[0] if len(found) == 1 else ""

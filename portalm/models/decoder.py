@@ -31,6 +31,7 @@ from portalm.layers.rope import cos_sin_table
 from portalm.models.layer_reader import LayerReader, NoDevice, ShapeRecorder
 from portalm.models.loader.checkpoint import Checkpoint, LoadProgress, TensorReader
 from portalm.models.model import AS_CAST, Quantization, bytes_of
+from portalm.models.registry import has_head
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (False,),
@@ -79,7 +80,7 @@ class Decoder:
     head = "lm_head"
     out_name = "o_proj"
     feed_forward = "mlp"
-    optional_prefix = ""
+    optional_prefix = "model."
     """Of all names: some checkpoints leave it out."""
     is_interleaved = False
     """Rotary pairs lie side by side."""
@@ -97,6 +98,8 @@ class Decoder:
         self.config = config
         self.dtype = dtype
         self._shapes: dict[str, tuple[int, ...]] = {}
+        if config.pooling.is_purpose or not has_head(config.architecture):
+            self.tasks = ("embed",)  # such a checkpoint may have no head
         for name, neutral in _NEUTRAL.items():
             value = config.values.get(name)
             if name in self.reads or value is None or value in neutral or _is_off(name, config):
@@ -168,7 +171,7 @@ class Decoder:
     def weight_bytes(self) -> int:
         """Bytes of all weights in `dtype`; a tied head is packed beside the embedding."""
         shapes = self.shapes()
-        if self.config.tie_word_embeddings:
+        if self.config.tie_word_embeddings and "generate" in self.tasks:
             shapes[f"{self.head}.weight"] = shapes[f"{self.embedding}.weight"]
         return bytes_of(shapes, self.dtype)
 
@@ -232,8 +235,9 @@ class Decoder:
 
     def _rename(self, checkpoint: Checkpoint) -> Callable[[str], str]:
         """The checkpoint's name of a tensor, from ours."""
-        prefix = self.optional_prefix
-        if not prefix or f"{self.embedding}.weight" in checkpoint.names():
+        prefix, first = self.optional_prefix, f"{self.embedding}.weight"
+        names = set(checkpoint.names())
+        if first in names or first.removeprefix(prefix) not in names:
             return str
         return lambda name: name.removeprefix(prefix)
 
@@ -243,18 +247,20 @@ class Decoder:
         shape = (config.vocab_size, config.hidden_size)
         is_tied = config.tie_word_embeddings
         embedding = read.tensor(f"{self.embedding}.weight", *shape)
-        return {
+        weights: Weights = {
             "embedding": embedding,
-            "head": read.head(
-                f"{self.embedding if is_tied else self.head}.weight",
-                *shape,
-                tied=embedding if is_tied else None,
-            ),
             "layers": [
                 self.block(read, i, f"{self.layer_prefix}{i}") for i in range(config.num_layers)
             ],
             "norm": self.norm(read, self.last_norm),
         }
+        if "generate" in self.tasks:
+            weights["head"] = read.head(
+                f"{self.embedding if is_tied else self.head}.weight",
+                *shape,
+                tied=embedding if is_tied else None,
+            )
+        return weights
 
     def norm(self, read: LayerReader, name: str) -> Norm:
         """A norm of hidden states."""

@@ -22,6 +22,8 @@ ARCHITECTURES = {
     "LlamaForCausalLM": "portalm.models.llama:Llama",
     "MistralForCausalLM": "portalm.models.mistral:Mistral",
     "MixtralForCausalLM": "portalm.models.mixtral:Mixtral",
+    "ModernBertForSequenceClassification": "portalm.models.modernbert:ModernBertClassifier",
+    "ModernBertModel": "portalm.models.modernbert:ModernBert",
     "Olmo2ForCausalLM": "portalm.models.olmo2:Olmo2",
     "Phi3ForCausalLM": "portalm.models.phi3:Phi3",
     "Qwen2ForCausalLM": "portalm.models.qwen:Qwen2",
@@ -39,8 +41,19 @@ ARCHITECTURES = {
 """Architecture name -> module:class."""
 
 
+def has_head(architecture: str) -> bool:
+    """False of a registered decoder's architecture without its output head, Qwen3Model say."""
+    headed = architecture.removesuffix("Model") + "ForCausalLM"
+    return architecture in ARCHITECTURES or headed not in ARCHITECTURES
+
+
 def model_class(architecture: str) -> type[Model]:
-    """The class that runs `architecture`: a family's, or transformers' own code."""
+    """The class that runs `architecture`: a family's, or transformers' own code.
+
+    A decoder without its output head is its family's.
+    """
+    if not has_head(architecture):
+        architecture = architecture.removesuffix("Model") + "ForCausalLM"
     home = ARCHITECTURES.get(architecture, "portalm.models.transformers_model:TransformersModel")
     module, _, name = home.partition(":")
     found: type[Model] = getattr(importlib.import_module(module), name)

@@ -144,7 +144,7 @@ class ModelRunner:
         self._backend.to_host(out.token_ids).result()
 
     def run_largest(self) -> None:
-        """A step of as many tokens, requests and rows of logits as there may be, for its memory.
+        """A step of as many tokens, requests and wanted rows as there may be, for its memory.
 
         All blocks are the null block. Every kind of sampling is in it.
         """
@@ -152,7 +152,8 @@ class ModelRunner:
         num_rows = config.max_batch_requests + config.max_prompt_logprob_rows
         arrays = self.batch.largest(num_rows)
         with self._backend.device_errors():
-            inputs = self._on_device(arrays, arrays.logits_rows, [], None, 0, None)
+            num_states = 0 if "generate" in self._model.tasks else num_rows
+            inputs = self._on_device(arrays, arrays.logits_rows, [], None, num_states, None)
             inputs.sample = self._sampler.every_kind(num_rows, self._backend.to_device)
             self._kv, out = self.graphs.step_for(inputs)(self._weights, self._kv, inputs)
             self._backend.to_host(out.token_ids).result()
@@ -268,6 +269,7 @@ class _Step:
         self._model = model
         self._backend = backend
         self._is_scorer = "score" in model.tasks
+        self._draws = "generate" in model.tasks
 
     def __call__(self, weights: Weights, kv: KV, inputs: StepInputs) -> tuple[KV, SampleOutput]:
         token_ids = inputs.token_ids
@@ -276,12 +278,12 @@ class _Step:
             drawn = inputs.previous_ids[rows.clamp(min=0).long()].clamp(min=0)  # -1: it failed
             token_ids = torch.where(rows >= 0, drawn, token_ids)
         kv, hidden = self._model.forward(self._backend, weights, kv, token_ids, inputs.meta)
-        if not inputs.num_states:
+        if not inputs.num_states and self._draws:
             logits = self._model.logits(self._backend, weights, hidden)
             return kv, self._backend.sample(logits, inputs.sample)
         num_rows = len(hidden) - inputs.num_states  # of logits
         out = SampleOutput(token_ids=token_ids[:0])
-        if num_rows:
+        if num_rows and self._draws:
             logits = self._model.logits(self._backend, weights, hidden[:num_rows])
             out = self._backend.sample(logits, inputs.sample)
         states = hidden[num_rows:]

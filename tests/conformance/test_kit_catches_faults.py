@@ -155,6 +155,13 @@ class PromptsSeeEachOther(ReferenceBackend):
         return super().attend_encoder(query, key, value, whole, spec)
 
 
+class EncoderWindowOffByOne(ReferenceBackend):
+    def attend_encoder(self, query, key, value, meta, spec):
+        if spec.sliding_window is not None:
+            spec = replace(spec, sliding_window=spec.sliding_window + 1)
+        return super().attend_encoder(query, key, value, meta, spec)
+
+
 class EncoderIsCausal(ReferenceBackend):
     def attend_encoder(self, query, key, value, meta, spec):
         out = super().attend_encoder(query, key, value, meta, spec)
@@ -239,6 +246,7 @@ FAULTS = {  # and where it must show
     ResidualUnrounded: "rms_norm",
     PromptsSeeEachOther: "encoder alone",
     EncoderIsCausal: "attend_encoder",
+    EncoderWindowOffByOne: "attend_encoder",
     MeanForgotten: "layer_norm",
     GeluByTanh: "gelu",
     GateBehindUp: "gelu_tanh",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -264,3 +265,62 @@ def test_bad_parameters_are_refused_by_name(values: dict[str, Any], message: str
         PoolingParams(**values)
 
     assert caught.value.param in values
+
+
+def embedder(folder: Path, *, names_prefix: bool, architecture: str) -> Any:
+    """A Qwen3 as embedding models of it are saved: no head, and the pooling in files beside."""
+    from safetensors.torch import load_file, save_file
+    from transformers import Qwen3Config, Qwen3Model
+
+    torch.manual_seed(0)
+    model = Qwen3Model(
+        Qwen3Config(
+            vocab_size=256,
+            hidden_size=64,
+            intermediate_size=112,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=16,
+            max_position_embeddings=256,
+            tie_word_embeddings=False,
+        )
+    ).eval()
+    for parameter in model.parameters():
+        parameter.data.normal_(0, 0.2)
+    model.save_pretrained(folder)
+    if names_prefix:
+        path = folder / "model.safetensors"
+        tensors = {f"model.{name}": tensor for name, tensor in load_file(path).items()}
+        save_file(tensors, path, metadata={"format": "pt"})
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace("Qwen3Model", architecture))
+    modules = [
+        {"type": f"sentence_transformers.models.{kind}", "path": path}
+        for kind, path in (("Transformer", ""), ("Pooling", "1_Pooling"), ("Normalize", "2"))
+    ]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode_lasttoken": true}')
+    return model
+
+
+@pytest.mark.parametrize(
+    ("architecture", "names_prefix"),
+    [("Qwen3Model", False), ("Qwen3ForCausalLM", False), ("Qwen3ForCausalLM", True)],
+)
+def test_an_embedding_model_needs_no_head(
+    tmp_path: Path, architecture: str, names_prefix: bool
+) -> None:
+    model = embedder(tmp_path, names_prefix=names_prefix, architecture=architecture)
+    engine = engine_of(tmp_path, device="cpu")
+    for name, prompt in PROMPTS.items():
+        pool(engine, name, prompt, normalize=None)
+
+    outputs = run(engine)
+
+    for name, prompt in PROMPTS.items():
+        expected = torch.nn.functional.normalize(expected_of(model, prompt, "last"), dim=0)
+        assert nmse(vector(outputs[name]), expected) < 1e-10
+    with pytest.raises(InvalidRequest, match="does not generate; it does: embed"):
+        ask(engine, "g", [5])

@@ -134,7 +134,13 @@ def _encoder(target: str) -> Launch:
     strides = {f"{name}_stride": "i32:16" for name in ("query", "key", "value")}
     return Launch(
         kernel=paged_attention.encoder_kernel,
-        signature={**types, **strides, "query_start_loc": "*i32", "score_scale": "fp32"},
+        signature={
+            **types,
+            **strides,
+            "query_start_loc": "*i32",
+            "score_scale": "fp32",
+            "window": "i32",
+        },
         constants={
             "GROUP": 1,
             "NUM_KV_HEADS": 12,
@@ -143,6 +149,7 @@ def _encoder(target: str) -> Launch:
             "TILE": shape.tile,
             "ROWS": shape.rows,
             "TOKENS": shape.rows,
+            "HAS_WINDOW": False,
         },
         num_warps=shape.num_warps,
         num_stages=min(shape.num_stages, 3),

@@ -31,6 +31,17 @@ TINY: dict[str, Any] = {
 }
 
 
+MODERN: dict[str, Any] = {
+    **TINY,
+    "local_attention": 8,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "bos_token_id": 2,
+    "cls_token_id": 2,
+    "sep_token_id": 1,
+}
+
+
 def save(model: Any, folder: Path) -> Any:
     """As if trained: no two states alike."""
     for parameter in model.parameters():
@@ -50,12 +61,28 @@ def make(kind: str, folder: Path) -> Any:
             transformers.RobertaConfig(**{**TINY, "max_position_embeddings": 66}),
             transformers.RobertaModel,
         ),
-    }[kind]
+        "modernbert": (transformers.ModernBertConfig(**MODERN), transformers.ModernBertModel),
+        "modernbert with biases": (
+            transformers.ModernBertConfig(
+                **MODERN, attention_bias=True, mlp_bias=True, norm_bias=True,
+                layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+                rope_parameters={
+                    "full_attention": {"rope_type": "default", "rope_theta": 5000.0},
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 300.0},
+                },
+            ),
+            transformers.ModernBertModel,
+        ),
+        "modernbert with a prefix": (
+            transformers.ModernBertConfig(**MODERN), transformers.ModernBertForMaskedLM
+        ),
+    }[kind]  # fmt: skip
     made = save(model(config), folder)
-    if kind == "bert with a prefix":  # what sentence-transformers makes of such a checkpoint
+    if "with a prefix" in kind:  # what sentence-transformers makes of such a checkpoint
         path = folder / "config.json"
         path.write_text(path.read_text().replace("BertForMaskedLM", "BertModel"))
-    return made.bert if kind == "bert with a prefix" else made
+        return made.base_model
+    return made
 
 
 def engine_of(folder: Path, **settings: Any) -> Engine:
@@ -99,7 +126,17 @@ def states(model: Any, prompt: list[int]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("device", ["reference", "cpu"])
-@pytest.mark.parametrize("kind", ["bert", "bert with a prefix", "roberta"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "bert",
+        "bert with a prefix",
+        "roberta",
+        "modernbert",
+        "modernbert with biases",
+        "modernbert with a prefix",
+    ],
+)
 def test_vectors_of_a_batch_equal_transformers(tmp_path: Path, kind: str, device: str) -> None:
     model = make(kind, tmp_path)
     engine = engine_of(tmp_path, device=device)
@@ -158,12 +195,13 @@ def test_what_an_encoder_can_never_do_is_refused_at_the_door(tmp_path: Path) -> 
         ask(engine, "s", [5], task="score")
 
 
-@pytest.mark.parametrize("family", ["Bert", "Roberta", "XLMRoberta"])
+@pytest.mark.parametrize("family", ["Bert", "Roberta", "XLMRoberta", "ModernBert"])
 def test_a_cross_encoders_scores_equal_transformers(tmp_path: Path, family: str) -> None:
     import transformers
 
     torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(**TINY, num_labels=1)
+    shape = MODERN if family == "ModernBert" else TINY
+    config = getattr(transformers, f"{family}Config")(**shape, num_labels=1)
     model = getattr(transformers, f"{family}ForSequenceClassification")(config)
     model = save(model, tmp_path)
     engine = engine_of(tmp_path, device="cpu")
@@ -176,8 +214,9 @@ def test_a_cross_encoders_scores_equal_transformers(tmp_path: Path, family: str)
     for name, prompt in PROMPTS.items():
         ids = torch.tensor([prompt[:60]])
         types = (torch.arange(ids.shape[1]) >= 4).long()[None] if second else None
+        more = {} if family == "ModernBert" else {"token_type_ids": types}
         with torch.inference_mode():
-            logit = model(ids, token_type_ids=types).logits[0].double()
+            logit = model(ids, **more).logits[0].double()
         torch.testing.assert_close(found[name], logit.sigmoid(), atol=1e-6, rtol=1e-6)
 
 
@@ -205,6 +244,23 @@ def test_a_score_without_an_activation_is_the_logit(tmp_path: Path) -> None:
         ({"position_embedding_type": "relative_key"}, "relative_key"),
         ({"is_decoder": True}, "a decoder"),
         ({"architectures": ["BertForSequenceClassification"]}, "with 2 labels"),
+        (
+            {
+                "model_type": "modernbert",
+                "architectures": ["ModernBertForSequenceClassification"],
+                "num_labels": 1,
+                "classifier_pooling": "mean",
+            },
+            "classifier_pooling 'mean'",
+        ),
+        (
+            {
+                "model_type": "modernbert",
+                "architectures": ["ModernBertModel"],
+                "layer_types": ["full_attention"],
+            },
+            "layer_types",
+        ),
     ],
     ids=lambda x: str(x)[:40],
 )

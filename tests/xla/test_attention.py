@@ -110,7 +110,8 @@ def test_smaller_dtypes(dtype):
 
 @pytest.mark.parametrize("lengths", [(17,), (1, 1, 33, 7, 130, 300)], ids=str)
 @pytest.mark.parametrize("heads", HEADS[:2], ids=lambda h: h.name)
-def test_an_encoders_tokens_see_their_own_prompt(lengths, heads):
+@pytest.mark.parametrize("window", [None, 1, 65])
+def test_an_encoders_tokens_see_their_own_prompt(lengths, heads, window):
     rng = np.random.default_rng(0)
     num_tokens, pad = sum(lengths), 5
     q, k, v = (
@@ -118,7 +119,11 @@ def test_an_encoders_tokens_see_their_own_prompt(lengths, heads):
         for count in (heads.num_heads, heads.num_kv_heads, heads.num_kv_heads)
     )
     spec = AttentionSpec(
-        num_heads=heads.num_heads, num_kv_heads=heads.num_kv_heads, head_size=64, scale=0.125
+        num_heads=heads.num_heads,
+        num_kv_heads=heads.num_kv_heads,
+        head_size=64,
+        scale=0.125,
+        sliding_window=window,
     )
     loc = np.concatenate([[0], np.cumsum(lengths), [num_tokens] * 2]).astype(np.int32)
     padded = [np.pad(x, ((0, pad), (0, 0), (0, 0)), constant_values=np.nan) for x in (q, k, v)]

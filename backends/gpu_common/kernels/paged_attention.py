@@ -271,11 +271,11 @@ def merge_kernel(
 @triton.jit
 def encoder_kernel(
     query, key, value, out, query_start_loc,
-    query_stride, key_stride, value_stride, score_scale,
+    query_stride, key_stride, value_stride, score_scale, window,
     GROUP: tl.constexpr, NUM_KV_HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    TILE: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
+    TILE: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, HAS_WINDOW: tl.constexpr,
 ):  # fmt: skip
-    """TOKENS query tokens of one prompt against all of it: [T, H, D], keys [T, H_kv, D].
+    """TOKENS query tokens of one prompt against what they see of it: [T, H, D], keys [T, H_kv, D].
 
     The lengths are read here, so that a captured step may be replayed with others.
     """
@@ -295,7 +295,13 @@ def encoder_kernel(
     total = tl.zeros([ROWS], tl.float32)
     keys = key + start.to(tl.int64) * key_stride + kv_head * D
     values = value + start.to(tl.int64) * value_stride + kv_head * D
-    bulk = length // TILE * TILE
+    end = length
+    bulk = length // TILE * TILE  # every row sees all of it
+    masked = bulk
+    if HAS_WINDOW:
+        end = tl.minimum(first_token + TOKENS - 1 + window, length)
+        bulk = 0
+        masked = tl.maximum(first_token - window + 1, 0) // TILE * TILE
     for first in range(0, bulk, TILE):
         other = (first + tl.arange(0, TILE)).to(tl.int64)
         k = _load_rows(keys + other * key_stride, is_row, dim, D, False)
@@ -303,13 +309,17 @@ def encoder_kernel(
         acc, top, total = _update(
             q, k, v, 0, 0.0, score_scale, 0.0, acc, top, total, False, False, False
         )
-    if bulk < length:
-        other = (bulk + tl.arange(0, TILE)).to(tl.int64)
-        is_live = other < length
+    for first in range(masked, end, TILE):
+        other = (first + tl.arange(0, TILE)).to(tl.int64)
+        is_live = other < end
         k = _load_rows(keys + other * key_stride, is_live, dim, D, True)
         v = _load_rows(values + other * value_stride, is_live, dim, D, True)
+        is_seen = is_live[None, :]
+        if HAS_WINDOW:
+            distance = token[:, None] - other[None, :]
+            is_seen = is_seen & (distance < window) & (distance > -window)
         acc, top, total = _update(
-            q, k, v, is_live[None, :], 0.0, score_scale, 0.0, acc, top, total, False, False, True
+            q, k, v, is_seen, 0.0, score_scale, 0.0, acc, top, total, False, False, True
         )
     targets = out + (start + token).to(tl.int64) * (NUM_KV_HEADS * GROUP * D) + head * D
     tl.store(

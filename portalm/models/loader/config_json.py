@@ -105,7 +105,7 @@ _ROBERTAS = ("roberta", "xlm-roberta")
 def _encoder_config(values: dict[str, Any]) -> EncoderConfig | None:
     """What BERT and its kin have and decoders have not."""
     kind = values.get("model_type")
-    if kind not in ("bert", *_ROBERTAS):
+    if kind not in ("bert", "modernbert", *_ROBERTAS):
         return None
     for name, known in (("hidden_act", "gelu"), ("position_embedding_type", "absolute")):
         if values.get(name, known) != known:

@@ -45,7 +45,9 @@ def read_pooling(folder: Path, *, is_encoder: bool) -> PoolingConfig:
             )
     if pooling is None:
         raise CheckpointError(modules, "it has no Pooling module")
-    return PoolingConfig(pooling=pooling, normalize=normalize, max_tokens=max_tokens)
+    return PoolingConfig(
+        pooling=pooling, normalize=normalize, max_tokens=max_tokens, is_purpose=True
+    )
 
 
 def _pooling(path: Path) -> PoolingName:

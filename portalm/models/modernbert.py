@@ -1,0 +1,224 @@
+"""ModernBERT: an encoder with rotations, windows, gated feed-forwards and norms before layers.
+
+Warner et al., "Smarter, better, faster, longer", 2024. Every third layer sees the whole text, the
+others half of `local_attention` to either side; each kind has a base of its own for its rotation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from portalm.backend import KV, AttentionSpec, Backend, StepMeta, Weights
+from portalm.config import ModelConfig, RopeConfig, Task
+from portalm.errors import Unsupported, UnsupportedModel
+from portalm.layers.linear import Linear
+from portalm.layers.norms import Norm
+from portalm.layers.rope import cos_sin_table
+from portalm.models.encoder import Encoder, added_prefix
+from portalm.models.layer_reader import LayerReader, NoDevice, ShapeRecorder
+from portalm.models.loader.checkpoint import Checkpoint, LoadProgress, TensorReader
+from portalm.models.model import AS_CAST, Quantization
+
+_WORDS = "embeddings.tok_embeddings.weight"
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One layer's weights."""
+
+    spec: AttentionSpec
+    rope: int
+    """Which of the model's rotations turns query and key."""
+    attention_norm: Norm | None
+    """None in the first layer: the embeddings are normed."""
+    qkv: Linear
+    attention_out: Linear
+    mlp_norm: Norm
+    gate_up: Linear
+    down: Linear
+
+
+class ModernBert(Encoder):
+    """Functions of the encoder; see `portalm.models.model.Model`."""
+
+    prefix = ""
+    """Of tensors' names, before the encoder's own."""
+
+    def __init__(self, config: ModelConfig, dtype: str) -> None:
+        """A model of this shape; `UnsupportedModel` for what has no code."""
+        super().__init__(config, dtype)
+        values = config.values
+        kinds = values["layer_types"]
+        if len(kinds) != config.num_layers or set(kinds) - {"full_attention", "sliding_attention"}:
+            raise UnsupportedModel(f"config.json: layer_types is {kinds!r}, which is not known")
+        self._is_local = [kind == "sliding_attention" for kind in kinds]
+        self._local = replace(self.spec, sliding_window=int(values["local_attention"]) // 2 + 1)
+
+    @classmethod
+    def complete(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """With defaults, in the newer spelling of rotations and of the layers' kinds."""
+        values = {"local_attention": 128, "hidden_act": "gelu", **values}
+        every = values.get("global_attn_every_n_layers", 3)
+        if not values.get("layer_types"):
+            values["layer_types"] = [
+                "sliding_attention" if i % every else "full_attention"
+                for i in range(values["num_hidden_layers"])
+            ]
+        if not values.get("rope_parameters"):
+            values["rope_parameters"] = {
+                "full_attention": {"rope_theta": values.get("global_rope_theta", 160_000.0)},
+                "sliding_attention": {"rope_theta": values.get("local_rope_theta", 10_000.0)},
+            }
+        return values
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor of the checkpoint, with its shape."""
+        recorder = ShapeRecorder()
+        self.build(LayerReader(recorder, NoDevice(), self.dtype))
+        return recorder.shapes
+
+    # -- loading ------------------------------------------------------------------------------
+
+    def load(
+        self,
+        checkpoint: Checkpoint,
+        backend: Backend,
+        *,
+        quantization: Quantization = AS_CAST,
+        progress: LoadProgress | None = None,
+    ) -> Weights:
+        """Weights by name: what `build` gives, and the two rotations."""
+        if any(self._is_local) and "sliding_window" not in backend.capabilities.features:
+            raise Unsupported(
+                f"{backend.name} has no sliding windows, which the model's layers need"
+            )
+        names = checkpoint.names()
+        added = added_prefix(set(names), self.prefix + _WORDS)
+        reader = TensorReader(
+            checkpoint, len(names), rename=lambda name: added + name, progress=progress
+        )
+        weights = self.build(LayerReader(reader, backend, self.dtype, quantization))
+        reader.check_complete()
+        config = self.config
+        local = config.values["rope_parameters"]["sliding_attention"]
+        weights["ropes"] = [
+            cos_sin_table(rope, head_size=config.head_size, max_position=config.max_position).to(
+                backend.device()
+            )
+            for rope in (config.rope, RopeConfig(theta=float(local["rope_theta"])))
+        ]
+        return weights
+
+    def build(self, read: LayerReader) -> Weights:
+        """Weights by name: words, norms, layers, and a head where there is one."""
+        config = self.config
+        weights: Weights = {
+            "words": read.tensor(self.prefix + _WORDS, config.vocab_size, config.hidden_size),
+            "norm": self.norm(read, f"{self.prefix}embeddings.norm"),
+            "layers": [self._layer(read, i) for i in range(config.num_layers)],
+            "last_norm": self.norm(read, f"{self.prefix}final_norm"),
+        }
+        return weights
+
+    def norm(self, read: LayerReader, name: str) -> Norm:
+        """A norm of hidden states."""
+        values = self.config.values
+        return read.layer_norm(
+            name,
+            self.config.hidden_size,
+            float(values.get("norm_eps", 1e-5)),
+            has_bias=bool(values.get("norm_bias", False)),
+        )
+
+    def _layer(self, read: LayerReader, layer: int) -> Layer:
+        config, name, is_local = self.config, f"{self.prefix}layers.{layer}", self._is_local[layer]
+        hidden, inner = config.hidden_size, config.intermediate_size
+        attention, mlp = config.attention_bias, config.mlp_bias
+        return Layer(
+            spec=self._local if is_local else self.spec,
+            rope=int(is_local),
+            attention_norm=None if layer == 0 else self.norm(read, f"{name}.attn_norm"),
+            qkv=read.linear(
+                f"{name}.attn.Wqkv", rows=(3 * hidden,), columns=hidden, has_bias=attention
+            ),
+            attention_out=read.linear(
+                f"{name}.attn.Wo", rows=(hidden,), columns=hidden, has_bias=attention
+            ),
+            mlp_norm=self.norm(read, f"{name}.mlp_norm"),
+            gate_up=read.linear(f"{name}.mlp.Wi", rows=(2 * inner,), columns=hidden, has_bias=mlp),
+            down=read.linear(f"{name}.mlp.Wo", rows=(hidden,), columns=inner, has_bias=mlp),
+        )
+
+    # -- running ------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        backend: Backend,
+        weights: Weights,
+        kv: KV,
+        token_ids: torch.Tensor,
+        meta: StepMeta,
+    ) -> tuple[KV, torch.Tensor]:
+        """Hidden states behind the last norm: [R, C] for meta.logits_rows of int32 [T] ids."""
+        x = weights["norm"](backend, backend.embed(token_ids, weights["words"]))  # [T, C]
+        layers: list[Layer] = weights["layers"]
+        for layer in layers:
+            spec = layer.spec
+            normed = x if layer.attention_norm is None else layer.attention_norm(backend, x)
+            heads = layer.qkv(backend, normed).view(len(x), 3, spec.num_heads, spec.head_size)
+            query, key, value = heads.unbind(1)  # [T, H, D]
+            query, key = backend.rope(
+                query, key, meta.positions, weights["ropes"][layer.rope], is_interleaved=False
+            )
+            attended = backend.attend_encoder(query, key, value, meta, spec)
+            x = x + layer.attention_out(backend, attended.view(x.shape))
+            gate, up = layer.gate_up(backend, layer.mlp_norm(backend, x)).chunk(2, dim=-1)
+            x = x + layer.down(backend, backend.gelu(gate) * up)
+        states = backend.take_rows(x, meta.logits_rows)
+        return kv, weights["last_norm"](backend, states)
+
+    def logits(self, backend: Backend, weights: Weights, hidden: torch.Tensor) -> torch.Tensor:
+        """There are none: it embeds."""
+        raise NotImplementedError
+
+
+class ModernBertClassifier(ModernBert):
+    """ModernBERT with a layer that scores the first token."""
+
+    tasks: tuple[Task, ...] = ("score",)
+    prefix = "model."
+
+    def __init__(self, config: ModelConfig, dtype: str) -> None:
+        """A model of this shape; `UnsupportedModel` for what has no code."""
+        super().__init__(config, dtype)
+        pooling = config.values.get("classifier_pooling", "cls")
+        activation = config.values.get("classifier_activation", "gelu")
+        if pooling != "cls" or activation != "gelu":
+            raise UnsupportedModel(
+                f"config.json: a classifier of classifier_pooling {pooling!r} and "
+                f"classifier_activation {activation!r} is not supported; 'cls' and 'gelu' are"
+            )
+
+    def build(self, read: LayerReader) -> Weights:
+        """The encoder's weights, a layer that makes a state of the first token, one that scores."""
+        hidden = self.config.hidden_size
+        return {
+            **super().build(read),
+            "dense": read.linear(
+                "head.dense",
+                rows=(hidden,),
+                columns=hidden,
+                has_bias=bool(self.config.values.get("classifier_bias", False)),
+            ),
+            "head_norm": self.norm(read, "head.norm"),
+            "scores": read.linear("classifier", rows=(1,), columns=hidden, has_bias=True),
+        }
+
+    def logits(self, backend: Backend, weights: Weights, hidden: torch.Tensor) -> torch.Tensor:
+        """Scores, float32 [R, 1], of the first token's states [R, C]."""
+        states = backend.gelu(weights["dense"](backend, hidden))
+        logits = weights["scores"](backend, weights["head_norm"](backend, states)).float()
+        return torch.sigmoid(logits) if self.encoder.has_sigmoid else logits
