@@ -97,7 +97,7 @@ class Capabilities:
     dtypes: frozenset[str]
     """Weights and activations: names such as "bfloat16"."""
     kv_dtypes: frozenset[str]
-    """Keys and values in the cache."""
+    """Keys and values in the cache: names of floats, and of `SCALED_KV_DTYPES`."""
     head_sizes: frozenset[int] | None = None
     """Head sizes that attention takes; None: any."""
     block_sizes: frozenset[int] | None = None
@@ -153,6 +153,28 @@ class KVSpec:
     head_size: int
     block_size: int
     dtype: str
+    """The name of a float, or one of `SCALED_KV_DTYPES`."""
+
+    @property
+    def wire_dtype(self) -> str:
+        """What `kv_export` gives and `kv_import` takes: of codes, float32 that they stand for."""
+        return "float32" if self.dtype in SCALED_KV_DTYPES else self.dtype
+
+
+SCALED_KV_DTYPES = {"int8": 127.0, "fp8": 448.0}
+"""Keys and values in codes of 8 bits, and the largest code: whole numbers, or float8 (e4m3fn).
+
+The key or value of one token and one KV head, x [D], is kept as D codes and one scale, made when it
+is written, all in float32:
+
+    scale = max |x| * (1 / largest code), rounded to bfloat16
+    code  = x * (1 / scale), rounded to nearest, ties to even
+
+A scale below 2^-100 is 0, and so are its codes. Where x holds a NaN or an infinity the scale is
+NaN, and so is all of x. What x has become is code * scale, exact in float32; written again, it
+comes to the same codes and scale. A device may keep scales in a wider float than bfloat16. Why:
+docs/adr/0026-scales-of-a-token-and-head.md.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -399,7 +421,7 @@ class Backend(Protocol):
 
     # KV cache
     def kv_bytes_per_block(self, spec: KVSpec) -> int:
-        """Bytes of one block over all layers."""
+        """Bytes of one block over all layers, scales included."""
         ...
 
     def kv_alloc(self, spec: KVSpec, num_blocks: int) -> KV:
@@ -417,11 +439,11 @@ class Backend(Protocol):
         ...
 
     def kv_export(self, kv: KV, blocks: torch.Tensor) -> torch.Tensor:
-        """Blocks int32 [N] in the wire layout: [N, L, 2, B, H_kv, D] on the host."""
+        """Blocks int32 [N] in the wire layout: [N, L, 2, B, H_kv, D] on the host, `wire_dtype`."""
         ...
 
     def kv_import(self, kv: KV, blocks: torch.Tensor, wire: torch.Tensor) -> KV:
-        """The inverse of `kv_export`."""
+        """The inverse of `kv_export`; codes and scales come out the same."""
         ...
 
     # attention

@@ -222,8 +222,9 @@ class EngineConfig:
     device's own memory; of memory shared with the host, no more KV than the batch can use."""
     kv_cache_memory_bytes: int | None = None
     """KV pool size in bytes; overrides gpu_memory_utilization."""
-    kv_cache_dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
-    """What keys and values are stored in; auto: as `dtype`."""
+    kv_cache_dtype: Literal["auto", "float32", "float16", "bfloat16", "int8", "fp8"] = "auto"
+    """What keys and values are stored in; auto: as `dtype`. int8, fp8 (float8 e4m3): rounded to 8
+    bits with a scale for each token and KV head; room for nearly twice the tokens of 16 bits."""
     num_gpu_blocks_override: int | None = None
     """KV blocks to allocate; overrides every other size (tests force preemption with it)."""
     cpu_threads: int | None = None

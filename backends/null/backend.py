@@ -19,6 +19,7 @@ import torch
 
 from portalm.backend import (
     KV,
+    SCALED_KV_DTYPES,
     AttentionSpec,
     Bucket,
     Capabilities,
@@ -36,6 +37,7 @@ from portalm.backend import (
 from portalm.errors import BackendError, BackendErrorKind, Unsupported
 from portalm_backends.null.cache import NullKV
 from portalm_backends.null.checks import check_inputs, check_meta
+from portalm_backends.portable import kv_codes
 from portalm_backends.portable.backend import DoneFuture, TorchBackend
 
 _DTYPES = frozenset({"float32", "float16", "bfloat16"})
@@ -80,7 +82,7 @@ class NullBackend(TorchBackend):
         super().__init__()
         self.capabilities = Capabilities(
             dtypes=_DTYPES,
-            kv_dtypes=_DTYPES,
+            kv_dtypes=_DTYPES | SCALED_KV_DTYPES.keys(),
             features=frozenset({"sliding_window", "soft_cap", "batch_invariant"}),
             max_steps_in_flight=max_steps_in_flight,
         )
@@ -117,8 +119,7 @@ class NullBackend(TorchBackend):
 
     def kv_bytes_per_block(self, spec: KVSpec) -> int:
         """What a real device would need."""
-        numbers = 2 * spec.num_layers * spec.block_size * spec.num_kv_heads * spec.head_size
-        return numbers * int(getattr(torch, spec.dtype).itemsize)
+        return kv_codes.bytes_per_block(spec)
 
     def kv_alloc(self, spec: KVSpec, num_blocks: int) -> NullKV:
         """Room for token ids."""

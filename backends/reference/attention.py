@@ -7,12 +7,13 @@ import itertools
 import torch
 
 from portalm.backend import AttentionSpec, StepMeta
+from portalm_backends.reference import cache
 
 
 def paged_attention(
     query: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
+    kv: cache.KV,
+    layer: int,
     meta: StepMeta,
     spec: AttentionSpec,
     sinks: torch.Tensor | None = None,
@@ -21,8 +22,8 @@ def paged_attention(
 
     Args:
         query: [T, H, D], all requests' new tokens end to end.
-        key_cache: [NB, B, H_kv, D] of one layer; already holds this step.
-        value_cache: the same shape.
+        kv: the cache; already holds this step.
+        layer: of the cache.
         meta: which query tokens and which blocks belong to which request.
         spec: scale, sliding window, soft cap, ALiBi's slopes.
         sinks: float32 [H] where the spec has them.
@@ -39,8 +40,7 @@ def paged_attention(
         q = query[start:end].float()  # [q_len, H, D]
         first = _first_seen(seq_len - len(q), spec)
         k, v = (
-            _gather(x, meta.block_table[i], seq_len)[first:].float()
-            for x in (key_cache, value_cache)
+            _gather(kv, layer, side, meta.block_table[i], seq_len)[first:] for side in (0, 1)
         )  # [seq_len - first, H_kv, D]
         k, v = (x.repeat_interleave(group_size, dim=1) for x in (k, v))  # [.., H, D]
 
@@ -105,7 +105,10 @@ def _first_seen(position: int, spec: AttentionSpec) -> int:
     return 0 if spec.sliding_window is None else max(0, position - spec.sliding_window + 1)
 
 
-def _gather(cache: torch.Tensor, block_table: torch.Tensor, seq_len: int) -> torch.Tensor:
-    """A request's keys or values in order: [seq_len, H_kv, D]."""
-    num_blocks = -(-seq_len // cache.shape[1])
-    return cache[block_table[:num_blocks].long()].flatten(0, 1)[:seq_len]
+def _gather(
+    kv: cache.KV, layer: int, side: int, block_table: torch.Tensor, seq_len: int
+) -> torch.Tensor:
+    """A request's keys (side 0) or values (1) in order: float32 [seq_len, H_kv, D]."""
+    num_blocks = -(-seq_len // kv.shape[3])
+    blocks = block_table[:num_blocks].long()
+    return cache.read(kv, layer, side, blocks).flatten(0, 1)[:seq_len]

@@ -13,7 +13,7 @@ from portalm.backend import (
     MemInfo,
     StepMeta,
 )
-from portalm_backends.portable import host_memory
+from portalm_backends.portable import host_memory, kv_codes
 from portalm_backends.portable.backend import TorchBackend
 from portalm_backends.reference import attention, cache
 
@@ -25,7 +25,7 @@ class ReferenceBackend(TorchBackend):
     rank = 0
     capabilities = Capabilities(
         dtypes=cache.DTYPES,
-        kv_dtypes=cache.DTYPES,
+        kv_dtypes=cache.KV_DTYPES,
         features=frozenset({"sliding_window", "soft_cap", "alibi", "sinks"}),
     )
 
@@ -44,10 +44,10 @@ class ReferenceBackend(TorchBackend):
 
     def kv_bytes_per_block(self, spec: KVSpec) -> int:
         """Keys and values of one block over all layers."""
-        return cache.bytes_per_block(spec)
+        return kv_codes.bytes_per_block(spec)
 
     def kv_alloc(self, spec: KVSpec, num_blocks: int) -> KV:
-        """One tensor [L, 2, NB, B, H_kv, D]."""
+        """One tensor [L, 2, NB, B, H_kv, D], or two for codes and their scales."""
         return cache.allocate(spec, num_blocks)
 
     def kv_write(
@@ -55,6 +55,26 @@ class ReferenceBackend(TorchBackend):
     ) -> KV:
         """Scatter [T, H_kv, D] each into their slots."""
         return cache.write(kv, layer, key, value, meta)
+
+    def kv_copy(self, kv: KV, src: torch.Tensor, dst: torch.Tensor) -> KV:
+        """Blocks src[i] to dst[i], int32 [N] each, over all layers."""
+        if not isinstance(kv, cache.ScaledKV):
+            return super().kv_copy(kv, src, dst)
+        cache.copy(kv, src.long(), dst.long())
+        return kv
+
+    def kv_export(self, kv: KV, blocks: torch.Tensor) -> torch.Tensor:
+        """Blocks int32 [N] as [N, L, 2, B, H_kv, D]."""
+        if not isinstance(kv, cache.ScaledKV):
+            return super().kv_export(kv, blocks)
+        return cache.export_blocks(kv, blocks.long())
+
+    def kv_import(self, kv: KV, blocks: torch.Tensor, wire: torch.Tensor) -> KV:
+        """The inverse of `kv_export`."""
+        if not isinstance(kv, cache.ScaledKV):
+            return super().kv_import(kv, blocks, wire)
+        cache.import_blocks(kv, blocks.long(), wire)
+        return kv
 
     def attend(
         self,
@@ -66,7 +86,7 @@ class ReferenceBackend(TorchBackend):
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attention of [T, H, D], one request after the other."""
-        return attention.paged_attention(query, kv[layer, 0], kv[layer, 1], meta, spec, sinks)
+        return attention.paged_attention(query, kv, layer, meta, spec, sinks)
 
     def attend_encoder(
         self,

@@ -1,50 +1,108 @@
-"""The KV cache as one tensor: [L, 2, NB, B, H_kv, D], keys then values."""
+"""The KV cache as one tensor: [L, 2, NB, B, H_kv, D], keys then values; codes have their scales."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
-from portalm.backend import KVSpec, StepMeta
+from portalm.backend import SCALED_KV_DTYPES, KVSpec, StepMeta
 from portalm.errors import BackendError, Unsupported
+from portalm_backends.portable import kv_codes
 
 DTYPES = frozenset({"float32", "float16", "bfloat16"})
-"""What keys and values may be stored as."""
+"""What is computed in, and keys and values may be stored as."""
+
+KV_DTYPES = DTYPES | SCALED_KV_DTYPES.keys()
 
 
-def bytes_per_block(spec: KVSpec) -> int:
-    """Bytes of one block over all layers."""
-    size = getattr(torch, spec.dtype).itemsize
-    return spec.num_layers * 2 * spec.block_size * spec.num_kv_heads * spec.head_size * int(size)
+@dataclass(frozen=True, slots=True)
+class ScaledKV:
+    """A cache of 8-bit codes."""
+
+    dtype: str
+    codes: torch.Tensor
+    """Bytes of `kv_codes.CODE_DTYPES[dtype]`, uint8 [L, 2, NB, B, H_kv, D]: torch indexes no 8-bit
+    floats."""
+    scales: torch.Tensor
+    """bfloat16 [L, 2, NB, B, H_kv]"""
+
+    @property
+    def shape(self) -> torch.Size:
+        """[L, 2, NB, B, H_kv, D], as that of a cache of one tensor."""
+        return self.codes.shape
+
+    def values(self, layer: int, side: int, blocks: torch.Tensor) -> torch.Tensor:
+        """What the keys (side 0) or values (1) of blocks int64 [N] are: float32 [N, B, H_kv, D]."""
+        codes = self.codes[layer, side, blocks].view(kv_codes.CODE_DTYPES[self.dtype])
+        return kv_codes.dequantize(codes, self.scales[layer, side, blocks])
 
 
-def allocate(spec: KVSpec, num_blocks: int) -> torch.Tensor:
+KV = torch.Tensor | ScaledKV
+
+
+def allocate(spec: KVSpec, num_blocks: int) -> KV:
     """An uninitialised cache.
 
     Raises:
         Unsupported: a dtype that is not claimed.
         BackendError: of kind oom, with the size.
     """
-    if spec.dtype not in DTYPES:
+    if spec.dtype not in KV_DTYPES:
         raise Unsupported(
-            f"the reference backend stores keys and values as {', '.join(sorted(DTYPES))}, "
+            f"the reference backend stores keys and values as {', '.join(sorted(KV_DTYPES))}, "
             f"not {spec.dtype}"
         )
     shape = (spec.num_layers, 2, num_blocks, spec.block_size, spec.num_kv_heads, spec.head_size)
     try:
+        if spec.dtype in SCALED_KV_DTYPES:
+            codes = torch.empty(shape, dtype=torch.uint8)
+            return ScaledKV(spec.dtype, codes, torch.empty(shape[:-1], dtype=torch.bfloat16))
         return torch.empty(shape, dtype=getattr(torch, spec.dtype))
     except RuntimeError as error:
+        size = num_blocks * kv_codes.bytes_per_block(spec)
         raise BackendError(
             "oom",
-            f"no memory for a KV cache of {num_blocks * bytes_per_block(spec) / 2**20:.0f} MiB: "
+            f"no memory for a KV cache of {size / 2**20:.0f} MiB: "
             f"lower --kv-cache-memory-bytes, --max-model-len or --max-num-seqs",
         ) from error
 
 
-def write(
-    kv: torch.Tensor, layer: int, key: torch.Tensor, value: torch.Tensor, meta: StepMeta
-) -> torch.Tensor:
+def write(kv: KV, layer: int, key: torch.Tensor, value: torch.Tensor, meta: StepMeta) -> KV:
     """Scatter key and value, [T, H_kv, D] each, into the slots of `meta.slot_mapping`."""
     slots = meta.slot_mapping.long()
-    kv[layer, 0].flatten(0, 1)[slots] = key.to(kv.dtype)
-    kv[layer, 1].flatten(0, 1)[slots] = value.to(kv.dtype)
+    for side, x in enumerate((key, value)):
+        if isinstance(kv, ScaledKV):
+            codes, scales = kv_codes.quantize(x, kv.dtype)
+            kv.codes[layer, side].flatten(0, 1)[slots] = codes.view(torch.uint8)
+            kv.scales[layer, side].flatten(0, 1)[slots] = scales
+        else:
+            kv[layer, side].flatten(0, 1)[slots] = x.to(kv.dtype)
     return kv
+
+
+def read(kv: KV, layer: int, side: int, blocks: torch.Tensor) -> torch.Tensor:
+    """Keys (side 0) or values (1) of blocks int64 [N] in float32: [N, B, H_kv, D]."""
+    if isinstance(kv, ScaledKV):
+        return kv.values(layer, side, blocks)
+    return kv[layer, side, blocks].float()
+
+
+def copy(kv: ScaledKV, src: torch.Tensor, dst: torch.Tensor) -> None:
+    """Copy blocks src[i] to dst[i], int64 [N] each, over all layers."""
+    for part in (kv.codes, kv.scales):
+        part[:, :, dst] = part[:, :, src]
+
+
+def export_blocks(kv: ScaledKV, blocks: torch.Tensor) -> torch.Tensor:
+    """Blocks int64 [N] in the wire layout: float32 [N, L, 2, B, H_kv, D]."""
+    codes = kv.codes[:, :, blocks].view(kv_codes.CODE_DTYPES[kv.dtype])
+    wire = kv_codes.dequantize(codes, kv.scales[:, :, blocks])
+    return wire.permute(2, 0, 1, 3, 4, 5).contiguous()
+
+
+def import_blocks(kv: ScaledKV, blocks: torch.Tensor, wire: torch.Tensor) -> None:
+    """The inverse of `export_blocks`."""
+    codes, scales = kv_codes.quantize(wire, kv.dtype)
+    kv.codes[:, :, blocks] = codes.view(torch.uint8).permute(1, 2, 0, 3, 4, 5)
+    kv.scales[:, :, blocks] = scales.permute(1, 2, 0, 3, 4)

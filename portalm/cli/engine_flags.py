@@ -6,6 +6,7 @@ import argparse
 import json
 from typing import Any
 
+from portalm.backend import SCALED_KV_DTYPES
 from portalm.config import DEFAULT_MODEL, QUANTIZATIONS
 
 _DTYPES = ("auto", "float32", "float16", "bfloat16")
@@ -43,7 +44,11 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
         default=argparse.SUPPRESS,
     )
     add("--kv-cache-memory-bytes", "size of the KV cache", type=int)
-    add("--kv-cache-dtype", "of keys and values", choices=_DTYPES)
+    add(
+        "--kv-cache-dtype",
+        "of keys and values; int8 and fp8 have a scale for each token and head",
+        choices=(*_DTYPES, *SCALED_KV_DTYPES),
+    )
     add("--num-gpu-blocks-override", "KV blocks to allocate", type=int)
     add(
         "--cpu-threads",

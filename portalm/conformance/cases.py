@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from portalm.backend import KV, AttentionSpec, Bucket, KVSpec, StepMeta
+from portalm.backend import KV, SCALED_KV_DTYPES, AttentionSpec, Bucket, KVSpec, StepMeta
 from portalm.conformance.check import CheckFailed
 from portalm.conformance.numerics import FloatArray, rounded
 from portalm.conformance.subject import Subject
@@ -238,7 +238,8 @@ def attention_problem(
 ) -> AttentionProblem:
     """A problem whose scores have a standard deviation of `spread`.
 
-    Keys and values are rounded to `dtype`, in which they come, and then to the cache's dtype.
+    Keys and values are rounded to `dtype`, in which they come, and then to the cache's dtype; what
+    codes make of them is the cache's to say (`AttentionRun.held`).
     """
     size = subject.head_size if head_size is None else head_size
     slopes = tuple(2.0 ** (-8 * (i + 1) / heads.num_heads) for i in range(heads.num_heads))
@@ -265,7 +266,8 @@ def attention_problem(
         return rng.standard_normal((length, num_heads, size), np.float32)
 
     def stored(x: F32) -> F32:
-        return rounded(rounded(x, dtype), kv_spec.dtype)
+        x = rounded(x, dtype)
+        return x if kv_spec.dtype in SCALED_KV_DTYPES else rounded(x, kv_spec.dtype)
 
     return AttentionProblem(
         batch=batch,
@@ -341,6 +343,13 @@ class AttentionRun:
         """The whole batch in one step behind its context: each request's output."""
         self.fill_context()
         return self.attend(self.paged.chunks(self.problem.batch.query_lens), pad)
+
+    def held(self) -> tuple[list[F32], list[F32]]:
+        """Keys and values of each request, [N, H_kv, D], as the cache gives them out."""
+        wire = self.subject.export(self.kv, range(self.paged.num_blocks))[:, self.LAYER]
+        sides = wire.swapaxes(0, 1).reshape(2, -1, *wire.shape[-2:])  # [2, slots, H_kv, D]
+        slots = [self.paged.slots(i) for i in range(len(self.paged.tables))]
+        return [sides[0][s] for s in slots], [sides[1][s] for s in slots]
 
     def _queries_by_position(self) -> list[F32]:
         """Queries aligned with the context: NaN where a token is not a query of this batch."""

@@ -6,8 +6,18 @@ import itertools
 from dataclasses import replace
 
 import numpy as np
+import torch
 
-from portalm.backend import KV, SampleOutput, StepInputs, StepMeta, Weights
+from portalm.backend import (
+    KV,
+    SCALED_KV_DTYPES,
+    KVSpec,
+    SampleOutput,
+    StepInputs,
+    StepMeta,
+    Weights,
+)
+from portalm.conformance import reference
 from portalm.conformance.cases import (
     HEADS,
     PAD,
@@ -18,7 +28,13 @@ from portalm.conformance.cases import (
     step_meta,
 )
 from portalm.conformance.check import Check, CheckFailed, Named
-from portalm.conformance.numerics import NMSE_BOUND, FloatArray, require_close, require_equal
+from portalm.conformance.numerics import (
+    NMSE_BOUND,
+    FloatArray,
+    require_close,
+    require_equal,
+    torch_dtype,
+)
 from portalm.conformance.operations import (
     ENCODER_BATCH,
     Encode,
@@ -135,14 +151,32 @@ def check_sample_alone(subject: Subject, case: Named) -> None:
         require_equal(f"row {i} alone", alone, together[i : i + 1])
 
 
-def check_export_import(subject: Subject, case: None) -> None:
+_CACHES = (Named("as computed"), *(Named(dtype) for dtype in SCALED_KV_DTYPES))
+
+
+def _cache_spec(subject: Subject, case: Named) -> KVSpec:
+    """The cache of a case of `_CACHES`."""
+    spec: KVSpec = _problem(subject, "ragged").kv_spec
+    if case.name not in SCALED_KV_DTYPES:
+        return spec
+    subject.needs_kv_dtype(case.name)
+    return replace(spec, dtype=case.name)
+
+
+def _wire(spec: KVSpec, num_blocks: int, seed: int) -> torch.Tensor:
+    """Random keys and values, [N, L, 2, B, H_kv, D], as a cache of `spec` has them."""
+    shape = (num_blocks, spec.num_layers, 2, spec.block_size, spec.num_kv_heads, spec.head_size)
+    values = np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+    if spec.dtype in SCALED_KV_DTYPES:
+        values = reference.kept_in_codes(values, spec.dtype)[0].astype(np.float32)
+    return torch.from_numpy(values).to(torch_dtype(spec.wire_dtype))
+
+
+def check_export_import(subject: Subject, case: Named) -> None:
     """Blocks that go out and come back elsewhere are what they were, over all layers."""
-    problem = _problem(subject, "ragged")
-    spec = problem.kv_spec
-    rng = np.random.default_rng(5)
-    shape = (4, spec.num_layers, 2, spec.block_size, spec.num_kv_heads, spec.head_size)
+    spec = _cache_spec(subject, case)
+    wire = _wire(spec, 4, seed=5)
     kv = subject.nan_cache(spec, 10)
-    wire = subject.put(rng.standard_normal(shape)).cpu().to(subject.get_dtype(spec.dtype))
     kv = subject.backend.kv_import(kv, subject.index([7, 2, 9, 4]), wire)
     exported = subject.export(kv, [9, 7])
     require_equal("export", exported, wire[[2, 0]].float().numpy())
@@ -150,12 +184,10 @@ def check_export_import(subject: Subject, case: None) -> None:
         raise CheckFailed("kv_import wrote to blocks that it was not given")
 
 
-def check_copy(subject: Subject, case: None) -> None:
+def check_copy(subject: Subject, case: Named) -> None:
     """kv_copy copies every layer of its blocks and no other."""
-    spec = _problem(subject, "ragged").kv_spec
-    rng = np.random.default_rng(6)
-    shape = (6, spec.num_layers, 2, spec.block_size, spec.num_kv_heads, spec.head_size)
-    wire = subject.put(rng.standard_normal(shape)).cpu().to(subject.get_dtype(spec.dtype))
+    spec = _cache_spec(subject, case)
+    wire = _wire(spec, 6, seed=6)
     kv = subject.backend.kv_import(subject.nan_cache(spec, 6), subject.index(range(6)), wire)
     kv = subject.backend.kv_copy(kv, subject.index([1, 4]), subject.index([5, 2]))
     expected = wire.clone()
@@ -240,8 +272,8 @@ CHECKS = (
     Check("L2", "encoder alone or in a batch", check_encoder_alone),
     Check("L2", "linear rows alone", check_linear_alone),
     Check("L2", "sampling alone", check_sample_alone, (Named("mixed"), Named("all filters"))),
-    Check("L2", "export and import", check_export_import),
-    Check("L2", "copy", check_copy),
+    Check("L2", "export and import", check_export_import, _CACHES),
+    Check("L2", "copy", check_copy, _CACHES),
     Check("L2", "captured step", check_compiled, (Named("ragged"), Named("decode"))),
     Check("L2", "seal", check_seal),
 )

@@ -17,9 +17,6 @@ F32Array: TypeAlias = npt.NDArray[np.float32]
 DTYPES = ("float32", "float16", "bfloat16")
 """Dtypes of weights and activations that a backend may claim."""
 
-KV_DTYPES = ("float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
-"""Dtypes of the KV cache that a backend may claim."""
-
 NMSE_BOUND = {"float32": 1e-11, "float16": 1e-6, "bfloat16": 1e-4}
 """Largest normalised mean squared error of one operation whose inputs are rounded already.
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from portalm.backend import (
+    SCALED_KV_DTYPES,
     AttentionSpec,
     KVSpec,
     LogitBias,
@@ -41,6 +42,7 @@ from portalm.conformance.numerics import (
     random_array,
     require_close,
     require_equal,
+    rounded,
 )
 from portalm.conformance.reference_sampling import Row
 from portalm.conformance.subject import Subject
@@ -116,9 +118,14 @@ class Attend:
 
 
 def check_attend(subject: Subject, case: Attend) -> float:
-    """Write the context, attend, compare with plain loops."""
+    """Write the context, attend, compare with plain loops over what the cache holds then."""
     problem = case.problem(subject)
-    actual = AttentionRun(subject, problem).run()
+    run = AttentionRun(subject, problem)
+    actual = run.run()
+    keys, values = problem.key, problem.value
+    kv_bound = NMSE_BOUND.get(problem.kv_spec.dtype, 0.0)
+    if problem.kv_spec.dtype in SCALED_KV_DTYPES:
+        keys, values = run.held()
     expected = [
         reference.attention(
             q.astype(np.float64),
@@ -127,9 +134,8 @@ def check_attend(subject: Subject, case: Attend) -> float:
             problem.spec,
             None if problem.sinks is None else problem.sinks.astype(np.float64),
         )
-        for q, k, v in zip(problem.query, problem.key, problem.value, strict=True)
+        for q, k, v in zip(problem.query, keys, values, strict=True)
     ]
-    kv_bound = NMSE_BOUND.get(problem.kv_spec.dtype, 1e-4)
     bound = max(NMSE_BOUND[case.dtype], kv_bound if case.kv_dtype else 0.0)
     return require_close("attention", np.concatenate(actual), np.concatenate(expected), bound)
 
@@ -143,6 +149,15 @@ def attend_cases() -> list[Attend]:
     cases += [Attend(mixed, _GQA, DTYPES[0], block_size=size) for size in (8, 32, 64, 128)]
     cases += [Attend(mixed, _GQA, DTYPES[0], kv_dtype=dtype) for dtype in DTYPES[1:]]
     long = batch_named("long context")
+    for kv_dtype in SCALED_KV_DTYPES:
+        few = (batch_named("decode"), batch_named("prefill"), mixed, long)
+        cases += [
+            Attend(batch, _GQA, dtype, kv_dtype=kv_dtype) for dtype in DTYPES for batch in few
+        ]
+        cases += [Attend(mixed, heads, DTYPES[0], kv_dtype=kv_dtype) for heads in HEADS[2:]]
+        cases.append(Attend(mixed, _GQA, DTYPES[0], kv_dtype=kv_dtype, head_size=80, block_size=8))
+        cases.append(Attend(long, _GQA, DTYPES[0], kv_dtype=kv_dtype, sliding_window=7))
+        cases.append(Attend(long, _GQA, DTYPES[0], kv_dtype=kv_dtype, soft_cap=2.0, has_sinks=True))
     cases += [
         Attend(batch, _GQA, DTYPES[0], sliding_window=w)
         for batch in (mixed, long)
@@ -153,6 +168,57 @@ def attend_cases() -> list[Attend]:
     cases += [Attend(batch, _GQA, DTYPES[0], has_sinks=True) for batch in (mixed, long)]
     cases.append(Attend(long, _GQA, DTYPES[0], sliding_window=7, has_alibi=True, has_sinks=True))
     return cases
+
+
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """Keys and values of `dtype` in a cache of codes."""
+
+    kv_dtype: str
+    dtype: str
+
+    @property
+    def name(self) -> str:
+        """Both."""
+        return f"{self.kv_dtype} of {self.dtype}"
+
+
+_TIES = 1e-3
+"""Share of codes that may be one unit off: x * (1 / scale) is two roundings from x / scale, so that
+about one in 2^20 lies at a tie that they decide; a device whose division is good to a few units in
+the last place decides some more."""
+
+
+def check_codes(subject: Subject, case: Keep) -> None:
+    """Codes and scales are those of each token and head, whatever its neighbours are."""
+    subject.needs_dtype(case.dtype)
+    subject.needs_kv_dtype(case.kv_dtype)
+    problem = attention_problem(
+        subject, Batch("whole", (60,), (60,)), _GQA, case.dtype, kv_dtype=case.kv_dtype
+    )
+    given = (problem.key[0], problem.value[0])
+    for x in given:
+        # far apart, so that the scale of another token or head shows; a few are special
+        x *= np.exp2(np.arange(60) % 13 - 6)[:, None, None] * np.array([1, 0.3])[None, :, None]
+        x[3], x[4, 1, 2], x[5, 0, 1], x[6, 1, 0] = 0.0, np.nan, np.inf, -np.inf
+        x[7, :, 1:] = 0.0
+        x[:] = rounded(x, case.dtype)
+    run = AttentionRun(subject, problem)
+    chunks = run.paged.chunks(problem.batch.query_lens)
+    run.write(chunks, run.meta(chunks))
+    for what, x, held in zip(("keys", "values"), given, run.held(), strict=True):
+        expected, step = reference.kept_in_codes(x, case.kv_dtype)
+        actual = held[0].astype(np.float64)
+        require_equal(f"{what} that are not finite", np.isnan(actual), np.isnan(expected))
+        actual, expected = np.nan_to_num(actual), np.nan_to_num(expected)
+        largest = np.abs(expected).max(axis=-1)
+        require_equal(f"{what}: the largest of each", np.abs(actual).max(axis=-1), largest)
+        units = np.abs(actual - expected) / np.maximum(np.nan_to_num(step), 2.0**-120)
+        if units.max() > 1.001 or np.count_nonzero(units) > _TIES * units.size:
+            raise CheckFailed(
+                f"{what}: {np.count_nonzero(units)} of {units.size} codes differ, by up to "
+                f"{units.max():.3g} units"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -472,6 +538,8 @@ CHECKS = (
     Check("L0", "host round trip", check_round_trip,
           (Named("int32"), Named("float32"), Named("int64"))),
     Check("L1", "attend", check_attend, attend_cases()),
+    Check("L1", "codes of 8 bits", check_codes,
+          tuple(Keep(kv, dtype) for kv in SCALED_KV_DTYPES for dtype in DTYPES)),
     Check("L1", "attend_encoder", check_attend_encoder, encode_cases()),
     Check("L1", "sample", check_sample, tuple(Named(k) for k in SAMPLING_KINDS)),
     Check("L1", "ties", check_ties),

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from portalm.backend import AttentionSpec
+from portalm.backend import SCALED_KV_DTYPES, AttentionSpec
 
 Array = npt.NDArray[np.float64]
 
@@ -51,6 +51,43 @@ def attention(
             weights = np.exp(scores - largest)
             out[i, head] = weights @ value[seen] / (weights.sum() + np.exp(sink - largest))
     return out
+
+
+def kept_in_codes(x: npt.NDArray[np.float32], dtype: str) -> tuple[Array, Array]:
+    """What a cache of 8-bit codes makes of keys or values, and how far its codes lie apart there.
+
+    Args:
+        x: [..., D]; each vector has a scale of its own.
+        dtype: of `SCALED_KV_DTYPES`.
+
+    Returns:
+        [..., D] each; NaN in all of a vector that holds anything not finite.
+    """
+    largest = SCALED_KV_DTYPES[dtype]
+    out, steps = np.zeros((2, *x.shape), np.float64)
+    for place in np.ndindex(x.shape[:-1]):
+        if not np.isfinite(x[place]).all():
+            out[place] = steps[place] = np.nan
+            continue
+        scale = np.abs(x[place]).max() * (np.float32(1) / np.float32(largest))
+        scale = _to_bits(np.array(scale, np.float64), 8)  # bfloat16 has 8 bits
+        if scale < 2.0**-100:
+            continue
+        exact = (x[place] * (np.float32(1) / np.float32(scale))).astype(np.float64)
+        step = np.ones_like(exact)
+        if dtype == "fp8":  # 4 bits, and steps of 2^-9 below 2^-6
+            _, exponent = np.frexp(exact)
+            step = np.exp2(np.maximum(exponent, -5) - 4)
+        code = np.rint(exact / step) * step
+        out[place] = (code + 0.0 if dtype == "int8" else code) * scale  # -0 is no whole number
+        steps[place] = step * scale
+    return out, steps
+
+
+def _to_bits(x: Array, count: int) -> Array:
+    """`x` rounded to so many significant bits, ties to even."""
+    fraction, exponent = np.frexp(x)
+    return np.ldexp(np.rint(np.ldexp(fraction, count)), exponent - count)
 
 
 def encoder_attention(query: Array, key: Array, value: Array, spec: AttentionSpec) -> Array:

@@ -59,6 +59,11 @@ class Subject:
         if dtype not in self.claims.dtypes:
             raise NotClaimed(f"dtype {dtype}")
 
+    def needs_kv_dtype(self, dtype: str) -> None:
+        """`NotClaimed` if the backend does not keep keys and values in `dtype`."""
+        if dtype not in self.claims.kv_dtypes:
+            raise NotClaimed(f"KV dtype {dtype}")
+
     def needs_feature(self, feature: str) -> None:
         """`NotClaimed` if the backend does not have `feature`."""
         if not self.has(feature):
@@ -95,18 +100,13 @@ class Subject:
             x = x.to(torch.float32)
         return np.array(self.backend.to_host(x).result())
 
-    @staticmethod
-    def get_dtype(name: str) -> torch.dtype:
-        """The torch dtype called `name`."""
-        return torch_dtype(name)
-
     # -- KV cache -----------------------------------------------------------------------------
 
     def nan_cache(self, spec: KVSpec, num_blocks: int) -> KV:
         """A cache in which every slot is NaN, the null block's too: a dead slot read shows."""
         kv = self.backend.kv_alloc(spec, num_blocks)
         shape = (num_blocks, spec.num_layers, 2, spec.block_size, spec.num_kv_heads, spec.head_size)
-        wire = torch.full(shape, float("nan")).to(torch_dtype(spec.dtype))
+        wire = torch.full(shape, float("nan")).to(torch_dtype(spec.wire_dtype))
         return self.backend.kv_import(kv, self.index(range(num_blocks)), wire)
 
     def export(self, kv: KV, blocks: Sequence[int]) -> npt.NDArray[np.float32]:

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 
+from portalm.backend import SCALED_KV_DTYPES
 from portalm.conformance.kit import run_kit
 from portalm_backends.portable import philox
 from portalm_backends.reference import attention
 from portalm_backends.reference.backend import ReferenceBackend
+from portalm_backends.reference.cache import ScaledKV
 
 
 class SlotOffByOne(ReferenceBackend):
@@ -76,7 +78,7 @@ class MaskByMultiplying(ReferenceBackend):
     def attend(self, kv, layer, query, meta, spec, sinks=None):
         out = super().attend(kv, layer, query, meta, spec, sinks)
         for i, seq_len in enumerate(meta.host_seq_lens.tolist()):
-            if seq_len % kv.shape[3]:
+            if isinstance(kv, torch.Tensor) and seq_len % kv.shape[3]:
                 block = int(meta.block_table[i, (seq_len - 1) // kv.shape[3]])
                 dead = kv[layer, 1, block, seq_len % kv.shape[3] :].float().sum()
                 start, end = meta.host_query_start_loc[i : i + 2]
@@ -134,8 +136,94 @@ class PenaltyOfPrompt(ReferenceBackend):
 
 class CopyMissesALayer(ReferenceBackend):
     def kv_copy(self, kv, src, dst):
-        kv[1:, :, dst.long()] = kv[1:, :, src.long()]
+        if isinstance(kv, torch.Tensor):
+            kv[1:, :, dst.long()] = kv[1:, :, src.long()]
+            return kv
+        return super().kv_copy(kv, src, dst)
+
+
+class CopyMissesTheScales(ReferenceBackend):
+    def kv_copy(self, kv, src, dst):
+        if isinstance(kv, torch.Tensor):
+            return super().kv_copy(kv, src, dst)
+        kv.codes[:, :, dst.long()] = kv.codes[:, :, src.long()]
         return kv
+
+
+class OneScaleForAllHeads(ReferenceBackend):
+    def kv_write(self, kv, layer, key, value, meta):
+        super().kv_write(kv, layer, key, value, meta)
+        if isinstance(kv, ScaledKV):
+            slots = meta.slot_mapping.long()
+            scales = kv.scales[layer].flatten(1, 2)
+            scales[:, slots] = scales[:, slots, :1]
+        return kv
+
+
+class ScaleOfTheFirstToken(ReferenceBackend):
+    def kv_write(self, kv, layer, key, value, meta):
+        super().kv_write(kv, layer, key, value, meta)
+        if isinstance(kv, ScaledKV):
+            slots = meta.slot_mapping.long()
+            scales = kv.scales[layer].flatten(1, 2)
+            scales[:, slots] = scales[:, slots[:1]]
+        return kv
+
+
+class CodesClipped(ReferenceBackend):
+    """As if every scale were 1."""
+
+    def kv_write(self, kv, layer, key, value, meta):
+        if isinstance(kv, ScaledKV):
+            limit = SCALED_KV_DTYPES[kv.dtype]
+            key, value = (x.clamp(-limit, limit) for x in (key * 100, value * 100))
+            super().kv_write(kv, layer, key, value, meta)
+            kv.scales[layer] /= 100
+            return kv
+        return super().kv_write(kv, layer, key, value, meta)
+
+
+class NotANumberHidden(ReferenceBackend):
+    def kv_write(self, kv, layer, key, value, meta):
+        if isinstance(kv, ScaledKV):
+            key, value = key.nan_to_num(), value.nan_to_num()
+        return super().kv_write(kv, layer, key, value, meta)
+
+
+class ScaleForgotten(ReferenceBackend):
+    """By attention alone: what is written is right."""
+
+    side: int
+
+    def attend(self, kv, layer, query, meta, spec, sinks=None):
+        if isinstance(kv, ScaledKV):
+            scales = kv.scales.clone()
+            live = scales[layer, self.side].isfinite()
+            scales[layer, self.side] = torch.where(live, 0.03, scales[layer, self.side])
+            kv = replace(kv, scales=scales)
+        return super().attend(kv, layer, query, meta, spec, sinks)
+
+
+class ScaleOfKeysForgotten(ScaleForgotten):
+    side = 0
+
+
+class ScaleOfValuesForgotten(ScaleForgotten):
+    side = 1
+
+
+class ScaleOfTheNextToken(ReferenceBackend):
+    def attend(self, kv, layer, query, meta, spec, sinks=None):
+        if isinstance(kv, ScaledKV):
+            kv = replace(kv, scales=kv.scales.roll(-1, 3).nan_to_num(0.01))
+        return super().attend(kv, layer, query, meta, spec, sinks)
+
+
+class ScaleOfTheNextHead(ReferenceBackend):
+    def attend(self, kv, layer, query, meta, spec, sinks=None):
+        if isinstance(kv, ScaledKV):
+            kv = replace(kv, scales=kv.scales.roll(1, 4))
+        return super().attend(kv, layer, query, meta, spec, sinks)
 
 
 class EpsForgotten(ReferenceBackend):
@@ -242,6 +330,15 @@ FAULTS = {  # and where it must show
     TopPOffByOne: "sample[top_p]",
     PenaltyOfPrompt: "sample[penalties]",
     CopyMissesALayer: "copy",
+    CopyMissesTheScales: "copy",
+    OneScaleForAllHeads: "codes of 8 bits",
+    ScaleOfTheFirstToken: "codes of 8 bits",
+    CodesClipped: "codes of 8 bits",
+    NotANumberHidden: "codes of 8 bits",
+    ScaleOfKeysForgotten: "decode, gqa, float32, kv",
+    ScaleOfValuesForgotten: "decode, gqa, float32, kv",
+    ScaleOfTheNextToken: "decode, gqa, float32, kv",
+    ScaleOfTheNextHead: "decode, gqa, float32, kv",
     EpsForgotten: "rms_norm",
     ResidualUnrounded: "rms_norm",
     PromptsSeeEachOther: "encoder alone",
@@ -289,8 +386,8 @@ def test_a_wrong_philox_counter_is_caught(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_batch_that_leaks_into_its_requests_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     right = attention.paged_attention
 
-    def leaky(query, key_cache, value_cache, meta, spec, sinks=None):
-        out = right(query, key_cache, value_cache, meta, spec, sinks)
+    def leaky(query, kv, layer, meta, spec, sinks=None):
+        out = right(query, kv, layer, meta, spec, sinks)
         return out + 1e-4 * (len(meta.host_seq_lens) - 1)
 
     monkeypatch.setattr(attention, "paged_attention", leaky)

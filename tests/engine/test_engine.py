@@ -193,6 +193,11 @@ def test_unclaimed_block_size_is_unsupported(tmp_path: Path) -> None:
         make_engine(tmp_path, device="cpu", block_size=5)
 
 
+def test_unclaimed_kv_dtype_is_unsupported(tmp_path: Path) -> None:
+    with pytest.raises(Unsupported, match=r"float8_e5m2.*int8.*--kv-cache-dtype"):
+        make_engine(tmp_path, NullBackend(), kv_cache_dtype="float8_e5m2")
+
+
 def test_max_model_len_above_the_models_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="512 positions"):
         make_engine(tmp_path, NullBackend(), max_model_len=1024)
