@@ -93,7 +93,8 @@ template <typename K>
 PORTALM_INLINE void read_ahead(const K* p, int64_t ahead, int64_t stride) {
   if (ahead == 0) return;
   __builtin_prefetch(reinterpret_cast<const char*>(p) + ahead, 0, 3);
-  if (kPack<K> == 1) __builtin_prefetch(reinterpret_cast<const char*>(p + stride) + ahead, 0, 3);
+  if (kPack<K> == 1 && stride * sizeof(K) > 32)  // else the same line of memory
+    __builtin_prefetch(reinterpret_cast<const char*>(p + stride) + ahead, 0, 3);
 }
 
 // scores[r][b] = query[r] . keys[:, b] for N vectors of tokens, R rows.
@@ -160,6 +161,7 @@ struct Chunk {
   const K* keys[kChunk / 8];
   const K* values[kChunk / 8];
   int64_t ahead[kChunk / 8];
+  const bf16* scales[kChunk / 8];  // of codes: the keys', and `block_size` on those of the values
 };
 
 template <typename K>
@@ -173,10 +175,11 @@ PORTALM_INLINE Chunk<K> chunk_at(const AttentionArgs& a, const Item& item, int64
   chunk.num_units = (min_of(end, start + kChunk) - start + chunk.unit - 1) / chunk.unit;
   for (int64_t u = 0; u < chunk.num_units; ++u) {
     const int64_t token = start + u * chunk.unit, offset = token % s.block_size;
-    const K* block = static_cast<const K*>(a.cache) + keys_at(s, table[token / s.block_size], head);
+    const K* block = static_cast<const K*>(a.cache) + keys_at<K>(s, table[token / s.block_size], head);
     chunk.keys[u] = block + offset * kPack<K>;
     chunk.values[u] = block + head_elements(s) + offset * s.head_size;
     chunk.ahead[u] = 0;
+    if constexpr (kIsCode<K>) chunk.scales[u] = scales_of(block, s) + offset;
   }
   return chunk;
 }
@@ -290,6 +293,19 @@ PORTALM_INLINE void weigh(float largest, float* s, Running out, int64_t r) {
   }
 }
 
+// What the codes of a chunk's keys (or values, `side` on) are in units of, token by token.
+template <typename K>
+PORTALM_INLINE void load_scales(const Chunk<K>& chunk, int64_t side, float* scales) {
+  for (int64_t u = 0; u < chunk.num_units; ++u)
+    for (int64_t b = 0; b < chunk.unit; b += kLanes)
+      store(scales + u * chunk.unit + b, load(chunk.scales[u] + side + b) * splat(kUnit<K>));
+}
+
+// row[i] *= scales[i]. A token that the row may not see may have any scale: nobody looks at it.
+PORTALM_INLINE void scale_row(float* row, const float* scales, int64_t tokens) {
+  for (int64_t i = 0; i < tokens; i += kLanes) store(row + i, load(row + i) * load(scales + i));
+}
+
 // One chunk, for those rows of an item that see some of it.
 template <typename K>
 inline void attend_chunk(const AttentionArgs& a, const Item& item, int64_t head, int64_t group,
@@ -309,6 +325,13 @@ inline void attend_chunk(const AttentionArgs& a, const Item& item, int64_t head,
                      chunk.ahead[u], scores + r * kScoreStride + u * chunk.unit);
     });
   }
+  const int64_t tokens = chunk.num_units * chunk.unit;
+  float scales[kIsCode<K> ? kScoreStride : 1];
+  if constexpr (kIsCode<K>) {
+    load_scales(chunk, 0, scales);
+    for (int64_t r = first * group; r < last * group; ++r)
+      scale_row(scores + r * kScoreStride, scales, tokens);
+  }
   // two loops: the rows do not wait for each other's largest score
   for (int64_t r = first * group; r < last * group; ++r) {
     const int64_t position = item.position + r / group;
@@ -319,6 +342,11 @@ inline void attend_chunk(const AttentionArgs& a, const Item& item, int64_t head,
   }
   for (int64_t r = first * group; r < last * group; ++r)
     weigh(largest[r], scores + r * kScoreStride, out, r);
+  if constexpr (kIsCode<K>) {
+    load_scales(chunk, a.shape.block_size, scales);
+    for (int64_t r = first * group; r < last * group; ++r)
+      scale_row(scores + r * kScoreStride, scales, tokens);
+  }
   // rows with the same bounds together: a weight of 0 would not hide a value that is not finite
   for (int64_t i = first; i < last;) {
     const Seen seen = seen_by(a, item.position + i, chunk.start);
@@ -443,7 +471,7 @@ inline void attention(const AttentionArgs& a) {
   for (int64_t i = 0; i < a.num_items; ++i)
     max_rows = max_of<int64_t>(max_rows, items[i].num_tokens * group);
   const int64_t partial_floats = running_floats(max_rows, a.shape.head_size);
-  with_dtype(a.shape.dtype, [&](auto c) {
+  with_kv_dtype(a.shape.dtype, [&](auto c) {
     parallel_for(a.num_items * a.shape.kv_heads, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i)
         attend_item<decltype(c)>(a, items[i / a.shape.kv_heads], i % a.shape.kv_heads,

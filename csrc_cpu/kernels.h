@@ -13,7 +13,7 @@
 
 namespace portalm {
 
-enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
+enum class DType : int { f32 = 0, bf16 = 1, f16 = 2, i8 = 3, f8 = 4 };  // the last two in caches
 
 constexpr int64_t kDTypeBytes[] = {4, 2, 2};
 

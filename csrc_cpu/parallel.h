@@ -40,6 +40,17 @@ PORTALM_INLINE void with_dtype(DType dtype, const Body& body) {
     case DType::f32: body(float{}); break;
     case DType::bf16: body(bf16{}); break;
     case DType::f16: body(fp16{}); break;
+    default: break;  // codes of a cache are not computed in
+  }
+}
+
+// The same of a cache, which may hold codes.
+template <typename Body>
+PORTALM_INLINE void with_kv_dtype(DType dtype, const Body& body) {
+  switch (dtype) {
+    case DType::i8: body(i8{}); break;
+    case DType::f8: body(f8{}); break;
+    default: with_dtype(dtype, body);
   }
 }
 

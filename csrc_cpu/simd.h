@@ -33,6 +33,8 @@ typedef _Float16 Half;
 
 struct bf16 { uint16_t bits; };
 struct fp16 { uint16_t bits; };
+struct i8 { int8_t code; };
+struct f8 { uint8_t bits; };  // float8 e4m3fn, without its NaN
 
 template <typename T>
 PORTALM_INLINE T min_of(T a, T b) { return b < a ? b : a; }
@@ -55,6 +57,12 @@ PORTALM_INLINE float to_float(fp16 x) {
 #endif
 }
 
+PORTALM_INLINE float to_float(i8 x) { return x.code; }
+PORTALM_INLINE float to_float(f8 x) {
+  const uint32_t bits = (x.bits & 0x80u) << 24 | (x.bits & 0x7Fu) << 20;
+  return __builtin_bit_cast(float, bits) * 0x1p120f;
+}
+
 PORTALM_INLINE void put(float* p, float x) { *p = x; }
 PORTALM_INLINE void put(bf16* p, float x) {  // to nearest, ties to even; a NaN stays one
   uint32_t bits = __builtin_bit_cast(uint32_t, x);
@@ -67,6 +75,19 @@ PORTALM_INLINE void put(fp16* p, float x) {
 #else
   p->bits = __builtin_bit_cast(uint16_t, static_cast<Half>(x));
 #endif
+}
+
+PORTALM_INLINE void put(i8* p, float x) {  // to nearest, ties to even; |x| < 127.5
+  p->code = static_cast<int8_t>(__builtin_lrintf(x));
+}
+PORTALM_INLINE void put(f8* p, float x) {  // to nearest, ties to even; |x| < 464
+  const uint32_t bits = __builtin_bit_cast(uint32_t, x), size = bits & 0x7FFFFFFF;
+  uint32_t code = ((size + 0x7FFFF + ((size >> 20) & 1)) >> 20) - (120 << 3);
+  if (size < 0x3C800000) {  // below 2^-6 steps are 2^-9, as those of floats from 2^14 on
+    const float moved = __builtin_bit_cast(float, size) + 0x1p14f;
+    code = __builtin_bit_cast(uint32_t, moved) - __builtin_bit_cast(uint32_t, 0x1p14f);
+  }
+  p->bits = static_cast<uint8_t>(bits >> 24 & 0x80) | static_cast<uint8_t>(code);
 }
 
 // -- whole vectors, at any address ----------------------------------------------------------------
@@ -96,6 +117,41 @@ PORTALM_INLINE Vec load(const fp16* p) {
   Vec x;
   for (int i = 0; i < kLanes; ++i) x[i] = to_float(p[i]);
   return x;
+#endif
+}
+
+PORTALM_INLINE Vec load(const i8* p) {
+#if defined(__AVX512F__) && PORTALM_LANES == 16
+  const __m128i codes = _mm_loadu_si128((const __m128i*)p);
+  return __builtin_bit_cast(Vec, _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes)));
+#elif defined(__AVX2__) && PORTALM_LANES == 8
+  const __m128i codes = _mm_loadl_epi64((const __m128i*)p);
+  return __builtin_bit_cast(Vec, _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(codes)));
+#else
+  typedef int8_t Vec8 __attribute__((vector_size(kLanes)));
+  Vec8 codes;
+  memcpy(&codes, p, sizeof codes);
+  return __builtin_convertvector(__builtin_convertvector(codes, VecI), Vec);
+#endif
+}
+
+// In units of 2^8: the bits behind the sign, moved up, are those of a float16 of another exponent.
+PORTALM_INLINE Vec load(const f8* p) {
+#if defined(__AVX512F__) && PORTALM_LANES == 16
+  const __m256i wide = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p));
+  const __m256i half = _mm256_and_si256(_mm256_slli_epi16(wide, 7), _mm256_set1_epi16(~0x407F));
+  return __builtin_bit_cast(Vec, _mm512_cvtph_ps(half));
+#elif defined(__F16C__) && PORTALM_LANES == 8
+  const __m128i wide = _mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i*)p));
+  const __m128i half = _mm_and_si128(_mm_slli_epi16(wide, 7), _mm_set1_epi16(~0x407F));
+  return __builtin_bit_cast(Vec, _mm256_cvtph_ps(half));
+#else
+  typedef uint8_t Vec8 __attribute__((vector_size(kLanes)));
+  Vec8 codes;
+  memcpy(&codes, p, sizeof codes);
+  const VecU bits = __builtin_convertvector(codes, VecU);
+  const VecU moved = (bits & 0x80) << 24 | (bits & 0x7F) << 20;
+  return __builtin_bit_cast(Vec, moved) * splat(0x1p112f);
 #endif
 }
 

@@ -35,7 +35,7 @@ from portalm_backends.cpu import attention, cache
 from portalm_backends.cpu.cache import CODES, CpuKV
 from portalm_backends.cpu.memory import Arena
 from portalm_backends.cpu.program import NotRecordable, RecordedStep, Recorder
-from portalm_backends.portable import host_memory, sampling
+from portalm_backends.portable import host_memory, kv_codes, sampling
 from portalm_backends.portable.backend import TorchBackend
 
 _DTYPES = frozenset(cache.DTYPES)
@@ -67,7 +67,7 @@ class CpuBackend(TorchBackend):
     rank = 10
     capabilities = Capabilities(
         dtypes=_DTYPES,
-        kv_dtypes=_DTYPES,
+        kv_dtypes=frozenset(cache.KV_CODES),
         head_sizes=cache.HEAD_SIZES,
         block_sizes=cache.BLOCK_SIZES,
         features=frozenset({"sliding_window", "soft_cap", "alibi", "sinks", "batch_invariant"}),
@@ -150,7 +150,7 @@ class CpuBackend(TorchBackend):
 
     def kv_bytes_per_block(self, spec: KVSpec) -> int:
         """Keys and values of one block over all layers."""
-        return cache.bytes_per_block(spec)
+        return kv_codes.bytes_per_block(spec)
 
     def kv_alloc(self, spec: KVSpec, num_blocks: int) -> CpuKV:
         """Reserved, not committed, until blocks are written."""
@@ -192,14 +192,14 @@ class CpuBackend(TorchBackend):
         spec = kv.spec
         wire = torch.empty(
             (len(blocks), spec.num_layers, 2, spec.block_size, spec.num_kv_heads, spec.head_size),
-            dtype=cache.DTYPES[spec.dtype],
+            dtype=getattr(torch, spec.wire_dtype),
         )
         self._wire(kv, blocks, wire, is_export=True)
         return wire
 
     def kv_import(self, kv: CpuKV, blocks: torch.Tensor, wire: torch.Tensor) -> CpuKV:
         """The inverse of `kv_export`."""
-        self._wire(kv, blocks, wire.to(cache.DTYPES[kv.spec.dtype]), is_export=False)
+        self._wire(kv, blocks, wire.to(getattr(torch, kv.spec.wire_dtype)), is_export=False)
         return kv
 
     def _wire(

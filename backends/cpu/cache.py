@@ -2,7 +2,8 @@
 
 Per layer, block and KV head, one after the other: the keys of B tokens, [D, B], then their values,
 [B, D]. Keys are transposed, so that one load brings the same dimension of many tokens and scores
-come out of it without sums over lanes (csrc_cpu/kv_cache.h).
+come out of it without sums over lanes. Codes of 8 bits have their scales behind the values
+(csrc_cpu/kv_cache.h).
 """
 
 from __future__ import annotations
@@ -11,13 +12,16 @@ from dataclasses import dataclass
 
 import torch
 
-from portalm.backend import KVSpec
+from portalm.backend import SCALED_KV_DTYPES, KVSpec
 from portalm.errors import Unsupported
 from portalm_backends.cpu.memory import reserve
+from portalm_backends.portable import kv_codes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """How the native module names a dtype."""
+KV_CODES = {"int8": 3, "fp8": 4, **{name: CODES[dtype] for name, dtype in DTYPES.items()}}
+"""And what a cache holds."""
 
 HEAD_SIZES = frozenset(range(8, 257, 8))
 BLOCK_SIZES = frozenset({8, 16, 32, 64, 128, 256})
@@ -42,12 +46,6 @@ class CpuKV:
     """dtype (as the native module names it), blocks, block size, KV heads, head size."""
 
 
-def bytes_per_block(spec: KVSpec) -> int:
-    """Bytes of one block over all layers."""
-    numbers = 2 * spec.block_size * spec.num_kv_heads * spec.head_size
-    return spec.num_layers * numbers * DTYPES[spec.dtype].itemsize
-
-
 def check_spec(spec: KVSpec) -> None:
     """Raise `Unsupported` for a shape that the kernels do not take."""
     for what, value, taken, rule in (
@@ -59,9 +57,9 @@ def check_spec(spec: KVSpec) -> None:
                 f"the cpu backend takes a {what} that is {rule} up to {max(taken)}, not {value}: "
                 f"use another one or --device reference"
             )
-    if spec.dtype not in DTYPES:
+    if spec.dtype not in KV_CODES:
         raise Unsupported(
-            f"the cpu backend stores keys and values as {', '.join(DTYPES)}, not {spec.dtype}"
+            f"the cpu backend stores keys and values as {', '.join(KV_CODES)}, not {spec.dtype}"
         )
 
 
@@ -73,8 +71,8 @@ def alloc(spec: KVSpec, num_blocks: int) -> CpuKV:
         BackendError: of kind oom, with the numbers.
     """
     check_spec(spec)
-    dtype = DTYPES[spec.dtype]
-    num_bytes = num_blocks * bytes_per_block(spec)
+    dtype = torch.uint8 if spec.dtype in SCALED_KV_DTYPES else DTYPES[spec.dtype]
+    num_bytes = num_blocks * kv_codes.bytes_per_block(spec)
     data = reserve(
         num_bytes + _SLACK,
         "the KV cache",
@@ -87,7 +85,7 @@ def alloc(spec: KVSpec, num_blocks: int) -> CpuKV:
         ptr=data.data_ptr(),
         layer_bytes=num_bytes // spec.num_layers,
         shape=(
-            CODES[dtype],
+            KV_CODES[spec.dtype],
             num_blocks,
             spec.block_size,
             spec.num_kv_heads,

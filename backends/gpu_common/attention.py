@@ -22,6 +22,7 @@ import numpy.typing as npt
 import torch
 
 from portalm.backend import AttentionSpec, StepMeta
+from portalm_backends.gpu_common.cache import KV, parts
 from portalm_backends.gpu_common.kernels.paged_attention import (
     attention_kernel,
     encoder_kernel,
@@ -324,7 +325,7 @@ def _power_of_2(number: int) -> int:
 
 
 def attend(
-    cache: torch.Tensor,
+    layer: KV,
     query: torch.Tensor,
     meta: StepMeta,
     spec: AttentionSpec,
@@ -336,7 +337,7 @@ def attend(
     """Causal attention of each query token over its request's context.
 
     Args:
-        cache: one layer's, [NB, H_kv, 2, B, D]; already holds this step.
+        layer: of the cache; already holds this step.
         query: [T, H, D]; rows of a token contiguous.
         meta: `block_table` is looked at.
         spec: of the layer.
@@ -350,14 +351,14 @@ def attend(
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     for kind, tiles in (("narrow", plan.narrow), ("wide", plan.wide)):
         if tiles is not None:
-            _launch(kind, tiles, cache, query, out, meta, spec, sinks, family)
+            _launch(kind, tiles, layer, query, out, meta, spec, sinks, family)
     return out
 
 
 def _launch(
     kind: str,
     tiles: Tiles,
-    cache: torch.Tensor,
+    layer: KV,
     query: torch.Tensor,
     out: torch.Tensor,
     meta: StepMeta,
@@ -367,6 +368,7 @@ def _launch(
 ) -> None:
     """One launch over the items, one more where parts are to be merged."""
     num_kv_heads, size = spec.num_kv_heads, spec.head_size
+    numbers, scales, codes = parts(layer)
     group = spec.num_heads // num_kv_heads
     shape = tile_shape(kind, family, query.dtype, size, group)
     tokens = min(shape.rows // group, tiles.tokens)
@@ -385,7 +387,8 @@ def _launch(
     grid = (*(axes if kind == "wide" else axes[::-1]), num_parts)
     attention_kernel[grid](
         query,
-        cache,
+        numbers,
+        out if scales is None else scales,
         out,
         partials,
         part_weights,
@@ -402,7 +405,7 @@ def _launch(
         NUM_KV_HEADS=num_kv_heads,
         D=size,
         DP=max(16, _power_of_2(size)),
-        BLOCK=cache.shape[3],
+        BLOCK=numbers.shape[3],
         TILE=shape.tile,
         ROWS=shape.rows,
         TOKENS=tokens,
@@ -412,6 +415,7 @@ def _launch(
         HAS_WINDOW=spec.sliding_window is not None,
         HAS_ALIBI=slopes is not None,
         HAS_SINKS=sinks is not None,
+        CODES=codes,
         num_warps=shape.num_warps,
         num_stages=shape.num_stages,
         enable_fp_fusion=True,

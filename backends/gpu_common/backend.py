@@ -31,6 +31,7 @@ from portalm_backends.gpu_common.device import Gpu, error_kind
 from portalm_backends.gpu_common.graph import Graphs, decode_buckets
 from portalm_backends.gpu_common.transfers import Transfers
 from portalm_backends.gpu_common.weights import FP8, QUANTIZATIONS, FewBitWeight, GpuWeight, pack
+from portalm_backends.portable import kv_codes
 from portalm_backends.portable.backend import TorchBackend
 
 if TYPE_CHECKING:
@@ -111,36 +112,38 @@ class GpuBackend(TorchBackend):
 
     def kv_bytes_per_block(self, spec: KVSpec) -> int:
         """Keys and values of one block over all layers."""
-        return cache.bytes_per_block(spec)
+        return kv_codes.bytes_per_block(spec)
 
-    def kv_alloc(self, spec: KVSpec, num_blocks: int) -> torch.Tensor:
-        """One tensor, [L, NB, H_kv, 2, B, D]."""
+    def kv_alloc(self, spec: KVSpec, num_blocks: int) -> cache.KV:
+        """One tensor, [L, NB, H_kv, 2, B, D], with one of scales beside it for codes."""
         return cache.allocate(spec, num_blocks, self.device(), dtypes=self.capabilities.kv_dtypes)
 
     def kv_write(
         self,
-        kv: torch.Tensor,
+        kv: cache.KV,
         layer: int,
         key: torch.Tensor,
         value: torch.Tensor,
         meta: StepMeta,
-    ) -> torch.Tensor:
+    ) -> cache.KV:
         """Scatter [T, H_kv, D] each into their slots; rows may lie apart, heads may not."""
         return cache.write(kv, layer, key, value, meta)
 
-    def kv_copy(self, kv: torch.Tensor, src: torch.Tensor, dst: torch.Tensor) -> torch.Tensor:
-        """Blocks src[i] to dst[i], int32 [N] each, over all layers, in one launch."""
-        if self._native is None or not len(src):
-            return cache.copy(kv, src, dst)
-        self._native.kv_copy(kv, src, dst)
+    def kv_copy(self, kv: cache.KV, src: torch.Tensor, dst: torch.Tensor) -> cache.KV:
+        """Blocks src[i] to dst[i], int32 [N] each, over all layers, in one launch, or two."""
+        copy = cache.copy if self._native is None or not len(src) else self._native.kv_copy
+        numbers, scales, _ = cache.parts(kv)
+        copy(numbers, src, dst)
+        if scales is not None:
+            copy(scales, src, dst)
         return kv
 
-    def kv_export(self, kv: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
+    def kv_export(self, kv: cache.KV, blocks: torch.Tensor) -> torch.Tensor:
         """Blocks int32 [N] as [N, L, 2, B, H_kv, D] on the host; waits for it."""
         wire = cache.export_blocks(kv, blocks)
         return torch.from_numpy(self.to_host(wire.view(torch.uint8)).result()).view(wire.dtype)
 
-    def kv_import(self, kv: torch.Tensor, blocks: torch.Tensor, wire: torch.Tensor) -> torch.Tensor:
+    def kv_import(self, kv: cache.KV, blocks: torch.Tensor, wire: torch.Tensor) -> cache.KV:
         """The inverse of `kv_export`; a wire of another dtype is converted."""
         return cache.import_blocks(kv, blocks, wire)
 
@@ -156,7 +159,7 @@ class GpuBackend(TorchBackend):
 
     def attend(
         self,
-        kv: torch.Tensor,
+        kv: cache.KV,
         layer: int,
         query: torch.Tensor,
         meta: StepMeta,
@@ -295,7 +298,7 @@ def capabilities(arch: Arch, *, has_fp8_products: bool) -> Capabilities:
     """What this folder's kernels do on `arch`, and torch's products there."""
     return Capabilities(
         dtypes=cache.DTYPES,
-        kv_dtypes=cache.DTYPES | (arch.fp8 & cache.FP8_DTYPES),
+        kv_dtypes=cache.KV_DTYPES,
         head_sizes=cache.HEAD_SIZES,
         block_sizes=cache.BLOCK_SIZES,
         quantizations=QUANTIZATIONS | ({FP8} if has_fp8_products else set()),

@@ -5,25 +5,30 @@ attention kernel reads just that, so its loads are whole rows of memory (8 KiB a
 bits) from one entry of the block table; with the head inside the token it would read 256 bytes
 at a time. A block of a layer is one piece too, which a copy moves as it is. The layer is
 outermost so that one layer's attention stays within few pages of the device's address translation.
+Scales of codes of 8 bits lie in a tensor of their own, [L, NB, H_kv, 2, B].
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
-from portalm.backend import KVSpec, StepMeta
+from portalm.backend import SCALED_KV_DTYPES, KVSpec, StepMeta
 from portalm.errors import BackendError, Unsupported
 from portalm_backends.gpu_common.kernels.kv_cache import (
     copy_kernel,
     rotate_write_kernel,
     write_kernel,
 )
+from portalm_backends.gpu_common.kernels.kv_codes import FP8, INT8
+from portalm_backends.portable import kv_codes
 
 DTYPES = frozenset({"float32", "float16", "bfloat16"})
-"""What keys and values may be stored as on every GPU."""
+"""What is computed in, and keys and values may be stored as."""
 
-FP8_DTYPES = frozenset({"float8_e4m3fn", "float8_e5m2"})
-"""And on those that have 8-bit floats; without a scale, what is too large becomes the largest."""
+KV_DTYPES = DTYPES | SCALED_KV_DTYPES.keys()
+"""On every GPU: kernels take 8-bit floats apart themselves."""
 
 HEAD_SIZES = frozenset(range(16, 257, 8))
 BLOCK_SIZES = frozenset({8, 16, 32, 64, 128, 256})
@@ -32,10 +37,30 @@ BLOCK_SIZES = frozenset({8, 16, 32, 64, 128, 256})
 _COPY_WORDS = 4096
 
 
-def bytes_per_block(spec: KVSpec) -> int:
-    """Bytes of one block over all layers."""
-    size = getattr(torch, spec.dtype).itemsize
-    return spec.num_layers * 2 * spec.block_size * spec.num_kv_heads * spec.head_size * int(size)
+@dataclass(frozen=True, slots=True)
+class ScaledKV:
+    """A cache, or a layer of one, in codes of 8 bits."""
+
+    dtype: str
+    """Of `SCALED_KV_DTYPES`."""
+    codes: torch.Tensor
+    """int8 [L, NB, H_kv, 2, B, D]: the bits, of fp8 too."""
+    scales: torch.Tensor
+    """bfloat16 [L, NB, H_kv, 2, B]"""
+
+    def __getitem__(self, layer: int) -> ScaledKV:
+        """One layer."""
+        return ScaledKV(self.dtype, self.codes[layer], self.scales[layer])
+
+
+KV = torch.Tensor | ScaledKV
+
+
+def parts(kv: KV) -> tuple[torch.Tensor, torch.Tensor | None, int]:
+    """Numbers, their scales and CODES, as kernels take a cache or a layer of one."""
+    if isinstance(kv, ScaledKV):
+        return kv.codes, kv.scales, {"int8": INT8, "fp8": FP8}[kv.dtype]
+    return kv, None, 0
 
 
 def check_spec(spec: KVSpec, dtypes: frozenset[str]) -> None:
@@ -55,9 +80,9 @@ def check_spec(spec: KVSpec, dtypes: frozenset[str]) -> None:
 
 
 def allocate(
-    spec: KVSpec, num_blocks: int, device: torch.device, *, dtypes: frozenset[str] = DTYPES
-) -> torch.Tensor:
-    """An uninitialised cache, [L, NB, H_kv, 2, B, D].
+    spec: KVSpec, num_blocks: int, device: torch.device, *, dtypes: frozenset[str] = KV_DTYPES
+) -> KV:
+    """An uninitialised cache, [L, NB, H_kv, 2, B, D], with scales where it is of codes.
 
     Args:
         spec: its shape and dtype.
@@ -72,28 +97,33 @@ def allocate(
     check_spec(spec, dtypes)
     shape = (spec.num_layers, num_blocks, spec.num_kv_heads, 2, spec.block_size, spec.head_size)
     try:
+        if spec.dtype in SCALED_KV_DTYPES:
+            codes = torch.empty(shape, dtype=torch.int8, device=device)
+            scales = torch.empty(shape[:-1], dtype=torch.bfloat16, device=device)
+            return ScaledKV(spec.dtype, codes, scales)
         return torch.empty(shape, dtype=getattr(torch, spec.dtype), device=device)
     except RuntimeError as error:
+        size = num_blocks * kv_codes.bytes_per_block(spec)
         raise BackendError(
             "oom",
-            f"no memory for a KV cache of {num_blocks * bytes_per_block(spec) / 2**20:.0f} MiB: "
+            f"no memory for a KV cache of {size / 2**20:.0f} MiB: "
             f"lower --gpu-memory-utilization, --max-model-len or --max-num-seqs",
         ) from error
 
 
-def write(
-    kv: torch.Tensor, layer: int, key: torch.Tensor, value: torch.Tensor, meta: StepMeta
-) -> torch.Tensor:
+def write(kv: KV, layer: int, key: torch.Tensor, value: torch.Tensor, meta: StepMeta) -> KV:
     """Put key and value, [T, H_kv, D] each, into the slots of `meta.slot_mapping`.
 
     Rows of tokens may lie apart, heads may not.
     """
     num_tokens, num_kv_heads, size = key.shape
     if num_tokens:
+        numbers, scales, codes = parts(kv[layer])
         write_kernel[(num_tokens,)](
             key,
             value,
-            kv[layer],
+            numbers,
+            numbers if scales is None else scales,
             meta.slot_mapping,
             key.stride(0),
             value.stride(0),
@@ -101,9 +131,11 @@ def write(
             HEADS_PADDED=_power_of_2(num_kv_heads),
             D=size,
             DP=_power_of_2(size),
-            BLOCK=kv.shape[4],
-            LARGEST=_largest(kv.dtype),
+            BLOCK=numbers.shape[3],
+            LARGEST=SCALED_KV_DTYPES[kv.dtype] if isinstance(kv, ScaledKV) else 0.0,
+            CODES=codes,
             num_warps=4,
+            enable_fp_fusion=False,  # a code is rounded after its product is
         )
     return kv
 
@@ -122,7 +154,7 @@ def rotate_and_write(
     """`rope`, then `write`, in one launch.
 
     Args:
-        kv: updated in place.
+        kv: of floats; updated in place.
         layer: of the cache.
         query: [T, H, D]; rows of tokens may lie apart, heads may not.
         key: [T, H_kv, D], likewise.
@@ -161,20 +193,22 @@ def rotate_and_write(
             REST_PADDED=_power_of_2(size - rotary_dim) if size > rotary_dim else 0,
             BLOCK=kv.shape[4],
             IS_INTERLEAVED=is_interleaved,
-            LARGEST=_largest(kv.dtype),
             num_warps=1,
             enable_fp_fusion=False,  # products are rounded one by one, as torch's default does
         )
     return out
 
 
-def copy(kv: torch.Tensor, src: torch.Tensor, dst: torch.Tensor) -> torch.Tensor:
-    """Copy blocks src[i] to dst[i], int32 [N] each, over all layers; the sets are disjoint."""
+def copy(part: torch.Tensor, src: torch.Tensor, dst: torch.Tensor) -> None:
+    """Copy blocks src[i] to dst[i], int32 [N] each, over all layers; the sets are disjoint.
+
+    `part` [L, NB, ...] is a cache's numbers, or their scales.
+    """
     if len(src):
-        words = kv.view(kv.shape[0], -1).view(torch.int32)
-        block_words = words.shape[1] // kv.shape[1]
+        words = part.view(part.shape[0], -1).view(torch.int32)
+        block_words = words.shape[1] // part.shape[1]
         pieces = -(-block_words // _COPY_WORDS)
-        copy_kernel[(pieces, len(src), kv.shape[0])](
+        copy_kernel[(pieces, len(src), part.shape[0])](
             words,
             src,
             dst,
@@ -183,30 +217,27 @@ def copy(kv: torch.Tensor, src: torch.Tensor, dst: torch.Tensor) -> torch.Tensor
             WORDS=_COPY_WORDS,
             num_warps=4,
         )
-    return kv
 
 
-def export_blocks(kv: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
+def export_blocks(kv: KV, blocks: torch.Tensor) -> torch.Tensor:
     """Blocks int32 [N] in the wire layout, [N, L, 2, B, H_kv, D], on the device."""
-    wire = _bits(kv)[:, blocks.long()].permute(1, 0, 3, 4, 2, 5).contiguous()
-    return wire.view(kv.dtype)
+    numbers, scales, _ = parts(kv)
+    wire = numbers[:, blocks.long()]
+    if isinstance(kv, ScaledKV) and scales is not None:
+        codes = wire.view(kv_codes.CODE_DTYPES[kv.dtype])
+        wire = kv_codes.dequantize(codes, scales[:, blocks.long()])
+    return wire.permute(1, 0, 3, 4, 2, 5).contiguous()
 
 
-def import_blocks(kv: torch.Tensor, blocks: torch.Tensor, wire: torch.Tensor) -> torch.Tensor:
+def import_blocks(kv: KV, blocks: torch.Tensor, wire: torch.Tensor) -> KV:
     """The inverse of `export_blocks`; a wire of another dtype is converted."""
-    bits = _bits(wire.to(device=kv.device, dtype=kv.dtype))
-    _bits(kv)[:, blocks.long()] = bits.permute(1, 0, 4, 2, 3, 5)
+    numbers, scales, _ = parts(kv)
+    wire = wire.to(numbers.device).permute(1, 0, 4, 2, 3, 5)  # [L, N, H_kv, 2, B, D]
+    if isinstance(kv, ScaledKV) and scales is not None:
+        codes, scales[:, blocks.long()] = kv_codes.quantize(wire, kv.dtype)
+        wire = codes.view(torch.int8)
+    numbers[:, blocks.long()] = wire.to(numbers.dtype)
     return kv
-
-
-def _bits(x: torch.Tensor) -> torch.Tensor:
-    """The same memory as integers: torch indexes no 8-bit floats everywhere."""
-    return x.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[x.element_size()])
-
-
-def _largest(dtype: torch.dtype) -> float:
-    """The largest value of an 8-bit float; 0 for dtypes that can hold an infinity's size."""
-    return torch.finfo(dtype).max if dtype.itemsize == 1 else 0.0
 
 
 def _power_of_2(number: int) -> int:

@@ -22,6 +22,7 @@ import numpy as np
 from jax import lax
 
 from portalm.backend import AttentionSpec
+from portalm_backends.xla.cache import Layer, block_size_of, read
 
 CHUNK = 128
 """Tokens of context at a time, where the block size divides it."""
@@ -58,7 +59,7 @@ class Running(NamedTuple):
 
 def paged_attention(
     query: jax.Array,
-    layer: jax.Array,
+    layer: Layer,
     query_start_loc: jax.Array,
     seq_lens: jax.Array,
     block_table: jax.Array,
@@ -71,7 +72,7 @@ def paged_attention(
 
     Args:
         query: [T, H, D], all requests' new tokens end to end, those of decodes first.
-        layer: [NB, H_kv, B, 2 P] of the cache; already holds this step.
+        layer: of the cache; already holds this step.
         query_start_loc: int32 [S + 1]
         seq_lens: int32 [S]; 0 for a request that is padding.
         block_table: int32 [S, MB]
@@ -83,7 +84,8 @@ def paged_attention(
         [T, H, D], in the dtype of `query`; rows of pad tokens are unspecified.
     """
     num_tokens, num_requests = query.shape[0], len(seq_lens)
-    blocks = max(1, CHUNK // layer.shape[2])
+    block_size = block_size_of(layer)
+    blocks = max(1, CHUNK // block_size)
     block_table = _pad(block_table, -block_table.shape[1] % blocks, axis=1)
     query = _pad(query, max(0, num_requests - num_tokens) + max(GROUP, TILE))
     query_lens = jnp.diff(query_start_loc)
@@ -93,7 +95,7 @@ def paged_attention(
         return lambda chunk: _gather(layer, table, chunk, blocks, spec.head_size)
 
     def attend(rows: Rows, table: jax.Array) -> jax.Array:
-        return _attend(rows, fetch(table), blocks * layer.shape[2], spec, sinks)
+        return _attend(rows, fetch(table), blocks * block_size, spec, sinks)
 
     def tile(request: jax.Array, first: jax.Array, q: jax.Array) -> jax.Array:
         length = seq_lens[request]
@@ -219,13 +221,13 @@ def _rows(q: jax.Array, position: jax.Array, end: jax.Array, spec: AttentionSpec
 
 
 def _gather(
-    layer: jax.Array, table: jax.Array, chunk: jax.Array, blocks: int, head_size: int
+    layer: Layer, table: jax.Array, chunk: jax.Array, blocks: int, head_size: int
 ) -> tuple[jax.Array, jax.Array]:
     """Keys and values of `blocks` blocks of each request, [N, H_kv, blocks * B, D] each."""
-    kv = layer[lax.dynamic_slice_in_dim(table, chunk * blocks, blocks, axis=1)]
-    num_requests, _, num_heads, _, width = kv.shape  # [N, blocks, H_kv, B, 2 P]
-    kv = kv.swapaxes(1, 2).reshape(num_requests, num_heads, -1, width)
-    return kv[..., :head_size], kv[..., width // 2 : width // 2 + head_size]
+    some = lax.dynamic_slice_in_dim(table, chunk * blocks, blocks, axis=1)
+    key, value = read(layer, some, head_size)  # [N, blocks, H_kv, B, D] each
+    shape = len(table), key.shape[2], -1, head_size
+    return key.swapaxes(1, 2).reshape(shape), value.swapaxes(1, 2).reshape(shape)
 
 
 def _attend(

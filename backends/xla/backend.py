@@ -89,7 +89,7 @@ class XlaBackend(TorchBackend):
         self._is_tpu = platform == "tpu"
         self.capabilities = Capabilities(
             dtypes=frozenset({"float32", "bfloat16"}),
-            kv_dtypes=frozenset({"float32", "bfloat16", "float16"}),
+            kv_dtypes=cache.KV_DTYPES,
             features=_FEATURES,
             quantizations=weights.FORMATS,
             static_shapes=True,

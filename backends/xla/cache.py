@@ -3,6 +3,8 @@
 P is the head size, padded on a TPU. There an array's last two dimensions lie in tiles of 8 by 128
 numbers or more: with the tokens of a block in one and a key with its value in the other, a block of
 one head is whole tiles, heads of 64 fill the 128 lanes, and no head is padded beside them.
+
+Where numbers are codes of 8 bits a layer is two arrays: the codes, and their scales.
 """
 
 from __future__ import annotations
@@ -10,20 +12,43 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
+from jax import lax
 
-from portalm.backend import KVSpec
+from portalm.backend import SCALED_KV_DTYPES, KVSpec
 from portalm.errors import BackendError, Unsupported
 
-DTYPES = frozenset({"float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"})
-"""What keys and values may be stored as."""
+DTYPES = frozenset({"float32", "float16", "bfloat16"})
+"""What is computed in, and keys and values may be stored as."""
+
+_CODE_DTYPES = {"int8": jnp.int8, "fp8": jnp.float8_e4m3fn}
+
+KV_DTYPES = DTYPES | _CODE_DTYPES.keys()
 
 LANES = 128
 """Numbers side by side in a TPU's vector register."""
+
+
+class CodedLayer(NamedTuple):
+    """One layer in codes of 8 bits (`SCALED_KV_DTYPES`)."""
+
+    codes: jax.Array
+    """[NB, H_kv, B, 2 P]"""
+    scales: jax.Array
+    """float32 [NB, H_kv, 2 B]: those of the keys, then those of the values."""
+
+
+Layer: TypeAlias = jax.Array | CodedLayer
+
+
+def block_size_of(layer: Layer) -> int:
+    """B, the tokens of a block."""
+    return int(layer.codes.shape[2] if isinstance(layer, CodedLayer) else layer.shape[2])
 
 
 def lanes_per_head(head_size: int, *, is_tpu: bool) -> int:
@@ -37,8 +62,9 @@ def lanes_per_head(head_size: int, *, is_tpu: bool) -> int:
 def bytes_per_block(spec: KVSpec, *, is_tpu: bool) -> int:
     """Bytes of one block over all layers, padding included."""
     lanes = lanes_per_head(spec.head_size, is_tpu=is_tpu)
-    numbers = spec.num_layers * spec.num_kv_heads * spec.block_size * 2 * lanes
-    return numbers * int(_dtype(spec).itemsize)
+    tokens = spec.num_layers * spec.num_kv_heads * spec.block_size
+    scales = 2 * 4 if spec.dtype in _CODE_DTYPES else 0
+    return tokens * (2 * lanes * int(_dtype(spec).itemsize) + scales)
 
 
 def layer_shape(spec: KVSpec, num_blocks: int, *, is_tpu: bool) -> tuple[int, int, int, int]:
@@ -53,8 +79,8 @@ def allocate(
     *,
     is_tpu: bool,
     device: jax.Device | jax.sharding.Sharding | None = None,
-) -> tuple[jax.Array, ...]:
-    """A cache of `num_blocks` blocks, one array a layer.
+) -> tuple[Layer, ...]:
+    """A cache of `num_blocks` blocks, one array a layer, or two.
 
     Raises:
         Unsupported: a dtype that is not claimed.
@@ -62,7 +88,13 @@ def allocate(
     """
     shape, dtype = layer_shape(spec, num_blocks, is_tpu=is_tpu), _dtype(spec)
     try:
-        return tuple(jnp.empty(shape, dtype, device=device) for _ in range(spec.num_layers))
+        layers = [jnp.empty(shape, dtype, device=device) for _ in range(spec.num_layers)]
+        if spec.dtype not in _CODE_DTYPES:
+            return tuple(layers)
+        shape = (num_blocks, spec.num_kv_heads, 2 * spec.block_size)
+        return tuple(
+            CodedLayer(codes, jnp.empty(shape, jnp.float32, device=device)) for codes in layers
+        )
     except jax.errors.JaxRuntimeError as error:
         size = num_blocks * bytes_per_block(spec, is_tpu=is_tpu)
         raise BackendError(
@@ -72,12 +104,21 @@ def allocate(
         ) from error
 
 
-def write(layer: jax.Array, key: jax.Array, value: jax.Array, slots: jax.Array) -> jax.Array:
-    """Put keys and values, [T, H_kv, D] each, into their slots, int32 [T], of a layer's array.
+def write(layer: Layer, key: jax.Array, value: jax.Array, slots: jax.Array) -> Layer:
+    """Put keys and values, [T, H_kv, D] each, into their slots, int32 [T], of a layer.
 
-    In place where the layer's array is donated.
+    In place where the layer is donated.
     """
-    block_size = layer.shape[2]
+    block_size = block_size_of(layer)
+    if isinstance(layer, CodedLayer):
+        block, offset = slots // block_size, slots % block_size
+        scales = layer.scales
+        (key, key_scales), (value, value_scales) = (
+            encode(x, layer.codes.dtype) for x in (key, value)
+        )
+        for kept, place in ((key_scales, offset), (value_scales, block_size + offset)):
+            scales = scales.at[block, :, place].set(kept, mode="promise_in_bounds")
+        return CodedLayer(write(layer.codes, key, value, slots), scales)
     rows = side_by_side(key, value, layer.shape[3] // 2).astype(layer.dtype)  # [T, H_kv, 2 P]
     at = layer.at[slots // block_size, :, slots % block_size]
     return at.set(rows, mode="promise_in_bounds")
@@ -89,38 +130,71 @@ def side_by_side(key: jax.Array, value: jax.Array, lanes: int) -> jax.Array:
     return jnp.concatenate([jnp.pad(key, pad), jnp.pad(value, pad)], axis=-1)
 
 
-def copy(layers: Sequence[jax.Array], src: jax.Array, dst: jax.Array) -> tuple[jax.Array, ...]:
+def read(layer: Layer, blocks: jax.Array, head_size: int) -> tuple[jax.Array, jax.Array]:
+    """Keys and values of blocks int32 [...], [..., H_kv, B, D] each; of codes in float32."""
+    rows = layer.codes[blocks] if isinstance(layer, CodedLayer) else layer[blocks]
+    key, value = (half[..., :head_size] for half in jnp.split(rows, 2, axis=-1))
+    if isinstance(layer, CodedLayer):
+        of_keys, of_values = jnp.split(layer.scales[blocks][..., None], 2, axis=-2)
+        key = key.astype(jnp.float32) * of_keys
+        value = value.astype(jnp.float32) * of_values
+    return key, value
+
+
+def copy(layers: Sequence[Layer], src: jax.Array, dst: jax.Array) -> tuple[Layer, ...]:
     """Copy blocks src[i] to dst[i], int32 [N] each, in every layer; in place where donated."""
-    return tuple(layer.at[dst].set(layer[src]) for layer in layers)
+    copied: tuple[Layer, ...] = jax.tree.map(lambda x: x.at[dst].set(x[src]), tuple(layers))
+    return copied
 
 
-def export_blocks(layers: Sequence[jax.Array], blocks: jax.Array, head_size: int) -> jax.Array:
+def export_blocks(layers: Sequence[Layer], blocks: jax.Array, head_size: int) -> jax.Array:
     """Blocks int32 [N] in the wire layout, [N, L, 2, B, H_kv, D]."""
-    stacked = jnp.stack([layer[blocks] for layer in layers], axis=1)  # [N, L, H_kv, B, 2 P]
-    lanes = stacked.shape[-1] // 2
-    pairs = stacked.reshape(*stacked.shape[:-1], 2, lanes)[..., :head_size]
-    return pairs.transpose(0, 1, 4, 3, 2, 5)
+    pairs = [jnp.stack(read(layer, blocks, head_size), axis=1) for layer in layers]
+    return jnp.stack(pairs, axis=1).swapaxes(3, 4)  # of [N, L, 2, H_kv, B, D]
 
 
-def import_blocks(
-    layers: Sequence[jax.Array], blocks: jax.Array, wire: jax.Array
-) -> tuple[jax.Array, ...]:
+def import_blocks(layers: Sequence[Layer], blocks: jax.Array, wire: jax.Array) -> tuple[Layer, ...]:
     """The inverse of `export_blocks`, in place where donated; a wire of another dtype is cast."""
-    lanes = layers[0].shape[-1] // 2
-    wire = wire.astype(layers[0].dtype).transpose(1, 2, 0, 4, 3, 5)  # [L, 2, N, H_kv, B, D]
+    wire = wire.transpose(1, 2, 0, 4, 3, 5)  # [L, 2, N, H_kv, B, D]
     return tuple(
-        layer.at[blocks].set(side_by_side(key, value, lanes))
+        _put_blocks(layer, blocks, key, value)
         for layer, (key, value) in zip(layers, wire, strict=True)
     )
 
 
+def _put_blocks(layer: Layer, blocks: jax.Array, key: jax.Array, value: jax.Array) -> Layer:
+    if isinstance(layer, CodedLayer):
+        (key, of_keys), (value, of_values) = (encode(x, layer.codes.dtype) for x in (key, value))
+        scales = jnp.concatenate([of_keys, of_values], axis=-1)
+        codes = _put_blocks(layer.codes, blocks, key, value)
+        return CodedLayer(codes, layer.scales.at[blocks].set(scales))
+    rows = side_by_side(key.astype(layer.dtype), value.astype(layer.dtype), layer.shape[-1] // 2)
+    return layer.at[blocks].set(rows)
+
+
+def encode(x: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+    """Codes [..., D] of `x` [..., D] and scales, float32 [...]: the rule of `SCALED_KV_DTYPES`."""
+    is_whole = jnp.issubdtype(dtype, jnp.integer)
+    largest = SCALED_KV_DTYPES["int8" if is_whole else "fp8"]
+    x = x.astype(jnp.float32)
+    is_finite = jnp.isfinite(x).all(axis=-1)
+    scales = jnp.abs(x).max(axis=-1) * np.float32(1 / largest)
+    # to bfloat16; a pair of casts is something that XLA may leave out
+    scales = lax.reduce_precision(scales, exponent_bits=8, mantissa_bits=7)
+    is_kept = is_finite & (scales >= 2.0**-100)
+    inverse = 1 / jnp.where(is_kept, scales, 1)
+    scaled = jnp.where(is_kept[..., None], x * inverse[..., None], 0)
+    codes = (jnp.round(scaled) if is_whole else scaled).astype(dtype)
+    return codes, jnp.where(is_kept, scales, jnp.where(is_finite, 0, jnp.nan))
+
+
 def _dtype(spec: KVSpec) -> jnp.dtype:
-    if spec.dtype not in DTYPES:
+    if spec.dtype not in KV_DTYPES:
         raise Unsupported(
-            f"the XLA backend stores keys and values as {', '.join(sorted(DTYPES))}, "
+            f"the XLA backend stores keys and values as {', '.join(sorted(KV_DTYPES))}, "
             f"not {spec.dtype}"
         )
-    return jnp.dtype(spec.dtype)
+    return jnp.dtype(_CODE_DTYPES.get(spec.dtype, spec.dtype))
 
 
 # -- as the backend holds it ------------------------------------------------------------------
@@ -135,16 +209,16 @@ class XlaKV:
 
     spec: KVSpec
     num_blocks: int
-    layers: tuple[jax.Array, ...]
+    layers: tuple[Layer, ...]
 
-    def with_layer(self, layer: int, array: jax.Array) -> XlaKV:
-        """The same with one layer's array replaced."""
+    def with_layer(self, layer: int, array: Layer) -> XlaKV:
+        """The same with one layer replaced."""
         return replace(self, layers=(*self.layers[:layer], array, *self.layers[layer + 1 :]))
 
 
 def copy_blocks(
-    layers: tuple[jax.Array, ...], src: npt.NDArray[np.int32], dst: npt.NDArray[np.int32]
-) -> tuple[jax.Array, ...]:
+    layers: tuple[Layer, ...], src: npt.NDArray[np.int32], dst: npt.NDArray[np.int32]
+) -> tuple[Layer, ...]:
     """Blocks src[i] copied to dst[i], int32 [N] each, over all layers; what came in is gone."""
     for start in range(0, max(1, len(src)), _COPIES):
         pairs = np.zeros((2, _COPIES), np.int32)  # padding copies the null block to itself

@@ -147,7 +147,7 @@ class Program:
         logits_shape: list[tuple[int, ...]] = []
 
         def program(
-            arrays: list[Array], layers: tuple[Array, ...], packed: Array, previous: Array
+            arrays: list[Array], layers: tuple[Any, ...], packed: Array, previous: Array
         ) -> tuple[Any, ...]:
             step_weights = with_leaves(weights, [bridge.tensor(a) for a in arrays])
             step_kv = None if kv is None else replace(kv, layers=layers)
@@ -216,7 +216,7 @@ class Program:
                     self._arrays, layers, self._layout.pack(values), previous
                 )
             except jax.errors.JaxRuntimeError as error:
-                if any(layer.is_deleted() for layer in layers):
+                if any(array.is_deleted() for array in jax.tree.leaves(layers)):
                     raise BackendError(
                         "device_lost", f"a step failed and took the KV cache with it: {error}"
                     ) from error

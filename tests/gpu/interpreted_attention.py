@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
-from portalm.backend import AttentionSpec, Bucket, Capabilities, KVSpec, StepMeta
+from portalm.backend import SCALED_KV_DTYPES, AttentionSpec, Bucket, Capabilities, KVSpec, StepMeta
 from portalm_backends.gpu_common import attention, cache
+from portalm_backends.portable import kv_codes
 from portalm_backends.reference.backend import ReferenceBackend
 
 
@@ -20,7 +21,7 @@ class InterpretedAttention(ReferenceBackend):
     name = "interpreted-attention"
     capabilities = Capabilities(
         dtypes=frozenset({"float32", "float16"}),
-        kv_dtypes=frozenset({"float32", "float16"}),
+        kv_dtypes=frozenset({"float32", "float16", *SCALED_KV_DTYPES}),
         head_sizes=cache.HEAD_SIZES,
         block_sizes=cache.BLOCK_SIZES,
         features=frozenset({"sliding_window", "soft_cap", "alibi", "sinks"}),
@@ -38,28 +39,31 @@ class InterpretedAttention(ReferenceBackend):
         return self._buckets
 
     def kv_bytes_per_block(self, spec: KVSpec) -> int:
-        return cache.bytes_per_block(spec)
+        return kv_codes.bytes_per_block(spec)
 
-    def kv_alloc(self, spec: KVSpec, num_blocks: int) -> torch.Tensor:
+    def kv_alloc(self, spec: KVSpec, num_blocks: int) -> cache.KV:
         return cache.allocate(spec, num_blocks, self.device(), dtypes=self.capabilities.kv_dtypes)
 
     def kv_write(
         self,
-        kv: torch.Tensor,
+        kv: cache.KV,
         layer: int,
         key: torch.Tensor,
         value: torch.Tensor,
         meta: StepMeta,
-    ) -> torch.Tensor:
+    ) -> cache.KV:
         return cache.write(kv, layer, key, value, meta)
 
-    def kv_copy(self, kv: torch.Tensor, src: torch.Tensor, dst: torch.Tensor) -> torch.Tensor:
-        return cache.copy(kv, src, dst)
+    def kv_copy(self, kv: cache.KV, src: torch.Tensor, dst: torch.Tensor) -> cache.KV:
+        for part in cache.parts(kv)[:2]:
+            if part is not None:
+                cache.copy(part, src, dst)
+        return kv
 
-    def kv_export(self, kv: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
+    def kv_export(self, kv: cache.KV, blocks: torch.Tensor) -> torch.Tensor:
         return cache.export_blocks(kv, blocks)
 
-    def kv_import(self, kv: torch.Tensor, blocks: torch.Tensor, wire: torch.Tensor) -> torch.Tensor:
+    def kv_import(self, kv: cache.KV, blocks: torch.Tensor, wire: torch.Tensor) -> cache.KV:
         return cache.import_blocks(kv, blocks, wire)
 
     def prepare(self, meta: StepMeta, specs: Sequence[AttentionSpec]) -> StepMeta:
@@ -69,7 +73,7 @@ class InterpretedAttention(ReferenceBackend):
 
     def attend(
         self,
-        kv: torch.Tensor,
+        kv: cache.KV,
         layer: int,
         query: torch.Tensor,
         meta: StepMeta,

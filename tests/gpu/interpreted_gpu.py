@@ -14,8 +14,8 @@ from portalm_backends.cuda.backend import CudaBackend
 from portalm_backends.rocm.backend import RocmBackend
 from tests.gpu.fake_device import FakeGpu
 
-_NOT_INTERPRETED = frozenset({"bfloat16", "float8_e4m3fn", "float8_e5m2"})
-"""The interpreter multiplies the bits of bfloat16, and knows no 8-bit floats."""
+_NOT_INTERPRETED = frozenset({"bfloat16"})
+"""The interpreter multiplies its bits."""
 
 
 @contextmanager

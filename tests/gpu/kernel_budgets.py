@@ -20,6 +20,7 @@ import torch
 
 from portalm_backends.gpu_common import attention
 from portalm_backends.gpu_common.kernels import kv_cache, paged_attention
+from portalm_backends.gpu_common.kernels.kv_codes import FP8, INT8
 from tests.gpu.operation_launches import FP8_OPERATIONS, OPERATIONS
 from tests.gpu.triton_targets import SHARED_LIMIT, TARGETS, Compiled, compile_for
 
@@ -55,6 +56,7 @@ _ATTENTION_TYPES = {
     "out": "*bf16",
     "query": "*bf16",
     "cache": "*bf16",
+    "scales": "*bf16",
     "partials": "*fp32",
     "part_weights": "*fp32",
     "table": "*i32",
@@ -78,7 +80,7 @@ def _attention(
     block_size: int = 16,
     group: int = 4,
     dtype: str = "bf16",
-    kv_dtype: str | None = None,
+    codes: int = 0,
     has_all: bool = False,
 ) -> Launch:
     """`attention.attend` of a decode (narrow) or a prompt (wide)."""
@@ -89,7 +91,7 @@ def _attention(
     types = _ATTENTION_TYPES | dict.fromkeys(("query", "out"), f"*{dtype}")
     return Launch(
         kernel=paged_attention.attention_kernel,
-        signature=types | {"cache": f"*{kv_dtype or dtype}"},
+        signature=types | {"cache": "*i8" if codes else f"*{dtype}"},
         constants={
             "GROUP": group,
             "NUM_KV_HEADS": 8,
@@ -105,6 +107,7 @@ def _attention(
             "HAS_WINDOW": has_all,
             "HAS_ALIBI": has_all,
             "HAS_SINKS": has_all,
+            "CODES": codes,
         },
         num_warps=shape.num_warps,
         num_stages=shape.num_stages,
@@ -157,8 +160,9 @@ def _encoder(target: str) -> Launch:
     )
 
 
-def _write(target: str) -> Launch:
-    types = dict.fromkeys(("key", "value", "cache"), "*bf16")
+def _write(target: str, codes: int = 0) -> Launch:
+    types = dict.fromkeys(("key", "value", "cache", "scales"), "*bf16")
+    types["cache"] = "*i8" if codes else "*bf16"
     return Launch(
         kernel=kv_cache.write_kernel,
         signature={**types, "slots": "*i32", "key_stride": "i32:16", "value_stride": "i32:16"},
@@ -168,8 +172,10 @@ def _write(target: str) -> Launch:
             "D": 128,
             "DP": 128,
             "BLOCK": 16,
-            "LARGEST": 0.0,
+            "LARGEST": 448.0,
+            "CODES": codes,
         },
+        options={"enable_fp_fusion": False},
     )
 
 
@@ -191,7 +197,6 @@ def _rotate_write(target: str) -> Launch:
             "REST_PADDED": 0,
             "BLOCK": 16,
             "IS_INTERLEAVED": False,
-            "LARGEST": 0.0,
         },
         num_warps=1,
     )
@@ -232,21 +237,25 @@ LAUNCHES: dict[str, Callable[[str], Launch]] = {
 """By name: how a kernel is launched on a target."""
 
 FP8_TARGETS = ("sm_90", "sm_100", "gfx950")
-FP8_LAUNCHES: dict[str, Callable[[str], Launch]] = {
-    "attention, decode, fp8 cache": lambda t: _attention(t, "narrow", kv_dtype="fp8e4nv"),
-    "attention, prefill, fp8 cache": lambda t: _attention(t, "wide", kv_dtype="fp8e4nv"),
-}
-"""Those of targets that have 8-bit floats of the kind in checkpoints."""
+"""Targets that have 8-bit floats of the kind in checkpoints."""
 
+CODE_LAUNCHES: dict[str, Callable[[str], Launch]] = {
+    "attention, decode, int8 cache": lambda t: _attention(t, "narrow", codes=INT8),
+    "attention, decode, fp8 cache": lambda t: _attention(t, "narrow", codes=FP8),
+    "attention, prefill, int8 cache": lambda t: _attention(t, "wide", codes=INT8),
+    "attention, prefill, fp8 cache": lambda t: _attention(t, "wide", codes=FP8),
+    "cache, write codes": lambda t: _write(t, codes=FP8),
+}
 
 OPERATION_TARGETS = ("sm_90", "gfx942")
-"""Where the operations' kernels are measured: one of each maker."""
+"""Where the operations' kernels, and those of caches of 8 bits, are measured: one of each maker."""
 
 
 def launches(target: str) -> dict[str, Callable[[str], Launch]]:
     """All that is measured for a target."""
-    found = LAUNCHES | (FP8_LAUNCHES if target in FP8_TARGETS else {})
+    found = dict(LAUNCHES)
     if target in OPERATION_TARGETS:
+        found |= CODE_LAUNCHES
         operations = OPERATIONS | (FP8_OPERATIONS if target in FP8_TARGETS else {})
         found |= {name: partial(_same, how) for name, how in operations.items()}
     return found

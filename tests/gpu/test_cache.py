@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from portalm.backend import KVSpec
+from portalm.backend import SCALED_KV_DTYPES, KVSpec
 from portalm.conformance import reference
 from portalm.conformance.numerics import NMSE_BOUND, require_close
 from portalm.errors import Unsupported
 from portalm_backends.gpu_common import cache
+from portalm_backends.portable import kv_codes
 
 SPEC = KVSpec(num_layers=2, num_kv_heads=3, head_size=40, block_size=8, dtype="float32")
 
@@ -46,7 +48,7 @@ def token(kv: torch.Tensor, layer: int, slot: int) -> torch.Tensor:
 def test_a_block_takes_the_bytes_that_are_counted() -> None:
     kv = nan_cache(num_blocks=5)
 
-    assert kv.numel() * kv.element_size() == 5 * cache.bytes_per_block(SPEC)
+    assert kv.numel() * kv.element_size() == 5 * kv_codes.bytes_per_block(SPEC)
 
 
 @pytest.mark.parametrize("field, value", [("head_size", 60), ("block_size", 12)])
@@ -118,11 +120,11 @@ def test_a_copy_moves_whole_blocks_of_all_layers() -> None:
     assert torch.equal(kv[:, [0, 1, 4]], before[:, [0, 1, 4]])
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float8_e4m3fn"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_wire_is_tokens_then_heads_and_comes_back(dtype: str) -> None:
     spec = KVSpec(num_layers=2, num_kv_heads=3, head_size=40, block_size=8, dtype=dtype)
     wire = torch.randn((2, 2, 2, 8, 3, 40)).to(getattr(torch, dtype))
-    kv = cache.allocate(spec, 5, torch.device("cpu"), dtypes=cache.DTYPES | cache.FP8_DTYPES)
+    kv = cache.allocate(spec, 5, torch.device("cpu"))
     blocks = torch.tensor([4, 1], dtype=torch.int32)
 
     cache.import_blocks(kv, blocks, wire)
@@ -134,11 +136,25 @@ def test_the_wire_is_tokens_then_heads_and_comes_back(dtype: str) -> None:
     assert torch.equal(back.float(), wire.float())
 
 
-def test_what_an_8_bit_float_cannot_hold_becomes_its_largest() -> None:
-    spec = KVSpec(num_layers=1, num_kv_heads=1, head_size=16, block_size=8, dtype="float8_e4m3fn")
-    kv = cache.allocate(spec, 2, torch.device("cpu"), dtypes=cache.FP8_DTYPES)
-    key = torch.tensor([1.5, -2.0, 1e4, -1e4] * 4).view(1, 1, 16)
+@pytest.mark.parametrize("dtype", SCALED_KV_DTYPES)
+def test_codes_and_scales_are_those_of_torch(dtype: str) -> None:
+    """Vectors of all sizes, zeros and what is not finite; rows lie apart."""
+    spec = KVSpec(num_layers=2, num_kv_heads=3, head_size=40, block_size=8, dtype=dtype)
+    kv = cache.allocate(spec, 10, torch.device("cpu"))
+    assert isinstance(kv, cache.ScaledKV)
+    key, value = views(60, 3, 3)
+    for x in (key, value):
+        x *= 10.0 ** torch.arange(-29, 31)[:, None, None]
+        x[3], x[5, 1], x[7, 2, 9], x[8, 0, 1], x[9, 1, 39] = 0, 1e-40, math.nan, math.inf, -math.inf
+    slots = (8 + torch.randperm(72, generator=torch.Generator().manual_seed(0)))[:60]
 
-    cache.write(kv, 0, key, key, meta([9]))
+    cache.write(kv, 1, key, value, meta(slots.tolist()))
 
-    assert kv[0, 1, 0, 0, 1].float().tolist() == [1.5, -2.0, 448.0, -448.0] * 4
+    for side, x in enumerate((key, value)):
+        codes, scales = kv_codes.quantize(x, dtype)
+        block, offset = slots // 8, slots % 8
+        written = kv.scales[1, block, :, side, offset]
+        assert torch.equal(written.isnan(), scales.isnan())
+        assert torch.equal(written.nan_to_num(), scales.nan_to_num())
+        bits = kv.codes[1, block, :, side, offset]
+        assert torch.equal(bits, codes.view(torch.int8))

@@ -18,8 +18,14 @@ ARCHS = ("sm_90", "gfx942", "gfx1100")
 """One of each family: they differ in their tiles."""
 
 QUICK = {
-    "export and import",
-    "copy",
+    "export and import[as computed]",
+    "export and import[fp8]",
+    "copy[as computed]",
+    "copy[int8]",
+    "codes of 8 bits[int8 of float16]",
+    "codes of 8 bits[fp8 of float32]",
+    "attend[decode, gqa, float16, kv int8]",
+    "attend[decode, gqa, float32, kv fp8]",
     "seal",
     "sampling alone[mixed]",
     "linear rows alone",

@@ -1,6 +1,7 @@
 """Writing to the paged cache, with or without the rotation of keys and queries, and copies in it.
 
     cache        [NB, H_kv, 2, B, D]    of one layer, updated in place
+    scales       bfloat16 [NB, H_kv, 2, B]   of codes of 8 bits, likewise
     query        [T, H, D]              rows of a token contiguous; row strides are given
     key, value   [T, H_kv, D]           likewise
     slots        int32 [T]              block * B + offset; padding lands in block 0, never read
@@ -16,41 +17,38 @@ Meaning:  Backend.rope, then Backend.kv_write; Backend.kv_copy.
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _stored(x, dtype: tl.constexpr, LARGEST: tl.constexpr):
-    """`x` in the cache's dtype; 8-bit floats hold no infinity: what is larger becomes LARGEST."""
-    if LARGEST > 0:
-        x = x.to(tl.float32)
-        # a NaN stays one: neither comparison holds
-        x = tl.where(x > LARGEST, LARGEST, tl.where(x < -LARGEST, -LARGEST, x))
-    return x.to(dtype)
+from portalm_backends.gpu_common.kernels.kv_codes import encode
 
 
 @triton.jit
 def write_kernel(
-    key, value, cache, slots, key_stride, value_stride,
+    key, value, cache, scales, slots, key_stride, value_stride,
     NUM_KV_HEADS: tl.constexpr, HEADS_PADDED: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    BLOCK: tl.constexpr, LARGEST: tl.constexpr,
+    BLOCK: tl.constexpr, LARGEST: tl.constexpr, CODES: tl.constexpr,
 ):  # fmt: skip
-    """One token's keys and values into their slot."""
+    """One token's keys and values into their slot; as codes, whose scales are written too."""
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + token)
-    head, dim = tl.arange(0, HEADS_PADDED)[:, None], tl.arange(0, DP)[None, :]
-    mask = (head < NUM_KV_HEADS) & (dim < D)
-    target = cache + (slot // BLOCK).to(tl.int64) * (NUM_KV_HEADS * 2 * BLOCK * D)
-    target += (slot % BLOCK) * D
-    places = head * (2 * BLOCK * D) + dim
-    dtype: tl.constexpr = cache.dtype.element_ty
-    k = tl.load(key + token * key_stride + head * D + dim, mask=mask)
-    v = tl.load(value + token * value_stride + head * D + dim, mask=mask)
-    tl.store(target + places, _stored(k, dtype, LARGEST), mask=mask)
-    tl.store(target + BLOCK * D + places, _stored(v, dtype, LARGEST), mask=mask)
+    head, dim = tl.arange(0, HEADS_PADDED), tl.arange(0, DP)[None, :]
+    mask = (head < NUM_KV_HEADS)[:, None] & (dim < D)
+    first = (slot // BLOCK).to(tl.int64) * (NUM_KV_HEADS * 2 * BLOCK) + slot % BLOCK
+    row = first + head * (2 * BLOCK)  # of the key; its value is BLOCK further
+    places = row[:, None] * D + dim
+    sources = head[:, None] * D + dim
+    k = tl.load(key + token * key_stride + sources, mask=mask, other=0.0)
+    v = tl.load(value + token * value_stride + sources, mask=mask, other=0.0)
+    if CODES:
+        k, k_scales = encode(k.to(tl.float32), LARGEST, CODES)
+        v, v_scales = encode(v.to(tl.float32), LARGEST, CODES)
+        tl.store(scales + row, k_scales, mask=head < NUM_KV_HEADS)
+        tl.store(scales + row + BLOCK, v_scales, mask=head < NUM_KV_HEADS)
+    tl.store(cache + places, k.to(cache.dtype.element_ty), mask=mask)
+    tl.store(cache + BLOCK * D + places, v.to(cache.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _turn(source, target, cos, sin, row, is_row, pair, R: tl.constexpr, D: tl.constexpr,
-          IS_INTERLEAVED: tl.constexpr, DTYPE: tl.constexpr, LARGEST: tl.constexpr):  # fmt: skip
+          IS_INTERLEAVED: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
     """Rows [N, D] at `source` + row * D rotated, in float32, to `target` + row * D.
 
     Su et al., "RoFormer", 2021. Rounded to the source's dtype before the cache's, as a rotated
@@ -68,19 +66,19 @@ def _turn(source, target, cos, sin, row, is_row, pair, R: tl.constexpr, D: tl.co
     a, b = a.to(tl.float32), b.to(tl.float32)
     turned_a = (a * cos - b * sin).to(dtype)
     turned_b = (b * cos + a * sin).to(dtype)
-    tl.store(target + rows + first[None, :], _stored(turned_a, DTYPE, LARGEST), mask=mask)
-    tl.store(target + rows + second[None, :], _stored(turned_b, DTYPE, LARGEST), mask=mask)
+    tl.store(target + rows + first[None, :], turned_a.to(DTYPE), mask=mask)
+    tl.store(target + rows + second[None, :], turned_b.to(DTYPE), mask=mask)
 
 
 @triton.jit
 def _keep(source, target, row, is_row, FIRST: tl.constexpr, COUNT: tl.constexpr,
-          D: tl.constexpr, DTYPE: tl.constexpr, LARGEST: tl.constexpr):  # fmt: skip
+          D: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
     """Dimensions from FIRST on, COUNT or fewer, of rows [N, D] as they are."""
     dim = FIRST + tl.arange(0, COUNT)
     places = row[:, None] * D + dim[None, :]
     mask = is_row[:, None] & (dim < D)[None, :]
     x = tl.load(source + places, mask=mask, other=0.0)
-    tl.store(target + places, _stored(x, DTYPE, LARGEST), mask=mask)
+    tl.store(target + places, x.to(DTYPE), mask=mask)
 
 
 @triton.jit
@@ -90,7 +88,6 @@ def rotate_write_kernel(
     GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr, NUM_KV_HEADS: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, HALF_PADDED: tl.constexpr,
     REST_PADDED: tl.constexpr, BLOCK: tl.constexpr, IS_INTERLEAVED: tl.constexpr,
-    LARGEST: tl.constexpr,
 ):  # fmt: skip
     """One token's key, rotated, and value of one head into their slot; its queries rotated."""
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -110,13 +107,13 @@ def rotate_write_kernel(
     queries_out = query_out + (token * NUM_KV_HEADS + head) * (GROUP * D)
     keys = key + token * key_stride + head * D
     _turn(queries, queries_out, cos, sin, member, is_member, pair, R, D, IS_INTERLEAVED,
-          out_dtype, 0)  # fmt: skip
-    _turn(keys, target, cos, sin, single, is_single, pair, R, D, IS_INTERLEAVED, dtype, LARGEST)
+          out_dtype)  # fmt: skip
+    _turn(keys, target, cos, sin, single, is_single, pair, R, D, IS_INTERLEAVED, dtype)
     if REST_PADDED > 0:
-        _keep(queries, queries_out, member, is_member, R, REST_PADDED, D, out_dtype, 0)
-        _keep(keys, target, single, is_single, R, REST_PADDED, D, dtype, LARGEST)
+        _keep(queries, queries_out, member, is_member, R, REST_PADDED, D, out_dtype)
+        _keep(keys, target, single, is_single, R, REST_PADDED, D, dtype)
     values = value + token * value_stride + head * D
-    _keep(values, target + BLOCK * D, single, is_single, 0, DP, D, dtype, LARGEST)
+    _keep(values, target + BLOCK * D, single, is_single, 0, DP, D, dtype)
 
 
 @triton.jit

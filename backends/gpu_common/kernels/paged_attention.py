@@ -2,6 +2,7 @@
 
     query, out   [T, H, D]                  rows of a token contiguous; query's row stride is given
     cache        [NB, H_kv, 2, B, D]        of one layer (cache.py says why)
+    scales       bfloat16 [NB, H_kv, 2, B]  of codes of 8 bits
     table        int32 [S, MB]
     items        int32 [N, 8]               what one program computes (attention.py)
     partials     float32 [P, H_kv, R, D]    unfinished sums of items that see a part of a context
@@ -21,6 +22,8 @@ loaded (they may hold NaN, which a weight of 0 would let through).
 
 import triton
 import triton.language as tl
+
+from portalm_backends.gpu_common.kernels.kv_codes import decode, load_scales
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -62,10 +65,17 @@ def _combine(acc, top, total, part_acc, part_top, part_total):
 
 
 @triton.jit
-def _update(q, key, value, is_seen, bias, score_scale, cap, acc, top, total,
-            HAS_CAP: tl.constexpr, HAS_BIAS: tl.constexpr, IS_MASKED: tl.constexpr):  # fmt: skip
+def _update(q, key, value, key_scales, value_scales, is_seen, bias, score_scale, cap, acc, top,
+            total, HAS_CAP: tl.constexpr, HAS_BIAS: tl.constexpr, IS_MASKED: tl.constexpr,
+            CODES: tl.constexpr):  # fmt: skip
     """The online softmax, one tile of keys and values [N, DP] further."""
+    if CODES:
+        key = decode(key, q.dtype, CODES)
+        # float16 may not hold a weight times a scale; it holds every value
+        value = decode(value, tl.float32, CODES) * value_scales[:, None]
     scores = tl.dot(q, tl.trans(key.to(q.dtype)), input_precision="ieee")  # [M, N]
+    if CODES:
+        scores = scores * key_scales[None, :]
     if HAS_CAP:  # tanh(x) = 1 - 2 / (exp(2 x) + 1), which is right at both ends
         scores = cap * (1.0 - 2.0 / (tl.exp2(scores * score_scale) + 1.0))
     if HAS_BIAS:
@@ -88,11 +98,12 @@ def _update(q, key, value, is_seen, bias, score_scale, cap, acc, top, total,
 
 
 @triton.jit
-def _span(q, keys, table, start, stop, live_begin, live_end, position, slope, window, split,
+def _span(q, keys, scales, table, start, stop, live_begin, live_end, position, slope, window, split,
           score_scale, cap, acc, top, total, all_acc, all_top, all_total,
           D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, BLOCK_STRIDE: tl.constexpr,
           TILE: tl.constexpr, HAS_CAP: tl.constexpr, HAS_WINDOW: tl.constexpr,
-          HAS_ALIBI: tl.constexpr, IS_MASKED: tl.constexpr, MERGES: tl.constexpr):  # fmt: skip
+          HAS_ALIBI: tl.constexpr, IS_MASKED: tl.constexpr, MERGES: tl.constexpr,
+          CODES: tl.constexpr):  # fmt: skip
     """Tiles of tokens from `start`, a multiple of TILE, to `stop`.
 
     Unmasked, every row sees every token. With MERGES, what came since a multiple of `split` is
@@ -105,6 +116,13 @@ def _span(q, keys, table, start, stop, live_begin, live_end, position, slope, wi
         offset = _token_offsets(table, first, token, is_live, D, BLOCK, BLOCK_STRIDE, IS_MASKED)
         key = _load_rows(keys + offset, is_live, dim, D, IS_MASKED)
         value = _load_rows(keys + BLOCK * D + offset, is_live, dim, D, IS_MASKED)
+        key_scales, value_scales = 0.0, 0.0
+        if CODES:
+            rows = scales + _token_offsets(
+                table, first, token, is_live, 1, BLOCK, BLOCK_STRIDE // D, IS_MASKED
+            )
+            key_scales = load_scales(rows, is_live, CODES, IS_MASKED)
+            value_scales = load_scales(rows + BLOCK, is_live, CODES, IS_MASKED)
         is_seen = token[None, :] <= position[:, None]
         if IS_MASKED:
             is_seen = is_seen & is_live[None, :]
@@ -114,8 +132,8 @@ def _span(q, keys, table, start, stop, live_begin, live_end, position, slope, wi
         if HAS_ALIBI:
             bias = slope[:, None] * (token[None, :] - position[:, None]).to(tl.float32)
         acc, top, total = _update(
-            q, key, value, is_seen, bias, score_scale, cap, acc, top, total,
-            HAS_CAP, HAS_ALIBI, IS_MASKED,
+            q, key, value, key_scales, value_scales, is_seen, bias, score_scale, cap, acc, top,
+            total, HAS_CAP, HAS_ALIBI, IS_MASKED, CODES,
         )  # fmt: skip
         if MERGES:  # noqa: SIM102 (one is known when compiled, the other is not)
             if (first + TILE) % split == 0:
@@ -139,12 +157,13 @@ def _finish(acc, top, total, sinks, head, is_row, HAS_SINKS: tl.constexpr):
 # numbers that vary from step to step: one kernel for all of them
 @triton.jit(do_not_specialize=["table_stride", "window"])
 def attention_kernel(
-    query, cache, out, partials, part_weights, table, items, slopes, sinks,
+    query, cache, scales, out, partials, part_weights, table, items, slopes, sinks,
     query_stride, table_stride, score_scale, cap, window,
     GROUP: tl.constexpr, NUM_KV_HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     BLOCK: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
     ITEM_TOKENS: tl.constexpr, IS_WIDE: tl.constexpr, HAS_CAP: tl.constexpr,
     HAS_WINDOW: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_SINKS: tl.constexpr,
+    CODES: tl.constexpr,
 ):  # fmt: skip
     """TOKENS query tokens of one item, with the query heads of one KV head.
 
@@ -183,6 +202,7 @@ def attention_kernel(
 
     table += request.to(tl.int64) * table_stride
     keys = cache + kv_head * (2 * BLOCK * D)
+    scales += kv_head * (2 * BLOCK)
     stride: tl.constexpr = NUM_KV_HEADS * 2 * BLOCK * D
     acc = tl.zeros([ROWS, DP], tl.float32)
     top = tl.full([ROWS], float("-inf"), tl.float32)
@@ -196,25 +216,25 @@ def attention_kernel(
             bulk_begin = (bulk_begin + TILE - 1) // TILE * TILE
             bulk_end = tl.maximum(bulk_end, bulk_begin)
             acc, top, total, _a, _b, _c = _span(
-                q, keys, table, start, tl.minimum(bulk_begin, end), begin, end, position, slope,
-                window, split, score_scale, cap, acc, top, total, 0, 0, 0,
-                D, DP, BLOCK, stride, TILE, HAS_CAP, HAS_WINDOW, HAS_ALIBI, True, False,
+                q, keys, scales, table, start, tl.minimum(bulk_begin, end), begin, end, position,
+                slope, window, split, score_scale, cap, acc, top, total, 0, 0, 0,
+                D, DP, BLOCK, stride, TILE, HAS_CAP, HAS_WINDOW, HAS_ALIBI, True, False, CODES,
             )  # fmt: skip
         acc, top, total, _a, _b, _c = _span(
-            q, keys, table, bulk_begin, bulk_end, begin, end, position, slope,
+            q, keys, scales, table, bulk_begin, bulk_end, begin, end, position, slope,
             window, split, score_scale, cap, acc, top, total, 0, 0, 0,
-            D, DP, BLOCK, stride, TILE, HAS_CAP, HAS_WINDOW, HAS_ALIBI, False, False,
+            D, DP, BLOCK, stride, TILE, HAS_CAP, HAS_WINDOW, HAS_ALIBI, False, False, CODES,
         )  # fmt: skip
         acc, top, total, _a, _b, _c = _span(
-            q, keys, table, bulk_end, end, begin, end, position, slope,
+            q, keys, scales, table, bulk_end, end, begin, end, position, slope,
             window, split, score_scale, cap, acc, top, total, 0, 0, 0,
-            D, DP, BLOCK, stride, TILE, HAS_CAP, HAS_WINDOW, HAS_ALIBI, True, False,
+            D, DP, BLOCK, stride, TILE, HAS_CAP, HAS_WINDOW, HAS_ALIBI, True, False, CODES,
         )  # fmt: skip
     else:
         acc, top, total, all_acc, all_top, all_total = _span(
-            q, keys, table, start, end, begin, end, position, slope,
+            q, keys, scales, table, start, end, begin, end, position, slope,
             window, split, score_scale, cap, acc, top, total, acc, top, total,
-            D, DP, BLOCK, stride, TILE, HAS_CAP, HAS_WINDOW, HAS_ALIBI, True, True,
+            D, DP, BLOCK, stride, TILE, HAS_CAP, HAS_WINDOW, HAS_ALIBI, True, True, CODES,
         )  # fmt: skip
         acc, top, total = _combine(all_acc, all_top, all_total, acc, top, total)
 
@@ -307,7 +327,7 @@ def encoder_kernel(
         k = _load_rows(keys + other * key_stride, is_row, dim, D, False)
         v = _load_rows(values + other * value_stride, is_row, dim, D, False)
         acc, top, total = _update(
-            q, k, v, 0, 0.0, score_scale, 0.0, acc, top, total, False, False, False
+            q, k, v, 0.0, 0.0, 0, 0.0, score_scale, 0.0, acc, top, total, False, False, False, 0
         )
     for first in range(masked, end, TILE):
         other = (first + tl.arange(0, TILE)).to(tl.int64)
@@ -319,8 +339,9 @@ def encoder_kernel(
             distance = token[:, None] - other[None, :]
             is_seen = is_seen & (distance < window) & (distance > -window)
         acc, top, total = _update(
-            q, k, v, is_seen, 0.0, score_scale, 0.0, acc, top, total, False, False, True
-        )
+            q, k, v, 0.0, 0.0, is_seen, 0.0, score_scale, 0.0, acc, top, total,
+            False, False, True, 0,
+        )  # fmt: skip
     targets = out + (start + token).to(tl.int64) * (NUM_KV_HEADS * GROUP * D) + head * D
     tl.store(
         targets[:, None] + dim[None, :],
