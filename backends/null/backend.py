@@ -81,7 +81,7 @@ class NullBackend(TorchBackend):
         self.capabilities = Capabilities(
             dtypes=_DTYPES,
             kv_dtypes=_DTYPES,
-            features=frozenset({"sliding_window", "soft_cap", "batch_invariant"}),
+            features=frozenset({"sliding_window", "soft_cap", "shared_values", "batch_invariant"}),
             max_steps_in_flight=max_steps_in_flight,
         )
         self.num_steps = 0
@@ -117,8 +117,8 @@ class NullBackend(TorchBackend):
 
     def kv_bytes_per_block(self, spec: KVSpec) -> int:
         """What a real device would need."""
-        numbers = 2 * spec.num_layers * spec.block_size * spec.num_kv_heads * spec.head_size
-        return numbers * int(getattr(torch, spec.dtype).itemsize)
+        numbers = spec.num_planes * spec.block_size * spec.num_kv_heads * spec.head_size
+        return spec.num_layers * numbers * int(getattr(torch, spec.dtype).itemsize)
 
     def kv_alloc(self, spec: KVSpec, num_blocks: int) -> NullKV:
         """Room for token ids."""
@@ -174,6 +174,14 @@ class NullBackend(TorchBackend):
             )
         return x.new_zeros(len(x), weight[0])
 
+    def pack_heads(self, weight: torch.Tensor) -> torch.Size:
+        """The shape."""
+        return weight.shape
+
+    def linear_heads(self, x: torch.Tensor, weight: torch.Size) -> torch.Tensor:
+        """Zeros [T, H, N]."""
+        return x.new_zeros(len(x), weight[0], weight[1])
+
     def logits(self, x: torch.Tensor, weight: torch.Size) -> torch.Tensor:
         """Zeros [R, V]; this is where the device learns how large the vocabulary is."""
         self._vocab_size = weight[0]
@@ -189,7 +197,7 @@ class NullBackend(TorchBackend):
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The query itself."""
-        return query
+        return query[..., : spec.out_size]
 
     # -- steps ---------------------------------------------------------------------------------
 

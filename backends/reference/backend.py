@@ -26,7 +26,7 @@ class ReferenceBackend(TorchBackend):
     capabilities = Capabilities(
         dtypes=cache.DTYPES,
         kv_dtypes=cache.DTYPES,
-        features=frozenset({"sliding_window", "soft_cap", "alibi", "sinks"}),
+        features=frozenset({"sliding_window", "soft_cap", "alibi", "sinks", "shared_values"}),
     )
 
     @classmethod
@@ -47,7 +47,7 @@ class ReferenceBackend(TorchBackend):
         return cache.bytes_per_block(spec)
 
     def kv_alloc(self, spec: KVSpec, num_blocks: int) -> KV:
-        """One tensor [L, 2, NB, B, H_kv, D]."""
+        """One tensor [L, P, NB, B, H_kv, D]: keys and values, or keys alone."""
         return cache.allocate(spec, num_blocks)
 
     def kv_write(
@@ -66,7 +66,7 @@ class ReferenceBackend(TorchBackend):
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attention of [T, H, D], one request after the other."""
-        return attention.paged_attention(query, kv[layer, 0], kv[layer, 1], meta, spec, sinks)
+        return attention.paged_attention(query, kv[layer, 0], kv[layer, -1], meta, spec, sinks)
 
     def attend_encoder(
         self,

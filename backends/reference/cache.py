@@ -1,4 +1,4 @@
-"""The KV cache as one tensor: [L, 2, NB, B, H_kv, D], keys then values."""
+"""The KV cache as one tensor: [L, P, NB, B, H_kv, D], keys then values, or keys alone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ DTYPES = frozenset({"float32", "float16", "bfloat16"})
 def bytes_per_block(spec: KVSpec) -> int:
     """Bytes of one block over all layers."""
     size = getattr(torch, spec.dtype).itemsize
-    return spec.num_layers * 2 * spec.block_size * spec.num_kv_heads * spec.head_size * int(size)
+    numbers = spec.num_planes * spec.block_size * spec.num_kv_heads * spec.head_size
+    return spec.num_layers * numbers * int(size)
 
 
 def allocate(spec: KVSpec, num_blocks: int) -> torch.Tensor:
@@ -29,7 +30,8 @@ def allocate(spec: KVSpec, num_blocks: int) -> torch.Tensor:
             f"the reference backend stores keys and values as {', '.join(sorted(DTYPES))}, "
             f"not {spec.dtype}"
         )
-    shape = (spec.num_layers, 2, num_blocks, spec.block_size, spec.num_kv_heads, spec.head_size)
+    block = (spec.block_size, spec.num_kv_heads, spec.head_size)
+    shape = (spec.num_layers, spec.num_planes, num_blocks, *block)
     try:
         return torch.empty(shape, dtype=getattr(torch, spec.dtype))
     except RuntimeError as error:
@@ -46,5 +48,6 @@ def write(
     """Scatter key and value, [T, H_kv, D] each, into the slots of `meta.slot_mapping`."""
     slots = meta.slot_mapping.long()
     kv[layer, 0].flatten(0, 1)[slots] = key.to(kv.dtype)
-    kv[layer, 1].flatten(0, 1)[slots] = value.to(kv.dtype)
+    if kv.shape[1] == 2:
+        kv[layer, 1].flatten(0, 1)[slots] = value.to(kv.dtype)
     return kv

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from portalm.backend import KV, SampleOutput, StepInputs, StepMeta, Weights
+from portalm.backend import KV, KVSpec, SampleOutput, StepInputs, StepMeta, Weights
 from portalm.conformance.cases import (
     HEADS,
     PAD,
@@ -28,7 +28,7 @@ from portalm.conformance.operations import (
     sampling_rows,
 )
 from portalm.conformance.reference_sampling import Row
-from portalm.conformance.subject import Subject
+from portalm.conformance.subject import Subject, wire_shape
 from portalm.errors import BackendError
 
 _GQA = HEADS[1]
@@ -135,14 +135,25 @@ def check_sample_alone(subject: Subject, case: Named) -> None:
         require_equal(f"row {i} alone", alone, together[i : i + 1])
 
 
-def check_export_import(subject: Subject, case: None) -> None:
+_CACHES = (Named("keys and values"), Named("keys alone"))
+
+
+def _cache_spec(subject: Subject, case: Named) -> KVSpec:
+    """The cache of a case; `NotClaimed` where values cannot be keys."""
+    spec: KVSpec = _problem(subject, "ragged").kv_spec
+    if case.name == "keys and values":
+        return spec
+    subject.needs_feature("shared_values")
+    return replace(spec, num_kv_heads=1, head_size=80, shares_values=True)
+
+
+def check_export_import(subject: Subject, case: Named) -> None:
     """Blocks that go out and come back elsewhere are what they were, over all layers."""
-    problem = _problem(subject, "ragged")
-    spec = problem.kv_spec
+    spec = _cache_spec(subject, case)
     rng = np.random.default_rng(5)
-    shape = (4, spec.num_layers, 2, spec.block_size, spec.num_kv_heads, spec.head_size)
     kv = subject.nan_cache(spec, 10)
-    wire = subject.put(rng.standard_normal(shape)).cpu().to(subject.get_dtype(spec.dtype))
+    wire = subject.put(rng.standard_normal(wire_shape(spec, 4)))
+    wire = wire.cpu().to(subject.get_dtype(spec.dtype))
     kv = subject.backend.kv_import(kv, subject.index([7, 2, 9, 4]), wire)
     exported = subject.export(kv, [9, 7])
     require_equal("export", exported, wire[[2, 0]].float().numpy())
@@ -150,12 +161,12 @@ def check_export_import(subject: Subject, case: None) -> None:
         raise CheckFailed("kv_import wrote to blocks that it was not given")
 
 
-def check_copy(subject: Subject, case: None) -> None:
+def check_copy(subject: Subject, case: Named) -> None:
     """kv_copy copies every layer of its blocks and no other."""
-    spec = _problem(subject, "ragged").kv_spec
+    spec = _cache_spec(subject, case)
     rng = np.random.default_rng(6)
-    shape = (6, spec.num_layers, 2, spec.block_size, spec.num_kv_heads, spec.head_size)
-    wire = subject.put(rng.standard_normal(shape)).cpu().to(subject.get_dtype(spec.dtype))
+    wire = subject.put(rng.standard_normal(wire_shape(spec, 6)))
+    wire = wire.cpu().to(subject.get_dtype(spec.dtype))
     kv = subject.backend.kv_import(subject.nan_cache(spec, 6), subject.index(range(6)), wire)
     kv = subject.backend.kv_copy(kv, subject.index([1, 4]), subject.index([5, 2]))
     expected = wire.clone()
@@ -240,8 +251,8 @@ CHECKS = (
     Check("L2", "encoder alone or in a batch", check_encoder_alone),
     Check("L2", "linear rows alone", check_linear_alone),
     Check("L2", "sampling alone", check_sample_alone, (Named("mixed"), Named("all filters"))),
-    Check("L2", "export and import", check_export_import),
-    Check("L2", "copy", check_copy),
+    Check("L2", "export and import", check_export_import, _CACHES),
+    Check("L2", "copy", check_copy, _CACHES),
     Check("L2", "captured step", check_compiled, (Named("ragged"), Named("decode"))),
     Check("L2", "seal", check_seal),
 )
