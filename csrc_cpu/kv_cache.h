@@ -8,7 +8,9 @@
 //             int8, float8       keys [D, B]          values [B, D]
 //           then the scales of the B keys and of the B values, in bfloat16: what a code is worth
 //           (SCALED_KV_DTYPES in portalm/backend.py).
-//   wire    [N, L, 2, B, H_kv, D], the layout that every backend exchanges; of codes, float32
+//           Where values are keys (no codes then) there is one plane, and it lies as values do.
+//   wire    [N, L, 2, B, H_kv, D], the layout that every backend exchanges; of codes, float32; 1
+//           for one plane
 //
 // Mapping:  the team shares tokens, copies, or (block, layer) pairs. Bound by: memory.
 // Needs:    slots and blocks within the cache; padding points into block 0, which is never read.
@@ -20,6 +22,8 @@ namespace portalm::PORTALM_ISA {
 
 // Elements of one block's keys or values of one KV head.
 PORTALM_INLINE int64_t head_elements(const KVShape& s) { return s.block_size * s.head_size; }
+
+PORTALM_INLINE int64_t num_planes(const KVShape& s) { return s.shares_values ? 1 : 2; }
 
 // Codes, which are worth nothing without their token's scale; what `load` of one is in units of.
 template <typename K>
@@ -41,7 +45,11 @@ inline constexpr float kLargestCode<f8> = 448;
 template <typename K>
 PORTALM_INLINE int64_t keys_at(const KVShape& s, int64_t block, int64_t head) {
   const int64_t scales = kIsCode<K> ? 2 * s.block_size * sizeof(bf16) : 0;
-  return (block * s.kv_heads + head) * (2 * head_elements(s) + scales);
+  return (block * s.kv_heads + head) * (num_planes(s) * head_elements(s) + scales);
+}
+template <typename K>
+PORTALM_INLINE int64_t values_at(const KVShape& s, int64_t block, int64_t head) {
+  return keys_at<K>(s, block, head) + (num_planes(s) - 1) * head_elements(s);
 }
 
 // The scales of a block's keys, and behind them those of its values.
@@ -125,11 +133,13 @@ template <typename K, typename T>
 inline void write_token(K* cache, const KVShape& s, const T* key, const T* value, int64_t slot) {
   const int64_t block = slot / s.block_size, offset = slot % s.block_size;
   for (int64_t h = 0; h < s.kv_heads; ++h) {
-    K* keys = cache + keys_at<K>(s, block, h);
-    K* values = keys + head_elements(s);
     const T* k = key + h * s.head_size;
-    const T* v = value + h * s.head_size;
-    for (int64_t d = 0; d < s.head_size; ++d) put(keys + key_at<K>(s, d, offset), to_float(k[d]));
+    const T* v = s.shares_values ? k : value + h * s.head_size;
+    if (!s.shares_values) {
+      K* keys = cache + keys_at<K>(s, block, h);
+      for (int64_t d = 0; d < s.head_size; ++d) put(keys + key_at<K>(s, d, offset), to_float(k[d]));
+    }
+    K* values = cache + values_at<K>(s, block, h);
     for (int64_t d = 0; d < s.head_size; ++d) put(values + value_at<K>(s, offset, d), to_float(v[d]));
   }
 }
@@ -171,23 +181,20 @@ inline void wire_block(const KVWireArgs& a, int64_t index, int64_t layer) {
   const KVShape& s = a.shape;
   K* cache = reinterpret_cast<K*>(a.cache + layer * a.layer_bytes);
   const int64_t side = s.block_size * s.kv_heads * s.head_size;
-  K* wire = static_cast<K*>(a.wire) + (index * a.num_layers + layer) * 2 * side;
+  const auto move = [&](K& inside, K& outside) {
+    if (a.is_export) outside = inside;
+    else inside = outside;
+  };
+  K* wire = static_cast<K*>(a.wire) + (index * a.num_layers + layer) * num_planes(s) * side;
   for (int64_t h = 0; h < s.kv_heads; ++h) {
     K* keys = cache + keys_at<K>(s, a.blocks[index], h);
-    K* values = keys + head_elements(s);
+    K* values = cache + values_at<K>(s, a.blocks[index], h);
     for (int64_t b = 0; b < s.block_size; ++b) {
       K* wire_key = wire + (b * s.kv_heads + h) * s.head_size;
-      K* wire_value = wire_key + side;
+      K* wire_value = wire_key + (num_planes(s) - 1) * side;
       for (int64_t d = 0; d < s.head_size; ++d) {
-        K& key = keys[key_at<K>(s, d, b)];
-        K& value = values[value_at<K>(s, b, d)];
-        if (a.is_export) {
-          wire_key[d] = key;
-          wire_value[d] = value;
-        } else {
-          key = wire_key[d];
-          value = wire_value[d];
-        }
+        if (!s.shares_values) move(keys[key_at<K>(s, d, b)], wire_key[d]);
+        move(values[value_at<K>(s, b, d)], wire_value[d]);
       }
     }
   }

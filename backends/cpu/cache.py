@@ -2,7 +2,8 @@
 
 Per layer, block and KV head, one after the other: the keys of B tokens, [D, B], then their values,
 [B, D]. Keys are transposed, so that one load brings the same dimension of many tokens and scores
-come out of it without sums over lanes. Codes of 8 bits have their scales behind the values
+come out of it without sums over lanes. Codes of 8 bits have their scales behind the values; where
+values are keys there is one plane, [B, D]
 (csrc_cpu/kv_cache.h).
 """
 
@@ -24,6 +25,8 @@ KV_CODES = {"int8": 3, "fp8": 4, **{name: CODES[dtype] for name, dtype in DTYPES
 """And what a cache holds."""
 
 HEAD_SIZES = frozenset(range(8, 257, 8))
+SHARED_HEAD_SIZES = frozenset(range(16, 1025, 16))
+"""Where values are keys, whose scores are sums of whole vectors."""
 BLOCK_SIZES = frozenset({8, 16, 32, 64, 128, 256})
 """They divide the span of 256 tokens that has a softmax of its own (csrc_cpu/attention.h)."""
 
@@ -42,14 +45,18 @@ class CpuKV:
     ptr: int
     """Address of layer 0."""
     layer_bytes: int
-    shape: tuple[int, int, int, int, int]
-    """dtype (as the native module names it), blocks, block size, KV heads, head size."""
+    shape: tuple[int, int, int, int, int, bool]
+    """dtype (as the native module names it), blocks, block size, KV heads, head size, whether
+    values are keys."""
 
 
 def check_spec(spec: KVSpec) -> None:
     """Raise `Unsupported` for a shape that the kernels do not take."""
+    head_sizes: tuple[frozenset[int], str] = (HEAD_SIZES, "a multiple of 8")
+    if spec.shares_values:
+        head_sizes = (SHARED_HEAD_SIZES, "(where values are keys) a multiple of 16")
     for what, value, taken, rule in (
-        ("head size", spec.head_size, HEAD_SIZES, "a multiple of 8"),
+        ("head size", spec.head_size, *head_sizes),
         ("block size", spec.block_size, BLOCK_SIZES, "a power of 2 from 8"),
     ):
         if value not in taken:
@@ -57,6 +64,11 @@ def check_spec(spec: KVSpec) -> None:
                 f"the cpu backend takes a {what} that is {rule} up to {max(taken)}, not {value}: "
                 f"use another one or --device reference"
             )
+    if spec.shares_values and spec.dtype not in DTYPES:
+        raise Unsupported(
+            f"the cpu backend keeps keys that are values as {', '.join(DTYPES)}, not {spec.dtype}: "
+            f"choose one with --kv-cache-dtype"
+        )
     if spec.dtype not in KV_CODES:
         raise Unsupported(
             f"the cpu backend stores keys and values as {', '.join(KV_CODES)}, not {spec.dtype}"
@@ -90,5 +102,6 @@ def alloc(spec: KVSpec, num_blocks: int) -> CpuKV:
             spec.block_size,
             spec.num_kv_heads,
             spec.head_size,
+            spec.shares_values,
         ),
     )

@@ -29,9 +29,9 @@ def paged_attention(
         sinks: float32 [H] where the spec has them.
 
     Returns:
-        [T, H, D], in the dtype of `query`; rows of pad tokens are zero.
+        [T, H, D], or [T, H, value_size], in the dtype of `query`; rows of pad tokens are zero.
     """
-    out = torch.zeros_like(query)
+    out = query.new_zeros((*query.shape[:2], spec.out_size))
     group_size = spec.num_heads // spec.num_kv_heads
     for i, seq_len in enumerate(meta.host_seq_lens.tolist()):
         start, end = meta.host_query_start_loc[i : i + 2].tolist()
@@ -43,6 +43,7 @@ def paged_attention(
             _gather(kv, layer, side, meta.block_table[i], seq_len)[first:] for side in (0, 1)
         )  # [seq_len - first, H_kv, D]
         k, v = (x.repeat_interleave(group_size, dim=1) for x in (k, v))  # [.., H, D]
+        v = v[..., : spec.out_size]
 
         scores = torch.einsum("qhd,khd->hqk", q, k) * spec.scale
         if spec.soft_cap is not None:
