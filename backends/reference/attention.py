@@ -40,7 +40,7 @@ def paged_attention(
         q = query[start:end].float()  # [q_len, H, D]
         first = _first_seen(seq_len - len(q), spec)
         k, v = (
-            _gather(kv, layer, side, meta.block_table[i], seq_len)[first:] for side in (0, 1)
+            _gather(kv, layer, side, meta.block_table[i], seq_len)[first:] for side in (0, -1)
         )  # [seq_len - first, H_kv, D]
         k, v = (x.repeat_interleave(group_size, dim=1) for x in (k, v))  # [.., H, D]
         v = v[..., : spec.out_size]
@@ -109,7 +109,7 @@ def _first_seen(position: int, spec: AttentionSpec) -> int:
 def _gather(
     kv: cache.KV, layer: int, side: int, block_table: torch.Tensor, seq_len: int
 ) -> torch.Tensor:
-    """A request's keys (side 0) or values (1) in order: float32 [seq_len, H_kv, D]."""
+    """A request's keys (side 0) or values (-1) in order: float32 [seq_len, H_kv, D]."""
     num_blocks = -(-seq_len // kv.shape[3])
     blocks = block_table[:num_blocks].long()
     return cache.read(kv, layer, side, blocks).flatten(0, 1)[:seq_len]

@@ -1,6 +1,6 @@
-"""The KV cache as one tensor, [L, P, NB, B, H_kv, D]: keys then values, or keys alone.
+"""The KV cache as one tensor: [L, P, NB, B, H_kv, D], keys then values; codes have their scales.
 
-Codes have their scales beside them.
+Where values are keys P is 1, else 2.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class ScaledKV:
         return self.codes.shape
 
     def values(self, layer: int, side: int, blocks: torch.Tensor) -> torch.Tensor:
-        """What the keys (side 0) or values (1) of blocks int64 [N] are: float32 [N, B, H_kv, D]."""
+        """Keys (side 0) or values (-1) of blocks int64 [N] in float32: [N, B, H_kv, D]."""
         codes = self.codes[layer, side, blocks].view(kv_codes.CODE_DTYPES[self.dtype])
         return kv_codes.dequantize(codes, self.scales[layer, side, blocks])
 
@@ -86,8 +86,7 @@ def write(kv: KV, layer: int, key: torch.Tensor, value: torch.Tensor, meta: Step
 
 
 def read(kv: KV, layer: int, side: int, blocks: torch.Tensor) -> torch.Tensor:
-    """Keys (side 0) or values (1) of blocks int64 [N] in float32: [N, B, H_kv, D]."""
-    side = min(side, kv.shape[1] - 1)  # where values are keys
+    """Keys (side 0) or values (-1) of blocks int64 [N] in float32: [N, B, H_kv, D]."""
     if isinstance(kv, ScaledKV):
         return kv.values(layer, side, blocks)
     return kv[layer, side, blocks].float()

@@ -351,11 +351,12 @@ class AttentionRun:
         return self.attend(self.paged.chunks(self.problem.batch.query_lens), pad)
 
     def held(self) -> tuple[list[F32], list[F32]]:
-        """Keys and values of each request, [N, H_kv, D], as the cache gives them out."""
+        """Keys and values of each request, as in the problem, as the cache gives them out."""
         wire = self.subject.export(self.kv, range(self.paged.num_blocks))[:, self.LAYER]
-        sides = wire.swapaxes(0, 1).reshape(2, -1, *wire.shape[-2:])  # [2, slots, H_kv, D]
+        sides = wire.swapaxes(0, 1).reshape(wire.shape[1], -1, *wire.shape[-2:])
+        values = sides[-1, ..., : self.problem.spec.out_size]  # [slots, H_kv, V]
         slots = [self.paged.slots(i) for i in range(len(self.paged.tables))]
-        return [sides[0][s] for s in slots], [sides[1][s] for s in slots]
+        return [sides[0, s] for s in slots], [values[s] for s in slots]
 
     def _queries_by_position(self) -> list[F32]:
         """Queries aligned with the context: NaN where a token is not a query of this batch."""

@@ -105,8 +105,8 @@ class Subject:
     def nan_cache(self, spec: KVSpec, num_blocks: int) -> KV:
         """A cache in which every slot is NaN, the null block's too: a dead slot read shows."""
         kv = self.backend.kv_alloc(spec, num_blocks)
-        wire = torch.full(wire_shape(spec, num_blocks), float("nan"))
-        wire = wire.to(torch_dtype(spec.wire_dtype))
+        shape = wire_shape(spec, num_blocks)
+        wire = torch.full(shape, float("nan")).to(torch_dtype(spec.wire_dtype))
         return self.backend.kv_import(kv, self.index(range(num_blocks)), wire)
 
     def export(self, kv: KV, blocks: Sequence[int]) -> npt.NDArray[np.float32]:
