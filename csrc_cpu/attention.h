@@ -1,6 +1,6 @@
 // attention: causal attention of this step's query tokens over their requests' paged context.
 //
-//   query        [T, H, D]; out the same; cache as in kv_cache.h; block_table int32 [S, MB]
+//   query        [T, H, D]; out [T, H, V], V <= D; cache as in kv_cache.h; block_table int32 [S, MB]
 //   items        int32 [N, kItemFields], made by backends/cpu/attention.py: a tile of query tokens
 //                of one request against all of its context or one split of it
 //
@@ -11,7 +11,7 @@
 //           are taken in spans of kSplit tokens from the beginning of the context, each span has its
 //           own softmax, and spans are merged in order, whether one thread did them all or each
 //           another. So a result does not depend on the batch or on how a prompt was chunked.
-// Needs:    block sizes that divide kSplit. Slots past a request's context may hold anything, NaN
+// Needs:    block sizes that divide kSplit; of shared values, keys of whole vectors. Slots past a request's context may hold anything, NaN
 //           too: a token that a row may not see never shows in it.
 #pragma once
 
@@ -36,18 +36,18 @@ static_assert(sizeof(Item) == kItemFields * sizeof(int32_t));
 struct Running {
   float* largest;  // [rows]
   float* weight;   // [rows]
-  float* value;    // [rows, stride]: head size, rounded up to whole vectors
+  float* value;    // [rows, stride]: value size, rounded up to whole vectors
   int64_t stride;
 };
 
-PORTALM_INLINE int64_t row_stride(int64_t head_size) {
-  return (head_size + kLanes - 1) / kLanes * kLanes;
+PORTALM_INLINE int64_t row_stride(int64_t value_size) {
+  return (value_size + kLanes - 1) / kLanes * kLanes;
 }
-PORTALM_INLINE Running running_at(float* p, int64_t rows, int64_t head_size) {
-  return {p, p + rows, p + 2 * rows, row_stride(head_size)};
+PORTALM_INLINE Running running_at(float* p, int64_t rows, int64_t value_size) {
+  return {p, p + rows, p + 2 * rows, row_stride(value_size)};
 }
-PORTALM_INLINE int64_t running_floats(int64_t rows, int64_t head_size) {
-  return rows * (row_stride(head_size) + 2);
+PORTALM_INLINE int64_t running_floats(int64_t rows, int64_t value_size) {
+  return rows * (row_stride(value_size) + 2);
 }
 
 PORTALM_INLINE void clear(Running r, int64_t rows) {
@@ -137,6 +137,32 @@ PORTALM_INLINE void unit_scores(const float* query, int64_t head_size, const K* 
     score_tile<R, 1>(query, head_size, keys + b * kPack<K>, block_size, ahead, scores + b);
 }
 
+// The same over keys that lie as values do, two tokens at a time: lanes are dimensions, summed at
+// the end. Dimensions are whole vectors.
+template <int R, typename K>
+PORTALM_INLINE void unit_scores_by_rows(const float* query, int64_t head_size, const K* keys,
+                                        int64_t tokens, int64_t ahead, float* scores) {
+  for (int64_t b = 0; b < tokens; b += 2) {
+    Vec acc[R][2];
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) acc[r][0] = acc[r][1] = splat(0.0f);
+    const K* row = keys + b * head_size;
+    for (int64_t d = 0; d < head_size; d += kLanes) {
+      read_ahead(row + d * kPack<K>, ahead, head_size);
+      const VecPair k = load_pair(row + d * kPack<K>, head_size);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        const Vec q = load(query + r * head_size + d);
+        acc[r][0] += q * k.first;
+        acc[r][1] += q * k.second;
+      }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+      for (int i = 0; i < 2; ++i) scores[r * kScoreStride + b + i] = sum(acc[r][i]);
+  }
+}
+
 // Call body<R>(row) for all rows, kRowTile at a time and then the rest at once.
 template <int R, typename Body>
 PORTALM_INLINE void rest_of_rows(int64_t row, int64_t count, const Body& body) {
@@ -174,8 +200,8 @@ PORTALM_INLINE Chunk<K> chunk_at(const AttentionArgs& a, const Item& item, int64
   for (int64_t u = 0; u < chunk.num_units; ++u) {
     const int64_t token = start + u * chunk.unit, offset = token % s.block_size;
     const K* block = static_cast<const K*>(a.cache) + keys_at(s, table[token / s.block_size], head);
-    chunk.keys[u] = block + offset * kPack<K>;
-    chunk.values[u] = block + head_elements(s) + offset * s.head_size;
+    chunk.values[u] = block + (num_planes(s) - 1) * head_elements(s) + offset * s.head_size;
+    chunk.keys[u] = s.shares_values ? chunk.values[u] : block + offset * kPack<K>;
     chunk.ahead[u] = 0;
   }
   return chunk;
@@ -305,8 +331,13 @@ inline void attend_chunk(const AttentionArgs& a, const Item& item, int64_t head,
   }
   for (int64_t u = 0; u < chunk.num_units; ++u) {
     for_rows(first * group, last * group, [&]<int R>(int64_t r) {
-      unit_scores<R>(query + r * head_size, head_size, chunk.keys[u], a.shape.block_size, chunk.unit,
-                     chunk.ahead[u], scores + r * kScoreStride + u * chunk.unit);
+      const float* q = query + r * head_size;
+      float* to = scores + r * kScoreStride + u * chunk.unit;
+      if (a.shape.shares_values)
+        unit_scores_by_rows<R>(q, head_size, chunk.keys[u], chunk.unit, chunk.ahead[u], to);
+      else
+        unit_scores<R>(q, head_size, chunk.keys[u], a.shape.block_size, chunk.unit, chunk.ahead[u],
+                       to);
     });
   }
   // two loops: the rows do not wait for each other's largest score
@@ -373,19 +404,19 @@ inline void load_query(const AttentionArgs& a, const Item& item, int64_t head, i
 
 inline void store_out(const AttentionArgs& a, const Item& item, int64_t head, int64_t group,
                       Running total) {
-  const int64_t head_size = a.shape.head_size;
+  const int64_t size = a.value_size;
   with_dtype(a.dtype, [&](auto t) {
     using T = decltype(t);
     for (int64_t i = 0; i < item.num_tokens; ++i) {
       T* to = static_cast<T*>(a.out) +
-              ((item.first_token + i) * a.heads + head * group) * head_size;
+              ((item.first_token + i) * a.heads + head * group) * size;
       for (int64_t g = 0; g < group; ++g) {
         const int64_t r = i * group + g;
         float weight = total.weight[r];
         if (a.sinks) weight += exp_of(splat(a.sinks[head * group + g] - total.largest[r]))[0];
         const float scale = 1.0f / weight;
-        for (int64_t d = 0; d < head_size; ++d)
-          put(to + g * head_size + d, total.value[r * total.stride + d] * scale);
+        for (int64_t d = 0; d < size; ++d)
+          put(to + g * size + d, total.value[r * total.stride + d] * scale);
       }
     }
   });
@@ -398,7 +429,7 @@ inline void merge_partials(const AttentionArgs& a, const Item& item, int64_t hea
   clear(total, rows);
   for (int64_t i = 0; i < item.num_partials; ++i) {
     const int64_t at = (item.first_partial + i) * a.shape.kv_heads + head;
-    merge(total, running_at(a.partials + at * partial_floats, rows, a.shape.head_size), rows);
+    merge(total, running_at(a.partials + at * partial_floats, rows, a.value_size), rows);
   }
   store_out(a, item, head, group, total);
 }
@@ -409,18 +440,18 @@ inline void attend_item(const AttentionArgs& a, const Item& item, int64_t head,
   const int64_t group = a.heads / a.shape.kv_heads, head_size = a.shape.head_size;
   const int64_t rows = item.num_tokens * group;
   float* memory = scratch(max_rows * (head_size + kScoreStride + 1) +
-                          2 * running_floats(max_rows, head_size));
+                          2 * running_floats(max_rows, a.value_size));
   float* query = memory;
   float* scores = query + max_rows * head_size;
   float* sums = scores + max_rows * (kScoreStride + 1);
-  const Running span = running_at(sums, rows, head_size);
-  const Running total = running_at(sums + running_floats(max_rows, head_size), rows, head_size);
+  const Running span = running_at(sums, rows, a.value_size);
+  const Running total = running_at(sums + running_floats(max_rows, a.value_size), rows, a.value_size);
   load_query(a, item, head, group, query);
   const int64_t first = item.begin / kSplit * kSplit;
   if (item.partial >= 0) {
     const int64_t at = item.partial * a.shape.kv_heads + head;
     attend_span<K>(a, item, head, group, first, query, scores,
-                   running_at(a.partials + at * partial_floats, rows, head_size));
+                   running_at(a.partials + at * partial_floats, rows, a.value_size));
     int32_t* counter = a.counters + item.tile * a.shape.kv_heads + head;
     if (__atomic_add_fetch(counter, 1, __ATOMIC_ACQ_REL) == item.num_partials) {
       __atomic_store_n(counter, 0, __ATOMIC_RELAXED);
@@ -442,7 +473,7 @@ inline void attention(const AttentionArgs& a) {
   int64_t max_rows = 1;
   for (int64_t i = 0; i < a.num_items; ++i)
     max_rows = max_of<int64_t>(max_rows, items[i].num_tokens * group);
-  const int64_t partial_floats = running_floats(max_rows, a.shape.head_size);
+  const int64_t partial_floats = running_floats(max_rows, a.value_size);
   with_dtype(a.shape.dtype, [&](auto c) {
     parallel_for(a.num_items * a.shape.kv_heads, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i)

@@ -27,8 +27,8 @@ DType dtype(int code) { return static_cast<DType>(code); }
 portalm::Format format(int code) { return static_cast<portalm::Format>(code); }
 
 portalm::KVShape kv_shape(int code, int64_t blocks, int64_t block_size, int64_t kv_heads,
-                          int64_t head_size) {
-  return {dtype(code), blocks, block_size, kv_heads, head_size};
+                          int64_t head_size, bool shares_values) {
+  return {dtype(code), blocks, block_size, kv_heads, head_size, shares_values};
 }
 
 }  // namespace
@@ -74,6 +74,14 @@ NB_MODULE(_cpu, m) {
     nb::gil_scoped_release released;
     kernels().silu_mul({at(gate_up), at(out), dtype(code), rows, columns, stride});
   });
+  m.def("moe", [](Ptr x, int code, int64_t tokens, int64_t x_stride, Ptr ids, Ptr shares,
+                  int64_t top_k, Ptr experts, int64_t num_experts, int64_t hidden, int64_t inner,
+                  Ptr gate_up_bias, Ptr down_bias, float limit, float alpha, Ptr out) {
+    nb::gil_scoped_release released;
+    kernels().moe({at(x), dtype(code), tokens, x_stride, at<int32_t>(ids), at<float>(shares), top_k,
+                   at<int64_t>(experts), num_experts, hidden, inner, at(gate_up_bias),
+                   at(down_bias), limit, alpha, at(out)});
+  });
   m.def("take_rows", [](Ptr x, Ptr rows, Ptr out, int64_t num_rows, int64_t num_source_rows,
                         int64_t row_bytes, int64_t stride_bytes) {
     nb::gil_scoped_release released;
@@ -89,12 +97,12 @@ NB_MODULE(_cpu, m) {
                     query_stride, key_stride, interleaved});
   });
   m.def("kv_write", [](Ptr cache, int kv_code, int64_t blocks, int64_t block_size, int64_t kv_heads,
-                       int64_t head_size, Ptr key, Ptr value, int code, int64_t tokens,
-                       int64_t key_stride, int64_t value_stride, Ptr slots) {
+                       int64_t head_size, bool shares_values, Ptr key, Ptr value, int code,
+                       int64_t tokens, int64_t key_stride, int64_t value_stride, Ptr slots) {
     nb::gil_scoped_release released;
-    kernels().kv_write({at(cache), kv_shape(kv_code, blocks, block_size, kv_heads, head_size),
-                        at(key), at(value), dtype(code), tokens, key_stride, value_stride,
-                        at<int32_t>(slots)});
+    kernels().kv_write(
+        {at(cache), kv_shape(kv_code, blocks, block_size, kv_heads, head_size, shares_values),
+         at(key), at(value), dtype(code), tokens, key_stride, value_stride, at<int32_t>(slots)});
   });
   m.def("kv_copy", [](Ptr cache, int64_t layers, int64_t layer_bytes, int64_t block_bytes,
                       int64_t count, Ptr source, Ptr destination) {
@@ -103,20 +111,24 @@ NB_MODULE(_cpu, m) {
                        at<int32_t>(source), at<int32_t>(destination)});
   });
   m.def("kv_wire", [](Ptr cache, int kv_code, int64_t num_blocks, int64_t block_size,
-                      int64_t kv_heads, int64_t head_size, int64_t layers, int64_t layer_bytes,
-                      int64_t count, Ptr blocks, Ptr wire, bool is_export) {
+                      int64_t kv_heads, int64_t head_size, bool shares_values, int64_t layers,
+                      int64_t layer_bytes, int64_t count, Ptr blocks, Ptr wire, bool is_export) {
     nb::gil_scoped_release released;
-    kernels().kv_wire({at<char>(cache), kv_shape(kv_code, num_blocks, block_size, kv_heads, head_size),
-                       layers, layer_bytes, count, at<int32_t>(blocks), at(wire), is_export});
+    kernels().kv_wire(
+        {at<char>(cache),
+         kv_shape(kv_code, num_blocks, block_size, kv_heads, head_size, shares_values), layers,
+         layer_bytes, count, at<int32_t>(blocks), at(wire), is_export});
   });
-  m.def("attention", [](Ptr query, Ptr out, int code, int64_t query_stride, int64_t heads, Ptr cache,
-                        int kv_code, int64_t num_blocks, int64_t block_size, int64_t kv_heads,
-                        int64_t head_size, Ptr block_table, int64_t max_blocks, Ptr items,
+  m.def("attention", [](Ptr query, Ptr out, int code, int64_t query_stride, int64_t heads,
+                        int64_t value_size, Ptr cache, int kv_code, int64_t num_blocks,
+                        int64_t block_size, int64_t kv_heads, int64_t head_size,
+                        bool shares_values, Ptr block_table, int64_t max_blocks, Ptr items,
                         int64_t num_items, Ptr partials, Ptr counters, float scale, float soft_cap,
                         int64_t window, Ptr slopes, Ptr sinks) {
     nb::gil_scoped_release released;
-    kernels().attention({at(query), at(out), dtype(code), query_stride, heads, at(cache),
-                         kv_shape(kv_code, num_blocks, block_size, kv_heads, head_size),
+    kernels().attention({at(query), at(out), dtype(code), query_stride, heads, value_size, at(cache),
+                         kv_shape(kv_code, num_blocks, block_size, kv_heads, head_size,
+                                  shares_values),
                          at<int32_t>(block_table), max_blocks, at<int32_t>(items), num_items,
                          at<float>(partials), at<int32_t>(counters), scale, soft_cap, window,
                          at<float>(slopes), at<float>(sinks)});

@@ -6,6 +6,7 @@
 #include "linear.h"
 #include "linear_quantized.h"
 #include "linear_tiles.h"
+#include "moe.h"
 #include "rms_norm.h"
 #include "rope.h"
 #include "sample.h"
@@ -30,8 +31,8 @@ void linear_with_tiles(const LinearArgs& a) {
 extern const Kernels table;
 const Kernels table = {
     PORTALM_NAME(PORTALM_ISA), kLanes,   packed_bytes, pack,     pack_codes, linear,  rms_norm,
-    silu_mul,                  take_rows, rope,        kv_write, kv_copy,    kv_wire, attention,
-    sample,
+    silu_mul,                  moe,       take_rows,   rope,     kv_write,   kv_copy, kv_wire,
+    attention,                 sample,
 };
 
 #if PORTALM_HAS_TILES

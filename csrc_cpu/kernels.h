@@ -73,6 +73,21 @@ struct SiluMulArgs {  // silu_mul.h
   int64_t rows, columns, stride;
 };
 
+struct MoeArgs {  // moe.h
+  const void* x;  // [T, C]
+  DType dtype;
+  int64_t tokens, x_stride;
+  const int32_t* ids;   // [T, k]
+  const float* shares;  // [T, k]
+  int64_t top_k;
+  const int64_t* experts;  // [E, 4]: address and format of [2 I, C] and of [C, I]
+  int64_t num_experts, hidden, inner;  // E, C, I
+  const void* gate_up_bias;            // [E, 2 I] in dtype, or null
+  const void* down_bias;               // [E, C] in dtype, or null
+  float limit, alpha;                  // gpt-oss's clamp and slope; limit 0: silu(gate) * up
+  void* out;                           // [T, C], contiguous
+};
+
 struct TakeRowsArgs {  // take_rows.h
   const void* x;  // [T, C]
   const int32_t* rows;  // [R]
@@ -96,6 +111,7 @@ struct RopeArgs {  // rope.h
 struct KVShape {
   DType dtype;
   int64_t num_blocks, block_size, kv_heads, head_size;
+  bool shares_values;  // a token's value is its key: one plane
 };
 
 struct KVWriteArgs {  // kv_cache.h
@@ -115,7 +131,7 @@ struct KVCopyArgs {  // kv_cache.h
   const int32_t* destination;  // [N]
 };
 
-struct KVWireArgs {  // kv_cache.h: [N, L, 2, B, H_kv, D] and back
+struct KVWireArgs {  // kv_cache.h: [N, L, 2, B, H_kv, D] and back; [N, L, 1, ...] of one plane
   char* cache;
   KVShape shape;
   int64_t num_layers, layer_bytes, num_wire_blocks;
@@ -126,9 +142,10 @@ struct KVWireArgs {  // kv_cache.h: [N, L, 2, B, H_kv, D] and back
 
 struct AttentionArgs {  // attention.h
   const void* query;  // [T, H, D]
-  void* out;          // [T, H, D], contiguous
+  void* out;          // [T, H, V], contiguous
   DType dtype;
   int64_t query_stride, heads;
+  int64_t value_size;  // V: numbers of a value; D but where values are keys
   const void* cache;  // one layer
   KVShape shape;
   const int32_t* block_table;  // [S, MB]
@@ -165,6 +182,7 @@ struct Kernels {
   void (*linear)(const LinearArgs&);
   void (*rms_norm)(const NormArgs&);
   void (*silu_mul)(const SiluMulArgs&);
+  void (*moe)(const MoeArgs&);
   void (*take_rows)(const TakeRowsArgs&);
   void (*rope)(const RopeArgs&);
   void (*kv_write)(const KVWriteArgs&);

@@ -5,7 +5,8 @@
 //             bfloat16           keys [D / 2, B, 2]   values [B / 2, D, 2]
 //           Keys are transposed: one load brings the same dimension of many tokens. bfloat16 comes
 //           in pairs that fill a 32-bit lane, which a shift and a mask widen to two vectors.
-//   wire    [N, L, 2, B, H_kv, D], the layout that every backend exchanges
+//           Where values are keys there is one plane, and it lies as values do.
+//   wire    [N, L, 2, B, H_kv, D], the layout that every backend exchanges; 1 for one plane
 //
 // Mapping:  the team shares tokens, copies, or (block, layer) pairs. Bound by: memory.
 // Needs:    slots and blocks within the cache; padding points into block 0, which is never read.
@@ -18,8 +19,13 @@ namespace portalm::PORTALM_ISA {
 // Elements of one block's keys or values of one KV head.
 PORTALM_INLINE int64_t head_elements(const KVShape& s) { return s.block_size * s.head_size; }
 
+PORTALM_INLINE int64_t num_planes(const KVShape& s) { return s.shares_values ? 1 : 2; }
+
 PORTALM_INLINE int64_t keys_at(const KVShape& s, int64_t block, int64_t head) {
-  return (block * s.kv_heads + head) * 2 * head_elements(s);
+  return (block * s.kv_heads + head) * num_planes(s) * head_elements(s);
+}
+PORTALM_INLINE int64_t values_at(const KVShape& s, int64_t block, int64_t head) {
+  return keys_at(s, block, head) + (num_planes(s) - 1) * head_elements(s);
 }
 
 // Neighbours that share a 32-bit lane.
@@ -42,11 +48,13 @@ template <typename K, typename T>
 inline void write_token(K* cache, const KVShape& s, const T* key, const T* value, int64_t slot) {
   const int64_t block = slot / s.block_size, offset = slot % s.block_size;
   for (int64_t h = 0; h < s.kv_heads; ++h) {
-    K* keys = cache + keys_at(s, block, h);
-    K* values = keys + head_elements(s);
     const T* k = key + h * s.head_size;
-    const T* v = value + h * s.head_size;
-    for (int64_t d = 0; d < s.head_size; ++d) put(keys + key_at<K>(s, d, offset), to_float(k[d]));
+    const T* v = s.shares_values ? k : value + h * s.head_size;
+    if (!s.shares_values) {
+      K* keys = cache + keys_at(s, block, h);
+      for (int64_t d = 0; d < s.head_size; ++d) put(keys + key_at<K>(s, d, offset), to_float(k[d]));
+    }
+    K* values = cache + values_at(s, block, h);
     for (int64_t d = 0; d < s.head_size; ++d) put(values + value_at<K>(s, offset, d), to_float(v[d]));
   }
 }
@@ -85,23 +93,20 @@ inline void wire_block(const KVWireArgs& a, int64_t index, int64_t layer) {
   const KVShape& s = a.shape;
   K* cache = reinterpret_cast<K*>(a.cache + layer * a.layer_bytes);
   const int64_t side = s.block_size * s.kv_heads * s.head_size;
-  K* wire = static_cast<K*>(a.wire) + (index * a.num_layers + layer) * 2 * side;
+  const auto move = [&](K& inside, K& outside) {
+    if (a.is_export) outside = inside;
+    else inside = outside;
+  };
+  K* wire = static_cast<K*>(a.wire) + (index * a.num_layers + layer) * num_planes(s) * side;
   for (int64_t h = 0; h < s.kv_heads; ++h) {
     K* keys = cache + keys_at(s, a.blocks[index], h);
-    K* values = keys + head_elements(s);
+    K* values = cache + values_at(s, a.blocks[index], h);
     for (int64_t b = 0; b < s.block_size; ++b) {
       K* wire_key = wire + (b * s.kv_heads + h) * s.head_size;
-      K* wire_value = wire_key + side;
+      K* wire_value = wire_key + (num_planes(s) - 1) * side;
       for (int64_t d = 0; d < s.head_size; ++d) {
-        K& key = keys[key_at<K>(s, d, b)];
-        K& value = values[value_at<K>(s, b, d)];
-        if (a.is_export) {
-          wire_key[d] = key;
-          wire_value[d] = value;
-        } else {
-          key = wire_key[d];
-          value = wire_value[d];
-        }
+        if (!s.shares_values) move(keys[key_at<K>(s, d, b)], wire_key[d]);
+        move(values[value_at<K>(s, b, d)], wire_value[d]);
       }
     }
   }

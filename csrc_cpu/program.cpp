@@ -36,7 +36,9 @@ class Reader {
     memcpy(&x, &bits, sizeof x);
     return x;
   }
-  KVShape kv_shape() { return {dtype(), number(), number(), number(), number()}; }
+  KVShape kv_shape() {
+    return {dtype(), number(), number(), number(), number(), number() != 0};
+  }
 
  private:
   const int64_t* next_;
@@ -80,7 +82,7 @@ constexpr Kernel kKernels[] = {
      }},
     {"attention",
      [](Reader r) {
-       kernels().attention({r.at(), r.at(), r.dtype(), r.number(), r.number(), r.at(),
+       kernels().attention({r.at(), r.at(), r.dtype(), r.number(), r.number(), r.number(), r.at(),
                             r.kv_shape(), r.at<int32_t>(), r.number(), r.at<int32_t>(), r.number(),
                             r.at<float>(), r.at<int32_t>(), r.real(), r.real(), r.number(),
                             r.at<float>(), r.at<float>()});

@@ -65,9 +65,12 @@ class QuantizedWeight:
         return weight.view(rows, columns)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Experts:
-    """E gated feed-forwards of one shape, of which each token takes a few."""
+    """E gated feed-forwards of one shape, of which each token takes a few.
+
+    Compared by identity, so that a backend may keep what it makes of them.
+    """
 
     gate_up: tuple[PackedWeight, ...]
     """Of each expert, [2 I, C], gate rows first, as `Backend.pack` made it."""
@@ -99,12 +102,13 @@ class Capabilities:
     kv_dtypes: frozenset[str]
     """Keys and values in the cache: names of floats, and of `SCALED_KV_DTYPES`."""
     head_sizes: frozenset[int] | None = None
-    """Head sizes that attention takes; None: any."""
+    """Head sizes that attention takes; None: any. Of shared values, `kv_alloc` refuses others."""
     block_sizes: frozenset[int] | None = None
     """KV block sizes; None: any."""
     features: frozenset[str] = frozenset()
-    """Of: sliding_window, soft_cap, alibi, sinks, batch_invariant (a request's logits do not
-    depend, bit for bit, on what else is in the batch)."""
+    """Of: sliding_window, soft_cap, alibi, sinks, shared_values (values that are their keys), and
+    batch_invariant (a request's logits do not depend, bit for bit, on what else is in the
+    batch)."""
     quantizations: frozenset[str] = frozenset()
     """Of `QUANTIZED_FORMATS`: weights that `pack` takes as they are, or rounds to. And fp8: what it
     rounds to, by rows of a scale of their own, as `linear` rounds activations then."""
@@ -154,6 +158,13 @@ class KVSpec:
     block_size: int
     dtype: str
     """The name of a float, or one of `SCALED_KV_DTYPES`."""
+    shares_values: bool = False
+    """A token's value is (the beginning of) its key: keys alone are kept."""
+
+    @property
+    def num_planes(self) -> int:
+        """Vectors [D] that are kept of a token and KV head: key and value, or one for both."""
+        return 1 if self.shares_values else 2
 
     @property
     def wire_dtype(self) -> str:
@@ -196,6 +207,15 @@ class AttentionSpec:
     (after the cap). Press et al., "Train short, test long", 2022."""
     has_sinks: bool = False
     """`attend` is given `sinks`: one more score for each head, whose weight goes nowhere."""
+    value_size: int | None = None
+    """None: values are vectors of their own, as long as keys. Else a value is the first so many
+    numbers of its key, the cache `shares_values`, and `attend` returns [T, H, value_size].
+    DeepSeek-AI, "DeepSeek-V2", 2024 (multi-head latent attention)."""
+
+    @property
+    def out_size(self) -> int:
+        """Numbers of a value, and of what attention gives of a head."""
+        return self.head_size if self.value_size is None else self.value_size
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -431,7 +451,10 @@ class Backend(Protocol):
     def kv_write(
         self, kv: KV, layer: int, key: torch.Tensor, value: torch.Tensor, meta: StepMeta
     ) -> KV:
-        """Put this step's keys and values, [T, H_kv, D] each, into their slots."""
+        """Put this step's keys and values, [T, H_kv, D] each, into their slots.
+
+        In a cache that `shares_values`, `value` is not looked at.
+        """
         ...
 
     def kv_copy(self, kv: KV, src: torch.Tensor, dst: torch.Tensor) -> KV:
@@ -439,7 +462,10 @@ class Backend(Protocol):
         ...
 
     def kv_export(self, kv: KV, blocks: torch.Tensor) -> torch.Tensor:
-        """Blocks int32 [N] in the wire layout: [N, L, 2, B, H_kv, D] on the host, `wire_dtype`."""
+        """Blocks int32 [N] in the wire layout: [N, L, P, B, H_kv, D] on the host, `wire_dtype`.
+
+        P is the cache's `num_planes`: keys, then values, or keys alone.
+        """
         ...
 
     def kv_import(self, kv: KV, blocks: torch.Tensor, wire: torch.Tensor) -> KV:
@@ -465,8 +491,8 @@ class Backend(Protocol):
         `query` is [T, H, D]; the cache already holds this step. Decode, prefill and mixed in one
         call. `sinks`, float32 [H] where `spec.has_sinks`, take part in the softmax of each row of
         their head and have no value (Xiao et al., "Efficient streaming language models with
-        attention sinks", 2023, as gpt-oss learns them). Returns [T, H, D] in the dtype of `query`;
-        rows of pad tokens are unspecified.
+        attention sinks", 2023, as gpt-oss learns them). Returns [T, H, D], or [T, H, value_size],
+        in the dtype of `query`; rows of pad tokens are unspecified.
         """
         ...
 
@@ -508,6 +534,14 @@ class Backend(Protocol):
         self, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
         """[T, K] times the packed [N, K] transposed, plus bias [N]: [T, N] in x's dtype."""
+        ...
+
+    def pack_heads(self, weight: torch.Tensor) -> PackedWeight:
+        """A weight [H, N, K] on the host for `linear_heads`, cast to the model's dtype already."""
+        ...
+
+    def linear_heads(self, x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
+        """Each head's vector by the head's own weight: [T, H, K] times [H, N, K]: [T, H, N]."""
         ...
 
     def logits(self, x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:

@@ -93,7 +93,7 @@ def plan_attention(meta: StepMeta, spec: AttentionSpec, num_threads: int) -> Att
     items = np.ascontiguousarray(items[np.argsort(-work, kind="stable")])
     max_rows = int(tiles[:, 2].max(initial=0)) * group
     num_partials = int(num_splits.sum()) * spec.num_kv_heads
-    row_floats = -(-spec.head_size // _MOST_LANES) * _MOST_LANES + 2
+    row_floats = -(-spec.out_size // _MOST_LANES) * _MOST_LANES + 2
     return AttentionPlan.of(
         items,
         partials=np.empty(num_partials * max_rows * row_floats, np.float32),

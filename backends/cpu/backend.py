@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -70,7 +71,9 @@ class CpuBackend(TorchBackend):
         kv_dtypes=_DTYPES,
         head_sizes=cache.HEAD_SIZES,
         block_sizes=cache.BLOCK_SIZES,
-        features=frozenset({"sliding_window", "soft_cap", "alibi", "sinks", "batch_invariant"}),
+        features=frozenset(
+            {"sliding_window", "soft_cap", "alibi", "sinks", "shared_values", "batch_invariant"}
+        ),
         quantizations=frozenset(_EXACT_FORMATS),
     )
 
@@ -78,6 +81,7 @@ class CpuBackend(TorchBackend):
         """Raises `BackendError` if PORTALM_CPU_ISA names what this CPU cannot run."""
         super().__init__()
         self._slopes: dict[tuple[float, ...], npt.NDArray[np.float32]] = {}
+        self._experts: WeakKeyDictionary[Experts, npt.NDArray[np.int64]] = WeakKeyDictionary()
         from portalm_backends import _cpu
 
         try:
@@ -188,10 +192,11 @@ class CpuBackend(TorchBackend):
         return kv
 
     def kv_export(self, kv: CpuKV, blocks: torch.Tensor) -> torch.Tensor:
-        """Blocks int32 [N] as [N, L, 2, B, H_kv, D]."""
+        """Blocks int32 [N] as [N, L, P, B, H_kv, D]."""
         spec = kv.spec
+        block = (spec.block_size, spec.num_kv_heads, spec.head_size)
         wire = torch.empty(
-            (len(blocks), spec.num_layers, 2, spec.block_size, spec.num_kv_heads, spec.head_size),
+            (len(blocks), spec.num_layers, spec.num_planes, *block),
             dtype=cache.DTYPES[spec.dtype],
         )
         self._wire(kv, blocks, wire, is_export=True)
@@ -239,13 +244,14 @@ class CpuBackend(TorchBackend):
         plan: attention.AttentionPlan | None = meta.plan.get(spec)
         if plan is None:
             raise BackendError("shape", "attend: the step was not prepared for this attention")
-        out = self._empty(query.shape, query.dtype)
+        out = self._empty((*query.shape[:2], spec.out_size), query.dtype)
         self._native.attention(
             query.data_ptr(),
             out.data_ptr(),
             CODES[query.dtype],
             query.stride(0),
             spec.num_heads,
+            spec.out_size,
             kv.ptr + layer * kv.layer_bytes,
             *kv.shape,
             meta.block_table.data_ptr(),
@@ -319,6 +325,33 @@ class CpuBackend(TorchBackend):
     ) -> torch.Tensor:
         """x [T, K] times the packed [N, K] transposed, plus bias [N]: [T, N]."""
         return self._linear(x, weight, bias, x.dtype)
+
+    def pack_heads(self, weight: torch.Tensor) -> tuple[CpuWeight, ...]:
+        """Each head's weight [N, K] in panels."""
+        return tuple(self.pack(one) for one in weight)
+
+    def linear_heads(self, x: torch.Tensor, weight: tuple[CpuWeight, ...]) -> torch.Tensor:
+        """x [T, H, K], head by head, times the packed [N, K] transposed: [T, H, N]."""
+        num_tokens, num_heads, k = x.shape
+        n, size = weight[0].n, x.element_size()
+        out = self._empty((num_tokens, num_heads, n), x.dtype)
+        code, x_ptr, out_ptr = CODES[x.dtype], x.data_ptr(), out.data_ptr()
+        for head, packed in enumerate(weight):
+            self._native.linear(
+                x_ptr + head * x.stride(1) * size,
+                code,
+                num_tokens,
+                x.stride(0),
+                packed.ptr,
+                packed.code,
+                n,
+                k,
+                0,
+                out_ptr + head * n * size,
+                code,
+                num_heads * n,
+            )
+        return out
 
     def logits(self, x: torch.Tensor, weight: CpuWeight) -> torch.Tensor:
         """x [R, C] times the packed [V, C] transposed: float32 [R, V]."""
@@ -460,17 +493,33 @@ class CpuBackend(TorchBackend):
     ) -> torch.Tensor:
         """Each expert on the tokens that chose it: [T, C]."""
         if isinstance(self._native, Recorder):
-            raise NotRecordable("which experts compute follows from the tokens")
-        order = torch.argsort(expert_ids.flatten(), stable=True)  # of [T * k]
-        counts = torch.bincount(expert_ids.flatten(), minlength=len(experts.down)).tolist()
-        total = torch.zeros(x.shape, dtype=torch.float32)
-        weights = expert_weights.flatten()
-        for expert, chosen in enumerate(torch.split(order, counts)):
-            if len(chosen):
-                tokens = chosen // expert_ids.shape[1]
-                out = self.expert(x[tokens], expert, experts).float()
-                total.index_add_(0, tokens, out * weights[chosen, None])
-        return total.to(x.dtype)
+            raise NotRecordable("which experts a token takes is chosen by torch's operations")
+        table = self._experts.get(experts)
+        if table is None:
+            pairs = zip(experts.gate_up, experts.down, strict=True)
+            table = np.array([(a.ptr, a.code, b.ptr, b.code) for a, b in pairs], np.int64)
+            self._experts[experts] = table
+        expert_ids, expert_weights = expert_ids.contiguous(), expert_weights.contiguous()
+        biases = (experts.gate_up_bias, experts.down_bias)
+        out = self._empty(x.shape, x.dtype)
+        self._native.moe(
+            x.data_ptr(),
+            CODES[x.dtype],
+            x.shape[0],
+            x.stride(0),
+            expert_ids.data_ptr(),
+            expert_weights.data_ptr(),
+            expert_ids.shape[1],
+            table.ctypes.data,
+            len(table),
+            x.shape[1],
+            experts.down[0].k,
+            *(0 if bias is None else bias.data_ptr() for bias in biases),
+            experts.swiglu_limit or 0.0,
+            experts.swiglu_alpha,
+            out.data_ptr(),
+        )
+        return out
 
     # -- execution ----------------------------------------------------------------------------
 

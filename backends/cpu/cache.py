@@ -2,7 +2,8 @@
 
 Per layer, block and KV head, one after the other: the keys of B tokens, [D, B], then their values,
 [B, D]. Keys are transposed, so that one load brings the same dimension of many tokens and scores
-come out of it without sums over lanes (csrc_cpu/kv_cache.h).
+come out of it without sums over lanes. Where values are keys there is one plane, [B, D]
+(csrc_cpu/kv_cache.h).
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """How the native module names a dtype."""
 
 HEAD_SIZES = frozenset(range(8, 257, 8))
+SHARED_HEAD_SIZES = frozenset(range(16, 1025, 16))
+"""Where values are keys, whose scores are sums of whole vectors."""
 BLOCK_SIZES = frozenset({8, 16, 32, 64, 128, 256})
 """They divide the span of 256 tokens that has a softmax of its own (csrc_cpu/attention.h)."""
 
@@ -38,20 +41,24 @@ class CpuKV:
     ptr: int
     """Address of layer 0."""
     layer_bytes: int
-    shape: tuple[int, int, int, int, int]
-    """dtype (as the native module names it), blocks, block size, KV heads, head size."""
+    shape: tuple[int, int, int, int, int, bool]
+    """dtype (as the native module names it), blocks, block size, KV heads, head size, whether
+    values are keys."""
 
 
 def bytes_per_block(spec: KVSpec) -> int:
     """Bytes of one block over all layers."""
-    numbers = 2 * spec.block_size * spec.num_kv_heads * spec.head_size
+    numbers = spec.num_planes * spec.block_size * spec.num_kv_heads * spec.head_size
     return spec.num_layers * numbers * DTYPES[spec.dtype].itemsize
 
 
 def check_spec(spec: KVSpec) -> None:
     """Raise `Unsupported` for a shape that the kernels do not take."""
+    head_sizes: tuple[frozenset[int], str] = (HEAD_SIZES, "a multiple of 8")
+    if spec.shares_values:
+        head_sizes = (SHARED_HEAD_SIZES, "(where values are keys) a multiple of 16")
     for what, value, taken, rule in (
-        ("head size", spec.head_size, HEAD_SIZES, "a multiple of 8"),
+        ("head size", spec.head_size, *head_sizes),
         ("block size", spec.block_size, BLOCK_SIZES, "a power of 2 from 8"),
     ):
         if value not in taken:
@@ -92,5 +99,6 @@ def alloc(spec: KVSpec, num_blocks: int) -> CpuKV:
             spec.block_size,
             spec.num_kv_heads,
             spec.head_size,
+            spec.shares_values,
         ),
     )

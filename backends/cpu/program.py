@@ -41,8 +41,8 @@ _ARGUMENTS: dict[str, tuple[str, ...]] = {
     "silu_mul": (_IN, _OUT, _FIXED, _ROWS, _FIXED, _FIXED),
     "take_rows": (_TABLE, _IN, _OUT, _ROWS, _SOURCE_ROWS, _FIXED, _FIXED),
     "rope": (_IN, _IN, _OUT, _OUT, _IN, _FIXED, _FIXED, _ROWS, *[_FIXED] * 7),
-    "kv_write": (*[_FIXED] * 6, _IN, _IN, _FIXED, _ROWS, _FIXED, _FIXED, _IN),
-    "attention": (_IN, _OUT, *[_FIXED] * 9, _IN, "max_blocks", *_PLAN, *[_FIXED] * 5),
+    "kv_write": (*[_FIXED] * 7, _IN, _IN, _FIXED, _ROWS, _FIXED, _FIXED, _IN),
+    "attention": (_IN, _OUT, *[_FIXED] * 11, _IN, "max_blocks", *_PLAN, *[_FIXED] * 5),
 }
 """In the order of csrc_cpu/bindings.cpp."""
 

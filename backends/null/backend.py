@@ -83,7 +83,7 @@ class NullBackend(TorchBackend):
         self.capabilities = Capabilities(
             dtypes=_DTYPES,
             kv_dtypes=_DTYPES | SCALED_KV_DTYPES.keys(),
-            features=frozenset({"sliding_window", "soft_cap", "batch_invariant"}),
+            features=frozenset({"sliding_window", "soft_cap", "shared_values", "batch_invariant"}),
             max_steps_in_flight=max_steps_in_flight,
         )
         self.num_steps = 0
@@ -175,6 +175,14 @@ class NullBackend(TorchBackend):
             )
         return x.new_zeros(len(x), weight[0])
 
+    def pack_heads(self, weight: torch.Tensor) -> torch.Size:
+        """The shape."""
+        return weight.shape
+
+    def linear_heads(self, x: torch.Tensor, weight: torch.Size) -> torch.Tensor:
+        """Zeros [T, H, N]."""
+        return x.new_zeros(len(x), weight[0], weight[1])
+
     def logits(self, x: torch.Tensor, weight: torch.Size) -> torch.Tensor:
         """Zeros [R, V]; this is where the device learns how large the vocabulary is."""
         self._vocab_size = weight[0]
@@ -190,7 +198,7 @@ class NullBackend(TorchBackend):
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The query itself."""
-        return query
+        return query[..., : spec.out_size]
 
     # -- steps ---------------------------------------------------------------------------------
 

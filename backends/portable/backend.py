@@ -57,7 +57,7 @@ class TorchBackend(abc.ABC):
 
     A backend writes `find` and five methods: `memory`, `kv_bytes_per_block`, `kv_alloc`,
     `kv_write` and `attend`. The defaults of `kv_copy`, `kv_export` and `kv_import` take a KV
-    handle that is one tensor [L, 2, NB, B, H_kv, D]; a backend with another layout overrides
+    handle that is one tensor [L, P, NB, B, H_kv, D]; a backend with another layout overrides
     those too. Anything else may be overridden by something faster.
     """
 
@@ -162,7 +162,7 @@ class TorchBackend(abc.ABC):
         return kv
 
     def kv_export(self, kv: KV, blocks: torch.Tensor) -> torch.Tensor:
-        """Blocks int32 [N] as [N, L, 2, B, H_kv, D] on the host."""
+        """Blocks int32 [N] as [N, L, P, B, H_kv, D] on the host."""
         wire: torch.Tensor = kv[:, :, blocks.long()].permute(2, 0, 1, 3, 4, 5)
         return wire.cpu().contiguous()
 
@@ -222,6 +222,14 @@ class TorchBackend(abc.ABC):
     ) -> torch.Tensor:
         """x [T, K] times weight [N, K] transposed, plus bias [N]: [T, N]."""
         return F.linear(x, weight, bias)
+
+    def pack_heads(self, weight: torch.Tensor) -> PackedWeight:
+        """The weight [H, N, K] itself, on the device."""
+        return weight.to(self.device())
+
+    def linear_heads(self, x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
+        """x [T, H, K] times weight [H, N, K], head by head: [T, H, N]."""
+        return torch.einsum("thk,hnk->thn", x, weight)
 
     def logits(self, x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
         """x [R, C] times weight [V, C] transposed in float32: [R, V].

@@ -19,7 +19,7 @@ def bytes_per_block(spec: KVSpec) -> int:
         vector = spec.head_size + torch.bfloat16.itemsize
     else:
         vector = spec.head_size * int(getattr(torch, spec.dtype).itemsize)
-    return spec.num_layers * 2 * spec.block_size * spec.num_kv_heads * vector
+    return spec.num_layers * spec.num_planes * spec.block_size * spec.num_kv_heads * vector
 
 
 def quantize(x: torch.Tensor, dtype: str) -> tuple[torch.Tensor, torch.Tensor]:

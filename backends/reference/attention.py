@@ -29,9 +29,9 @@ def paged_attention(
         sinks: float32 [H] where the spec has them.
 
     Returns:
-        [T, H, D], in the dtype of `query`; rows of pad tokens are zero.
+        [T, H, D], or [T, H, value_size], in the dtype of `query`; rows of pad tokens are zero.
     """
-    out = torch.zeros_like(query)
+    out = query.new_zeros((*query.shape[:2], spec.out_size))
     group_size = spec.num_heads // spec.num_kv_heads
     for i, seq_len in enumerate(meta.host_seq_lens.tolist()):
         start, end = meta.host_query_start_loc[i : i + 2].tolist()
@@ -40,9 +40,10 @@ def paged_attention(
         q = query[start:end].float()  # [q_len, H, D]
         first = _first_seen(seq_len - len(q), spec)
         k, v = (
-            _gather(kv, layer, side, meta.block_table[i], seq_len)[first:] for side in (0, 1)
+            _gather(kv, layer, side, meta.block_table[i], seq_len)[first:] for side in (0, -1)
         )  # [seq_len - first, H_kv, D]
         k, v = (x.repeat_interleave(group_size, dim=1) for x in (k, v))  # [.., H, D]
+        v = v[..., : spec.out_size]
 
         scores = torch.einsum("qhd,khd->hqk", q, k) * spec.scale
         if spec.soft_cap is not None:
@@ -108,7 +109,7 @@ def _first_seen(position: int, spec: AttentionSpec) -> int:
 def _gather(
     kv: cache.KV, layer: int, side: int, block_table: torch.Tensor, seq_len: int
 ) -> torch.Tensor:
-    """A request's keys (side 0) or values (1) in order: float32 [seq_len, H_kv, D]."""
+    """A request's keys (side 0) or values (-1) in order: float32 [seq_len, H_kv, D]."""
     num_blocks = -(-seq_len // kv.shape[3])
     blocks = block_table[:num_blocks].long()
     return cache.read(kv, layer, side, blocks).flatten(0, 1)[:seq_len]

@@ -26,7 +26,7 @@ class ReferenceBackend(TorchBackend):
     capabilities = Capabilities(
         dtypes=cache.DTYPES,
         kv_dtypes=cache.KV_DTYPES,
-        features=frozenset({"sliding_window", "soft_cap", "alibi", "sinks"}),
+        features=frozenset({"sliding_window", "soft_cap", "alibi", "sinks", "shared_values"}),
     )
 
     @classmethod
@@ -47,7 +47,7 @@ class ReferenceBackend(TorchBackend):
         return kv_codes.bytes_per_block(spec)
 
     def kv_alloc(self, spec: KVSpec, num_blocks: int) -> KV:
-        """One tensor [L, 2, NB, B, H_kv, D], or two for codes and their scales."""
+        """One tensor [L, P, NB, B, H_kv, D], or two for codes and their scales."""
         return cache.allocate(spec, num_blocks)
 
     def kv_write(

@@ -1,4 +1,7 @@
-"""The KV cache as one tensor: [L, 2, NB, B, H_kv, D], keys then values; codes have their scales."""
+"""The KV cache as one tensor: [L, P, NB, B, H_kv, D], keys then values; codes have their scales.
+
+Where values are keys P is 1, else 2.
+"""
 
 from __future__ import annotations
 
@@ -22,18 +25,18 @@ class ScaledKV:
 
     dtype: str
     codes: torch.Tensor
-    """Bytes of `kv_codes.CODE_DTYPES[dtype]`, uint8 [L, 2, NB, B, H_kv, D]: torch indexes no 8-bit
+    """Bytes of `kv_codes.CODE_DTYPES[dtype]`, uint8 [L, P, NB, B, H_kv, D]: torch indexes no 8-bit
     floats."""
     scales: torch.Tensor
-    """bfloat16 [L, 2, NB, B, H_kv]"""
+    """bfloat16 [L, P, NB, B, H_kv]"""
 
     @property
     def shape(self) -> torch.Size:
-        """[L, 2, NB, B, H_kv, D], as that of a cache of one tensor."""
+        """[L, P, NB, B, H_kv, D], as that of a cache of one tensor."""
         return self.codes.shape
 
     def values(self, layer: int, side: int, blocks: torch.Tensor) -> torch.Tensor:
-        """What the keys (side 0) or values (1) of blocks int64 [N] are: float32 [N, B, H_kv, D]."""
+        """Keys (side 0) or values (-1) of blocks int64 [N] in float32: [N, B, H_kv, D]."""
         codes = self.codes[layer, side, blocks].view(kv_codes.CODE_DTYPES[self.dtype])
         return kv_codes.dequantize(codes, self.scales[layer, side, blocks])
 
@@ -53,7 +56,8 @@ def allocate(spec: KVSpec, num_blocks: int) -> KV:
             f"the reference backend stores keys and values as {', '.join(sorted(KV_DTYPES))}, "
             f"not {spec.dtype}"
         )
-    shape = (spec.num_layers, 2, num_blocks, spec.block_size, spec.num_kv_heads, spec.head_size)
+    block = (spec.block_size, spec.num_kv_heads, spec.head_size)
+    shape = (spec.num_layers, spec.num_planes, num_blocks, *block)
     try:
         if spec.dtype in SCALED_KV_DTYPES:
             codes = torch.empty(shape, dtype=torch.uint8)
@@ -71,7 +75,7 @@ def allocate(spec: KVSpec, num_blocks: int) -> KV:
 def write(kv: KV, layer: int, key: torch.Tensor, value: torch.Tensor, meta: StepMeta) -> KV:
     """Scatter key and value, [T, H_kv, D] each, into the slots of `meta.slot_mapping`."""
     slots = meta.slot_mapping.long()
-    for side, x in enumerate((key, value)):
+    for side, x in enumerate((key, value)[: kv.shape[1]]):
         if isinstance(kv, ScaledKV):
             codes, scales = kv_codes.quantize(x, kv.dtype)
             kv.codes[layer, side].flatten(0, 1)[slots] = codes.view(torch.uint8)
@@ -82,7 +86,7 @@ def write(kv: KV, layer: int, key: torch.Tensor, value: torch.Tensor, meta: Step
 
 
 def read(kv: KV, layer: int, side: int, blocks: torch.Tensor) -> torch.Tensor:
-    """Keys (side 0) or values (1) of blocks int64 [N] in float32: [N, B, H_kv, D]."""
+    """Keys (side 0) or values (-1) of blocks int64 [N] in float32: [N, B, H_kv, D]."""
     if isinstance(kv, ScaledKV):
         return kv.values(layer, side, blocks)
     return kv[layer, side, blocks].float()
@@ -95,7 +99,7 @@ def copy(kv: ScaledKV, src: torch.Tensor, dst: torch.Tensor) -> None:
 
 
 def export_blocks(kv: ScaledKV, blocks: torch.Tensor) -> torch.Tensor:
-    """Blocks int64 [N] in the wire layout: float32 [N, L, 2, B, H_kv, D]."""
+    """Blocks int64 [N] in the wire layout: float32 [N, L, P, B, H_kv, D]."""
     codes = kv.codes[:, :, blocks].view(kv_codes.CODE_DTYPES[kv.dtype])
     wire = kv_codes.dequantize(codes, kv.scales[:, :, blocks])
     return wire.permute(2, 0, 1, 3, 4, 5).contiguous()

@@ -216,6 +216,7 @@ class AttentionProblem:
     key: list[F32]
     """Of each request, its whole context [N, H_kv, D]."""
     value: list[F32]
+    """The same; [N, H_kv, value_size], and part of the key, where values are keys."""
     sinks: F32 | None = None
     """[H]"""
 
@@ -234,6 +235,7 @@ def attention_problem(
     soft_cap: float | None = None,
     has_alibi: bool = False,
     has_sinks: bool = False,
+    value_size: int | None = None,
     spread: float = 2.0,
 ) -> AttentionProblem:
     """A problem whose scores have a standard deviation of `spread`.
@@ -252,6 +254,7 @@ def attention_problem(
         soft_cap=soft_cap,
         alibi_slopes=slopes if has_alibi else None,
         has_sinks=has_sinks,
+        value_size=value_size,
     )
     kv_spec = KVSpec(
         num_layers=3,
@@ -259,6 +262,7 @@ def attention_problem(
         head_size=size,
         block_size=subject.block_size if block_size is None else block_size,
         dtype=subject.kv_dtype(dtype) if kv_dtype is None else kv_dtype,
+        shares_values=value_size is not None,
     )
     rng = np.random.default_rng(seed)
 
@@ -269,14 +273,17 @@ def attention_problem(
         x = rounded(x, dtype)
         return x if kv_spec.dtype in SCALED_KV_DTYPES else rounded(x, kv_spec.dtype)
 
+    query = [rounded(spread * random(n, heads.num_heads), dtype) for n in batch.query_lens]
+    key = [stored(random(n, heads.num_kv_heads)) for n in batch.seq_lens]
+    value = [stored(random(n, heads.num_kv_heads)) for n in batch.seq_lens]
     return AttentionProblem(
         batch=batch,
         spec=spec,
         dtype=dtype,
         kv_spec=kv_spec,
-        query=[rounded(spread * random(n, heads.num_heads), dtype) for n in batch.query_lens],
-        key=[stored(random(n, heads.num_kv_heads)) for n in batch.seq_lens],
-        value=[stored(random(n, heads.num_kv_heads)) for n in batch.seq_lens],
+        query=query,
+        key=key,
+        value=value if value_size is None else [one[..., :value_size] for one in key],
         sinks=spread * rng.standard_normal(heads.num_heads, np.float32) if has_sinks else None,
     )
 
@@ -311,14 +318,13 @@ class AttentionRun:
 
     def write(self, chunks: Sequence[Chunk], meta: StepMeta) -> None:
         """Put the keys and values of `chunks` into the cache; pad tokens bring NaN."""
+        problem = self.problem
+        is_shared = problem.kv_spec.shares_values
         key, value = (
-            self._rows(chunks, of, len(meta.positions))
-            for of in (self.problem.key, self.problem.value)
+            self.subject.put(self._rows(chunks, of, len(meta.positions)), problem.dtype)
+            for of in (problem.key, problem.key if is_shared else problem.value)
         )
-        dtype = self.problem.dtype
-        self.kv = self.subject.backend.kv_write(
-            self.kv, self.LAYER, self.subject.put(key, dtype), self.subject.put(value, dtype), meta
-        )
+        self.kv = self.subject.backend.kv_write(self.kv, self.LAYER, key, value, meta)
 
     def attend(self, chunks: Sequence[Chunk], pad: Pad = NO_PAD) -> list[F32]:
         """One step over `chunks`: the output of each, [Q, H, D]."""
@@ -345,11 +351,12 @@ class AttentionRun:
         return self.attend(self.paged.chunks(self.problem.batch.query_lens), pad)
 
     def held(self) -> tuple[list[F32], list[F32]]:
-        """Keys and values of each request, [N, H_kv, D], as the cache gives them out."""
+        """Keys and values of each request, as in the problem, as the cache gives them out."""
         wire = self.subject.export(self.kv, range(self.paged.num_blocks))[:, self.LAYER]
-        sides = wire.swapaxes(0, 1).reshape(2, -1, *wire.shape[-2:])  # [2, slots, H_kv, D]
+        sides = wire.swapaxes(0, 1).reshape(wire.shape[1], -1, *wire.shape[-2:])
+        values = sides[-1, ..., : self.problem.spec.out_size]  # [slots, H_kv, V]
         slots = [self.paged.slots(i) for i in range(len(self.paged.tables))]
-        return [sides[0][s] for s in slots], [sides[1][s] for s in slots]
+        return [sides[0, s] for s in slots], [values[s] for s in slots]
 
     def _queries_by_position(self) -> list[F32]:
         """Queries aligned with the context: NaN where a token is not a query of this batch."""

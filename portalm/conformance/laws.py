@@ -44,7 +44,7 @@ from portalm.conformance.operations import (
     sampling_rows,
 )
 from portalm.conformance.reference_sampling import Row
-from portalm.conformance.subject import Subject
+from portalm.conformance.subject import Subject, wire_shape
 from portalm.errors import BackendError
 
 _GQA = HEADS[1]
@@ -151,12 +151,17 @@ def check_sample_alone(subject: Subject, case: Named) -> None:
         require_equal(f"row {i} alone", alone, together[i : i + 1])
 
 
-_CACHES = (Named("as computed"), *(Named(dtype) for dtype in SCALED_KV_DTYPES))
+_CACHES = (
+    Named("as computed"), Named("keys alone"), *(Named(dtype) for dtype in SCALED_KV_DTYPES)
+)  # fmt: skip
 
 
 def _cache_spec(subject: Subject, case: Named) -> KVSpec:
     """The cache of a case of `_CACHES`."""
     spec: KVSpec = _problem(subject, "ragged").kv_spec
+    if case.name == "keys alone":
+        subject.needs_feature("shared_values")
+        return replace(spec, num_kv_heads=1, head_size=80, shares_values=True)
     if case.name not in SCALED_KV_DTYPES:
         return spec
     subject.needs_kv_dtype(case.name)
@@ -164,9 +169,9 @@ def _cache_spec(subject: Subject, case: Named) -> KVSpec:
 
 
 def _wire(spec: KVSpec, num_blocks: int, seed: int) -> torch.Tensor:
-    """Random keys and values, [N, L, 2, B, H_kv, D], as a cache of `spec` has them."""
-    shape = (num_blocks, spec.num_layers, 2, spec.block_size, spec.num_kv_heads, spec.head_size)
-    values = np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+    """Random keys and values, [N, L, P, B, H_kv, D], as a cache of `spec` has them."""
+    rng = np.random.default_rng(seed)
+    values = rng.standard_normal(wire_shape(spec, num_blocks)).astype(np.float32)
     if spec.dtype in SCALED_KV_DTYPES:
         values = reference.kept_in_codes(values, spec.dtype)[0].astype(np.float32)
     return torch.from_numpy(values).to(torch_dtype(spec.wire_dtype))

@@ -53,6 +53,22 @@ def check_logits(subject: Subject, case: Named) -> float:
     return require_close("logits", subject.get(out), expected, NMSE_BOUND["float32"])
 
 
+def check_linear_heads(subject: Subject, case: Named) -> float:
+    """Each head by its own weight, [T, H, K] that lies within wider rows."""
+    subject.needs_dtype(case.name)
+    worst = 0.0
+    for i, (rows, n, k) in enumerate(((1, 48, 32), (9, 70, 24))):
+        wide, w = random_array((rows, 5 * k), case.name, i), random_array((3, n, k), case.name, 9)
+        packed = subject.backend.pack_heads(subject.put(w, case.name).cpu())
+        x = subject.put(wide, case.name)[:, k : 4 * k].view(rows, 3, k)
+        out = subject.get(subject.backend.linear_heads(x, packed))
+        expected = reference.linear_heads(
+            wide.astype(np.float64).reshape(rows, 5, k)[:, 1:4], w.astype(np.float64)
+        )
+        worst = max(worst, require_close("linear_heads", out, expected, NMSE_BOUND[case.name]))
+    return worst
+
+
 def check_norms(subject: Subject, case: Named) -> float:
     """rms_norm, and add_rms_norm with its sum rounded once."""
     subject.needs_dtype(case.name)
@@ -251,6 +267,7 @@ _DTYPE_CASES = tuple(Named(d) for d in DTYPES)
 CHECKS = (
     Check("L1", "linear", check_linear, _DTYPE_CASES),
     Check("L1", "logits", check_logits, _DTYPE_CASES),
+    Check("L1", "heads of linear layers", check_linear_heads, _DTYPE_CASES),
     Check("L1", "rms_norm", check_norms, _DTYPE_CASES),
     Check("L1", "layer_norm", check_layer_norm, _DTYPE_CASES),
     Check("L1", "norms of heads", check_head_norms, _DTYPE_CASES),

@@ -66,6 +66,8 @@ class Attend:
     soft_cap: float | None = None
     has_alibi: bool = False
     has_sinks: bool = False
+    value_size: int | None = None
+    """Values are the beginning of keys: latent attention."""
 
     @property
     def name(self) -> str:
@@ -73,6 +75,7 @@ class Attend:
         parts = [self.batch.name, self.heads.name, self.dtype]
         for label, value in (
             ("head", self.head_size),
+            ("value in key", self.value_size),
             ("block", self.block_size),
             ("kv", self.kv_dtype),
             ("window", self.sliding_window),
@@ -87,8 +90,9 @@ class Attend:
         """The inputs; `NotClaimed` for what the backend does not claim."""
         claims = subject.claims
         subject.needs_dtype(self.dtype)
+        is_shared = self.value_size is not None
         for value, claimed, what in (
-            (self.head_size, claims.head_sizes, "head size"),
+            (self.head_size, None if is_shared else claims.head_sizes, "head size"),
             (self.block_size, claims.block_sizes, "block size"),
             (self.kv_dtype, claims.kv_dtypes, "KV dtype"),
         ):
@@ -102,6 +106,8 @@ class Attend:
             subject.needs_feature("alibi")
         if self.has_sinks:
             subject.needs_feature("sinks")
+        if is_shared:
+            subject.needs_feature("shared_values")
         return attention_problem(
             subject,
             self.batch,
@@ -114,6 +120,7 @@ class Attend:
             soft_cap=self.soft_cap,
             has_alibi=self.has_alibi,
             has_sinks=self.has_sinks,
+            value_size=self.value_size,
         )
 
 
@@ -167,7 +174,17 @@ def attend_cases() -> list[Attend]:
     cases += [Attend(batch, _GQA, DTYPES[0], has_alibi=True) for batch in (mixed, long)]
     cases += [Attend(batch, _GQA, DTYPES[0], has_sinks=True) for batch in (mixed, long)]
     cases.append(Attend(long, _GQA, DTYPES[0], sliding_window=7, has_alibi=True, has_sinks=True))
-    return cases
+    return cases + latent_cases()
+
+
+def latent_cases() -> list[Attend]:
+    """Values that are the beginning of their keys: small ones by batch, DeepSeek's own size."""
+    mqa, lite = HEADS[3], Heads("mqa of 16", 16, 1)
+    cases = [Attend(b, mqa, DTYPES[0], head_size=80, value_size=64) for b in BATCHES]
+    cases += [Attend(BATCHES[3], mqa, d, head_size=80, value_size=64) for d in DTYPES[1:]]
+    cases.append(Attend(BATCHES[3], _GQA, DTYPES[0], head_size=48, value_size=32, block_size=32))
+    return cases + [Attend(b, lite, d, head_size=576, value_size=512)
+                    for b in BATCHES[1:3] for d in (DTYPES[0], DTYPES[2])]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

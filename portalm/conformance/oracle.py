@@ -65,6 +65,14 @@ class Oracle:
         added = None if bias is None else _array(bias)
         return torch.from_numpy(reference.linear(_array(x), _array(weight), added))
 
+    def pack_heads(self, weight: torch.Tensor) -> torch.Tensor:
+        """The weight itself."""
+        return weight
+
+    def linear_heads(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """[T, H, K] -> [T, H, N]."""
+        return torch.from_numpy(reference.linear_heads(_array(x), _array(weight)))
+
     def logits(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """[R, C] -> [R, V]."""
         return self.linear(x, weight)
@@ -170,6 +178,6 @@ class Oracle:
     ) -> torch.Tensor:
         """Causal attention of [T, H, D]."""
         key, value = kv[layer]
-        parts = _array(query), _array(key), _array(value)
+        parts = _array(query), _array(key), _array(value[..., : spec.out_size])
         extra = None if sinks is None else _array(sinks)
         return torch.from_numpy(reference.attention(*parts, spec, extra))

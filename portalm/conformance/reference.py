@@ -24,16 +24,16 @@ def attention(
     Args:
         query: [Q, H, D], the last Q tokens of the context.
         key: [N, H_kv, D], the context in order, the query tokens' own keys included.
-        value: [N, H_kv, D]
+        value: [N, H_kv, V]
         spec: scale, window, soft cap and slopes.
         sinks: [H], one more score for each row of a head.
 
     Returns:
-        [Q, H, D]
+        [Q, H, V]
     """
     num_queries, num_heads, _ = query.shape
     group = num_heads // key.shape[1]
-    out = np.empty(query.shape, np.float64)
+    out = np.empty((num_queries, num_heads, value.shape[2]), np.float64)
     for i in range(num_queries):
         position = len(key) - num_queries + i
         first = 0
@@ -224,6 +224,11 @@ def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
     """`x` [T, K] times `weight` [N, K] transposed, plus bias [N]: [T, N]."""
     out: Array = x @ weight.T
     return out if bias is None else out + bias
+
+
+def linear_heads(x: Array, weight: Array) -> Array:
+    """`x` [T, H, K] times `weight` [H, N, K] transposed, head by head: [T, H, N]."""
+    return np.stack([x[:, head] @ one.T for head, one in enumerate(weight)], axis=1)
 
 
 def rope_table(max_position: int, rotary_dim: int, theta: float) -> Array:

@@ -105,16 +105,22 @@ class Subject:
     def nan_cache(self, spec: KVSpec, num_blocks: int) -> KV:
         """A cache in which every slot is NaN, the null block's too: a dead slot read shows."""
         kv = self.backend.kv_alloc(spec, num_blocks)
-        shape = (num_blocks, spec.num_layers, 2, spec.block_size, spec.num_kv_heads, spec.head_size)
+        shape = wire_shape(spec, num_blocks)
         wire = torch.full(shape, float("nan")).to(torch_dtype(spec.wire_dtype))
         return self.backend.kv_import(kv, self.index(range(num_blocks)), wire)
 
     def export(self, kv: KV, blocks: Sequence[int]) -> npt.NDArray[np.float32]:
-        """Blocks in the wire layout, as float32: [N, L, 2, B, H_kv, D]."""
+        """Blocks in the wire layout, as float32: [N, L, P, B, H_kv, D]."""
         wire: npt.NDArray[np.float32] = (
             self.backend.kv_export(kv, self.index(blocks)).to("cpu", torch.float32).numpy()
         )
         return wire
+
+
+def wire_shape(spec: KVSpec, num_blocks: int) -> tuple[int, ...]:
+    """Of `num_blocks` blocks outside of their cache: [N, L, P, B, H_kv, D]."""
+    block = (spec.block_size, spec.num_kv_heads, spec.head_size)
+    return num_blocks, spec.num_layers, spec.num_planes, *block
 
 
 def _preferred(claimed: frozenset[int] | None, wanted: int) -> int:

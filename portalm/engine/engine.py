@@ -590,16 +590,18 @@ def _check_claims(config: EngineConfig, model: Model, backend: Backend, dtype: s
             f"{', '.join(map(str, sorted(claims.block_sizes)))}: choose one with --block-size"
         )
     for spec in model.attention_specs():
-        if claims.head_sizes is not None and spec.head_size not in claims.head_sizes:
+        sizes = claims.head_sizes if spec.value_size is None else None  # else kv_alloc refuses
+        if sizes is not None and spec.head_size not in sizes:
             raise Unsupported(
                 f"backend {backend.name!r} has no attention for head size {spec.head_size}; it "
-                f"has {', '.join(map(str, sorted(claims.head_sizes)))}"
+                f"has {', '.join(map(str, sorted(sizes)))}"
             )
         for feature, is_wanted in (
             ("sliding_window", spec.sliding_window is not None),
             ("soft_cap", spec.soft_cap is not None),
             ("alibi", spec.alibi_slopes is not None),
             ("sinks", spec.has_sinks),
+            ("shared_values", spec.value_size is not None),
         ):
             if is_wanted and feature not in claims.features:
                 raise Unsupported(

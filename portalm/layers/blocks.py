@@ -13,9 +13,23 @@ from typing import Protocol
 import torch
 
 from portalm.backend import KV, Backend, StepMeta
-from portalm.layers.attention import Attention
 from portalm.layers.mlp import FeedForward
 from portalm.layers.norms import Norm
+
+
+class SelfAttention(Protocol):
+    """Attention over the KV cache."""
+
+    def __call__(
+        self,
+        backend: Backend,
+        kv: KV,
+        x: torch.Tensor,
+        ropes: Sequence[torch.Tensor],
+        meta: StepMeta,
+    ) -> tuple[KV, torch.Tensor]:
+        """x [T, C], already normed -> (the cache with this step's tokens in it, [T, C])."""
+        ...
 
 
 class Block(Protocol):
@@ -50,7 +64,7 @@ class Block(Protocol):
 class SequentialBlock:
     """Attention, then feed-forward, each with a norm before it, behind it, or both."""
 
-    attention: Attention
+    attention: SelfAttention
     mlp: FeedForward
     attention_norm: Norm | None = None
     """Of what goes into attention."""
@@ -89,7 +103,7 @@ class SequentialBlock:
 class ParallelBlock:
     """Attention and feed-forward side by side: Wang and Komatsuzaki, "GPT-J-6B", 2021."""
 
-    attention: Attention
+    attention: SelfAttention
     mlp: FeedForward
     attention_norm: Norm
     mlp_norm: Norm | None = None

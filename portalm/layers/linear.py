@@ -30,6 +30,10 @@ class Packer(Protocol):
         """See `Backend.pack`."""
         ...
 
+    def pack_heads(self, weight: torch.Tensor) -> PackedWeight:
+        """See `Backend.pack_heads`."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Linear:

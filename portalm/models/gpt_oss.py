@@ -13,7 +13,7 @@ import torch
 from portalm.backend import AttentionSpec
 from portalm.layers.attention import Attention
 from portalm.layers.mlp import FeedForward
-from portalm.layers.moe import MoE
+from portalm.layers.moe import MoE, SoftmaxRouter
 from portalm.models.decoder import Decoder
 from portalm.models.layer_reader import LayerReader
 
@@ -59,14 +59,16 @@ class GptOss(Decoder):
             order=_gate_first,
         )
         return MoE(
-            router=read.router(f"{name}.router", num_experts, hidden, has_bias=True),
+            router=SoftmaxRouter(
+                read.router(f"{name}.router", num_experts, hidden, has_bias=True),
+                top_k=int(values["num_experts_per_tok"]),
+                is_normalized=True,
+            ),
             experts=replace(
                 experts,
                 swiglu_alpha=float(values["swiglu_alpha"]),
                 swiglu_limit=float(values["swiglu_limit"]),
             ),
-            top_k=int(values["num_experts_per_tok"]),
-            is_normalized=True,
         )
 
 

@@ -52,6 +52,10 @@ class NoDevice:
         """The weight itself."""
         return weight
 
+    def pack_heads(self, weight: torch.Tensor) -> PackedWeight:
+        """The weight itself."""
+        return weight
+
 
 RowOrder = Callable[[torch.Tensor], torch.Tensor]
 """Puts the rows of [N, ...] into another order."""
@@ -76,6 +80,10 @@ class LayerReader:
     def tensor(self, name: str, *shape: int) -> torch.Tensor:
         """A tensor in the model's dtype."""
         return self._host(name, shape).to(self.dtype).to(self._backend.device(), copy=True)
+
+    def float32(self, name: str, *shape: int) -> torch.Tensor:
+        """A tensor that is float32 whatever the model's dtype."""
+        return self._host(name, shape).float().to(self._backend.device(), copy=True)
 
     def linear(
         self,
@@ -113,6 +121,19 @@ class LayerReader:
         weight = self._host(f"{name}.weight", (rows, columns))
         biases = [self._host(f"{name}.bias", (rows,))] if has_bias else []
         return pack_linear(self._backend, [weight], biases, self.dtype)
+
+    def scores(self, name: str, rows: int, columns: int) -> PackedWeight:
+        """A router's weight for `Backend.logits`: its products are float32's."""
+        weight = self._host(f"{name}.weight", (rows, columns))
+        return pack_weight(self._backend, [weight], self.dtype, for_logits=True)
+
+    def matrix(self, name: str, rows: int, columns: int) -> torch.Tensor:
+        """`name`.weight, for `heads`: on the host, few bits widened."""
+        return self._host(f"{name}.weight", (rows, columns))
+
+    def heads(self, weight: torch.Tensor) -> PackedWeight:
+        """A part [H, N, K] of a matrix for `Backend.linear_heads`: never of few bits."""
+        return self._backend.pack_heads(weight.to(self.dtype))
 
     def experts(
         self, name: str, count: int, *, inner: int, columns: int, names: tuple[str, str, str]

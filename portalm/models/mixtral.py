@@ -6,7 +6,7 @@ Jiang et al., "Mixtral of experts", 2024.
 from __future__ import annotations
 
 from portalm.layers.mlp import FeedForward
-from portalm.layers.moe import MoE
+from portalm.layers.moe import MoE, SoftmaxRouter
 from portalm.models.layer_reader import LayerReader
 from portalm.models.mistral import Mistral
 
@@ -29,7 +29,11 @@ class Mixtral(Mistral):
         num_experts = int(values["num_local_experts"])
         self.activation(frozenset({"silu"}))
         return MoE(
-            router=read.router(f"{name}.gate", num_experts, hidden),
+            router=SoftmaxRouter(
+                read.router(f"{name}.gate", num_experts, hidden),
+                top_k=int(values["num_experts_per_tok"]),
+                is_normalized=True,
+            ),
             experts=read.experts(
                 f"{name}.experts",
                 num_experts,
@@ -37,6 +41,4 @@ class Mixtral(Mistral):
                 columns=hidden,
                 names=("w1", "w3", "w2"),
             ),
-            top_k=int(values["num_experts_per_tok"]),
-            is_normalized=True,
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from portalm.layers.mlp import FeedForward
-from portalm.layers.moe import MoE
+from portalm.layers.moe import MoE, SoftmaxRouter
 from portalm.models.decoder import Decoder
 from portalm.models.layer_reader import LayerReader
 from portalm.models.qwen import Qwen2, Qwen3
@@ -24,7 +24,11 @@ def _feed_forward(model: Decoder, read: LayerReader, layer: int, name: str) -> M
     model.activation(frozenset({"silu"}))
     shared = int(values.get("shared_expert_intermediate_size") or 0)
     return MoE(
-        router=read.router(f"{name}.gate", num_experts, hidden),
+        router=SoftmaxRouter(
+            read.router(f"{name}.gate", num_experts, hidden),
+            top_k=int(values["num_experts_per_tok"]),
+            is_normalized=bool(values["norm_topk_prob"]),
+        ),
         experts=read.experts(
             f"{name}.experts",
             num_experts,
@@ -32,8 +36,6 @@ def _feed_forward(model: Decoder, read: LayerReader, layer: int, name: str) -> M
             columns=hidden,
             names=("gate_proj", "up_proj", "down_proj"),
         ),
-        top_k=int(values["num_experts_per_tok"]),
-        is_normalized=bool(values["norm_topk_prob"]),
         shared=model.gated_mlp(read, f"{name}.shared_expert", shared) if shared else None,
         shared_gate=read.router(f"{name}.shared_expert_gate", 1, hidden) if shared else None,
     )

@@ -11,6 +11,8 @@ ARCHITECTURES = {
     "BertModel": "portalm.models.bert:Bert",
     "Cohere2ForCausalLM": "portalm.models.cohere:Cohere2",
     "CohereForCausalLM": "portalm.models.cohere:Cohere",
+    "DeepseekV2ForCausalLM": "portalm.models.deepseek:DeepseekV2",
+    "DeepseekV3ForCausalLM": "portalm.models.deepseek:DeepseekV3",
     "FalconForCausalLM": "portalm.models.falcon:Falcon",
     "Gemma2ForCausalLM": "portalm.models.gemma:Gemma2",
     "Gemma3ForCausalLM": "portalm.models.gemma:Gemma3",

@@ -86,6 +86,28 @@ class MaskByMultiplying(ReferenceBackend):
         return out
 
 
+class RestOfSharedKeysForgotten(ReferenceBackend):
+    """Scores of the part of a key that is its value."""
+
+    def attend(self, kv, layer, query, meta, spec, sinks=None):
+        query = query.clone()
+        query[..., spec.out_size :] = 0
+        return super().attend(kv, layer, query, meta, spec, sinks)
+
+
+class SharedValuesFromTheEnd(ReferenceBackend):
+    def attend(self, kv, layer, query, meta, spec, sinks=None):
+        if spec.value_size is None:
+            return super().attend(kv, layer, query, meta, spec, sinks)
+        whole = replace(spec, value_size=spec.head_size)
+        return super().attend(kv, layer, query, meta, whole, sinks)[..., -spec.value_size :]
+
+
+class OneWeightForAllHeads(ReferenceBackend):
+    def linear_heads(self, x, weight):
+        return super().linear_heads(x, weight[:1].expand(weight.shape))
+
+
 class SwappedGroups(ReferenceBackend):
     def attend(self, kv, layer, query, meta, spec, sinks=None):
         group = spec.num_heads // spec.num_kv_heads
@@ -322,6 +344,9 @@ FAULTS = {  # and where it must show
     NoSlopes: "alibi",
     SinksForgotten: "sinks",
     MaskByMultiplying: "attend",
+    RestOfSharedKeysForgotten: "value in key",
+    SharedValuesFromTheEnd: "value in key",
+    OneWeightForAllHeads: "heads of linear",
     SwappedGroups: "gqa",
     RopeOffByOne: "rope",
     RopeKeyForgotten: "rope",

@@ -55,6 +55,19 @@ class Case:
         return model
 
 
+LATENT = {
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 32,
+    "moe_intermediate_size": 32,
+    "n_routed_experts": 8,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 24,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 20,
+}
+"""DeepSeek's, where no size is another's double by chance."""
+
 CASES = {
     "mistral": Case("Mistral", {"sliding_window": 24}),
     "mistral without a window": Case("Mistral", {"sliding_window": None}),
@@ -143,6 +156,47 @@ CASES = {
             "num_local_experts": 4,
             "sliding_window": 24,
             "swiglu_limit": 1.5,
+        },
+    ),
+    "deepseek v2": Case("DeepseekV2", {**LATENT, "num_experts_per_tok": 3, "q_lora_rank": None}),
+    "deepseek v2 with groups": Case(
+        "DeepseekV2",
+        {
+            **LATENT,
+            "n_group": 4,
+            "num_experts_per_tok": 3,
+            "routed_scaling_factor": 1.7,
+            "topk_group": 2,
+            "topk_method": "group_limited_greedy",
+        },
+    ),
+    "deepseek v3": Case(
+        "DeepseekV3",
+        {
+            **LATENT,
+            "attention_bias": True,
+            "n_group": 4,
+            "num_experts_per_tok": 3,
+            "rope_scaling": {
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "mscale": 1.0,
+                "mscale_all_dim": 0.8,
+                "original_max_position_embeddings": 64,
+                "beta_fast": 32,
+                "beta_slow": 1,
+            },
+            "topk_group": 2,
+        },
+    ),
+    "deepseek v3, halves rotated": Case(
+        "DeepseekV3",
+        {
+            **LATENT,
+            "n_group": 1,
+            "num_experts_per_tok": 2,
+            "rope_interleave": False,
+            "topk_group": 1,
         },
     ),
     "cohere": Case("Cohere"),

@@ -1,0 +1,253 @@
+"""DeepSeek V2 and V3: latent attention, and small experts in groups beside shared ones.
+
+DeepSeek-AI, "DeepSeek-V2" and "DeepSeek-V3 technical report", 2024; R1 is a V3. Layers that predict
+further tokens (`num_nextn_predict_layers`, behind the last of `num_hidden_layers`) are left out:
+answers do not depend on them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+
+from portalm.backend import AttentionSpec, KVSpec
+from portalm.config import ModelConfig, RopeConfig
+from portalm.errors import UnsupportedModel
+from portalm.layers.blocks import Block, SequentialBlock
+from portalm.layers.latent_attention import LatentAttention
+from portalm.layers.mlp import FeedForward
+from portalm.layers.moe import GroupRouter, MoE
+from portalm.models.decoder import Decoder
+from portalm.models.layer_reader import LayerReader, RowOrder
+
+_INNER_EPS = 1e-6
+"""Of the norms of latent vectors and compressed queries, whatever the config says."""
+
+
+class DeepseekV3(Decoder):
+    """Functions of a DeepSeek-V3; see `portalm.models.model.Model`."""
+
+    defaults = {
+        "first_k_dense_replace": 3,
+        "kv_lora_rank": 512,
+        "moe_intermediate_size": 2048,
+        "n_group": 8,
+        "n_routed_experts": 256,
+        "n_shared_experts": 1,
+        "norm_topk_prob": True,
+        "num_experts_per_tok": 8,
+        "q_lora_rank": 1536,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "rope_interleave": True,
+        "routed_scaling_factor": 2.5,
+        "scoring_func": "sigmoid",
+        "topk_group": 4,
+        "topk_method": "noaux_tc",
+        "v_head_dim": 128,
+    }
+    reads = frozenset(
+        {"attention_bias", "first_k_dense_replace", "n_routed_experts", "num_experts",
+         "num_local_experts"}
+    )  # fmt: skip
+    routing: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "scoring_func": ("sigmoid",),
+        "topk_method": ("noaux_tc",),
+        "moe_layer_freq": (1,),
+    }
+    """Values of config.json that there is code for."""
+
+    def __init__(self, config: ModelConfig, dtype: str) -> None:
+        """A model of this shape; `UnsupportedModel` for another way of choosing experts."""
+        super().__init__(config, dtype)
+        for name, known in self.routing.items():
+            if config.values.get(name, known[0]) not in known:
+                raise UnsupportedModel(
+                    f"config.json: {name} is {config.values[name]!r}, which is not supported for "
+                    f"{config.architecture}; supported: {', '.join(map(str, known))}"
+                )
+
+    @classmethod
+    def complete(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """With defaults; what attention and the cache see is one KV head of the latent vector."""
+        values = super().complete(values)
+        size = int(values["kv_lora_rank"]) + int(values["qk_rope_head_dim"])
+        return {**values, "head_dim": size, "num_key_value_heads": 1}
+
+    def ropes(self) -> tuple[RopeConfig, ...]:
+        """One, of the part of a key that rotates."""
+        return (replace(self.config.rope, rotary_dim=self._size("qk_rope_head_dim")),)
+
+    def spec(self, layer: int) -> AttentionSpec:
+        """Scaled as heads of their own size are, and by yarn's temperature."""
+        size = self._size("qk_nope_head_dim") + self._size("qk_rope_head_dim")
+        return replace(
+            super().spec(layer),
+            scale=size**-0.5 * _temperature(self.config.rope),
+            value_size=self._size("kv_lora_rank"),
+        )
+
+    def kv_spec(self, block_size: int, kv_dtype: str) -> KVSpec:
+        """Values are keys."""
+        return replace(super().kv_spec(block_size, kv_dtype), shares_values=True)
+
+    def block(self, read: LayerReader, layer: int, name: str) -> Block:
+        """Layer number `layer`, whose tensors' names begin with `name`."""
+        return SequentialBlock(
+            attention_norm=self.norm(read, f"{name}.input_layernorm"),
+            attention=self.latent_attention(read, layer, f"{name}.self_attn"),
+            mlp_norm=self.norm(read, f"{name}.post_attention_layernorm"),
+            mlp=self.mlp(read, layer, f"{name}.mlp"),
+        )
+
+    def latent_attention(self, read: LayerReader, layer: int, name: str) -> LatentAttention:
+        """A layer's attention; the halves of kv_b_proj are applied to queries and to results."""
+        config, heads = self.config, self.config.num_heads
+        plain, rotary, value, rank = (
+            self._size(n)
+            for n in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "kv_lora_rank")
+        )
+        query_rank = int(config.values["q_lora_rank"] or 0)
+        has_bias = self.has_bias("qkv")
+        compressing = [f"{name}.q_a_proj"] if query_rank else []
+        up = read.matrix(f"{name}.kv_b_proj", heads * (plain + value), rank)
+        up = up.view(heads, plain + value, rank)
+        return LatentAttention(
+            layer=layer,
+            spec=self.specs[layer],
+            rotary_dim=rotary,
+            down=read.linear(
+                *compressing,
+                f"{name}.kv_a_proj_with_mqa",
+                rows=(*([query_rank] if query_rank else []), rank + rotary),
+                columns=config.hidden_size,
+                has_bias=has_bias,
+            ),
+            query=read.linear(
+                f"{name}.{'q_b_proj' if query_rank else 'q_proj'}",
+                rows=(heads * (plain + rotary),),
+                columns=query_rank or config.hidden_size,
+                order=_plain_first(heads, plain),
+            ),
+            query_norm=read.rms_norm(f"{name}.q_a_layernorm", query_rank, _INNER_EPS)
+            if query_rank
+            else None,
+            latent_norm=read.rms_norm(f"{name}.kv_a_layernorm", rank, _INNER_EPS),
+            key_heads=read.heads(up[:, :plain].transpose(1, 2)),
+            value_heads=read.heads(up[:, plain:]),
+            out=read.linear(
+                f"{name}.o_proj",
+                rows=(config.hidden_size,),
+                columns=heads * value,
+                has_bias=self.has_bias("out"),
+            ),
+            is_interleaved=bool(config.values["rope_interleave"]),
+        )
+
+    def mlp(self, read: LayerReader, layer: int, name: str) -> FeedForward:
+        """A plain feed-forward in the first layers, experts in the others."""
+        values, hidden = self.config.values, self.config.hidden_size
+        if layer < int(values["first_k_dense_replace"]):
+            return super().mlp(read, layer, name)
+        self.activation(frozenset({"silu"}))
+        inner, num_shared = (
+            self._size("moe_intermediate_size"),
+            int(values["n_shared_experts"] or 0),
+        )
+        return MoE(
+            router=self.router(read, f"{name}.gate"),
+            experts=read.experts(
+                f"{name}.experts",
+                self._size("n_routed_experts"),
+                inner=inner,
+                columns=hidden,
+                names=("gate_proj", "up_proj", "down_proj"),
+            ),
+            shared=self.gated_mlp(read, f"{name}.shared_experts", inner * num_shared)
+            if num_shared
+            else None,
+        )
+
+    def router(self, read: LayerReader, name: str) -> GroupRouter:
+        """Sigmoids; a bias, by which training spread tokens evenly, takes part in the choice."""
+        values, num_experts = self.config.values, self._size("n_routed_experts")
+        return GroupRouter(
+            weight=read.scores(name, num_experts, self.config.hidden_size),
+            bias=read.float32(f"{name}.e_score_correction_bias", num_experts),
+            scoring="sigmoid",
+            top_k=self._size("num_experts_per_tok"),
+            num_groups=self._size("n_group"),
+            num_chosen_groups=self._size("topk_group"),
+            num_best=2,
+            is_normalized=bool(values["norm_topk_prob"]),
+            factor=float(values["routed_scaling_factor"]),
+        )
+
+    def _size(self, name: str) -> int:
+        return int(self.config.values[name])
+
+
+class DeepseekV2(DeepseekV3):
+    """Functions of a DeepSeek-V2; see `portalm.models.model.Model`."""
+
+    defaults = {
+        **DeepseekV3.defaults,
+        "first_k_dense_replace": 0,
+        "moe_intermediate_size": 1407,
+        "n_group": None,
+        "n_routed_experts": 64,
+        "n_shared_experts": 2,
+        "norm_topk_prob": False,
+        "routed_scaling_factor": 1.0,
+        "scoring_func": "softmax",
+        "topk_group": None,
+        "topk_method": "greedy",
+    }
+    reads = DeepseekV3.reads | {"mlp_bias"}
+    # weights that add up to 1: no published checkpoint has them, and published codes disagree on
+    # whether routed_scaling_factor applies then
+    routing = {
+        "scoring_func": ("softmax",),
+        "topk_method": ("greedy", "group_limited_greedy"),
+        "moe_layer_freq": (1,),
+        "norm_topk_prob": (False, None),
+    }
+
+    def router(self, read: LayerReader, name: str) -> GroupRouter:
+        """A softmax; a group is worth its best expert."""
+        values = self.config.values
+        has_groups = values["topk_method"] == "group_limited_greedy"
+        return GroupRouter(
+            weight=read.scores(name, self._size("n_routed_experts"), self.config.hidden_size),
+            scoring="softmax",
+            top_k=self._size("num_experts_per_tok"),
+            num_groups=self._size("n_group") if has_groups else 1,
+            num_chosen_groups=self._size("topk_group") if has_groups else 1,
+            num_best=1,
+            is_normalized=False,
+            factor=float(values["routed_scaling_factor"]),
+        )
+
+
+def _plain_first(heads: int, plain: int) -> RowOrder:
+    """All heads' rows that do not rotate, then all others: each part's heads side by side."""
+
+    def order(rows: torch.Tensor) -> torch.Tensor:
+        by_head = rows.view(heads, -1, *rows.shape[1:])
+        parts = (by_head[:, :plain], by_head[:, plain:])
+        return torch.cat([part.flatten(0, 1) for part in parts])
+
+    return order
+
+
+def _temperature(rope: RopeConfig) -> float:
+    """What yarn's mscale_all_dim makes of scores (Peng et al., "YaRN", 2023)."""
+    scaling = dict(rope.scaling)
+    weight, factor = scaling.get("mscale_all_dim"), scaling.get("factor")
+    if not weight or not factor or float(factor) <= 1:
+        return 1.0
+    return float((0.1 * float(weight) * math.log(float(factor)) + 1.0) ** 2)
