@@ -30,16 +30,15 @@ class Inbox:
 
     def put(self, delta: AnswerDelta) -> None:
         """One more."""
-        if len(self._deltas) < _MAX_DELTAS:
-            self._deltas.append(delta)
-            self._wake()
-            return
         answer = (delta.request_id, delta.index)
+        # also where there is room again: what comes later must not stand before it
         if (waiting := self._joined.get(answer)) is not None:
             waiting.take_up(delta)
-        else:
+            return
+        if len(self._deltas) >= _MAX_DELTAS:
             self._joined[answer] = delta
-            self._deltas.append(delta)
+        self._deltas.append(delta)
+        self._wake()
 
     def fail(self, error: PortaLMError) -> None:
         """No more will come: `get` raises `error` behind what came before."""

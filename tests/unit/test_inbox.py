@@ -70,6 +70,25 @@ def test_after_a_backlog_deltas_come_one_by_one_again() -> None:
     assert asyncio.run(run()) == [[100], [101]]
 
 
+def test_what_was_put_together_stays_in_order_when_there_is_room_again() -> None:
+    async def run() -> list[AnswerDelta]:
+        inbox = Inbox()
+        for number in range(70):  # from the 65th on they are one
+            inbox.put(delta(number))
+        for number in range(70, 73):
+            await inbox.get()
+            inbox.put(delta(number))
+        last = delta(73)
+        last.finish_reason = "length"
+        inbox.put(last)
+        return [await inbox.get() for _ in range(len(inbox._deltas))]
+
+    found = asyncio.run(run())
+
+    assert [i for one in found for i in one.token_ids] == list(range(3, 74))
+    assert [one.finish_reason for one in found].index("length") == len(found) - 1
+
+
 def test_an_error_comes_behind_what_came_before_it() -> None:
     async def run() -> None:
         inbox = Inbox()
