@@ -23,6 +23,7 @@ enum class Format : int {
   q8 = 3, q4 = 4, q4_min = 5,
   q8_x16 = 6, q4_x16 = 7, q4_min_x16 = 8, q8_16_x16 = 9,
   blocks = 10,  // of bfloat16, nearly exact; where that is not faster, bf16
+  q8_min_x16 = 11, q8_16_min_x16 = 12,
 };
 
 struct PackArgs {  // linear.h, linear_quantized.h

@@ -379,6 +379,8 @@ PORTALM_INLINE void with_quantized(Format format, const Body& body) {
     case Format::q4_x16: body(Chosen<Format::q4_x16>{}); break;
     case Format::q4_min_x16: body(Chosen<Format::q4_min_x16>{}); break;
     case Format::q8_16_x16: body(Chosen<Format::q8_16_x16>{}); break;
+    case Format::q8_min_x16: body(Chosen<Format::q8_min_x16>{}); break;
+    case Format::q8_16_min_x16: body(Chosen<Format::q8_16_min_x16>{}); break;
     case Format::blocks:
       if constexpr (kAsBlocks) body(Chosen<Format::blocks>{});
       break;

@@ -30,6 +30,8 @@ constexpr FormatShape kFormats[] = {
     {16, 8, 128, false, 14},  // Format::q8_16_x16
     // Format::blocks: 64 * 2^12 * 8160, the largest that bfloat16 gives a code of, is below 2^31
     {64, 16, 0, false, 12},
+    {32, 8, 0, true, 14},  // Format::q8_min_x16
+    {16, 8, 0, true, 14},  // Format::q8_16_min_x16
 };
 template <Format F>
 constexpr FormatShape kShape = kFormats[static_cast<int>(F) - static_cast<int>(Format::q8)];

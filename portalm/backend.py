@@ -86,8 +86,10 @@ class Experts:
     swiglu_alpha: float = 1.0
 
 
-QUANTIZED_FORMATS = {"int8": 32, "int4": 32, "int4_min": 32, "int8_g16": 16}
-"""Group sizes. int8: zero is 128; int4: zero is 8; int4_min: with minimums."""
+QUANTIZED_FORMATS = {
+    "int8": 32, "int8_g16": 16, "int8_min": 32, "int8_g16_min": 16, "int4": 32, "int4_min": 32
+}  # fmt: skip
+"""Group sizes. int8: zero is 128; int4: zero is 8; min: with minimums."""
 
 
 # -- what a backend says of itself ------------------------------------------------------------

@@ -40,9 +40,11 @@ from portalm_backends.portable import host_memory, kv_codes, sampling
 from portalm_backends.portable.backend import TorchBackend
 
 _DTYPES = frozenset(cache.DTYPES)
-_EXACT_FORMATS = {"int8": 6, "int4": 7, "int4_min": 8, "int8_g16": 9}
+_EXACT_FORMATS = {
+    "int8": 6, "int4": 7, "int4_min": 8, "int8_g16": 9, "int8_min": 11, "int8_g16_min": 12
+}  # fmt: skip
 """Numbers of a checkpoint's own codes (Format in csrc_cpu/kernels.h): activations of 15 bits."""
-_ROUNDED_FORMATS = {"int8": 3, "int4": 4, "int4_min": 5, "int8_g16": 9}
+_ROUNDED_FORMATS = _EXACT_FORMATS | {"int8": 3, "int4": 4, "int4_min": 5}
 """Numbers of what a weight is rounded to: activations of 8 bits, where that is faster."""
 
 

@@ -105,13 +105,16 @@ def few_bits(weight: QuantizedWeight, k: int | None = None) -> FewBitWeight:
     codes = weight.codes.view(rows, columns // group, group).transpose(
         0, 1
     )  # [K / group, N, group]
-    codes = codes - weight.zero  # uint8 wraps around: two's complement
+    minimums, zero = weight.minimums, weight.zero
+    if bits == 8 and minimums is not None:  # codes have a sign there
+        minimums, zero = minimums + 128 * weight.scales, 128
+    codes = codes - zero  # uint8 wraps around: two's complement
     if bits == 4:
         codes = (codes[..., 0::2] & 15) | (codes[..., 1::2] << 4)
     return FewBitWeight(
         codes=codes.contiguous().view(torch.int8),
         scales=_by_group(weight.scales),
-        minimums=None if weight.minimums is None else _by_group(weight.minimums),
+        minimums=None if minimums is None else _by_group(minimums),
         bits=bits,
         group=group,
         k=columns if k is None else k,

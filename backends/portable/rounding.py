@@ -23,9 +23,10 @@ def round_to(weight: torch.Tensor, format: str) -> QuantizedWeight:
         raise ValueError(f"{format} has groups of {group} columns: {columns} are not whole groups")
     parts = weight.float().view(rows, columns // group, group)
     minimums = None
-    if format == "int4_min":
+    if format.endswith("_min"):
         minimums = _half(parts.amin(dim=-1))
-        scales, zero, largest = (parts.amax(dim=-1) - minimums) / 15, 0, 15
+        largest = 255 if format.startswith("int8") else 15
+        scales, zero = (parts.amax(dim=-1) - minimums) / largest, 0
     elif format == "int4":
         place = parts.abs().argmax(dim=-1, keepdim=True)
         scales, zero, largest = parts.gather(-1, place)[..., 0] / -8, 8, 15

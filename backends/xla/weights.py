@@ -61,8 +61,8 @@ def pack(
 def _signed(weight: QuantizedWeight) -> npt.NDArray[Any]:
     """The codes [N, K] less their zero, in as many bits as they have."""
     codes = weight.codes.numpy()
-    if weight.minimums is not None and weight.format.startswith("int4"):
-        return codes.astype(ml_dtypes.uint4)
+    if weight.minimums is not None:
+        return codes.astype(ml_dtypes.uint4) if weight.format.startswith("int4") else codes
     signed = (codes.astype(np.int16) - weight.zero).astype(np.int8)
     return signed.astype(ml_dtypes.int4) if weight.format.startswith("int4") else signed
 

@@ -61,6 +61,7 @@ int main() {
       {"bf16", Format::bf16, 1e-11},      {"blocks", Format::blocks, 3e-8},
       {"q8", Format::q8, 1e-4},           {"q4", Format::q4, 2e-2},
       {"q4_min", Format::q4_min, 1.5e-2}, {"q8_16_x16", Format::q8_16_x16, 1e-4},
+      {"q8_min", Format::q8_min_x16, 1e-4}, {"q8_16_min", Format::q8_16_min_x16, 1e-4},
   };
   bool is_right = true;
   for (const auto& one : cases)

@@ -34,6 +34,9 @@ class Inbox:
         # also where there is room again: what comes later must not stand before it
         if (waiting := self._joined.get(answer)) is not None:
             waiting.take_up(delta)
+            if waiting.is_last:  # of its request: the other answers' stand before it
+                self._deltas.remove(waiting)
+                self._deltas.append(waiting)
             return
         if len(self._deltas) >= _MAX_DELTAS:
             self._joined[answer] = delta

@@ -138,7 +138,7 @@ def grouped(
     scales = scales.float()
     group = codes.shape[1] // scales.shape[1]
     half = 1 << (bits - 1)
-    if group % QUANTIZED_FORMATS["int4"] or (bits == 8 and zeros is not None):
+    if group % QUANTIZED_FORMATS["int4"]:
         return widened(codes, scales, half if zeros is None else zeros)
     repeats = group // QUANTIZED_FORMATS["int4"]
     repeated = scales.repeat_interleave(repeats, dim=1)
@@ -147,7 +147,10 @@ def grouped(
         return QuantizedWeight(format=name, codes=codes.contiguous(), scales=repeated, zero=half)
     minimums = (-scales * zeros).repeat_interleave(repeats, dim=1)
     return QuantizedWeight(
-        format="int4_min", codes=codes.contiguous(), scales=repeated, minimums=minimums
+        format="int4_min" if bits == 4 else "int8_min",
+        codes=codes.contiguous(),
+        scales=repeated,
+        minimums=minimums,
     )
 
 

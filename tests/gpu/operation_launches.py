@@ -106,6 +106,8 @@ def _products() -> dict[str, dict[str, Any]]:
         ("int4_min", 4, 32, True),
         ("int8", 8, 32, False),
         ("int8_g16", 8, 16, False),
+        ("int8_min", 8, 32, True),
+        ("int8_g16_min", 8, 16, True),
         ("bf16 into float32", 16, matmul._PLAIN_GROUP, False),
     ):
         types = {

@@ -123,7 +123,7 @@ def test_a_wrong_number_of_columns_is_refused() -> None:
 
 
 @pytest.mark.parametrize("format, bound", [("int8", 3e-5), ("int8_g16", 3e-5), ("int4", 8e-3),
-                                           ("int4_min", 7e-3)])  # fmt: skip
+                                           ("int4_min", 7e-3), ("int8_min", 3e-5)])  # fmt: skip
 def test_rounding_loses_what_the_bits_leave(format: str, bound: float) -> None:
     weight = normal(64, 96)
 
@@ -164,7 +164,8 @@ def test_packed_weights_take_the_bits_they_claim(format: str) -> None:
     assert isinstance(packed, weights.FewBitWeight)
     tensors = (packed.codes, packed.scales, packed.minimums)
     num_bytes = sum(t.numel() * t.element_size() for t in tensors if t is not None)
-    per_weight = {"int8": 8.5, "int8_g16": 9.0, "int4": 4.5, "int4_min": 5.0}[format]
+    bits = {"int8": 8.5, "int8_g16": 9.0, "int8_min": 9.0, "int8_g16_min": 10.0}
+    per_weight = {**bits, "int4": 4.5, "int4_min": 5.0}[format]
     assert num_bytes * 8 == per_weight * 64 * 512
 
 

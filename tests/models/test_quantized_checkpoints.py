@@ -234,6 +234,11 @@ CASES = {
         {"quant_method": "gptq", "bits": 4, "desc_act": True},
         None,
     ),
+    "gptq of 8 bits with zeros": Case(
+        lambda shape: gptq(shape, bits=8, has_zeros=True),
+        {"quant_method": "gptq", "bits": 8},
+        "int8_min",
+    ),
     "gptq of 8 bits": Case(
         lambda shape: gptq(shape, bits=8), {"quant_method": "gptq", "bits": 8}, "int8"
     ),

@@ -206,7 +206,15 @@ def test_whole_numbers_come_out_exactly(backend, format):
 
 
 @pytest.mark.parametrize(
-    ("format", "most"), [("int8", 1e-4), ("int8_g16", 1e-4), ("int4", 1.2e-2), ("int4_min", 9e-3)]
+    ("format", "most"),
+    [
+        ("int8", 1e-4),
+        ("int8_g16", 1e-4),
+        ("int8_min", 1e-4),
+        ("int8_g16_min", 1e-4),
+        ("int4", 1.2e-2),
+        ("int4_min", 9e-3),
+    ],
 )
 def test_rounding_loses_what_its_bits_must(backend, format, most):
     weight, identity = normal((64, 160), seed=1), torch.eye(160)

@@ -9,7 +9,7 @@ import pytest
 from portalm.engine.inbox import Inbox
 from portalm.engine.output_processor import AnswerDelta
 from portalm.errors import EngineDead
-from portalm.outputs import RequestMetrics
+from portalm.outputs import RequestMetrics, RequestOutput
 
 
 def delta(number: int, index: int = 0) -> AnswerDelta:
@@ -87,6 +87,27 @@ def test_what_was_put_together_stays_in_order_when_there_is_room_again() -> None
 
     assert [i for one in found for i in one.token_ids] == list(range(3, 74))
     assert [one.finish_reason for one in found].index("length") == len(found) - 1
+
+
+def test_the_end_of_a_request_comes_behind_all_of_its_answers() -> None:
+    async def run() -> list[AnswerDelta]:
+        inbox = Inbox()
+        for number in range(64):
+            inbox.put(delta(number))
+        inbox.put(delta(64, index=1))
+        inbox.put(delta(65, index=0))
+        last = delta(66, index=1)
+        last.finish_reason = "length"
+        last.final = RequestOutput(
+            request_id="a", prompt=None, prompt_token_ids=[1], outputs=[], finished=True
+        )
+        inbox.put(last)
+        return [await inbox.get() for _ in range(len(inbox._deltas))]
+
+    *before, last = asyncio.run(run())
+
+    assert last.is_last and last.token_ids == [64, 66]
+    assert [i for one in before for i in one.token_ids] == [*range(64), 65]
 
 
 def test_an_error_comes_behind_what_came_before_it() -> None:

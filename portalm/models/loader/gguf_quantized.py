@@ -1,12 +1,13 @@
 """GGUF's integer formats as `QuantizedWeight`s: codes, scales and minimums, nothing lost.
 
-Layouts: ggml-common.h and ggml-quants.c of ggml. Formats that are not integers times a scale by
-groups (the I-quants), or have minimums under codes of more than 4 bits, are dequantised instead.
+Layouts: ggml-common.h and ggml-quants.c of ggml. The I-quants and their kin name points of a grid:
+those points are whole numbers of at most 8 bits, so what a point stands for is its code here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,7 @@ from portalm.backend import QuantizedWeight
 
 Bytes = npt.NDArray[np.uint8]
 """[rows, bytes a row]"""
+Floats = npt.NDArray[np.float32]
 
 
 def as_quantized(kind: int, blocks: Bytes, shape: tuple[int, ...]) -> QuantizedWeight | None:
@@ -26,11 +28,15 @@ def as_quantized(kind: int, blocks: Bytes, shape: tuple[int, ...]) -> QuantizedW
         blocks: its bytes as they are in the file.
         shape: [N, K]
     """
+    if len(shape) != 2:
+        return None
+    if kind in _GRIDS:
+        return _points(kind, blocks, shape)
     read = _FORMATS.get(kind)
-    return None if read is None or len(shape) != 2 else read(blocks, shape)
+    return None if read is None else read(blocks, shape)
 
 
-def _float16(raw: Bytes) -> npt.NDArray[np.float32]:
+def _float16(raw: Bytes) -> Floats:
     return np.ascontiguousarray(raw).view(np.float16).astype(np.float32)[..., 0]
 
 
@@ -43,10 +49,10 @@ def _weight(
     format: str,
     shape: tuple[int, ...],
     codes: Bytes,
-    scales: npt.NDArray[np.float32],
+    scales: Floats,
     *,
     zero: int = 0,
-    minimums: npt.NDArray[np.float32] | None = None,
+    minimums: Floats | None = None,
 ) -> QuantizedWeight:
     rows = shape[0]
     return QuantizedWeight(
@@ -97,17 +103,20 @@ def _q8_0(blocks: Bytes, shape: tuple[int, ...]) -> QuantizedWeight:
 def _q4_k(blocks: Bytes, shape: tuple[int, ...]) -> QuantizedWeight:
     """144 bytes for 256: d, dmin, 8 scales and 8 minimums of 6 bits, nibbles in runs of 64."""
     block = blocks.reshape(shape[0], -1, 144)
+    scales, minimums = _steps_of_k(block)
+    runs = block[..., 16:].reshape(*block.shape[:2], 4, 32)
+    return _weight("int4_min", shape, _nibbles(runs), scales, minimums=minimums)
+
+
+def _steps_of_k(block: Bytes) -> tuple[Floats, Floats]:
+    """Scales and minimums, 8 of each, of Q4_K's and Q5_K's blocks."""
     packed = block[..., 4:16]
     first, second, third = packed[..., 0:4], packed[..., 4:8], packed[..., 8:12]
     scales = np.concatenate([first & 63, (third & 0x0F) | (first >> 6) << 4], axis=-1)
     minimums = np.concatenate([second & 63, third >> 4 | (second >> 6) << 4], axis=-1)
-    runs = block[..., 16:].reshape(*block.shape[:2], 4, 32)
-    return _weight(
-        "int4_min",
-        shape,
-        _nibbles(runs),
+    return (
         _float16(block[..., 0:2])[..., None] * scales,
-        minimums=-_float16(block[..., 2:4])[..., None] * minimums,
+        -_float16(block[..., 2:4])[..., None] * minimums,
     )
 
 
@@ -124,12 +133,179 @@ def _q6_k(blocks: Bytes, shape: tuple[int, ...]) -> QuantizedWeight:
     return _weight("int8_g16", shape, np.add(codes, 96, dtype=np.uint8), scales, zero=128)
 
 
+def _q5_1(blocks: Bytes, shape: tuple[int, ...]) -> QuantizedWeight:
+    """24 bytes for 32: d, m, the fifth bits, nibbles; w = d * q + m."""
+    block = blocks.reshape(shape[0], -1, 24)
+    fifth = np.unpackbits(np.ascontiguousarray(block[..., 4:8]), axis=-1, bitorder="little")
+    codes = _nibbles(block[..., 8:])
+    codes |= np.left_shift(fifth, 4, dtype=np.uint8)
+    minimums = _float16(block[..., 2:4])
+    return _weight("int8_min", shape, codes, _float16(block[..., :2]), minimums=minimums)
+
+
+def _q2_k(blocks: Bytes, shape: tuple[int, ...]) -> QuantizedWeight:
+    """84 bytes for 256: 16 nibbles of scale and minimum, pairs of bits in runs of 128, d, dmin."""
+    block = blocks.reshape(shape[0], -1, 84)
+    steps = block[..., :16]
+    runs = block[..., 16:80].reshape(*block.shape[:2], 2, 32)
+    codes = np.stack([runs >> shift & 3 for shift in (0, 2, 4, 6)], axis=-2)
+    return _weight(
+        "int8_g16_min",
+        shape,
+        codes,
+        _float16(block[..., 80:82])[..., None] * (steps & 0x0F),
+        minimums=-_float16(block[..., 82:84])[..., None] * (steps >> 4),
+    )
+
+
+def _q5_k(blocks: Bytes, shape: tuple[int, ...]) -> QuantizedWeight:
+    """176 bytes for 256: as Q4_K, and the fifth bits of each run of 32 before the nibbles."""
+    block = blocks.reshape(shape[0], -1, 176)
+    scales, minimums = _steps_of_k(block)
+    fifth = block[..., 16:48]
+    codes = _nibbles(block[..., 48:].reshape(*block.shape[:2], 4, 32))
+    codes = codes.reshape(*block.shape[:2], 8, 32)
+    codes |= np.stack([(fifth >> run & 1) << 4 for run in range(8)], axis=-2)
+    return _weight("int8_min", shape, codes, scales, minimums=minimums)
+
+
+# -- points of grids --------------------------------------------------------------------------
+
+
+def _times(d: Floats, steps: npt.NDArray[Any]) -> Floats:
+    """Scales [rows, blocks, groups]: of blocks, times their groups' steps."""
+    scales: Floats = (d[..., None] * steps).astype(np.float32)
+    return scales
+
+
+def _both(packed: Bytes) -> Bytes:
+    """[..., n] -> [..., 2 n]: low nibble, high nibble, of each byte in turn."""
+    return np.stack([packed & 0x0F, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)
+
+
+def _words(raw: Bytes, dtype: type[np.unsignedinteger[Any]]) -> npt.NDArray[np.int64]:
+    return np.ascontiguousarray(raw).view(dtype).astype(np.int64)
+
+
+def _iq2_xxs(block: Bytes) -> Floats:
+    steps = _words(block[..., 2:66], np.uint32)[..., 1::2] >> 28
+    return _times(_float16(block[..., :2]), (0.5 + steps) / 4)
+
+
+def _iq2_xs(block: Bytes) -> Floats:
+    return _times(_float16(block[..., :2]), (0.5 + _both(block[..., 66:74])) / 4)
+
+
+def _iq2_s(block: Bytes) -> Floats:
+    return _times(_float16(block[..., :2]), (0.5 + _both(block[..., 74:82])) / 4)
+
+
+def _iq3_xxs(block: Bytes) -> Floats:
+    return _times(
+        _float16(block[..., :2]), (0.5 + (_words(block[..., 66:98], np.uint32) >> 28)) / 2
+    )
+
+
+def _iq3_s(block: Bytes) -> Floats:
+    return _times(_float16(block[..., :2]), 1.0 + 2.0 * _both(block[..., 106:110]))
+
+
+def _iq1_s(block: Bytes) -> Floats:
+    """Of eighths: points lie an eighth beside whole numbers."""
+    steps = _words(block[..., 34:50], np.uint16) >> 12 & 7
+    return _times(_float16(block[..., :2]), (2 * steps + 1) / 8)
+
+
+def _iq1_m(block: Bytes) -> Floats:
+    """Of eighths; d is in the highest nibbles of four words of steps."""
+    words = _words(block[..., 48:56], np.uint16)
+    bits = sum(words[..., i] >> 12 << 4 * i for i in range(4))
+    d = np.asarray(bits, np.uint16).view(np.float16).astype(np.float32)
+    steps = np.stack([words >> shift & 7 for shift in (0, 3, 6, 9)], axis=-1)
+    return _times(d, (2 * steps.reshape(*words.shape[:-1], 16) + 1) / 8)
+
+
+def _iq4_nl(block: Bytes) -> Floats:
+    return _float16(block[..., :2])
+
+
+def _iq4_xs(block: Bytes) -> Floats:
+    high = _words(block[..., 2:4], np.uint16)
+    high = np.concatenate([high >> 2 * run & 3 for run in range(8)], axis=-1)
+    return _times(_float16(block[..., :2]), (_both(block[..., 4:8]) | high << 4) - 32)
+
+
+def _q3_k(block: Bytes) -> Floats:
+    packed = block[..., 96:108].astype(np.int64)
+    low = np.concatenate([packed[..., :8] & 0x0F, packed[..., :8] >> 4], axis=-1)
+    high = np.concatenate([packed[..., 8:] >> shift & 3 for shift in (0, 2, 4, 6)], axis=-1)
+    return _times(_float16(block[..., 108:110]), (low | high << 4) - 32)
+
+
+def _tq1_0(block: Bytes) -> Floats:
+    return _times(_float16(block[..., 52:54]), np.ones(8))
+
+
+def _tq2_0(block: Bytes) -> Floats:
+    return _times(_float16(block[..., 64:66]), np.ones(8))
+
+
+def _mxfp4(block: Bytes) -> Floats:
+    """Powers of two; points are twice the values of e2m1 (OCP, "Microscaling formats", 2023)."""
+    scales: Floats = np.ldexp(np.float32(1), block[..., 0].astype(np.int32) - 128)
+    return scales
+
+
+_GRIDS: dict[int, tuple[str, int, Callable[[Bytes], Floats]]] = {
+    11: ("int8_g16", 110, _q3_k),
+    16: ("int8", 66, _iq2_xxs),
+    17: ("int8_g16", 74, _iq2_xs),
+    18: ("int8", 98, _iq3_xxs),
+    19: ("int8", 50, _iq1_s),
+    20: ("int8", 18, _iq4_nl),
+    21: ("int8", 110, _iq3_s),
+    22: ("int8_g16", 82, _iq2_s),
+    23: ("int8", 136, _iq4_xs),
+    29: ("int8_g16", 56, _iq1_m),
+    34: ("int8", 54, _tq1_0),
+    35: ("int8", 66, _tq2_0),
+    39: ("int8", 17, _mxfp4),
+}
+"""By the value of gguf.GGMLQuantizationType: format, bytes of a block, scales [rows, K / group] of
+blocks [rows, blocks, bytes]."""
+
+_ROWS_AT_A_TIME = 4096
+"""Rows whose points are looked up at once: several float32 arrays as large live meanwhile."""
+
+
+def _points(kind: int, blocks: Bytes, shape: tuple[int, ...]) -> QuantizedWeight:
+    """What the points stand for, and their scales."""
+    from gguf import GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    format, block_bytes, scales_of = _GRIDS[kind]
+    rows, columns = shape
+    scales = scales_of(blocks.reshape(rows, -1, block_bytes)).astype(np.float32).reshape(rows, -1)
+    codes = np.empty(shape, np.uint8)
+    for start in range(0, rows, _ROWS_AT_A_TIME):
+        part = slice(start, start + _ROWS_AT_A_TIME)
+        values = dequantize(blocks[part], GGMLQuantizationType(kind))
+        divisors = np.where(scales[part] == 0, 1, scales[part])[..., None]
+        with np.errstate(invalid="ignore"):  # a scale that is no number has a weight that is none
+            points = np.nan_to_num(values.reshape(*scales[part].shape, -1) / divisors)
+        codes[part] = (np.rint(points) + 128).clip(0, 255).reshape(-1, columns)
+    return _weight(format, shape, codes, scales, zero=128)
+
+
 _FORMATS: dict[int, Callable[[Bytes, tuple[int, ...]], QuantizedWeight]] = {
     2: _q4_0,
     3: _q4_1,
     6: _q5_0,
+    7: _q5_1,
     8: _q8_0,
+    10: _q2_k,
     12: _q4_k,
+    13: _q5_k,
     14: _q6_k,
 }
 """By the value of gguf.GGMLQuantizationType."""
