@@ -91,9 +91,9 @@ def allocate(
         layers = [jnp.empty(shape, dtype, device=device) for _ in range(spec.num_layers)]
         if spec.dtype not in _CODE_DTYPES:
             return tuple(layers)
-        shape = (num_blocks, spec.num_kv_heads, 2 * spec.block_size)
+        scales = (num_blocks, spec.num_kv_heads, 2 * spec.block_size)
         return tuple(
-            CodedLayer(codes, jnp.empty(shape, jnp.float32, device=device)) for codes in layers
+            CodedLayer(codes, jnp.empty(scales, jnp.float32, device=device)) for codes in layers
         )
     except jax.errors.JaxRuntimeError as error:
         size = num_blocks * bytes_per_block(spec, is_tpu=is_tpu)
@@ -194,7 +194,8 @@ def _dtype(spec: KVSpec) -> jnp.dtype:
             f"the XLA backend stores keys and values as {', '.join(sorted(KV_DTYPES))}, "
             f"not {spec.dtype}"
         )
-    return jnp.dtype(_CODE_DTYPES.get(spec.dtype, spec.dtype))
+    dtype: jnp.dtype = jnp.dtype(_CODE_DTYPES.get(spec.dtype, spec.dtype))
+    return dtype
 
 
 # -- as the backend holds it ------------------------------------------------------------------

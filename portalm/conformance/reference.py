@@ -87,7 +87,8 @@ def kept_in_codes(x: npt.NDArray[np.float32], dtype: str) -> tuple[Array, Array]
 def _to_bits(x: Array, count: int) -> Array:
     """`x` rounded to so many significant bits, ties to even."""
     fraction, exponent = np.frexp(x)
-    return np.ldexp(np.rint(np.ldexp(fraction, count)), exponent - count)
+    rounded: Array = np.ldexp(np.rint(np.ldexp(fraction, count)), exponent - count)
+    return rounded
 
 
 def encoder_attention(query: Array, key: Array, value: Array, spec: AttentionSpec) -> Array:
