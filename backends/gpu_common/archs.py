@@ -15,22 +15,18 @@ class Arch:
     """One that people know."""
     warp_size: int
     """Threads that run in step."""
-    fp8: frozenset[str] = frozenset()
-    """8-bit floats that its kernels take, by torch's names."""
 
-
-_OCP = frozenset({"float8_e4m3fn", "float8_e5m2"})
 
 CUDA = {
     arch.name: arch
     for arch in (
         Arch(name="sm_80", product="A100", warp_size=32),
         Arch(name="sm_86", product="A10", warp_size=32),
-        Arch(name="sm_89", product="L40S", warp_size=32, fp8=_OCP),
-        Arch(name="sm_90", product="H100, H200", warp_size=32, fp8=_OCP),
-        Arch(name="sm_100", product="B200", warp_size=32, fp8=_OCP),
-        Arch(name="sm_103", product="B300", warp_size=32, fp8=_OCP),
-        Arch(name="sm_120", product="RTX PRO 6000", warp_size=32, fp8=_OCP),
+        Arch(name="sm_89", product="L40S", warp_size=32),
+        Arch(name="sm_90", product="H100, H200", warp_size=32),
+        Arch(name="sm_100", product="B200", warp_size=32),
+        Arch(name="sm_103", product="B300", warp_size=32),
+        Arch(name="sm_120", product="RTX PRO 6000", warp_size=32),
     )
 }
 """Compute capability 8.0 and newer: older ones have no bfloat16."""
@@ -39,13 +35,9 @@ ROCM = {
     arch.name: arch
     for arch in (
         Arch(name="gfx90a", product="MI210, MI250", warp_size=64),
-        Arch(
-            name="gfx942",
-            product="MI300X, MI325X",
-            warp_size=64,
-        ),  # its 8-bit floats are of another kind (fnuz) than checkpoints'
-        Arch(name="gfx950", product="MI350X", warp_size=64, fp8=_OCP),
+        Arch(name="gfx942", product="MI300X, MI325X", warp_size=64),
+        Arch(name="gfx950", product="MI350X", warp_size=64),
         Arch(name="gfx1100", product="RX 7900", warp_size=32),
-        Arch(name="gfx1201", product="RX 9070", warp_size=32, fp8=_OCP),
+        Arch(name="gfx1201", product="RX 9070", warp_size=32),
     )
 }

@@ -53,7 +53,7 @@ class GpuBackend(TorchBackend):
         _import_kernels()
         self.arch = known_arch(gpu.arch, self.archs)
         self._fp8 = fp8.dtype_of(gpu.handle)
-        self.capabilities = capabilities(self.arch, has_fp8_products=self._fp8 is not None)
+        self.capabilities = capabilities(has_fp8_products=self._fp8 is not None)
         self._gpu = gpu
         self._native: native.NativeKernels | None = None
         if gpu.runs_native and native.missing(self.native_name, gpu.arch) is None:
@@ -294,8 +294,8 @@ def known_arch(name: str, archs: dict[str, Arch]) -> Arch:
     return archs[name]
 
 
-def capabilities(arch: Arch, *, has_fp8_products: bool) -> Capabilities:
-    """What this folder's kernels do on `arch`, and torch's products there."""
+def capabilities(*, has_fp8_products: bool) -> Capabilities:
+    """What this folder's kernels do on any architecture, and torch's products on this one."""
     return Capabilities(
         dtypes=cache.DTYPES,
         kv_dtypes=cache.KV_DTYPES,

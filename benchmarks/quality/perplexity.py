@@ -1,13 +1,15 @@
-"""Perplexity of the default model on a bundled text, by how its weights are kept.
+"""Perplexity of the default model on a bundled text, by how its weights and its keys are kept.
 
     python benchmarks/quality/perplexity.py [--model NAME] [--quantizations none,auto,int8,int4]
+                                            [--kv-cache-dtypes auto,int8,fp8]
 
 The text is the beginning of "Alice's Adventures in Wonderland" (Carroll, 1865, public domain), in
 windows of 512 tokens. `none` computes in bfloat16, the checkpoint dequantised if need be.
 
 The default model comes in 4 bits, which rounding to 4 bits would find again at no cost. So a second
 table rounds weights that are not on that grid: the same plus uniform noise of up to half a step,
-as far from it as those that it was once rounded from.
+as far from it as those that it was once rounded from. The last table keeps the weights as they are
+and rounds keys and values.
 """
 
 from __future__ import annotations
@@ -53,22 +55,28 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument("--quantizations", default="none,auto,int8,int4")
+    parser.add_argument("--kv-cache-dtypes", default="auto,int8,fp8")
     args = parser.parse_args()
-    names = args.quantizations.split(",")
-    print_table(names, model=args.model)
-    if args.model == DEFAULT_MODEL:
+    names = [name for name in args.quantizations.split(",") if name]
+    print_table("quantization", names, model=args.model)
+    if names and args.model == DEFAULT_MODEL:
         print("off the grid:")
         with tempfile.TemporaryDirectory() as folder:
             write_off_grid(Path(folder))
-            print_table([n for n in names if n != "auto"], model=folder, tokenizer=DEFAULT_MODEL)
+            names = [name for name in names if name != "auto"]
+            print_table("quantization", names, model=folder, tokenizer=DEFAULT_MODEL)
+    print("keys and values:")
+    names = args.kv_cache_dtypes.split(",")
+    print_table("kv_cache_dtype", names, model=args.model, quantization="none")
 
 
-def print_table(names: list[str], **settings: Any) -> None:
-    """Perplexity for each quantization, and by how much it is above the first one's."""
+def print_table(setting: str, names: list[str], **settings: Any) -> None:
+    """Perplexity for each value of a setting, and by how much it is above the first one's."""
     text = TEXT.read_text()
     base = None
     for name in names:
-        llm = LLM(device="cpu", dtype="bfloat16", quantization=name, use_tqdm=False, **settings)
+        values = {"device": "cpu", "dtype": "bfloat16", **settings, setting: name}
+        llm = LLM(use_tqdm=False, **values)
         value = perplexity(llm, text)
         base = base or value
         print(f"{name:6s} {value:8.4f}  {100 * (value / base - 1):+6.2f} %", flush=True)

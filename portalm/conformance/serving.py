@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from portalm.backend import KV, SampleOutput, StepFn, StepInputs, Weights
+from portalm.backend import (
+    KV,
+    SCALED_KV_DTYPES,
+    SampleOutput,
+    StepFn,
+    StepInputs,
+    Weights,
+)
 from portalm.conformance.check import Check, CheckFailed, Named
 from portalm.conformance.subject import Subject
 from portalm.conformance.tiny import ask, finish, prompts, tiny_engine, tokens
@@ -45,11 +52,14 @@ def _require_same(
 
 def check_preemption(subject: Subject, case: Named) -> None:
     """Preempted and resumed requests give the same tokens."""
-    expected, _ = _answers(subject, case.name, 60, enable_prefix_caching=False)
+    kind = case.name
+    settings: dict[str, Any] = {"enable_prefix_caching": False}
+    if case.name in SCALED_KV_DTYPES:
+        subject.needs_kv_dtype(case.name)
+        kind, settings = "greedy", {**settings, "kv_cache_dtype": case.name}
+    expected, _ = _answers(subject, kind, 60, **settings)
     blocks = 256 // subject.block_size + 2
-    actual, engine = _answers(
-        subject, case.name, 60, enable_prefix_caching=False, num_gpu_blocks_override=blocks
-    )
+    actual, engine = _answers(subject, kind, 60, num_gpu_blocks_override=blocks, **settings)
     if engine.stats().preemptions_total == 0:
         raise CheckFailed("nothing was preempted: the pool was too large for this check")
     _require_same(subject, "after preemption", actual, expected)
@@ -152,7 +162,12 @@ def check_failure(subject: Subject, case: Named) -> None:
 
 
 CHECKS = (
-    Check("L4", "preempt and resume", check_preemption, _KINDS),
+    Check(
+        "L4",
+        "preempt and resume",
+        check_preemption,
+        (*_KINDS, Named("int8")),
+    ),
     Check("L4", "prefix hit", check_prefix_hit, _KINDS),
     Check("L4", "alone or in a batch", check_alone, _KINDS),
     Check("L4", "abort frees blocks", check_abort),

@@ -37,6 +37,20 @@ def test_the_default_computes_in_the_files_own_bits() -> None:
     assert logprob != expected_logprob  # other weights: these were not dequantised
 
 
+def test_keys_and_values_of_8_bits_begin_the_same_answer() -> None:
+    """The same first tokens as from those of 16 bits, and nearly the same certainty."""
+    params = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, logprobs=0)
+    answers = {}
+    for dtype in ("bfloat16", "int8"):
+        llm = LLM(device="cpu", dtype="bfloat16", kv_cache_dtype=dtype, use_tqdm=False)
+        answers[dtype] = llm.generate("The capital of France is", params, use_tqdm=False)[0]
+
+    exact, rounded = (answer.outputs[0] for answer in answers.values())
+    assert rounded.token_ids == exact.token_ids
+    assert rounded.cumulative_logprob == pytest.approx(exact.cumulative_logprob, abs=0.4)
+    assert rounded.cumulative_logprob != exact.cumulative_logprob
+
+
 def test_a_backend_without_it_says_so() -> None:
     with pytest.raises(Unsupported, match="reference"):
         LLM(device="reference", quantization="int8", use_tqdm=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from portalm.backend import AttentionSpec, KVSpec, StepMeta
+from portalm.backend import SCALED_KV_DTYPES, AttentionSpec, KVSpec, StepMeta
 from portalm.errors import BackendError
 from portalm_backends.cpu.backend import CpuBackend
+from portalm_backends.portable import kv_codes
 
 native = pytest.importorskip("portalm_backends._cpu")
 
@@ -231,7 +233,8 @@ def run(backend, case: Case, kv_dtype: str, *, num_layers=2, layer=1) -> torch.T
     tables = tables_of(case.seq_lens, case.block_size)
     num_blocks = max(max(table, default=0) for table in tables) + 2
     kv = backend.kv_alloc(spec, num_blocks)
-    kv.data.fill_(float("nan"))
+    # of codes: scales that are NaN
+    kv.data.fill_(0xFF if kv_dtype in SCALED_KV_DTYPES else float("nan"))
     for table, key, value in zip(tables, case.keys, case.values, strict=True):
         token = np.arange(len(key))
         slots = np.array(table)[token // case.block_size] * case.block_size
@@ -242,13 +245,19 @@ def run(backend, case: Case, kv_dtype: str, *, num_layers=2, layer=1) -> torch.T
     return backend.attend(kv, layer, case.query, meta, case.spec)
 
 
+def stored(x: torch.Tensor, kv_dtype: str) -> np.ndarray:
+    """What a cache makes of keys or values."""
+    if kv_dtype in SCALED_KV_DTYPES:
+        return f64(kv_codes.dequantize(*kv_codes.quantize(x, kv_dtype)))
+    return f64(x.to(DTYPES[kv_dtype]))
+
+
 def expected_of(case: Case, kv_dtype: str) -> np.ndarray:
     group = case.spec.num_heads // case.spec.num_kv_heads
     out = np.zeros(case.query.shape)
     row = 0
     for i, (query_len, seq_len) in enumerate(zip(case.query_lens, case.seq_lens, strict=True)):
-        key = f64(case.keys[i].to(DTYPES[kv_dtype]))
-        value = f64(case.values[i].to(DTYPES[kv_dtype]))
+        key, value = stored(case.keys[i], kv_dtype), stored(case.values[i], kv_dtype)
         for position in range(seq_len - query_len, seq_len):
             first = max(0, position + 1 - (case.spec.sliding_window or seq_len))
             for head in range(case.spec.num_heads):
@@ -305,6 +314,27 @@ def test_attention_takes_block_sizes_that_are_powers_of_2(backend, block_size, k
     check(backend, make_case(*BATCHES["mixed"], block_size=block_size), "float32", kv_dtype)
 
 
+@pytest.mark.parametrize("kv_dtype", SCALED_KV_DTYPES)
+@pytest.mark.parametrize(
+    ("batch", "shape"),
+    [
+        ("mixed", {"heads": (9, 3)}),
+        ("long decode", {"head_size": 24, "block_size": 8}),
+        ("long prefill", {"head_size": 80, "block_size": 64, "heads": (8, 1)}),
+        ("chunked prefill", {"head_size": 256, "block_size": 128}),
+        ("with pad requests", {"window": 7, "block_size": 8}),
+        ("long decode", {"window": 300, "heads": (4, 4), "dtype": "bfloat16"}),
+    ],
+    ids=str,
+)
+def test_codes_of_8_bits_are_attended_to_as_what_they_stand_for(backend, batch, shape, kv_dtype):
+    case = make_case(*BATCHES[batch], **shape)
+    for x in (*case.keys, *case.values):  # each token and head of a size of its own
+        x *= torch.exp2(torch.arange(x[..., 0].numel()) % 5 - 2).view(x.shape[:2])[..., None]
+
+    check(backend, case, shape.get("dtype", "float32"), kv_dtype)
+
+
 @pytest.mark.parametrize("kv_dtype", DTYPES)
 @pytest.mark.parametrize("window", [1, 2, 7, 16, 63, 64, 300])
 @pytest.mark.parametrize("batch", ["mixed", "long prefill", "long decode"])
@@ -352,8 +382,10 @@ def test_attention_reads_a_query_inside_wider_rows(backend):
 # -- laws, bit for bit ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kv_dtype", DTYPES)
-@pytest.mark.parametrize("window", [None, 50, 301])
+@pytest.mark.parametrize(
+    ("window", "kv_dtype"),
+    [*itertools.product([None, 50, 301], DTYPES), (50, "int8"), (None, "fp8")],
+)
 def test_a_request_attends_alike_alone_and_in_a_batch(backend, window, kv_dtype):
     query_lens, seq_lens = [1, 1, 1, 5, 33, 90], [700, 3, 256, 517, 33, 600]
     case = make_case(query_lens, seq_lens, heads=(6, 2), window=window, dtype="bfloat16")
@@ -368,8 +400,10 @@ def test_a_request_attends_alike_alone_and_in_a_batch(backend, window, kv_dtype)
         row += query_len
 
 
-@pytest.mark.parametrize("kv_dtype", DTYPES)
-@pytest.mark.parametrize("window", [None, 50])
+@pytest.mark.parametrize(
+    ("window", "kv_dtype"),
+    [*itertools.product([None, 50], DTYPES), (None, "int8"), (50, "fp8")],
+)
 @pytest.mark.parametrize("heads", [(6, 2), (4, 4)], ids=str)
 def test_chunked_prefill_attends_like_whole_prefill(backend, heads, window, kv_dtype):
     case = make_case([600], [600], heads=heads, window=window, dtype="bfloat16")
@@ -433,6 +467,30 @@ def test_write_puts_tokens_into_their_slots_of_one_layer(backend, num_tokens, dt
         wire[slot // 16, 1, 0, slot % 16] = key[token].to(wire.dtype)
         wire[slot // 16, 1, 1, slot % 16] = value[token].to(wire.dtype)
     assert torch.equal(backend.kv_export(kv, torch.arange(7, dtype=torch.int32)), wire)
+
+
+@pytest.mark.parametrize("kv_dtype", SCALED_KV_DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_codes_are_the_same_on_every_instruction_set(backend, dtype, kv_dtype):
+    spec = KVSpec(num_layers=2, num_kv_heads=2, head_size=24, block_size=16, dtype=kv_dtype)
+    kv = backend.kv_alloc(spec, 8)
+    kv.data.fill_(0xFF)
+    exponents = torch.arange(90) % 29 - 14 if dtype == "float16" else torch.arange(90) * 2 - 100
+    x = rounded((90, 9, 24), "float32", 3) * torch.exp2(exponents)[:, None, None]
+    x = x.to(DTYPES[dtype])
+    key, value = x[:, 4:6], x[:, 7:9]
+    key[3], value[4, 1, 23], key[5, 0, 8], value[6] = 0, math.nan, -math.inf, 0
+    slots = 16 + np.random.default_rng(0).permutation(6 * 16)[:90]
+
+    kv = backend.kv_write(kv, 1, key, value, make_meta([90], [90], [[0]], slots))
+
+    wire = backend.kv_export(kv, torch.arange(8, dtype=torch.int32))
+    assert wire[:, 0].isnan().all()
+    for side, rows in enumerate((key, value)):
+        held = wire[torch.tensor(slots) // 16, 1, side, torch.tensor(slots) % 16]
+        expected = kv_codes.dequantize(*kv_codes.quantize(rows, kv_dtype))
+        assert torch.equal(held.isnan(), expected.isnan())
+        assert torch.equal(held.nan_to_num(), expected.nan_to_num())
 
 
 # -- threads ----------------------------------------------------------------------------------
