@@ -75,8 +75,12 @@ def build(cache: Path) -> Path:
 
 
 def measure(program: Path, shape: Shape, fmt: str) -> Ceiling:
-    """The ceilings at this minute."""
-    size = int(shape.num_weights * BYTES_PER_WEIGHT[fmt])
+    """The ceilings at this minute, for a model of this shape."""
+    return measure_bytes(program, int(shape.num_weights * BYTES_PER_WEIGHT[fmt]), fmt)
+
+
+def measure_bytes(program: Path, size: int, fmt: str) -> Ceiling:
+    """The ceilings at this minute, where `size` bytes are read again and again."""
     reads = _run(program, "read", str(size), str(_PASSES))
     fp32, bf16, int8 = _run(program, "flops")
     usable = {"bf16": [fp32, bf16], "int8": [fp32, bf16, int8], "int4": [fp32, bf16, int8]}[fmt]
