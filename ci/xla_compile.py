@@ -186,10 +186,11 @@ def print_steps(sharding: Any) -> None:
             self._names[step] = f"{bucket.num_tokens} tokens, {kind}{more}"
             return step
 
-        def build(self, steps: Any, weights: Any, kv: Any, progress: Any) -> None:
+        def build(self, steps: Any, weights: Any, kv: Any, *_: Any, **__: Any) -> None:
             for step in steps:
                 kv_bytes = kv.num_blocks * self.kv_bytes_per_block(kv.spec)
-                row = figures(self._names[step], step.lower(weights, kv, sharding), kv_bytes)
+                lowered = step.source(weights, kv, sharding).lower()
+                row = figures(self._names[step], lowered, kv_bytes)
                 print(json.dumps(row), flush=True)
             raise Enough
 
