@@ -175,7 +175,6 @@ def print_steps(sharding: Any) -> None:
 
         def __init__(self) -> None:
             super().__init__()
-            jax.config.update("jax_enable_compilation_cache", False)  # seconds are of compiling
             self._is_tpu = True
             self._names: dict[Any, str] = {}
 
@@ -214,6 +213,7 @@ def compile_here(target: str, *, only_kernels: bool) -> None:
     from jax.experimental import topologies
 
     jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_enable_compilation_cache", False)  # seconds are of compiling
     topology = topologies.get_topology_desc(platform="tpu", topology_name=TARGETS[target][0])
     sharding = jax.sharding.SingleDeviceSharding(topology.devices[0])
     for row in kernel_rows(sharding):
