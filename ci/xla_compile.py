@@ -175,7 +175,6 @@ def print_steps(sharding: Any) -> None:
 
         def __init__(self) -> None:
             super().__init__()
-            jax.config.update("jax_enable_compilation_cache", False)  # seconds are of compiling
             self._is_tpu = True
             self._names: dict[Any, str] = {}
 
@@ -186,10 +185,11 @@ def print_steps(sharding: Any) -> None:
             self._names[step] = f"{bucket.num_tokens} tokens, {kind}{more}"
             return step
 
-        def build(self, steps: Any, weights: Any, kv: Any, progress: Any) -> None:
+        def build(self, steps: Any, weights: Any, kv: Any, *_: Any, **__: Any) -> None:
             for step in steps:
                 kv_bytes = kv.num_blocks * self.kv_bytes_per_block(kv.spec)
-                row = figures(self._names[step], step.lower(weights, kv, sharding), kv_bytes)
+                lowered = step.source(weights, kv, sharding).lower()
+                row = figures(self._names[step], lowered, kv_bytes)
                 print(json.dumps(row), flush=True)
             raise Enough
 
@@ -213,6 +213,7 @@ def compile_here(target: str, *, only_kernels: bool) -> None:
     from jax.experimental import topologies
 
     jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_enable_compilation_cache", False)  # seconds are of compiling
     topology = topologies.get_topology_desc(platform="tpu", topology_name=TARGETS[target][0])
     sharding = jax.sharding.SingleDeviceSharding(topology.devices[0])
     for row in kernel_rows(sharding):

@@ -631,11 +631,19 @@ class Backend(Protocol):
         ...
 
     def build(
-        self, steps: Sequence[StepFn], weights: Weights, kv: KV, progress: Callable[[float], None]
+        self,
+        steps: Sequence[StepFn],
+        weights: Weights,
+        kv: KV,
+        progress: Callable[[float], None],
+        *,
+        identity: str | None = None,
     ) -> None:
         """Do now, side by side, what these captured steps would do when first called.
 
         `weights` and `kv` are what they will be called with; `progress` is told the share done.
+        `identity` says what the steps do beside that: where it is the same, and so are the sizes,
+        the dtypes and the code, they are the same; a device may keep them from start to start.
         """
         ...
 

@@ -370,7 +370,13 @@ class TorchBackend(abc.ABC):
         return fn
 
     def build(
-        self, steps: Sequence[StepFn], weights: Weights, kv: KV, progress: Callable[[float], None]
+        self,
+        steps: Sequence[StepFn],
+        weights: Weights,
+        kv: KV,
+        progress: Callable[[float], None],
+        *,
+        identity: str | None = None,
     ) -> None:
         """Nothing to do: their first calls do it."""
         progress(1.0)

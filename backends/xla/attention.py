@@ -24,7 +24,7 @@ from jax import lax
 from portalm.backend import AttentionSpec
 from portalm_backends.xla.cache import Layer, block_size_of, read
 
-CHUNK = 128
+CHUNK = 64
 """Tokens of context at a time, where the block size divides it."""
 GROUP = 8
 """Decodes at a time."""

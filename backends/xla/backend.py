@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _FEATURES = frozenset({"sliding_window", "soft_cap", "alibi", "sinks"})
-_PACKAGES = ("jax", "jaxlib", "torchax")
+_PACKAGES = ("flatbuffers", "jax", "jaxlib", "torchax")
 
 
 class XlaBackend(TorchBackend):
@@ -74,6 +74,7 @@ class XlaBackend(TorchBackend):
         from portalm_backends.xla import attention, cache, kernels, layers, weights
         from portalm_backends.xla.bridge import Bridge
         from portalm_backends.xla.graph import Programs
+        from portalm_backends.xla.store import Store
 
         devices = jax.devices(platform)
         if num_devices > len(devices):
@@ -85,7 +86,11 @@ class XlaBackend(TorchBackend):
         self._attend = jax.jit(attention.paged_attention, static_argnames=sizes)
         self._attend_encoder = jax.jit(attention.encoder_attention, static_argnames="spec")
         self._bridge = Bridge(devices[:num_devices])
-        self._programs = Programs(self._bridge, num_threads=len(os.sched_getaffinity(0)))
+        self._programs = Programs(
+            self._bridge,
+            Store(cache_dir() / "xla" / "traced"),
+            num_threads=len(os.sched_getaffinity(0)),
+        )
         self._is_tpu = platform == "tpu"
         self.capabilities = Capabilities(
             dtypes=frozenset({"float32", "bfloat16"}),
@@ -334,6 +339,8 @@ class XlaBackend(TorchBackend):
         )
         decodes = {min(size, max_requests) for size in _sizes(8, max_requests)}
         prompts = {min(size, max_tokens) for size in _sizes(128, max_tokens)}
+        if max_tokens > 256:  # a step of prompts costs what it is padded to
+            prompts.add(max_tokens // 2)
         return [
             *(Bucket(n, n, max_blocks, 1) for n in sorted(decodes)),
             *(Bucket(n, min(n, max_requests), max_blocks, n) for n in sorted(prompts)),
@@ -348,9 +355,17 @@ class XlaBackend(TorchBackend):
         return Program(self._programs, fn, example)
 
     def build(
-        self, steps: Sequence[StepFn], weights: Weights, kv: KV, progress: Callable[[float], None]
+        self,
+        steps: Sequence[StepFn],
+        weights: Weights,
+        kv: KV,
+        progress: Callable[[float], None],
+        *,
+        identity: str | None = None,
     ) -> None:
         """Trace these one after the other, and compile them side by side.
+
+        What an earlier start traced or compiled is read instead.
 
         Raises:
             BackendError: of kind oom, with the numbers, if the largest does not fit.
@@ -360,13 +375,13 @@ class XlaBackend(TorchBackend):
         started = time.perf_counter()
         programs = [step for step in steps if isinstance(step, Program)]
         for step in programs:
-            step.begin(weights, kv)
+            step.begin(weights, kv, identity)
         traced = time.perf_counter()
         for i, step in enumerate(programs):
             progress(i / len(programs))
             step.wait()
         logger.info(
-            "%d steps: %.1f s to trace, %.1f s more to compile or to read from the cache",
+            "%d steps: %.1f s to trace or to read, %.1f s more to compile or to read",
             len(programs),
             traced - started,
             time.perf_counter() - traced,

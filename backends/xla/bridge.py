@@ -26,6 +26,7 @@ from torchax.tensor import Tensor
 from torchax.view import View
 
 from portalm.errors import BackendError, BackendErrorKind
+from portalm_backends.xla.store import Source, Traced
 
 Array: TypeAlias = Any
 """A `jax.Array`, or what stands for one while a program is traced."""
@@ -98,9 +99,9 @@ class Bridge:
 
     # -- programs -----------------------------------------------------------------------------
 
-    def compile(self, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
-        """The program, ready to be called; minutes, for a large one."""
-        return lowered.compile(compiler_options=self.compiler_options)
+    def compile(self, source: Source, traced: Traced) -> jax.stages.Compiled:
+        """The program of `source`, ready to be called; minutes, for a large one."""
+        return source.lower_traced(traced).compile(compiler_options=self.compiler_options)
 
     @property
     def is_tracing(self) -> bool:

@@ -45,6 +45,8 @@ class CodedLayer(NamedTuple):
 
 Layer: TypeAlias = jax.Array | CodedLayer
 
+jax.export.register_namedtuple_serialization(CodedLayer, serialized_name="portalm CodedLayer")
+
 
 def block_size_of(layer: Layer) -> int:
     """B, the tokens of a block."""
@@ -132,8 +134,13 @@ def side_by_side(key: jax.Array, value: jax.Array, lanes: int) -> jax.Array:
 
 def read(layer: Layer, blocks: jax.Array, head_size: int) -> tuple[jax.Array, jax.Array]:
     """Keys and values of blocks int32 [...], [..., H_kv, B, D] each; of codes in float32."""
-    rows = layer.codes[blocks] if isinstance(layer, CodedLayer) else layer[blocks]
-    key, value = (half[..., :head_size] for half in jnp.split(rows, 2, axis=-1))
+    rows = layer.codes if isinstance(layer, CodedLayer) else layer
+
+    def half(start: int) -> jax.Array:  # by itself: slices of both would be one more copy
+        lanes = slice(start, start + head_size)
+        return rows.at[blocks, :, :, lanes].get(mode="promise_in_bounds")
+
+    key, value = half(0), half(rows.shape[3] // 2)
     if isinstance(layer, CodedLayer):
         of_keys, of_values = jnp.split(layer.scales[blocks][..., None], 2, axis=-2)
         key = key.astype(jnp.float32) * of_keys

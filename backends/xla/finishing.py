@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import functools
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any, TypeAlias
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,7 @@ from portalm.backend import SampleOutput, SampleParams
 from portalm_backends.portable import sampling as portable
 from portalm_backends.xla import packing, sampling
 from portalm_backends.xla.bridge import Bridge, DeviceTensor, host_tensor
+from portalm_backends.xla.store import Source, Traced
 
 Array: TypeAlias = Any
 
@@ -45,7 +46,7 @@ class Finisher:
         vocab_size: int,
         *,
         max_rows: int,
-        compilers: ThreadPoolExecutor,
+        compile: Callable[[Source, str], tuple[Traced, Future[Any]]],
     ) -> None:
         """Traced when this returns.
 
@@ -54,7 +55,7 @@ class Finisher:
             num_rows: R
             vocab_size: V
             max_rows: of any step.
-            compilers: threads that compile.
+            compile: `Programs.compile`
         """
         self._bridge = bridge
         self._num_rows, self._vocab_size = num_rows, vocab_size
@@ -76,15 +77,21 @@ class Finisher:
         logits = bridge.shape((num_rows, vocab_size), jnp.float32)
         packed = bridge.shape((self._layout.size,), jnp.int32)
         allowed = bridge.shape((num_rows, -(-vocab_size // 32)), jnp.int32)
-        jit = functools.partial(jax.jit, out_shardings=bridge.whole)
-        first = jit(functools.partial(self._add, None))
-        more = jit(self._add, donate_argnums=0)
-        finish = jit(functools.partial(self._finish, max_rows))
-        self._first: Future[Any] = compilers.submit(bridge.compile, first.lower(some))
-        self._more: Future[Any] = compilers.submit(bridge.compile, more.lower(entries, some))
-        self._compiled: Future[Any] = compilers.submit(
-            bridge.compile, finish.lower(logits, entries, packed, allowed)
-        )
+
+        sizes = (num_rows, vocab_size, max_rows)
+
+        def start(
+            name: str, function: Callable[..., Any], *arguments: Any, donated: tuple[int, ...] = ()
+        ) -> Future[Any]:
+            source = Source(
+                function=function, arguments=arguments, results=bridge.whole, donated=donated
+            )
+            return compile(source, f"{name} {sizes}")[1]
+
+        self._first = start("first entries", functools.partial(self._add, None), some)
+        self._more = start("more entries", self._add, entries, some, donated=(0,))
+        finish = functools.partial(self._finish, max_rows)
+        self._compiled = start("finish", finish, logits, entries, packed, allowed)
 
     def wait(self) -> None:
         """Until all are compiled."""

@@ -30,6 +30,7 @@ from portalm_backends.xla.bridge import (
 )
 from portalm_backends.xla.finishing import Finisher, is_needed
 from portalm_backends.xla.sampling import Draws, draw
+from portalm_backends.xla.store import Source, Store, Traced
 
 Array: TypeAlias = Any
 
@@ -52,15 +53,17 @@ class Trace:
 class Programs:
     """All programs of one backend, and what they share."""
 
-    def __init__(self, bridge: Bridge, num_threads: int) -> None:
+    def __init__(self, bridge: Bridge, store: Store, num_threads: int) -> None:
         """None yet.
 
         Args:
             bridge: to the device.
+            store: of what was traced before.
             num_threads: that compile.
         """
         self.bridge = bridge
-        self.compilers = ThreadPoolExecutor(num_threads, "xla-compile")
+        self._store = store
+        self._compilers = ThreadPoolExecutor(num_threads, "xla-compile")
         self.max_rows = 0
         """Of any step: how many ids a step hands to the next."""
         self.trace: Trace | None = None
@@ -99,16 +102,22 @@ class Programs:
             previous[: len(token_ids)] = np.asarray(self.bridge.array(token_ids))
         return previous
 
+    def compile(self, source: Source, what: str | None) -> tuple[Traced, Future[Any]]:
+        """A program as traced, and as another thread compiles it.
+
+        Args:
+            source: what it is made of.
+            what: its function, for the store; None: it is not kept.
+        """
+        traced = source.trace() if what is None else self._store.traced(source, what)
+        return traced, self._compilers.submit(self.bridge.compile, source, traced)
+
     def finisher(self, num_rows: int, vocab_size: int) -> Finisher:
         """The small programs behind steps of so many rows."""
         key = (num_rows, vocab_size)
         if key not in self._finishers:
             self._finishers[key] = Finisher(
-                self.bridge,
-                num_rows,
-                vocab_size,
-                max_rows=self.max_rows,
-                compilers=self.compilers,
+                self.bridge, num_rows, vocab_size, max_rows=self.max_rows, compile=self.compile
             )
         return self._finishers[key]
 
@@ -133,18 +142,27 @@ class Program:
         self._compiled: Future[Any] | None = None
         self._finisher: Finisher | None = None
 
-    def begin(self, weights: Weights, kv: KV) -> None:
-        """Trace the step over such weights and cache, and have it compiled."""
-        lowered = self.lower(weights, kv)
-        self._compiled = self._programs.compilers.submit(self._programs.bridge.compile, lowered)
+    def begin(self, weights: Weights, kv: KV, identity: str | None = None) -> None:
+        """Trace the step over such weights and cache, or find it in the store; have it compiled.
 
-    def lower(
+        Args:
+            weights: of the step.
+            kv: the same.
+            identity: of the step, as `Backend.build` words it; None: it is not looked for.
+        """
+        source = self.source(weights, kv)
+        what = None if identity is None else f"{identity} {self._sizes(weights, kv)}"
+        traced, self._compiled = self._programs.compile(source, what)
+        logits = traced.out_tree.unflatten(traced.out_avals)[3]
+        if logits is not None:
+            self._finisher = self._programs.finisher(*logits.shape)
+
+    def source(
         self, weights: Weights, kv: KV, sharding: jax.sharding.Sharding | None = None
-    ) -> jax.stages.Lowered:
-        """The step traced over such weights and cache; for another device, where one is named."""
+    ) -> Source:
+        """The step over such weights and cache; for another device, where one is named."""
         self._take(weights)
         bridge = self._programs.bridge
-        logits_shape: list[tuple[int, ...]] = []
 
         def program(
             arrays: list[Array], layers: tuple[Any, ...], packed: Array, previous: Array
@@ -155,8 +173,6 @@ class Program:
             trace = Trace(packing.draws_of(parts))
             with self._programs.tracing(trace):
                 step_kv, out = self._fn(step_weights, step_kv, self._inputs(parts, previous))
-            if trace.logits is not None:
-                logits_shape.append(trace.logits.shape)
             ids = bridge.array(out.token_ids)
             handed_on = jnp.pad(ids, (0, self._programs.max_rows - len(ids)))
             states = None if out.states is None else bridge.array(out.states)
@@ -175,10 +191,15 @@ class Program:
         # the cache comes back as it went in; the rest each device has all of
         cache = jax.tree.map(lambda x: x.sharding, arguments[1])
         results = (cache, *[sharding or bridge.whole] * 4)
-        lowered = jax.jit(program, donate_argnums=1, out_shardings=results).lower(*arguments)
-        if logits_shape and sharding is None:
-            self._finisher = self._programs.finisher(*logits_shape[0])
-        return lowered
+        return Source(function=program, arguments=arguments, results=results, donated=(1,))
+
+    def _sizes(self, weights: Weights, kv: KV) -> str:
+        """All that the step's function reads of its inputs while it is traced, but arrays."""
+        example, meta = self._example, self._example.meta
+        spec = None if kv is None else (kv.spec, kv.num_blocks)
+        names = replace_leaves(weights, lambda _: "")  # what lies where in the arguments
+        shapes = packing.step_shapes(example)
+        return repr((meta.bucket, meta.max_query_len, shapes, example.num_states, spec, names))
 
     def wait(self) -> None:
         """Until all is compiled."""

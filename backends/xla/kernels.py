@@ -6,7 +6,7 @@ import functools
 
 import jax
 
-from portalm.backend import AttentionSpec, KVSpec
+from portalm.backend import KVSpec
 from portalm_backends.xla.pallas import cache_write, paged_attention
 
 _ROWS = {"float32": 8, "bfloat16": 16}
@@ -46,26 +46,4 @@ def write_in_place(
     return cache_write.write(layer, key, value, touched)
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "max_query_len"))
-def attend(
-    query: jax.Array,
-    layer: jax.Array,
-    query_start_loc: jax.Array,
-    seq_lens: jax.Array,
-    block_table: jax.Array,
-    spec: AttentionSpec,
-    *,
-    max_query_len: int,
-    sinks: jax.Array | None = None,
-) -> jax.Array:
-    """What `attention.paged_attention` gives, of the same arguments."""
-    return paged_attention.paged_attention(
-        query,
-        layer,
-        query_start_loc,
-        seq_lens,
-        block_table,
-        spec,
-        max_query_len=max_query_len,
-        sinks=sinks,
-    )
+attend = jax.jit(paged_attention.paged_attention, static_argnames=("spec", "max_query_len"))

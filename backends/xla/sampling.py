@@ -26,6 +26,9 @@ BROKEN = -1
 NUM_TOP = 32
 """How many of the likeliest tokens `finish` reports; more are found on the host."""
 
+_ROWS = 256
+"""Rows that draw at a time: what that needs beside the scores grows with them."""
+
 _INF = float("inf")
 
 
@@ -53,6 +56,26 @@ class Draws:
 
 def draw(scores: Array, draws: Draws) -> Array:
     """int32 [R]: the token that each row of float32 [R, V] draws, `BROKEN` where it cannot."""
+    num_rows = scores.shape[0]
+    if num_rows <= _ROWS:
+        return _draw(scores, draws)
+
+    def draw_some(i: Array, ids: Array) -> Array:
+        start = jnp.minimum(i * _ROWS, num_rows - _ROWS)
+        some = _draw(lax.dynamic_slice_in_dim(scores, start, _ROWS), _some_of(draws, start))
+        return lax.dynamic_update_slice_in_dim(ids, some, start, 0)
+
+    return lax.fori_loop(0, -(-num_rows // _ROWS), draw_some, jnp.zeros(num_rows, jnp.int32))
+
+
+def _some_of(draws: Draws, start: Array) -> Draws:
+    """Those of `_ROWS` rows from `start` on."""
+    names = ("temperature", "top_k", "top_p", "min_p", "seed", "position")
+    some = {n: lax.dynamic_slice_in_dim(getattr(draws, n), start, _ROWS) for n in names}
+    return dataclasses.replace(draws, **some)
+
+
+def _draw(scores: Array, draws: Draws) -> Array:
     ids = lax.cond(
         draws.is_greedy, lambda: first_argmax(scores), lambda: _draw_random(scores, draws)
     )

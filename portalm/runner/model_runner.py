@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -132,7 +133,13 @@ class ModelRunner:
             examples = [self._padding(bucket, shape) for shape in self.graphs.shapes(bucket)]
             captured += [(self.graphs.step_for(inputs), inputs) for inputs in examples]
             self.graphs.note_captured()
-        self._backend.build([step for step, _ in captured], self._weights, self._kv, progress)
+        self._backend.build(
+            [step for step, _ in captured],
+            self._weights,
+            self._kv,
+            progress,
+            identity=_identity(self._model),
+        )
         for step, inputs in captured:
             self._try(step, inputs)
         if self._kv is not None:  # copies need a program too, on such a device
@@ -260,6 +267,13 @@ def _token_types(plan: StepPlan, arrays: StepArrays) -> npt.NDArray[np.int32]:
             start = int(arrays.query_start_loc[i])
             types[start + second : start + planned.num_tokens] = 1
     return types
+
+
+def _identity(model: Model) -> str:
+    """What a model computes, beside the sizes and dtypes of what it is given."""
+    family = f"{type(model).__module__}.{type(model).__qualname__}"
+    values = json.dumps(dict(model.config.values), sort_keys=True, default=repr)
+    return f"{family} {model.dtype} {model.tasks} {model.config} {values}"
 
 
 class _Step:

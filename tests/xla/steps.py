@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from portalm.backend import AttentionSpec
@@ -50,6 +53,27 @@ class Step:
             for i, (key, value) in enumerate(self.contexts)
         ]
         return np.concatenate(parts)
+
+    def attended(self, attend: Callable[..., jax.Array], dtype: str = "float32") -> np.ndarray:
+        """What `attend` gives for the step's own rows, [sum of query_lens, H, D]."""
+        out = attend(
+            jnp.asarray(self.query, dtype),
+            jnp.asarray(self.after, dtype),
+            self.query_start_loc,
+            self.seq_lens,
+            self.block_table,
+            self.spec,
+            max_query_len=max(self.batch.query_lens),
+            sinks=self.sinks,
+        )
+        assert out.shape == self.query.shape
+        assert out.dtype == dtype
+        return np.asarray(out[: self.num_tokens], np.float32)
+
+    def round_to(self, dtype: str) -> None:
+        """All numbers become those of a smaller dtype."""
+        for x in (self.query, self.after, *(x for pair in self.contexts for x in pair)):
+            x[:] = np.asarray(jnp.asarray(x, dtype), np.float32)
 
 
 def make_step(

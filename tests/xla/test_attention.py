@@ -17,26 +17,11 @@ from tests.xla.steps import Step, make_step
 _GQA = HEADS[1]
 
 
-def attend(step: Step, dtype: str = "float32") -> np.ndarray:
-    """The step's own rows, [sum of query_lens, H, D]."""
-    compiled = jax.jit(attention.paged_attention, static_argnames=("spec", "max_query_len"))
-    out = compiled(
-        jnp.asarray(step.query, dtype),
-        jnp.asarray(step.after, dtype),
-        step.query_start_loc,
-        step.seq_lens,
-        step.block_table,
-        step.spec,
-        max_query_len=max(step.batch.query_lens),
-        sinks=step.sinks,
-    )
-    assert out.shape == step.query.shape
-    assert out.dtype == dtype
-    return np.asarray(out[: step.num_tokens], np.float32)
+_attend = jax.jit(attention.paged_attention, static_argnames=("spec", "max_query_len"))
 
 
 def require_right(step: Step) -> None:
-    require_close("attention", attend(step), step.expected(), NMSE_BOUND["float32"])
+    require_close("attention", step.attended(_attend), step.expected(), NMSE_BOUND["float32"])
 
 
 @pytest.mark.parametrize("batch", BATCHES, ids=lambda b: b.name)
@@ -96,16 +81,15 @@ def test_a_token_left_out_would_be_seen():
     step.seq_lens[0] -= 1
 
     with pytest.raises(AssertionError):
-        np.testing.assert_allclose(attend(step), expected, atol=1e-3)
+        np.testing.assert_allclose(step.attended(_attend), expected, atol=1e-3)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_smaller_dtypes(dtype):
     step = make_step(batch_named("mixed"), _GQA)
-    for x in (step.query, step.after, *(x for pair in step.contexts for x in pair)):
-        x[:] = np.asarray(jnp.asarray(x, dtype), np.float32)
+    step.round_to(dtype)
 
-    require_close("attention", attend(step, dtype), step.expected(), NMSE_BOUND[dtype])
+    require_close("attention", step.attended(_attend, dtype), step.expected(), NMSE_BOUND[dtype])
 
 
 @pytest.mark.parametrize("lengths", [(17,), (1, 1, 33, 7, 130, 300)], ids=str)
@@ -147,11 +131,9 @@ def test_no_temporary_grows_with_the_length_that_a_bucket_allows():
             ((8, num_blocks), i32),
         )
         spec = AttentionSpec(num_heads=9, num_kv_heads=3, head_size=64, scale=0.125)
-        compiled = (
-            jax.jit(attention.paged_attention, static_argnames=("spec", "max_query_len"))
-            .lower(*(jax.ShapeDtypeStruct(*s) for s in shapes), spec, max_query_len=8)
-            .compile()
-        )
+        compiled = _attend.lower(
+            *(jax.ShapeDtypeStruct(*s) for s in shapes), spec, max_query_len=8
+        ).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
     table = 8 * (1024 - 64) * 4

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,22 +21,7 @@ _GQA = HEADS[1]
 _INTERPRETED = pltpu.InterpretParams(uninitialized_memory="nan")
 
 
-def attend(step: Step, dtype: str = "float32") -> np.ndarray:
-    """The step's own rows, [sum of query_lens, H, D]."""
-    out = paged_attention.paged_attention(
-        jnp.asarray(step.query, dtype),
-        jnp.asarray(step.after, dtype),
-        step.query_start_loc,
-        step.seq_lens,
-        step.block_table,
-        step.spec,
-        max_query_len=max(step.batch.query_lens),
-        sinks=step.sinks,
-        interpret=_INTERPRETED,
-    )
-    assert out.shape == step.query.shape
-    assert out.dtype == dtype
-    return np.asarray(out[: step.num_tokens], np.float32)
+_attend = functools.partial(paged_attention.paged_attention, interpret=_INTERPRETED)
 
 
 def tpu_step(batch: Batch, heads: Heads = _GQA, *, head_size: int = 64, **features) -> Step:
@@ -43,7 +30,7 @@ def tpu_step(batch: Batch, heads: Heads = _GQA, *, head_size: int = 64, **featur
 
 
 def require_right(step: Step) -> None:
-    require_close("attention", attend(step), step.expected(), NMSE_BOUND["float32"])
+    require_close("attention", step.attended(_attend), step.expected(), NMSE_BOUND["float32"])
 
 
 @pytest.mark.parametrize("batch", BATCHES, ids=lambda b: b.name)
@@ -86,10 +73,9 @@ def test_slots_before_a_window_may_hold_nan():
 @pytest.mark.parametrize("name", ["decode", "mixed"])
 def test_bfloat16(name):
     step = tpu_step(batch_named(name))
-    for x in (step.query, step.after, *(x for pair in step.contexts for x in pair)):
-        x[:] = np.asarray(jnp.asarray(x, jnp.bfloat16), np.float32)
+    step.round_to("bfloat16")
 
-    actual = attend(step, "bfloat16")
+    actual = step.attended(_attend, "bfloat16")
 
     require_close("attention", actual, step.expected(), NMSE_BOUND["bfloat16"])
 
@@ -100,7 +86,7 @@ def test_a_token_left_out_would_be_seen():
     step.seq_lens[0] -= 1
 
     with pytest.raises(CheckFailed):
-        require_close("attention", attend(step), expected, NMSE_BOUND["bfloat16"])
+        require_close("attention", step.attended(_attend), expected, NMSE_BOUND["bfloat16"])
 
 
 def write(step: Step) -> jax.Array:

@@ -1,0 +1,76 @@
+"""`portalm serve --device tpu`, asked as clients ask."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import openai
+import pytest
+
+from tests.server.conftest import running_server
+from tests.tiny import add_byte_tokenizer, make_config_folder
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"ok": {"type": "boolean"}, "kind": {"enum": ["a", "yes"]}},
+    "required": ["ok", "kind"],
+    "additionalProperties": False,
+}
+
+
+@pytest.fixture(scope="module")
+def sdk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]:
+    folder = add_byte_tokenizer(make_config_folder(tmp_path_factory.mktemp("serve") / "tiny"))
+    flags = ("--load-format", "dummy", "--max-num-seqs", "8", "--max-num-batched-tokens", "128")
+    named = ("--device", "tpu", "--served-model-name", "tiny")
+    with running_server(str(folder), *flags, *named) as server:
+        yield openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+
+
+def drawn(sdk: openai.OpenAI, seed: int, **options: object) -> openai.types.CompletionChoice:
+    answer = sdk.completions.create(
+        model="tiny", prompt="Once upon", max_tokens=24, temperature=1.0, seed=seed, **options
+    )
+    return answer.choices[0]
+
+
+def test_a_stream_brings_piece_by_piece_what_comes_whole_for_the_same_seed(
+    sdk: openai.OpenAI,
+) -> None:
+    stream = sdk.completions.create(
+        model="tiny", prompt="Once upon", max_tokens=24, temperature=1.0, seed=5, stream=True
+    )
+
+    pieces = [chunk.choices[0].text for chunk in stream if chunk.choices]
+
+    assert len(pieces) > 2
+    assert "".join(pieces) == drawn(sdk, 5).text
+    assert "".join(pieces) != drawn(sdk, 6).text
+
+
+def test_logprobs_are_of_what_was_drawn_and_of_the_likeliest(sdk: openai.OpenAI) -> None:
+    found = drawn(sdk, 5, logprobs=3).logprobs
+
+    assert len(found.token_logprobs) == 24
+    for own, top in zip(found.token_logprobs, found.top_logprobs, strict=True):
+        assert own <= max(top.values()) <= 0.0
+        assert len(top) in (3, 4)  # the drawn one beside them, where it is not among them
+
+
+def test_an_answer_follows_its_schema(sdk: openai.OpenAI) -> None:
+    answer = sdk.chat.completions.create(
+        model="tiny",
+        messages=[{"role": "user", "content": "x"}],
+        max_tokens=60,
+        seed=3,
+        response_format={
+            "type": "json_schema",
+            "json_schema": {"name": "answer", "schema": SCHEMA, "strict": True},
+        },
+    )
+
+    found = json.loads(answer.choices[0].message.content)
+    assert set(found) == {"ok", "kind"}
+    assert found["kind"] in ("a", "yes")
+    assert isinstance(found["ok"], bool)
