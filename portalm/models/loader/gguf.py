@@ -65,11 +65,11 @@ class GGUFCheckpoint:
                 self.path, f"tensor {name!r} is of type {info.kind}, which is not known"
             )
         kind, block_size, block_bytes = TYPES[info.kind]
-        if not info.shape or info.shape[-1] % block_size:
+        if not info.shape or 0 in info.shape or info.shape[-1] % block_size:
             raise CheckpointError(
                 self.path,
                 f"tensor {name!r} of type {kind} has shape {list(info.shape)}; its rows must "
-                f"be a multiple of {block_size} long",
+                f"be a multiple of {block_size} long, and there must be some",
             )
         num_bytes = math.prod(info.shape) // block_size * block_bytes
         if self._start + info.offset + num_bytes > len(self._data):

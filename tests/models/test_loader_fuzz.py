@@ -1,0 +1,65 @@
+"""Damaged checkpoints are loaded or refused: no other error, no crash, no memory without bound."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.models.test_gguf_families import write_gguf
+from tests.models.test_llama import saved
+from tests.models.test_quantized_checkpoints import CASES, save
+
+
+def safetensors(folder: Path) -> Path:
+    return saved(folder / "tiny")
+
+
+def gguf(folder: Path) -> Path:
+    from safetensors.torch import load_file
+    from transformers import AutoConfig
+
+    plain = saved(folder / "plain")
+    (folder / "file").mkdir()
+    config, tensors = AutoConfig.from_pretrained(plain), load_file(plain / "model.safetensors")
+    write_gguf(folder / "file" / "model.gguf", "llama", config, tensors)
+    return folder / "file"
+
+
+def quantized(name: str) -> Callable[[Path], Path]:
+    return lambda folder: save(folder / "tiny", CASES[name], is_plain=False)
+
+
+KINDS = {
+    "safetensors": safetensors,
+    "gguf": gguf,
+    **{
+        name: quantized(name)
+        for name in ("awq", "gptq in act order", "w8a8", "fp8 by blocks", "bitsandbytes nf4")
+    },
+}
+
+
+def fuzz(source: Path, count: int) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-m", "tests.models.fuzz_worker", str(source), str(count)],
+        capture_output=True,
+        text=True,
+        timeout=900,
+        cwd=Path(__file__).parents[2],
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr[-4000:]
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "gguf", "awq"])
+def test_damaged_files_are_loaded_or_refused(tmp_path: Path, kind: str) -> None:
+    fuzz(KINDS[kind](tmp_path), 60)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_many_more_damaged_files(tmp_path: Path, kind: str) -> None:
+    fuzz(KINDS[kind](tmp_path), 1500)
