@@ -161,8 +161,6 @@ def kernel_rows(sharding: Any) -> Iterator[dict[str, Any]]:
 
 def print_steps(sharding: Any) -> None:
     """A row for the whole step of every bucket that an engine of the default model captures."""
-    import jax
-
     from portalm.config import EngineConfig
     from portalm.engine.engine import Engine
     from portalm_backends.xla.backend import XlaBackend
