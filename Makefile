@@ -12,7 +12,7 @@ PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint 
 BIN := $(VENV)/bin
 NATIVE := $(shell find csrc_cpu csrc_cuda csrc_rocm -type f 2>/dev/null)
 
-.PHONY: demo install install-dev tpu model test-models browser check lint types layers test bench bench-cpu clean
+.PHONY: demo install install-dev tpu model test-models browser check lint types layers test bench bench-cpu bench-xla clean
 
 demo: install model
 	$(BIN)/portalm generate
@@ -86,6 +86,11 @@ bench: install-dev model
 # against other engines, which it installs (gigabytes, llama.cpp is built); an hour and more
 bench-cpu: install-dev model
 	$(BIN)/python benchmarks/compare_cpu.py $(if $(TORCH_ARGS),--torch-args="$(TORCH_ARGS)") $(BENCH_ARGS)
+
+# XLA's CPU client against torch eager, and its first start against its second
+bench-xla: tpu model
+	$(BIN)/python benchmarks/engine/xla_against_eager.py
+	$(BIN)/python benchmarks/engine/xla_starts.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

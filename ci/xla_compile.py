@@ -28,6 +28,8 @@ TARGETS = {  # name: topology, TPU_ACCELERATOR_TYPE
     "v5e": ("v5e:2x2", "v5litepod-4"),
     "v6e": ("v6e:2x2", "v6e-4"),
 }
+PEAKS = {"v5e": (819e9, 197e12), "v6e": (1640e9, 918e12)}
+"""Bytes and bfloat16 operations a second, by the datasheets."""
 MAX_TEMPORARIES = 200_000_000
 TABLE = Path(__file__).parent.parent / "docs" / "xla-compiled.md"
 
@@ -70,15 +72,20 @@ KERNELS: dict[str, dict[str, Any]] = {  # a layer's write and attention; sizes o
 }
 
 
-def figures(name: str, lowered: Any, kv_bytes: int) -> dict[str, Any]:
+def figures(name: str, lowered: Any, kv_bytes: int, target: str) -> dict[str, Any]:
     """Compile, and what the compiler says of the program; sizes in bytes."""
     started = time.perf_counter()
     compiled = lowered.compile()
     seconds = time.perf_counter() - started
-    memory = compiled.memory_analysis()
+    memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
+    bytes_per_s, operations_per_s = PEAKS[target]
+    least_s = max(
+        cost.get("bytes accessed", 0) / bytes_per_s, cost.get("flops", 0) / operations_per_s
+    )
     return {
         "program": name,
         "seconds": round(seconds, 1),
+        "least_ms": 1e3 * least_s,
         "arguments": memory.argument_size_in_bytes,
         "temporaries": memory.temp_size_in_bytes,
         "aliased": memory.alias_size_in_bytes,
@@ -103,7 +110,7 @@ def broken_budgets(row: dict[str, Any]) -> list[str]:
 # -- within a process of its own: libtpu takes its target from the environment ------------------
 
 
-def kernel_rows(sharding: Any) -> Iterator[dict[str, Any]]:
+def kernel_rows(target: str, sharding: Any) -> Iterator[dict[str, Any]]:
     """A layer's write and attention, of each shape in `KERNELS`."""
     import jax
     import jax.numpy as jnp
@@ -156,10 +163,10 @@ def kernel_rows(sharding: Any) -> Iterator[dict[str, Any]]:
         lowered = jax.jit(layer_step, donate_argnums=0).lower(
             one(shape), one((num_tokens, num_heads, head_size)), new, new, step, sinks
         )
-        yield figures(name, lowered, 1024 * cache.bytes_per_block(kv, is_tpu=True))
+        yield figures(name, lowered, 1024 * cache.bytes_per_block(kv, is_tpu=True), target)
 
 
-def print_steps(sharding: Any) -> None:
+def print_steps(target: str, sharding: Any) -> None:
     """A row for the whole step of every bucket that an engine of the default model captures."""
     from portalm.config import EngineConfig
     from portalm.engine.engine import Engine
@@ -187,7 +194,7 @@ def print_steps(sharding: Any) -> None:
             for step in steps:
                 kv_bytes = kv.num_blocks * self.kv_bytes_per_block(kv.spec)
                 lowered = step.source(weights, kv, sharding).lower()
-                row = figures(self._names[step], lowered, kv_bytes)
+                row = figures(self._names[step], lowered, kv_bytes, target)
                 print(json.dumps(row), flush=True)
             raise Enough
 
@@ -214,10 +221,10 @@ def compile_here(target: str, *, only_kernels: bool) -> None:
     jax.config.update("jax_enable_compilation_cache", False)  # seconds are of compiling
     topology = topologies.get_topology_desc(platform="tpu", topology_name=TARGETS[target][0])
     sharding = jax.sharding.SingleDeviceSharding(topology.devices[0])
-    for row in kernel_rows(sharding):
+    for row in kernel_rows(target, sharding):
         print(json.dumps(row), flush=True)
     if not only_kernels:
-        print_steps(sharding)
+        print_steps(target, sharding)
 
 
 # -- the command ------------------------------------------------------------------------------
@@ -246,13 +253,16 @@ def compile_for(target: str, *, only_kernels: bool) -> list[dict[str, Any]]:
     return rows
 
 
-HEADER = ("program", "seconds", "arguments", "temporaries", "aliased", "other output", "kernels")
+HEADER = (
+    "program", "seconds", "ms", "arguments", "temporaries", "aliased", "other output", "kernels",
+)  # fmt: skip
 
 
 def as_line(row: dict[str, Any]) -> str:
     """A row of the table; sizes in MB."""
     sizes = [f"{row[name] / 1e6:.3g}" for name in ("arguments", "temporaries", "aliased", "output")]
-    return " | ".join([row["program"], f"{row['seconds']:.1f}", *sizes, str(row["kernels"])])
+    times = (f"{row['seconds']:.1f}", f"{row['least_ms']:.2g}")
+    return " | ".join([row["program"], *times, *sizes, str(row["kernels"])])
 
 
 def table(target: str, rows: list[dict[str, Any]]) -> str:

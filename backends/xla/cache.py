@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
-from jax import lax
+from jax import export, lax
 
 from portalm.backend import SCALED_KV_DTYPES, KVSpec
 from portalm.errors import BackendError, Unsupported
@@ -45,7 +45,7 @@ class CodedLayer(NamedTuple):
 
 Layer: TypeAlias = jax.Array | CodedLayer
 
-jax.export.register_namedtuple_serialization(CodedLayer, serialized_name="portalm CodedLayer")
+export.register_namedtuple_serialization(CodedLayer, serialized_name="portalm CodedLayer")
 
 
 def block_size_of(layer: Layer) -> int:

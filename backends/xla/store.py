@@ -21,11 +21,12 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import jax
+from jax import export
 
 import portalm
 from portalm_backends import portable, xla
 
-Traced: TypeAlias = "jax.export.Exported"
+Traced: TypeAlias = "export.Exported"
 """A program before it is compiled."""
 
 logger = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ class Source:
 
     def trace(self) -> Traced:
         """The same, as something that can be kept."""
-        return jax.export.export(self._jit(self.function))(*self.arguments)
+        return export.export(self._jit(self.function))(*self.arguments)
 
     def lower_traced(self, traced: Traced) -> jax.stages.Lowered:
         """What `trace` gave, here or in another process."""
@@ -83,7 +84,7 @@ class Store:
         key = _digest(what.encode(), self._key)
         kept = _read(path, key)
         if kept is not None:
-            return jax.export.deserialize(bytearray(kept))
+            return export.deserialize(bytearray(kept))
         traced = source.trace()
         try:
             _write(path, key, bytes(traced.serialize()))

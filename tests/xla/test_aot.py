@@ -17,6 +17,7 @@ import xla_compile  # noqa: E402 - a command, not a package
 _ROW = {
     "program": "p",
     "seconds": 1.0,
+    "least_ms": 0.5,
     "arguments": 9,
     "temporaries": 8,
     "aliased": 7,

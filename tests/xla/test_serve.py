@@ -28,11 +28,11 @@ def sdk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]:
         yield openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
 
 
-def drawn(sdk: openai.OpenAI, seed: int, **options: object) -> openai.types.CompletionChoice:
+def drawn(sdk: openai.OpenAI, seed: int) -> str:
     answer = sdk.completions.create(
-        model="tiny", prompt="Once upon", max_tokens=24, temperature=1.0, seed=seed, **options
+        model="tiny", prompt="Once upon", max_tokens=24, temperature=1.0, seed=seed
     )
-    return answer.choices[0]
+    return answer.choices[0].text
 
 
 def test_a_stream_brings_piece_by_piece_what_comes_whole_for_the_same_seed(
@@ -45,17 +45,28 @@ def test_a_stream_brings_piece_by_piece_what_comes_whole_for_the_same_seed(
     pieces = [chunk.choices[0].text for chunk in stream if chunk.choices]
 
     assert len(pieces) > 2
-    assert "".join(pieces) == drawn(sdk, 5).text
-    assert "".join(pieces) != drawn(sdk, 6).text
+    assert "".join(pieces) == drawn(sdk, 5)
+    assert "".join(pieces) != drawn(sdk, 6)
 
 
 def test_logprobs_are_of_what_was_drawn_and_of_the_likeliest(sdk: openai.OpenAI) -> None:
-    found = drawn(sdk, 5, logprobs=3).logprobs
+    answer = sdk.chat.completions.create(
+        model="tiny",
+        messages=[{"role": "user", "content": "x"}],
+        max_tokens=24,
+        temperature=1.0,
+        seed=5,
+        logprobs=True,
+        top_logprobs=3,
+    )
 
-    assert len(found.token_logprobs) == 24
-    for own, top in zip(found.token_logprobs, found.top_logprobs, strict=True):
-        assert own <= max(top.values()) <= 0.0
-        assert len(top) in (3, 4)  # the drawn one beside them, where it is not among them
+    found = answer.choices[0].logprobs.content
+    assert len(found) == 24
+    for one in found:
+        top = [likely.logprob for likely in one.top_logprobs]
+        assert top == sorted(top, reverse=True)
+        assert len(top) == 3
+        assert one.logprob <= top[0] < 0.0
 
 
 def test_an_answer_follows_its_schema(sdk: openai.OpenAI) -> None:
