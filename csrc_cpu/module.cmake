@@ -23,11 +23,12 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
   portalm_isa(avx2 8 -mavx2 -mfma -mf16c)
   portalm_isa(avxvnni 8 -mavx2 -mfma -mf16c -mavxvnni) # Alder Lake, Zen 5 and later
   portalm_isa(avx512 16 -O2 -mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512vl -mavx512dq
-              -mprefer-vector-width=512)
+              -mprefer-vector-width=512
+              -Wno-maybe-uninitialized -Wno-uninitialized) # false ones in GCC 12's headers
   # Zen 4, Sapphire Rapids and later
   portalm_isa(avx512bf16 16 -O2 -mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512vl -mavx512dq
               -mavx512bf16 -mavx512vnni -mprefer-vector-width=512
-              -Wno-maybe-uninitialized -Wno-uninitialized) # false ones in GCC 12's headers
+              -Wno-maybe-uninitialized -Wno-uninitialized)
   # the 16-lane code on a CPU without AVX-512: its logic can be tested there, its speed cannot
   portalm_isa(emulated512 16 -O1 -mavx2 -mfma -mf16c -DPORTALM_EMULATED)
 endif()

@@ -27,7 +27,7 @@ from portalm_backends.portable import kv_codes
 DTYPES = frozenset({"float32", "float16", "bfloat16"})
 """What is computed in, and keys and values may be stored as."""
 
-KV_DTYPES = DTYPES | SCALED_KV_DTYPES.keys()
+KV_DTYPES = frozenset({*DTYPES, *SCALED_KV_DTYPES})
 """On every GPU: kernels take 8-bit floats apart themselves."""
 
 HEAD_SIZES = frozenset(range(16, 257, 8))

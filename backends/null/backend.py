@@ -82,7 +82,7 @@ class NullBackend(TorchBackend):
         super().__init__()
         self.capabilities = Capabilities(
             dtypes=_DTYPES,
-            kv_dtypes=_DTYPES | SCALED_KV_DTYPES.keys(),
+            kv_dtypes=frozenset({*_DTYPES, *SCALED_KV_DTYPES}),
             features=frozenset({"sliding_window", "soft_cap", "shared_values", "batch_invariant"}),
             max_steps_in_flight=max_steps_in_flight,
         )

@@ -16,7 +16,7 @@ from portalm_backends.portable import kv_codes
 DTYPES = frozenset({"float32", "float16", "bfloat16"})
 """What is computed in, and keys and values may be stored as."""
 
-KV_DTYPES = DTYPES | SCALED_KV_DTYPES.keys()
+KV_DTYPES = frozenset({*DTYPES, *SCALED_KV_DTYPES})
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,7 @@ DTYPES = frozenset({"float32", "float16", "bfloat16"})
 
 _CODE_DTYPES = {"int8": jnp.int8, "fp8": jnp.float8_e4m3fn}
 
-KV_DTYPES = DTYPES | _CODE_DTYPES.keys()
+KV_DTYPES = frozenset({*DTYPES, *_CODE_DTYPES})
 
 LANES = 128
 """Numbers side by side in a TPU's vector register."""
