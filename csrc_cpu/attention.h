@@ -25,6 +25,7 @@ constexpr int64_t kChunk = 64;   // tokens whose scores are held at a time; divi
 constexpr int64_t kScoreStride = kChunk + kLanes;  // a whole vector may be stored at the last token
 constexpr int kItemFields = 10;
 constexpr int kRowTile = kLanes == 16 ? 8 : 4;  // rows whose sums fit the registers, two vectors each
+constexpr int kSharedRows = kLanes == 16 ? 12 : 6;  // the same over keys that are values
 
 struct Item {
   int32_t request, first_token, num_tokens, position, begin, end;
@@ -138,8 +139,8 @@ PORTALM_INLINE void unit_scores(const float* query, int64_t head_size, const K* 
     score_tile<R, 1>(query, head_size, keys + b * kPack<K>, block_size, ahead, scores + b);
 }
 
-// The same over keys that lie as values do, two tokens at a time: lanes are dimensions, summed at
-// the end. Dimensions are whole vectors.
+// The same over keys that lie as values do, a pair of tokens at a time: lanes are dimensions (whole
+// vectors of them), summed at the end.
 template <int R, typename K>
 PORTALM_INLINE void unit_scores_by_rows(const float* query, int64_t head_size, const K* keys,
                                         int64_t tokens, int64_t ahead, float* scores) {
@@ -164,7 +165,7 @@ PORTALM_INLINE void unit_scores_by_rows(const float* query, int64_t head_size, c
   }
 }
 
-// Call body<R>(row) for all rows, kRowTile at a time and then the rest at once.
+// Call body<R>(row) for all rows, Tile at a time and then the rest at once.
 template <int R, typename Body>
 PORTALM_INLINE void rest_of_rows(int64_t row, int64_t count, const Body& body) {
   if (count == R) {
@@ -173,10 +174,10 @@ PORTALM_INLINE void rest_of_rows(int64_t row, int64_t count, const Body& body) {
     rest_of_rows<R - 1>(row, count, body);
   }
 }
-template <typename Body>
+template <int Tile = kRowTile, typename Body>
 PORTALM_INLINE void for_rows(int64_t row, int64_t end, const Body& body) {
-  for (; row + kRowTile <= end; row += kRowTile) body.template operator()<kRowTile>(row);
-  rest_of_rows<kRowTile - 1>(row, end - row, body);
+  for (; row + Tile <= end; row += Tile) body.template operator()<Tile>(row);
+  rest_of_rows<Tile - 1>(row, end - row, body);
 }
 
 // A chunk of the context, [start, start + kChunk), in the units in which its tokens lie side by
@@ -265,15 +266,6 @@ PORTALM_INLINE void value_tile(const float* weights, const Chunk<K>& chunk, int6
     for (int n = 0; n < N; ++n) store(value + r * stride + n * kLanes, acc[r][n]);
 }
 
-template <int R, typename K>
-PORTALM_INLINE void chunk_values(const float* weights, const Chunk<K>& chunk, int64_t head_size,
-                                 int64_t from, int64_t to, float* value, int64_t stride) {
-  int64_t d = 0;
-  for (; d + 2 * kLanes <= stride; d += 2 * kLanes)
-    value_tile<R, 2>(weights, chunk, head_size, d, from, to, value + d, stride);
-  if (d < stride) value_tile<R, 1>(weights, chunk, head_size, d, from, to, value + d, stride);
-}
-
 // Tokens [from, to) of a chunk that a row may see, from its start.
 struct Seen {
   int64_t from, to;
@@ -346,14 +338,18 @@ inline void attend_chunk(const AttentionArgs& a, const Item& item, int64_t head,
     --last;
   }
   for (int64_t u = 0; u < chunk.num_units; ++u) {
+    float* to = scores + u * chunk.unit;
+    if (a.shape.shares_values) {
+      if constexpr (!kIsCode<K>)
+        for_rows<kSharedRows>(first * group, last * group, [&]<int R>(int64_t r) {
+          unit_scores_by_rows<R>(query + r * head_size, head_size, chunk.keys[u], chunk.unit,
+                                 chunk.ahead[u], to + r * kScoreStride);
+        });
+      continue;
+    }
     for_rows(first * group, last * group, [&]<int R>(int64_t r) {
-      const float* q = query + r * head_size;
-      float* to = scores + r * kScoreStride + u * chunk.unit;
-      if (a.shape.shares_values)
-        unit_scores_by_rows<R>(q, head_size, chunk.keys[u], chunk.unit, chunk.ahead[u], to);
-      else
-        unit_scores<R>(q, head_size, chunk.keys[u], a.shape.block_size, chunk.unit, chunk.ahead[u],
-                       to);
+      unit_scores<R>(query + r * head_size, head_size, chunk.keys[u], a.shape.block_size, chunk.unit,
+                     chunk.ahead[u], to + r * kScoreStride);
     });
   }
   const int64_t tokens = chunk.num_units * chunk.unit;
@@ -386,10 +382,15 @@ inline void attend_chunk(const AttentionArgs& a, const Item& item, int64_t head,
       const Seen other = seen_by(a, item.position + end, chunk.start);
       if (other.from != seen.from || other.to != seen.to) break;
     }
-    for_rows(i * group, end * group, [&]<int R>(int64_t r) {
-      chunk_values<R>(scores + r * kScoreStride, chunk, head_size, seen.from, seen.to,
-                      out.value + r * out.stride, out.stride);
-    });
+    const auto columns = [&]<int N>(int64_t d) {
+      for_rows(i * group, end * group, [&]<int R>(int64_t r) {
+        value_tile<R, N>(scores + r * kScoreStride, chunk, head_size, d, seen.from, seen.to,
+                         out.value + r * out.stride + d, out.stride);
+      });
+    };
+    int64_t d = 0;  // a few columns stay in the cache for all rows
+    for (; d + 2 * kLanes <= out.stride; d += 2 * kLanes) columns.template operator()<2>(d);
+    if (d < out.stride) columns.template operator()<1>(d);
     i = end;
   }
 }

@@ -22,7 +22,7 @@ import numpy as np
 from jax import lax
 
 from portalm.backend import AttentionSpec
-from portalm_backends.xla.cache import Layer, block_size_of, read
+from portalm_backends.xla.cache import Layer, block_size_of, read, read_keys
 
 CHUNK = 64
 """Tokens of context at a time, where the block size divides it."""
@@ -81,7 +81,8 @@ def paged_attention(
         sinks: float32 [H] where the spec has them.
 
     Returns:
-        [T, H, D], in the dtype of `query`; rows of pad tokens are unspecified.
+        [T, H, D], or [T, H, value_size], in the dtype of `query`; rows of pad tokens are
+        unspecified.
     """
     num_tokens, num_requests = query.shape[0], len(seq_lens)
     block_size = block_size_of(layer)
@@ -92,7 +93,7 @@ def paged_attention(
     is_decode = (query_lens == 1) & (seq_lens > 0)
 
     def fetch(table: jax.Array) -> Fetch:  # int32 [N, MB]
-        return lambda chunk: _gather(layer, table, chunk, blocks, spec.head_size)
+        return lambda chunk: _gather(layer, table, chunk, blocks, spec)
 
     def attend(rows: Rows, table: jax.Array) -> jax.Array:
         return _attend(rows, fetch(table), blocks * block_size, spec, sinks)
@@ -162,7 +163,7 @@ def _over_decodes(
 ) -> jax.Array:
     """`attend` of the first tokens, one of each request whose end int32 [S] is not 0.
 
-    Returns an array like `query`, [T, H, D], whose rows behind the decodes are unspecified.
+    Returns [T, H, D], or [T, H, value_size], whose rows behind the decodes are unspecified.
     """
     size = min(GROUP, len(ends))
     block_table, ends = (_pad(x, -len(ends) % size) for x in (block_table, ends))
@@ -179,7 +180,8 @@ def _over_decodes(
         )
 
     num_decodes = (ends > 0).sum(dtype=jnp.int32)
-    return lax.fori_loop(0, (num_decodes + size - 1) // size, group, jnp.zeros_like(query))
+    out = jnp.zeros((*query.shape[:2], spec.out_size), query.dtype)
+    return lax.fori_loop(0, (num_decodes + size - 1) // size, group, out)
 
 
 def _over_tiles(
@@ -205,7 +207,7 @@ def _over_tiles(
         heads = attend(request, first, q)[0]  # [H_kv, TILE * G, D]
         result = heads.reshape(len(heads), TILE, -1, out.shape[2]).swapaxes(0, 1)
         return lax.dynamic_update_slice_in_dim(
-            out, result.reshape(q.shape).astype(out.dtype), start, axis=0
+            out, result.reshape(TILE, *out.shape[1:]).astype(out.dtype), start, axis=0
         )
 
     return lax.fori_loop(0, ends[-1], one, out)
@@ -221,12 +223,15 @@ def _rows(q: jax.Array, position: jax.Array, end: jax.Array, spec: AttentionSpec
 
 
 def _gather(
-    layer: Layer, table: jax.Array, chunk: jax.Array, blocks: int, head_size: int
+    layer: Layer, table: jax.Array, chunk: jax.Array, blocks: int, spec: AttentionSpec
 ) -> tuple[jax.Array, jax.Array]:
     """Keys and values of `blocks` blocks of each request, [N, H_kv, blocks * B, D] each."""
     some = lax.dynamic_slice_in_dim(table, chunk * blocks, blocks, axis=1)
-    key, value = read(layer, some, head_size)  # [N, blocks, H_kv, B, D] each
-    shape = len(table), key.shape[2], -1, head_size
+    shape = len(table), spec.num_kv_heads, -1, spec.head_size
+    if spec.value_size is not None:
+        shared = read_keys(layer, some, spec.head_size).swapaxes(1, 2).reshape(shape)
+        return shared, shared[..., : spec.value_size]
+    key, value = read(layer, some, spec.head_size)  # [N, blocks, H_kv, B, D] each
     return key.swapaxes(1, 2).reshape(shape), value.swapaxes(1, 2).reshape(shape)
 
 
@@ -247,7 +252,7 @@ def _attend(
         scores = _scores(rows, key, context, is_live, spec)
         return _add(running, scores, value, rows.query.dtype)
 
-    start = _nothing(rows.query.shape, sinks)
+    start = _nothing((*rows.query.shape[:-1], spec.out_size), sinks)
     end = (rows.end.max() + chunk_len - 1) // chunk_len
     running = lax.fori_loop(jnp.minimum(lowest // chunk_len, end), end, add_chunk, start)
     total = jnp.where(running.total > 0, running.total, 1)  # padding has seen nothing

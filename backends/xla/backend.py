@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_FEATURES = frozenset({"sliding_window", "soft_cap", "alibi", "sinks"})
+_FEATURES = frozenset({"sliding_window", "soft_cap", "alibi", "sinks", "shared_values"})
 _PACKAGES = ("flatbuffers", "jax", "jaxlib", "torchax")
 
 
@@ -193,7 +193,7 @@ class XlaBackend(TorchBackend):
             where = (meta.query_start_loc, meta.seq_lens, meta.block_table)
         else:
             write, where = self._cache.write_in_place, (meta.slot_mapping,)
-        arrays = (self._bridge.array(x) for x in (key, value, *where))
+        arrays = self._arrays((key, None if kv.spec.shares_values else value, *where))
         return kv.with_layer(layer, write(kv.layers[layer], *arrays))
 
     def _has_kernels(self, kv: XlaKV) -> bool:
@@ -208,7 +208,12 @@ class XlaBackend(TorchBackend):
     def kv_export(self, kv: XlaKV, blocks: torch.Tensor) -> torch.Tensor:
         """Blocks int32 [N] as [N, L, 2, B, H_kv, D] on the host."""
         return self._bridge.result(
-            self._cache.export_jitted(kv.layers, blocks.numpy(), kv.spec.head_size)
+            self._cache.export_jitted(
+                kv.layers,
+                blocks.numpy(),
+                kv.spec.head_size,
+                shares_values=kv.spec.shares_values,
+            )
         )
 
     def kv_import(self, kv: XlaKV, blocks: torch.Tensor, wire: torch.Tensor) -> XlaKV:
@@ -276,6 +281,15 @@ class XlaBackend(TorchBackend):
             return self._call(self._layers.linear, x, weight, bias)
         few = (weight.codes, weight.scales, weight.minimums)
         return self._call(self._weights.linear, x, bias, *few)
+
+    def pack_heads(self, weight: torch.Tensor) -> torch.Tensor:
+        """The weight [H, N, K] on the device, its heads divided where devices are several."""
+        rows = self._bridge.divided(weight.shape[0], axis=0)
+        return self._bridge.tensor(self._bridge.put(weight, rows))
+
+    def linear_heads(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """x [T, H, K] times weight [H, N, K], head by head: [T, H, N]."""
+        return self._call(self._layers.linear_heads, x, weight)
 
     def logits(self, x: torch.Tensor, weight: Weight) -> torch.Tensor:
         """x [R, C] times weight [V, C] transposed in float32: [R, V]."""

@@ -4,7 +4,8 @@ P is the head size, padded on a TPU. There an array's last two dimensions lie in
 numbers or more: with the tokens of a block in one and a key with its value in the other, a block of
 one head is whole tiles, heads of 64 fill the 128 lanes, and no head is padded beside them.
 
-Where numbers are codes of 8 bits a layer is two arrays: the codes, and their scales.
+Where numbers are codes of 8 bits a layer is two arrays: the codes, and their scales. Where values
+are keys there are P lanes, of the keys alone.
 """
 
 from __future__ import annotations
@@ -66,13 +67,13 @@ def bytes_per_block(spec: KVSpec, *, is_tpu: bool) -> int:
     lanes = lanes_per_head(spec.head_size, is_tpu=is_tpu)
     tokens = spec.num_layers * spec.num_kv_heads * spec.block_size
     scales = 2 * 4 if spec.dtype in _CODE_DTYPES else 0
-    return tokens * (2 * lanes * int(_dtype(spec).itemsize) + scales)
+    return tokens * (spec.num_planes * lanes * int(_dtype(spec).itemsize) + scales)
 
 
 def layer_shape(spec: KVSpec, num_blocks: int, *, is_tpu: bool) -> tuple[int, int, int, int]:
-    """[NB, H_kv, B, 2 P]: the array of one layer."""
+    """[NB, H_kv, B, 2 P]: the array of one layer; P of keys alone."""
     lanes = lanes_per_head(spec.head_size, is_tpu=is_tpu)
-    return num_blocks, spec.num_kv_heads, spec.block_size, 2 * lanes
+    return num_blocks, spec.num_kv_heads, spec.block_size, spec.num_planes * lanes
 
 
 def allocate(
@@ -106,13 +107,14 @@ def allocate(
         ) from error
 
 
-def write(layer: Layer, key: jax.Array, value: jax.Array, slots: jax.Array) -> Layer:
+def write(layer: Layer, key: jax.Array, value: jax.Array | None, slots: jax.Array) -> Layer:
     """Put keys and values, [T, H_kv, D] each, into their slots, int32 [T], of a layer.
 
-    In place where the layer is donated.
+    In place where the layer is donated. No values: keys alone are kept.
     """
     block_size = block_size_of(layer)
     if isinstance(layer, CodedLayer):
+        assert value is not None
         block, offset = slots // block_size, slots % block_size
         scales = layer.scales
         (key, key_scales), (value, value_scales) = (
@@ -121,15 +123,23 @@ def write(layer: Layer, key: jax.Array, value: jax.Array, slots: jax.Array) -> L
         for kept, place in ((key_scales, offset), (value_scales, block_size + offset)):
             scales = scales.at[block, :, place].set(kept, mode="promise_in_bounds")
         return CodedLayer(write(layer.codes, key, value, slots), scales)
-    rows = side_by_side(key, value, layer.shape[3] // 2).astype(layer.dtype)  # [T, H_kv, 2 P]
+    lanes = layer.shape[3] if value is None else layer.shape[3] // 2
+    rows = side_by_side(key, value, lanes).astype(layer.dtype)  # [T, H_kv, 2 P]
     at = layer.at[slots // block_size, :, slots % block_size]
     return at.set(rows, mode="promise_in_bounds")
 
 
-def side_by_side(key: jax.Array, value: jax.Array, lanes: int) -> jax.Array:
-    """[..., D] each, padded to `lanes` each: [..., 2 P]."""
+def side_by_side(key: jax.Array, value: jax.Array | None, lanes: int) -> jax.Array:
+    """[..., D] each, padded to `lanes` each: [..., 2 P], or of keys alone [..., P]."""
+    planes = [key] if value is None else [key, value]
     pad = [(0, 0)] * (key.ndim - 1) + [(0, lanes - key.shape[-1])]
-    return jnp.concatenate([jnp.pad(key, pad), jnp.pad(value, pad)], axis=-1)
+    return jnp.concatenate([jnp.pad(plane, pad) for plane in planes], axis=-1)
+
+
+def read_keys(layer: Layer, blocks: jax.Array, head_size: int) -> jax.Array:
+    """Keys of blocks int32 [...] of a layer that has no values: [..., H_kv, B, D]."""
+    assert not isinstance(layer, CodedLayer)
+    return layer[blocks][..., :head_size]
 
 
 def read(layer: Layer, blocks: jax.Array, head_size: int) -> tuple[jax.Array, jax.Array]:
@@ -154,29 +164,35 @@ def copy(layers: Sequence[Layer], src: jax.Array, dst: jax.Array) -> tuple[Layer
     return copied
 
 
-def export_blocks(layers: Sequence[Layer], blocks: jax.Array, head_size: int) -> jax.Array:
-    """Blocks int32 [N] in the wire layout, [N, L, 2, B, H_kv, D]."""
-    pairs = [jnp.stack(read(layer, blocks, head_size), axis=1) for layer in layers]
-    return jnp.stack(pairs, axis=1).swapaxes(3, 4)  # of [N, L, 2, H_kv, B, D]
+def export_blocks(
+    layers: Sequence[Layer], blocks: jax.Array, head_size: int, *, shares_values: bool = False
+) -> jax.Array:
+    """Blocks int32 [N] in the wire layout, [N, L, 2, B, H_kv, D]; of keys alone 1 for 2."""
+    if shares_values:
+        planes = [read_keys(layer, blocks, head_size)[:, None] for layer in layers]
+    else:
+        planes = [jnp.stack(read(layer, blocks, head_size), axis=1) for layer in layers]
+    return jnp.stack(planes, axis=1).swapaxes(3, 4)  # of [N, L, P, H_kv, B, D]
 
 
 def import_blocks(layers: Sequence[Layer], blocks: jax.Array, wire: jax.Array) -> tuple[Layer, ...]:
     """The inverse of `export_blocks`, in place where donated; a wire of another dtype is cast."""
-    wire = wire.transpose(1, 2, 0, 4, 3, 5)  # [L, 2, N, H_kv, B, D]
+    wire = wire.transpose(1, 2, 0, 4, 3, 5)  # [L, P, N, H_kv, B, D]
     return tuple(
-        _put_blocks(layer, blocks, key, value)
-        for layer, (key, value) in zip(layers, wire, strict=True)
+        _put_blocks(layer, blocks, planes[0], planes[1] if len(planes) == 2 else None)
+        for layer, planes in zip(layers, wire, strict=True)
     )
 
 
-def _put_blocks(layer: Layer, blocks: jax.Array, key: jax.Array, value: jax.Array) -> Layer:
+def _put_blocks(layer: Layer, blocks: jax.Array, key: jax.Array, value: jax.Array | None) -> Layer:
     if isinstance(layer, CodedLayer):
+        assert value is not None
         (key, of_keys), (value, of_values) = (encode(x, layer.codes.dtype) for x in (key, value))
         scales = jnp.concatenate([of_keys, of_values], axis=-1)
         codes = _put_blocks(layer.codes, blocks, key, value)
         return CodedLayer(codes, layer.scales.at[blocks].set(scales))
-    rows = side_by_side(key.astype(layer.dtype), value.astype(layer.dtype), layer.shape[-1] // 2)
-    return layer.at[blocks].set(rows)
+    lanes = layer.shape[3] if value is None else layer.shape[3] // 2
+    return layer.at[blocks].set(side_by_side(key, value, lanes).astype(layer.dtype))
 
 
 def encode(x: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
@@ -199,6 +215,11 @@ def _dtype(spec: KVSpec) -> jnp.dtype:
     if spec.dtype not in KV_DTYPES:
         raise Unsupported(
             f"the XLA backend stores keys and values as {', '.join(sorted(KV_DTYPES))}, "
+            f"not {spec.dtype}"
+        )
+    if spec.shares_values and spec.dtype in _CODE_DTYPES:
+        raise Unsupported(
+            f"the XLA backend keeps keys that are values as {', '.join(sorted(DTYPES))}, "
             f"not {spec.dtype}"
         )
     dtype: jnp.dtype = jnp.dtype(_CODE_DTYPES.get(spec.dtype, spec.dtype))
@@ -239,4 +260,4 @@ def copy_blocks(
 write_in_place = functools.partial(jax.jit, donate_argnums=0)(write)
 copy_in_place = functools.partial(jax.jit, donate_argnums=0)(copy)
 import_in_place = functools.partial(jax.jit, donate_argnums=0)(import_blocks)
-export_jitted = functools.partial(jax.jit, static_argnums=2)(export_blocks)
+export_jitted = jax.jit(export_blocks, static_argnums=2, static_argnames="shares_values")

@@ -15,6 +15,8 @@ _ROWS = {"float32": 8, "bfloat16": 16}
 
 def why_not(spec: KVSpec) -> str | None:
     """Why a TPU takes XLA's operations for such a cache; None: it has kernels for it."""
+    if spec.shares_values:
+        return "the kernels read values beside their keys, not keys that are values"
     rows = _ROWS.get(spec.dtype)
     if rows is None:
         return f"the kernels read {' and '.join(_ROWS)} KV caches, not {spec.dtype}"

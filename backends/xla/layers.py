@@ -41,6 +41,14 @@ def _product(x: Array, weight: Array) -> Array:
 
 
 @jit
+def linear_heads(x: Array, weight: Array) -> Array:
+    """x [T, H, K] times weight [H, N, K], head by head, summed in float32: [T, H, N]."""
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    product = functools.partial(jnp.einsum, "thk,hnk->thn", precision=precision)
+    return product(x, weight, preferred_element_type=jnp.float32).astype(x.dtype)
+
+
+@jit
 def take(table: Array, rows: Array) -> Array:
     """Rows int32 [R] of table [N, C]: [R, C]. All rows are there: no bounds are looked at."""
     return table.at[rows].get(mode="promise_in_bounds")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from portalm.backend import SCALED_KV_DTYPES, AttentionSpec, KVSpec, StepMeta
+from portalm.backend import SCALED_KV_DTYPES, AttentionSpec, Experts, KVSpec, StepMeta
 from portalm.errors import BackendError
 from portalm_backends.cpu.backend import CpuBackend
 from portalm_backends.portable import kv_codes
@@ -149,6 +149,83 @@ def test_embed_and_take_rows_copy_rows(backend, dtype):
     assert torch.equal(backend.take_rows(table[:, 3:30], ids), table[:, 3:30][ids.long()])
 
 
+# -- experts ----------------------------------------------------------------------------------
+
+
+def make_experts(backend, dtype, num_experts, hidden, inner, **more) -> tuple[Experts, list, list]:
+    """Experts, and the weights that they are made of."""
+    wide = [rounded((2 * inner, hidden), dtype, e, hidden**-0.5) for e in range(num_experts)]
+    narrow = [rounded((hidden, inner), dtype, 50 + e, inner**-0.5) for e in range(num_experts)]
+    packed = (tuple(backend.pack(w) for w in weights) for weights in (wide, narrow))
+    return Experts(**dict(zip(("gate_up", "down"), packed, strict=True)), **more), wide, narrow
+
+
+def choose(num_tokens, num_experts, top_k) -> tuple[torch.Tensor, torch.Tensor]:
+    """Experts of each token, of which the last is nobody's, and their shares."""
+    rng = np.random.default_rng(num_tokens)
+    ids = np.stack([rng.permutation(num_experts - 1)[:top_k] for _ in range(num_tokens)])
+    shares = rng.uniform(0.1, 0.9, ids.shape).astype(np.float32)
+    return torch.from_numpy(ids.astype(np.int32)), torch.from_numpy(shares)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("num_tokens", "is_clamped"), [(1, False), (23, False), (23, True)])
+def test_experts_equal_plain_loops(backend, num_tokens, is_clamped, dtype):
+    num_experts, hidden, inner = 5, 72, 41
+    biases = (rounded((num_experts, n), dtype, n) for n in (2 * inner, hidden))
+    more = dict(zip(("gate_up_bias", "down_bias"), biases, strict=True)) if is_clamped else {}
+    clamp = {"swiglu_limit": 1.5, "swiglu_alpha": 1.7} if is_clamped else {}
+    experts, wide, narrow = make_experts(
+        backend, dtype, num_experts, hidden, inner, **more, **clamp
+    )
+    x = rounded((num_tokens, 3 * hidden), dtype, 7)[:, hidden : 2 * hidden]
+    ids, shares = choose(num_tokens, num_experts, 2)
+
+    actual = backend.moe(x, ids, shares, experts)
+
+    expected = np.zeros((num_tokens, hidden))
+    for token, row in enumerate(f64(x)):
+        for expert, share in zip(ids[token], f64(shares[token]), strict=True):
+            gate, up = np.split(f64(wide[expert]) @ row, 2)
+            inside = gate / (1 + np.exp(-gate)) * up
+            if is_clamped:
+                bias = f64(more["gate_up_bias"][expert])
+                gate = np.minimum(gate + bias[:inner], 1.5)
+                up = np.clip(up + bias[inner:], -1.5, 1.5)
+                inside = gate / (1 + np.exp(-1.7 * gate)) * (up + 1)
+            out = f64(narrow[expert]) @ inside
+            out += f64(more["down_bias"][expert]) if is_clamped else 0
+            expected[token] += share * out
+    assert_near(actual, expected, dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_token_takes_its_experts_alike_alone_and_among_many(backend, dtype):
+    experts, _, _ = make_experts(backend, dtype, 4, 64, 48)
+    x = rounded((700, 64), dtype, 7)  # more of one expert than are worked on at a time
+    ids, shares = choose(700, 4, 2)
+
+    together = backend.moe(x, ids, shares, experts)
+
+    for row in (0, 350, 699):
+        one = slice(row, row + 1)
+        assert torch.equal(backend.moe(x[one], ids[one], shares[one], experts), together[one])
+
+
+def test_a_token_that_is_not_a_number_spoils_no_other(backend):
+    experts, _, _ = make_experts(backend, "bfloat16", 4, 64, 48)
+    x = rounded((9, 64), "bfloat16", 7)
+    ids, shares = choose(9, 4, 2)
+    clean = backend.moe(x, ids, shares, experts)
+    x[4, 3] = float("nan")
+
+    actual = backend.moe(x, ids, shares, experts)
+
+    assert actual[4].isnan().all()
+    assert torch.equal(actual[:4], clean[:4])
+    assert torch.equal(actual[5:], clean[5:])
+
+
 # -- attention --------------------------------------------------------------------------------
 
 
@@ -167,15 +244,15 @@ class Case:
 
 def make_case(
     query_lens, seq_lens, *, heads=(4, 2), head_size=64, block_size=16, dtype="float32",
-    window=None, soft_cap=None, seed=0,
+    window=None, soft_cap=None, seed=0, value_size=None,
 ) -> Case:  # fmt: skip
     num_heads, num_kv_heads = heads
     spec = AttentionSpec(
         num_heads=num_heads, num_kv_heads=num_kv_heads, head_size=head_size,
-        scale=head_size**-0.5, sliding_window=window, soft_cap=soft_cap,
+        scale=head_size**-0.5, sliding_window=window, soft_cap=soft_cap, value_size=value_size,
     )  # fmt: skip
     total = sum(query_lens)
-    return Case(
+    case = Case(
         spec=spec,
         block_size=block_size,
         query_lens=query_lens,
@@ -190,6 +267,9 @@ def make_case(
             for i, n in enumerate(seq_lens)
         ],
     )
+    if value_size is not None:
+        case.values = case.keys
+    return case
 
 
 def make_meta(query_lens, seq_lens, tables, slots) -> StepMeta:
@@ -229,6 +309,7 @@ def run(backend, case: Case, kv_dtype: str, *, num_layers=2, layer=1) -> torch.T
     spec = KVSpec(
         num_layers=num_layers, num_kv_heads=case.spec.num_kv_heads, dtype=kv_dtype,
         head_size=case.spec.head_size, block_size=case.block_size,
+        shares_values=case.spec.value_size is not None,
     )  # fmt: skip
     tables = tables_of(case.seq_lens, case.block_size)
     num_blocks = max(max(table, default=0) for table in tables) + 2
@@ -254,7 +335,7 @@ def stored(x: torch.Tensor, kv_dtype: str) -> np.ndarray:
 
 def expected_of(case: Case, kv_dtype: str) -> np.ndarray:
     group = case.spec.num_heads // case.spec.num_kv_heads
-    out = np.zeros(case.query.shape)
+    out = np.zeros((*case.query.shape[:2], case.spec.out_size))
     row = 0
     for i, (query_len, seq_len) in enumerate(zip(case.query_lens, case.seq_lens, strict=True)):
         key, value = stored(case.keys[i], kv_dtype), stored(case.values[i], kv_dtype)
@@ -266,7 +347,7 @@ def expected_of(case: Case, kv_dtype: str) -> np.ndarray:
                 if case.spec.soft_cap:
                     scores = case.spec.soft_cap * np.tanh(scores / case.spec.soft_cap)
                 weights = np.exp(scores - scores.max())
-                v = value[first : position + 1, head // group]
+                v = value[first : position + 1, head // group, : case.spec.out_size]
                 out[row, head] = weights @ v / weights.sum()
             row += 1
     return out
@@ -342,6 +423,17 @@ def test_sliding_window_sees_itself_and_those_before(backend, batch, window, kv_
     check(backend, make_case(*BATCHES[batch], window=window, dtype=kv_dtype), kv_dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sizes", [(80, 64, 8, 8), (48, 40, 7, 32), (576, 512, 16, 16)], ids=str)
+def test_values_may_be_the_beginning_of_their_keys(backend, sizes, dtype):
+    head_size, value_size, num_heads, block_size = sizes
+    layout = {"heads": (num_heads, 1), "head_size": head_size, "value_size": value_size}
+
+    for batch in ("mixed", "prefill", "decode"):
+        case = make_case(*BATCHES[batch], **layout, block_size=block_size, dtype=dtype)
+        check(backend, case, dtype)
+
+
 @pytest.mark.parametrize("batch", ["mixed", "long prefill"])
 def test_soft_cap_bounds_the_scores(backend, batch):
     case = make_case(*BATCHES[batch], soft_cap=2.0)
@@ -383,12 +475,19 @@ def test_attention_reads_a_query_inside_wider_rows(backend):
 
 
 @pytest.mark.parametrize(
-    ("window", "kv_dtype"),
-    [*itertools.product([None, 50, 301], DTYPES), (50, "int8"), (None, "fp8")],
+    ("window", "kv_dtype", "value_size"),
+    [
+        *itertools.product([None, 50, 301], DTYPES, [None]),
+        *itertools.product([50], DTYPES, [48]),
+        (50, "int8", None),
+        (None, "fp8", None),
+    ],
 )
-def test_a_request_attends_alike_alone_and_in_a_batch(backend, window, kv_dtype):
+def test_a_request_attends_alike_alone_and_in_a_batch(backend, window, kv_dtype, value_size):
     query_lens, seq_lens = [1, 1, 1, 5, 33, 90], [700, 3, 256, 517, 33, 600]
-    case = make_case(query_lens, seq_lens, heads=(6, 2), window=window, dtype="bfloat16")
+    case = make_case(
+        query_lens, seq_lens, heads=(6, 2), window=window, dtype="bfloat16", value_size=value_size
+    )
 
     together = run(backend, case, kv_dtype)
 
