@@ -44,7 +44,7 @@ def record(device: str, levels: list[str]) -> None:
         sys.path.insert(0, str(ROOT))
         import tests.gpu.conftest  # noqa: F401 - kernels are to be interpreted
         from tests.gpu.fake_device import FakeGpu
-        from tests.gpu.interpreted_gpu import interpreted, interpreted_backend
+        from tests.gpu.interpreted import interpreted, interpreted_backend
 
         gpu = FakeGpu(arch=ARCHS[device])
         run_levels(
