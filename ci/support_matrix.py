@@ -1,6 +1,7 @@
 """docs/support-matrix.md, from what the conformance kit found on each device.
 
-python ci/support_matrix.py record DEVICE [LEVEL ...]   runs the kit, writes docs/support/*.json
+python ci/support_matrix.py record DEVICE [LEVEL ...]   runs the kit (these levels of it), writes
+                                                        docs/support/DEVICE.json
 python ci/support_matrix.py write                       writes docs/support-matrix.md from those
 
 cuda and rocm are interpreted here, on a device that stands for a GPU. On a machine with one,
@@ -44,7 +45,7 @@ def record(device: str, levels: list[str]) -> None:
         sys.path.insert(0, str(ROOT))
         import tests.gpu.conftest  # noqa: F401 - kernels are to be interpreted
         from tests.gpu.fake_device import FakeGpu
-        from tests.gpu.interpreted_gpu import interpreted, interpreted_backend
+        from tests.gpu.interpreted import interpreted, interpreted_backend
 
         gpu = FakeGpu(arch=ARCHS[device])
         run_levels(
@@ -66,18 +67,24 @@ def record(device: str, levels: list[str]) -> None:
 def run_levels(
     device: str, backend: Any, levels: list[str], running: Any, *, checked: str, summary: str = ""
 ) -> None:
-    """The file is there behind every level, so that a run that is broken off has left something."""
+    """Write the file behind every level: one that is not run, or not yet, stays as it is there."""
     from portalm.conformance.kit import run_kit
     from portalm.conformance.report import as_json, as_table
 
-    results = []
+    path = FOLDER / f"{device}.json"
     with running:
         for level in levels:
-            results += run_kit(backend, levels=[level])
+            results = run_kit(backend, levels=[level])
             kept = json.loads(as_json(backend, results, checked=checked))
-            kept["results"] = [r for r in kept["results"] if r["status"] == "fail"]
+            before = (
+                json.loads(path.read_text()) if path.exists() else {"counts": {}, "results": []}
+            )
+            failed = [r for r in before["results"] if r["level"] != level]
+            failed += [r for r in kept["results"] if r["status"] == "fail"]
+            kept["results"] = failed
+            kept["counts"] = dict(sorted((before["counts"] | kept["counts"]).items()))
             kept["summary"] = summary or kept["summary"]
-            (FOLDER / f"{device}.json").write_text(json.dumps(kept, indent=1) + "\n")
+            path.write_text(json.dumps(kept, indent=1) + "\n")
             print(as_table(device, results), flush=True)
 
 

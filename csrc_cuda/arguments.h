@@ -15,7 +15,7 @@ constexpr int kDecodeThreads = 128;
 constexpr int kDecodeGroup = 4;  // query heads of a KV head, at most
 constexpr int kSampleThreads = 1024;
 
-enum DType : int64_t { kHalf = 0, kBFloat16 = 1, kFp8 = 2 };
+enum DType : int64_t { kHalf = 0, kBFloat16 = 1 };
 
 struct KvCopyArgs {
   char* cache;

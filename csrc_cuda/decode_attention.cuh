@@ -4,7 +4,7 @@
 //
 // Mapping:  one thread block per item (x) and KV head (y), for all query heads of its group, so that
 //           keys and values are read once. kLanes = D / 8 lanes hold one token's row, 8 elements
-//           (16 bytes; 8 in fp8) each, and take kTokens tokens at a time: scores of tokens x heads
+//           (16 bytes) each, and take kTokens tokens at a time: scores of tokens x heads
 //           are summed over lanes by halving, which leaves one score a lane for the softmax. The
 //           groups of lanes are merged at the end, by shuffles, then in shared memory; an item's
 //           result by whichever block of its request ends last, in the order of the items.
@@ -47,9 +47,9 @@ __device__ inline void sum_over_lanes(float* values) {
   }
 }
 
-// T: dtype of query and output; C: of the cache; D: head size. A smaller group than the largest costs
+// T: dtype of all; D: head size. A smaller group than the largest costs
 // the same instructions and no more memory.
-template <typename T, typename C, int D>
+template <typename T, int D>
 struct DecodeAttention {
   static constexpr int G = kDecodeGroup;
   static constexpr int kLanes = D / kVector;
@@ -85,9 +85,9 @@ struct DecodeAttention {
   __device__ void load_query(float (&query)[G][kVector]) const {
     for (int g = 0; g < G; ++g) {
       const int64_t head = int64_t{kv_head} * a.group_size + g;
-      typename T::Vector v = {};
+      Bytes16 v = {};
       if (g < a.group_size)
-        v = load(vector_at<T>(a.query, item.request * a.query_stride + head * D + lane() * kVector));
+        v = load(vector_at(a.query, item.request * a.query_stride + head * D + lane() * kVector));
       T::unpack(v, query[g]);
       for (float& x : query[g]) x *= a.scale;
     }
@@ -122,13 +122,13 @@ struct DecodeAttention {
       const int token = base + thread_index() / kLanes * kTokens;  // the first of kTokens
       const int64_t place = block * a.cache.block_stride +
                             token % a.cache.block_size * a.cache.token_stride + in_row;
-      typename C::Vector keys[kTokens], values[kTokens];
+      Bytes16 keys[kTokens], values[kTokens];
 #pragma unroll
       for (int t = 0; t < kTokens; ++t) {  // unused memory may hold NaN: it is not looked at
         const bool is_there = token + t >= begin && token + t < item.end;
         const int64_t at = place + t * a.cache.token_stride;
-        keys[t] = is_there ? load_stream(vector_at<C>(a.cache.key, at)) : typename C::Vector{};
-        values[t] = is_there ? load_stream(vector_at<C>(a.cache.value, at)) : typename C::Vector{};
+        keys[t] = is_there ? load_stream(vector_at(a.cache.key, at)) : Bytes16{};
+        values[t] = is_there ? load_stream(vector_at(a.cache.value, at)) : Bytes16{};
       }
       const int next = token + kStep;  // its block's number is under way before it is wanted
       block = next < item.end ? table[next / a.cache.block_size] : 0;
@@ -137,7 +137,7 @@ struct DecodeAttention {
 #pragma unroll
       for (int t = 0; t < kTokens; ++t) {
         float key[kVector];
-        C::unpack(keys[t], key);
+        T::unpack(keys[t], key);
 #pragma unroll
         for (int g = 0; g < G; ++g) {
           float dot = 0;
@@ -182,11 +182,11 @@ struct DecodeAttention {
   }
 
   __device__ void add_values(State& state, const float (&weights)[kScores],
-                             const typename C::Vector (&values)[kTokens]) const {
+                             const Bytes16 (&values)[kTokens]) const {
 #pragma unroll
     for (int t = 0; t < kTokens; ++t) {
       float value[kVector];
-      C::unpack(values[t], value);
+      T::unpack(values[t], value);
 #pragma unroll
       for (int g = 0; g < G; ++g) {
         const int score = g * kTokens + t;
@@ -256,7 +256,7 @@ struct DecodeAttention {
         const float scale = sum > 0 ? 1 / sum : 0.0f;
         for (float& x : values) x *= scale;
         const int64_t row = (int64_t{item.request} * a.num_kv_heads * a.group_size + head) * D;
-        store(vector_at<T>(a.out, row + index), T::pack(values));
+        store(vector_at(a.out, row + index), T::pack(values));
       } else {
         for (int j = 0; j < kVector; ++j) out_part[g * kPart + index + j] = values[j];
         if (index == 0) {
@@ -304,10 +304,10 @@ struct DecodeAttention {
   }
 };
 
-template <typename T, typename C, int D>
+template <typename T, int D>
 __device__ void decode_attention(const DecodeAttentionArgs& a) {
   const DecodeItem item = a.items[block_x()];
-  if (item.count > 0) DecodeAttention<T, C, D>{a, block_y(), item}.run();
+  if (item.count > 0) DecodeAttention<T, D>{a, block_y(), item}.run();
 }
 
 }  // namespace portalm

@@ -4,7 +4,7 @@
 //   kWave           lanes that run in step: 32, on CDNA 64
 //   indices         thread_index(), lane_index(), block_x(), block_y(), block_z()
 //   collectives     block_barrier(), shuffle(), shuffle_xor(), any_lane(): every lane takes part
-//   storage types   Half, BFloat16, Fp8 (e4m3fn): bits in memory, float in registers
+//   storage types   Half, BFloat16: bits in memory, float in registers
 #pragma once
 
 #include <stdint.h>
@@ -123,80 +123,48 @@ __device__ constexpr V max_of(V a, V b) {
   return a > b ? a : b;
 }
 
-// -- memory in pieces of 16 and 8 bytes -------------------------------------------------------
+// -- memory in pieces of 16 bytes -------------------------------------------------------------
 
 struct alignas(16) Bytes16 {
   uint32_t word[4];
 };
-struct alignas(8) Bytes8 {
-  uint32_t word[2];
-};
 
 // Memory of the device, said to be that and not a block's: AMD's compiler cannot always see it.
 // `load_stream` reads what is read once and written by nobody meanwhile: past the caches' first level.
-#if defined(__CUDA_ARCH__)
-template <typename Bytes>
-__device__ inline Bytes load(const Bytes* p) {
-  return *p;
+#if defined(__HIP__)
+using Words = uint32_t __attribute__((ext_vector_type(4)));
+using GlobalWords = __attribute__((address_space(1))) Words;
+
+__device__ inline Bytes16 load(const Bytes16* p) {
+  return bits_as<Bytes16>(*(const GlobalWords*)p);
 }
-template <typename Bytes>
-__device__ inline void store(Bytes* p, const Bytes& x) {
-  *p = x;
+__device__ inline void store(Bytes16* p, const Bytes16& x) {
+  *(GlobalWords*)p = bits_as<Words>(x);
 }
 __device__ inline Bytes16 load_stream(const Bytes16* p) {
+  return bits_as<Bytes16>(__builtin_nontemporal_load((const GlobalWords*)p));
+}
+#else
+__device__ inline Bytes16 load(const Bytes16* p) { return *p; }
+__device__ inline void store(Bytes16* p, const Bytes16& x) { *p = x; }
+__device__ inline Bytes16 load_stream(const Bytes16* p) {
+#if defined(__CUDA_ARCH__)
   Bytes16 x;
   asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
       : "=r"(x.word[0]), "=r"(x.word[1]), "=r"(x.word[2]), "=r"(x.word[3])
       : "l"(p));
   return x;
-}
-__device__ inline Bytes8 load_stream(const Bytes8* p) {
-  Bytes8 x;
-  asm("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];"
-      : "=r"(x.word[0]), "=r"(x.word[1])
-      : "l"(p));
-  return x;
-}
-#elif defined(__HIP__)
-template <typename Bytes>
-using Words = uint32_t __attribute__((ext_vector_type(sizeof(Bytes) / 4)));
-template <typename Bytes>
-using GlobalWords = __attribute__((address_space(1))) Words<Bytes>;
-
-template <typename Bytes>
-__device__ inline Bytes load(const Bytes* p) {
-  return bits_as<Bytes>(*(const GlobalWords<Bytes>*)p);
-}
-template <typename Bytes>
-__device__ inline void store(Bytes* p, const Bytes& x) {
-  *(GlobalWords<Bytes>*)p = bits_as<Words<Bytes>>(x);
-}
-template <typename Bytes>
-__device__ inline Bytes load_stream(const Bytes* p) {
-  return bits_as<Bytes>(__builtin_nontemporal_load((const GlobalWords<Bytes>*)p));
-}
 #else
-template <typename Bytes>
-__device__ inline Bytes load(const Bytes* p) {
   return *p;
-}
-template <typename Bytes>
-__device__ inline void store(Bytes* p, const Bytes& x) {
-  *p = x;
-}
-template <typename Bytes>
-__device__ inline Bytes load_stream(const Bytes* p) {
-  return *p;
+#endif
 }
 #endif
 
 // -- numbers ----------------------------------------------------------------------------------
-// Eight of a type are one vector: `Vector`, unpacked to floats and packed from them.
+// Eight of a type are 16 bytes, unpacked to floats and packed from them.
 
 struct BFloat16 {
-  using Vector = Bytes16;
-
-  __device__ static void unpack(const Vector& v, float (&out)[kVector]) {
+  __device__ static void unpack(const Bytes16& v, float (&out)[kVector]) {
     for (int i = 0; i < 4; ++i) {
       out[2 * i] = bits_as<float>(v.word[i] << 16);
       out[2 * i + 1] = bits_as<float>(v.word[i] & 0xFFFF0000u);
@@ -216,16 +184,14 @@ struct BFloat16 {
     if (x != x) return 0x7FC0;
     return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
   }
-  __device__ static Vector pack(const float (&x)[kVector]) {
-    Vector v;
+  __device__ static Bytes16 pack(const float (&x)[kVector]) {
+    Bytes16 v;
     for (int i = 0; i < 4; ++i) v.word[i] = pack2(x[2 * i], x[2 * i + 1]);
     return v;
   }
 };
 
 struct Half {
-  using Vector = Bytes16;
-
   __device__ static float from_bits(uint16_t bits) {
 #if defined(__CUDA_ARCH__)
     float x;
@@ -248,83 +214,26 @@ struct Half {
     return bits_as<uint16_t>(static_cast<_Float16>(x));
 #endif
   }
-  __device__ static void unpack(const Vector& v, float (&out)[kVector]) {
+  __device__ static void unpack(const Bytes16& v, float (&out)[kVector]) {
     for (int i = 0; i < 4; ++i) {
       out[2 * i] = from_bits(static_cast<uint16_t>(v.word[i]));
       out[2 * i + 1] = from_bits(static_cast<uint16_t>(v.word[i] >> 16));
     }
   }
-  __device__ static Vector pack(const float (&x)[kVector]) {
-    Vector v;
+  __device__ static Bytes16 pack(const float (&x)[kVector]) {
+    Bytes16 v;
     for (int i = 0; i < 4; ++i)
       v.word[i] = to_bits(x[2 * i]) | uint32_t{to_bits(x[2 * i + 1])} << 16;
     return v;
   }
 };
 
-// e4m3fn (OCP 8-bit floating point, 2023): bias 7, no infinity, 0x7F is NaN, the largest is 448.
-// gfx942's own instructions know another bias only (fnuz), so AMD's devices convert by bits.
-struct Fp8 {
-  using Vector = Bytes8;
-
-  __device__ static void unpack(const Vector& v, float (&out)[kVector]) {
-    for (int i = 0; i < 4; ++i) {
-      const uint32_t pair = v.word[i / 2] >> (i % 2 * 16) & 0xFFFF;
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
-      uint32_t halves;
-      asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(static_cast<uint16_t>(pair)));
-      out[2 * i] = Half::from_bits(static_cast<uint16_t>(halves));
-      out[2 * i + 1] = Half::from_bits(static_cast<uint16_t>(halves >> 16));
-#else
-      out[2 * i] = from_bits(pair & 0xFF);
-      out[2 * i + 1] = from_bits(pair >> 8);
-#endif
-    }
-  }
-  __device__ static float from_bits(uint32_t bits) {
-    // exponent and mantissa put where float32 has them: only the bias is then wrong, by 2^120
-    const float magnitude = bits_as<float>((bits & 0x7F) << 20) * 0x1p120f;
-    const float value = (bits & 0x7F) == 0x7F ? bits_as<float>(0x7FC00000u) : magnitude;
-    return bits & 0x80 ? -value : value;
-  }
-  __device__ static uint32_t to_bits(float x) {  // to the nearest, ties to even; too large: 448
-    const uint32_t sign = bits_as<uint32_t>(x) >> 24 & 0x80;
-    const float magnitude = x < 0 ? -x : x;
-    if (x != x) return 0x7F;
-    if (magnitude >= 448.0f) return sign | 0x7E;
-    if (magnitude < 0x1p-6f) {  // subnormal: steps of 2^-9, rounded by float32's own addition
-      return sign | (bits_as<uint32_t>(magnitude + 0x1p14f) & 0xFF);
-    }
-    const uint32_t bits = bits_as<uint32_t>(magnitude);
-    const uint32_t rounded = bits + 0x7FFFF + (bits >> 20 & 1);
-    return sign | ((rounded >> 20) - (120 << 3));
-  }
-  __device__ static Vector pack(const float (&x)[kVector]) {
-    Vector v = {};
-    for (int i = 0; i < 4; ++i) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
-      uint16_t both;
-      asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;"
-          : "=h"(both)
-          : "f"(x[2 * i + 1]), "f"(x[2 * i]));
-      const uint32_t pair = both;
-#else
-      const uint32_t pair = to_bits(x[2 * i]) | to_bits(x[2 * i + 1]) << 8;
-#endif
-      v.word[i / 2] |= pair << (i % 2 * 16);
-    }
-    return v;
-  }
-};
-
-// Element `index`, a multiple of 8, of an array of `T`.
-template <typename T>
-__device__ inline auto* vector_at(void* base, int64_t index) {
-  return static_cast<typename T::Vector*>(base) + index / kVector;
+// Element `index`, a multiple of 8, of an array of 16-bit numbers.
+__device__ inline Bytes16* vector_at(void* base, int64_t index) {
+  return static_cast<Bytes16*>(base) + index / kVector;
 }
-template <typename T>
-__device__ inline const auto* vector_at(const void* base, int64_t index) {
-  return static_cast<const typename T::Vector*>(base) + index / kVector;
+__device__ inline const Bytes16* vector_at(const void* base, int64_t index) {
+  return static_cast<const Bytes16*>(base) + index / kVector;
 }
 
 }  // namespace portalm

@@ -21,7 +21,7 @@ namespace portalm {
 template <typename T>
 __device__ inline void load_rotated(const KvWriteArgs& a, const void* head, int index,
                                     const float* turns, float (&x)[kVector]) {
-  T::unpack(load(vector_at<T>(head, index)), x);
+  T::unpack(load(vector_at(head, index)), x);
   if (index >= a.rotary_dim) return;
   const int half = a.rotary_dim / 2;
   if (a.is_interleaved) {
@@ -35,14 +35,14 @@ __device__ inline void load_rotated(const KvWriteArgs& a, const void* head, int 
   }
   const bool is_first = index < half;
   float other[kVector];
-  T::unpack(load(vector_at<T>(head, is_first ? index + half : index - half)), other);
+  T::unpack(load(vector_at(head, is_first ? index + half : index - half)), other);
   turns += is_first ? index : index - half;
   for (int i = 0; i < kVector; ++i)
     x[i] = x[i] * turns[i] + other[i] * (is_first ? -turns[half + i] : turns[half + i]);
 }
 
-// T: dtype of query, key and value; C: of the cache.
-template <typename T, typename C>
+// T: dtype of all.
+template <typename T>
 __device__ void kv_write(const KvWriteArgs& a) {
   const int64_t token = block_x();
   const int per_head = a.head_size / kVector;
@@ -55,9 +55,9 @@ __device__ void kv_write(const KvWriteArgs& a) {
   float x[kVector];
   if (head < a.num_heads) {
     const int64_t place = int64_t{head} * a.head_size;
-    load_rotated<T>(a, vector_at<T>(a.query, token * a.query_stride + place), index, turns, x);
+    load_rotated<T>(a, vector_at(a.query, token * a.query_stride + place), index, turns, x);
     const int64_t row = token * a.num_heads * a.head_size;
-    store(vector_at<T>(a.query_out, row + place + index), T::pack(x));
+    store(vector_at(a.query_out, row + place + index), T::pack(x));
     return;
   }
 
@@ -65,16 +65,15 @@ __device__ void kv_write(const KvWriteArgs& a) {
   const int kv_head = head - a.num_heads - (is_key ? 0 : a.num_kv_heads);
   const int64_t place = int64_t{kv_head} * a.head_size;
   if (is_key) {
-    load_rotated<T>(a, vector_at<T>(a.key, token * a.key_stride + place), index, turns, x);
-    T::unpack(T::pack(x), x);  // a key is rounded to its own dtype first, as rope's result is
+    load_rotated<T>(a, vector_at(a.key, token * a.key_stride + place), index, turns, x);
   } else {
-    T::unpack(load(vector_at<T>(a.value, token * a.value_stride + place + index)), x);
+    T::unpack(load(vector_at(a.value, token * a.value_stride + place + index)), x);
   }
   const uint32_t slot = a.slots[token], block_size = a.cache.block_size;
   const int64_t at = slot / block_size * a.cache.block_stride +
                      slot % block_size * a.cache.token_stride + kv_head * a.cache.head_stride;
   void* const layer = const_cast<void*>(is_key ? a.cache.key : a.cache.value);
-  store(vector_at<C>(layer, at + index), C::pack(x));
+  store(vector_at(layer, at + index), T::pack(x));
 }
 
 }  // namespace portalm

@@ -7,7 +7,7 @@ namespace portalm {
 namespace {
 
 // What instances.h calls types, as codes.
-constexpr int64_t Half = kHalf, BFloat16 = kBFloat16, Fp8 = kFp8;
+constexpr int64_t Half = kHalf, BFloat16 = kBFloat16;
 
 template <typename T>
 T* at(int64_t address) {
@@ -16,27 +16,34 @@ T* at(int64_t address) {
 
 int64_t num_parts(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
 
-Kernel write_kernel(int64_t dtype, int64_t cache_dtype) {
-#define PORTALM_KERNEL(...)
-#define PORTALM_WRITE(T, C) \
-  if (dtype == T && cache_dtype == C) return Kernel::kv_write_##T##_##C;
-#define PORTALM_DECODE(...)
-#include "instances.h"
-  throw std::invalid_argument("kv_write is not built for dtype " + std::to_string(dtype) +
-                              " and a cache of dtype " + std::to_string(cache_dtype));
+CacheLayer layer_at(int64_t key, int64_t value, int64_t block_stride, int64_t token_stride,
+                    int64_t head_stride, int64_t block_size) {
+  return {at<void>(key), at<void>(value), block_stride, token_stride, head_stride,
+          static_cast<int32_t>(block_size)};
 }
 
-Kernel decode_kernel(int64_t dtype, int64_t cache_dtype, int64_t head_size, int64_t group_size) {
+[[noreturn]] void refuse(const std::string& what) {
+  throw std::invalid_argument("no kernel was built: " + what);
+}
+
+Kernel write_kernel(int64_t dtype) {
+#define PORTALM_KERNEL(...)
+#define PORTALM_WRITE(T) \
+  if (dtype == T) return Kernel::kv_write_##T;
+#define PORTALM_DECODE(...)
+#include "instances.h"
+  refuse("kv_write of dtype " + std::to_string(dtype));
+}
+
+Kernel decode_kernel(int64_t dtype, int64_t head_size, int64_t group_size) {
 #define PORTALM_KERNEL(...)
 #define PORTALM_WRITE(...)
-#define PORTALM_DECODE(T, C, D)                                                            \
-  if (dtype == T && cache_dtype == C && head_size == D && group_size <= kDecodeGroup) \
-    return Kernel::decode_attention_##T##_##C##_##D;
+#define PORTALM_DECODE(T, D)                                        \
+  if (dtype == T && head_size == D && group_size <= kDecodeGroup) \
+    return Kernel::decode_attention_##T##_##D;
 #include "instances.h"
-  throw std::invalid_argument("decode_attention is not built for dtype " + std::to_string(dtype) +
-                              ", a cache of dtype " + std::to_string(cache_dtype) +
-                              ", head size " + std::to_string(head_size) + " and groups of " +
-                              std::to_string(group_size));
+  refuse("decode_attention of dtype " + std::to_string(dtype) + ", head size " +
+         std::to_string(head_size) + ", groups of " + std::to_string(group_size));
 }
 
 }  // namespace
@@ -53,8 +60,8 @@ void kv_copy(int64_t stream, int64_t cache, int64_t num_pieces, int64_t piece_st
          stream);
 }
 
-void kv_write(int64_t stream, int64_t dtype, int64_t cache_dtype, int64_t key_cache,
-              int64_t value_cache, int64_t block_stride, int64_t token_stride, int64_t head_stride,
+void kv_write(int64_t stream, int64_t dtype, int64_t key_cache, int64_t value_cache,
+              int64_t block_stride, int64_t token_stride, int64_t head_stride,
               int64_t block_size, int64_t key, int64_t key_stride, int64_t value,
               int64_t value_stride, int64_t slots, int64_t num_tokens, int64_t num_kv_heads,
               int64_t head_size, int64_t query, int64_t query_stride, int64_t query_out,
@@ -62,8 +69,8 @@ void kv_write(int64_t stream, int64_t dtype, int64_t cache_dtype, int64_t key_ca
               int64_t is_interleaved) {
   if (num_tokens == 0) return;
   KvWriteArgs args = {};
-  args.cache = {at<void>(key_cache), at<void>(value_cache), block_stride, token_stride, head_stride,
-                static_cast<int32_t>(block_size)};
+  args.cache =
+      layer_at(key_cache, value_cache, block_stride, token_stride, head_stride, block_size);
   args.query = at<void>(query);
   args.key = at<void>(key);
   args.value = at<void>(value);
@@ -81,11 +88,11 @@ void kv_write(int64_t stream, int64_t dtype, int64_t cache_dtype, int64_t key_ca
   args.is_interleaved = is_interleaved != 0;
   const int64_t vectors = (num_heads + 2 * num_kv_heads) * (head_size / kVector);
   const Grid grid = {num_tokens, num_parts(vectors, kWriteThreads), 1, kWriteThreads};
-  launch(write_kernel(dtype, cache_dtype), grid, &args, sizeof(args), stream);
+  launch(write_kernel(dtype), grid, &args, sizeof(args), stream);
 }
 
-void decode_attention(int64_t stream, int64_t dtype, int64_t cache_dtype, int64_t key_cache,
-                      int64_t value_cache, int64_t block_stride, int64_t token_stride,
+void decode_attention(int64_t stream, int64_t dtype, int64_t key_cache, int64_t value_cache,
+                      int64_t block_stride, int64_t token_stride,
                       int64_t head_stride, int64_t block_size, int64_t query, int64_t query_stride,
                       int64_t out, int64_t block_table, int64_t table_stride, int64_t seq_lens,
                       int64_t items, int64_t num_items, int64_t partials, int64_t counters,
@@ -93,8 +100,8 @@ void decode_attention(int64_t stream, int64_t dtype, int64_t cache_dtype, int64_
                       double soft_cap, int64_t window, int64_t slopes, int64_t sinks) {
   if (num_items == 0) return;
   DecodeAttentionArgs args = {};
-  args.cache = {at<void>(key_cache), at<void>(value_cache), block_stride, token_stride, head_stride,
-                static_cast<int32_t>(block_size)};
+  args.cache =
+      layer_at(key_cache, value_cache, block_stride, token_stride, head_stride, block_size);
   args.query = at<void>(query);
   args.out = at<void>(out);
   args.block_table = at<int32_t>(block_table);
@@ -111,7 +118,7 @@ void decode_attention(int64_t stream, int64_t dtype, int64_t cache_dtype, int64_
   args.window = static_cast<int32_t>(window);
   args.num_kv_heads = static_cast<int32_t>(num_kv_heads);
   args.group_size = static_cast<int32_t>(group_size);
-  launch(decode_kernel(dtype, cache_dtype, head_size, group_size),
+  launch(decode_kernel(dtype, head_size, group_size),
          {num_items, num_kv_heads, 1, kDecodeThreads}, &args, sizeof(args), stream);
 }
 

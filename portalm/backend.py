@@ -99,6 +99,8 @@ QUANTIZED_FORMATS = {
 class Capabilities:
     """What a backend can do. A claim is tested; what is not claimed raises `Unsupported`."""
 
+    device: str = ""
+    """Which of its devices the claims are for, where they differ: sm_80 (A100)."""
     dtypes: frozenset[str]
     """Weights and activations: names such as "bfloat16"."""
     kv_dtypes: frozenset[str]
@@ -582,6 +584,25 @@ class Backend(Protocol):
         """Rotate query [T, H, D] and key [T, H_kv, D] by their positions int32 [T].
 
         cos_sin is float32 [max_position, rotary_dim]: cosines, then sines.
+        """
+        ...
+
+    def rope_kv_write(
+        self,
+        kv: KV,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        meta: StepMeta,
+        cos_sin: torch.Tensor,
+        *,
+        is_interleaved: bool,
+    ) -> tuple[KV, torch.Tensor]:
+        """`rope` by the step's positions, then `kv_write` of the rotated key and the value.
+
+        Returns the cache and the rotated query, [T, H, D]. What a layer calls: a device may do
+        both at once.
         """
         ...
 

@@ -22,6 +22,7 @@ import numpy.typing as npt
 import torch
 
 from portalm.backend import AttentionSpec, StepMeta
+from portalm_backends.gpu_common import native
 from portalm_backends.gpu_common.cache import KV, parts
 from portalm_backends.gpu_common.kernels.paged_attention import (
     attention_kernel,
@@ -84,6 +85,9 @@ class AttentionPlan:
 
     narrow: Tiles | None
     wide: Tiles | None
+    stretches: torch.Tensor | None = None
+    """int32 [N, native.ITEM_FIELDS]: the same work as the native kernel has it, in decodes too few
+    to fill the device."""
 
 
 @dataclass(slots=True)
@@ -103,6 +107,7 @@ def plan_attention(
     to_device: Callable[[Ints], torch.Tensor],
     *,
     num_programs: int = 264,
+    has_native: bool = False,
 ) -> AttentionPlan:
     """A step's work, on the device.
 
@@ -112,6 +117,7 @@ def plan_attention(
         to_device: copies an array there.
         num_programs: how many fill the device (two for each of its multiprocessors); contexts
             are split until there are so many.
+        has_native: the native kernels are there: plan for them too what they are the better for.
     """
     group = spec.num_heads // spec.num_kv_heads
     narrow_tokens, wide_tokens = max(1, _NARROW_ROWS // group), max(1, _WIDE_ROWS // group)
@@ -135,10 +141,12 @@ def plan_attention(
     if longest > narrow_tokens:
         wide = _tiles(meta, lengths, np.flatnonzero(~is_narrow), wide_tokens, window)
         works[1] = _split(wide, fill, most_extra // 4, wide_tokens, num_wide)
-    host = np.concatenate(
-        [part.ravel() for work in works if work is not None for part in (work.items, work.merges)]
-    )
-    flat, offset = to_device(host), 0
+    lists = [part for work in works if work is not None for part in (work.items, work.merges)]
+    num_requests = len(lengths) if bucket is None else bucket.num_requests
+    is_native = has_native and longest == 1 and num_requests <= fill and native.has_decodes(spec)
+    if is_native:
+        lists.append(native.plan_decodes(meta.host_seq_lens, max_items=fill, window=window))
+    flat, offset = to_device(np.concatenate([part.ravel() for part in lists])), 0
     tiles: list[Tiles | None] = []
     for work in works:
         if work is None or not len(work.items):
@@ -156,7 +164,8 @@ def plan_attention(
             )
         )
         offset = end
-    return AttentionPlan(*tiles)
+    stretches = flat[offset:].view(-1, native.ITEM_FIELDS) if is_native else None
+    return AttentionPlan(tiles[0], tiles[1], stretches)
 
 
 def _tiles(
@@ -275,12 +284,13 @@ _SHAPES = {
         "wide": TileShape(rows=128, tile=32, num_warps=4, num_stages=1),
         "exact": TileShape(rows=16, tile=16, num_warps=4, num_stages=1),
     },
-    "rdna": {
+    "rdna3": {
         "narrow": TileShape(rows=16, tile=16, num_warps=4, num_stages=1),
         "wide": TileShape(rows=64, tile=16, num_warps=8, num_stages=1),
         "exact": TileShape(rows=16, tile=16, num_warps=4, num_stages=1),
     },
 }
+_SHAPES["rdna4"] = _SHAPES["rdna3"]
 """By family of GPUs. `exact` is for float32, whose products no tensor core computes."""
 
 
@@ -288,7 +298,9 @@ def family_of(arch: str) -> str:
     """The key of `_SHAPES` for an architecture by its compiler's name (sm_90, gfx942)."""
     if arch.startswith("sm_"):
         return "nvidia"
-    return "cdna" if arch.startswith("gfx9") else "rdna"
+    if arch.startswith("gfx9"):
+        return "cdna"
+    return "rdna3" if arch.startswith("gfx11") else "rdna4"
 
 
 @functools.cache
@@ -304,14 +316,16 @@ def tile_shape(kind: str, family: str, dtype: torch.dtype, head_size: int, group
     """
     shape = _SHAPES[family]["exact" if dtype == torch.float32 else kind]
     rows = max(shape.rows, _power_of_2(group))
-    tile = shape.tile
+    tile, num_warps = shape.tile, shape.num_warps
     if head_size > 128:  # the sums take as many registers with half the rows
         rows = max(rows // 2, 16, _power_of_2(group))
         tile = max(tile // 2, 16)
+        if family == "rdna3":  # whose matrix instructions hold every operand twice
+            num_warps *= 2
     return TileShape(
         rows=rows,
         tile=tile,
-        num_warps=shape.num_warps,
+        num_warps=num_warps,
         num_stages=shape.num_stages,
         waves_per_eu=shape.waves_per_eu,
     )
@@ -381,7 +395,7 @@ def _launch(
         score_scale, cap = 2 * score_scale / spec.soft_cap, spec.soft_cap * _LOG2E
     slopes = None
     if spec.alibi_slopes is not None:
-        slopes = _slopes(spec.alibi_slopes, out.device)
+        slopes = slopes_of(spec.alibi_slopes, out.device)
     axes = (len(tiles.items), num_kv_heads)
     num_parts = math.ceil(tiles.tokens / tokens)
     grid = (*(axes if kind == "wide" else axes[::-1]), num_parts)
@@ -441,7 +455,7 @@ def _launch(
 
 
 @functools.cache
-def _slopes(slopes: tuple[float, ...], device: torch.device) -> torch.Tensor:
+def slopes_of(slopes: tuple[float, ...], device: torch.device) -> torch.Tensor:
     """float32 [H], which stays where it is: captured steps read it."""
     return torch.tensor(slopes, dtype=torch.float32, device=device)
 

@@ -53,11 +53,13 @@ class GpuBackend(TorchBackend):
         _import_kernels()
         self.arch = known_arch(gpu.arch, self.archs)
         self._fp8 = fp8.dtype_of(gpu.handle)
-        self.capabilities = capabilities(has_fp8_products=self._fp8 is not None)
+        self.capabilities = capabilities(self.arch, has_fp8_products=self._fp8 is not None)
         self._gpu = gpu
         self._native: native.NativeKernels | None = None
         if gpu.runs_native and native.missing(self.native_name, gpu.arch) is None:
             self._native = native.load(self.native_name, gpu.arch)
+        self._workspaces: dict[AttentionSpec, tuple[torch.Tensor, torch.Tensor]] = {}
+        """Of the native decode attention: its layers share one, and captured steps read it."""
         self._family = attention.family_of(self.arch.name)
         self._transfers = Transfers(gpu)
         self._graphs = Graphs(gpu, self._transfers, self._sample)
@@ -127,7 +129,42 @@ class GpuBackend(TorchBackend):
         meta: StepMeta,
     ) -> cache.KV:
         """Scatter [T, H_kv, D] each into their slots; rows may lie apart, heads may not."""
-        return cache.write(kv, layer, key, value, meta)
+        if self._native is None or isinstance(kv, cache.ScaledKV) or not len(key):
+            return cache.write(kv, layer, key, value, meta)
+        if not self._native.writes(kv, key):
+            return cache.write(kv, layer, key, value, meta)
+        self._native.kv_write(kv[layer], key, value, meta.slot_mapping)
+        return kv
+
+    def rope_kv_write(
+        self,
+        kv: cache.KV,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        meta: StepMeta,
+        cos_sin: torch.Tensor,
+        *,
+        is_interleaved: bool,
+    ) -> tuple[cache.KV, torch.Tensor]:
+        """`rope`, then `kv_write`; in one launch but for codes, whose scale is of a whole head."""
+        if isinstance(kv, cache.ScaledKV):
+            return super().rope_kv_write(
+                kv, layer, query, key, value, meta, cos_sin, is_interleaved=is_interleaved
+            )
+        rotary_dim = cos_sin.shape[1]
+        alike = rotary_dim if is_interleaved else rotary_dim // 2
+        if self._native is not None and len(key) and self._native.writes(kv, key, alike):
+            rotated = self._native.rope_kv_write(
+                kv[layer], query, key, value, meta.slot_mapping, meta.positions, cos_sin,
+                is_interleaved=is_interleaved,
+            )  # fmt: skip
+            return kv, rotated
+        rotated = cache.rotate_and_write(
+            kv, layer, query, key, value, meta, cos_sin, is_interleaved=is_interleaved
+        )
+        return kv, rotated
 
     def kv_copy(self, kv: cache.KV, src: torch.Tensor, dst: torch.Tensor) -> cache.KV:
         """Blocks src[i] to dst[i], int32 [N] each, over all layers, in one launch, or two."""
@@ -152,9 +189,18 @@ class GpuBackend(TorchBackend):
     def prepare(self, meta: StepMeta, specs: Sequence[AttentionSpec]) -> StepMeta:
         """A list of work for each kind of layer, on the device."""
         for spec in dict.fromkeys(specs):
-            meta.plan[spec] = attention.plan_attention(
-                meta, spec, self.to_device, num_programs=self._gpu.num_cores * 2
+            plan = meta.plan[spec] = attention.plan_attention(
+                meta,
+                spec,
+                self.to_device,
+                num_programs=self._gpu.num_cores * 2,
+                has_native=self._native is not None,
             )
+            if plan.stretches is not None and spec not in self._workspaces:
+                most = len(plan.stretches)
+                self._workspaces[spec] = native.NativeKernels.decode_workspace(
+                    spec, most, most, self.device()
+                )
         return meta
 
     def attend(
@@ -167,9 +213,21 @@ class GpuBackend(TorchBackend):
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attention of [T, H, D] over each request's context: one launch, or two and a merge."""
-        return attention.attend(
-            kv[layer], query, meta, spec, meta.plan[spec], sinks, family=self._family
-        )
+        plan = meta.plan[spec]
+        if (
+            self._native is None
+            or plan.stretches is None
+            or isinstance(kv, cache.ScaledKV)
+            or not self._native.decodes(kv, query)
+        ):
+            return attention.attend(kv[layer], query, meta, spec, plan, sinks, family=self._family)
+        slopes = None
+        if spec.alibi_slopes is not None:
+            slopes = attention.slopes_of(spec.alibi_slopes, query.device)
+        return self._native.decode_attention(
+            kv[layer], query, meta.block_table, meta.seq_lens, plan.stretches,
+            self._workspaces[spec], spec, slopes, sinks,
+        )  # fmt: skip
 
     def attend_encoder(
         self,
@@ -197,6 +255,7 @@ class GpuBackend(TorchBackend):
             self.device(),
             quantization=quantization,
             for_logits=for_logits,
+            fp8=self._fp8,
         )
 
     def linear(
@@ -294,9 +353,10 @@ def known_arch(name: str, archs: dict[str, Arch]) -> Arch:
     return archs[name]
 
 
-def capabilities(*, has_fp8_products: bool) -> Capabilities:
+def capabilities(arch: Arch, *, has_fp8_products: bool) -> Capabilities:
     """What this folder's kernels do on any architecture, and torch's products on this one."""
     return Capabilities(
+        device=f"{arch.name} ({arch.product})",
         dtypes=cache.DTYPES,
         kv_dtypes=cache.KV_DTYPES,
         head_sizes=cache.HEAD_SIZES,

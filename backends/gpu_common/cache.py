@@ -73,6 +73,11 @@ def check_spec(spec: KVSpec, dtypes: frozenset[str]) -> None:
             raise Unsupported(
                 f"the GPU kernels take a {what} that is {rule} up to {max(taken)}, not {value}"
             )
+    if spec.shares_values:
+        raise Unsupported(
+            "the GPU kernels have no attention whose values are its keys (DeepSeek's latent "
+            "attention): choose another --device"
+        )
     if spec.dtype not in dtypes:
         raise Unsupported(
             f"this GPU stores keys and values as {', '.join(sorted(dtypes))}, not {spec.dtype}"
@@ -169,6 +174,7 @@ def rotate_and_write(
     num_tokens, num_heads, size = query.shape
     num_kv_heads, rotary_dim = key.shape[1], cos_sin.shape[1]
     group = num_heads // num_kv_heads
+    pairs = _power_of_2(group) * _power_of_2(rotary_dim // 2)
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     if num_tokens:
         rotate_write_kernel[(num_tokens, num_kv_heads)](
@@ -193,7 +199,7 @@ def rotate_and_write(
             REST_PADDED=_power_of_2(size - rotary_dim) if size > rotary_dim else 0,
             BLOCK=kv.shape[4],
             IS_INTERLEAVED=is_interleaved,
-            num_warps=1,
+            num_warps=min(max(pairs // 512, 1), 8),
             enable_fp_fusion=False,  # products are rounded one by one, as torch's default does
         )
     return out

@@ -1,13 +1,19 @@
-"""The native kernels (csrc_cuda, csrc_rocm): which operations they do, and how they are called.
+"""The native kernels (csrc_cuda, csrc_rocm) and how they are called.
 
 They are built into the wheel where a compiler for them was found; without them Triton does it all.
+Where they are there they do what has one launch more in Triton, or costs the host more:
+
+- blocks are copied in all layers at once, between steps, where nothing hides the host's cost
+- keys are rotated and written: a step that is not captured is spared Triton's launcher
+- decodes too few to fill the device: a context that is split is merged in the same launch; with
+  more requests Triton's tensor cores are the better road
+- tokens are drawn: the search of a threshold by histograms in shared memory, which Triton lacks
 """
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,50 +21,22 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from portalm.backend import AttentionSpec, KVSpec, SampleOutput, SampleParams
+from portalm.backend import AttentionSpec, SampleOutput, SampleParams
 from portalm_backends.portable import sampling
 
-DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float8_e4m3fn: 2}
+DTYPES = {torch.float16: 0, torch.bfloat16: 1}
 """How the kernels name a dtype (csrc_cuda/arguments.h)."""
 
 DECODE_HEAD_SIZES = frozenset({64, 128})
 DECODE_GROUP_SIZE = 4
 """Most query heads of a KV head: with more, products without tensor cores outlast the reads."""
 
+ITEM_FIELDS = 5
+"""Request; first token; end; its request's first item; how many it has, 0: padding
+(csrc_cuda/arguments.h, DecodeItem)."""
+
 ITEM_ALIGNMENT = 16
 """Tokens: where a stretch of a context may begin (csrc_cuda/decode_attention.cuh)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """Who does an operation, and why."""
-
-    is_native: bool
-    because: str
-
-
-CHOICES = {
-    "kv_copy": Choice(
-        True, "one launch copies all layers, between steps, where the host's cost shows"
-    ),
-    "sample": Choice(
-        True, "the threshold search is histograms in shared memory, which Triton lacks"
-    ),
-    "kv_write": Choice(
-        False,
-        "one launch in either, captured in most steps; Triton's takes float32 too. The native one "
-        "spares eager steps Triton's launcher: until a GPU has measured how much, one is enough",
-    ),
-    "decode_attention": Choice(
-        False,
-        "Triton's has tensor cores and takes every step. The native one splits and merges long "
-        "contexts in one launch, for small groups of heads: until a GPU has measured both, "
-        "a request's tokens all come from the same kernel",
-    ),
-    "linear": Choice(False, "the vendor's library through torch, and Triton for few bits"),
-    "norms": Choice(False, "one pass over rows, which Triton does at the speed of memory"),
-}
-"""What the GPU backends take, where there are both or others would ask."""
 
 
 def missing(vendor: str, arch: str) -> str | None:
@@ -91,14 +69,10 @@ def _code_object(module: Any, arch: str) -> Path:
     return Path(module.__file__).parent / "_rocm_kernels" / f"{arch.split(':')[0]}.hsaco"
 
 
-@dataclass(frozen=True, slots=True)
-class DecodePlan:
-    """How a step's contexts are split over thread blocks (csrc_cuda/arguments.h, DecodeItem)."""
-
-    items: npt.NDArray[np.int32]
-    """[N, 5]: request; first token; end; its request's first item; how many it has, 0: padding."""
-    has_splits: bool
-    """Some request has several items."""
+def has_decodes(spec: AttentionSpec) -> bool:
+    """Whether there is a decode attention for layers of this kind."""
+    group = spec.num_heads // spec.num_kv_heads
+    return spec.head_size in DECODE_HEAD_SIZES and group <= DECODE_GROUP_SIZE
 
 
 def plan_decodes(
@@ -107,8 +81,8 @@ def plan_decodes(
     max_items: int,
     window: int | None = None,
     min_tokens: int = 256,
-) -> DecodePlan:
-    """Stretches of about the same length, as many as `max_items` allow; the rest is padding.
+) -> npt.NDArray[np.int32]:
+    """[max_items, ITEM_FIELDS]: stretches of contexts, of about the same length; then padding.
 
     Args:
         seq_lens: context length of each request, 0 for pad requests.
@@ -128,7 +102,7 @@ def plan_decodes(
     request = np.repeat(np.arange(len(seq_lens)), counts)
     first_item = np.repeat(np.cumsum(counts) - counts, counts)
     begin = first[request] + (np.arange(len(request)) - first_item) * length
-    items = np.zeros((max_items, 5), np.int32)
+    items = np.zeros((max_items, ITEM_FIELDS), np.int32)
     items[: len(request)] = np.stack(
         (
             request,
@@ -139,7 +113,7 @@ def plan_decodes(
         ),
         axis=1,
     )
-    return DecodePlan(items=items, has_splits=bool((counts > 1).any()))
+    return items
 
 
 class NativeKernels:
@@ -150,23 +124,23 @@ class NativeKernels:
         self._module = module
         self._stream = stream
 
-    # -- what they take: asked when an engine starts -------------------------------------------
+    # -- what they take -----------------------------------------------------------------------
 
     @staticmethod
-    def writes(dtype: torch.dtype, kv: KVSpec, rotary_dim: int, *, is_interleaved: bool) -> bool:
-        """Whether `kv_write` takes this cache and this rotation."""
-        rotated = rotary_dim if is_interleaved else rotary_dim // 2
-        return _takes(dtype, kv) and kv.head_size % 8 == 0 and rotated % 8 == 0
+    def writes(kv: torch.Tensor, key: torch.Tensor, num_rotated: int = 0) -> bool:
+        """Whether `kv_write` takes keys [T, H_kv, D] into this cache.
+
+        `num_rotated`: dimensions that lie side by side and are rotated alike, half of those that
+        are rotated, all where pairs are neighbours.
+        """
+        size = key.shape[2]
+        return kv.dtype == key.dtype and key.dtype in DTYPES and not (size % 8 or num_rotated % 8)
 
     @staticmethod
-    def decodes(dtype: torch.dtype, kv: KVSpec, spec: AttentionSpec) -> bool:
-        """Whether `decode_attention` takes this layer."""
-        return (
-            _takes(dtype, kv)
-            and spec.head_size in DECODE_HEAD_SIZES
-            and spec.num_heads // spec.num_kv_heads <= DECODE_GROUP_SIZE
-            and kv.block_size % ITEM_ALIGNMENT == 0
-        )
+    def decodes(kv: torch.Tensor, query: torch.Tensor) -> bool:
+        """Whether `decode_attention` takes [S, H, D] over a cache [L, NB, H_kv, 2, B, D]."""
+        is_plain = kv.dtype == query.dtype and query.dtype in DTYPES
+        return is_plain and kv.shape[4] % ITEM_ALIGNMENT == 0
 
     # -- operations ---------------------------------------------------------------------------
 
@@ -275,23 +249,13 @@ class NativeKernels:
         return sampling.finish(token_ids, logits, params)
 
 
-def _takes(dtype: torch.dtype, kv: KVSpec) -> bool:
-    """Whether kernels were built for these dtypes (csrc_cuda/instances.h)."""
-    name = str(dtype).removeprefix("torch.")
-    return (name, kv.dtype) in {
-        ("bfloat16", "bfloat16"),
-        ("bfloat16", "float8_e4m3fn"),
-        ("float16", "float16"),
-    }
-
-
 def _layer(x: torch.Tensor, cache: torch.Tensor) -> tuple[int, ...]:
     """A layer's cache [NB, H_kv, 2, B, D] as the launchers take it, after the dtype of `x`."""
     ptr = cache.data_ptr()
     block, head, half, token, _ = cache.stride()
     return (
-        DTYPES[x.dtype], DTYPES[cache.dtype], ptr, ptr + half * cache.element_size(),
-        block, token, head, cache.shape[3],
+        DTYPES[x.dtype], ptr, ptr + half * cache.element_size(), block, token, head,
+        cache.shape[3],
     )  # fmt: skip
 
 

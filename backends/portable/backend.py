@@ -289,6 +289,22 @@ class TorchBackend(abc.ABC):
             _rotate(key, turns, is_interleaved=is_interleaved),
         )
 
+    def rope_kv_write(
+        self,
+        kv: KV,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        meta: StepMeta,
+        cos_sin: torch.Tensor,
+        *,
+        is_interleaved: bool,
+    ) -> tuple[KV, torch.Tensor]:
+        """`rope`, then `kv_write`: (the cache, the rotated query [T, H, D])."""
+        query, key = self.rope(query, key, meta.positions, cos_sin, is_interleaved=is_interleaved)
+        return self.kv_write(kv, layer, key, value, meta), query
+
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         """silu(gate) * up of [T, 2 I]: [T, I]."""
         gate, up = gate_up.chunk(2, dim=-1)

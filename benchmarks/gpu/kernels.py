@@ -53,8 +53,8 @@ def attention(backend: Any, run: Settings, dtype: torch.dtype) -> None:
     spec = AttentionSpec(num_heads=heads, num_kv_heads=kv_heads, head_size=size, scale=size**-0.5)
     name = str(dtype).removeprefix("torch.")
     kv_spec = KVSpec(num_layers=1, num_kv_heads=kv_heads, head_size=size, block_size=16, dtype=name)
-    cases = [(64, 1024), (256, 1024), (64, 8192), (1, 8192)] if not run.is_tiny else [(2, 40)]
-    for count, context in cases:
+    cases = [(64, 1024), (256, 1024), (64, 8192), (8, 8192), (1, 8192)]
+    for count, context in cases if not run.is_tiny else [(2, 40)]:
         kv = backend.kv_alloc(kv_spec, 1 + count * -(-context // 16))
         kv.normal_()
         meta = attention_meta(backend, spec, [1] * count, [context] * count)
@@ -62,6 +62,14 @@ def attention(backend: Any, run: Settings, dtype: torch.dtype) -> None:
         taken = seconds(backend, partial(backend.attend, kv, 0, query, meta, spec))
         num_bytes = 2 * count * context * kv_heads * size * dtype.itemsize
         tell(f"decode attention, {count} x {context}", num_bytes / taken / 1e12, "TB/s")
+        if getattr(meta.plan.get(spec), "stretches", None) is not None:  # the native kernel's share
+            from portalm_backends.gpu_common.attention import attend
+
+            plan = meta.plan[spec]
+            alone = partial(attend, kv[0], query, meta, spec, plan, family=backend._family)
+            taken = seconds(backend, alone)
+            label = f"decode attention in Triton, {count} x {context}"
+            tell(label, num_bytes / taken / 1e12, "TB/s")
     length = run.scaled(8192, 48)
     kv = backend.kv_alloc(kv_spec, 1 + -(-length // 16))
     kv.normal_()
@@ -77,9 +85,14 @@ def attention(backend: Any, run: Settings, dtype: torch.dtype) -> None:
     )
     flops = 2 * length * length * heads * size
     tell(f"prefill attention, {length}", flops / ours / 1e12, "TFLOP/s", of_torch=theirs / ours)
-    write = seconds(backend, lambda: backend.kv_write(kv, 0, key, value, meta))
-    num_bytes = 4 * length * kv_heads * size * dtype.itemsize
-    tell(f"kv_write, {length} tokens", num_bytes / write / 1e12, "TB/s")
+    table = torch.randn(length, size, device=backend.device())
+    for tokens in (run.scaled(256, 8), length):
+        rows = attention_meta(backend, spec, [tokens], [tokens])
+        parts = (x[:tokens] for x in (query, key, value))
+        write = partial(backend.rope_kv_write, kv, 0, *parts, rows, table, is_interleaved=False)
+        taken = seconds(backend, write)
+        num_bytes = 2 * tokens * (heads + 2 * kv_heads) * size * dtype.itemsize
+        tell(f"rope_kv_write, {tokens} tokens", taken * 1e6, "us", tbytes=num_bytes / taken / 1e12)
 
 
 def linears(backend: Any, run: Settings, dtype: torch.dtype) -> None:

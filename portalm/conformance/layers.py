@@ -9,6 +9,7 @@ import torch
 
 from portalm.backend import Experts, PackedWeight
 from portalm.conformance import reference
+from portalm.conformance.cases import HEADS, PAD, AttentionRun, attention_problem, batch_named
 from portalm.conformance.check import Check, CheckFailed, Named
 from portalm.conformance.numerics import (
     DTYPES,
@@ -251,6 +252,47 @@ def check_rope(subject: Subject, case: Rope) -> float:
     )
 
 
+def check_rope_kv_write(subject: Subject, case: Rope) -> float:
+    """A mixed step with pad tokens of NaN: rotated keys and their values lie in their slots alone.
+
+    Query, key and value are parts of wider rows, as a merged product leaves them.
+    """
+    subject.needs_dtype(case.dtype)
+    problem = attention_problem(subject, batch_named("mixed"), HEADS[1], case.dtype, head_size=64)
+    run = AttentionRun(subject, problem)
+    chunks = run.paged.chunks(problem.batch.query_lens)
+    meta = run.meta(chunks, PAD)
+    heads, kv_heads = problem.spec.num_heads, problem.spec.num_kv_heads
+    x = np.full((len(meta.positions), heads + 2 * kv_heads, 64), np.nan, np.float32)
+    num_tokens = sum(problem.batch.query_lens)
+    x[:num_tokens] = random_array((num_tokens, *x.shape[1:]), case.dtype, 5)
+    parts = np.split(x[:num_tokens].astype(np.float64), [heads, heads + kv_heads], axis=1)
+    query, key, value = torch.split(subject.put(x, case.dtype), [heads, kv_heads, kv_heads], dim=1)
+    table = reference.rope_table(256, case.rotary_dim, 10_000.0).astype(np.float32)
+    kv, rotated = subject.backend.rope_kv_write(
+        run.kv, run.LAYER, query, key, value, meta, subject.put(table),
+        is_interleaved=case.is_interleaved,
+    )  # fmt: skip
+    positions = np.concatenate([np.arange(c.start, c.end) for c in chunks]).astype(np.int32)
+    wide = table.astype(np.float64)
+    turned, turned_key = (
+        reference.rope(a, positions, wide, case.is_interleaved) for a in parts[:2]
+    )
+    wire = subject.export(kv, range(run.paged.num_blocks))  # [NB, L, 2, B, H_kv, D]
+    slots = np.concatenate([run.paged.slots(i)[c.start : c.end] for i, c in enumerate(chunks)])
+    block, offset = np.divmod(slots, run.paged.block_size)
+    stored = wire[block, run.LAYER, :, offset]  # [T, 2, H_kv, D]
+    bound = NMSE_BOUND[case.dtype]
+    require_equal("values", stored[:, 1], parts[2])
+    wire[block, run.LAYER, :, offset] = np.nan
+    if not np.isnan(wire[1:]).all():
+        raise CheckFailed("rope_kv_write wrote to slots that it was not given")
+    return max(
+        require_close("query", subject.get(rotated)[:num_tokens], turned, bound),
+        require_close("key in the cache", stored[:, 0], turned_key, bound),
+    )
+
+
 def check_rows(subject: Subject, case: Named) -> None:
     """embed and take_rows copy rows as they are."""
     subject.needs_dtype(case.name)
@@ -277,5 +319,7 @@ CHECKS = (
     Check("L1", "moe", check_moe, tuple(Mixture(d, c) for d in DTYPES for c in (False, True))),
     Check("L1", "rope", check_rope,
           tuple(Rope(d, n, i) for d in DTYPES for n in (64, 32) for i in (False, True))),
+    Check("L1", "rope_kv_write", check_rope_kv_write,
+          tuple(Rope(d, n, i) for d in DTYPES for n, i in ((64, False), (32, True)))),
     Check("L1", "embed and take_rows", check_rows, _DTYPE_CASES),
 )  # fmt: skip

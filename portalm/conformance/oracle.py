@@ -167,6 +167,22 @@ class Oracle:
         """The layer's keys and values are these."""
         return {**kv, layer: (key, value)}
 
+    def rope_kv_write(
+        self,
+        kv: dict[int, tuple[torch.Tensor, torch.Tensor]],
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        meta: Any,
+        cos_sin: torch.Tensor,
+        *,
+        is_interleaved: bool,
+    ) -> tuple[dict[int, tuple[torch.Tensor, torch.Tensor]], torch.Tensor]:
+        """`rope`, then `kv_write`."""
+        turned, key = self.rope(query, key, meta.positions, cos_sin, is_interleaved=is_interleaved)
+        return self.kv_write(kv, layer, key, value, meta), turned
+
     def attend(
         self,
         kv: dict[int, tuple[torch.Tensor, torch.Tensor]],

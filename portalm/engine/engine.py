@@ -533,7 +533,7 @@ def _choose_dtype(config: EngineConfig, model: ModelConfig, backend: Backend) ->
         )
         return "float32"
     raise Unsupported(
-        f"backend {backend.name!r} does not compute in {wanted}; it does in "
+        f"{_told(backend)} does not compute in {wanted}; it does in "
         f"{', '.join(sorted(claimed))}: choose one with --dtype"
     )
 
@@ -549,11 +549,18 @@ def _choose_quantization(config: EngineConfig, backend: Backend, dtype: str) -> 
     claimed = backend.capabilities.quantizations
     for name in (quantization.layers, quantization.head):
         if name is not None and name not in claimed:
+            others = [n for n, q in _ROUNDED.items() if {q.layers, q.head} <= {None, *claimed}]
             raise Unsupported(
-                f"backend {backend.name!r} does not compute with {config.quantization} weights; "
-                f"it does with: {', '.join(sorted(claimed)) or 'none of few bits'}"
+                f"{_told(backend)} does not compute with {config.quantization} weights; "
+                f"choose one of these with --quantization: {', '.join(others) or 'none'}"
             )
     return quantization
+
+
+def _told(backend: Backend) -> str:
+    """The backend in a message, with the device where its devices differ."""
+    device = backend.capabilities.device
+    return f"backend {backend.name!r}" + (f" on {device}" if device else "")
 
 
 def _kv_dtype(config: EngineConfig, dtype: str) -> str:
@@ -581,19 +588,19 @@ def _check_claims(config: EngineConfig, model: Model, backend: Backend, dtype: s
     kv_dtype = _kv_dtype(config, dtype)
     if kv_dtype not in claims.kv_dtypes:
         raise Unsupported(
-            f"backend {backend.name!r} does not keep keys and values in {kv_dtype}; it does in "
+            f"{_told(backend)} does not keep keys and values in {kv_dtype}; it does in "
             f"{', '.join(sorted(claims.kv_dtypes))}: choose one with --kv-cache-dtype"
         )
     if claims.block_sizes is not None and config.block_size not in claims.block_sizes:
         raise Unsupported(
-            f"backend {backend.name!r} has no KV blocks of {config.block_size} tokens; it has "
+            f"{_told(backend)} has no KV blocks of {config.block_size} tokens; it has "
             f"{', '.join(map(str, sorted(claims.block_sizes)))}: choose one with --block-size"
         )
     for spec in model.attention_specs():
         sizes = claims.head_sizes if spec.value_size is None else None  # else kv_alloc refuses
         if sizes is not None and spec.head_size not in sizes:
             raise Unsupported(
-                f"backend {backend.name!r} has no attention for head size {spec.head_size}; it "
+                f"{_told(backend)} has no attention for head size {spec.head_size}; it "
                 f"has {', '.join(map(str, sorted(sizes)))}"
             )
         for feature, is_wanted in (
@@ -605,5 +612,5 @@ def _check_claims(config: EngineConfig, model: Model, backend: Backend, dtype: s
         ):
             if is_wanted and feature not in claims.features:
                 raise Unsupported(
-                    f"the model needs {feature}, which backend {backend.name!r} does not claim"
+                    f"the model needs {feature}, which {_told(backend)} does not claim"
                 )

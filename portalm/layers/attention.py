@@ -54,12 +54,14 @@ class Attention:
         query, key, value = torch.split(projected, [query_size, kv_size, kv_size], dim=-1)
         query = self._normed(backend, query, self.query_norm, spec.num_heads)  # [T, H, D]
         key = self._normed(backend, key, self.key_norm, spec.num_kv_heads)
-        if self.rope is not None:
-            query, key = backend.rope(
-                query, key, meta.positions, ropes[self.rope], is_interleaved=self.is_interleaved
-            )
         value = value.view(num_tokens, spec.num_kv_heads, spec.head_size)
-        kv = backend.kv_write(kv, self.layer, key, value, meta)
+        if self.rope is None:
+            kv = backend.kv_write(kv, self.layer, key, value, meta)
+        else:
+            table, is_interleaved = ropes[self.rope], self.is_interleaved
+            kv, query = backend.rope_kv_write(
+                kv, self.layer, query, key, value, meta, table, is_interleaved=is_interleaved
+            )
         attended = backend.attend(kv, self.layer, query, meta, spec, self.sinks)  # [T, H, D]
         return kv, self.out(backend, attended.view(num_tokens, query_size))
 

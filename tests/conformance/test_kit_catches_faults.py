@@ -128,6 +128,12 @@ class RopeKeyForgotten(ReferenceBackend):
         return rotated, key
 
 
+class UnrotatedKeyWritten(ReferenceBackend):
+    def rope_kv_write(self, kv, layer, query, key, value, meta, cos_sin, *, is_interleaved):
+        rotated, _ = self.rope(query, key, meta.positions, cos_sin, is_interleaved=is_interleaved)
+        return self.kv_write(kv, layer, key, value, meta), rotated
+
+
 class TiesToHighestId(ReferenceBackend):
     def sample(self, logits, params):
         out = super().sample(logits, params)
@@ -350,6 +356,7 @@ FAULTS = {  # and where it must show
     SwappedGroups: "gqa",
     RopeOffByOne: "rope",
     RopeKeyForgotten: "rope",
+    UnrotatedKeyWritten: "rope_kv_write",
     TiesToHighestId: "ties",
     SeedIgnored: "sample",
     TopPOffByOne: "sample[top_p]",

@@ -1,17 +1,23 @@
-"""The kernels behind the seam, on CPU tensors: what Triton's interpreter can say about them."""
+"""The GPU backends on CPU tensors, with their kernels in Triton's interpreter.
+
+float32 and float16 only: the interpreter multiplies the bits of bfloat16.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
-import torch
+from triton.runtime import interpreter
 
-from portalm.backend import Capabilities, QuantizedWeight, SampleOutput, SampleParams
-from portalm_backends.gpu_common import weights
-from portalm_backends.gpu_common.kernels import linear, norms, rope, sampling, silu_mul
-from portalm_backends.reference.backend import ReferenceBackend
+from portalm.backend import Bucket, Capabilities
+from portalm_backends.cuda.backend import CudaBackend
+from portalm_backends.gpu_common.archs import CUDA, ROCM
+from portalm_backends.rocm.backend import RocmBackend
+from tests.gpu.fake_device import FakeGpu
 
 complete = pytest.mark.gpu_interpreted
 
@@ -21,62 +27,50 @@ def some(values: Iterable[Any], is_usual: Callable[[Any], bool]) -> list[Any]:
     return [value if is_usual(value) else pytest.param(value, marks=complete) for value in values]
 
 
-class InterpretedBackend(ReferenceBackend):
-    """The reference's attention and cache; every operation that has a kernel is interpreted.
+@contextmanager
+def interpreted(gpu: FakeGpu) -> Iterator[None]:
+    """Within it torch and Triton compute on `gpu`: launches are late, recorded and replayed as
+    torch's operations are."""
+    launch = interpreter.GridExecutor.__call__
 
-    float32 and float16 only: the interpreter multiplies the bits of bfloat16.
-    """
+    def enqueue(executor: Any, *args: Any, **kwargs: Any) -> None:
+        gpu.enqueue(lambda: launch(executor, *args, **kwargs))
+
+    interpreter.GridExecutor.__call__ = enqueue
+    try:
+        with gpu.running():
+            yield
+    finally:
+        interpreter.GridExecutor.__call__ = launch
+
+
+def interpreted_backend(gpu: FakeGpu) -> CudaBackend | RocmBackend:
+    """The backend for `gpu.arch`, which claims no more than the interpreter can do."""
+    backend = CudaBackend(gpu) if gpu.arch.startswith("sm_") else RocmBackend(gpu)
+    backend.capabilities = _interpretable(backend.capabilities)
+    return backend
+
+
+class InterpretedBackend(CudaBackend):
+    """Any architecture's kernels, each launch computed at once: what a test of operations needs."""
 
     name = "interpreted"
-    capabilities = Capabilities(
-        dtypes=frozenset({"float32", "float16"}),
-        kv_dtypes=frozenset({"float32", "float16"}),
-        quantizations=weights.QUANTIZATIONS,
+    archs = CUDA | ROCM
+
+    def __init__(self, arch: str = "sm_90", buckets: Sequence[Bucket] | None = None) -> None:
+        """With the tiles of `arch`, and steps padded to `buckets`."""
+        super().__init__(FakeGpu(arch=arch))
+        self.capabilities = _interpretable(self.capabilities)
+        self._buckets = buckets
+
+    def buckets(
+        self, max_tokens: int, max_requests: int, max_blocks: int
+    ) -> Sequence[Bucket] | None:
+        return self._buckets
+
+
+def _interpretable(claims: Capabilities) -> Capabilities:
+    """bfloat16 is not: its bits are multiplied."""
+    return replace(
+        claims, dtypes=claims.dtypes - {"bfloat16"}, kv_dtypes=claims.kv_dtypes - {"bfloat16"}
     )
-
-    def pack(
-        self,
-        weight: torch.Tensor | QuantizedWeight,
-        *,
-        quantization: str | None = None,
-        for_logits: bool = False,
-    ) -> Any:
-        return weights.pack(weight, self.device(), quantization=quantization, for_logits=for_logits)
-
-    def linear(
-        self, x: torch.Tensor, weight: Any, bias: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        return linear.linear(x, weight, bias)
-
-    def logits(self, x: torch.Tensor, weight: Any) -> torch.Tensor:
-        return linear.logits(x, weight)
-
-    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        return norms.rms_norm(x, weight, eps)
-
-    def add_rms_norm(
-        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return norms.add_rms_norm(x, residual, weight, eps)
-
-    def layer_norm(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
-    ) -> torch.Tensor:
-        return norms.layer_norm(x, weight, bias, eps)
-
-    def rope(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        positions: torch.Tensor,
-        cos_sin: torch.Tensor,
-        *,
-        is_interleaved: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return rope.rope(query, key, positions, cos_sin, is_interleaved=is_interleaved)
-
-    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
-        return silu_mul.silu_mul(gate_up)
-
-    def sample(self, logits: torch.Tensor, params: SampleParams) -> SampleOutput:
-        return sampling.sample(logits, params)

@@ -131,15 +131,20 @@ def _merge(target: str) -> Launch:
     )
 
 
+def _rows(*names: str) -> dict[str, str]:
+    """Types of tensors whose rows lie apart."""
+    strides = {f"{name}_stride": "i32:16" for name in names}
+    return dict.fromkeys(names, "*bf16") | strides
+
+
 def _encoder(target: str) -> Launch:
     shape = attention.tile_shape("wide", attention.family_of(target), torch.bfloat16, 64, 1)
-    types = dict.fromkeys(("query", "key", "value", "out"), "*bf16")
-    strides = {f"{name}_stride": "i32:16" for name in ("query", "key", "value")}
+    types = _rows("query", "key", "value")
     return Launch(
         kernel=paged_attention.encoder_kernel,
         signature={
             **types,
-            **strides,
+            "out": "*bf16",
             "query_start_loc": "*i32",
             "score_scale": "fp32",
             "window": "i32",
@@ -161,11 +166,14 @@ def _encoder(target: str) -> Launch:
 
 
 def _write(target: str, codes: int = 0) -> Launch:
-    types = dict.fromkeys(("key", "value", "cache", "scales"), "*bf16")
-    types["cache"] = "*i8" if codes else "*bf16"
     return Launch(
         kernel=kv_cache.write_kernel,
-        signature={**types, "slots": "*i32", "key_stride": "i32:16", "value_stride": "i32:16"},
+        signature={
+            **_rows("key", "value"),
+            "cache": "*i8" if codes else "*bf16",
+            "scales": "*bf16",
+            "slots": "*i32",
+        },
         constants={
             "NUM_KV_HEADS": 8,
             "HEADS_PADDED": 8,
@@ -180,12 +188,11 @@ def _write(target: str, codes: int = 0) -> Launch:
 
 
 def _rotate_write(target: str) -> Launch:
-    types = dict.fromkeys(("query", "key", "value", "query_out", "cache"), "*bf16")
+    targets = dict.fromkeys(("query_out", "cache"), "*bf16")
     indices = {"slots": "*i32", "positions": "*i32", "cos_sin": "*fp32"}
-    strides = {f"{name}_stride": "i32:16" for name in ("query", "key", "value")}
     return Launch(
         kernel=kv_cache.rotate_write_kernel,
-        signature={**types, **indices, **strides},
+        signature={**_rows("query", "key", "value"), **targets, **indices},
         constants={
             "GROUP": 4,
             "GROUP_PADDED": 4,
@@ -233,32 +240,22 @@ LAUNCHES: dict[str, Callable[[str], Launch]] = {
     "cache, write": _write,
     "cache, rotate and write": _rotate_write,
     "cache, copy": _copy,
-}
-"""By name: how a kernel is launched on a target."""
-
-FP8_TARGETS = ("sm_90", "sm_100", "gfx950")
-"""Targets that have 8-bit floats of the kind in checkpoints."""
-
-CODE_LAUNCHES: dict[str, Callable[[str], Launch]] = {
     "attention, decode, int8 cache": lambda t: _attention(t, "narrow", codes=INT8),
     "attention, decode, fp8 cache": lambda t: _attention(t, "narrow", codes=FP8),
     "attention, prefill, int8 cache": lambda t: _attention(t, "wide", codes=INT8),
     "attention, prefill, fp8 cache": lambda t: _attention(t, "wide", codes=FP8),
     "cache, write codes": lambda t: _write(t, codes=FP8),
 }
+"""By name: how a kernel is launched on a target."""
 
-OPERATION_TARGETS = ("sm_90", "gfx942")
-"""Where the operations' kernels, and those of caches of 8 bits, are measured: one of each maker."""
+FP8_TARGETS = ("sm_90", "sm_100", "gfx950")
+"""Targets whose instructions have the 8-bit floats that checkpoints have."""
 
 
 def launches(target: str) -> dict[str, Callable[[str], Launch]]:
     """All that is measured for a target."""
-    found = dict(LAUNCHES)
-    if target in OPERATION_TARGETS:
-        found |= CODE_LAUNCHES
-        operations = OPERATIONS | (FP8_OPERATIONS if target in FP8_TARGETS else {})
-        found |= {name: partial(_same, how) for name, how in operations.items()}
-    return found
+    operations = OPERATIONS | (FP8_OPERATIONS if target in FP8_TARGETS else {})
+    return LAUNCHES | {name: partial(_same, how) for name, how in operations.items()}
 
 
 def _same(how: dict[str, Any], target: str) -> Launch:

@@ -33,6 +33,7 @@ class PlainGpu(GpuBackend):
     rms_norm = TorchBackend.rms_norm
     add_rms_norm = TorchBackend.add_rms_norm
     rope = TorchBackend.rope
+    rope_kv_write = TorchBackend.rope_kv_write
     silu_mul = TorchBackend.silu_mul
     kv_copy = TorchBackend.kv_copy
 

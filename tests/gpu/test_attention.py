@@ -16,9 +16,10 @@ from portalm.conformance.numerics import NMSE_BOUND, require_close
 from portalm.conformance.subject import Subject
 from portalm_backends.gpu_common import attention
 from portalm_backends.gpu_common.attention import AttentionPlan, Tiles
-from tests.gpu.interpreted_attention import InterpretedAttention
+from tests.gpu.interpreted import InterpretedBackend, complete
 
-FAMILIES = ("nvidia", "cdna", "rdna")
+ARCHS = ("sm_90", "gfx942", "gfx1100")
+"""One of each family: they differ in their tiles."""
 BUCKETS = [
     Bucket(num_tokens=4, num_requests=4, num_blocks=24, max_query_len=1),
     Bucket(num_tokens=64, num_requests=8, num_blocks=24, max_query_len=64),
@@ -54,24 +55,24 @@ QUICK = [
 
 @pytest.mark.parametrize("item", QUICK, ids=lambda item: item.case)
 def test_attention_is_what_it_means(item: Item) -> None:
-    result = item.run(Subject(InterpretedAttention()))
+    result = item.run(Subject(InterpretedBackend()))
 
     assert result.status == "pass", result.message
 
 
-@pytest.mark.gpu_interpreted
-@pytest.mark.parametrize("family", FAMILIES)
+@complete
+@pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("item", [*ATTEND, *ENCODE, *LAWS], ids=lambda item: item.name)
-def test_all_cases_of_the_kit(item: Item, family: str) -> None:
-    result = item.run(Subject(InterpretedAttention(family=family)))
+def test_all_cases_of_the_kit(item: Item, arch: str) -> None:
+    result = item.run(Subject(InterpretedBackend(arch)))
 
     assert result.status == "pass", result.message
 
 
-@pytest.mark.gpu_interpreted
+@complete
 @pytest.mark.parametrize("item", [*ATTEND, *LAWS], ids=lambda item: item.name)
 def test_all_cases_of_the_kit_in_buckets(item: Item) -> None:
-    result = item.run(Subject(InterpretedAttention(buckets=BUCKETS)))
+    result = item.run(Subject(InterpretedBackend(buckets=BUCKETS)))
 
     assert result.status == "pass", result.message
 

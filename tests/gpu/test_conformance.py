@@ -11,7 +11,7 @@ from portalm.conformance.check import Item
 from portalm.conformance.kit import all_items
 from portalm.conformance.subject import Subject
 from tests.gpu.fake_device import FakeGpu
-from tests.gpu.interpreted_gpu import interpreted, interpreted_backend
+from tests.gpu.interpreted import interpreted, interpreted_backend
 
 ITEMS = all_items(["L0", "L1", "L2"])
 ARCHS = ("sm_90", "gfx942", "gfx1100")

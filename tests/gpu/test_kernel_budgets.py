@@ -47,7 +47,7 @@ def test_a_few_kernels_are_within_their_budget(target: str) -> None:
     assert "cache, write" in compile_within_budget(target, "cache, ")
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx90a", "gfx942", "gfx950"])
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx90a", "gfx942", "gfx950", "gfx1201"])
 def test_kernels_that_models_use_spill_no_register(target: str) -> None:
     rare = ("fp32", "all features")  # the exact one, and windows, caps, slopes and sinks at once
     spilling = [

@@ -25,6 +25,7 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
     "gfx950": GPUTarget("hip", "gfx950", 64),
     "gfx1100": GPUTarget("hip", "gfx1100", 32),
+    "gfx1201": GPUTarget("hip", "gfx1201", 32),
 }
 
 SHARED_LIMIT = {
@@ -35,6 +36,7 @@ SHARED_LIMIT = {
     "gfx942": 64 * 1024,
     "gfx950": 160 * 1024,
     "gfx1100": 64 * 1024,
+    "gfx1201": 64 * 1024,
 }
 """Bytes of shared memory (LDS) that one program may have."""
 
@@ -148,7 +150,9 @@ def _amd(compiled: Any, target: str, num_warps: int, shared: int) -> Compiled:
 
     registers = number("vgpr_count")
     spills = number("vgpr_spill_count")
-    if target.startswith("gfx11"):  # a WGP: 4 SIMDs of 1,536 registers of 32 lanes, 128 KiB
+    if not target.startswith(
+        "gfx9"
+    ):  # RDNA: a WGP: 4 SIMDs of 1,536 registers of 32 lanes, 128 KiB
         waves, lds = 4 * min(16, 1536 // (-(-registers // 24) * 24)), 128 * 1024
     else:  # a CU: 4 SIMDs of 512 registers of 64 lanes
         waves, lds = 4 * min(8, 512 // (-(-registers // 8) * 8)), SHARED_LIMIT[target]

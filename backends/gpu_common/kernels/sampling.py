@@ -38,7 +38,7 @@ CHUNK = 4096
 """Tokens of one program: fixed, so that a row is computed alike in every batch."""
 CANDIDATES = 128
 """Tokens of each chunk that are kept for rows with filters."""
-SEARCHED = 4096
+SEARCHED = 2048
 """Tokens that `_choose` looks at in one step."""
 
 

@@ -1,0 +1,74 @@
+"""What an architecture lacks is refused when an engine starts, with its name and a way out."""
+
+from __future__ import annotations
+
+import typing
+from pathlib import Path
+
+import pytest
+import torch
+
+from portalm.backend import KVSpec
+from portalm.config import EngineConfig
+from portalm.errors import Unsupported
+from portalm_backends.gpu_common.archs import CUDA, ROCM
+from portalm_backends.gpu_common.backend import GpuBackend
+from portalm_backends.gpu_common.kernels import fp8
+from portalm_backends.gpu_common.weights import Fp8Weight
+from tests.gpu.fake_device import FakeGpu
+from tests.gpu.plain import PlainGpu
+from tests.tiny import make_engine
+
+ARCHS = CUDA | ROCM
+WITHOUT_FLOAT8 = ("sm_80", "sm_86", "gfx90a", "gfx1100")
+"""Ampere, CDNA 2 and RDNA 3 multiply none."""
+KV_DTYPES = set(typing.get_args(typing.get_type_hints(EngineConfig)["kv_cache_dtype"])) - {"auto"}
+
+
+class AnyGpu(PlainGpu):
+    archs = ARCHS
+    pack = GpuBackend.pack
+
+
+@pytest.fixture(params=ARCHS)
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> AnyGpu:
+    """Of each architecture; torch multiplies float8 there, or not, as its makers say."""
+    name = request.param
+    kind = None if name in WITHOUT_FLOAT8 else torch.float8_e4m3fn
+    monkeypatch.setattr(fp8, "dtype_of", lambda device: kind)
+    return AnyGpu(FakeGpu(arch=name))
+
+
+def test_what_it_lacks_is_refused_by_name(tmp_path: Path, backend: AnyGpu) -> None:
+    arch = backend.arch
+    where = rf"on {arch.name} \({arch.product}\)"
+    with pytest.raises(Unsupported, match=rf"{where} has no attention for head size 20; .*16, 24"):
+        make_engine(tmp_path, backend, hf_overrides={"head_dim": 20})
+    with pytest.raises(Unsupported, match=rf"{where} has no KV blocks of 12 .*--block-size"):
+        make_engine(tmp_path, backend, block_size=12)
+
+
+def test_keys_and_values_of_8_bits_need_no_float8_of_the_device(backend: AnyGpu) -> None:
+    assert backend.capabilities.kv_dtypes >= KV_DTYPES
+
+
+def test_float8_weights_are_taken_where_it_multiplies_them(tmp_path: Path, backend: AnyGpu) -> None:
+    where = rf"on {backend.arch.name} .*"
+    if fp8.dtype_of(backend.device()) is None:
+        with pytest.raises(
+            Unsupported, match=rf"{where} fp8 weights; .*--quantization: int8, int4"
+        ):
+            make_engine(tmp_path, backend, quantization="fp8")
+    else:
+        packed = backend.pack(torch.ones(16, 32, dtype=torch.bfloat16), quantization="fp8")
+        assert isinstance(packed, Fp8Weight)
+
+
+def test_a_cache_whose_values_are_its_keys_is_refused(backend: AnyGpu) -> None:
+    spec = KVSpec(
+        num_layers=1, num_kv_heads=1, head_size=80, block_size=16, dtype="bfloat16",
+        shares_values=True,
+    )  # fmt: skip
+
+    with pytest.raises(Unsupported, match=r"values are its keys.*--device"):
+        GpuBackend.kv_alloc(backend, spec, 2)
