@@ -23,7 +23,7 @@ from typing import Any, TypeAlias
 import jax
 from jax import export
 
-import portalm
+from portalm import backend as seam
 from portalm_backends import portable, xla
 
 Traced: TypeAlias = "export.Exported"
@@ -149,9 +149,9 @@ def code() -> bytes:
 
 
 def _files() -> Iterator[Path]:
-    for package in (portalm, portable, xla):
-        for folder in package.__path__:
-            yield from sorted(Path(folder).rglob("*.py"))
+    for module in (seam, portable, xla):
+        assert module.__file__ is not None
+        yield from sorted(Path(module.__file__).parent.rglob("*.py"))
 
 
 def _digest(*parts: bytes) -> bytes:
