@@ -13,15 +13,25 @@ import numpy.typing as npt
 
 from portalm.conformance import oracle, reference
 from portalm.conformance.check import Check, CheckFailed, Named
+from portalm.conformance.numerics import require_close
 from portalm.conformance.subject import Subject
-from portalm.conformance.tiny import VARIANTS, ask, finish, prompts, tiny_engine
+from portalm.conformance.tiny import (
+    ENCODERS,
+    VARIANTS,
+    ask,
+    finish,
+    pool,
+    prompts,
+    tiny_engine,
+)
 from portalm.engine.engine import Engine
+from portalm.engine.scores import numbers
 from portalm.models.loader import open_checkpoint
 
 Array = npt.NDArray[np.float64]
 
 _LOGPROB_NMSE = {"float32": 1e-9, "float16": 1e-5, "bfloat16": 1e-3}
-"""Of a whole model's logprobs: some twenty operations behind each other, each within its bound."""
+"""Of a whole model: some twenty operations behind each other, each within its bound."""
 
 _NUM_GREEDY = 64
 
@@ -135,9 +145,23 @@ def check_greedy(subject: Subject, case: Named) -> None:
         )
 
 
+def check_encoder(subject: Subject, case: Named) -> float:
+    """Means of an encoder's states over prompts that are computed together."""
+    with tiny_engine(subject, case.name) as engine:
+        asked = prompts()
+        for request_id, prompt in asked.items():
+            pool(engine, request_id, prompt)
+        outputs = finish(engine)
+        found = [numbers(outputs[request_id][-1].pooled or b"") for request_id in asked]
+        expected = [oracle.encode(engine, prompt).mean(axis=0) for prompt in asked.values()]
+    bound = _LOGPROB_NMSE[subject.dtype]
+    return require_close("vectors", np.array(found), np.array(expected), bound)
+
+
 _VARIANTS = tuple(Named(name) for name in VARIANTS)
 
 CHECKS = (
     Check("L3", "model logprobs", check_logprobs, _VARIANTS),
     Check("L3", "greedy tokens", check_greedy, _VARIANTS),
+    Check("L3", "encoder vectors", check_encoder, tuple(Named(name) for name in ENCODERS)),
 )

@@ -13,10 +13,18 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from portalm.backend import AttentionSpec, Backend, Capabilities, Experts, QuantizedWeight
+from portalm.backend import (
+    AttentionSpec,
+    Backend,
+    Capabilities,
+    Experts,
+    QuantizedWeight,
+    Weights,
+)
 from portalm.conformance import reference
 from portalm.engine.engine import Engine
 from portalm.models.loader import open_checkpoint
+from portalm.models.model import Model
 from portalm.models.registry import model_class
 
 Array = npt.NDArray[np.float64]
@@ -24,14 +32,26 @@ Array = npt.NDArray[np.float64]
 
 def forward(engine: Engine, token_ids: list[int]) -> Array:
     """Logits of every position in float64, [N, V]; weights as the checkpoint has them."""
+    model, oracle, weights, states = _run(engine, token_ids)
+    return _array(model.logits(oracle, weights, states))
+
+
+def encode(engine: Engine, token_ids: list[int]) -> Array:
+    """Hidden states of every position behind an encoder's last layer, in float64: [N, C]."""
+    return _array(_run(engine, token_ids)[-1])
+
+
+def _run(engine: Engine, token_ids: list[int]) -> tuple[Model, Backend, Weights, torch.Tensor]:
     config = engine.model_config
     model = model_class(config.architecture)(config, "float64")
     oracle = cast(Backend, Oracle())
     weights = model.load(open_checkpoint(engine.model_path, engine.config), oracle)
     positions = torch.arange(len(token_ids), dtype=torch.int32)
-    meta: Any = SimpleNamespace(positions=positions, logits_rows=positions)
+    meta: Any = SimpleNamespace(
+        positions=positions, logits_rows=positions, token_types=torch.zeros_like(positions)
+    )
     _, hidden = model.forward(oracle, weights, {}, torch.tensor(token_ids), meta)
-    return _array(model.logits(oracle, weights, hidden))
+    return model, oracle, weights, hidden
 
 
 def _array(x: torch.Tensor) -> Array:
@@ -39,9 +59,14 @@ def _array(x: torch.Tensor) -> Array:
 
 
 class Oracle:
-    """The operations that decoders are made of, on float64 tensors of the host."""
+    """The operations that models are made of, on float64 tensors of the host."""
 
-    capabilities = Capabilities(dtypes=frozenset({"float64"}), kv_dtypes=frozenset({"float64"}))
+    name = "oracle"
+    capabilities = Capabilities(
+        dtypes=frozenset({"float64"}),
+        kv_dtypes=frozenset({"float64"}),
+        features=frozenset({"sliding_window"}),
+    )
 
     def device(self) -> torch.device:
         """The host."""
@@ -197,3 +222,15 @@ class Oracle:
         parts = _array(query), _array(key), _array(value[..., : spec.out_size])
         extra = None if sinks is None else _array(sinks)
         return torch.from_numpy(reference.attention(*parts, spec, extra))
+
+    def attend_encoder(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        meta: object,
+        spec: AttentionSpec,
+    ) -> torch.Tensor:
+        """Attention of [T, H, D], of one request, to all of it."""
+        parts = _array(query), _array(key), _array(value)
+        return torch.from_numpy(reference.encoder_attention(*parts, spec))

@@ -15,6 +15,7 @@ from portalm.conformance.subject import Subject
 from portalm.engine.engine import Engine
 from portalm.engine.messages import AddRequest, TokenOutput
 from portalm.errors import Unsupported
+from portalm.pooling_params import PoolingParams
 from portalm.sampling_params import SamplingParams
 
 VOCAB_SIZE = 160
@@ -147,6 +148,18 @@ VARIANTS: dict[str, dict[str, Any]] = {
 """By name: what its config.json has besides `_CONFIG`; a head_dim of null: of the hidden size."""
 
 
+ENCODERS: dict[str, dict[str, Any]] = {
+    "bert": {"architectures": ["BertModel"], "model_type": "bert"},
+    "roberta": {"architectures": ["RobertaModel"], "model_type": "roberta", "pad_token_id": 1},
+    "modernbert": {
+        "architectures": ["ModernBertModel"],
+        "local_attention": 16,
+        "model_type": "modernbert",
+    },
+}
+"""The same of models that embed."""
+
+
 @contextlib.contextmanager
 def tiny_engine(subject: Subject, variant: str = "llama", **settings: Any) -> Iterator[Engine]:
     """An engine; its model's folder lives as long as the block.
@@ -155,7 +168,10 @@ def tiny_engine(subject: Subject, variant: str = "llama", **settings: Any) -> It
         NotClaimed: the backend does not have what the model needs.
     """
     head_size = subject.head_size
-    config = {**_CONFIG, "head_dim": head_size, "torch_dtype": subject.dtype, **VARIANTS[variant]}
+    own = VARIANTS.get(variant) or ENCODERS.get(variant, {})
+    config = {**_CONFIG, "head_dim": head_size, "torch_dtype": subject.dtype, **own}
+    if variant in ENCODERS:
+        config["head_dim"] = None
     if config["head_dim"] is None:
         config["hidden_size"] = _CONFIG["num_attention_heads"] * head_size
     with tempfile.TemporaryDirectory() as folder:
@@ -188,6 +204,19 @@ def ask(engine: Engine, request_id: str, prompt: Sequence[int], **params: Any) -
                 **{"temperature": 0.0, "max_tokens": 12, "ignore_eos": True, **params}
             ),
             seed=int(params.get("seed") or 0),
+        )
+    )
+
+
+def pool(engine: Engine, request_id: str, prompt: Sequence[int]) -> None:
+    """Add a request for the mean of its hidden states, as it is."""
+    engine.add(
+        AddRequest(
+            request_id=request_id,
+            prompt_token_ids=list(prompt),
+            params=SamplingParams(),
+            seed=0,
+            pooling=PoolingParams(pooling="mean", normalize=False),
         )
     )
 
