@@ -2,7 +2,9 @@
 
 Both sides run in turn in one process, several rounds, in float32; the figures are medians and the
 ratios are of the medians. Torch eager is the reference backend with attention over all requests at
-once, as eager code would have it.
+once, as eager code would have it. All: from the first prompt on; decodes: from the moment on when
+every request has a token, so without the prompts, whose time is matrix products on either side.
+Beside the clock, processor seconds: they say more on a machine that does other work.
 
     python benchmarks/engine/xla_against_eager.py [--rounds 3] [--out FILE.json]
 """
@@ -78,8 +80,8 @@ def make_engine(backend: Backend, at_a_time: int) -> Engine:
     return Engine(config, backend=backend)
 
 
-def rate(engine: Engine, at_a_time: int, seed: int) -> float:
-    """Output tokens a second of `at_a_time` greedy requests."""
+def rates(engine: Engine, at_a_time: int, seed: int) -> dict[str, float]:
+    """Output tokens a second, of the clock and of the processors, of that many greedy requests."""
     rng = random.Random(seed)
     for i in range(at_a_time):
         engine.add(
@@ -90,11 +92,21 @@ def rate(engine: Engine, at_a_time: int, seed: int) -> float:
                 seed=0,
             )
         )
-    started, num_tokens = time.perf_counter(), 0
+    begun: set[str] = set()
+    num_tokens, marks = 0, [(0, time.perf_counter(), time.process_time())]
     while engine.has_work():
-        num_tokens += sum(len(output.token_ids) for output in engine.step().outputs)
+        outputs = engine.step().outputs
+        num_tokens += sum(len(output.token_ids) for output in outputs)
+        if len(begun) < at_a_time:
+            begun |= {output.request_id for output in outputs if output.token_ids}
+            if len(begun) == at_a_time:
+                marks.append((num_tokens, time.perf_counter(), time.process_time()))
     assert num_tokens == at_a_time * NUM_OUT, num_tokens
-    return num_tokens / (time.perf_counter() - started)
+    found = {}
+    for name, (before, clock, processors) in zip(("all", "decodes"), marks, strict=True):
+        found[name] = (num_tokens - before) / (time.perf_counter() - clock)
+        found[f"{name}, processors"] = (num_tokens - before) / (time.process_time() - processors)
+    return found
 
 
 def measure(rounds: int) -> dict[str, Any]:
@@ -103,25 +115,23 @@ def measure(rounds: int) -> dict[str, Any]:
     for at_a_time in AT_A_TIME:
         backends: tuple[Backend, ...] = (XlaBackend(), EagerBackend())
         engines = {backend.name: make_engine(backend, at_a_time) for backend in backends}
-        found: dict[str, list[float]] = {name: [] for name in engines}
+        found: dict[str, list[dict[str, float]]] = {name: [] for name in engines}
         for engine in engines.values():
-            rate(engine, at_a_time, seed=1)
+            rates(engine, at_a_time, seed=1)
         for round_ in range(rounds):
             for name, engine in engines.items():
-                found[name].append(rate(engine, at_a_time, seed=10 + round_))
-                print(f"{at_a_time} at a time, round {round_}: {found}", file=sys.stderr)
-        medians = {name: statistics.median(values) for name, values in found.items()}
-        rows[str(at_a_time)] = {
-            "rounds": found,
-            "medians": medians,
-            "ratio": medians["tpu"] / medians["eager"],
-        }
+                found[name].append(rates(engine, at_a_time, seed=10 + round_))
+                print(f"{at_a_time} at a time, {name}: {found[name][-1]}", file=sys.stderr)
+        rows[str(at_a_time)] = {"rounds": found, "medians": {}}
+        for kind in found["tpu"][0]:
+            xla, eager = (statistics.median(x[kind] for x in found[n]) for n in ("tpu", "eager"))
+            rows[str(at_a_time)]["medians"][kind] = [xla, eager, xla / eager]
     return rows
 
 
 def main() -> None:
     """Measure, print a table, write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=None, help="JSON file to write")
     arguments = parser.parse_args()
@@ -137,10 +147,10 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "at_a_time": measure(arguments.rounds),
     }
-    print(f"{'at a time':>10} {'XLA':>8} {'eager':>8} {'ratio':>6}   (output tokens/s, medians)")
+    print(f"output tokens/s, medians {'XLA':>17} {'eager':>8} {'ratio':>6}")
     for at_a_time, row in result["at_a_time"].items():
-        medians = row["medians"]
-        print(f"{at_a_time:>10} {medians['tpu']:8.1f} {medians['eager']:8.1f} {row['ratio']:6.2f}")
+        for kind, (xla, eager, ratio) in row["medians"].items():
+            print(f"{at_a_time:>3} at a time, {kind:<22} {xla:8.1f} {eager:8.1f} {ratio:6.2f}")
     if arguments.out is not None:
         arguments.out.write_text(json.dumps(result, indent=1) + "\n")
 
