@@ -79,9 +79,10 @@ def run_levels(
             before = (
                 json.loads(path.read_text()) if path.exists() else {"counts": {}, "results": []}
             )
-            failed = [r for r in before["results"] if r["level"] != level]
-            failed += [r for r in kept["results"] if r["status"] == "fail"]
-            kept["results"] = failed
+            rest = [r for r in before["results"] if r["level"] != level]
+            # which models passed is told one by one
+            now = [r for r in kept["results"] if r["status"] == "fail" or level == "L3"]
+            kept["results"] = rest + [{**r, "seconds": round(r["seconds"], 1)} for r in now]
             kept["counts"] = dict(sorted((before["counts"] | kept["counts"]).items()))
             kept["summary"] = summary or kept["summary"]
             path.write_text(json.dumps(kept, indent=1) + "\n")

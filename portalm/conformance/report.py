@@ -60,7 +60,11 @@ def as_json(backend: Backend, results: Sequence[Result], *, checked: str = "run"
 
 
 def as_markdown(records: Sequence[dict[str, Any]]) -> str:
-    """The support matrix: a row for each record that `as_json` wrote."""
+    """The support matrix: tables of levels, of models and of formats, from what `as_json` wrote."""
+    return "\n".join((_levels(records), _models(records), _formats(records)))
+
+
+def _levels(records: Sequence[dict[str, Any]]) -> str:
     levels = list(LEVELS)
     lines = [
         "| device | how | dtypes | features | " + " | ".join(levels) + " | checked on |",
@@ -80,4 +84,35 @@ def as_markdown(records: Sequence[dict[str, Any]]) -> str:
             f"| {record['device']} | {record['checked']} | {', '.join(claims['dtypes'])} | "
             f"{', '.join(claims['features']) or '-'} | {' | '.join(cells)} | {record['summary']} |"
         )
+    return "\n".join(lines) + "\n"
+
+
+def _models(records: Sequence[dict[str, Any]]) -> str:
+    """What became of each model's checks of L3."""
+    found: dict[str, dict[str, set[str]]] = {}
+    for record in records:
+        for result in record["results"]:
+            if result["level"] == "L3":
+                model = found.setdefault(result["case"], {})
+                model.setdefault(record["device"], set()).add(result["status"])
+    devices = [record["device"] for record in records]
+    lines = [f"| model | {' | '.join(devices)} |", "|---" * (len(devices) + 1) + "|"]
+    for model, by_device in sorted(found.items()):
+        cells = [_worst(by_device.get(device, set())) for device in devices]
+        lines.append(f"| {model} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _worst(statuses: set[str]) -> str:
+    names = {"fail": "fails", "unsupported": "not claimed", "pass": "passes"}
+    return next((text for status, text in names.items() if status in statuses), "not run")
+
+
+def _formats(records: Sequence[dict[str, Any]]) -> str:
+    """What weights and caches a device keeps as they are; it widens or refuses others."""
+    lines = ["| device | weights of few bits | keys and values |", "|---|---|---|"]
+    for record in records:
+        claims = record["capabilities"]
+        weights = ", ".join(claims["quantizations"]) or "-"
+        lines.append(f"| {record['device']} | {weights} | {', '.join(claims['kv_dtypes'])} |")
     return "\n".join(lines) + "\n"

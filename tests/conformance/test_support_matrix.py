@@ -9,6 +9,7 @@ import pytest
 
 from ci.support_matrix import FOLDER, PAGE, page
 from portalm.backend import load_backend
+from portalm.conformance.report import as_markdown
 
 RECORDS = {path.stem: json.loads(path.read_text()) for path in FOLDER.glob("*.json")}
 
@@ -36,3 +37,27 @@ def test_no_gpu_is_said_to_have_run_anything_before_one_has(device: str) -> None
     readme = (Path(__file__).parents[2] / "backends" / device / "README.md").read_text()
 
     assert (RECORDS[device]["checked"] == "run") == ("not run on a GPU" not in readme)
+
+
+def test_a_model_is_told_by_the_worst_of_its_checks() -> None:
+    record = RECORDS["reference"]
+    case = {"level": "L3", "seconds": 1.0, "nmse": None, "message": ""}
+    results = [
+        {**case, "check": check, "case": model, "status": status}
+        for check, model, status in (
+            ("greedy tokens", "llama", "pass"),
+            ("model logprobs", "llama", "pass"),
+            ("greedy tokens", "mixtral", "fail"),
+            ("model logprobs", "mixtral", "pass"),
+            ("greedy tokens", "gpt2", "unsupported"),
+        )
+    ]
+
+    page = as_markdown([{**record, "results": results}, {**record, "device": "b", "results": []}])
+
+    for line in (
+        "| llama | passes | not run |",
+        "| mixtral | fails | not run |",
+        "| gpt2 | not claimed | not run |",
+    ):
+        assert line in page
