@@ -190,7 +190,7 @@ class SchedulerConfig:
             )
 
 
-CHECKPOINT_SCHEMES = ("awq", "bitsandbytes", "compressed-tensors", "gptq")
+CHECKPOINT_SCHEMES = ("awq", "bitsandbytes", "compressed-tensors", "gptq", "mxfp4")
 """How checkpoints write weights of few bits (portalm/quant)."""
 
 QUANTIZATIONS = ("auto", "none", "int8", "int4", "fp8", *CHECKPOINT_SCHEMES)

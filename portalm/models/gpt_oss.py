@@ -1,7 +1,7 @@
 """GPT-OSS: experts with biases and a clamped gate, sinks in every head, windows in half the layers.
 
-OpenAI, "gpt-oss-120b and gpt-oss-20b model card", 2025. The published checkpoints are of 4 bits
-(MXFP4), which are not read yet; those that were cast to bfloat16 are.
+OpenAI, "gpt-oss-120b and gpt-oss-20b model card", 2025. The published checkpoints have experts of
+4 bits (portalm/quant/mxfp4.py), each expert's rows behind the other's.
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ class GptOss(Decoder):
         """A router with a bias; a token's weights add up to 1."""
         values, hidden = self.config.values, self.config.hidden_size
         num_experts = int(values["num_local_experts"])
-        experts = read.stacked_experts(
+        quantized = values.get("quantization_config") or {}
+        is_mxfp4 = quantized.get("quant_method") == "mxfp4"
+        experts = (read.experts_by_rows if is_mxfp4 else read.stacked_experts)(
             f"{name}.experts",
             num_experts,
             inner=self.config.intermediate_size,

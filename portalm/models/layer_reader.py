@@ -169,14 +169,35 @@ class LayerReader:
         """Experts in one tensor of each kind, transposed, with biases; `order` of gate and up."""
         gate_up = self._host(f"{name}.gate_up_proj", (count, columns, 2 * inner))
         down = self._host(f"{name}.down_proj", (count, inner, columns))
-        bias = self._host(f"{name}.gate_up_proj_bias", (count, 2 * inner))
-        device = self._backend.device()
         return Experts(
             gate_up=tuple(self._packed(order(weight.T)) for weight in gate_up),
             down=tuple(self._packed(weight.T) for weight in down),
-            gate_up_bias=order(bias.T).T.contiguous().to(self.dtype).to(device),
+            gate_up_bias=self._gate_up_bias(name, (count, 2 * inner), order),
             down_bias=self.tensor(f"{name}.down_proj_bias", count, columns),
         )
+
+    def experts_by_rows(
+        self, name: str, count: int, *, inner: int, columns: int, order: RowOrder
+    ) -> Experts:
+        """The same in one matrix of each kind, an expert's rows behind those of the one before."""
+        gate_up = self._weight(f"{name}.gate_up_proj.weight", (count * 2 * inner, columns))
+        down = self._weight(f"{name}.down_proj.weight", (count * columns, inner))
+
+        def expert(i: int, num_rows: int, order: RowOrder = lambda rows: rows) -> RowOrder:
+            return lambda rows: order(rows[i * num_rows : (i + 1) * num_rows])
+
+        return Experts(
+            gate_up=tuple(
+                self._packed(reordered(gate_up, expert(i, 2 * inner, order))) for i in range(count)
+            ),
+            down=tuple(self._packed(reordered(down, expert(i, columns))) for i in range(count)),
+            gate_up_bias=self._gate_up_bias(name, (count, 2 * inner), order),
+            down_bias=self.tensor(f"{name}.down_proj_bias", count, columns),
+        )
+
+    def _gate_up_bias(self, name: str, shape: tuple[int, int], order: RowOrder) -> torch.Tensor:
+        bias = order(self._host(f"{name}.gate_up_proj_bias", shape).T).T.contiguous()
+        return bias.to(self.dtype).to(self._backend.device())
 
     def _packed(self, *weights: torch.Tensor | QuantizedWeight) -> PackedWeight:
         return pack_weight(self._backend, weights, self.dtype, self._quantization.layers)

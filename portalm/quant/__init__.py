@@ -11,6 +11,7 @@ from portalm.quant.bitsandbytes import BitsAndBytes
 from portalm.quant.compressed_tensors import CompressedTensors
 from portalm.quant.fp8 import FP8
 from portalm.quant.gptq import GPTQ
+from portalm.quant.mxfp4 import MXFP4
 from portalm.quant.scheme import Scheme as Scheme
 
 _SCHEMES: dict[str, Callable[[Mapping[str, Any]], Scheme]] = {
@@ -20,6 +21,7 @@ _SCHEMES: dict[str, Callable[[Mapping[str, Any]], Scheme]] = {
     "fbgemm_fp8": FP8,
     "fp8": FP8,
     "gptq": GPTQ,
+    "mxfp4": MXFP4,
 }
 """By quantization_config's quant_method in config.json."""
 

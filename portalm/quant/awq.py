@@ -17,6 +17,7 @@ class AWQ:
     """qweight int32 [K, N / 8], qzeros int32 [G, N / 8], scales [G, N]."""
 
     name = "awq"
+    separator = "."
     marks = ("qweight",)
     parts = ("qweight", "qzeros", "scales")
 

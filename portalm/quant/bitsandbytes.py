@@ -20,6 +20,7 @@ class BitsAndBytes:
     """weight int8 [N, K] and SCB [N]; or weight uint8 [N K / 2, 1] and what `quant_state` names."""
 
     name = "bitsandbytes"
+    separator = "."
     marks = ("SCB", "weight.absmax")
     parts = (
         "SCB",

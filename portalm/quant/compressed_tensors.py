@@ -31,6 +31,7 @@ class CompressedTensors:
     """
 
     name = "compressed-tensors"
+    separator = "."
     marks = ("weight_scale",)
     parts = (
         "weight_packed",

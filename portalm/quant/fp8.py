@@ -20,6 +20,7 @@ class FP8:
     """weight [N, K] of 8 bits; weight_scale [] or [1] or [N, 1], or weight_scale_inv by blocks."""
 
     name = "fp8"
+    separator = "."
     marks = ("weight_scale", "weight_scale_inv")
     parts = ("weight_scale", "weight_scale_inv", "input_scale", "input_scale_ub")
 

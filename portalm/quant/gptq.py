@@ -18,6 +18,7 @@ class GPTQ:
     """
 
     name = "gptq"
+    separator = "."
     marks = ("qweight",)
     parts = ("qweight", "qzeros", "scales", "g_idx")
 

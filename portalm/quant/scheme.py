@@ -35,15 +35,18 @@ class Tensors(Protocol):
 class LayerParts:
     """The tensors that one layer's weight is made of."""
 
-    def __init__(self, tensors: Tensors, names: Container[str], layer: str) -> None:
-        """Those of `tensors`, which has `names`, that begin with `layer`'s name."""
+    def __init__(
+        self, tensors: Tensors, names: Container[str], layer: str, separator: str = "."
+    ) -> None:
+        """Those of `tensors`, which has `names`, that begin with `layer`'s and `separator`."""
         self._tensors = tensors
         self._names = names
         self._layer = layer
+        self._separator = separator
 
     def has(self, name: str) -> bool:
         """True if there is such a part."""
-        return f"{self._layer}.{name}" in self._names
+        return f"{self._layer}{self._separator}{name}" in self._names
 
     def get(self, name: str, *shape: int | None) -> torch.Tensor:
         """The part of this shape (None: any size; no shape at all: any).
@@ -51,7 +54,7 @@ class LayerParts:
         Raises:
             CheckpointError: it is not there, or of another shape.
         """
-        tensor = self._tensors.tensor(f"{self._layer}.{name}")
+        tensor = self._tensors.tensor(f"{self._layer}{self._separator}{name}")
         fits = len(shape) == tensor.ndim and all(
             wanted in (None, size) for wanted, size in zip(shape, tensor.shape, strict=False)
         )
@@ -71,6 +74,11 @@ class Scheme(Protocol):
     @property
     def name(self) -> str:
         """What users call it."""
+        ...
+
+    @property
+    def separator(self) -> str:
+        """What stands between the name of a layer and that of its part."""
         ...
 
     @property

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from portalm.backend import QuantizedWeight
 from portalm.config import EngineConfig
@@ -426,3 +426,61 @@ def test_a_broken_part_is_named(
 
     with pytest.raises(CheckpointError, match=layer):
         checkpoint.tensor(f"{layer}.weight")
+
+
+def save_gpt_oss(folder: Path, *, is_plain: bool) -> Path:
+    """A tiny GPT-OSS whose experts are of MXFP4, or in float32 the same."""
+    import transformers
+
+    torch.manual_seed(2)
+    config = transformers.GptOssConfig(
+        vocab_size=512, hidden_size=64, intermediate_size=32, num_hidden_layers=2, head_dim=16,
+        num_attention_heads=4, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2,
+        sliding_window=24, max_position_embeddings=256,
+    )  # fmt: skip
+    model = transformers.GptOssForCausalLM(config)
+    for parameter in model.parameters():
+        parameter.data.normal_(0, 0.2)
+    model.save_pretrained(folder)
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    values = (0, 0.5, 1, 1.5, 2, 3, 4, 6)
+    rng = np.random.default_rng(9)
+    for name in [n for n in tensors if n.endswith(("gate_up_proj", "down_proj"))]:
+        count, k, n = tensors.pop(name).shape
+        codes = rng.integers(0, 16, (count, n, k))
+        exponents = rng.integers(122, 125, (count, n, k // 32))
+        exact = np.empty((count, k, n), np.float32)
+        for e, row, column in np.ndindex(count, n, k):
+            code = int(codes[e, row, column])
+            value = -values[code & 7] if code & 8 else values[code]
+            exact[e, column, row] = value * 2.0 ** (int(exponents[e, row, column // 32]) - 127)
+        if is_plain:
+            tensors[name] = torch.from_numpy(exact)
+        else:
+            pairs = codes.reshape(count, n, k // 32, 16, 2).astype(np.uint8)
+            tensors[f"{name}_blocks"] = torch.from_numpy(pairs[..., 0] | pairs[..., 1] << 4)
+            tensors[f"{name}_scales"] = torch.from_numpy(exponents.astype(np.uint8))
+    save_file(tensors, path, metadata={"format": "pt"})
+    if not is_plain:
+        file = folder / "config.json"
+        method = {"quantization_config": {"quant_method": "mxfp4"}}
+        file.write_text(json.dumps({**json.loads(file.read_text()), **method}))
+    return folder
+
+
+def test_experts_of_mxfp4_are_those_of_the_plain_checkpoint(tmp_path: Path) -> None:
+    four_bits = save_gpt_oss(tmp_path / "mxfp4", is_plain=False)
+    plain = save_gpt_oss(tmp_path / "plain", is_plain=True)
+    checkpoint = open_checkpoint(four_bits, EngineConfig(model="x"))
+    name = "model.layers.1.mlp.experts.down_proj"
+
+    weight = checkpoint.weight(f"{name}.weight")
+    exact = open_checkpoint(plain, EngineConfig(model="x")).tensor(name)  # [E, K, N]
+
+    assert isinstance(weight, QuantizedWeight) and weight.format == "int8"
+    assert torch.equal(weight.dequantize().view(4, 64, 32), exact.transpose(1, 2))
+    assert not [n for n in checkpoint.names() if n.endswith(("_blocks", "_scales"))]
+    for device in ("reference", "cpu"):
+        same = {"device": device, "dtype": "float32"}
+        assert answers(four_bits, **same) == answers(plain, **same)

@@ -29,9 +29,10 @@ class QuantizedCheckpoint:
 
     def names(self) -> Sequence[str]:
         """Every tensor there is, a weight under its own name."""
-        suffixes = tuple(f".{part}" for part in self._scheme.parts)
+        between = self._scheme.separator
+        suffixes = tuple(f"{between}{part}" for part in self._scheme.parts)
         names = [name for name in self._held if not name.endswith(suffixes)]
-        marks = [f".{mark}" for mark in self._scheme.marks]
+        marks = [f"{between}{mark}" for mark in self._scheme.marks]
         layers = {
             name.removesuffix(mark) for name in self._held for mark in marks if name.endswith(mark)
         }
@@ -54,15 +55,15 @@ class QuantizedCheckpoint:
         layer, _, kind = name.rpartition(".")
         if kind != "weight":
             return None
-        return (
-            layer if any(f"{layer}.{mark}" in self._held for mark in self._scheme.marks) else None
-        )
+        between = self._scheme.separator
+        is_ours = any(f"{layer}{between}{mark}" in self._held for mark in self._scheme.marks)
+        return layer if is_ours else None
 
     def _read(self, name: str) -> Weight:
         layer = self._layer(name)
         if layer is None:
             return self._inner.tensor(name)
-        return self._scheme.read(LayerParts(self._inner, self._held, layer))
+        return self._scheme.read(LayerParts(self._inner, self._held, layer, self._scheme.separator))
 
     def close(self) -> None:
         """Let go of the files."""
