@@ -72,8 +72,9 @@ KERNELS: dict[str, dict[str, Any]] = {  # a layer's write and attention; sizes o
 }
 
 
-def figures(name: str, lowered: Any, kv_bytes: int, target: str) -> dict[str, Any]:
-    """Compile, and what the compiler says of the program; sizes in bytes."""
+def figures(name: str, source: Any, kv_bytes: int, target: str) -> dict[str, Any]:
+    """Compile as service does, and what the compiler says of the program; sizes in bytes."""
+    lowered = source.lower(source.trace("tpu"))
     started = time.perf_counter()
     compiled = lowered.compile()
     seconds = time.perf_counter() - started
@@ -117,6 +118,7 @@ def kernel_rows(target: str, sharding: Any) -> Iterator[dict[str, Any]]:
 
     from portalm.backend import AttentionSpec, KVSpec
     from portalm_backends.xla import cache, kernels
+    from portalm_backends.xla.store import Source
 
     for name, case in KERNELS.items():
         num_heads, num_kv_heads, head_size = case["heads"]
@@ -160,10 +162,9 @@ def kernel_rows(target: str, sharding: Any) -> Iterator[dict[str, Any]]:
             one(s, jnp.int32) for s in ((num_requests + 1,), (num_requests,), (num_requests, 128))
         )
         sinks = one((num_heads,), jnp.float32) if spec.has_sinks else None
-        lowered = jax.jit(layer_step, donate_argnums=0).lower(
-            one(shape), one((num_tokens, num_heads, head_size)), new, new, step, sinks
-        )
-        yield figures(name, lowered, 1024 * cache.bytes_per_block(kv, is_tpu=True), target)
+        arguments = (one(shape), one((num_tokens, num_heads, head_size)), new, new, step, sinks)
+        source = Source(function=layer_step, arguments=arguments, results=sharding, donated=(0,))
+        yield figures(name, source, 1024 * cache.bytes_per_block(kv, is_tpu=True), target)
 
 
 def print_steps(target: str, sharding: Any) -> None:
@@ -193,8 +194,8 @@ def print_steps(target: str, sharding: Any) -> None:
         def build(self, steps: Any, weights: Any, kv: Any, *_: Any, **__: Any) -> None:
             for step in steps:
                 kv_bytes = kv.num_blocks * self.kv_bytes_per_block(kv.spec)
-                lowered = step.source(weights, kv, sharding).lower()
-                row = figures(self._names[step], lowered, kv_bytes, target)
+                source = step.source(weights, kv, sharding)
+                row = figures(self._names[step], source, kv_bytes, target)
                 print(json.dumps(row), flush=True)
             raise Enough
 

@@ -101,7 +101,7 @@ class Bridge:
 
     def compile(self, source: Source, traced: Traced) -> jax.stages.Compiled:
         """The program of `source`, ready to be called; minutes, for a large one."""
-        return source.lower_traced(traced).compile(compiler_options=self.compiler_options)
+        return source.lower(traced).compile(compiler_options=self.compiler_options)
 
     @property
     def is_tracing(self) -> bool:

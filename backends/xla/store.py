@@ -48,16 +48,13 @@ class Source:
     donated: tuple[int, ...] = ()
     """Arguments that the program overwrites."""
 
-    def lower(self) -> jax.stages.Lowered:
-        """Traced, for the devices of the arguments, be they here or not."""
-        return self._jit(self.function).lower(*self.arguments)
+    def trace(self, platform: str | None = None) -> Traced:
+        """The program before it is compiled; for another platform than this one, if named."""
+        platforms = None if platform is None else [platform]
+        return export.export(self._jit(self.function), platforms=platforms)(*self.arguments)
 
-    def trace(self) -> Traced:
-        """The same, as something that can be kept."""
-        return export.export(self._jit(self.function))(*self.arguments)
-
-    def lower_traced(self, traced: Traced) -> jax.stages.Lowered:
-        """What `trace` gave, here or in another process."""
+    def lower(self, traced: Traced) -> jax.stages.Lowered:
+        """What `trace` gave, here or in another process, for the devices of the arguments."""
         return self._jit(traced.call).lower(*self.arguments)
 
     def _jit(self, function: Callable[..., Any]) -> Any:

@@ -31,7 +31,7 @@ def source_of(traces: list[str], *, size: int = 4) -> Source:
 
 
 def run_traced(source: Source, traced: Any) -> list[float]:
-    compiled = source.lower_traced(traced).compile()
+    compiled = source.lower(traced).compile()
     return np.asarray(compiled(jnp.zeros(*source.arguments[0].shape))).tolist()
 
 
