@@ -79,11 +79,6 @@ def check_spec(spec: KVSpec, dtypes: frozenset[str]) -> None:
             raise Unsupported(
                 f"the GPU kernels take a {what} that is {rule} up to {max(taken)}, not {value}"
             )
-    if spec.shares_values:
-        raise Unsupported(
-            "the GPU kernels have no attention whose values are its keys (DeepSeek's latent "
-            "attention): choose another --device"
-        )
     if spec.dtype not in dtypes:
         raise Unsupported(
             f"this GPU stores keys and values as {', '.join(sorted(dtypes))}, not {spec.dtype}"
