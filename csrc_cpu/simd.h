@@ -199,35 +199,47 @@ PORTALM_INLINE Vec select(VecI mask, Vec yes, Vec no) { return mask ? yes : no; 
 PORTALM_INLINE Vec max_of(Vec a, Vec b) { return select(a < b, b, a); }
 PORTALM_INLINE VecI max_of(VecI a, VecI b) { return a < b ? b : a; }
 
-// Lane i of the result is lane i + width of x; what wraps around is not looked at.
-PORTALM_INLINE Vec lanes_from(Vec x, int width) {
+// Lane i of the result is lane i + Width of x; what wraps around is not looked at.
+template <int Width>
+PORTALM_INLINE Vec lanes_from(Vec x) {
 #if defined(__clang__)
   Vec y;
-  for (int i = 0; i < kLanes; ++i) y[i] = x[(i + width) % kLanes];
+  for (int i = 0; i < kLanes; ++i) y[i] = x[(i + Width) % kLanes];
   return y;
 #else
-  VecI from;
-  for (int i = 0; i < kLanes; ++i) from[i] = (i + width) % kLanes;
+  // spelled out: GCC would put a mask that a loop makes together anew each time
+#define PORTALM_FROM(i) ((i) + Width) % kLanes
+#define PORTALM_FROM4(i) PORTALM_FROM(i), PORTALM_FROM(i + 1), PORTALM_FROM(i + 2), PORTALM_FROM(i + 3)
+#if PORTALM_LANES == 4
+  constexpr VecI from = {PORTALM_FROM4(0)};
+#elif PORTALM_LANES == 8
+  constexpr VecI from = {PORTALM_FROM4(0), PORTALM_FROM4(4)};
+#else
+  constexpr VecI from = {PORTALM_FROM4(0), PORTALM_FROM4(4), PORTALM_FROM4(8), PORTALM_FROM4(12)};
+#endif
+#undef PORTALM_FROM4
+#undef PORTALM_FROM
   return __builtin_shuffle(x, from);
 #endif
 }
 
 // Sums and maxima over the lanes, always in the same order.
+template <int Width = kLanes / 2>
 PORTALM_INLINE float sum(Vec x) {
-#pragma GCC unroll 4
-  for (int width = kLanes / 2; width > 0; width /= 2) x += lanes_from(x, width);
+  x += lanes_from<Width>(x);
+  if constexpr (Width > 1) return sum<Width / 2>(x);
   return x[0];
 }
+template <int Width = kLanes / 2>
 PORTALM_INLINE float max_lane(Vec x) {
-#pragma GCC unroll 4
-  for (int width = kLanes / 2; width > 0; width /= 2) x = max_of(x, lanes_from(x, width));
+  x = max_of(x, lanes_from<Width>(x));
+  if constexpr (Width > 1) return max_lane<Width / 2>(x);
   return x[0];
 }
-
+template <int Width = kLanes / 2>
 PORTALM_INLINE int32_t max_lane(VecI x) {
-#pragma GCC unroll 4
-  for (int width = kLanes / 2; width > 0; width /= 2)
-    x = max_of(x, __builtin_bit_cast(VecI, lanes_from(__builtin_bit_cast(Vec, x), width)));
+  x = max_of(x, __builtin_bit_cast(VecI, lanes_from<Width>(__builtin_bit_cast(Vec, x))));
+  if constexpr (Width > 1) return max_lane<Width / 2>(x);
   return x[0];
 }
 

@@ -15,13 +15,14 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from portalm.backend import AttentionSpec, StepMeta
+from portalm.errors import Unsupported
 from portalm_backends.gpu_common import native
 from portalm_backends.gpu_common.cache import KV, parts
 from portalm_backends.gpu_common.kernels.paged_attention import (
@@ -53,6 +54,9 @@ _MOST_PARTS = 32
 
 _MOST_PROGRAMS = 2048
 """What splitting may add to a launch: programs for which a bucket has no work cost time too."""
+
+_SHARED_HEADS = 16
+"""Query heads of a program where values are keys: the sums of more would not fit its registers."""
 
 _LOG2E = 1.4426950408889634
 
@@ -119,6 +123,7 @@ def plan_attention(
             are split until there are so many.
         has_native: the native kernels are there: plan for them too what they are the better for.
     """
+    spec = _by_program(spec)
     group = spec.num_heads // spec.num_kv_heads
     narrow_tokens, wide_tokens = max(1, _NARROW_ROWS // group), max(1, _WIDE_ROWS // group)
     fill = max(1, num_programs // spec.num_kv_heads)
@@ -166,6 +171,18 @@ def plan_attention(
         offset = end
     stretches = flat[offset:].view(-1, native.ITEM_FIELDS) if is_native else None
     return AttentionPlan(tiles[0], tiles[1], stretches)
+
+
+@functools.cache
+def _by_program(spec: AttentionSpec) -> AttentionSpec:
+    """`spec` with a KV head for each program that shares one: where values are keys."""
+    group = spec.num_heads // spec.num_kv_heads
+    if spec.value_size is None:
+        return spec
+    if spec.value_size == spec.head_size:
+        raise Unsupported("the GPU kernels take values that are a part of their keys, not all")
+    heads = next(n for n in range(min(group, _SHARED_HEADS), 0, -1) if group % n == 0)
+    return replace(spec, num_kv_heads=spec.num_heads // heads)
 
 
 def _tiles(
@@ -317,7 +334,8 @@ def tile_shape(kind: str, family: str, dtype: torch.dtype, head_size: int, group
     shape = _SHAPES[family]["exact" if dtype == torch.float32 else kind]
     rows = max(shape.rows, _power_of_2(group))
     tile, num_warps = shape.tile, shape.num_warps
-    if head_size > 128:  # the sums take as many registers with half the rows
+    halvings = 0 if head_size <= 128 else 1 if head_size <= 256 else 2
+    for _ in range(halvings):  # the sums take as many registers with half the rows
         rows = max(rows // 2, 16, _power_of_2(group))
         tile = max(tile // 2, 16)
         if family == "rdna3":  # whose matrix instructions hold every operand twice
@@ -326,7 +344,7 @@ def tile_shape(kind: str, family: str, dtype: torch.dtype, head_size: int, group
         rows=rows,
         tile=tile,
         num_warps=num_warps,
-        num_stages=shape.num_stages,
+        num_stages=min(shape.num_stages, 3) if halvings == 2 else shape.num_stages,
         waves_per_eu=shape.waves_per_eu,
     )
 
@@ -360,9 +378,11 @@ def attend(
         family: of the GPU (`family_of`).
 
     Returns:
-        [T, H, D], in the dtype of `query`; rows of pad tokens are not written.
+        [T, H, D], or [T, H, value_size], in the dtype of `query`; rows of pad tokens are not
+        written.
     """
-    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    shape = (*query.shape[:2], spec.out_size)
+    out = torch.empty(shape, dtype=query.dtype, device=query.device)
     for kind, tiles in (("narrow", plan.narrow), ("wide", plan.wide)):
         if tiles is not None:
             _launch(kind, tiles, layer, query, out, meta, spec, sinks, family)
@@ -381,14 +401,17 @@ def _launch(
     family: str,
 ) -> None:
     """One launch over the items, one more where parts are to be merged."""
-    num_kv_heads, size = spec.num_kv_heads, spec.head_size
+    sharing = _by_program(spec).num_kv_heads // spec.num_kv_heads
+    spec = _by_program(spec)
+    num_kv_heads, size, value_size = spec.num_kv_heads, spec.head_size, spec.out_size
     numbers, scales, codes = parts(layer)
     group = spec.num_heads // num_kv_heads
     shape = tile_shape(kind, family, query.dtype, size, group)
     tokens = min(shape.rows // group, tiles.tokens)
     num_partials = max(1, tiles.num_partials)
     rows = num_kv_heads * tiles.tokens * group
-    partials = torch.empty((num_partials, rows, size), dtype=torch.float32, device=out.device)
+    sums = (num_partials, rows, value_size)
+    partials = torch.empty(sums, dtype=torch.float32, device=out.device)
     part_weights = torch.empty((num_partials, rows, 2), dtype=torch.float32, device=out.device)
     score_scale, cap = spec.scale * _LOG2E, 0.0
     if spec.soft_cap is not None:
@@ -417,8 +440,11 @@ def _launch(
         spec.sliding_window or 0,
         GROUP=group,
         NUM_KV_HEADS=num_kv_heads,
+        SHARING=sharing,
         D=size,
-        DP=max(16, _power_of_2(size)),
+        V=value_size,
+        VP=max(16, _power_of_2(value_size)),
+        REST=max(16, _power_of_2(size - value_size)) if size > value_size else 0,
         BLOCK=numbers.shape[3],
         TILE=shape.tile,
         ROWS=shape.rows,
@@ -445,8 +471,8 @@ def _launch(
             GROUP=group,
             GROUP_PADDED=_power_of_2(group),
             NUM_KV_HEADS=num_kv_heads,
-            D=size,
-            DP=max(16, _power_of_2(size)),
+            D=value_size,
+            DP=max(16, _power_of_2(value_size)),
             ITEM_TOKENS=tiles.tokens,
             HAS_SINKS=sinks is not None,
             num_warps=4,

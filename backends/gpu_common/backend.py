@@ -362,7 +362,7 @@ def capabilities(arch: Arch, *, has_fp8_products: bool) -> Capabilities:
         head_sizes=cache.HEAD_SIZES,
         block_sizes=cache.BLOCK_SIZES,
         quantizations=QUANTIZATIONS | ({FP8} if has_fp8_products else set()),
-        features=frozenset({"sliding_window", "soft_cap", "alibi", "sinks"}),
+        features=frozenset({"sliding_window", "soft_cap", "alibi", "sinks", "shared_values"}),
         measures_memory=True,
         max_steps_in_flight=2,
     )

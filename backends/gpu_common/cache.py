@@ -31,6 +31,8 @@ KV_DTYPES = frozenset({*DTYPES, *SCALED_KV_DTYPES})
 """On every GPU: kernels take 8-bit floats apart themselves."""
 
 HEAD_SIZES = frozenset(range(16, 257, 8))
+SHARED_HEAD_SIZES = frozenset(range(32, 577, 16))
+"""Where values are keys."""
 BLOCK_SIZES = frozenset({8, 16, 32, 64, 128, 256})
 """Powers of 2 that divide the part of a context that attention may be split into."""
 
@@ -65,19 +67,18 @@ def parts(kv: KV) -> tuple[torch.Tensor, torch.Tensor | None, int]:
 
 def check_spec(spec: KVSpec, dtypes: frozenset[str]) -> None:
     """Raise `Unsupported` for a shape that the kernels do not take, or a dtype not in `dtypes`."""
+    head_sizes: tuple[frozenset[int], str] = (HEAD_SIZES, "a multiple of 8 from 16")
+    if spec.shares_values:
+        head_sizes = (SHARED_HEAD_SIZES, "(where values are keys) a multiple of 16")
+        dtypes = dtypes & DTYPES
     for what, value, taken, rule in (
-        ("head size", spec.head_size, HEAD_SIZES, "a multiple of 8 from 16"),
+        ("head size", spec.head_size, *head_sizes),
         ("block size", spec.block_size, BLOCK_SIZES, "a power of 2 from 8"),
     ):
         if value not in taken:
             raise Unsupported(
                 f"the GPU kernels take a {what} that is {rule} up to {max(taken)}, not {value}"
             )
-    if spec.shares_values:
-        raise Unsupported(
-            "the GPU kernels have no attention whose values are its keys (DeepSeek's latent "
-            "attention): choose another --device"
-        )
     if spec.dtype not in dtypes:
         raise Unsupported(
             f"this GPU stores keys and values as {', '.join(sorted(dtypes))}, not {spec.dtype}"
@@ -87,7 +88,7 @@ def check_spec(spec: KVSpec, dtypes: frozenset[str]) -> None:
 def allocate(
     spec: KVSpec, num_blocks: int, device: torch.device, *, dtypes: frozenset[str] = KV_DTYPES
 ) -> KV:
-    """An uninitialised cache, [L, NB, H_kv, 2, B, D], with scales where it is of codes.
+    """An uninitialised cache, [L, NB, H_kv, P, B, D], with scales where it is of codes.
 
     Args:
         spec: its shape and dtype.
@@ -100,7 +101,8 @@ def allocate(
         BackendError: of kind oom, with the size.
     """
     check_spec(spec, dtypes)
-    shape = (spec.num_layers, num_blocks, spec.num_kv_heads, 2, spec.block_size, spec.head_size)
+    block = (spec.num_planes, spec.block_size, spec.head_size)
+    shape = (spec.num_layers, num_blocks, spec.num_kv_heads, *block)
     try:
         if spec.dtype in SCALED_KV_DTYPES:
             codes = torch.empty(shape, dtype=torch.int8, device=device)
@@ -139,6 +141,7 @@ def write(kv: KV, layer: int, key: torch.Tensor, value: torch.Tensor, meta: Step
             BLOCK=numbers.shape[3],
             LARGEST=SCALED_KV_DTYPES[kv.dtype] if isinstance(kv, ScaledKV) else 0.0,
             CODES=codes,
+            PLANES=numbers.shape[2],
             num_warps=4,
             enable_fp_fusion=False,  # a code is rounded after its product is
         )
@@ -226,7 +229,7 @@ def copy(part: torch.Tensor, src: torch.Tensor, dst: torch.Tensor) -> None:
 
 
 def export_blocks(kv: KV, blocks: torch.Tensor) -> torch.Tensor:
-    """Blocks int32 [N] in the wire layout, [N, L, 2, B, H_kv, D], on the device."""
+    """Blocks int32 [N] in the wire layout, [N, L, P, B, H_kv, D], on the device."""
     numbers, scales, _ = parts(kv)
     wire = numbers[:, blocks.long()]
     if isinstance(kv, ScaledKV) and scales is not None:

@@ -72,7 +72,8 @@ def _code_object(module: Any, arch: str) -> Path:
 def has_decodes(spec: AttentionSpec) -> bool:
     """Whether there is a decode attention for layers of this kind."""
     group = spec.num_heads // spec.num_kv_heads
-    return spec.head_size in DECODE_HEAD_SIZES and group <= DECODE_GROUP_SIZE
+    has_own_values = spec.value_size is None
+    return has_own_values and spec.head_size in DECODE_HEAD_SIZES and group <= DECODE_GROUP_SIZE
 
 
 def plan_decodes(
@@ -128,13 +129,14 @@ class NativeKernels:
 
     @staticmethod
     def writes(kv: torch.Tensor, key: torch.Tensor, num_rotated: int = 0) -> bool:
-        """Whether `kv_write` takes keys [T, H_kv, D] into this cache.
+        """Whether `kv_write` takes keys [T, H_kv, D] and values into this cache.
 
         `num_rotated`: dimensions that lie side by side and are rotated alike, half of those that
         are rotated, all where pairs are neighbours.
         """
-        size = key.shape[2]
-        return kv.dtype == key.dtype and key.dtype in DTYPES and not (size % 8 or num_rotated % 8)
+        size, has_values = key.shape[2], kv.shape[3] == 2
+        is_plain = kv.dtype == key.dtype and key.dtype in DTYPES
+        return has_values and is_plain and not (size % 8 or num_rotated % 8)
 
     @staticmethod
     def decodes(kv: torch.Tensor, query: torch.Tensor) -> bool:

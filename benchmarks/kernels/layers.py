@@ -2,9 +2,11 @@
 
 PYTHONPATH=benchmarks python benchmarks/kernels/layers.py [--layers qwen3,latent] [--json FILE]
 
-A layer's limit is the longer of two times: to read once what it must read (weights of the experts
-that some token chose, keys of the context), and to do its multiply-adds, at the bandwidth and the
-rate that peers/ceilings.c measures right before and behind it. Tokens choose experts at random.
+The limit of an operation is the longer of two times: to read once what it must read (weights of the
+experts that some token chose, keys of the context), and to do its multiply-adds, at the bandwidth
+and the rate that peers/ceilings.c measures right before and behind it. A layer's is the sum of its
+operations': experts are one, latent attention is two, projections and attention itself. Tokens
+choose experts at random.
 """
 
 from __future__ import annotations
@@ -58,8 +60,18 @@ class Work:
     """A call, and what it cannot do without."""
 
     call: Callable[[], object]
-    read_bytes: float
-    operations: float
+    parts: tuple[tuple[float, float], ...]
+    """Of each operation: bytes to read, and operations (two a multiply-add)."""
+
+    @property
+    def read_bytes(self) -> float:
+        """All together."""
+        return sum(read for read, _ in self.parts)
+
+    @property
+    def operations(self) -> float:
+        """All together."""
+        return sum(operations for _, operations in self.parts)
 
 
 def mixture(backend: Backend, shape: Mixture) -> Callable[[int], Work]:
@@ -90,7 +102,7 @@ def mixture(backend: Backend, shape: Mixture) -> Callable[[int], Work]:
 
         weights = 3 * hidden * inner
         chosen = statistics.mean(len(np.unique(draw)) for draw in draws)
-        return Work(call, chosen * weights * 2, 2 * num_tokens * k * weights)
+        return Work(call, ((chosen * weights * 2, 2 * num_tokens * k * weights),))
 
     return work
 
@@ -153,7 +165,7 @@ def latent(backend: Backend) -> Callable[[int], Work]:
         seen = num_tokens * (num_tokens + 1) / 2 if is_prompt else num_tokens * CONTEXT
         attention = 2 * HEADS * (2 * RANK + ROTARY) * seen
         keys = num_requests * length * (RANK + ROTARY) * 2
-        return Work(call, weights * 2 + keys, 2 * num_tokens * weights + attention)
+        return Work(call, ((weights * 2, 2 * num_tokens * weights), (keys, attention)))
 
     return work
 
@@ -206,7 +218,7 @@ def measure(
     behind = ceilings.measure_bytes(program, int(max(work.read_bytes, 64 << 20)), "bf16")
     read_bytes_s = (before.read_bytes_s + behind.read_bytes_s) / 2
     flops_s = (before.flops_s + behind.flops_s) / 2
-    limit_s = max(work.read_bytes / read_bytes_s, work.operations / flops_s)
+    limit_s = sum(max(read / read_bytes_s, count / flops_s) for read, count in work.parts)
     row = {
         "layer": name,
         "tokens": num_tokens,

@@ -77,6 +77,7 @@ def _attention(
     kind: str,
     *,
     head_size: int = 128,
+    value_size: int | None = None,
     block_size: int = 16,
     group: int = 4,
     dtype: str = "bf16",
@@ -88,6 +89,7 @@ def _attention(
     family = attention.family_of(target)
     shape = attention.tile_shape(kind, family, torch_dtype, head_size, group)
     item_tokens = 1 if kind == "narrow" else 128 // group
+    rest = 0 if value_size is None else head_size - value_size
     types = _ATTENTION_TYPES | dict.fromkeys(("query", "out"), f"*{dtype}")
     return Launch(
         kernel=paged_attention.attention_kernel,
@@ -95,8 +97,11 @@ def _attention(
         constants={
             "GROUP": group,
             "NUM_KV_HEADS": 8,
+            "SHARING": 8 if rest else 1,
             "D": head_size,
-            "DP": 1 << (head_size - 1).bit_length(),
+            "V": head_size - rest,
+            "VP": 1 << (head_size - rest - 1).bit_length(),
+            "REST": rest,
             "BLOCK": block_size,
             "TILE": shape.tile,
             "ROWS": shape.rows,
@@ -182,6 +187,7 @@ def _write(target: str, codes: int = 0) -> Launch:
             "BLOCK": 16,
             "LARGEST": 448.0,
             "CODES": codes,
+            "PLANES": 2,
         },
         options={"enable_fp_fusion": False},
     )
@@ -251,11 +257,23 @@ LAUNCHES: dict[str, Callable[[str], Launch]] = {
 FP8_TARGETS = ("sm_90", "sm_100", "gfx950")
 """Targets whose instructions have the 8-bit floats that checkpoints have."""
 
+LATENT = {"head_size": 576, "value_size": 512, "group": 16}
+"""DeepSeek's attention, 16 query heads of 128 in a program."""
+
+LATENT_LAUNCHES: dict[str, Callable[[str], Launch]] = {
+    "attention, decode, latent": lambda t: _attention(t, "narrow", **LATENT),
+    "attention, prefill, latent": lambda t: _attention(t, "wide", **LATENT),
+}
+
+LATENT_TARGETS = ("sm_90", "gfx942")
+"""Where latent attention is measured: one of each maker."""
+
 
 def launches(target: str) -> dict[str, Callable[[str], Launch]]:
     """All that is measured for a target."""
     operations = OPERATIONS | (FP8_OPERATIONS if target in FP8_TARGETS else {})
-    return LAUNCHES | {name: partial(_same, how) for name, how in operations.items()}
+    found = LAUNCHES | {name: partial(_same, how) for name, how in operations.items()}
+    return found | (LATENT_LAUNCHES if target in LATENT_TARGETS else {})
 
 
 def _same(how: dict[str, Any], target: str) -> Launch:

@@ -24,15 +24,18 @@ from portalm_backends.gpu_common.kernels.kv_codes import encode
 def write_kernel(
     key, value, cache, scales, slots, key_stride, value_stride,
     NUM_KV_HEADS: tl.constexpr, HEADS_PADDED: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    BLOCK: tl.constexpr, LARGEST: tl.constexpr, CODES: tl.constexpr,
+    BLOCK: tl.constexpr, LARGEST: tl.constexpr, CODES: tl.constexpr, PLANES: tl.constexpr,
 ):  # fmt: skip
-    """One token's keys and values into their slot; as codes, whose scales are written too."""
+    """One token's keys and values into their slot; as codes, whose scales are written too.
+
+    PLANES is 1 where values are keys, which alone are written then.
+    """
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + token)
     head, dim = tl.arange(0, HEADS_PADDED), tl.arange(0, DP)[None, :]
     mask = (head < NUM_KV_HEADS)[:, None] & (dim < D)
-    first = (slot // BLOCK).to(tl.int64) * (NUM_KV_HEADS * 2 * BLOCK) + slot % BLOCK
-    row = first + head * (2 * BLOCK)  # of the key; its value is BLOCK further
+    first = (slot // BLOCK).to(tl.int64) * (NUM_KV_HEADS * PLANES * BLOCK) + slot % BLOCK
+    row = first + head * (PLANES * BLOCK)  # of the key; its value is BLOCK further
     places = row[:, None] * D + dim
     sources = head[:, None] * D + dim
     k = tl.load(key + token * key_stride + sources, mask=mask, other=0.0)
@@ -43,7 +46,8 @@ def write_kernel(
         tl.store(scales + row, k_scales, mask=head < NUM_KV_HEADS)
         tl.store(scales + row + BLOCK, v_scales, mask=head < NUM_KV_HEADS)
     tl.store(cache + places, k.to(cache.dtype.element_ty), mask=mask)
-    tl.store(cache + BLOCK * D + places, v.to(cache.dtype.element_ty), mask=mask)
+    if PLANES == 2:
+        tl.store(cache + BLOCK * D + places, v.to(cache.dtype.element_ty), mask=mask)
 
 
 @triton.jit

@@ -1,7 +1,8 @@
 """Attention over the paged cache, and over whole prompts without one.
 
     query, out   [T, H, D]                  rows of a token contiguous; query's row stride is given
-    cache        [NB, H_kv, 2, B, D]        of one layer (cache.py says why)
+    cache        [NB, H_kv, 2, B, D]        of one layer (cache.py says why); [.., 1, B, D] where
+                                            values are keys: then out and partials are of V numbers
     scales       bfloat16 [NB, H_kv, 2, B]  of codes of 8 bits
     table        int32 [S, MB]
     items        int32 [N, 8]               what one program computes (attention.py)
@@ -65,15 +66,18 @@ def _combine(acc, top, total, part_acc, part_top, part_total):
 
 
 @triton.jit
-def _update(q, key, value, key_scales, value_scales, is_seen, bias, score_scale, cap, acc, top,
-            total, HAS_CAP: tl.constexpr, HAS_BIAS: tl.constexpr, IS_MASKED: tl.constexpr,
-            CODES: tl.constexpr):  # fmt: skip
+def _update(q, q_rest, key, key_rest, value, key_scales, value_scales, is_seen, bias, score_scale,
+            cap, acc, top, total, HAS_CAP: tl.constexpr, HAS_BIAS: tl.constexpr,
+            IS_MASKED: tl.constexpr, CODES: tl.constexpr, HAS_REST: tl.constexpr):  # fmt: skip
     """The online softmax, one tile of keys and values [N, DP] further."""
     if CODES:
         key = decode(key, q.dtype, CODES)
         # float16 may not hold a weight times a scale; it holds every value
         value = decode(value, tl.float32, CODES) * value_scales[:, None]
     scores = tl.dot(q, tl.trans(key.to(q.dtype)), input_precision="ieee")  # [M, N]
+    if HAS_REST:
+        rest = tl.trans(key_rest.to(q.dtype))
+        scores = tl.dot(q_rest, rest, scores, input_precision="ieee")
     if CODES:
         scores = scores * key_scales[None, :]
     if HAS_CAP:  # tanh(x) = 1 - 2 / (exp(2 x) + 1), which is right at both ends
@@ -98,24 +102,29 @@ def _update(q, key, value, key_scales, value_scales, is_seen, bias, score_scale,
 
 
 @triton.jit
-def _span(q, keys, scales, table, start, stop, live_begin, live_end, position, slope, window, split,
-          score_scale, cap, acc, top, total, all_acc, all_top, all_total,
-          D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, BLOCK_STRIDE: tl.constexpr,
-          TILE: tl.constexpr, HAS_CAP: tl.constexpr, HAS_WINDOW: tl.constexpr,
-          HAS_ALIBI: tl.constexpr, IS_MASKED: tl.constexpr, MERGES: tl.constexpr,
-          CODES: tl.constexpr):  # fmt: skip
+def _span(q, q_rest, keys, scales, table, start, stop, live_begin, live_end, position, slope,
+          window, split, score_scale, cap, acc, top, total, all_acc, all_top, all_total,
+          D: tl.constexpr, V: tl.constexpr, VP: tl.constexpr, REST: tl.constexpr,
+          BLOCK: tl.constexpr, BLOCK_STRIDE: tl.constexpr, TILE: tl.constexpr,
+          HAS_CAP: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_ALIBI: tl.constexpr,
+          IS_MASKED: tl.constexpr, MERGES: tl.constexpr, CODES: tl.constexpr):  # fmt: skip
     """Tiles of tokens from `start`, a multiple of TILE, to `stop`.
 
     Unmasked, every row sees every token. With MERGES, what came since a multiple of `split` is
     put to the rest there, exactly as `_merge` does with what other programs computed.
     """
-    dim = tl.arange(0, DP)
+    dim = tl.arange(0, VP)
     for first in range(start, stop, TILE):
         token = first + tl.arange(0, TILE)
         is_live = (token >= live_begin) & (token < live_end)
         offset = _token_offsets(table, first, token, is_live, D, BLOCK, BLOCK_STRIDE, IS_MASKED)
-        key = _load_rows(keys + offset, is_live, dim, D, IS_MASKED)
-        value = _load_rows(keys + BLOCK * D + offset, is_live, dim, D, IS_MASKED)
+        key = _load_rows(keys + offset, is_live, dim, V, IS_MASKED)
+        key_rest, value = key, key
+        if REST > 0:
+            rest = tl.arange(0, REST)
+            key_rest = _load_rows(keys + V + offset, is_live, rest, D - V, IS_MASKED)
+        else:
+            value = _load_rows(keys + BLOCK * D + offset, is_live, dim, D, IS_MASKED)
         key_scales, value_scales = 0.0, 0.0
         if CODES:
             rows = scales + _token_offsets(
@@ -132,8 +141,8 @@ def _span(q, keys, scales, table, start, stop, live_begin, live_end, position, s
         if HAS_ALIBI:
             bias = slope[:, None] * (token[None, :] - position[:, None]).to(tl.float32)
         acc, top, total = _update(
-            q, key, value, key_scales, value_scales, is_seen, bias, score_scale, cap, acc, top,
-            total, HAS_CAP, HAS_ALIBI, IS_MASKED, CODES,
+            q, q_rest, key, key_rest, value, key_scales, value_scales, is_seen, bias, score_scale,
+            cap, acc, top, total, HAS_CAP, HAS_ALIBI, IS_MASKED, CODES, REST > 0,
         )  # fmt: skip
         if MERGES:  # noqa: SIM102 (one is known when compiled, the other is not)
             if (first + TILE) % split == 0:
@@ -159,13 +168,17 @@ def _finish(acc, top, total, sinks, head, is_row, HAS_SINKS: tl.constexpr):
 def attention_kernel(
     query, cache, scales, out, partials, part_weights, table, items, slopes, sinks,
     query_stride, table_stride, score_scale, cap, window,
-    GROUP: tl.constexpr, NUM_KV_HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    GROUP: tl.constexpr, NUM_KV_HEADS: tl.constexpr, SHARING: tl.constexpr, D: tl.constexpr,
+    V: tl.constexpr, VP: tl.constexpr, REST: tl.constexpr,
     BLOCK: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
     ITEM_TOKENS: tl.constexpr, IS_WIDE: tl.constexpr, HAS_CAP: tl.constexpr,
     HAS_WINDOW: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_SINKS: tl.constexpr,
     CODES: tl.constexpr,
 ):  # fmt: skip
     """TOKENS query tokens of one item, with the query heads of one KV head.
+
+    With REST > 0 values are the first V numbers of keys of D; then SHARING programs take the query
+    heads of one KV head, GROUP each, because sums of V numbers fill the registers.
 
     Axes: narrow tiles (few rows, one loop) have heads first, so that long items begin first; wide
     ones have items first, so that programs that run together read the same keys. The third axis
@@ -192,19 +205,23 @@ def attention_kernel(
     row = tl.arange(0, ROWS)
     token, head = row // GROUP, kv_head * GROUP + row % GROUP
     is_row = token < num_tokens
-    dim = tl.arange(0, DP)
+    dim = tl.arange(0, VP)
     rows = query + (query_row + token).to(tl.int64) * query_stride + head * D
-    q = _load_rows(rows, is_row, dim, D, True)
+    q = _load_rows(rows, is_row, dim, V, True)
+    q_rest = q
+    if REST > 0:
+        q_rest = _load_rows(rows + V, is_row, tl.arange(0, REST), D - V, True)
     position = first_position + tl.where(is_row, token, 0)
     slope = 0.0
     if HAS_ALIBI:
         slope = tl.load(slopes + head, mask=is_row, other=0.0) * _LOG2E
 
     table += request.to(tl.int64) * table_stride
-    keys = cache + kv_head * (2 * BLOCK * D)
+    planes: tl.constexpr = 1 if REST > 0 else 2
+    keys = cache + kv_head // SHARING * (planes * BLOCK * D)
     scales += kv_head * (2 * BLOCK)
-    stride: tl.constexpr = NUM_KV_HEADS * 2 * BLOCK * D
-    acc = tl.zeros([ROWS, DP], tl.float32)
+    stride: tl.constexpr = NUM_KV_HEADS // SHARING * planes * BLOCK * D
+    acc = tl.zeros([ROWS, VP], tl.float32)
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     start = begin // TILE * TILE
@@ -216,42 +233,44 @@ def attention_kernel(
             bulk_begin = (bulk_begin + TILE - 1) // TILE * TILE
             bulk_end = tl.maximum(bulk_end, bulk_begin)
             acc, top, total, _a, _b, _c = _span(
-                q, keys, scales, table, start, tl.minimum(bulk_begin, end), begin, end, position,
-                slope, window, split, score_scale, cap, acc, top, total, 0, 0, 0,
-                D, DP, BLOCK, stride, TILE, HAS_CAP, HAS_WINDOW, HAS_ALIBI, True, False, CODES,
+                q, q_rest, keys, scales, table, start, tl.minimum(bulk_begin, end), begin, end,
+                position, slope, window, split, score_scale, cap, acc, top, total, 0, 0, 0,
+                D, V, VP, REST, BLOCK, stride, TILE, HAS_CAP, HAS_WINDOW, HAS_ALIBI, True, False,
+                CODES,
             )  # fmt: skip
         acc, top, total, _a, _b, _c = _span(
-            q, keys, scales, table, bulk_begin, bulk_end, begin, end, position, slope,
+            q, q_rest, keys, scales, table, bulk_begin, bulk_end, begin, end, position, slope,
             window, split, score_scale, cap, acc, top, total, 0, 0, 0,
-            D, DP, BLOCK, stride, TILE, HAS_CAP, HAS_WINDOW, HAS_ALIBI, False, False, CODES,
+            D, V, VP, REST, BLOCK, stride, TILE, HAS_CAP, HAS_WINDOW, HAS_ALIBI, False, False,
+            CODES,
         )  # fmt: skip
         acc, top, total, _a, _b, _c = _span(
-            q, keys, scales, table, bulk_end, end, begin, end, position, slope,
+            q, q_rest, keys, scales, table, bulk_end, end, begin, end, position, slope,
             window, split, score_scale, cap, acc, top, total, 0, 0, 0,
-            D, DP, BLOCK, stride, TILE, HAS_CAP, HAS_WINDOW, HAS_ALIBI, True, False, CODES,
+            D, V, VP, REST, BLOCK, stride, TILE, HAS_CAP, HAS_WINDOW, HAS_ALIBI, True, False, CODES,
         )  # fmt: skip
     else:
         acc, top, total, all_acc, all_top, all_total = _span(
-            q, keys, scales, table, start, end, begin, end, position, slope,
+            q, q_rest, keys, scales, table, start, end, begin, end, position, slope,
             window, split, score_scale, cap, acc, top, total, acc, top, total,
-            D, DP, BLOCK, stride, TILE, HAS_CAP, HAS_WINDOW, HAS_ALIBI, True, True, CODES,
+            D, V, VP, REST, BLOCK, stride, TILE, HAS_CAP, HAS_WINDOW, HAS_ALIBI, True, True, CODES,
         )  # fmt: skip
         acc, top, total = _combine(all_acc, all_top, all_total, acc, top, total)
 
     if partial >= 0:
         place = (partial.to(tl.int64) * NUM_KV_HEADS + kv_head) * (ITEM_TOKENS * GROUP)
         place = place + first_token * GROUP + row
-        targets = partials + place[:, None] * D + dim[None, :]
-        tl.store(targets, acc, mask=is_row[:, None] & (dim < D)[None, :])
+        targets = partials + place[:, None] * V + dim[None, :]
+        tl.store(targets, acc, mask=is_row[:, None] & (dim < V)[None, :])
         tl.store(part_weights + place * 2, top, mask=is_row)
         tl.store(part_weights + place * 2 + 1, total, mask=is_row)
         return
     result = _finish(acc, top, total, sinks, head, is_row, HAS_SINKS)
-    targets = out + (query_row + token).to(tl.int64) * (NUM_KV_HEADS * GROUP * D) + head * D
+    targets = out + (query_row + token).to(tl.int64) * (NUM_KV_HEADS * GROUP * V) + head * V
     tl.store(
         targets[:, None] + dim[None, :],
         result.to(out.dtype.element_ty),
-        mask=is_row[:, None] & (dim < D)[None, :],
+        mask=is_row[:, None] & (dim < V)[None, :],
     )
 
 
@@ -327,8 +346,9 @@ def encoder_kernel(
         k = _load_rows(keys + other * key_stride, is_row, dim, D, False)
         v = _load_rows(values + other * value_stride, is_row, dim, D, False)
         acc, top, total = _update(
-            q, k, v, 0.0, 0.0, 0, 0.0, score_scale, 0.0, acc, top, total, False, False, False, 0
-        )
+            q, q, k, k, v, 0.0, 0.0, 0, 0.0, score_scale, 0.0, acc, top, total,
+            False, False, False, 0, False,
+        )  # fmt: skip
     for first in range(masked, end, TILE):
         other = (first + tl.arange(0, TILE)).to(tl.int64)
         is_live = other < end
@@ -339,8 +359,8 @@ def encoder_kernel(
             distance = token[:, None] - other[None, :]
             is_seen = is_seen & (distance < window) & (distance > -window)
         acc, top, total = _update(
-            q, k, v, 0.0, 0.0, is_seen, 0.0, score_scale, 0.0, acc, top, total,
-            False, False, True, 0,
+            q, q, k, k, v, 0.0, 0.0, is_seen, 0.0, score_scale, 0.0, acc, top, total,
+            False, False, True, 0, False,
         )  # fmt: skip
     targets = out + (start + token).to(tl.int64) * (NUM_KV_HEADS * GROUP * D) + head * D
     tl.store(
