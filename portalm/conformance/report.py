@@ -97,9 +97,9 @@ def _models(records: Sequence[dict[str, Any]]) -> str:
                 model.setdefault(record["device"], set()).add(result["status"])
     devices = [record["device"] for record in records]
     lines = [f"| model | {' | '.join(devices)} |", "|---" * (len(devices) + 1) + "|"]
-    for model, by_device in sorted(found.items()):
+    for name, by_device in sorted(found.items()):
         cells = [_worst(by_device.get(device, set())) for device in devices]
-        lines.append(f"| {model} | {' | '.join(cells)} |")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
