@@ -72,8 +72,10 @@ def _update(q, q_rest, key, key_rest, value, key_scales, value_scales, is_seen, 
     """The online softmax, one tile of keys and values [N, DP] further."""
     if CODES:
         key = decode(key, q.dtype, CODES)
-        # float16 may not hold a weight times a scale; it holds every value
-        value = decode(value, tl.float32, CODES) * value_scales[:, None]
+        if q.dtype == tl.float16:  # it may not hold a weight times a scale; it holds every value
+            value = decode(value, tl.float32, CODES) * value_scales[:, None]
+        else:
+            value = decode(value, q.dtype, CODES)
     scores = tl.dot(q, tl.trans(key.to(q.dtype)), input_precision="ieee")  # [M, N]
     if HAS_REST:
         rest = tl.trans(key_rest.to(q.dtype))
@@ -96,6 +98,8 @@ def _update(q, q_rest, key, key_rest, value, key_scales, value_scales, is_seen, 
     shrink = tl.exp2(top - base)
     total = total * shrink + tl.sum(weights, 1)
     acc = acc * shrink[:, None]
+    if CODES and q.dtype != tl.float16:
+        weights = weights * value_scales[None, :]
     value = value.to(q.dtype)
     acc = tl.dot(weights.to(q.dtype), value, acc, input_precision="ieee")
     return acc, new_top, total
