@@ -70,5 +70,5 @@ def test_codes_whose_values_are_their_keys_are_refused(backend: AnyGpu) -> None:
         shares_values=True,
     )  # fmt: skip
 
-    with pytest.raises(Unsupported, match="stores keys and values as bfloat16.*not int8"):
+    with pytest.raises(Unsupported, match=r"stores keys and values as bfloat16.*not int8"):
         GpuBackend.kv_alloc(backend, spec, 2)
