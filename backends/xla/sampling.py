@@ -26,7 +26,7 @@ BROKEN = -1
 NUM_TOP = 32
 """How many of the likeliest tokens `finish` reports; more are found on the host."""
 
-_ROWS = 256
+_ROWS = 128
 """Rows that draw at a time: what that needs beside the scores grows with them."""
 
 _INF = float("inf")
