@@ -308,20 +308,31 @@ _SHAPES = {
     },
 }
 _SHAPES["rdna4"] = _SHAPES["rdna3"]
+_SHAPES["ampere"] = _SHAPES["nvidia"] | {
+    # its matrix instructions read registers: codes that became floats must fit there
+    "wide codes": TileShape(rows=64, tile=32, num_warps=4, num_stages=3),
+}
 """By family of GPUs. `exact` is for float32, whose products no tensor core computes."""
 
 
 def family_of(arch: str) -> str:
     """The key of `_SHAPES` for an architecture by its compiler's name (sm_90, gfx942)."""
     if arch.startswith("sm_"):
-        return "nvidia"
+        return "nvidia" if arch in ("sm_90", "sm_100", "sm_103") else "ampere"
     if arch.startswith("gfx9"):
         return "cdna"
     return "rdna3" if arch.startswith("gfx11") else "rdna4"
 
 
 @functools.cache
-def tile_shape(kind: str, family: str, dtype: torch.dtype, head_size: int, group: int) -> TileShape:
+def tile_shape(
+    kind: str,
+    family: str,
+    dtype: torch.dtype,
+    head_size: int,
+    group: int,
+    has_codes: bool = False,
+) -> TileShape:
     """How attention is cut.
 
     Args:
@@ -330,8 +341,10 @@ def tile_shape(kind: str, family: str, dtype: torch.dtype, head_size: int, group
         dtype: of the query.
         head_size: D.
         group: query heads of a KV head.
+        has_codes: the cache is one of 8 bits.
     """
-    shape = _SHAPES[family]["exact" if dtype == torch.float32 else kind]
+    shapes, name = _SHAPES[family], "exact" if dtype == torch.float32 else kind
+    shape = shapes.get(f"{name} codes", shapes[name]) if has_codes else shapes[name]
     rows = max(shape.rows, _power_of_2(group))
     tile, num_warps = shape.tile, shape.num_warps
     halvings = 0 if head_size <= 128 else 1 if head_size <= 256 else 2
@@ -406,7 +419,7 @@ def _launch(
     num_kv_heads, size, value_size = spec.num_kv_heads, spec.head_size, spec.out_size
     numbers, scales, codes = parts(layer)
     group = spec.num_heads // num_kv_heads
-    shape = tile_shape(kind, family, query.dtype, size, group)
+    shape = tile_shape(kind, family, query.dtype, size, group, codes != 0)
     tokens = min(shape.rows // group, tiles.tokens)
     num_partials = max(1, tiles.num_partials)
     rows = num_kv_heads * tiles.tokens * group

@@ -87,7 +87,7 @@ def _attention(
     """`attention.attend` of a decode (narrow) or a prompt (wide)."""
     torch_dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
     family = attention.family_of(target)
-    shape = attention.tile_shape(kind, family, torch_dtype, head_size, group)
+    shape = attention.tile_shape(kind, family, torch_dtype, head_size, group, codes != 0)
     item_tokens = 1 if kind == "narrow" else 128 // group
     rest = 0 if value_size is None else head_size - value_size
     types = _ATTENTION_TYPES | dict.fromkeys(("query", "out"), f"*{dtype}")
