@@ -16,7 +16,6 @@ import datetime
 import json
 import platform
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from linear import median_s
 from peers import ceilings
 
 from portalm.backend import AttentionSpec, Backend, Experts, KVSpec, StepMeta, load_backend
@@ -197,24 +197,12 @@ def step(num_requests: int, query_len: int, length: int) -> tuple[StepMeta, int]
     return meta, int(table.max()) + 1
 
 
-def median_s(call: Callable[[], object], seconds: float) -> float:
-    """Of calls over about so many seconds, three at least."""
-    call()
-    times = []
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times) < 3:
-        started = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - started)
-    return statistics.median(times)
-
-
 def measure(
     name: str, num_tokens: int, work: Work, program: Path, seconds: float
 ) -> dict[str, Any]:
     """One row: the limit from ceilings before and behind the call, and how near it comes."""
     before = ceilings.measure_bytes(program, int(max(work.read_bytes, 64 << 20)), "bf16")
-    taken_s = median_s(work.call, seconds)
+    taken_s = median_s(work.call, seconds=seconds)
     behind = ceilings.measure_bytes(program, int(max(work.read_bytes, 64 << 20)), "bf16")
     read_bytes_s = (before.read_bytes_s + behind.read_bytes_s) / 2
     flops_s = (before.flops_s + behind.flops_s) / 2

@@ -13,11 +13,10 @@ import torch
 
 from portalm.backend import KV, Backend, StepMeta, Weights
 from portalm.config import Task
-from portalm.layers.linear import Linear, pack_linear
-from portalm.layers.norms import LayerNorm
-from portalm.models.encoder import Encoder, added_prefix
-from portalm.models.loader.checkpoint import Checkpoint, LoadProgress, TensorReader
-from portalm.models.model import AS_CAST, Quantization
+from portalm.layers.linear import Linear
+from portalm.layers.norms import Norm
+from portalm.models.encoder import Encoder
+from portalm.models.layer_reader import LayerReader
 
 _QKV = ("attention.self.query", "attention.self.key", "attention.self.value")
 
@@ -29,10 +28,10 @@ class Layer:
     qkv: Linear
     """Query, key and value rows, in this order."""
     attention_out: Linear
-    attention_norm: LayerNorm
+    attention_norm: Norm
     up: Linear
     down: Linear
-    norm: LayerNorm
+    norm: Norm
 
 
 class Bert(Encoder):
@@ -41,89 +40,46 @@ class Bert(Encoder):
     prefix = ""
     """Of tensors' names, before the encoder's own."""
 
-    # -- shapes -------------------------------------------------------------------------------
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every tensor of the checkpoint, with its shape."""
-        config, encoder = self.config, self.encoder
-        hidden, inner = config.hidden_size, config.intermediate_size
+    def build(self, read: LayerReader) -> Weights:
+        """Weights by name: words, positions, types, norm, layers."""
+        config, encoder, name = self.config, self.encoder, f"{self.prefix}embeddings"
+        hidden = config.hidden_size
         num_positions = config.max_position + encoder.first_position
-        shapes: dict[str, tuple[int, ...]] = {
-            "embeddings.word_embeddings.weight": (config.vocab_size, hidden),
-            "embeddings.position_embeddings.weight": (num_positions, hidden),
-            "embeddings.token_type_embeddings.weight": (encoder.num_token_types, hidden),
-            **_norm_shapes("embeddings.LayerNorm", hidden),
+        return {
+            "words": read.tensor(f"{name}.word_embeddings.weight", config.vocab_size, hidden),
+            "positions": read.tensor(f"{name}.position_embeddings.weight", num_positions, hidden),
+            "types": read.tensor(
+                f"{name}.token_type_embeddings.weight", encoder.num_token_types, hidden
+            ),
+            "norm": self._norm(read, f"{name}.LayerNorm"),
+            "layers": [
+                self._layer(read, f"{self.prefix}encoder.layer.{i}")
+                for i in range(config.num_layers)
+            ],
         }
-        for layer in range(config.num_layers):
-            name = f"encoder.layer.{layer}"
-            for qkv in _QKV:
-                shapes |= _linear_shapes(f"{name}.{qkv}", hidden, hidden)
-            shapes |= _linear_shapes(f"{name}.attention.output.dense", hidden, hidden)
-            shapes |= _norm_shapes(f"{name}.attention.output.LayerNorm", hidden)
-            shapes |= _linear_shapes(f"{name}.intermediate.dense", inner, hidden)
-            shapes |= _linear_shapes(f"{name}.output.dense", hidden, inner)
-            shapes |= _norm_shapes(f"{name}.output.LayerNorm", hidden)
-        return {f"{self.prefix}{name}": shape for name, shape in shapes.items()} | self.head()
 
-    def head(self) -> dict[str, tuple[int, ...]]:
-        """Tensors behind the encoder: the layer that makes a state, then the one that scores."""
-        return {}
-
-    # -- loading ------------------------------------------------------------------------------
-
-    def load(
-        self,
-        checkpoint: Checkpoint,
-        backend: Backend,
-        *,
-        quantization: Quantization = AS_CAST,
-        progress: LoadProgress | None = None,
-    ) -> Weights:
-        """Weights by name: words, positions, types, norm, layers, and head where there is one."""
-        shapes, dtype = self.shapes(), getattr(torch, self.dtype)
-        device = backend.device()
-        added = added_prefix(set(checkpoint.names()), next(iter(shapes)))
-        reader = TensorReader(
-            checkpoint, len(shapes), rename=lambda name: added + name, progress=progress
+    def _layer(self, read: LayerReader, name: str) -> Layer:
+        hidden, inner = self.config.hidden_size, self.config.intermediate_size
+        return Layer(
+            qkv=read.linear(
+                *(f"{name}.{part}" for part in _QKV),
+                rows=(hidden,) * 3,
+                columns=hidden,
+                has_bias=True,
+            ),
+            attention_out=read.linear(
+                f"{name}.attention.output.dense", rows=(hidden,), columns=hidden, has_bias=True
+            ),
+            attention_norm=self._norm(read, f"{name}.attention.output.LayerNorm"),
+            up=read.linear(
+                f"{name}.intermediate.dense", rows=(inner,), columns=hidden, has_bias=True
+            ),
+            down=read.linear(f"{name}.output.dense", rows=(hidden,), columns=inner, has_bias=True),
+            norm=self._norm(read, f"{name}.output.LayerNorm"),
         )
 
-        def table(name: str) -> torch.Tensor:
-            return reader.tensor(name, shapes[name]).to(dtype).to(device, copy=True)
-
-        def linear(*full: str) -> Linear:
-            weights, biases = (
-                [reader.tensor(name, shapes[name]) for name in (f"{n}.{kind}" for n in full)]
-                for kind in ("weight", "bias")
-            )
-            return pack_linear(backend, weights, biases, dtype, quantization.layers)
-
-        def norm(name: str) -> LayerNorm:
-            eps = self.encoder.layer_norm_eps
-            return LayerNorm(table(f"{name}.weight"), table(f"{name}.bias"), eps)
-
-        embeddings = f"{self.prefix}embeddings"
-        weights: Weights = {
-            "words": table(f"{embeddings}.word_embeddings.weight"),
-            "positions": table(f"{embeddings}.position_embeddings.weight"),
-            "types": table(f"{embeddings}.token_type_embeddings.weight"),
-            "norm": norm(f"{embeddings}.LayerNorm"),
-            "layers": [],
-        }
-        for i in range(self.config.num_layers):
-            name = f"{self.prefix}encoder.layer.{i}"
-            weights["layers"].append(
-                Layer(
-                    qkv=linear(*(f"{name}.{qkv}" for qkv in _QKV)),
-                    attention_out=linear(f"{name}.attention.output.dense"),
-                    attention_norm=norm(f"{name}.attention.output.LayerNorm"),
-                    up=linear(f"{name}.intermediate.dense"),
-                    down=linear(f"{name}.output.dense"),
-                    norm=norm(f"{name}.output.LayerNorm"),
-                )
-            )
-        head = [name.removesuffix(".weight") for name in self.head() if name.endswith(".weight")]
-        weights["head"] = [linear(name) for name in head]
-        return weights
+    def _norm(self, read: LayerReader, name: str) -> Norm:
+        return read.layer_norm(name, self.config.hidden_size, self.encoder.layer_norm_eps)
 
     # -- running ------------------------------------------------------------------------------
 
@@ -157,12 +113,6 @@ class Bert(Encoder):
             x = layer.norm(backend, layer.down(backend, backend.gelu(layer.up(backend, x))) + x)
         return kv, backend.take_rows(x, meta.logits_rows)
 
-    def logits(self, backend: Backend, weights: Weights, hidden: torch.Tensor) -> torch.Tensor:
-        """Scores, float32 [R, N], of the first token's states [R, C]: dense, tanh, dense."""
-        dense, scores = weights["head"]
-        logits = scores(backend, torch.tanh(dense(backend, hidden))).float()
-        return torch.sigmoid(logits) if self.encoder.has_sigmoid else logits
-
 
 class BertClassifier(Bert):
     """BERT with a layer that scores; a cross-encoder if it scores one thing."""
@@ -171,14 +121,21 @@ class BertClassifier(Bert):
     prefix = "bert."
     head_names = ("bert.pooler.dense", "classifier")
 
-    def head(self) -> dict[str, tuple[int, ...]]:
-        """The layer that makes a state of the first token, and the one that scores it."""
-        hidden = self.config.hidden_size
-        dense, scores = self.head_names
+    def build(self, read: LayerReader) -> Weights:
+        """The encoder, the layer that makes a state of the first token, the one that scores it."""
+        hidden, (dense, scores) = self.config.hidden_size, self.head_names
+        num_labels = self.encoder.num_labels
         return {
-            **_linear_shapes(dense, hidden, hidden),
-            **_linear_shapes(scores, self.encoder.num_labels, hidden),
+            **super().build(read),
+            "dense": read.linear(dense, rows=(hidden,), columns=hidden, has_bias=True),
+            "scores": read.linear(scores, rows=(num_labels,), columns=hidden, has_bias=True),
         }
+
+    def logits(self, backend: Backend, weights: Weights, hidden: torch.Tensor) -> torch.Tensor:
+        """Scores, float32 [R, N], of the first token's states [R, C]: dense, tanh, dense."""
+        states = torch.tanh(weights["dense"](backend, hidden))
+        logits = weights["scores"](backend, states).float()
+        return torch.sigmoid(logits) if self.encoder.has_sigmoid else logits
 
 
 class RobertaClassifier(BertClassifier):
@@ -186,11 +143,3 @@ class RobertaClassifier(BertClassifier):
 
     prefix = "roberta."
     head_names = ("classifier.dense", "classifier.out_proj")
-
-
-def _linear_shapes(name: str, n: int, k: int) -> dict[str, tuple[int, ...]]:
-    return {f"{name}.weight": (n, k), f"{name}.bias": (n,)}
-
-
-def _norm_shapes(name: str, size: int) -> dict[str, tuple[int, ...]]:
-    return {f"{name}.weight": (size,), f"{name}.bias": (size,)}

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
-from portalm.backend import AttentionSpec, KVSpec
+import torch
+
+from portalm.backend import KV, AttentionSpec, Backend, KVSpec, StepMeta, Weights
 from portalm.config import EncoderConfig, ModelConfig, Task
 from portalm.errors import UnsupportedModel
-from portalm.models.model import bytes_of
+from portalm.models.layer_reader import LayerReader, NoDevice, ShapeRecorder
+from portalm.models.loader.checkpoint import Checkpoint, LoadProgress, TensorReader
+from portalm.models.model import AS_CAST, Quantization, bytes_of
 
 
-class Encoder:
+class Encoder(ABC):
     """Functions of an encoder but for its layers; see `portalm.models.model.Model`."""
 
     tasks: tuple[Task, ...] = ("embed",)
@@ -41,9 +46,48 @@ class Encoder:
         """The config as it is."""
         return values
 
+    @abstractmethod
+    def build(self, read: LayerReader) -> Weights:
+        """Weights by name; what it reads first is the table of words."""
+
+    @abstractmethod
+    def forward(
+        self,
+        backend: Backend,
+        weights: Weights,
+        kv: KV,
+        token_ids: torch.Tensor,
+        meta: StepMeta,
+    ) -> tuple[KV, torch.Tensor]:
+        """Hidden states behind the last layer: [R, C] for meta.logits_rows of int32 [T] ids."""
+
+    def logits(self, backend: Backend, weights: Weights, hidden: torch.Tensor) -> torch.Tensor:
+        """A classifier's scores, float32 [R, N], of the first token's states [R, C]."""
+        raise UnsupportedModel(f"{self.config.architecture} embeds texts: it has no scores")
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every tensor of the checkpoint, with its shape."""
-        raise NotImplementedError
+        recorder = ShapeRecorder()
+        self.build(LayerReader(recorder, NoDevice(), self.dtype))
+        return recorder.shapes
+
+    def load(
+        self,
+        checkpoint: Checkpoint,
+        backend: Backend,
+        *,
+        quantization: Quantization = AS_CAST,
+        progress: LoadProgress | None = None,
+    ) -> Weights:
+        """What `build` gives."""
+        names, first = checkpoint.names(), next(iter(self.shapes()))
+        added = _added_prefix(set(names), first)
+        reader = TensorReader(
+            checkpoint, len(names), rename=lambda name: added + name, progress=progress
+        )
+        weights = self.build(LayerReader(reader, backend, self.dtype, quantization))
+        reader.check_complete()
+        return weights
 
     def weight_bytes(self) -> int:
         """Bytes of all weights in `dtype`."""
@@ -58,7 +102,7 @@ class Encoder:
         return None
 
 
-def added_prefix(names: set[str], wanted: str) -> str:
+def _added_prefix(names: set[str], wanted: str) -> str:
     """What stands before `wanted` in a checkpoint of these names; empty if nothing ends so.
 
     A checkpoint that has a head which is not ours has its family's prefix before all else.

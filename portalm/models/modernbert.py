@@ -17,9 +17,9 @@ from portalm.errors import Unsupported, UnsupportedModel
 from portalm.layers.linear import Linear
 from portalm.layers.norms import Norm
 from portalm.layers.rope import cos_sin_table
-from portalm.models.encoder import Encoder, added_prefix
-from portalm.models.layer_reader import LayerReader, NoDevice, ShapeRecorder
-from portalm.models.loader.checkpoint import Checkpoint, LoadProgress, TensorReader
+from portalm.models.encoder import Encoder
+from portalm.models.layer_reader import LayerReader
+from portalm.models.loader.checkpoint import Checkpoint, LoadProgress
 from portalm.models.model import AS_CAST, Quantization
 
 _WORDS = "embeddings.tok_embeddings.weight"
@@ -74,12 +74,6 @@ class ModernBert(Encoder):
             }
         return values
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every tensor of the checkpoint, with its shape."""
-        recorder = ShapeRecorder()
-        self.build(LayerReader(recorder, NoDevice(), self.dtype))
-        return recorder.shapes
-
     # -- loading ------------------------------------------------------------------------------
 
     def load(
@@ -95,13 +89,7 @@ class ModernBert(Encoder):
             raise Unsupported(
                 f"{backend.name} has no sliding windows, which the model's layers need"
             )
-        names = checkpoint.names()
-        added = added_prefix(set(names), self.prefix + _WORDS)
-        reader = TensorReader(
-            checkpoint, len(names), rename=lambda name: added + name, progress=progress
-        )
-        weights = self.build(LayerReader(reader, backend, self.dtype, quantization))
-        reader.check_complete()
+        weights = super().load(checkpoint, backend, quantization=quantization, progress=progress)
         config = self.config
         local = config.values["rope_parameters"]["sliding_attention"]
         weights["ropes"] = [
@@ -115,13 +103,12 @@ class ModernBert(Encoder):
     def build(self, read: LayerReader) -> Weights:
         """Weights by name: words, norms, layers, and a head where there is one."""
         config = self.config
-        weights: Weights = {
+        return {
             "words": read.tensor(self.prefix + _WORDS, config.vocab_size, config.hidden_size),
             "norm": self.norm(read, f"{self.prefix}embeddings.norm"),
             "layers": [self._layer(read, i) for i in range(config.num_layers)],
             "last_norm": self.norm(read, f"{self.prefix}final_norm"),
         }
-        return weights
 
     def norm(self, read: LayerReader, name: str) -> Norm:
         """A norm of hidden states."""
@@ -179,10 +166,6 @@ class ModernBert(Encoder):
             x = x + layer.down(backend, backend.gelu(gate) * up)
         states = backend.take_rows(x, meta.logits_rows)
         return kv, weights["last_norm"](backend, states)
-
-    def logits(self, backend: Backend, weights: Weights, hidden: torch.Tensor) -> torch.Tensor:
-        """There are none: it embeds."""
-        raise NotImplementedError
 
 
 class ModernBertClassifier(ModernBert):

@@ -26,7 +26,7 @@ from portalm.models.loader.gguf_file import (
     read_header,
     read_tensor_infos,
 )
-from portalm.models.loader.gguf_quantized import as_quantized
+from portalm.models.loader.gguf_quantized import GRIDS, as_quantized
 
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _ROWS_AT_A_TIME = 4096
@@ -148,7 +148,9 @@ class GGUFCheckpoint:
         self, kind: int, blocks: npt.NDArray[np.uint8], num_columns: int
     ) -> torch.Tensor:
         """Float32 [rows, columns]."""
-        quantized = as_quantized(kind, blocks, (len(blocks), num_columns))
+        # of a grid's points codes are made by dequantising
+        shape = (len(blocks), num_columns)
+        quantized = None if kind in GRIDS else as_quantized(kind, blocks, shape)
         if quantized is not None:
             return quantized.dequantize()
         from gguf import GGMLQuantizationType

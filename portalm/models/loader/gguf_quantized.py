@@ -30,7 +30,7 @@ def as_quantized(kind: int, blocks: Bytes, shape: tuple[int, ...]) -> QuantizedW
     """
     if len(shape) != 2:
         return None
-    if kind in _GRIDS:
+    if kind in GRIDS:
         return _points(kind, blocks, shape)
     read = _FORMATS.get(kind)
     return None if read is None else read(blocks, shape)
@@ -256,7 +256,7 @@ def _mxfp4(block: Bytes) -> Floats:
     return scales
 
 
-_GRIDS: dict[int, tuple[str, int, Callable[[Bytes], Floats]]] = {
+GRIDS: dict[int, tuple[str, int, Callable[[Bytes], Floats]]] = {
     11: ("int8_g16", 110, _q3_k),
     16: ("int8", 66, _iq2_xxs),
     17: ("int8_g16", 74, _iq2_xs),
@@ -283,7 +283,7 @@ def _points(kind: int, blocks: Bytes, shape: tuple[int, ...]) -> QuantizedWeight
     from gguf import GGMLQuantizationType
     from gguf.quants import dequantize
 
-    format, block_bytes, scales_of = _GRIDS[kind]
+    format, block_bytes, scales_of = GRIDS[kind]
     rows, columns = shape
     scales = scales_of(blocks.reshape(rows, -1, block_bytes)).astype(np.float32).reshape(rows, -1)
     codes = np.empty(shape, np.uint8)
