@@ -470,6 +470,8 @@ def save_gpt_oss(folder: Path, *, is_plain: bool) -> Path:
 
 
 def test_experts_of_mxfp4_are_those_of_the_plain_checkpoint(tmp_path: Path) -> None:
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
     four_bits = save_gpt_oss(tmp_path / "mxfp4", is_plain=False)
     plain = save_gpt_oss(tmp_path / "plain", is_plain=True)
     checkpoint = open_checkpoint(four_bits, EngineConfig(model="x"))
@@ -478,8 +480,13 @@ def test_experts_of_mxfp4_are_those_of_the_plain_checkpoint(tmp_path: Path) -> N
     weight = checkpoint.weight(f"{name}.weight")
     exact = open_checkpoint(plain, EngineConfig(model="x")).tensor(name)  # [E, K, N]
 
+    parts = load_file(four_bits / "model.safetensors")
+    read = convert_moe_packed_tensors(
+        parts[f"{name}_blocks"], parts[f"{name}_scales"], dtype=torch.float32
+    )
     assert isinstance(weight, QuantizedWeight) and weight.format == "int8"
     assert torch.equal(weight.dequantize().view(4, 64, 32), exact.transpose(1, 2))
+    assert torch.equal(read, exact)  # and transformers reads the same
     assert not [n for n in checkpoint.names() if n.endswith(("_blocks", "_scales"))]
     for device in ("reference", "cpu"):
         same = {"device": device, "dtype": "float32"}
