@@ -308,6 +308,10 @@ _SHAPES = {
     },
 }
 _SHAPES["rdna4"] = _SHAPES["rdna3"]
+_SHAPES["rdna3"] = _SHAPES["rdna3"] | {
+    # its matrix instructions hold every operand twice: half of the rows for what codes become
+    "wide codes": TileShape(rows=32, tile=16, num_warps=8, num_stages=1),
+}
 _SHAPES["ampere"] = _SHAPES["nvidia"] | {
     # its matrix instructions read registers: codes that became floats must fit there
     "wide codes": TileShape(rows=64, tile=32, num_warps=4, num_stages=3),

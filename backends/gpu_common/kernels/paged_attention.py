@@ -345,19 +345,20 @@ def encoder_kernel(
         end = tl.minimum(first_token + TOKENS - 1 + window, length)
         bulk = 0
         masked = tl.maximum(first_token - window + 1, 0) // TILE * TILE
+    tile = tl.arange(0, TILE)
     for first in range(0, bulk, TILE):
-        other = (first + tl.arange(0, TILE)).to(tl.int64)
-        k = _load_rows(keys + other * key_stride, is_row, dim, D, False)
-        v = _load_rows(values + other * value_stride, is_row, dim, D, False)
+        begin = tl.cast(first, tl.int64)
+        k = _load_rows(keys + begin * key_stride + tile * key_stride, is_row, dim, D, False)
+        v = _load_rows(values + begin * value_stride + tile * value_stride, is_row, dim, D, False)
         acc, top, total = _update(
             q, q, k, k, v, 0.0, 0.0, 0, 0.0, score_scale, 0.0, acc, top, total,
             False, False, False, 0, False,
         )  # fmt: skip
     for first in range(masked, end, TILE):
-        other = (first + tl.arange(0, TILE)).to(tl.int64)
+        begin, other = tl.cast(first, tl.int64), first + tile
         is_live = other < end
-        k = _load_rows(keys + other * key_stride, is_live, dim, D, True)
-        v = _load_rows(values + other * value_stride, is_live, dim, D, True)
+        k = _load_rows(keys + begin * key_stride + tile * key_stride, is_live, dim, D, True)
+        v = _load_rows(values + begin * value_stride + tile * value_stride, is_live, dim, D, True)
         is_seen = is_live[None, :]
         if HAS_WINDOW:
             distance = token[:, None] - other[None, :]
