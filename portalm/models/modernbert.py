@@ -169,7 +169,7 @@ class ModernBert(Encoder):
 
 
 class ModernBertClassifier(ModernBert):
-    """ModernBERT with a layer that scores the first token."""
+    """ModernBERT with a layer that scores the first token, or the mean of all."""
 
     tasks: tuple[Task, ...] = ("score",)
     prefix = "model."
@@ -179,11 +179,13 @@ class ModernBertClassifier(ModernBert):
         super().__init__(config, dtype)
         pooling = config.values.get("classifier_pooling", "cls")
         activation = config.values.get("classifier_activation", "gelu")
-        if pooling != "cls" or activation != "gelu":
+        if pooling not in ("cls", "mean") or activation != "gelu":
             raise UnsupportedModel(
                 f"config.json: a classifier of classifier_pooling {pooling!r} and "
-                f"classifier_activation {activation!r} is not supported; 'cls' and 'gelu' are"
+                f"classifier_activation {activation!r} is not supported; 'cls' or 'mean' and "
+                f"'gelu' are"
             )
+        self._takes_mean = pooling == "mean"
 
     def build(self, read: LayerReader) -> Weights:
         """The encoder's weights, a layer that makes a state of the first token, one that scores."""
@@ -200,8 +202,31 @@ class ModernBertClassifier(ModernBert):
             "scores": read.linear("classifier", rows=(1,), columns=hidden, has_bias=True),
         }
 
+    def forward(
+        self,
+        backend: Backend,
+        weights: Weights,
+        kv: KV,
+        token_ids: torch.Tensor,
+        meta: StepMeta,
+    ) -> tuple[KV, torch.Tensor]:
+        """What `logits` reads: [R, C] for meta.logits_rows of int32 [T] ids."""
+        if not self._takes_mean:
+            return super().forward(backend, weights, kv, token_ids, meta)
+        starts = meta.query_start_loc
+        rows = torch.arange(len(token_ids), dtype=torch.int32, device=token_ids.device)
+        kv, states = super().forward(
+            backend, weights, kv, token_ids, replace(meta, logits_rows=rows)
+        )
+        request = (rows[:, None] >= starts[None, 1:]).sum(dim=1)  # [T]; of pad tokens: S
+        sums = states.new_zeros((len(starts), states.shape[1]), dtype=torch.float32)
+        sums = sums.index_add(0, request, states.float())
+        lengths = torch.diff(starts).clamp(min=1)
+        means = (sums[:-1] / lengths[:, None]).to(states.dtype)  # [S, C]
+        return kv, means[request[meta.logits_rows.long()]]
+
     def logits(self, backend: Backend, weights: Weights, hidden: torch.Tensor) -> torch.Tensor:
-        """Scores, float32 [R, 1], of the first token's states [R, C]."""
+        """Scores, float32 [R, 1], of what `forward` gave, [R, C]."""
         states = backend.gelu(weights["dense"](backend, hidden))
         logits = weights["scores"](backend, weights["head_norm"](backend, states)).float()
         return torch.sigmoid(logits) if self.encoder.has_sigmoid else logits
