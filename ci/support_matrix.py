@@ -4,7 +4,8 @@ python ci/support_matrix.py record DEVICE [LEVEL ...]   runs the kit (these leve
                                                         docs/support/DEVICE.json
 python ci/support_matrix.py write                       writes docs/support-matrix.md from those
 
-cuda and rocm are interpreted here, on a device that stands for a GPU. On a machine with one,
+cuda and rocm are interpreted here, on a device that stands for a GPU, and of the models (L3) some
+are, one of each kind. On a machine with one,
 `portalm conformance --device cuda --json docs/support/cuda.json` says "run".
 """
 
@@ -47,14 +48,15 @@ def record(device: str, levels: list[str]) -> None:
         sys.path.insert(0, str(ROOT))
         import tests.gpu.conftest  # noqa: F401 - kernels are to be interpreted
         from tests.gpu.fake_device import FakeGpu
-        from tests.gpu.interpreted import interpreted, interpreted_backend
+        from tests.gpu.interpreted import MODELS, interpreted, interpreted_backend
 
         gpu = FakeGpu(arch=ARCHS[device])
         run_levels(
             device,
             interpreted_backend(gpu),
-            levels or ["L0", "L1", "L2"],
+            levels or ["L0", "L1", "L2", "L3"],
             interpreted(gpu),
+            models=MODELS,
             checked="interpreted",
             summary=f"kernels for {ARCHS[device]} in Triton's interpreter; no GPU has run it",
         )
@@ -74,16 +76,30 @@ def record(device: str, levels: list[str]) -> None:
 
 
 def run_levels(
-    device: str, backend: Any, levels: list[str], running: Any, *, checked: str, summary: str = ""
+    device: str,
+    backend: Any,
+    levels: list[str],
+    running: Any,
+    *,
+    checked: str,
+    summary: str = "",
+    models: frozenset[str] = frozenset(),
 ) -> None:
-    """Write the file behind every level: one that is not run, or not yet, stays as it is there."""
-    from portalm.conformance.kit import run_kit
-    from portalm.conformance.report import as_json, as_table
+    """Write the file behind every level: one that is not run, or not yet, stays as it is there.
 
-    path = FOLDER / f"{device}.json"
+    Of L3 only `models` are tried; none: all.
+    """
+    from portalm.conformance.kit import all_items
+    from portalm.conformance.report import as_json, as_table
+    from portalm.conformance.subject import Subject
+
+    path, subject = FOLDER / f"{device}.json", Subject(backend)
     with running:
         for level in levels:
-            results = run_kit(backend, levels=[level])
+            items = all_items([level])
+            if level == "L3" and models:
+                items = [item for item in items if item.case in models]
+            results = [item.run(subject) for item in items]
             kept = json.loads(as_json(backend, results, checked=checked))
             before = (
                 json.loads(path.read_text()) if path.exists() else {"counts": {}, "results": []}

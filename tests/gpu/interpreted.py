@@ -21,6 +21,9 @@ from tests.gpu.fake_device import FakeGpu
 
 complete = pytest.mark.gpu_interpreted
 
+MODELS = frozenset({"llama", "qwen3", "gemma3", "mixtral", "deepseek v3", "modernbert"})
+"""Of the kit's models those that are interpreted: the kinds of layers. Each takes minutes."""
+
 
 def some(values: Iterable[Any], is_usual: Callable[[Any], bool]) -> list[Any]:
     """Parameters of a test: the usual ones in every run, all others under `gpu_interpreted`."""

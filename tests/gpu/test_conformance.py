@@ -11,9 +11,10 @@ from portalm.conformance.check import Item
 from portalm.conformance.kit import all_items
 from portalm.conformance.subject import Subject
 from tests.gpu.fake_device import FakeGpu
-from tests.gpu.interpreted import interpreted, interpreted_backend
+from tests.gpu.interpreted import MODELS, interpreted, interpreted_backend
 
 ITEMS = all_items(["L0", "L1", "L2"])
+WHOLE_MODELS = [item for item in all_items(["L3"]) if item.case in MODELS]
 ARCHS = ("sm_90", "gfx942", "gfx1100")
 """One of each family: they differ in their tiles."""
 
@@ -36,7 +37,7 @@ QUICK = {
 def cases() -> list[object]:
     found = []
     for arch in ARCHS:
-        for item in ITEMS:
+        for item in [*ITEMS, *(WHOLE_MODELS if arch != ARCHS[-1] else [])]:
             is_quick = arch == ARCHS[0] and item.name in QUICK
             marks = () if is_quick else (pytest.mark.gpu_interpreted,)
             found.append(
