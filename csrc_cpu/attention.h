@@ -154,7 +154,7 @@ PORTALM_INLINE void unit_scores_by_rows(const float* query, int64_t head_size, c
       const VecPair k = load_pair(row + d * kPack<K>, head_size);
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
-        const Vec q = load(query + r * head_size + d);
+        const Vec q = kept(load(query + r * head_size + d));
         acc[r][0] += q * k.first;
         acc[r][1] += q * k.second;
       }
@@ -231,7 +231,8 @@ PORTALM_INLINE void value_tile(const float* weights, const Chunk<K>& chunk, int6
   for (int r = 0; r < R; ++r)
     for (int n = 0; n < N; ++n) acc[r][n] = load(value + r * stride + n * kLanes);
   for (int64_t u = from / chunk.unit; u * chunk.unit < to; ++u) {
-    const int64_t start = u * chunk.unit, ahead = chunk.ahead[u];
+    const int64_t start = u * chunk.unit;
+    const int64_t ahead = chunk.values[u] == chunk.keys[u] ? 0 : chunk.ahead[u];  // asked for already
     int64_t t = max_of(from - start, int64_t{0});
     const int64_t until = min_of(to - start, chunk.unit);
     const float* w = weights + start;
@@ -343,7 +344,7 @@ inline void attend_chunk(const AttentionArgs& a, const Item& item, int64_t head,
       if constexpr (!kIsCode<K>)
         for_rows<kSharedRows>(first * group, last * group, [&]<int R>(int64_t r) {
           unit_scores_by_rows<R>(query + r * head_size, head_size, chunk.keys[u], chunk.unit,
-                                 chunk.ahead[u], to + r * kScoreStride);
+                                 r == first * group ? chunk.ahead[u] : 0, to + r * kScoreStride);
         });
       continue;
     }
@@ -403,7 +404,8 @@ inline void attend_span(const AttentionArgs& a, const Item& item, int64_t head, 
   clear(out, item.num_tokens * group);
   const int64_t end = min_of<int64_t>(item.end, span + kSplit);
   int64_t start = max_of<int64_t>(item.begin, span) / kChunk * kChunk;
-  const bool reads_ahead = item.num_tokens * group <= kRowTile;
+  const bool reads_ahead =
+      item.num_tokens * group <= kRowTile || (a.shape.shares_values && item.num_tokens == 1);
   Chunk<K> chunk = chunk_at<K>(a, item, head, start, end);
   for (; start < end; start += kChunk) {
     Chunk<K> next{};
@@ -443,9 +445,12 @@ inline void store_out(const AttentionArgs& a, const Item& item, int64_t head, in
         const int64_t r = i * group + g;
         float weight = total.weight[r];
         if (a.sinks) weight += exp_of(splat(a.sinks[head * group + g] - total.largest[r]))[0];
-        const float scale = 1.0f / weight;
-        for (int64_t d = 0; d < size; ++d)
-          put(to + g * size + d, total.value[r * total.stride + d] * scale);
+        const Vec scale = splat(1.0f / weight);
+        const float* value = total.value + r * total.stride;
+        int64_t d = 0;
+        for (; d + kLanes <= size; d += kLanes)
+          store(to + g * size + d, load(value + d) * scale);
+        store_part(to + g * size + d, load(value + d) * scale, size - d);
       }
     }
   });

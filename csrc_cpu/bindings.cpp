@@ -63,6 +63,16 @@ NB_MODULE(_cpu, m) {
     kernels().linear({at(x), dtype(x_code), rows, x_stride, at(packed), format(w_code), n, k,
                       at(bias), at(out), dtype(out_code), out_stride});
   });
+  m.def("linear_heads", [](Ptr x, int code, int64_t rows, int64_t x_stride, int64_t head_stride,
+                           const std::vector<Ptr>& packed, int w_code, int64_t n, int64_t k,
+                           Ptr out) {  // strides in elements; out is [rows, heads, n]
+    nb::gil_scoped_release released;
+    const int64_t heads = packed.size(), size = portalm::kDTypeBytes[code];
+    for (int64_t h = 0; h < heads; ++h)
+      kernels().linear({at(x + h * head_stride * size), dtype(code), rows, x_stride, at(packed[h]),
+                        format(w_code), n, k, nullptr, at(out + h * n * size), dtype(code),
+                        heads * n});
+  });
   m.def("rms_norm", [](Ptr x, Ptr residual, Ptr weight, Ptr out, Ptr total, int code, int64_t rows,
                        int64_t columns, int64_t x_stride, int64_t residual_stride, float eps) {
     nb::gil_scoped_release released;

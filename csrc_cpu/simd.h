@@ -193,6 +193,14 @@ PORTALM_INLINE void store_part(T* p, Vec x, int64_t count) {
   for (int64_t i = 0; i < count; ++i) put(p + i, x[i]);
 }
 
+// In a register from here on: it is used more than once, and loads are the scarce thing.
+PORTALM_INLINE Vec kept(Vec x) {
+#if defined(__x86_64__)
+  asm("" : "+v"(x));
+#endif
+  return x;
+}
+
 // -- arithmetic ----------------------------------------------------------------------------------
 
 PORTALM_INLINE Vec select(VecI mask, Vec yes, Vec no) { return mask ? yes : no; }

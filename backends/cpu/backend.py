@@ -335,24 +335,20 @@ class CpuBackend(TorchBackend):
     def linear_heads(self, x: torch.Tensor, weight: tuple[CpuWeight, ...]) -> torch.Tensor:
         """x [T, H, K], head by head, times the packed [N, K] transposed: [T, H, N]."""
         num_tokens, num_heads, k = x.shape
-        n, size = weight[0].n, x.element_size()
+        n = weight[0].n
         out = self._empty((num_tokens, num_heads, n), x.dtype)
-        code, x_ptr, out_ptr = CODES[x.dtype], x.data_ptr(), out.data_ptr()
-        for head, packed in enumerate(weight):
-            self._native.linear(
-                x_ptr + head * x.stride(1) * size,
-                code,
-                num_tokens,
-                x.stride(0),
-                packed.ptr,
-                packed.code,
-                n,
-                k,
-                0,
-                out_ptr + head * n * size,
-                code,
-                num_heads * n,
-            )
+        self._native.linear_heads(
+            x.data_ptr(),
+            CODES[x.dtype],
+            num_tokens,
+            x.stride(0),
+            x.stride(1),
+            [packed.ptr for packed in weight],
+            weight[0].code,
+            n,
+            k,
+            out.data_ptr(),
+        )
         return out
 
     def logits(self, x: torch.Tensor, weight: CpuWeight) -> torch.Tensor:

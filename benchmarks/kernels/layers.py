@@ -201,9 +201,10 @@ def measure(
     name: str, num_tokens: int, work: Work, program: Path, seconds: float
 ) -> dict[str, Any]:
     """One row: the limit from ceilings before and behind the call, and how near it comes."""
-    before = ceilings.measure_bytes(program, int(max(work.read_bytes, 64 << 20)), "bf16")
+    read_bytes = int(max(work.read_bytes, 256 << 20))  # more than any cache holds
+    before = ceilings.measure_bytes(program, read_bytes, "bf16")
     taken_s = median_s(work.call, seconds=seconds)
-    behind = ceilings.measure_bytes(program, int(max(work.read_bytes, 64 << 20)), "bf16")
+    behind = ceilings.measure_bytes(program, read_bytes, "bf16")
     read_bytes_s = (before.read_bytes_s + behind.read_bytes_s) / 2
     flops_s = (before.flops_s + behind.flops_s) / 2
     limit_s = sum(max(read / read_bytes_s, count / flops_s) for read, count in work.parts)
@@ -235,6 +236,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.0, help="of calls for each row")
     parser.add_argument("--json", help="file to write the rows to")
     args = parser.parse_args()
+    torch.set_num_threads(1)  # as in a server's engine, where only our own team has threads
     backend, program = load_backend("cpu"), ceilings.build(_CACHE)
     rows = []
     for name in args.layers.split(","):

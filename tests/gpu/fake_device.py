@@ -155,7 +155,7 @@ class FakeGpu:
     @contextmanager
     def running(self) -> Iterator[None]:
         """Within it torch computes on this device; `cpu()` waits for it, and leaves it."""
-        cpu, from_numpy = torch.Tensor.cpu, torch.from_numpy
+        cpu, from_numpy = self._cpu, self._from_numpy = torch.Tensor.cpu, torch.from_numpy
 
         def to_host(x: torch.Tensor) -> torch.Tensor:
             self.num_waits += 1
@@ -167,6 +167,17 @@ class FakeGpu:
         torch.from_numpy = lambda array: _on_host(from_numpy(array))
         try:
             with _Launches(self):
+                yield
+        finally:
+            torch.Tensor.cpu, torch.from_numpy = cpu, from_numpy  # type: ignore[method-assign]
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Within it, inside of `running`, torch computes on the host at once."""
+        cpu, from_numpy = torch.Tensor.cpu, torch.from_numpy
+        torch.Tensor.cpu, torch.from_numpy = self._cpu, self._from_numpy  # type: ignore[method-assign]
+        try:
+            with _disable_current_modes():
                 yield
         finally:
             torch.Tensor.cpu, torch.from_numpy = cpu, from_numpy  # type: ignore[method-assign]

@@ -14,6 +14,7 @@ import pytest
 from triton.runtime import interpreter
 
 from portalm.backend import Bucket, Capabilities
+from portalm.conformance import oracle
 from portalm_backends.cuda.backend import CudaBackend
 from portalm_backends.gpu_common.archs import CUDA, ROCM
 from portalm_backends.rocm.backend import RocmBackend
@@ -33,18 +34,28 @@ def some(values: Iterable[Any], is_usual: Callable[[Any], bool]) -> list[Any]:
 @contextmanager
 def interpreted(gpu: FakeGpu) -> Iterator[None]:
     """Within it torch and Triton compute on `gpu`: launches are late, recorded and replayed as
-    torch's operations are."""
-    launch = interpreter.GridExecutor.__call__
+    torch's operations are. What the kit compares with is computed aside."""
+    launch, references = interpreter.GridExecutor.__call__, (oracle.forward, oracle.encode)
 
     def enqueue(executor: Any, *args: Any, **kwargs: Any) -> None:
         gpu.enqueue(lambda: launch(executor, *args, **kwargs))
 
+    def on_host(function: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            gpu.drain()
+            with gpu.aside():
+                return function(*args, **kwargs)
+
+        return call
+
     interpreter.GridExecutor.__call__ = enqueue
+    oracle.forward, oracle.encode = map(on_host, references)
     try:
         with gpu.running():
             yield
     finally:
         interpreter.GridExecutor.__call__ = launch
+        oracle.forward, oracle.encode = references
 
 
 def interpreted_backend(gpu: FakeGpu) -> CudaBackend | RocmBackend:
