@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.models.test_gguf_families import write_gguf
+from tests.models.gguf_writer import write_gguf
 from tests.models.test_llama import saved
 from tests.models.test_quantized_checkpoints import CASES, save
 
