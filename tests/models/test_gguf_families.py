@@ -8,14 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import pytest
 import torch
+from gguf import GGMLQuantizationType as Kind
+from gguf.quants import dequantize, quantize
 
+from portalm.backend import QuantizedWeight
 from portalm.config import EngineConfig, ModelConfig
-from portalm.errors import UnsupportedModel
+from portalm.errors import CheckpointError, UnsupportedModel
 from portalm.layers.rope import cos_sin_table
 from portalm.models.loader import open_checkpoint
 from portalm.models.loader.gguf import GGUFCheckpoint
+from portalm.models.loader.gguf_families import FAMILIES, find_family
 from portalm.models.registry import model_class
 from tests.models.gguf_writer import write_gguf
 from tests.models.test_families import CASES, PROMPTS, engine_of
@@ -129,14 +134,138 @@ def test_a_gguf_file_is_the_model_it_was_made_of(tmp_path: Path, file: File) -> 
         assert_answers(path, model)
 
 
-def assert_answers(path: Path, model: Any) -> None:
+def assert_answers(path: Path, model: Any, **settings: Any) -> None:
     """Tokens are those of transformers."""
-    engine = engine_of(path, device="cpu", dtype="float32", max_model_len=128)
+    engine = engine_of(path, device="cpu", dtype="float32", max_model_len=128, **settings)
     ask(engine, "a", PROMPTS["33"], max_tokens=16)
     [drawn] = tokens(run(engine)).values()
     with torch.inference_mode():
         logits = model(torch.tensor([PROMPTS["33"] + drawn])).logits[0]
     assert drawn == logits[32:-1].argmax(-1).tolist()
+
+
+# -- experts ----------------------------------------------------------------------------------
+
+MIXTRAL, GPT_OSS = FILES[0], FILES[3]
+STACK = "blk.1.ffn_up_exps.weight"
+
+
+def rounded_experts(model: Any, kind: Kind) -> None:
+    """Experts of `model` become numbers that the type has exactly."""
+    for name, parameter in model.named_parameters():
+        if ".experts." in name and not name.endswith("bias"):
+            is_by_columns = model.config.model_type == "gpt_oss"
+            rows = parameter.data.swapaxes(-1, -2) if is_by_columns else parameter.data
+            values = dequantize(quantize(np.ascontiguousarray(rows.numpy()), kind), kind)
+            exact = torch.from_numpy(values.reshape(rows.shape))
+            parameter.data = exact.swapaxes(-1, -2).contiguous() if is_by_columns else exact
+
+
+@pytest.mark.parametrize(
+    ("file", "kind"), [(MIXTRAL, Kind.Q8_0), (GPT_OSS, Kind.MXFP4)], ids=["q8_0", "mxfp4"]
+)
+def test_quantised_experts_stay_as_they_are(tmp_path: Path, file: File, kind: Kind) -> None:
+    model = file.make()
+    rounded_experts(model, kind)
+    _, path = convert(tmp_path, file, model, experts=kind)
+    checkpoint = GGUFCheckpoint(path, {})
+    [name] = [n for n in checkpoint.names() if re.search(r"1\.\w+\.experts\.2\.(w3|up_proj)\.w", n)]
+
+    weight = checkpoint.weight(name)
+
+    [stack] = [t for t in gguf.GGUFReader(path).tensors if t.name == STACK]
+    assert isinstance(weight, QuantizedWeight)
+    assert np.array_equal(weight.dequantize().numpy(), dequantize(stack.data, kind)[2])
+    assert_answers(path, model, quantization="none")
+    assert_answers(path, model)
+
+
+def test_experts_of_a_file_from_before_stacks_are_the_same(tmp_path: Path) -> None:
+    model = MIXTRAL.make()
+    _, path = convert(tmp_path, MIXTRAL, model)
+    stacked = GGUFCheckpoint(path, {})
+    reader = gguf.GGUFReader(path)
+    apart = gguf.GGUFWriter(str(tmp_path / "b.gguf"), "llama")
+    for key, value in reader.fields.items():
+        if key.startswith("llama."):
+            apart.add_key_value(key, value.contents(), value.types[0])
+    for tensor in reader.tensors:
+        if "exps" in tensor.name:
+            for i, values in enumerate(tensor.data):
+                apart.add_tensor(tensor.name.replace("_exps", f".{i}"), values)
+        else:
+            apart.add_tensor(tensor.name, tensor.data)
+    apart.write_header_to_file()
+    apart.write_kv_data_to_file()
+    apart.write_tensors_to_file()
+    apart.close()
+
+    old = GGUFCheckpoint(tmp_path / "b.gguf", {})
+
+    assert set(old.names()) == set(stacked.names())
+    assert all(torch.equal(old.tensor(n), stacked.tensor(n)) for n in old.names())
+
+
+def replaced(path: Path, old: bytes, new: bytes) -> None:
+    data = path.read_bytes()
+    assert data.count(old) == 1 and len(old) == len(new)
+    path.write_bytes(data.replace(old, new))
+
+
+def test_another_number_of_experts_is_named_with_tensor_and_file(tmp_path: Path) -> None:
+    _, path = convert(tmp_path, MIXTRAL, MIXTRAL.make())
+    key = b"llama.expert_count\x04\x00\x00\x00"
+    replaced(path, key + b"\x04", key + b"\x05")
+
+    with pytest.raises(CheckpointError, match=r"a\.gguf.*_exps\.weight' is \[4, .*of 5 experts"):
+        GGUFCheckpoint(path, {})
+
+
+def test_a_stack_that_the_file_ends_in_is_named(tmp_path: Path) -> None:
+    _, path = convert(tmp_path, MIXTRAL, MIXTRAL.make())
+    path.write_bytes(path.read_bytes()[:-100])
+
+    with pytest.raises(CheckpointError, match=r"a\.gguf.*truncated: tensor 'blk\.1\.ffn_\w+_exps"):
+        GGUFCheckpoint(path, {})
+
+
+# -- DeepSeek ---------------------------------------------------------------------------------
+
+
+def test_groups_that_a_file_does_not_say_are_those_of_its_number_of_experts() -> None:
+    values = {"expert_count": 256, "expert_gating_func": 2, "attention.key_length": 192,
+              "rope.dimension_count": 64, "attention.value_length": 128}  # fmt: skip
+    family = find_family("deepseek2", values.get, ())
+    assert family is not None
+
+    found = family.hf_values(values.get, ())
+
+    assert family.architecture == "DeepseekV3ForCausalLM"
+    assert (found["n_group"], found["topk_group"]) == (8, 4)
+    assert (found["qk_nope_head_dim"], found["v_head_dim"]) == (128, 128)
+
+
+def test_halves_that_do_not_go_together_are_named(tmp_path: Path) -> None:
+    file = FILES[5]
+    _, path = convert(tmp_path, file, file.make())
+    # [H, R, K], the file has it the other way round: another R
+    name, size = b"blk.0.attn_k_b.weight", (3).to_bytes(4, "little")
+    shape = [n.to_bytes(8, "little") for n in (12, 32, 4)]
+    replaced(path, name + size + b"".join(shape), name + size + shape[1] + shape[0] + shape[2])
+
+    with pytest.raises(CheckpointError, match=r"k_b_proj\.weight' is \[4, 12, 32\]"):
+        GGUFCheckpoint(path, {}).tensor("model.layers.0.self_attn.kv_b_proj.weight")
+
+
+# -- the table --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_names_are_those_of_the_gguf_package(name: str) -> None:
+    [arch] = [a for a, known in gguf.MODEL_ARCH_NAMES.items() if known == name]
+    known = {gguf.TENSOR_NAMES[t].rpartition(".")[2] for t in gguf.MODEL_TENSORS[arch]}
+
+    assert {stem.partition(".")[0] for stem in FAMILIES[name].names} <= known
 
 
 def test_an_architecture_that_is_not_known_names_those_that_are(tmp_path: Path) -> None:

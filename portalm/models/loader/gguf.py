@@ -258,5 +258,5 @@ def _unsort(rows: torch.Tensor, sizes: tuple[int, int, int], num_kv_heads: int) 
     if rows.shape[0] != sum(sizes):
         return rows  # the reader says so, by the tensor's name
     rest = rows.shape[1:]
-    parts = [part.reshape(num_kv_heads, -1, *rest) for part in torch.split(rows, sizes)]
+    parts = [part.reshape(num_kv_heads, -1, *rest) for part in torch.split(rows, list(sizes))]
     return torch.cat(parts, dim=1).reshape(rows.shape)
