@@ -102,8 +102,8 @@ def add_metadata(writer: gguf.GGUFWriter, name: str, config: Any) -> None:
     ):
         if (value := first(*keys)) is not None:
             add(value)
-    if name in ("gemma2", "gemma3", "cohere2", "gpt-oss", "phi3"):
-        writer.add_sliding_window(config.sliding_window or 0)
+    if name in ("gemma2", "gemma3", "cohere2", "gpt-oss", "phi3", "olmo2"):
+        writer.add_sliding_window(getattr(config, "sliding_window", None) or 0)
     if name == "gpt-oss":
         writer.add_expert_feed_forward_length(config.intermediate_size)
     if name == "gptneox":

@@ -268,6 +268,16 @@ def test_names_are_those_of_the_gguf_package(name: str) -> None:
     assert {stem.partition(".")[0] for stem in FAMILIES[name].names} <= known
 
 
+def test_metadata_that_a_family_has_no_code_for_is_refused(tmp_path: Path) -> None:
+    file = next(f for f in FILES if f.name == "olmo2")
+    model = file.make()
+    model.config.sliding_window = 4096  # OLMo 3 has the same name in GGUF files
+    _, path = convert(tmp_path, file, model)
+
+    with pytest.raises(UnsupportedModel, match=r"a\.gguf.*sliding_window is 4096.*Olmo2"):
+        GGUFCheckpoint(path, {})
+
+
 def test_an_architecture_that_is_not_known_names_those_that_are(tmp_path: Path) -> None:
     writer = gguf.GGUFWriter(str(tmp_path / "a.gguf"), "bloom")
     writer.add_block_count(1)

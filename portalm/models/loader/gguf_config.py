@@ -16,6 +16,17 @@ DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """Types of tensors that are not quantised, and torch's names of them."""
 ROPE_FACTORS = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
 """Tensors that belong to the config."""
+_WITHOUT_CODE = (
+    "attention.clamp_kqv",
+    "attention.max_alibi_bias",
+    "attention.sliding_window",
+    "attention.temperature_length",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "router_logit_softcapping",
+    "swiglu_clamp_exp",
+)
+"""Metadata that changes what a model computes, in families that do not read it."""
 
 
 def hf_values(
@@ -36,11 +47,17 @@ def hf_values(
 
     Raises:
         KeyError: a value that must be there is not.
-        UnsupportedModel: a part of each head rotates, in a family that has no such models.
+        UnsupportedModel: the metadata asks for what the family has no code for.
     """
     prefix = metadata["general.architecture"]
     maybe: Get = lambda key: metadata.get(f"{prefix}.{key}")  # noqa: E731
     get: Callable[[str], Any] = lambda key: metadata[f"{prefix}.{key}"]  # noqa: E731
+    for key in _WITHOUT_CODE:
+        if maybe(key) and key not in family.values.values():
+            raise UnsupportedModel(
+                f"{path}: {key} is {maybe(key)!r}, which is not supported for "
+                f"{family.architecture}: its answers would be wrong"
+            )
     if "token_embd.weight" not in infos:
         raise KeyError("token_embd.weight")
     num_heads, head_size = get("attention.head_count"), maybe("attention.key_length")
@@ -118,7 +135,7 @@ def _yarn(maybe: Get) -> dict[str, Any]:
     multiplier = maybe("rope.scaling.yarn_log_multiplier")
     if multiplier:
         # a tenth of DeepSeek's mscale_all_dim; published models have the same as mscale
-        scaling |= {"mscale": 10 * multiplier, "mscale_all_dim": 10 * multiplier}
+        scaling |= dict.fromkeys(("mscale", "mscale_all_dim"), 10 * float(multiplier))
     return {name: value for name, value in scaling.items() if value is not None}
 
 

@@ -52,6 +52,7 @@ _QWEN_MOE_VALUES = {
     "num_experts": "expert_count",
     "num_experts_per_tok": "expert_used_count",
     "moe_intermediate_size": "expert_feed_forward_length",
+    "norm_topk_prob": "expert_weights_norm",
 }
 _NEOX_NAMES = {
     "ffn_up": "mlp.dense_h_to_4h",
@@ -78,7 +79,7 @@ class GGUFFamily:
     values: Mapping[str, str] = field(default_factory=dict)
     """Of config.json: the metadata's key, without the architecture."""
     constants: Mapping[str, Any] = field(default_factory=dict)
-    """Of config.json: what all models of the family have, and files do not say."""
+    """Of config.json: what all models of the family have where files do not say."""
     scaling: Mapping[str, Any] = field(default_factory=dict)
     """The same of rope_scaling."""
     derive: Derive | None = None
@@ -295,6 +296,7 @@ FAMILIES = {
     "starcoder2": GGUFFamily(
         architecture="Starcoder2ForCausalLM",
         names={"ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"},
+        values={"sliding_window": "attention.sliding_window"},
         constants={**_ALWAYS_BIASED, "sliding_window": 4096},
     ),
     "command-r": GGUFFamily(
