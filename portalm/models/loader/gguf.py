@@ -69,16 +69,16 @@ class GGUFCheckpoint:
         if hf_name is None:
             return
         if "{}" not in hf_name:
-            shape = (1, *info.shape) if name.endswith(_ONE_ROW) else info.shape
-            yield hf_name, replace(info, shape=shape)
+            is_vector = name.endswith(_ONE_ROW) and len(info.shape) == 1
+            yield hf_name, replace(info, shape=(1, *info.shape)) if is_vector else info
             return
         key = f"{self.metadata['general.architecture']}.expert_count"
         num_experts = self.metadata.get(key)
         if len(info.shape) < 2 or info.shape[0] != num_experts:
             raise CheckpointError(
                 self.path,
-                f"tensor {name!r} is {list(info.shape)}, that of {num_experts} experts ({key}) "
-                f"has so many rows of what each has",
+                f"tensor {name!r} is {list(info.shape)}: the first number is not that of {key}, "
+                f"{num_experts}",
             )
         for expert, part in enumerate(info.parts()):
             yield hf_name.format(expert), part
