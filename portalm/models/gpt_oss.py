@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import torch
 
-from portalm.backend import AttentionSpec
+from portalm.backend import AttentionSpec, Experts
 from portalm.layers.attention import Attention
 from portalm.layers.mlp import FeedForward
 from portalm.layers.moe import MoE, SoftmaxRouter
@@ -51,15 +51,7 @@ class GptOss(Decoder):
         """A router with a bias; a token's weights add up to 1."""
         values, hidden = self.config.values, self.config.hidden_size
         num_experts = int(values["num_local_experts"])
-        quantized = values.get("quantization_config") or {}
-        is_mxfp4 = quantized.get("quant_method") == "mxfp4"
-        experts = (read.experts_by_rows if is_mxfp4 else read.stacked_experts)(
-            f"{name}.experts",
-            num_experts,
-            inner=self.config.intermediate_size,
-            columns=hidden,
-            order=_gate_first,
-        )
+        experts = self._experts(read, f"{name}.experts", num_experts)
         return MoE(
             router=SoftmaxRouter(
                 read.router(f"{name}.router", num_experts, hidden, has_bias=True),
@@ -71,6 +63,24 @@ class GptOss(Decoder):
                 swiglu_alpha=float(values["swiglu_alpha"]),
                 swiglu_limit=float(values["swiglu_limit"]),
             ),
+        )
+
+    def _experts(self, read: LayerReader, name: str, num_experts: int) -> Experts:
+        """In one tensor of each kind, or, in GGUF files, each by itself."""
+        inner, hidden = self.config.intermediate_size, self.config.hidden_size
+        if self.config.values.get("has_split_experts"):
+            return read.experts(
+                name,
+                num_experts,
+                inner=inner,
+                columns=hidden,
+                names=("gate_proj", "up_proj", "down_proj"),
+                has_bias=True,
+            )
+        quantized = self.config.values.get("quantization_config") or {}
+        is_mxfp4 = quantized.get("quant_method") == "mxfp4"
+        return (read.experts_by_rows if is_mxfp4 else read.stacked_experts)(
+            name, num_experts, inner=inner, columns=hidden, order=_gate_first
         )
 
 

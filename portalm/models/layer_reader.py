@@ -6,7 +6,7 @@ with one, to read them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
@@ -136,7 +136,14 @@ class LayerReader:
         return self._backend.pack_heads(weight.to(self.dtype))
 
     def experts(
-        self, name: str, count: int, *, inner: int, columns: int, names: tuple[str, str, str]
+        self,
+        name: str,
+        count: int,
+        *,
+        inner: int,
+        columns: int,
+        names: tuple[str, str, str],
+        has_bias: bool = False,
     ) -> Experts:
         """Experts whose tensors are each by itself: `name`.0.`names`.weight and so on.
 
@@ -146,8 +153,10 @@ class LayerReader:
             inner: their width I.
             columns: C.
             names: of gate, up and down.
+            has_bias: each has a bias: `name`.0.`names`.bias and so on.
         """
         gate, up, down = names
+        wide_bias, narrow_bias = {gate: inner, up: inner}, {down: columns}
         wide, narrow = (inner, columns), (columns, inner)
         return Experts(
             gate_up=tuple(
@@ -161,7 +170,17 @@ class LayerReader:
                 self._packed(self._weight(f"{name}.{i}.{down}.weight", narrow))
                 for i in range(count)
             ),
+            gate_up_bias=self._expert_biases(name, count, wide_bias) if has_bias else None,
+            down_bias=self._expert_biases(name, count, narrow_bias) if has_bias else None,
         )
+
+    def _expert_biases(self, name: str, count: int, sizes: Mapping[str, int]) -> torch.Tensor:
+        """[E, N]: of layers of so many rows, end to end."""
+        biases = [
+            torch.cat([self._host(f"{name}.{i}.{part}.bias", (n,)) for part, n in sizes.items()])
+            for i in range(count)
+        ]
+        return torch.stack(biases).to(self.dtype).to(self._backend.device())
 
     def stacked_experts(
         self, name: str, count: int, *, inner: int, columns: int, order: RowOrder

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,98 +11,271 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from gguf import GGMLQuantizationType as Kind
+from gguf.quants import dequantize, quantize
 
+from portalm.backend import QuantizedWeight
 from portalm.config import EngineConfig, ModelConfig
-from portalm.errors import UnsupportedModel
+from portalm.errors import CheckpointError, UnsupportedModel
+from portalm.layers.rope import cos_sin_table
 from portalm.models.loader import open_checkpoint
 from portalm.models.loader.gguf import GGUFCheckpoint
+from portalm.models.loader.gguf_families import FAMILIES, find_family
 from portalm.models.registry import model_class
-from tests.models.test_families import CASES
-
-PAIRED = ("smollm3", "granite")
-"""Query and key rows are put side by side, pair by pair."""
-
-
-def paired(weight: np.ndarray, num_heads: int) -> np.ndarray:
-    halves = weight.reshape(num_heads, 2, -1, *weight.shape[1:])
-    return halves.swapaxes(1, 2).reshape(weight.shape)
+from tests.models.gguf_writer import write_gguf
+from tests.models.test_families import CASES, PROMPTS, engine_of
+from tests.tiny import ask, run, tokens
 
 
-def write_gguf(path: Path, name: str, config: Any, tensors: dict[str, torch.Tensor]) -> Path:
-    """Metadata and tensors as the converter of llama.cpp writes them."""
-    arch = next(a for a, known in gguf.MODEL_ARCH_NAMES.items() if known == name)
-    names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
-    writer = gguf.GGUFWriter(str(path), name)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    rope = config.rope_parameters
-    writer.add_rope_freq_base(rope.get("rope_theta") or rope["full_attention"]["rope_theta"])
-    if getattr(config, "head_dim", None):
-        writer.add_key_length(config.head_dim)
-    if name in ("gemma2", "gemma3"):
-        writer.add_sliding_window(config.sliding_window)
-    if name == "gemma2":
-        writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
-        writer.add_final_logit_softcapping(config.final_logit_softcapping)
-    if name == "granite":
-        writer.add_attention_scale(config.attention_multiplier)
-        writer.add_embedding_scale(config.embedding_multiplier)
-        writer.add_residual_scale(config.residual_multiplier)
-        writer.add_logit_scale(config.logits_scaling)
-    for hf_name, tensor in tensors.items():
-        values = tensor.float().numpy()
-        if name.startswith("gemma") and hf_name.endswith("norm.weight"):
-            values = values + 1
-        if name in PAIRED and hf_name.endswith("q_proj.weight"):
-            values = paired(values, config.num_attention_heads)
-        if name in PAIRED and hf_name.endswith("k_proj.weight"):
-            values = paired(values, config.num_key_value_heads)
-        writer.add_tensor(names.get_name(hf_name, (".weight", ".bias")), values)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+@dataclass(frozen=True)
+class File:
+    """A family's file: its general.architecture, its case, and what files cannot say otherwise."""
+
+    name: str
+    case: str
+    changes: dict[str, Any] = field(default_factory=dict)
+    is_old: bool = False
+
+    def make(self) -> Any:
+        case = CASES[self.case]
+        return replace(case, changes={**case.changes, **self.changes}).make()
+
+
+YARN = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "mscale": 0.8,
+    "mscale_all_dim": 0.8,
+    "original_max_position_embeddings": 64,
+}
+KNOWN = [
+    File("qwen2", "qwen2"),
+    File("qwen3", "qwen3"),
+    File("smollm3", "smollm3", {"no_rope_layer_interval": 4}),
+    File("granite", "granite"),
+    File("gemma", "gemma"),
+    # the head size
+    File("gemma2", "gemma2", {"query_pre_attn_scalar": 32}),
+    File("gemma3", "gemma3", {"query_pre_attn_scalar": 32, "sliding_window_pattern": 6}),
+]
+"""Whose tensors and shapes say all."""
+FILES = [
+    File("llama", "mixtral"),
+    File("qwen2moe", "qwen2 moe"),
+    File("qwen3moe", "qwen3 moe", {"mlp_only_layers": []}),
+    File("gpt-oss", "gpt_oss", {"swiglu_limit": 7.0}),
+    File("deepseek2", "deepseek v2", is_old=True),
+    File("deepseek2", "deepseek v2"),
+    File("deepseek2", "deepseek v2 with groups"),
+    File("deepseek2", "deepseek v3", {"attention_bias": False, "rope_scaling": YARN}),
+    File("phi3", "phi3"),
+    File("phi3", "phi4"),
+    File("olmo2", "olmo2"),
+    File("starcoder2", "starcoder2", {"sliding_window": 4096}),
+    File("command-r", "cohere"),
+    File("command-r", "command r+"),
+    File("cohere2", "cohere2"),
+    File("falcon", "falcon"),
+    File("falcon", "falcon 40b"),
+    File("falcon", "falcon 11b"),
+    File("gptneox", "gpt_neox"),
+    File("gptneox", "gpt_neox, one after the other"),
+    File("gpt2", "gpt2"),
+]
+"""Of which also answers are compared."""
+
+
+def convert(folder: Path, file: File, model: Any, **options: Any) -> tuple[Any, Path]:
+    """The model as transformers saves it, opened, and its GGUF file."""
+    model.save_pretrained(folder)
+    saved = open_checkpoint(folder, EngineConfig(model=str(folder)))
+    tensors = {n: saved.tensor(n) for n in saved.names()}
+    path = folder / "a.gguf"
+    return saved, write_gguf(path, file.name, model.config, tensors, is_old=file.is_old, **options)
 
 
 def shape_of(config: ModelConfig) -> str:
-    """All that a model is but its weights; numbers as precise as float32."""
+    """All that a model is but its weights and rotations; numbers as precise as float32."""
     model = model_class(config.architecture)(config, "float32")
     parts = (
         model.attention_specs(),
-        model.ropes(),
-        model.shapes(),
         [getattr(model, name) for name in ("embedding_scale", "logit_scale", "logit_cap")],
         (config.norm_eps, config.max_position, config.tie_word_embeddings),
     )
     return re.sub(r"\d+\.\d+(e-\d+)?|\de-\d+", lambda m: f"{float(m.group()):.5g}", str(parts))
 
 
-@pytest.mark.parametrize("name", ["qwen2", "qwen3", "smollm3", "granite", "gemma", "gemma2",
-                                  "gemma3"])  # fmt: skip
-def test_a_gguf_file_is_the_model_it_was_made_of(tmp_path: Path, name: str) -> None:
-    case = CASES[name]
-    changes = {
-        "gemma2": {"query_pre_attn_scalar": 32},  # files do not say it: it is the head size
-        "gemma3": {"query_pre_attn_scalar": 32, "sliding_window_pattern": 6},
-        "smollm3": {"no_rope_layer_interval": 4},
-    }.get(name, {})
-    model = replace(case, changes={**case.changes, **changes}).make()
-    model.save_pretrained(tmp_path)
-    saved = open_checkpoint(tmp_path, EngineConfig(model=str(tmp_path)))
-    tensors = {n: saved.tensor(n) for n in saved.names()}
+def rotations_of(config: ModelConfig) -> list[torch.Tensor]:
+    model = model_class(config.architecture)(config, "float32")
+    return [
+        cos_sin_table(rope, head_size=config.head_size, max_position=config.max_position)
+        for rope in model.ropes()
+    ]
 
-    converted = GGUFCheckpoint(write_gguf(tmp_path / "a.gguf", name, model.config, tensors), {})
+
+@pytest.mark.parametrize("file", KNOWN + FILES, ids=lambda f: f"{f.case}{' old' * f.is_old}")
+def test_a_gguf_file_is_the_model_it_was_made_of(tmp_path: Path, file: File) -> None:
+    model = file.make()
+    saved, path = convert(tmp_path, file, model)
+
+    converted = GGUFCheckpoint(path, {})
 
     assert shape_of(converted.config) == shape_of(saved.config)
-    assert set(converted.names()) == set(tensors)
-    for hf_name, tensor in tensors.items():
-        torch.testing.assert_close(converted.tensor(hf_name), tensor, atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        rotations_of(converted.config), rotations_of(saved.config), atol=1e-4, rtol=0
+    )
+    if file.name != "gpt-oss":  # its experts have other names
+        assert set(converted.names()) == set(saved.names())
+        for hf_name in saved.names():
+            torch.testing.assert_close(
+                converted.tensor(hf_name), saved.tensor(hf_name), atol=1e-6, rtol=0
+            )
+    if file in FILES:
+        assert_answers(path, model)
+
+
+def assert_answers(path: Path, model: Any, **settings: Any) -> None:
+    """Tokens are those of transformers."""
+    engine = engine_of(path, device="cpu", dtype="float32", max_model_len=128, **settings)
+    ask(engine, "a", PROMPTS["33"], max_tokens=16)
+    [drawn] = tokens(run(engine)).values()
+    with torch.inference_mode():
+        logits = model(torch.tensor([PROMPTS["33"] + drawn])).logits[0]
+    assert drawn == logits[32:-1].argmax(-1).tolist()
+
+
+# -- experts ----------------------------------------------------------------------------------
+
+MIXTRAL, GPT_OSS = FILES[0], FILES[3]
+STACK = "blk.1.ffn_up_exps.weight"
+
+
+def rounded_experts(model: Any, kind: Kind) -> None:
+    """Experts of `model` become numbers that the type has exactly."""
+    for name, parameter in model.named_parameters():
+        if ".experts." in name and not name.endswith("bias"):
+            is_by_columns = model.config.model_type == "gpt_oss"
+            rows = parameter.data.swapaxes(-1, -2) if is_by_columns else parameter.data
+            values = dequantize(quantize(np.ascontiguousarray(rows.numpy()), kind), kind)
+            exact = torch.from_numpy(values.reshape(rows.shape))
+            parameter.data = exact.swapaxes(-1, -2).contiguous() if is_by_columns else exact
+
+
+@pytest.mark.parametrize(
+    ("file", "kind"), [(MIXTRAL, Kind.Q8_0), (GPT_OSS, Kind.MXFP4)], ids=["q8_0", "mxfp4"]
+)
+def test_quantised_experts_stay_as_they_are(tmp_path: Path, file: File, kind: Kind) -> None:
+    model = file.make()
+    rounded_experts(model, kind)
+    _, path = convert(tmp_path, file, model, experts=kind)
+    checkpoint = GGUFCheckpoint(path, {})
+    [name] = [n for n in checkpoint.names() if re.search(r"1\.\w+\.experts\.2\.(w3|up_proj)\.w", n)]
+
+    weight = checkpoint.weight(name)
+
+    [stack] = [t for t in gguf.GGUFReader(path).tensors if t.name == STACK]
+    assert isinstance(weight, QuantizedWeight)
+    assert np.array_equal(weight.dequantize().numpy(), dequantize(stack.data, kind)[2])
+    assert_answers(path, model, quantization="none")
+    assert_answers(path, model)
+
+
+def test_experts_of_a_file_from_before_stacks_are_the_same(tmp_path: Path) -> None:
+    model = MIXTRAL.make()
+    _, path = convert(tmp_path, MIXTRAL, model)
+    stacked = GGUFCheckpoint(path, {})
+    reader = gguf.GGUFReader(path)
+    apart = gguf.GGUFWriter(str(tmp_path / "b.gguf"), "llama")
+    for key, value in reader.fields.items():
+        if key.startswith("llama."):
+            apart.add_key_value(key, value.contents(), value.types[0])
+    for tensor in reader.tensors:
+        if "exps" in tensor.name:
+            for i, values in enumerate(tensor.data):
+                apart.add_tensor(tensor.name.replace("_exps", f".{i}"), values)
+        else:
+            apart.add_tensor(tensor.name, tensor.data)
+    apart.write_header_to_file()
+    apart.write_kv_data_to_file()
+    apart.write_tensors_to_file()
+    apart.close()
+
+    old = GGUFCheckpoint(tmp_path / "b.gguf", {})
+
+    assert set(old.names()) == set(stacked.names())
+    assert all(torch.equal(old.tensor(n), stacked.tensor(n)) for n in old.names())
+
+
+def replaced(path: Path, old: bytes, new: bytes) -> None:
+    data = path.read_bytes()
+    assert data.count(old) == 1 and len(old) == len(new)
+    path.write_bytes(data.replace(old, new))
+
+
+def test_another_number_of_experts_is_named_with_tensor_and_file(tmp_path: Path) -> None:
+    _, path = convert(tmp_path, MIXTRAL, MIXTRAL.make())
+    key = b"llama.expert_count\x04\x00\x00\x00"
+    replaced(path, key + b"\x04", key + b"\x05")
+
+    with pytest.raises(CheckpointError, match=r"a\.gguf.*_exps\.weight' is \[4, .*expert_count, 5"):
+        GGUFCheckpoint(path, {})
+
+
+def test_a_stack_that_the_file_ends_in_is_named(tmp_path: Path) -> None:
+    _, path = convert(tmp_path, MIXTRAL, MIXTRAL.make())
+    path.write_bytes(path.read_bytes()[:-100])
+
+    with pytest.raises(CheckpointError, match=r"a\.gguf.*truncated: tensor 'blk\.1\.ffn_\w+_exps"):
+        GGUFCheckpoint(path, {})
+
+
+# -- DeepSeek ---------------------------------------------------------------------------------
+
+
+def test_groups_that_a_file_does_not_say_are_those_of_its_number_of_experts() -> None:
+    values = {"expert_count": 256, "expert_gating_func": 2, "attention.key_length": 192,
+              "rope.dimension_count": 64, "attention.value_length": 128}  # fmt: skip
+    family = find_family("deepseek2", values.get, ())
+    assert family is not None
+
+    found = family.hf_values(values.get, ())
+
+    assert family.architecture == "DeepseekV3ForCausalLM"
+    assert (found["n_group"], found["topk_group"]) == (8, 4)
+    assert (found["qk_nope_head_dim"], found["v_head_dim"]) == (128, 128)
+
+
+def test_halves_that_do_not_go_together_are_named(tmp_path: Path) -> None:
+    file = FILES[5]
+    _, path = convert(tmp_path, file, file.make())
+    # [H, R, K], the file has it the other way round: another R
+    name, size = b"blk.0.attn_k_b.weight", (3).to_bytes(4, "little")
+    shape = [n.to_bytes(8, "little") for n in (12, 32, 4)]
+    replaced(path, name + size + b"".join(shape), name + size + shape[1] + shape[0] + shape[2])
+
+    with pytest.raises(CheckpointError, match=r"k_b_proj\.weight' is \[4, 12, 32\]"):
+        GGUFCheckpoint(path, {}).tensor("model.layers.0.self_attn.kv_b_proj.weight")
+
+
+# -- the table --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_names_are_those_of_the_gguf_package(name: str) -> None:
+    [arch] = [a for a, known in gguf.MODEL_ARCH_NAMES.items() if known == name]
+    known = {gguf.TENSOR_NAMES[t].rpartition(".")[2] for t in gguf.MODEL_TENSORS[arch]}
+
+    assert {stem.partition(".")[0] for stem in FAMILIES[name].names} <= known
+
+
+def test_metadata_that_a_family_has_no_code_for_is_refused(tmp_path: Path) -> None:
+    file = next(f for f in FILES if f.name == "olmo2")
+    model = file.make()
+    model.config.sliding_window = 4096  # OLMo 3 has the same name in GGUF files
+    _, path = convert(tmp_path, file, model)
+
+    with pytest.raises(UnsupportedModel, match=r"a\.gguf.*sliding_window is 4096.*Olmo2"):
+        GGUFCheckpoint(path, {})
 
 
 def test_an_architecture_that_is_not_known_names_those_that_are(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.models.test_gguf_families import write_gguf
+from tests.models.gguf_writer import write_gguf
+from tests.models.test_gguf_families import FILES, convert
 from tests.models.test_llama import saved
 from tests.models.test_quantized_checkpoints import CASES, save
 
@@ -29,6 +30,15 @@ def gguf(folder: Path) -> Path:
     return folder / "file"
 
 
+def experts(folder: Path) -> Path:
+    """DeepSeek's GGUF file: stacks of experts, and an up-projection in two parts."""
+    (folder / "file").mkdir()
+    file = next(f for f in FILES if f.name == "deepseek2" and not f.is_old)
+    _, path = convert(folder, file, file.make())
+    path.rename(folder / "file" / "model.gguf")
+    return folder / "file"
+
+
 def quantized(name: str) -> Callable[[Path], Path]:
     return lambda folder: save(folder / "tiny", CASES[name], is_plain=False)
 
@@ -36,6 +46,7 @@ def quantized(name: str) -> Callable[[Path], Path]:
 KINDS = {
     "safetensors": safetensors,
     "gguf": gguf,
+    "gguf of experts": experts,
     **{
         name: quantized(name)
         for name in ("awq", "gptq in act order", "w8a8", "fp8 by blocks", "bitsandbytes nf4")
@@ -54,7 +65,7 @@ def fuzz(source: Path, count: int) -> None:
     assert ended.returncode == 0, ended.stdout + ended.stderr[-4000:]
 
 
-@pytest.mark.parametrize("kind", ["safetensors", "gguf", "awq"])
+@pytest.mark.parametrize("kind", ["safetensors", "gguf", "gguf of experts", "awq"])
 def test_damaged_files_are_loaded_or_refused(tmp_path: Path, kind: str) -> None:
     fuzz(KINDS[kind](tmp_path), 60)
 

@@ -328,6 +328,23 @@ def test_numbers_are_cut_as_the_pre_tokenizer_says(pre, number):
     assert cut == number
 
 
+@pytest.mark.parametrize(
+    ("pre", "words"),
+    [
+        ("gpt-4o", ["Ab", "Cd", "EF'll", " go", " ", "123", "4", "東京x"]),
+        ("deepseek-v3", ["AbCdEF", "'ll", " go", " ", "123", "4", "東京", "x"]),
+        ("dbrx", ["AbCdEF", "'ll", " go", " ", "123", "4", "東京x"]),
+    ],
+)
+def test_words_are_cut_as_the_pre_tokenizer_says(pre, words):
+    rust = build_gguf_tokenizer(FILE, byte_level_metadata(pre=pre))
+
+    text = "AbCdEF'll go 1234東京x"
+    cut = [text[slice(*place)] for _, place in rust.pre_tokenizer.pre_tokenize_str(text)]
+
+    assert cut == words
+
+
 @pytest.mark.parametrize("pre", SPLITS)
 def test_every_pre_tokenizer_keeps_the_text(pre):
     rust = build_gguf_tokenizer(FILE, byte_level_metadata(pre=pre))

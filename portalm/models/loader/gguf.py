@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ from portalm.backend import QuantizedWeight
 from portalm.config import ModelConfig
 from portalm.errors import CheckpointError, ConfigError, UnsupportedModel
 from portalm.models.loader.config_json import model_config
-from portalm.models.loader.gguf_families import FAMILIES, GGUFFamily
+from portalm.models.loader.gguf_config import DTYPES, ROPE_FACTORS, hf_values
+from portalm.models.loader.gguf_families import FAMILIES, GGUFFamily, find_family
 from portalm.models.loader.gguf_file import (
     TYPES,
     Reader,
@@ -28,10 +29,12 @@ from portalm.models.loader.gguf_file import (
 )
 from portalm.models.loader.gguf_quantized import GRIDS, as_quantized
 
-_PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _ROWS_AT_A_TIME = 4096
 """Rows that are dequantised at once: several arrays as large as these live meanwhile."""
-_ROPE_FACTORS = "rope_freqs.weight"
+_LATENT, _KEYS, _VALUES = ".kv_b_proj.weight", ".k_b_proj.weight", ".v_b_proj.weight"
+"""DeepSeek's, and its parts in newer files."""
+_ONE_ROW = "ffn_gate_inp_shexp.weight"
+"""A matrix of one row, which conversion makes a vector."""
 _VOCABULARY = frozenset(f"tokenizer.ggml.{name}" for name in ("tokens", "merges", "scores"))
 """Metadata that only a tokenizer needs: 100,000s of values."""
 
@@ -52,63 +55,87 @@ class GGUFCheckpoint:
         self._start = -(-reader.at // alignment) * alignment
         for name, info in infos.items():
             self._check_extent(name, info)
-        self._family = self._find_family()
+        self._family = self._find_family(infos)
         self._infos = {
-            hf_name: info for name, info in infos.items() if (hf_name := self._family.hf_name(name))
+            hf_name: part
+            for name, info in infos.items()
+            for hf_name, part in self._parts(name, info)
         }
-        factors = infos.get(_ROPE_FACTORS)
-        self.config = self._config(overrides, self._read(factors) if factors else None)
+        self.config = self._config(infos, overrides)
+
+    def _parts(self, name: str, info: TensorInfo) -> Iterator[tuple[str, TensorInfo]]:
+        """What the model calls a tensor of the file, or each expert's part of it."""
+        hf_name = self._family.hf_name(name)
+        if hf_name is None:
+            return
+        if "{}" not in hf_name:
+            is_vector = name.endswith(_ONE_ROW) and len(info.shape) == 1
+            yield hf_name, replace(info, shape=(1, *info.shape)) if is_vector else info
+            return
+        key = f"{self.metadata['general.architecture']}.expert_count"
+        num_experts = self.metadata.get(key)
+        if len(info.shape) < 2 or info.shape[0] != num_experts:
+            raise CheckpointError(
+                self.path,
+                f"tensor {name!r} is {list(info.shape)}: the first number is not that of {key}, "
+                f"{num_experts}",
+            )
+        for expert, part in enumerate(info.parts()):
+            yield hf_name.format(expert), part
 
     def _check_extent(self, name: str, info: TensorInfo) -> None:
         if info.kind not in TYPES:
             raise CheckpointError(
                 self.path, f"tensor {name!r} is of type {info.kind}, which is not known"
             )
-        kind, block_size, block_bytes = TYPES[info.kind]
+        kind, block_size, _ = TYPES[info.kind]
         if not info.shape or 0 in info.shape or info.shape[-1] % block_size:
             raise CheckpointError(
                 self.path,
                 f"tensor {name!r} of type {kind} has shape {list(info.shape)}; its rows must "
                 f"be a multiple of {block_size} long, and there must be some",
             )
-        num_bytes = math.prod(info.shape) // block_size * block_bytes
-        if self._start + info.offset + num_bytes > len(self._data):
+        end = self._start + info.offset + info.num_bytes
+        if end > len(self._data):
             raise CheckpointError(
                 self.path,
-                f"it is truncated: tensor {name!r} ends at byte "
-                f"{self._start + info.offset + num_bytes}, the file at {len(self._data)}; "
-                f"fetch it again",
+                f"it is truncated: tensor {name!r} ends at byte {end}, the file at "
+                f"{len(self._data)}; fetch it again",
             )
 
     def names(self) -> Sequence[str]:
         """Every tensor there is, by its Hugging Face name."""
-        return list(self._infos)
+        return [name.replace(_KEYS, _LATENT) for name in self._infos if not name.endswith(_VALUES)]
 
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor in its own float dtype, float32 where it was quantised."""
+        if name.endswith(_LATENT) and name not in self._infos:
+            return self._joined(name)
         tensor = self._read(self._info(name))
         if self._family.is_shifted and name.endswith("norm.weight"):
             return tensor.float() - 1.0
-        num_heads = self._paired_heads(name)
-        return _unpermute(tensor, num_heads) if num_heads else tensor
+        if self._is_transposed(name):
+            return tensor.T
+        order = self._order(name)
+        return tensor if order is None else order(tensor)
 
     def weight(self, name: str) -> torch.Tensor | QuantizedWeight:
         """The tensor as it is where it is of a format that `gguf_quantized` knows."""
+        if name not in self._infos or self._is_transposed(name):
+            return self.tensor(name)
         info = self._info(name)
         quantized = as_quantized(info.kind, self._blocks(info), info.shape)
         if quantized is None:
             return self.tensor(name)
-        num_heads = self._paired_heads(name)
-        if num_heads:
-            quantized = replace(
-                quantized,
-                codes=_unpermute(quantized.codes, num_heads),
-                scales=_unpermute(quantized.scales, num_heads),
-                minimums=None
-                if quantized.minimums is None
-                else _unpermute(quantized.minimums, num_heads),
-            )
-        return quantized
+        order = self._order(name)
+        if order is None:
+            return quantized
+        return replace(
+            quantized,
+            codes=order(quantized.codes),
+            scales=order(quantized.scales),
+            minimums=None if quantized.minimums is None else order(quantized.minimums),
+        )
 
     def _info(self, name: str) -> TensorInfo:
         info = self._infos.get(name)
@@ -116,28 +143,48 @@ class GGUFCheckpoint:
             raise CheckpointError(self.path, f"no tensor {name!r} among its {len(self._infos)}")
         return info
 
-    def _paired_heads(self, name: str) -> int:
-        """Heads whose rotary pairs lie side by side in this tensor; 0: none do."""
-        if self._family.is_paired:
-            for suffix, num_heads in (
-                ("q_proj", self.config.num_heads),
-                ("k_proj", self.config.num_kv_heads),
-            ):
-                if name.endswith((f"{suffix}.weight", f"{suffix}.bias")):
-                    return num_heads
-        return 0
+    def _joined(self, name: str) -> torch.Tensor:
+        """Head by head the rows that make keys, which the file has transposed, then values'."""
+        key_name = name.replace(_LATENT, _KEYS)
+        keys = self._read(self._info(key_name)).float()  # [H, R, K]
+        values = self._read(self._info(name.replace(_LATENT, _VALUES))).float()  # [H, V, R]
+        sizes = (keys.shape[:1], keys.shape[1:2], values.shape[:1], values.shape[2:])
+        if keys.dim() != 3 or sizes[0] != sizes[2] or sizes[1] != sizes[3]:
+            raise CheckpointError(
+                self.path,
+                f"tensor {key_name!r} is {list(keys.shape)}, which does not go with "
+                f"{list(values.shape)} of {_VALUES[1:]}",
+            )
+        return torch.cat((keys.transpose(1, 2), values), dim=1).flatten(0, 1)
+
+    def _is_transposed(self, name: str) -> bool:
+        """The checkpoint has this one's columns first."""
+        is_matrix = name in self._infos and len(self._infos[name].shape) == 2
+        return self._family.is_transposed and ".h." in name and is_matrix
+
+    def _order(self, name: str) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        """What puts the tensor's rows into the checkpoint's order; None: they are."""
+        layer = name.rpartition(".")[0]
+        config = self.config
+        if self._family.is_paired and layer.endswith(("q_proj", "k_proj")):
+            num_heads = config.num_heads if layer.endswith("q_proj") else config.num_kv_heads
+            return lambda rows: _unpermute(rows, num_heads)
+        if self._family.is_sorted and layer.endswith("query_key_value"):
+            query, kv = (n * config.head_size for n in (config.num_heads, config.num_kv_heads))
+            return lambda rows: _unsort(rows, (query, kv, kv), config.num_kv_heads)
+        return None
 
     def _blocks(self, info: TensorInfo) -> npt.NDArray[np.uint8]:
         """The tensor's bytes: [rows, bytes a row]."""
-        _, block_size, block_bytes = TYPES[info.kind]
-        num_bytes = math.prod(info.shape) // block_size * block_bytes
-        raw = np.frombuffer(self._data, np.uint8, num_bytes, self._start + info.offset)
-        return raw.reshape(-1, info.shape[-1] // block_size * block_bytes)
+        num_rows = math.prod(info.shape[:-1])
+        raw = np.frombuffer(self._data, np.uint8, info.num_bytes, self._start + info.offset)
+        return raw.reshape(num_rows, -1)
 
     def _read(self, info: TensorInfo) -> torch.Tensor:
         kind, raw = TYPES[info.kind][0], self._blocks(info)
-        if kind in _PLAIN:
-            return torch.from_numpy(raw.copy()).view(_PLAIN[kind]).reshape(info.shape)
+        if kind in DTYPES:
+            dtype: torch.dtype = getattr(torch, DTYPES[kind])
+            return torch.from_numpy(raw.copy()).view(dtype).reshape(info.shape)
         values = torch.empty((len(raw), info.shape[-1]))
         for row in range(0, len(raw), _ROWS_AT_A_TIME):
             rows = slice(row, row + _ROWS_AT_A_TIME)
@@ -171,93 +218,45 @@ class GGUFCheckpoint:
 
     # -- config -------------------------------------------------------------------------------
 
-    def _find_family(self) -> GGUFFamily:
+    def _find_family(self, names: Collection[str]) -> GGUFFamily:
         architecture = str(self.metadata.get("general.architecture", ""))
-        if architecture not in FAMILIES:
+        family = find_family(
+            architecture, lambda key: self.metadata.get(f"{architecture}.{key}"), names
+        )
+        if family is None:
             raise UnsupportedModel(
                 f"{self.path}: GGUF architecture {architecture!r} is not supported; "
                 f"supported: {', '.join(FAMILIES)}"
             )
-        return FAMILIES[architecture]
+        return family
 
-    def _config(
-        self, overrides: Mapping[str, Any], rope_factors: torch.Tensor | None
-    ) -> ModelConfig:
+    def _config(self, infos: Mapping[str, TensorInfo], overrides: Mapping[str, Any]) -> ModelConfig:
+        factors = {
+            name: tuple(self._read(infos[name]).flatten().tolist())
+            for name in ROPE_FACTORS
+            if name in infos
+        }
         try:
-            values = {**self._hf_values(rope_factors), **overrides}
-            return model_config(values, {})
+            values = hf_values(self.path, self._family, self.metadata, infos, factors)
+            return model_config({**values, **overrides}, {})
         except KeyError as error:
             raise CheckpointError(self.path, f"its metadata has no {error.args[0]!r}") from None
         except (ConfigError, TypeError, ValueError, ZeroDivisionError) as error:
             raise CheckpointError(self.path, f"its metadata makes no model: {error}") from error
 
-    def _hf_values(self, rope_factors: torch.Tensor | None) -> dict[str, Any]:
-        """The metadata under config.json's names."""
-        metadata, prefix = self.metadata, self.metadata["general.architecture"]
-        get: Callable[[str], Any] = lambda key: metadata[f"{prefix}.{key}"]  # noqa: E731
-        maybe: Callable[[str], Any] = lambda key: metadata.get(f"{prefix}.{key}")  # noqa: E731
-        num_heads = get("attention.head_count")
-        embedding = self._infos.get("model.embed_tokens.weight")
-        if embedding is None:
-            raise KeyError("token_embd.weight")
-        rope = _rope_scaling(maybe, rope_factors)
-        rotary, head_size = maybe("rope.dimension_count"), maybe("attention.key_length")
-        if rotary and rotary != (head_size or get("embedding_length") // num_heads):
-            raise UnsupportedModel(
-                f"{self.path}: {prefix}.rope.dimension_count is {rotary}, less than a head: "
-                f"that is not supported for this architecture"
-            )
-        return {
-            "architectures": [self._family.architecture],
-            "vocab_size": embedding.shape[0],
-            "hidden_size": get("embedding_length"),
-            "intermediate_size": get("feed_forward_length"),
-            "num_hidden_layers": get("block_count"),
-            "num_attention_heads": num_heads,
-            "num_key_value_heads": maybe("attention.head_count_kv") or num_heads,
-            "head_dim": head_size,
-            "max_position_embeddings": get("context_length"),
-            "rms_norm_eps": get("attention.layer_norm_rms_epsilon"),
-            "rope_theta": maybe("rope.freq_base"),
-            "rope_scaling": rope,
-            "tie_word_embeddings": "lm_head.weight" not in self._infos,
-            "attention_bias": "model.layers.0.self_attn.o_proj.bias" in self._infos,
-            "mlp_bias": "model.layers.0.mlp.gate_proj.bias" in self._infos,
-            "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
-            "eos_token_id": [
-                metadata[key]
-                for key in ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
-                if key in metadata
-            ],
-            "torch_dtype": self._dtype(),
-            **self._family.hf_values(metadata),
-        }
 
-    def _dtype(self) -> str:
-        """What most weights are in; bfloat16 where they are quantised."""
-        down = self._infos.get("model.layers.0.mlp.down_proj.weight")
-        plain = _PLAIN.get(TYPES[down.kind][0]) if down is not None else None
-        return "bfloat16" if plain is None else str(plain).removeprefix("torch.")
-
-
-def _rope_scaling(
-    maybe: Callable[[str], Any], factors: torch.Tensor | None
-) -> dict[str, Any] | None:
-    if factors is not None:
-        return {"rope_type": "factors", "factors": tuple(factors.flatten().tolist())}
-    kind = maybe("rope.scaling.type")
-    if kind in (None, "none"):
-        return None
-    scaling = {"rope_type": kind, "factor": maybe("rope.scaling.factor") or 1.0}
-    original = maybe("rope.scaling.original_context_length")
-    if original:
-        scaling["original_max_position_embeddings"] = original
-    return scaling
-
-
-def _unpermute(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
+def _unpermute(rows: torch.Tensor, num_heads: int) -> torch.Tensor:
     """Rows in halves again: GGUF has a head's rotary pairs side by side."""
-    shape = weight.shape
+    shape = rows.shape
     head_size = shape[0] // num_heads
-    pairs = weight.reshape(num_heads, head_size // 2, 2, *shape[1:])
+    pairs = rows.reshape(num_heads, head_size // 2, 2, *shape[1:])
     return pairs.transpose(1, 2).reshape(shape)
+
+
+def _unsort(rows: torch.Tensor, sizes: tuple[int, int, int], num_kv_heads: int) -> torch.Tensor:
+    """Each KV head's queries, key and value: GGUF has all queries, all keys, all values."""
+    if rows.shape[0] != sum(sizes):
+        return rows  # the reader says so, by the tensor's name
+    rest = rows.shape[1:]
+    parts = [part.reshape(num_kv_heads, -1, *rest) for part in torch.split(rows, list(sizes))]
+    return torch.cat(parts, dim=1).reshape(rows.shape)

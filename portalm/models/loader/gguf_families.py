@@ -5,15 +5,20 @@ The names, and what conversion does to tensors, are llama.cpp's (its gguf packag
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
-_TOP_NAMES = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-}
+from portalm.models.registry import model_class
+
+if TYPE_CHECKING:
+    from portalm.models.decoder import Decoder
+
+Get = Callable[[str], Any]
+"""A value of the metadata by its key without the architecture; None: there is none."""
+Derive = Callable[[Get, Collection[str]], dict[str, Any]]
+"""Values of config.json out of the metadata and the file's names of tensors."""
+
 _LAYER_NAMES = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -27,64 +32,234 @@ _LAYER_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_GEMMA_NAMES = {
+_AFTER_NAMES = {
     "post_attention_norm": "post_attention_layernorm",
-    "ffn_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
+_GEMMA_NAMES = {**_AFTER_NAMES, "ffn_norm": "pre_feedforward_layernorm"}
 _GEMMA_VALUES = {
     "attn_logit_softcapping": "attn_logit_softcapping",
     "final_logit_softcapping": "final_logit_softcapping",
     "sliding_window": "attention.sliding_window",
 }
+_EXPERT_NAMES = {
+    "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_exps": "mlp.experts.{}.gate_proj",
+    "ffn_up_exps": "mlp.experts.{}.up_proj",
+    "ffn_down_exps": "mlp.experts.{}.down_proj",
+}
+_QWEN_MOE_VALUES = {
+    "num_experts": "expert_count",
+    "num_experts_per_tok": "expert_used_count",
+    "moe_intermediate_size": "expert_feed_forward_length",
+    "norm_topk_prob": "expert_weights_norm",
+}
+_NEOX_NAMES = {
+    "ffn_up": "mlp.dense_h_to_4h",
+    "ffn_down": "mlp.dense_4h_to_h",
+}
+_FALCON_NAMES = {
+    **_NEOX_NAMES,
+    "attn_qkv": "self_attention.query_key_value",
+    "attn_output": "self_attention.dense",
+}
+_ALWAYS_BIASED = {"attention_bias": False}
+"""Of families whose config.json does not speak of biases."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GGUFFamily:
-    """One value of general.architecture."""
+    """One value of general.architecture, or one kind of models among several that share it."""
 
     architecture: str
     """The name in config.json."""
     names: Mapping[str, str] = field(default_factory=dict)
-    """Of a layer's tensors, where they are not Llama's."""
+    """Of tensors, where they are not Llama's; {} stands for an expert's number. The name of a
+    weight or a bias is without its suffix, that of another tensor with it."""
     values: Mapping[str, str] = field(default_factory=dict)
     """Of config.json: the metadata's key, without the architecture."""
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    """Of config.json: what all models of the family have where files do not say."""
+    scaling: Mapping[str, Any] = field(default_factory=dict)
+    """The same of rope_scaling."""
+    derive: Derive | None = None
+    """Of config.json, what no single key says."""
     is_paired: bool = False
     """Rotary pairs lie side by side in the rows of query and key."""
     is_shifted: bool = False
     """Norms' weights are those of the checkpoint plus 1."""
-    widest_layers: int | None = None
-    """Of models of so many layers scores are scaled by the hidden size over the heads instead of
-    the head size: a rule that llama.cpp knows, and files do not say."""
+    is_sorted: bool = False
+    """All queries, all keys, all values, where the checkpoint goes KV head by KV head."""
+    is_transposed: bool = False
+    """Linear layers have their rows first, where the checkpoint has their columns first."""
+    rotates_part: bool = False
+    """A part of a head may rotate."""
 
     def hf_name(self, name: str) -> str | None:
-        """The Hugging Face name of a GGUF tensor; None for one that models do not read."""
+        """The Hugging Face name of a GGUF tensor; None for one that models do not read.
+
+        One with {} is that of many tensors, of all experts: the file has them in one.
+        """
+        model = cast("type[Decoder]", model_class(self.architecture))
         stem, _, suffix = name.rpartition(".")
-        if stem in _TOP_NAMES:
-            return f"{_TOP_NAMES[stem]}.{suffix}"
-        parts = stem.split(".")
-        if len(parts) != 3 or parts[0] != "blk":
-            return None
-        found = self.names.get(parts[2]) or _LAYER_NAMES.get(parts[2])
-        return None if found is None else f"model.layers.{parts[1]}.{found}.{suffix}"
+        ends = {
+            "token_embd": model.embedding, "output_norm": model.last_norm, "output": model.head,
+            **self.names,
+        }  # fmt: skip
+        match stem.split("."):
+            case [end] if end in ends:
+                return f"{ends[end]}.{suffix}"
+            case ["blk", layer, part] if layer.isdecimal():
+                found = self._part_name(part, suffix)
+            case ["blk", layer, part, expert] if layer.isdecimal() and expert.isdecimal():
+                # before experts were stacked each had tensors of its own
+                found = self._part_name(f"{part}_exps", suffix)
+                found = None if found is None else found.format(expert)
+            case _:
+                return None
+        return None if found is None else f"{model.layer_prefix}{layer}.{found}"
 
-    def hf_values(self, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    def _part_name(self, part: str, suffix: str) -> str | None:
+        if f"{part}.{suffix}" in self.names:
+            return self.names[f"{part}.{suffix}"]
+        found = self.names.get(part) or _LAYER_NAMES.get(part)
+        return None if found is None else f"{found}.{suffix}"
+
+    def hf_values(self, get: Get, names: Collection[str]) -> dict[str, Any]:
         """What config.json has of this family beyond what all have."""
-        prefix = metadata["general.architecture"]
-        get = {key.removeprefix(f"{prefix}."): value for key, value in metadata.items()}.get
-        values = {name: get(key) for name, key in self.values.items()}
-        if self.widest_layers is not None:
-            is_widest = get("block_count") == self.widest_layers
-            heads = int(get("attention.head_count", 1))
-            wide, usual = int(get("embedding_length", 0)) // heads, get("attention.key_length")
-            values["query_pre_attn_scalar"] = wide if is_widest else usual
-        return {name: value for name, value in values.items() if value is not None}
+        found = {name: get(key) for name, key in self.values.items()}
+        if self.derive is not None:
+            found |= self.derive(get, names)
+        return {**self.constants, **{k: value for k, value in found.items() if value is not None}}
 
+
+def _scale_of(widest: int) -> Derive:
+    """What scores are scaled by: the head size.
+
+    Of models of so many layers it is the hidden size over the heads: a rule that llama.cpp knows,
+    and files do not say.
+    """
+
+    def derive(get: Get, names: Collection[str]) -> dict[str, Any]:
+        if get("block_count") != widest:
+            return {"query_pre_attn_scalar": get("attention.key_length")}
+        return {"query_pre_attn_scalar": get("embedding_length") // get("attention.head_count")}
+
+    return derive
+
+
+_GROUPS = {160: (8, 3), 256: (8, 4)}
+"""Groups of experts, and those of a token, by the number of experts: DeepSeek-V2 and V3 of files
+that do not say it."""
+
+
+def _latent(get: Get, names: Collection[str]) -> dict[str, Any]:
+    """DeepSeek's sizes and routing.
+
+    Newer files describe attention as one head of the latent vector, and have the sizes of heads
+    proper under keys that end with mla.
+    """
+    key = get("attention.key_length_mla") or get("attention.key_length")
+    groups, chosen = get("expert_group_count"), get("expert_group_used_count")
+    if groups is None:
+        groups, chosen = _GROUPS.get(get("expert_count"), (1, 1))
+    is_v3 = get("expert_gating_func") == _SIGMOID
+    by_softmax = "group_limited_greedy" if groups > 1 else "greedy"
+    return {
+        "qk_nope_head_dim": key - get("rope.dimension_count"),
+        "v_head_dim": get("attention.value_length_mla") or get("attention.value_length"),
+        "q_lora_rank": get("attention.q_lora_rank") or 0,
+        "n_group": groups,
+        "topk_group": chosen,
+        "topk_method": "noaux_tc" if is_v3 else by_softmax,
+    }
+
+
+_SIGMOID = 2
+"""Of expert_gating_func."""
+
+
+def _falcon(get: Get, names: Collection[str]) -> dict[str, Any]:
+    is_new = get("attention.head_count_kv") != 1
+    num_norms = 2 if "blk.0.attn_norm_2.weight" in names else 1
+    return {"new_decoder_architecture": is_new, "num_ln_in_parallel_attn": num_norms}
+
+
+def _command_r(get: Get, names: Collection[str]) -> dict[str, Any]:
+    return {"use_qk_norm": "blk.0.attn_q_norm.weight" in names}
+
+
+_DEEPSEEK: dict[str, Any] = {
+    "names": {
+        **_EXPERT_NAMES,
+        "attn_q_a": "self_attn.q_a_proj",
+        "attn_q_a_norm": "self_attn.q_a_layernorm",
+        "attn_q_b": "self_attn.q_b_proj",
+        "attn_kv_a_mqa": "self_attn.kv_a_proj_with_mqa",
+        "attn_kv_a_norm": "self_attn.kv_a_layernorm",
+        "attn_kv_b": "self_attn.kv_b_proj",
+        "attn_k_b": "self_attn.k_b_proj",
+        "attn_v_b": "self_attn.v_b_proj",
+        "exp_probs_b.bias": "mlp.gate.e_score_correction_bias",
+        "ffn_gate_shexp": "mlp.shared_experts.gate_proj",
+        "ffn_up_shexp": "mlp.shared_experts.up_proj",
+        "ffn_down_shexp": "mlp.shared_experts.down_proj",
+    },
+    "values": {
+        "first_k_dense_replace": "leading_dense_block_count",
+        "kv_lora_rank": "attention.kv_lora_rank",
+        "moe_intermediate_size": "expert_feed_forward_length",
+        "n_routed_experts": "expert_count",
+        "n_shared_experts": "expert_shared_count",
+        "norm_topk_prob": "expert_weights_norm",
+        "num_experts_per_tok": "expert_used_count",
+        "qk_rope_head_dim": "rope.dimension_count",
+        "routed_scaling_factor": "expert_weights_scale",
+    },
+    "derive": _latent,
+}
 
 FAMILIES = {
     "llama": GGUFFamily(architecture="LlamaForCausalLM", is_paired=True),
     "qwen2": GGUFFamily(architecture="Qwen2ForCausalLM"),
+    "qwen2moe": GGUFFamily(
+        architecture="Qwen2MoeForCausalLM",
+        names={
+            **_EXPERT_NAMES,
+            "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
+            "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
+            "ffn_up_shexp": "mlp.shared_expert.up_proj",
+            "ffn_down_shexp": "mlp.shared_expert.down_proj",
+        },
+        values={
+            **_QWEN_MOE_VALUES,
+            "shared_expert_intermediate_size": "expert_shared_feed_forward_length",
+        },
+    ),
     "qwen3": GGUFFamily(architecture="Qwen3ForCausalLM"),
+    "qwen3moe": GGUFFamily(
+        architecture="Qwen3MoeForCausalLM",
+        names=_EXPERT_NAMES,
+        values=_QWEN_MOE_VALUES,
+        constants={"norm_topk_prob": True},
+    ),
+    "gpt-oss": GGUFFamily(
+        architecture="GptOssForCausalLM",
+        names={
+            **_EXPERT_NAMES,
+            "attn_sinks.weight": "self_attn.sinks",
+            "ffn_gate_inp": "mlp.router",
+            "post_attention_norm": "post_attention_layernorm",
+        },
+        values={
+            "num_local_experts": "expert_count",
+            "num_experts_per_tok": "expert_used_count",
+            "sliding_window": "attention.sliding_window",
+        },
+        constants={"has_split_experts": True},
+        scaling={"truncate": False},
+    ),
+    "deepseek2": GGUFFamily(architecture="DeepseekV2ForCausalLM", **_DEEPSEEK),
     "smollm3": GGUFFamily(architecture="SmolLM3ForCausalLM", is_paired=True),
     "granite": GGUFFamily(
         architecture="GraniteForCausalLM",
@@ -102,14 +277,92 @@ FAMILIES = {
         names=_GEMMA_NAMES,
         values=_GEMMA_VALUES,
         is_shifted=True,
-        widest_layers=46,
+        derive=_scale_of(widest=46),
     ),
     "gemma3": GGUFFamily(
         architecture="Gemma3ForCausalLM",
         names=_GEMMA_NAMES,
         values=_GEMMA_VALUES,
         is_shifted=True,
-        widest_layers=62,
+        derive=_scale_of(widest=62),
+    ),
+    "phi3": GGUFFamily(
+        architecture="Phi3ForCausalLM",
+        names={"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"},
+        values={"sliding_window": "attention.sliding_window"},
+        rotates_part=True,
+    ),
+    "olmo2": GGUFFamily(architecture="Olmo2ForCausalLM", names=_AFTER_NAMES),
+    "starcoder2": GGUFFamily(
+        architecture="Starcoder2ForCausalLM",
+        names={"ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"},
+        values={"sliding_window": "attention.sliding_window"},
+        constants={**_ALWAYS_BIASED, "sliding_window": 4096},
+    ),
+    "command-r": GGUFFamily(
+        architecture="CohereForCausalLM", values={"logit_scale": "logit_scale"}, derive=_command_r
+    ),
+    "cohere2": GGUFFamily(
+        architecture="Cohere2ForCausalLM",
+        values={"logit_scale": "logit_scale", "sliding_window": "attention.sliding_window"},
+    ),
+    "falcon": GGUFFamily(
+        architecture="FalconForCausalLM", names=_FALCON_NAMES, derive=_falcon, is_sorted=True
+    ),
+    "gptneox": GGUFFamily(
+        architecture="GPTNeoXForCausalLM",
+        names={
+            **_NEOX_NAMES,
+            "attn_qkv": "attention.query_key_value",
+            "attn_output": "attention.dense",
+        },
+        values={"use_parallel_residual": "use_parallel_residual"},
+        is_sorted=True,
+        rotates_part=True,
+    ),
+    "gpt2": GGUFFamily(
+        architecture="GPT2LMHeadModel",
+        names={
+            "position_embd": "transformer.wpe",
+            "attn_norm": "ln_1",
+            "attn_qkv": "attn.c_attn",
+            "attn_output": "attn.c_proj",
+            "ffn_norm": "ln_2",
+            "ffn_up": "mlp.c_fc",
+            "ffn_down": "mlp.c_proj",
+        },
+        constants=_ALWAYS_BIASED,
+        is_transposed=True,
     ),
 }
 """By general.architecture."""
+
+_MIXTRAL = GGUFFamily(
+    architecture="MixtralForCausalLM",
+    names={
+        "ffn_gate_inp": "block_sparse_moe.gate",
+        "ffn_gate_exps": "block_sparse_moe.experts.{}.w1",
+        "ffn_up_exps": "block_sparse_moe.experts.{}.w3",
+        "ffn_down_exps": "block_sparse_moe.experts.{}.w2",
+    },
+    values={"num_local_experts": "expert_count", "num_experts_per_tok": "expert_used_count"},
+    is_paired=True,
+)
+_DEEPSEEK_V3 = GGUFFamily(architecture="DeepseekV3ForCausalLM", **_DEEPSEEK)
+_FALCON_40B = GGUFFamily(
+    architecture="FalconForCausalLM",
+    names={**_FALCON_NAMES, "attn_norm": "ln_mlp", "attn_norm_2": "ln_attn"},
+    derive=_falcon,
+    is_sorted=True,
+)
+
+
+def find_family(architecture: str, get: Get, names: Collection[str]) -> GGUFFamily | None:
+    """The family of a file's general.architecture, of its metadata and its names of tensors."""
+    if architecture == "llama" and get("expert_count"):
+        return _MIXTRAL
+    if architecture == "deepseek2" and get("expert_gating_func") == _SIGMOID:
+        return _DEEPSEEK_V3
+    if architecture == "falcon" and "blk.0.attn_norm_2.weight" in names:
+        return _FALCON_40B
+    return FAMILIES.get(architecture)

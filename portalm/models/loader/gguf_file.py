@@ -6,6 +6,7 @@ only as far as the file reaches: no count in it makes us allocate.
 
 from __future__ import annotations
 
+import math
 import mmap
 import struct
 from collections.abc import Collection
@@ -50,6 +51,20 @@ class TensorInfo:
     """One of `TYPES`, if the file is sound."""
     offset: int
     """Bytes from the beginning of the data."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Of a sound one."""
+        _, block_size, block_bytes = TYPES[self.kind]
+        return math.prod(self.shape) // block_size * block_bytes
+
+    def parts(self) -> list[TensorInfo]:
+        """Those of which the tensor is a stack: one for each of its first dimension."""
+        size = self.num_bytes // self.shape[0]
+        return [
+            TensorInfo(self.shape[1:], self.kind, self.offset + i * size)
+            for i in range(self.shape[0])
+        ]
 
 
 class Reader:
