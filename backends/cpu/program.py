@@ -156,7 +156,10 @@ class Recorder:
                     self._use(call, i, value, argument - value.start, now)
                     last = last if value is self._table else value
                 elif role == _IN:
-                    raise NotRecordable(f"{kernel} reads what no kernel of the step wrote")
+                    raise NotRecordable(
+                        f"{kernel} reads what no kernel of the step wrote: an operation before "
+                        f"it has none"
+                    )
             elif role == _ROWS:
                 call.numbers.append((i, _COUNT, self._count(kernel, last)))
             elif role == _SOURCE_ROWS:

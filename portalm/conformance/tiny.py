@@ -68,8 +68,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "multi_query": False,
         "parallel_attn": False,
     },
+    "glm": {"architectures": ["GlmForCausalLM"]},
+    "glm4": {"architectures": ["Glm4ForCausalLM"]},
     "starcoder2": {"architectures": ["Starcoder2ForCausalLM"], "sliding_window": None},
     "olmo2": {"architectures": ["Olmo2ForCausalLM"]},
+    "exaone4": {
+        "architectures": ["Exaone4ForCausalLM"],
+        "sliding_window": 24,
+        "sliding_window_pattern": 2,
+    },
+    "arcee": {"architectures": ["ArceeForCausalLM"]},
     "smollm3": {"architectures": ["SmolLM3ForCausalLM"], "no_rope_layer_interval": 2},
     "granite": {
         "architectures": ["GraniteForCausalLM"],

@@ -11,8 +11,8 @@ import torch
 from portalm.backend import Backend
 from portalm.layers.linear import Linear
 
-Activation = Literal["silu", "gelu", "gelu_tanh"]
-"""The operations of the seam: gelu is the exact form, gelu_tanh the one by tanh."""
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu2"]
+"""Gelu is the exact form, gelu_tanh the one by tanh, relu2 the square of what is above zero."""
 
 ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
@@ -20,6 +20,7 @@ ACTIVATIONS: dict[str, Activation] = {
     "gelu": "gelu",
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
+    "relu2": "relu2",
 }
 """By the names that checkpoints' configs have for them."""
 
@@ -30,6 +31,7 @@ _GATED: dict[Activation, Callable[[Backend, torch.Tensor], torch.Tensor]] = {
 _PLAIN: dict[Activation, Callable[[Backend, torch.Tensor], torch.Tensor]] = {
     "gelu": lambda backend, x: backend.gelu(x),
     "gelu_tanh": lambda backend, x: backend.gelu_tanh(x),
+    "relu2": lambda backend, x: torch.relu(x).square(),
 }
 GATED, PLAIN = frozenset(_GATED), frozenset(_PLAIN)
 """Activations that `GatedMLP` and `MLP` know."""

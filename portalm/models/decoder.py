@@ -321,6 +321,15 @@ class Decoder:
             activation=self.activation(),
         )
 
+    def merged_mlp(self, read: LayerReader, name: str) -> GatedMLP:
+        """A feed-forward whose checkpoint has gate and up in one, gate first, and no biases."""
+        hidden, inner = self.config.hidden_size, self.config.intermediate_size
+        return GatedMLP(
+            gate_up=read.linear(f"{name}.gate_up_proj", rows=(2 * inner,), columns=hidden),
+            down=read.linear(f"{name}.down_proj", rows=(hidden,), columns=inner),
+            activation=self.activation(),
+        )
+
     def plain_mlp(self, read: LayerReader, up: str, down: str, *, is_transposed: bool) -> MLP:
         """A feed-forward without a gate, out of layers of these names."""
         hidden, inner, has_bias = (

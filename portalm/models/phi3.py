@@ -6,7 +6,7 @@ Abdin et al., "Phi-3 technical report", 2024. Some rotate only a part of each he
 from __future__ import annotations
 
 from portalm.layers.linear import Linear
-from portalm.layers.mlp import FeedForward, GatedMLP
+from portalm.layers.mlp import FeedForward
 from portalm.models.decoder import Decoder
 from portalm.models.layer_reader import LayerReader
 
@@ -29,9 +29,4 @@ class Phi3(Decoder):
 
     def mlp(self, read: LayerReader, layer: int, name: str) -> FeedForward:
         """Gate and up are merged too."""
-        hidden, inner = self.config.hidden_size, self.config.intermediate_size
-        return GatedMLP(
-            gate_up=read.linear(f"{name}.gate_up_proj", rows=(2 * inner,), columns=hidden),
-            down=read.linear(f"{name}.down_proj", rows=(hidden,), columns=inner),
-            activation=self.activation(),
-        )
+        return self.merged_mlp(read, name)

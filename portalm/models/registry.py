@@ -7,16 +7,20 @@ import importlib
 from portalm.models.model import Model
 
 ARCHITECTURES = {
+    "ArceeForCausalLM": "portalm.models.arcee:Arcee",
     "BertForSequenceClassification": "portalm.models.bert:BertClassifier",
     "BertModel": "portalm.models.bert:Bert",
     "Cohere2ForCausalLM": "portalm.models.cohere:Cohere2",
     "CohereForCausalLM": "portalm.models.cohere:Cohere",
     "DeepseekV2ForCausalLM": "portalm.models.deepseek:DeepseekV2",
     "DeepseekV3ForCausalLM": "portalm.models.deepseek:DeepseekV3",
+    "Exaone4ForCausalLM": "portalm.models.exaone4:Exaone4",
     "FalconForCausalLM": "portalm.models.falcon:Falcon",
     "Gemma2ForCausalLM": "portalm.models.gemma:Gemma2",
     "Gemma3ForCausalLM": "portalm.models.gemma:Gemma3",
     "GemmaForCausalLM": "portalm.models.gemma:Gemma",
+    "Glm4ForCausalLM": "portalm.models.glm:Glm4",
+    "GlmForCausalLM": "portalm.models.glm:Glm",
     "GPT2LMHeadModel": "portalm.models.gpt2:GPT2",
     "GPTNeoXForCausalLM": "portalm.models.gpt_neox:GPTNeoX",
     "GptOssForCausalLM": "portalm.models.gpt_oss:GptOss",

@@ -300,9 +300,12 @@ def _find_class(architecture: str) -> Any:
 def _hf_config(values: Mapping[str, Any]) -> Any:
     from transformers import CONFIG_MAPPING
 
-    kind = str(values.get("model_type"))
+    kind = values.get("model_type", "")
     if kind not in CONFIG_MAPPING:
-        raise UnsupportedModel(f"config.json: transformers knows no model_type {kind!r}")
+        raise UnsupportedModel(
+            f"config.json: {values['architectures'][0]} has no file of its own here, and "
+            f"transformers, whose code would run it, knows no model_type {kind!r}"
+        )
     return CONFIG_MAPPING[kind](**{k: v for k, v in values.items() if k != "model_type"})
 
 

@@ -14,12 +14,11 @@ from tests.models.test_families import CASES, NUM_OUT, PROMPTS, Case, engine_of
 from tests.tiny import ask, make_config_folder, run, tokens
 
 OTHERS = {
-    "glm4": Case("Glm4", {"head_dim": 16}),
     "olmo3": Case("Olmo3", {"sliding_window": 24}),
     "helium": Case("Helium", {"head_dim": 16}),
 }
-OURS = ("gemma2", "gpt_oss", "granite")
-"""Caps, windows, sinks, experts and scaled logits: as if there were no file for them."""
+OURS = ("gemma2", "glm4", "gpt_oss", "granite")
+"""Caps, windows, partial rotation, sinks, experts, scaled logits: as if without a file."""
 
 
 @pytest.mark.parametrize(
