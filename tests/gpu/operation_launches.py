@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
+from portalm.backend import QUANTIZED_FORMATS
 from portalm_backends.gpu_common.kernels import (
     adjust,
     fp8,
     logprobs,
     matmul,
+    moe,
     norms,
     rope,
     sampling,
@@ -141,6 +145,71 @@ def _products() -> dict[str, dict[str, Any]]:
     return found
 
 
+def _experts() -> dict[str, dict[str, Any]]:
+    """Qwen3-30B-A3B's 128 experts in tiles for few tokens and for many."""
+    ids = {
+        **_types(_INT, "ids_ptr", "choices_ptr", "tile_experts_ptr", "num_tiles_ptr"),
+        **_types("i32", "num_choices", "num_experts"),
+    }
+    bins = {"BINS": 256, "CHUNK": moe.CHUNK}
+    sums = {**_types(_HALF, "results_ptr", "out_ptr"), "weights_ptr": _FLOAT, "width": "i32:16"}
+    found = {
+        "moe, sort": _launch(moe._sort, ids, bins | {"ROWS": 16}, 8),
+        "moe, add up": _launch(moe._add_up, sums, {"TOP_K": 8, "BLOCK": 1024}),
+    }
+    for rows in (16, 64, 128):
+        for kind in ("gate_up", "down"):
+            found[f"moe, {kind}, {rows} rows"] = expert_product(rows, kind == "gate_up")
+    for name in ("int8", "int8_g16_min", "int4", "int4_min"):
+        for rows in (16, 128):
+            found[f"moe, {name}, {rows} rows"] = expert_product(rows, True, name)
+    found["moe, gpt-oss, 16 rows"] = expert_product(16, True, has_all=True)
+    return found
+
+
+def expert_product(
+    rows: int, is_gated: bool, form: str = "bf16", *, has_all: bool = False
+) -> dict[str, Any]:
+    """One launch of `moe.product`; `has_all`: with a bias and a clamped gate."""
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp8": torch.float8_e4m3fn}.get(
+        form, torch.int8
+    )
+    shape = moe.launch_shape(rows, dtype, is_gated=is_gated)
+    float_kind = _FLOAT if form == "fp32" else _HALF
+    values = {"fp8": "*fp8e4nv", "bf16": _HALF, "fp32": _FLOAT}.get(form, "*i8")
+    types = {
+        **_types(float_kind, "bias_ptr", "out_ptr"),
+        **_types(values, "values_ptr"),
+        **_types(_FLOAT if form == "fp8" else "*fp16", "scales_ptr", "minimums_ptr"),
+        **_types(_INT, "choices_ptr", "tile_experts_ptr", "num_tiles_ptr"),
+        **_types("i32:16", "n", "k", "x_stride"),
+        **_types("i32", "num_choices", "num_experts", "num_groups"),
+        **_types("fp32", "limit", "alpha"),
+        "x_ptr": values if form == "fp8" else float_kind,
+        "x_scales_ptr": _FLOAT,
+        "places_ptr": _LONG,
+    }
+    few_bits = values == "*i8"
+    top_k = {"choices_per_row": 1} if not is_gated else {}
+    constants = {
+        "GROUP": (QUANTIZED_FORMATS[form] if few_bits else shape.columns),
+        "BITS": (4 if form.startswith("int4") else 8) if few_bits else 16,
+        "HAS_MINIMUMS": form.endswith("_min"),
+        "HAS_SCALES": form == "fp8",
+        "HAS_BIAS": has_all,
+        "IS_GATED": is_gated,
+        "IS_CLAMPED": has_all,
+        "ALIGNMENT": 16,
+        "BAND": moe.BAND,
+        "ROWS": rows,
+        "BLOCK_N": shape.block_n,
+    }
+    return _launch(
+        moe._product, types | ({} if top_k else {"choices_per_row": "i32"}), constants | top_k,
+        shape.num_warps, shape.num_stages,
+    )  # fmt: skip
+
+
 def _launch(
     kernel: Any,
     signature: dict[str, str],
@@ -157,7 +226,7 @@ def _launch(
     }
 
 
-OPERATIONS: dict[str, dict[str, Any]] = _sampling() | _layers() | _products()
+OPERATIONS: dict[str, dict[str, Any]] = _sampling() | _layers() | _products() | _experts()
 """By name: what `kernel_budgets.Launch` is made of, the same on every target."""
 
 FP8_OPERATIONS = {

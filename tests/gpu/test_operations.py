@@ -18,7 +18,7 @@ from tests.gpu.interpreted import InterpretedBackend, complete, some
 
 SUBJECT = Subject(InterpretedBackend())
 TORCH = ReferenceBackend()
-NAMES = ("linear", "logits", "rms_norm", "layer_norm", "silu_mul", "rope")
+NAMES = ("linear", "logits", "rms_norm", "layer_norm", "silu_mul", "rope", "moe")
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 
