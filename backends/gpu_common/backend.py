@@ -339,7 +339,7 @@ class GpuBackend(TorchBackend):
         gate_up, down = self._experts[experts]
         if gate_up is None or down is None:
             return super().moe(x, expert_ids, expert_weights, experts)
-        return moe.moe(x, expert_ids, expert_weights, experts, gate_up, down)
+        return moe.moe(x, expert_ids, expert_weights, experts, gate_up, down, family=self._family)
 
     # -- execution ----------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from portalm.backend import QUANTIZED_FORMATS
+from portalm_backends.gpu_common import attention
 from portalm_backends.gpu_common.kernels import (
     adjust,
     fp8,
@@ -145,55 +146,51 @@ def _products() -> dict[str, dict[str, Any]]:
     return found
 
 
-def _experts() -> dict[str, dict[str, Any]]:
-    """Qwen3-30B-A3B's 128 experts in tiles for few tokens and for many."""
+def _sorting() -> dict[str, dict[str, Any]]:
     ids = {
         **_types(_INT, "ids_ptr", "choices_ptr", "tile_experts_ptr", "num_tiles_ptr"),
         **_types("i32", "num_choices", "num_experts"),
     }
-    bins = {"BINS": 256, "CHUNK": moe.CHUNK}
+    bins = {"ROWS": 16, "BINS": 256, "CHUNK": moe.CHUNK}
     sums = {**_types(_HALF, "results_ptr", "out_ptr"), "weights_ptr": _FLOAT, "width": "i32:16"}
-    found = {
-        "moe, sort": _launch(moe._sort, ids, bins | {"ROWS": 16}, 8),
+    return {
+        "moe, sort": _launch(moe._sort, ids, bins, 8),
         "moe, add up": _launch(moe._add_up, sums, {"TOP_K": 8, "BLOCK": 1024}),
     }
-    for rows in (16, 64, 128):
-        for kind in ("gate_up", "down"):
-            found[f"moe, {kind}, {rows} rows"] = expert_product(rows, kind == "gate_up")
-    for name in ("int8", "int8_g16_min", "int4", "int4_min"):
-        for rows in (16, 128):
-            found[f"moe, {name}, {rows} rows"] = expert_product(rows, True, name)
-    found["moe, gpt-oss, 16 rows"] = expert_product(16, True, has_all=True)
-    return found
 
 
-def expert_product(
-    rows: int, is_gated: bool, form: str = "bf16", *, has_all: bool = False
+VALUES = {
+    "bf16": (_HALF, torch.bfloat16),
+    "fp32": (_FLOAT, torch.float32),
+    "fp8": ("*fp8e4nv", torch.float8_e4m3fn),
+}
+"""Of experts: a pointer's type and torch's; others are codes of few bits."""
+
+
+def experts(
+    target: str, rows: int, form: str = "bf16", *, is_gated: bool = True, has_all: bool = False
 ) -> dict[str, Any]:
-    """One launch of `moe.product`; `has_all`: with a bias and a clamped gate."""
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp8": torch.float8_e4m3fn}.get(
-        form, torch.int8
-    )
-    shape = moe.launch_shape(rows, dtype, is_gated=is_gated)
-    float_kind = _FLOAT if form == "fp32" else _HALF
-    values = {"fp8": "*fp8e4nv", "bf16": _HALF, "fp32": _FLOAT}.get(form, "*i8")
+    """A launch of `moe.product`; `has_all`: gpt-oss' biases and clamped gate."""
+    pointer, dtype = VALUES.get(form, ("*i8", torch.int8))
+    family = attention.family_of(target)
+    shape = moe.launch_shape(rows, dtype, family, is_gated=is_gated)
+    is_float = form in VALUES
+    computed = _FLOAT if form == "fp32" else _HALF
     types = {
-        **_types(float_kind, "bias_ptr", "out_ptr"),
-        **_types(values, "values_ptr"),
-        **_types(_FLOAT if form == "fp8" else "*fp16", "scales_ptr", "minimums_ptr"),
+        **_types(computed, "bias_ptr", "out_ptr"),
+        **_types("*fp32" if is_float else "*fp16", "scales_ptr", "minimums_ptr"),
         **_types(_INT, "choices_ptr", "tile_experts_ptr", "num_tiles_ptr"),
         **_types("i32:16", "n", "k", "x_stride"),
         **_types("i32", "num_choices", "num_experts", "num_groups"),
         **_types("fp32", "limit", "alpha"),
-        "x_ptr": values if form == "fp8" else float_kind,
+        "values_ptr": pointer,
+        "x_ptr": pointer if form == "fp8" else computed,
         "x_scales_ptr": _FLOAT,
         "places_ptr": _LONG,
     }
-    few_bits = values == "*i8"
-    top_k = {"choices_per_row": 1} if not is_gated else {}
     constants = {
-        "GROUP": (QUANTIZED_FORMATS[form] if few_bits else shape.columns),
-        "BITS": (4 if form.startswith("int4") else 8) if few_bits else 16,
+        "GROUP": shape.columns if is_float else QUANTIZED_FORMATS[form],
+        "BITS": 16 if is_float else 4 if form.startswith("int4") else 8,
         "HAS_MINIMUMS": form.endswith("_min"),
         "HAS_SCALES": form == "fp8",
         "HAS_BIAS": has_all,
@@ -204,10 +201,11 @@ def expert_product(
         "ROWS": rows,
         "BLOCK_N": shape.block_n,
     }
-    return _launch(
-        moe._product, types | ({} if top_k else {"choices_per_row": "i32"}), constants | top_k,
-        shape.num_warps, shape.num_stages,
-    )  # fmt: skip
+    if is_gated:  # a token's row is read for each of its choices
+        types["choices_per_row"] = "i32"
+    else:
+        constants["choices_per_row"] = 1
+    return _launch(moe._product, types, constants, shape.num_warps, shape.num_stages)
 
 
 def _launch(
@@ -226,8 +224,29 @@ def _launch(
     }
 
 
-OPERATIONS: dict[str, dict[str, Any]] = _sampling() | _layers() | _products() | _experts()
+OPERATIONS: dict[str, dict[str, Any]] = _sampling() | _layers() | _products() | _sorting()
 """By name: what `kernel_budgets.Launch` is made of, the same on every target."""
+
+EXPERTS: dict[str, dict[str, Any]] = {
+    **{f"moe, {rows} rows": {"rows": rows} for rows in (16, 64, 128)},
+    **{f"moe, down, {rows} rows": {"rows": rows, "is_gated": False} for rows in (16, 64, 128)},
+    **{
+        f"moe, {form}, {rows} rows": {"rows": rows, "form": form}
+        for form in QUANTIZED_FORMATS
+        for rows in ((16, 64, 128) if form == "int4_min" else (16, 128))
+    },
+    **{
+        f"moe, int4_min, down, {r} rows": {"rows": r, "form": "int4_min", "is_gated": False}
+        for r in (16, 128)
+    },
+    "moe, gpt-oss, 16 rows": {"rows": 16, "has_all": True},
+    "moe, gpt-oss, 128 rows": {"rows": 128, "has_all": True},
+    "moe, fp32, 16 rows": {"rows": 16, "form": "fp32"},
+    "moe, fp32, 128 rows": {"rows": 128, "form": "fp32"},
+}
+"""By name: arguments of `experts`. Those of few bits and without another word: gate and up."""
+
+FP8_EXPERTS = {f"moe, fp8, {rows} rows": {"rows": rows, "form": "fp8"} for rows in (16, 128)}
 
 FP8_OPERATIONS = {
     "linear, quantize to fp8": _launch(

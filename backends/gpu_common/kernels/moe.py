@@ -63,14 +63,21 @@ def moe(
     experts: Experts,
     gate_up: ExpertWeights,
     down: ExpertWeights,
+    *,
+    family: str,
 ) -> torch.Tensor:
-    """`Backend.moe` of x [T, C] by the weights of `experts`, as `together` has them: [T, C]."""
+    """`Backend.moe` of x [T, C] by the weights of `experts`, as `together` has them: [T, C].
+
+    `family` is that of the device, of `attention.family_of`.
+    """
     top_k = expert_ids.shape[1]
     if not len(x):
         return torch.empty_like(x)
     tiles = sort(expert_ids.contiguous(), len(experts.down))
-    inner = product(x, gate_up, tiles, experts.gate_up_bias, top_k=top_k, gate=experts)
-    results = product(inner, down, tiles, experts.down_bias)
+    inner = product(
+        x, gate_up, tiles, experts.gate_up_bias, top_k=top_k, gate=experts, family=family
+    )
+    results = product(inner, down, tiles, experts.down_bias, family=family)
     return add_up(results, expert_weights.contiguous())
 
 
@@ -109,19 +116,24 @@ class LaunchShape:
     num_stages: int
 
 
-def launch_shape(rows: int, weight: torch.dtype, *, is_gated: bool) -> LaunchShape:
-    """For tiles of `rows` and values of dtype `weight`.
+def launch_shape(rows: int, weight: torch.dtype, family: str, *, is_gated: bool) -> LaunchShape:
+    """For tiles of `rows`, values of dtype `weight` and architectures of `family`.
 
     Few tokens: 64 rows of a weight, so that there are programs for all of a device. Many tokens:
-    twice as many, so that each value that is read takes part in more products.
+    128, so that each value that is read takes part in more products.
     """
-    is_narrow = rows == 16 or weight == torch.int8
-    block_n = 64 if is_narrow else 128
+    has_codes = weight == torch.int8
+    is_narrow = rows == 16
+    is_heavy = weight == torch.float32 or (has_codes and not is_gated)
+    block_n = 64 if is_narrow or is_heavy else 128
+    num_warps = 8 if rows == 128 or (has_codes and not is_narrow) else 4
+    if family == "rdna3" and not is_narrow:  # whose matrix instructions hold every operand twice
+        num_warps *= 2
     return LaunchShape(
         block_n=block_n // 2 if is_gated else block_n,
         columns=128 // weight.itemsize,
-        num_warps=4 if rows < 128 else 8,
-        num_stages=3,
+        num_warps=num_warps,
+        num_stages=3 if is_narrow or family in ("nvidia", "ampere") else 2,
     )
 
 
@@ -133,6 +145,7 @@ def product(
     *,
     top_k: int = 1,
     gate: Experts | None = None,
+    family: str = "nvidia",
 ) -> torch.Tensor:
     """Each choice's row times its expert's weight, plus the expert's bias: [T k, N].
 
@@ -143,6 +156,7 @@ def product(
         bias: [E, N], or none.
         top_k: choices of a row of x.
         gate: N is gate and up, and the result, [T k, N / 2], that of the activation it names.
+        family: of the device.
     """
     values, scales, minimums, bits, group, n, k = weight.first
     if x.shape[1] != k or x.stride(1) != 1:
@@ -151,7 +165,7 @@ def product(
     if is_scaled:
         x, x_scales = fp8.quantize(x, values.dtype)
     width = n if gate is None else n // 2
-    shape = launch_shape(tiles.rows, values.dtype, is_gated=gate is not None)
+    shape = launch_shape(tiles.rows, values.dtype, family, is_gated=gate is not None)
     group = group or shape.columns
     limit = None if gate is None else gate.swiglu_limit
     out = torch.empty((tiles.num_choices, width), dtype=dtype, device=x.device)
