@@ -33,7 +33,7 @@ from portalm_backends.gpu_common.kernels.matmul import add_group
 from portalm_backends.gpu_common.weights import ExpertWeights
 
 CHUNK = 4096
-"""Ids that a program of `_sort` looks at at once."""
+"""Most ids that a program of `_sort` looks at at once."""
 BAND = 8
 """Tiles whose programs share a weight's rows in the cache."""
 _BLOCK = 1024
@@ -91,9 +91,10 @@ def sort(expert_ids: torch.Tensor, num_experts: int) -> Tiles:
         return torch.empty(shape, dtype=torch.int32, device=expert_ids.device)
 
     tiles = Tiles(rows, empty(most, rows), empty(most), empty(1), num_choices)
+    chunk = min(max(triton.next_power_of_2(num_choices), 1024), CHUNK)
     _sort[(num_experts,)](
         expert_ids, tiles.choices, tiles.experts, tiles.count, num_choices, num_experts,
-        rows, triton.next_power_of_2(num_experts + 1), CHUNK, num_warps=8,
+        rows, triton.next_power_of_2(num_experts + 1), chunk, num_warps=chunk // 512,
     )  # fmt: skip
     return tiles
 
@@ -122,18 +123,18 @@ def launch_shape(rows: int, weight: torch.dtype, family: str, *, is_gated: bool)
     Few tokens: 64 rows of a weight, so that there are programs for all of a device. Many tokens:
     128, so that each value that is read takes part in more products.
     """
-    has_codes = weight == torch.int8
+    has_codes, is_exact = weight == torch.int8, weight == torch.float32
     is_narrow = rows == 16
-    is_heavy = weight == torch.float32 or (has_codes and not is_gated)
-    block_n = 64 if is_narrow or is_heavy else 128
+    block_n = 64 if is_narrow or (has_codes and not is_gated) else 128
     num_warps = 8 if rows == 128 or (has_codes and not is_narrow) else 4
-    if family == "rdna3" and not is_narrow:  # whose matrix instructions hold every operand twice
+    if family.startswith("rdna") and not is_narrow:  # operands take twice the registers there
         num_warps *= 2
+    is_deep = is_narrow or (family in ("nvidia", "ampere") and not has_codes)
     return LaunchShape(
         block_n=block_n // 2 if is_gated else block_n,
-        columns=128 // weight.itemsize,
+        columns=16 if is_exact else 128 // weight.itemsize,
         num_warps=num_warps,
-        num_stages=3 if is_narrow or family in ("nvidia", "ampere") else 2,
+        num_stages=3 if is_deep else 2,
     )
 
 
@@ -171,7 +172,7 @@ def product(
     out = torch.empty((tiles.num_choices, width), dtype=dtype, device=x.device)
     _product[(len(tiles.experts) * triton.cdiv(width, shape.block_n),)](
         x, x_scales, weight.places, values, values if scales is None else scales,
-        values if minimums is None else minimums, x if bias is None else bias,
+        values if minimums is None else minimums, x if bias is None else bias.contiguous(),
         tiles.choices, tiles.experts, tiles.count, out,
         tiles.num_choices, weight.places.shape[1], top_k, n, k, x.stride(0),
         triton.cdiv(k, group), 0.0 if limit is None else limit,
