@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -55,6 +56,8 @@ if TYPE_CHECKING:
         sampling,
         silu_mul,
     )
+
+logger = logging.getLogger(__name__)
 
 
 class GpuBackend(TorchBackend):
@@ -333,13 +336,20 @@ class GpuBackend(TorchBackend):
         Where the experts are packed unlike each other, every expert on every token.
         """
         if experts not in self._experts:
-            self._experts[experts] = tuple(
-                together(weights, self.to_device) for weights in (experts.gate_up, experts.down)
-            )
+            self._experts[experts] = self._together(experts)
         gate_up, down = self._experts[experts]
         if gate_up is None or down is None:
             return super().moe(x, expert_ids, expert_weights, experts)
         return moe.moe(x, expert_ids, expert_weights, experts, gate_up, down, family=self._family)
+
+    def _together(self, experts: Experts) -> tuple[ExpertWeights | None, ...]:
+        found = tuple(together(many, self.to_device) for many in (experts.gate_up, experts.down))
+        if None in found and not any(None in others for others in self._experts.values()):
+            logger.warning(
+                "a layer's experts differ in how they are packed: every one is computed for every "
+                "token, which is much slower than experts of one kind"
+            )
+        return found
 
     # -- execution ----------------------------------------------------------------------------
 

@@ -78,11 +78,9 @@ def parts_of(weight: GpuWeight) -> Parts:
     if isinstance(weight, FewBitWeight):
         codes, n = weight.codes, weight.codes.shape[1]
         return Parts(codes, weight.scales, weight.minimums, weight.bits, weight.group, n, weight.k)
-    values, scales = weight, None
     if isinstance(weight, Fp8Weight):
-        values, scales = weight.values, weight.scales
-    n, k = values.shape
-    return Parts(values, scales, None, 16, None, n, k)
+        return Parts(weight.values, weight.scales, None, 16, None, *weight.values.shape)
+    return Parts(weight, None, None, 16, None, *weight.shape)
 
 
 @dataclass(frozen=True, slots=True)
