@@ -123,16 +123,16 @@ def launch_shape(rows: int, weight: torch.dtype, family: str, *, is_gated: bool)
     Few tokens: 64 rows of a weight, so that there are programs for all of a device. Many tokens:
     128, so that each value that is read takes part in more products.
     """
-    has_codes, is_exact = weight == torch.int8, weight == torch.float32
-    is_narrow = rows == 16
-    block_n = 64 if is_narrow or (has_codes and not is_gated) else 128
+    has_codes, is_narrow = weight == torch.int8, rows == 16
+    is_half = has_codes and not is_gated  # registers are what codes are short of
     num_warps = 8 if rows == 128 or (has_codes and not is_narrow) else 4
     if family.startswith("rdna") and not is_narrow:  # operands take twice the registers there
         num_warps *= 2
-    is_deep = is_narrow or (family in ("nvidia", "ampere") and not has_codes)
+    is_deep = is_narrow or (family in ("nvidia", "ampere") and not is_half)
+    block_n = 64 if is_narrow or is_half else 128
     return LaunchShape(
         block_n=block_n // 2 if is_gated else block_n,
-        columns=16 if is_exact else 128 // weight.itemsize,
+        columns=16 if weight == torch.float32 else 128 // weight.itemsize,
         num_warps=num_warps,
         num_stages=3 if is_deep else 2,
     )
