@@ -234,7 +234,7 @@ def few_bits(format: str, count: int, inner: int = 64, hidden: int = 96) -> tupl
 
 
 @pytest.mark.parametrize("num_tokens", some([5, 120], lambda n: n == 5))
-@pytest.mark.parametrize("format", some(QUANTIZED_FORMATS, lambda f: f in ("int4_min", "int8")))
+@pytest.mark.parametrize("format", some(QUANTIZED_FORMATS, lambda f: f == "int4_min"))
 def test_codes_are_multiplied_exactly(format: str, num_tokens: int) -> None:
     packed, plain = few_bits(format, 4)
     ids = random_choice(num_tokens, 2, 4)
@@ -343,6 +343,7 @@ MIXTRAL = {
     "num_local_experts": 5,
     "num_experts_per_tok": 2,
     "num_hidden_layers": 1,
+    "intermediate_size": 32,
 }
 
 
@@ -359,7 +360,12 @@ def drawn(engine: Engine) -> dict[str, list[int]]:
 
 
 def test_captured_decodes_draw_the_reference_tokens(tmp_path: Path) -> None:
-    settings = {"hf_overrides": MIXTRAL, "num_gpu_blocks_override": 64, "max_num_seqs": 2}
+    settings = {
+        "hf_overrides": MIXTRAL,
+        "num_gpu_blocks_override": 64,
+        "max_num_seqs": 2,
+        "max_num_batched_tokens": 16,
+    }
     gpu = FakeGpu(seed=1)
     with interpreted(gpu):
         engine = make_engine(tmp_path / "gpu", PlainButForExperts(gpu), **settings)
