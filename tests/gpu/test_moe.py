@@ -21,7 +21,7 @@ from portalm_backends.gpu_common.kernels import fp8, moe
 from portalm_backends.gpu_common.weights import FewBitWeight, Fp8Weight, GpuWeight
 from portalm_backends.reference.backend import ReferenceBackend
 from tests.gpu.fake_device import FakeGpu
-from tests.gpu.interpreted import interpreted, interpreted_backend, some
+from tests.gpu.interpreted import complete, interpreted, interpreted_backend, some
 from tests.gpu.plain import PlainGpu
 from tests.gpu.test_linear import DTYPES, nmse, normal, random_weight
 from tests.tiny import ask, make_engine, run, tokens
@@ -100,7 +100,7 @@ CHOICES = {
 }
 
 
-@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("choice", some(CHOICES, lambda name: "every" not in name))
 def test_tokens_may_choose_as_they_like(choice: str) -> None:
     check(torch.tensor(CHOICES[choice], dtype=torch.int32), random_experts(5))
 
@@ -112,7 +112,7 @@ def test_there_are_more_tiles_than_share_a_band() -> None:
 ROWS = {32: 16, 33: 64, 128: 64, 129: 128, 301: 128}
 
 
-@pytest.mark.parametrize("num_tokens", some(ROWS, lambda n: n in (33, 129)))
+@pytest.mark.parametrize("num_tokens", some(ROWS, lambda n: n == 129))
 def test_tiles_are_larger_where_experts_have_more_tokens(num_tokens: int) -> None:
     ids = random_choice(num_tokens, 1, 2)
 
@@ -289,6 +289,7 @@ def test_float8_products_are_exact_but_for_their_rounding() -> None:
         assert nmse(actual[choice], right) < 1e-6
 
 
+@complete
 def test_float8_experts_lose_what_float8_loses() -> None:
     plain = random_experts(3, hidden=64, inner=32)
 
