@@ -76,6 +76,8 @@ PREDICTED: dict[str, tuple[float, float, str]] = {
     "8b: exec to first token": (0, 8, "s"),
     "decode attention, 64 x 1024": (4.3, 0.88 * 4.3, "TB/s"),
     "decode attention, 64 x 8192": (4.3, 0.92 * 4.3, "TB/s"),
+    "experts, 64 tokens": (4.3, 0.75 * 4.3, "TB/s"),
+    "experts, 8192 tokens": (790, 0.5 * 790, "TFLOP/s"),
     "8b: idle at 256 streams": (0, 1, "%"),
     "1b: idle at 64 streams": (0, 5, "%"),
 }

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +16,7 @@ from portalm.backend import (
     AttentionSpec,
     Bucket,
     Capabilities,
+    Experts,
     HostFuture,
     KVSpec,
     MemInfo,
@@ -30,13 +33,31 @@ from portalm_backends.gpu_common.archs import Arch
 from portalm_backends.gpu_common.device import Gpu, error_kind
 from portalm_backends.gpu_common.graph import Graphs, decode_buckets
 from portalm_backends.gpu_common.transfers import Transfers
-from portalm_backends.gpu_common.weights import FP8, QUANTIZATIONS, FewBitWeight, GpuWeight, pack
+from portalm_backends.gpu_common.weights import (
+    FP8,
+    QUANTIZATIONS,
+    ExpertWeights,
+    FewBitWeight,
+    GpuWeight,
+    pack,
+    together,
+)
 from portalm_backends.portable import kv_codes
 from portalm_backends.portable.backend import TorchBackend
 
 if TYPE_CHECKING:
     from portalm_backends.gpu_common import attention, cache
-    from portalm_backends.gpu_common.kernels import fp8, linear, norms, rope, sampling, silu_mul
+    from portalm_backends.gpu_common.kernels import (
+        fp8,
+        linear,
+        moe,
+        norms,
+        rope,
+        sampling,
+        silu_mul,
+    )
+
+logger = logging.getLogger(__name__)
 
 
 class GpuBackend(TorchBackend):
@@ -60,6 +81,9 @@ class GpuBackend(TorchBackend):
             self._native = native.load(self.native_name, gpu.arch)
         self._workspaces: dict[AttentionSpec, tuple[torch.Tensor, torch.Tensor]] = {}
         """Of the native decode attention: its layers share one, and captured steps read it."""
+        self._experts: WeakKeyDictionary[Experts, tuple[ExpertWeights | None, ...]]
+        self._experts = WeakKeyDictionary()
+        """Of each layer, gate and up, then down."""
         self._family = attention.family_of(self.arch.name)
         self._transfers = Transfers(gpu)
         self._graphs = Graphs(gpu, self._transfers, self._sample)
@@ -300,6 +324,33 @@ class GpuBackend(TorchBackend):
         """silu(gate) * up of [T, 2 I]: [T, I]."""
         return silu_mul.silu_mul(gate_up)
 
+    def moe(
+        self,
+        x: torch.Tensor,
+        expert_ids: torch.Tensor,
+        expert_weights: torch.Tensor,
+        experts: Experts,
+    ) -> torch.Tensor:
+        """Each expert on the tokens that chose it, all in four launches, six of float8: [T, C].
+
+        Where the experts are packed unlike each other, every expert on every token.
+        """
+        if experts not in self._experts:
+            self._experts[experts] = self._together(experts)
+        gate_up, down = self._experts[experts]
+        if gate_up is None or down is None:
+            return super().moe(x, expert_ids, expert_weights, experts)
+        return moe.moe(x, expert_ids, expert_weights, experts, gate_up, down, family=self._family)
+
+    def _together(self, experts: Experts) -> tuple[ExpertWeights | None, ...]:
+        found = tuple(together(many, self.to_device) for many in (experts.gate_up, experts.down))
+        if None in found and not any(None in others for others in self._experts.values()):
+            logger.warning(
+                "a layer's experts differ in how they are packed: every one is computed for every "
+                "token, which is much slower than experts of one kind"
+            )
+        return found
+
     # -- execution ----------------------------------------------------------------------------
 
     def buckets(self, max_tokens: int, max_requests: int, max_blocks: int) -> Sequence[Bucket]:
@@ -340,9 +391,17 @@ class GpuBackend(TorchBackend):
 
 def _import_kernels() -> None:
     """Triton is imported when a GPU is started, not where one is only looked for."""
-    global attention, cache, fp8, linear, norms, rope, sampling, silu_mul
+    global attention, cache, fp8, linear, moe, norms, rope, sampling, silu_mul
     from portalm_backends.gpu_common import attention, cache
-    from portalm_backends.gpu_common.kernels import fp8, linear, norms, rope, sampling, silu_mul
+    from portalm_backends.gpu_common.kernels import (
+        fp8,
+        linear,
+        moe,
+        norms,
+        rope,
+        sampling,
+        silu_mul,
+    )
 
 
 def known_arch(name: str, archs: dict[str, Arch]) -> Arch:

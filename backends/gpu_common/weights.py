@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
@@ -19,7 +23,7 @@ FP8 = "fp8"
 (`kernels.fp8.dtype_of`)."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class FewBitWeight:
     """A weight [N, K] of few bits: kernels/matmul.py multiplies activations as they are with it.
 
@@ -30,9 +34,10 @@ class FewBitWeight:
     """int8 [K / group, N, bytes of a group]: two codes of 4 bits a byte, the first one low; where
     there are no minimums, two's complement: less the code that stands for 0."""
     scales: torch.Tensor
-    """float16 [K / group, N]"""
+    """float16 [K / group, N]; float32 where float16 has not all of its values, or not those of
+    the experts it is one of"""
     minimums: torch.Tensor | None
-    """float16 [K / group, N]"""
+    """The same."""
     bits: int
     """4 or 8"""
     group: int
@@ -51,6 +56,46 @@ class Fp8Weight:
 
 
 GpuWeight = torch.Tensor | FewBitWeight | Fp8Weight
+
+
+class Parts(NamedTuple):
+    """What kernels are given of a weight [N, K]."""
+
+    values: torch.Tensor
+    """[N, K], or codes of few bits."""
+    scales: torch.Tensor | None
+    minimums: torch.Tensor | None
+    bits: int
+    """4 or 8 for codes of few bits, 16 for floats of any size."""
+    group: int | None
+    """Columns that share a scale, of few bits."""
+    n: int
+    k: int
+
+
+def parts_of(weight: GpuWeight) -> Parts:
+    """A packed weight, taken apart."""
+    if isinstance(weight, FewBitWeight):
+        codes, n = weight.codes, weight.codes.shape[1]
+        return Parts(codes, weight.scales, weight.minimums, weight.bits, weight.group, n, weight.k)
+    if isinstance(weight, Fp8Weight):
+        return Parts(weight.values, weight.scales, None, 16, None, *weight.values.shape)
+    return Parts(weight, None, None, 16, None, *weight.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertWeights:
+    """One weight [N, K] of each of E experts, alike but for their numbers, for kernels/moe.py.
+
+    They stay where each was packed: nothing is copied.
+    """
+
+    places: torch.Tensor
+    """int64 [3, E]: addresses of values, scales and minimums; 0 where there are none."""
+    first: Parts
+    """The first expert's."""
+    alignment: int
+    """All addresses are multiples of so many bytes."""
 
 
 def pack(
@@ -143,3 +188,41 @@ def _as_fp8(weight: torch.Tensor, fp8: torch.dtype | None) -> Fp8Weight:
     wide = weight.float()
     scales = (wide.abs().amax(dim=1) / torch.finfo(fp8).max).clamp(min=1e-12)  # [N]
     return Fp8Weight((wide / scales[:, None]).to(fp8), scales[None, :])
+
+
+def together(
+    weights: Sequence[GpuWeight], put: Callable[[npt.NDArray[np.int64]], torch.Tensor]
+) -> ExpertWeights | None:
+    """Packed weights of experts as one; None if they are not of one kind and shape.
+
+    They must live as long as what is returned. Of few bits, scales and minimums that are float32 in
+    some become float32 in all, in place: no number changes.
+
+    Args:
+        weights: of each expert.
+        put: a copy on the device.
+    """
+    _widen([weight for weight in weights if isinstance(weight, FewBitWeight)])
+    parts = [parts_of(weight) for weight in weights]
+    if len({_kind(part) for part in parts}) > 1:
+        return None
+    places = np.array(
+        [[0 if x is None else x.data_ptr() for x in part[:3]] for part in parts], np.int64
+    )
+    alignment = 1 if (places % 16).any() else 16
+    return ExpertWeights(put(np.ascontiguousarray(places.T)), parts[0], alignment)
+
+
+def _widen(weights: Sequence[FewBitWeight]) -> None:
+    if len({weight.scales.dtype for weight in weights}) > 1:
+        for weight in weights:
+            weight.scales = weight.scales.float()
+    if len({weight.minimums.dtype for weight in weights if weight.minimums is not None}) > 1:
+        for weight in weights:
+            weight.minimums = None if weight.minimums is None else weight.minimums.float()
+
+
+def _kind(part: Parts) -> tuple[Any, ...]:
+    """All that a kernel takes for granted."""
+    tensors = tuple(None if x is None else (x.dtype, x.shape) for x in part[:3])
+    return (*tensors, *part[3:])

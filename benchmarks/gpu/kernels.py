@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from gpu.common import Settings, seconds, settings, tell
-from portalm.backend import AttentionSpec, KVSpec, SampleParams, StepMeta, load_backend
+from portalm.backend import AttentionSpec, Experts, KVSpec, SampleParams, StepMeta, load_backend
 
 
 def attention_meta(backend: Any, spec: Any, lengths: list[int], contexts: list[int]) -> StepMeta:
@@ -119,6 +119,31 @@ def linears(backend: Any, run: Settings, dtype: torch.dtype) -> None:
                 tell(label, taken * 1e6, "us", tflops=tflops, tbytes=n * k * 2 / taken / 1e12)
 
 
+def experts(backend: Any, run: Settings, dtype: torch.dtype) -> None:
+    """A layer of Qwen3-30B-A3B's: decodes by bytes of those chosen, prompts by products."""
+    count, top_k = run.scaled(128, 4), run.scaled(8, 2)
+    hidden, inner = run.scaled(2048, 64), run.scaled(768, 32)
+    device = backend.device()
+
+    def packed(rows: int, columns: int) -> tuple[Any, ...]:
+        many = (torch.randn(rows, columns, device=device) * columns**-0.5 for _ in range(count))
+        return tuple(backend.pack(weight.to(dtype)) for weight in many)
+
+    layer = Experts(gate_up=packed(2 * inner, hidden), down=packed(hidden, inner))
+    numbers = 3 * inner * hidden
+    for tokens in (1, 16, 64, 256, 2048, 8192) if not run.is_tiny else (2, 9):
+        x = torch.randn(tokens, hidden, device=device).to(dtype)
+        shares, ids = torch.rand(tokens, count, device=device).topk(top_k, dim=-1)
+        num_chosen = len(ids.unique())
+        taken = seconds(backend, partial(backend.moe, x, ids.int(), shares, layer))
+        tbytes = num_chosen * numbers * dtype.itemsize / taken / 1e12
+        tflops = 2 * tokens * top_k * numbers / taken / 1e12
+        if tokens <= 256:
+            tell(f"experts, {tokens} tokens", tbytes, "TB/s", us=taken * 1e6, tflops=tflops)
+        else:
+            tell(f"experts, {tokens} tokens", tflops, "TFLOP/s", us=taken * 1e6, tbytes=tbytes)
+
+
 def small_ones(backend: Any, run: Settings, dtype: torch.dtype) -> None:
     """Norms, activation, rotation, the head and the draw."""
     model, device = run.model("8b"), backend.device()
@@ -173,7 +198,7 @@ def main() -> None:
     run = settings()
     backend = load_backend(run.device)
     dtype = torch.float32 if run.is_tiny else torch.bfloat16
-    for part in (attention, small_ones, linears):
+    for part in (attention, small_ones, experts, linears):
         try:
             part(backend, run, dtype)
         except Exception as error:  # one that breaks must not hide the others

@@ -21,7 +21,13 @@ import torch
 from portalm_backends.gpu_common import attention
 from portalm_backends.gpu_common.kernels import kv_cache, paged_attention
 from portalm_backends.gpu_common.kernels.kv_codes import FP8, INT8
-from tests.gpu.operation_launches import FP8_OPERATIONS, OPERATIONS
+from tests.gpu.operation_launches import (
+    EXPERTS,
+    FP8_EXPERTS,
+    FP8_OPERATIONS,
+    OPERATIONS,
+    experts,
+)
 from tests.gpu.triton_targets import SHARED_LIMIT, TARGETS, Compiled, compile_for
 
 TABLE = Path(__file__).with_suffix(".json")
@@ -273,12 +279,19 @@ def launches(target: str) -> dict[str, Callable[[str], Launch]]:
     """All that is measured for a target."""
     operations = OPERATIONS | (FP8_OPERATIONS if target in FP8_TARGETS else {})
     found = LAUNCHES | {name: partial(_same, how) for name, how in operations.items()}
+    of_experts = EXPERTS | (FP8_EXPERTS if target in FP8_TARGETS else {})
+    found |= {name: partial(_experts, how) for name, how in of_experts.items()}
     return found | (LATENT_LAUNCHES if target in LATENT_TARGETS else {})
 
 
 def _same(how: dict[str, Any], target: str) -> Launch:
     """Launched alike on every target."""
     return Launch(**how)
+
+
+def _experts(how: dict[str, Any], target: str) -> Launch:
+    """A product of experts, in the shape that the target takes."""
+    return Launch(**experts(target, **how))
 
 
 def measure(target: str, name: str) -> dict[str, int]:

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
+from portalm.backend import QUANTIZED_FORMATS
+from portalm_backends.gpu_common import attention
 from portalm_backends.gpu_common.kernels import (
     adjust,
     fp8,
     logprobs,
     matmul,
+    moe,
     norms,
     rope,
     sampling,
@@ -141,6 +146,68 @@ def _products() -> dict[str, dict[str, Any]]:
     return found
 
 
+def _sorting() -> dict[str, dict[str, Any]]:
+    ids = {
+        **_types(_INT, "ids_ptr", "choices_ptr", "tile_experts_ptr", "num_tiles_ptr"),
+        **_types("i32", "num_choices", "num_experts"),
+    }
+    bins = {"ROWS": 16, "BINS": 256, "CHUNK": moe.CHUNK}
+    sums = {**_types(_HALF, "results_ptr", "out_ptr"), "weights_ptr": _FLOAT, "width": "i32:16"}
+    return {
+        "moe, sort": _launch(moe._sort, ids, bins, 8),
+        "moe, add up": _launch(moe._add_up, sums, {"TOP_K": 8, "BLOCK": 1024}),
+    }
+
+
+VALUES = {
+    "bf16": (_HALF, torch.bfloat16),
+    "fp32": (_FLOAT, torch.float32),
+    "fp8": ("*fp8e4nv", torch.float8_e4m3fn),
+}
+"""Of experts: a pointer's type and torch's; others are codes of few bits."""
+
+
+def experts(
+    target: str, rows: int, form: str = "bf16", *, is_gated: bool = True, has_all: bool = False
+) -> dict[str, Any]:
+    """A launch of `moe.product`; `has_all`: gpt-oss' biases and clamped gate."""
+    pointer, dtype = VALUES.get(form, ("*i8", torch.int8))
+    family = attention.family_of(target)
+    shape = moe.launch_shape(rows, dtype, family, is_gated=is_gated)
+    is_float = form in VALUES
+    computed = _FLOAT if form == "fp32" else _HALF
+    types = {
+        **_types(computed, "bias_ptr", "out_ptr"),
+        **_types("*fp32" if is_float else "*fp16", "scales_ptr", "minimums_ptr"),
+        **_types(_INT, "choices_ptr", "tile_experts_ptr", "num_tiles_ptr"),
+        **_types("i32:16", "n", "k", "x_stride"),
+        **_types("i32", "num_choices", "num_experts", "num_groups"),
+        **_types("fp32", "limit", "alpha"),
+        "values_ptr": pointer,
+        "x_ptr": pointer if form == "fp8" else computed,
+        "x_scales_ptr": _FLOAT,
+        "places_ptr": _LONG,
+    }
+    constants = {
+        "GROUP": shape.columns if is_float else QUANTIZED_FORMATS[form],
+        "BITS": 16 if is_float else 4 if form.startswith("int4") else 8,
+        "HAS_MINIMUMS": form.endswith("_min"),
+        "HAS_SCALES": form == "fp8",
+        "HAS_BIAS": has_all,
+        "IS_GATED": is_gated,
+        "IS_CLAMPED": has_all,
+        "ALIGNMENT": 16,
+        "BAND": moe.BAND,
+        "ROWS": rows,
+        "BLOCK_N": shape.block_n,
+    }
+    if is_gated:  # a token's row is read for each of its choices
+        types["choices_per_row"] = "i32"
+    else:
+        constants["choices_per_row"] = 1
+    return _launch(moe._product, types, constants, shape.num_warps, shape.num_stages)
+
+
 def _launch(
     kernel: Any,
     signature: dict[str, str],
@@ -157,8 +224,29 @@ def _launch(
     }
 
 
-OPERATIONS: dict[str, dict[str, Any]] = _sampling() | _layers() | _products()
+OPERATIONS: dict[str, dict[str, Any]] = _sampling() | _layers() | _products() | _sorting()
 """By name: what `kernel_budgets.Launch` is made of, the same on every target."""
+
+EXPERTS: dict[str, dict[str, Any]] = {
+    **{f"moe, {rows} rows": {"rows": rows} for rows in (16, 64, 128)},
+    **{f"moe, down, {rows} rows": {"rows": rows, "is_gated": False} for rows in (16, 64, 128)},
+    **{
+        f"moe, {form}, {rows} rows": {"rows": rows, "form": form}
+        for form in QUANTIZED_FORMATS
+        for rows in ((16, 64, 128) if form == "int4_min" else (16, 128))
+    },
+    **{
+        f"moe, int4_min, down, {r} rows": {"rows": r, "form": "int4_min", "is_gated": False}
+        for r in (16, 128)
+    },
+    "moe, gpt-oss, 16 rows": {"rows": 16, "has_all": True},
+    "moe, gpt-oss, 128 rows": {"rows": 128, "has_all": True},
+    "moe, fp32, 16 rows": {"rows": 16, "form": "fp32"},
+    "moe, fp32, 128 rows": {"rows": 128, "form": "fp32"},
+}
+"""By name: arguments of `experts`. Those of few bits and without another word: gate and up."""
+
+FP8_EXPERTS = {f"moe, fp8, {rows} rows": {"rows": rows, "form": "fp8"} for rows in (16, 128)}
 
 FP8_OPERATIONS = {
     "linear, quantize to fp8": _launch(

@@ -35,6 +35,7 @@ class PlainGpu(GpuBackend):
     rope = TorchBackend.rope
     rope_kv_write = TorchBackend.rope_kv_write
     silu_mul = TorchBackend.silu_mul
+    moe = TorchBackend.moe
     kv_copy = TorchBackend.kv_copy
 
     def _sample(self, logits: torch.Tensor, params: SampleParams) -> SampleOutput:

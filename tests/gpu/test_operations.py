@@ -18,7 +18,7 @@ from tests.gpu.interpreted import InterpretedBackend, complete, some
 
 SUBJECT = Subject(InterpretedBackend())
 TORCH = ReferenceBackend()
-NAMES = ("linear", "logits", "rms_norm", "layer_norm", "silu_mul", "rope")
+NAMES = ("linear", "logits", "rms_norm", "layer_norm", "silu_mul", "rope", "moe")
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 
@@ -146,12 +146,15 @@ def test_the_kit_catches_wrong_operations() -> None:
         def rope(self, query: Any, key: Any, positions: Any, cos_sin: Any, **pairing: Any) -> Any:
             return super().rope(query, key, (positions + 1) % 128, cos_sin, **pairing)
 
+        def moe(self, x: Any, expert_ids: Any, expert_weights: Any, experts: Any) -> torch.Tensor:
+            return super().moe(x, expert_ids, expert_weights.flip(-1), experts)
+
     subject = Subject(Wrong())
+    wrong = {"rms_norm", "layer_norm", "silu_mul", "rope", "moe"}
     caught = {
         item.check
         for item in kit_items()
-        if item.check in ("rms_norm", "layer_norm", "silu_mul", "rope")
-        and item.run(subject).status == "fail"
+        if item.check in wrong and item.run(subject).status == "fail"
     }
 
-    assert caught == {"rms_norm", "layer_norm", "silu_mul", "rope"}
+    assert caught == wrong

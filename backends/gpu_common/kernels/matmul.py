@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from portalm.errors import BackendError
-from portalm_backends.gpu_common.weights import FewBitWeight
+from portalm_backends.gpu_common.weights import FewBitWeight, parts_of
 
 _PROGRAMS = 512
 """K is split until there are so many programs: enough for the largest devices."""
@@ -34,12 +34,8 @@ def matmul(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """x [M, K] times weight [N, K] transposed, plus bias [N], added in float32: `dtype` [M, N]."""
-    if isinstance(weight, FewBitWeight):
-        values, scales, minimums = weight.codes, weight.scales, weight.minimums
-        bits, group, n, k = weight.bits, weight.group, weight.codes.shape[1], weight.k
-    else:
-        values, scales, minimums, bits, group = weight, weight, None, 16, _PLAIN_GROUP
-        n, k = weight.shape
+    values, scales, minimums, bits, group, n, k = parts_of(weight)
+    group = group or _PLAIN_GROUP
     m = x.shape[0]
     if x.shape[1] != k or x.stride(1) != 1:
         raise BackendError("shape", f"linear: {list(x.shape)} times [{n}, {k}]^T")
@@ -58,7 +54,8 @@ def matmul(
     if num_parts > 1:
         result, added = torch.empty((num_parts, m, n), dtype=torch.float32, device=x.device), None
     _matmul[(triton.cdiv(n, block_n), triton.cdiv(m, block_m), num_parts)](
-        x, values, scales, scales if minimums is None else minimums, x if added is None else added,
+        x, values, values if scales is None else scales,
+        values if minimums is None else minimums, x if added is None else added,
         result, m, n, k, x.stride(0), num_groups, part, group, bits, minimums is not None,
         added is not None, block_m, block_n, num_warps=4 if block_m < 64 else 8, num_stages=3,
     )  # fmt: skip
@@ -90,32 +87,10 @@ def _matmul(
             mask=is_m[None, :] & (of_k < k)[:, None],
             other=0.0,
         )
-        if BITS == 16:
-            values = tl.load(
-                values_ptr + of_n[:, None].to(tl.int64) * k + of_k[None, :],
-                mask=is_n[:, None] & (of_k < k)[None, :],
-                other=0.0,
-            )
-            total = tl.dot(values, x, total, input_precision="ieee")
-        else:
-            rows = (i * n + of_n).to(tl.int64)
-            if BITS == 8:
-                place = values_ptr + rows[:, None] * GROUP + columns[None, :]
-                codes = tl.load(place, mask=is_n[:, None], other=0)
-            else:
-                pairs = tl.arange(0, GROUP // 2)
-                place = values_ptr + rows[:, None] * (GROUP // 2) + pairs[None, :]
-                both = tl.load(place, mask=is_n[:, None], other=0)
-                if HAS_MINIMUMS:
-                    codes = tl.join(both & 15, (both >> 4) & 15)
-                else:
-                    codes = tl.join((both << 4) >> 4, both >> 4)
-                codes = tl.reshape(codes, (BLOCK_N, GROUP))
-            scales = tl.load(scales_ptr + rows, mask=is_n, other=0.0).to(tl.float32)
-            total += tl.dot(codes.to(x.dtype), x, input_precision="ieee") * scales[:, None]
-            if HAS_MINIMUMS:
-                minimums = tl.load(minimums_ptr + rows, mask=is_n, other=0.0).to(tl.float32)
-                total += minimums[:, None] * tl.sum(x.to(tl.float32), axis=0)[None, :]
+        total = add_group(
+            total, x, values_ptr, scales_ptr, minimums_ptr, i, of_n, is_n, n, k,
+            GROUP, BITS, HAS_MINIMUMS, BLOCK_N,
+        )  # fmt: skip
     if HAS_BIAS:
         total += tl.load(bias_ptr + of_n, mask=is_n, other=0.0).to(tl.float32)[:, None]
     rows = tl.program_id(2) * m + of_m
@@ -124,6 +99,47 @@ def _matmul(
         total.to(out_ptr.dtype.element_ty),
         mask=is_m[None, :] & is_n[:, None],
     )
+
+
+@triton.jit
+def add_group(
+    total, x, values_ptr, scales_ptr, minimums_ptr, i, of_n, is_n, n, k,
+    GROUP: tl.constexpr, BITS: tl.constexpr, HAS_MINIMUMS: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """`total` [BLOCK_N, BLOCK_M] and rows `of_n` of a weight [n, k] times x, both of group i.
+
+    x is [GROUP, BLOCK_M]. BITS is 16 for a weight of floats of any size: columns i GROUP to
+    (i + 1) GROUP are a group then.
+    """
+    columns = tl.arange(0, GROUP)
+    if BITS == 16:
+        of_k = i * GROUP + columns
+        values = tl.load(
+            values_ptr + of_n[:, None].to(tl.int64) * k + of_k[None, :],
+            mask=is_n[:, None] & (of_k < k)[None, :],
+            other=0.0,
+        )
+        total = tl.dot(values, x, total, input_precision="ieee")
+    else:
+        rows = (i * n + of_n).to(tl.int64)
+        if BITS == 8:
+            place = values_ptr + rows[:, None] * GROUP + columns[None, :]
+            codes = tl.load(place, mask=is_n[:, None], other=0)
+        else:
+            pairs = tl.arange(0, GROUP // 2)
+            place = values_ptr + rows[:, None] * (GROUP // 2) + pairs[None, :]
+            both = tl.load(place, mask=is_n[:, None], other=0)
+            if HAS_MINIMUMS:
+                codes = tl.join(both & 15, (both >> 4) & 15)
+            else:
+                codes = tl.join((both << 4) >> 4, both >> 4)
+            codes = tl.reshape(codes, (BLOCK_N, GROUP))
+        scales = tl.load(scales_ptr + rows, mask=is_n, other=0.0).to(tl.float32)
+        total += tl.dot(codes.to(x.dtype), x, input_precision="ieee") * scales[:, None]
+        if HAS_MINIMUMS:
+            minimums = tl.load(minimums_ptr + rows, mask=is_n, other=0.0).to(tl.float32)
+            total += minimums[:, None] * tl.sum(x.to(tl.float32), axis=0)[None, :]
+    return total
 
 
 @triton.jit
