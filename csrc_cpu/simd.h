@@ -195,7 +195,7 @@ PORTALM_INLINE void store_part(T* p, Vec x, int64_t count) {
 
 // In a register from here on: it is used more than once, and loads are the scarce thing.
 PORTALM_INLINE Vec kept(Vec x) {
-#if defined(__x86_64__)
+#if (defined(__AVX512F__) && PORTALM_LANES == 16) || (defined(__AVX__) && PORTALM_LANES == 8)
   asm("" : "+v"(x));
 #endif
   return x;
