@@ -4,9 +4,9 @@ python ci/support_matrix.py record DEVICE [LEVEL ...]   runs the kit (these leve
                                                         docs/support/DEVICE.json
 python ci/support_matrix.py write                       writes docs/support-matrix.md from those
 
-cuda and rocm are interpreted here, on a device that stands for a GPU, and of the models (L3) some
-are, one of each kind. On a machine with one,
-`portalm conformance --device cuda --json docs/support/cuda.json` says "run".
+cuda and rocm are interpreted here, on a device that stands for a GPU; of the models (L3) one of
+each kind is. On a machine with a GPU `portalm conformance --device cuda --json
+docs/support/cuda.json` says "run".
 """
 
 from __future__ import annotations

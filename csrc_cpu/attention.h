@@ -232,7 +232,8 @@ PORTALM_INLINE void value_tile(const float* weights, const Chunk<K>& chunk, int6
     for (int n = 0; n < N; ++n) acc[r][n] = load(value + r * stride + n * kLanes);
   for (int64_t u = from / chunk.unit; u * chunk.unit < to; ++u) {
     const int64_t start = u * chunk.unit;
-    const int64_t ahead = chunk.values[u] == chunk.keys[u] ? 0 : chunk.ahead[u];  // asked for already
+    // values that are keys were asked for with those
+    const int64_t ahead = chunk.values[u] == chunk.keys[u] ? 0 : chunk.ahead[u];
     int64_t t = max_of(from - start, int64_t{0});
     const int64_t until = min_of(to - start, chunk.unit);
     const float* w = weights + start;
