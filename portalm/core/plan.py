@@ -15,7 +15,7 @@ class PlannedRequest(NamedTuple):
     start: int
     """Tokens before this are in the KV cache; this step computes [start, start + num_tokens)."""
     num_tokens: int
-    draws_token: bool
+    samples_token: bool
     """The step reaches the end of the known tokens, so it draws the next one."""
     epoch: int
     """The request's epoch when it was planned."""

@@ -419,23 +419,23 @@ class Scheduler:
         block_size, num_ended = self.config.block_size, 0
         has_logprobs = bool(result.logprobs or result.prompt_logprobs)
         for planned, token_id in zip(plan.requests, result.token_ids, strict=True):
-            request, _, _, draws_token, epoch = planned
+            request, _, _, samples_token, epoch = planned
             if request.epoch != epoch or request.status is not RequestStatus.RUNNING:
                 continue  # preempted, aborted or ended since it was planned
-            if draws_token and token_id < 0 and request.request_id in result.refused:
+            if samples_token and token_id < 0 and request.request_id in result.refused:
                 self._end(request, "error")
                 own = result.refused[request.request_id]
                 updates.append(RequestUpdate(request, [], "error", error=own, is_refused=True))
                 num_ended += 1
                 continue
-            if (draws_token and token_id < 0) or result.failed:
+            if (samples_token and token_id < 0) or result.failed:
                 reason = result.failed.get(request.request_id)
-                if reason is not None or (draws_token and token_id < 0):
+                if reason is not None or (samples_token and token_id < 0):
                     updates.append(self._fail(request, reason or _BROKEN_LOGITS))
                     num_ended += 1
                     continue
             update = None
-            if draws_token:
+            if samples_token:
                 token_ids = request.token_ids
                 token_ids.append(token_id)
                 request.num_placeholders -= 1

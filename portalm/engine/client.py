@@ -211,7 +211,7 @@ class EngineClient:
         """Answers that were asked for and have not begun to run: exact at any moment."""
         return len(self._queued)
 
-    async def trouble(self, *, timeout_s: float = 5.0) -> str | None:
+    async def health_problem(self, *, timeout_s: float = 5.0) -> str | None:
         """What is wrong with the engine; None: it makes progress, or is idle and its device well.
 
         Args:

@@ -283,7 +283,7 @@ class InputBatch:
 
         None if some token draws nothing, or is scored.
         """
-        if any(not p.draws_token or p.request.params.prompt_logprobs is not None for p in planned):
+        if any(not p.samples_token or p.request.params.prompt_logprobs is not None for p in planned):
             return None
         count, block_size = len(planned), self.block_size
         arange = buffers.arange
@@ -338,7 +338,7 @@ class InputBatch:
             wanted = num_prompt_rows(p)
             if wanted:
                 rows.extend(range(loc[i], loc[i] + wanted))
-            if p.draws_token:
+            if p.samples_token:
                 rows.append(loc[i + 1] - 1)
         return rows
 

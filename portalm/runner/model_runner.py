@@ -369,14 +369,14 @@ class StepInFlight:
     def _mark_broken(self, result: StepResult) -> None:
         """A row that nothing could be drawn in has drawn -1: its request fails, no other."""
         result.refused = {
-            row.request.request_id: row.trouble for row in self._sampled if row.trouble is not None
+            row.request.request_id: row.refusal for row in self._sampled if row.refusal is not None
         }
         result.failed |= {
             row.request.request_id: row.fault for row in self._sampled if row.fault is not None
         }
         for planned, token_id in zip(self.plan.requests, result.token_ids, strict=True):
             if (
-                planned.draws_token
+                planned.samples_token
                 and token_id < 0
                 and planned.request.request_id not in result.refused | result.failed
             ):

@@ -20,7 +20,7 @@ class SampledRow:
     """Place of the drawn (or predicted) token in its request."""
     target: int
     """The prompt token whose logprob is wanted, or -1: a token is drawn."""
-    trouble: str | None = None
+    refusal: str | None = None
     """Why nothing can be drawn, where the request itself leaves nothing."""
     fault: str | None = None
     """Why what is drawn is worth nothing, where a logits processor failed."""
@@ -42,12 +42,12 @@ def sampled_rows(plan: StepPlan) -> list[SampledRow]:
     """The plan's rows of logits, in the order of `StepArrays.logits_rows`."""
     rows: list[SampledRow] = []
     for index, planned in enumerate(plan.requests):
-        request, start, num_tokens, draws_token, _ = planned
+        request, start, num_tokens, samples_token, _ = planned
         if request.params.prompt_logprobs is not None:
             rows.extend(
                 SampledRow(index, request, start + i + 1, request.token_ids[start + i + 1])
                 for i in range(num_prompt_rows(planned))
             )
-        if draws_token:
+        if samples_token:
             rows.append(SampledRow(index, request, start + num_tokens, -1))
     return rows

@@ -38,7 +38,7 @@ class TokenMasks:
 
         A grammar that may end allows the end of sequence. That gives way to ignore_eos,
         min_tokens and allowed_token_ids while anything else can follow; where nothing can, the
-        answer ends. A row that nothing can be drawn in says so in its `trouble`.
+        answer ends. A row that nothing can be drawn in says so in its `refusal`.
         """
         restricted = [
             i
@@ -54,7 +54,7 @@ class TokenMasks:
             try:
                 self._restrict(row, mask, i)
             except NoTokenFits as error:
-                row.trouble = f"structured_outputs: {error}"
+                row.refusal = f"structured_outputs: {error}"
                 mask[i] = 0
                 self._matchers.pop(row.request.request_id, None)
         return mask
@@ -77,7 +77,7 @@ class TokenMasks:
         if not line.any():
             line |= _bits(end, len(line))
             if not end:
-                row.trouble = (
+                row.refusal = (
                     f"no token is left to draw at token {row.position - request.num_prompt_tokens} "
                     "of the answer: structured_outputs, allowed_token_ids, bad_words and "
                     "min_tokens together forbid all"

@@ -24,18 +24,18 @@ async def live() -> dict[str, str]:
 @router.get("/health")
 async def health(state: State) -> JSONResponse:
     """200 while steps end in their time, or the idle device answers; else 503 and what is wrong."""
-    trouble = await state.client.trouble()
-    if trouble is not None:
-        return error_response(503, trouble)
+    problem = await state.client.health_problem()
+    if problem is not None:
+        return error_response(503, problem)
     return JSONResponse({"status": "healthy"})
 
 
 @router.get("/health/ready")
 async def ready(state: State) -> JSONResponse:
     """200 while new requests are taken."""
-    trouble = "shutting down" if state.is_draining else await state.client.trouble()
-    if trouble is not None:
-        return error_response(503, f"not ready: {trouble}")
+    problem = "shutting down" if state.is_draining else await state.client.health_problem()
+    if problem is not None:
+        return error_response(503, f"not ready: {problem}")
     return JSONResponse({"status": "ready"})
 
 

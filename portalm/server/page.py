@@ -84,10 +84,10 @@ async def _health(state: ServerState) -> tuple[str, str | None]:
             "draining",
             "the server shuts down: it takes no more requests, those that run may end",
         )
-    trouble = await state.client.trouble(timeout_s=_PROBE_S)
-    if trouble is None:
+    problem = await state.client.health_problem(timeout_s=_PROBE_S)
+    if problem is None:
         return "ready", None
-    return "loading" if state.client.ready is None else "unhealthy", trouble
+    return "loading" if state.client.ready is None else "unhealthy", problem
 
 
 def _loading(state: ServerState) -> dict[str, Any] | None:

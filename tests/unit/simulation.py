@@ -231,7 +231,7 @@ class Device:
         drawn: dict[str, tuple[Request, int, int]],
         result: StepResult,
     ) -> int:
-        if not planned.draws_token:
+        if not planned.samples_token:
             return -1
         request = planned.request
         ask = asks[request.request_id]
@@ -420,7 +420,7 @@ class Simulation:
             require(p.request.status is RequestStatus.RUNNING, "{} is planned", p.request)
             require(p.request.epoch == p.epoch, "{} is planned in another life", p.request)
             end = p.start + p.num_tokens
-            require(p.draws_token == (end >= p.request.num_tokens), "{} draws", p.request)
+            require(p.samples_token == (end >= p.request.num_tokens), "{} draws", p.request)
             is_new = p.epoch == 0 and p.request not in running_before
             if is_new and p.request.num_output_tokens == 0:
                 require(p.request.num_cached_tokens == p.start, "{}: cached tokens", p.request)

@@ -64,7 +64,7 @@ def allowed(masks: TokenMasks, request: Request) -> set[int]:
     assert mask is not None
     bits = np.unpackbits(mask.view(np.uint8), bitorder="little")
     found = set(np.flatnonzero(bits).tolist())
-    assert bool(found) == (row.trouble is None)
+    assert bool(found) == (row.refusal is None)
     return found
 
 
@@ -194,7 +194,7 @@ def test_nothing_left_to_draw_is_said_by_the_row(load) -> None:
 
     TokenMasks(SIZE).build([row], 1)
 
-    assert row.trouble is not None and "allowed_token_ids" in row.trouble
+    assert row.refusal is not None and "allowed_token_ids" in row.refusal
 
 
 def test_tokens_that_do_not_match_are_said_by_the_row(load) -> None:
@@ -204,7 +204,7 @@ def test_tokens_that_do_not_match_are_said_by_the_row(load) -> None:
 
     TokenMasks(SIZE).build([row], 1)
 
-    assert row.trouble is not None and "does not match" in row.trouble
+    assert row.refusal is not None and "does not match" in row.refusal
 
 
 def test_a_request_whose_masks_take_long_ends_by_itself(load, monkeypatch) -> None:
@@ -215,7 +215,7 @@ def test_a_request_whose_masks_take_long_ends_by_itself(load, monkeypatch) -> No
 
     masks.build([row], 1)
 
-    assert row.trouble is not None and "too ambiguous" in row.trouble
+    assert row.refusal is not None and "too ambiguous" in row.refusal
 
 
 def test_a_matcher_that_was_forgotten_comes_to_the_same_place(load) -> None:

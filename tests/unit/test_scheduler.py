@@ -46,7 +46,7 @@ def make_request(
 
 def step(scheduler: Scheduler, token_id: int = 99) -> StepPlan:
     plan = scheduler.schedule()
-    ids = [token_id if p.draws_token else -1 for p in plan.requests]
+    ids = [token_id if p.samples_token else -1 for p in plan.requests]
     scheduler.update(plan, StepResult(token_ids=ids))
     return plan
 
@@ -653,7 +653,7 @@ def test_a_pooled_prompt_draws_nothing_and_ends_when_it_is_computed() -> None:
     plans = [pool_step(scheduler) for _ in range(3)]
 
     assert [planned(plan) for plan in plans] == [{"a": 8}, {"a": 8}, {"a": 1}]
-    assert not any(p.draws_token for plan in plans for p in plan.requests)
+    assert not any(p.samples_token for plan in plans for p in plan.requests)
     assert not scheduler.has_unfinished()
     assert scheduler.stats()["num_used_blocks"] == 0
 
