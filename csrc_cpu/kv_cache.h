@@ -7,7 +7,7 @@
 //           in pairs that fill a 32-bit lane, which a shift and a mask widen to two vectors.
 //             int8, float8       keys [D, B]          values [B, D]
 //           then the scales of the B keys and of the B values, in bfloat16: what a code is worth
-//           (SCALED_KV_DTYPES in portalm/backend.py).
+//           (SCALED_KV_DTYPES in portalm/backend/kv_cache.py).
 //           Where values are keys (no codes then) there is one plane, and it lies as values do.
 //   wire    [N, L, 2, B, H_kv, D], the layout that every backend exchanges; of codes, float32; 1
 //           for one plane
