@@ -76,7 +76,15 @@ def load_rules(path: Path = RULES) -> tuple[list[Rule], list[dict[str, str]]]:
 
 def tracked_files(paths: list[str] | None = None) -> list[str]:
     """Tracked files, and untracked ones that git does not ignore, under `paths`."""
-    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "--", *(paths or [])]
+    command = [
+        "git",
+        "ls-files",
+        "--cached",
+        "--others",
+        "--exclude-standard",
+        "--",
+        *(paths or []),
+    ]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     return sorted(
         name

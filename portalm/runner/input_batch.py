@@ -283,7 +283,9 @@ class InputBatch:
 
         None if some token draws nothing, or is scored.
         """
-        if any(not p.samples_token or p.request.params.prompt_logprobs is not None for p in planned):
+        if any(
+            not p.samples_token or p.request.params.prompt_logprobs is not None for p in planned
+        ):
             return None
         count, block_size = len(planned), self.block_size
         arange = buffers.arange

@@ -252,7 +252,9 @@ def test_a_device_that_is_not_here_says_what_is_missing() -> None:
 
 
 def test_a_device_that_nobody_knows_is_refused_by_name() -> None:
-    with pytest.raises(BackendUnavailable, match="no installed package provides a backend") as caught:
+    with pytest.raises(
+        BackendUnavailable, match="no installed package provides a backend"
+    ) as caught:
         LLM(device="vax", use_tqdm=False)
 
     assert "installed: cpu" in str(caught.value)
