@@ -10,42 +10,21 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
-from portalm.backend import Backend, KVSpec, Weights, load_backend
-from portalm.config import MAX_PROMPT_LOGPROB_ROWS, EngineConfig, ModelConfig
+from portalm.backend import Backend
+from portalm.config import EngineConfig
 from portalm.core.plan import RequestUpdate, StepPlan, StepResult
 from portalm.core.request import Request
-from portalm.core.scheduler import Scheduler
 from portalm.engine.messages import AddRequest, EngineReady, EngineStats, StepOutputs, TokenOutput
-from portalm.errors import BackendError, ConfigError, InvalidRequest, Unsupported
-from portalm.models.hub import resolve_model
-from portalm.models.loader import open_checkpoint
-from portalm.models.model import AS_CAST, Quantization
-from portalm.models.registry import model_class
+from portalm.engine.setup import EngineSetup, Progress, set_up
+from portalm.errors import BackendError, InvalidRequest
 from portalm.pooling_params import PoolingParams
-from portalm.runner.memory import activation_bytes, kv_budget, measured_bytes
-from portalm.runner.model_runner import ModelRunner, StepInFlight
+from portalm.runner.model_runner import StepInFlight
 from portalm.sampling_params import SamplingParams
 from portalm.structured.grammar import Grammar, Grammars
 from portalm.structured.messages import LoadGrammar
 
-if TYPE_CHECKING:
-    from portalm.models.model import Model
-
 logger = logging.getLogger(__name__)
-
-Progress = Callable[[str, float], None]
-"""Called with a phase (load, capture, warm_up) and its share done, 0 to 1."""
-
-_DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-
-_ROUNDED = {
-    "int8": Quantization(keep=True, layers="int8", head="int8"),
-    # the head decides between tokens: 4 bits there cost more than they save
-    "int4": Quantization(keep=True, layers="int4_min", head="int8"),
-    "fp8": Quantization(layers="fp8"),
-}
 
 _GRAMMAR_WAIT_S = 0.01
 """How long a step with nothing to compute waits for a grammar."""
@@ -73,90 +52,33 @@ class Engine:
         Raises:
             PortaLMError: the model, the device or the settings do not work; the text says why.
         """
-        started = time.perf_counter()
-        tell = progress or (lambda phase, share: None)
+        report = progress or (lambda phase, share: None)
+        setup = set_up(config, backend, report)
         self.config = config
-        self.backend = backend if backend is not None else load_backend(config.device)
-        if config.cpu_threads is not None:
-            self.backend.use_threads(config.cpu_threads)
-
-        self.model_path = resolve_model(config.model, revision=config.revision)
-        self.tokenizer_path = (
-            self.model_path if config.tokenizer is None else resolve_model(config.tokenizer)
-        )
-        checkpoint = open_checkpoint(self.model_path, config, self.backend.device())
-        try:
-            max_model_len = _choose_max_model_len(config, checkpoint.config)
-            self.model_config = checkpoint.config.serving(max_model_len)
-            dtype = _choose_dtype(config, self.model_config, self.backend)
-            model = model_class(self.model_config.architecture)(self.model_config, dtype)
-            _check_claims(config, model, self.backend, dtype)
-            weights = model.load(
-                checkpoint,
-                self.backend,
-                quantization=_choose_quantization(config, self.backend, dtype),
-                progress=lambda share: tell("load", share),
-            )
-        finally:
-            checkpoint.close()
-        loaded = time.perf_counter()
-
-        self.attention_specs = model.attention_specs()
-        self.tasks = model.tasks
-        spec = model.kv_spec(config.block_size, _kv_dtype(config, dtype))
-        num_blocks = self._num_blocks(model, weights, spec, dtype, max_model_len)
-        self.scheduler = Scheduler(
-            config.scheduler_config(max_model_len=max_model_len, num_blocks=num_blocks)
-        )
-        kv = None if spec is None else self.backend.kv_alloc(spec, self.scheduler.config.num_blocks)
-        self.runner = ModelRunner(
-            model,
-            weights,
-            kv,
-            self.backend,
-            self.scheduler.config,
-            enforce_eager=config.enforce_eager,
-        )
+        self.backend = setup.backend
+        self.model_path = setup.model_path
+        self.tokenizer_path = setup.tokenizer_path
+        self.model_config = setup.model.config
+        self.attention_specs = setup.model.attention_specs()
+        self.tasks = setup.model.tasks
+        self.scheduler = setup.scheduler
+        self.runner = setup.runner
         self._max_in_flight = (
             self.backend.capabilities.max_steps_in_flight if config.async_scheduling else 1
         )
         self._in_flight: deque[StepInFlight] = deque()
         self._num_failures = 0
-        """Of steps behind each other, up to now."""
+        """Steps that failed since the last one that did not."""
         self.step_begins: Callable[[int], None] | None = None
-        """Called with the number of tokens of every step, before the device gets it."""
+        """Called with the number of tokens of every step, before it is dispatched."""
         self._grammars = Grammars()
         self._awaiting: dict[str, Request] = {}
         """Requests whose grammar is not loaded yet."""
         self._num_prompt_logprobs_sent: dict[str, int] = {}
         self._scheduled_times: dict[str, float] = {}
-        """Of requests that are in a step for the first time, until outputs are given out."""
+        """By request id: when it was first in a step, until an output has reported it."""
         self._stats = EngineStats()
-        budgeted = time.perf_counter()
-
-        if self.backend.capabilities.static_shapes:
-            self._capture_all(tell)
-        tell("warm_up", 0.0)
-        self._warm_up()
-        tell("warm_up", 1.0)
-        self.ready = EngineReady(
-            model=config.model,
-            device=self.backend.name,
-            device_summary=self.backend.find().summary,
-            dtype=dtype,
-            vocab_size=self.model_config.vocab_size,
-            eos_token_ids=list(self.model_config.eos_token_ids),
-            max_model_len=max_model_len,
-            num_blocks=self.scheduler.config.num_blocks - 1,
-            block_size=config.block_size,
-            tasks=model.tasks,
-            vector_size=self.model_config.hidden_size,
-            startup_s={
-                "load": loaded - started,
-                "budget": budgeted - loaded,
-                "warm_up": time.perf_counter() - budgeted,
-            },
-        )
+        self.ready = self._start(setup, report)
 
     # -- requests -----------------------------------------------------------------------------
 
@@ -337,12 +259,6 @@ class Engine:
             self.runner.graphs.seal()
         return True
 
-    def _capture_all(self, tell: Progress) -> None:
-        """Capture every bucket before service."""
-        self.runner.capture_all(lambda share: tell("capture", share))
-        self.runner.graphs.seal()
-        tell("capture", 1.0)
-
     def _recover(self, plan: StepPlan, error: BackendError) -> list[RequestUpdate]:
         """A step failed: its largest request ends, all others are computed again.
 
@@ -445,45 +361,30 @@ class Engine:
 
     # -- start and end ------------------------------------------------------------------------
 
-    def _num_blocks(
-        self,
-        model: Model,
-        weights: Weights,
-        spec: KVSpec | None,
-        dtype: str,
-        max_model_len: int,
-    ) -> int | None:
-        """Size of the KV pool; None for an encoder, which has none."""
-        if spec is None:
-            return None
-        config = self.config
-        is_given = config.num_gpu_blocks_override or config.kv_cache_memory_bytes
-        if self.backend.capabilities.measures_memory and not is_given:
-            limits = config.scheduler_config(max_model_len=max_model_len, num_blocks=2)
-            activations = measured_bytes(
-                lambda kv: ModelRunner(
-                    model, weights, kv, self.backend, limits, enforce_eager=config.enforce_eager
-                ),
-                self.backend,
-                spec,
-            )
-        else:
-            activations = activation_bytes(
-                self.model_config,
-                dtype_bytes=_DTYPE_BYTES[dtype],
-                max_tokens=config.max_num_batched_tokens,
-                max_logits_rows=config.max_num_seqs + MAX_PROMPT_LOGPROB_ROWS,
-            )
-        budget = kv_budget(
-            config,
-            self.model_config,
-            self.backend,
-            spec,
-            max_model_len=max_model_len,
-            weight_bytes=model.weight_bytes,
-            activations=activations,
+    def _start(self, setup: EngineSetup, report: Progress) -> EngineReady:
+        """Capture steps where that must precede service, warm up, and describe the engine."""
+        started = time.perf_counter()
+        if self.backend.capabilities.static_shapes:
+            self.runner.capture_all(lambda share: report("capture", share))
+            self.runner.graphs.seal()
+            report("capture", 1.0)
+        report("warm_up", 0.0)
+        self._warm_up()
+        report("warm_up", 1.0)
+        return EngineReady(
+            model=self.config.model,
+            device=self.backend.name,
+            device_summary=self.backend.find().summary,
+            dtype=setup.model.dtype,
+            vocab_size=self.model_config.vocab_size,
+            eos_token_ids=list(self.model_config.eos_token_ids),
+            max_model_len=self.max_model_len,
+            num_blocks=self.scheduler.config.num_blocks - 1,
+            block_size=self.config.block_size,
+            tasks=self.tasks,
+            vector_size=self.model_config.hidden_size,
+            startup_s={**setup.startup_s, "warm_up": time.perf_counter() - started},
         )
-        return budget.num_blocks
 
     def _warm_up(self) -> None:
         """Two prompt tokens and what comes of them: a device that cannot compute fails here."""
@@ -517,100 +418,3 @@ class Engine:
 def _grammar_of(request: Request) -> Grammar:
     assert isinstance(request.grammar, Grammar)
     return request.grammar
-
-
-def _choose_dtype(config: EngineConfig, model: ModelConfig, backend: Backend) -> str:
-    claimed = backend.capabilities.dtypes
-    usual = backend.capabilities.auto_dtype or model.dtype
-    wanted = usual if config.dtype == "auto" else config.dtype
-    if wanted in claimed:
-        return wanted
-    if config.dtype == "auto" and "float32" in claimed:
-        logger.warning(
-            "backend %s does not compute in %s, the model's dtype: using float32",
-            backend.name,
-            wanted,
-        )
-        return "float32"
-    raise Unsupported(
-        f"{_told(backend)} does not compute in {wanted}; it does in "
-        f"{', '.join(sorted(claimed))}: choose one with --dtype"
-    )
-
-
-def _choose_quantization(config: EngineConfig, backend: Backend, dtype: str) -> Quantization:
-    """What `config.quantization` means on this backend; `Unsupported` if it cannot."""
-    if config.quantization == "none":
-        return AS_CAST
-    if config.quantization not in _ROUNDED:
-        # float32 was asked for: the reference of all else stays at its precision
-        return Quantization(keep=bool(backend.capabilities.quantizations) and dtype != "float32")
-    quantization = _ROUNDED[config.quantization]
-    claimed = backend.capabilities.quantizations
-    for name in (quantization.layers, quantization.head):
-        if name is not None and name not in claimed:
-            others = [n for n, q in _ROUNDED.items() if {q.layers, q.head} <= {None, *claimed}]
-            raise Unsupported(
-                f"{_told(backend)} does not compute with {config.quantization} weights; "
-                f"choose one of these with --quantization: {', '.join(others) or 'none'}"
-            )
-    return quantization
-
-
-def _told(backend: Backend) -> str:
-    """The backend in a message, with the device where its devices differ."""
-    device = backend.capabilities.device
-    return f"backend {backend.name!r}" + (f" on {device}" if device else "")
-
-
-def _kv_dtype(config: EngineConfig, dtype: str) -> str:
-    return dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype
-
-
-def _choose_max_model_len(config: EngineConfig, model: ModelConfig) -> int:
-    if config.max_model_len is None:
-        trained = model.pooling.max_tokens if model.encoder is not None else None
-        return min(model.max_position, trained or model.max_position)
-    if config.max_model_len > model.max_position:
-        raise ConfigError(
-            f"max_model_len ({config.max_model_len}) is above what the model was made for "
-            f"({model.max_position} positions): lower it, or change max_position_embeddings and "
-            f"rope_scaling with --hf-overrides"
-        )
-    return config.max_model_len
-
-
-def _check_claims(config: EngineConfig, model: Model, backend: Backend, dtype: str) -> None:
-    """Raise `Unsupported` at start-up for what the backend does not claim."""
-    claims = backend.capabilities
-    if not model.attention_specs():
-        return  # what follows is about the KV cache
-    kv_dtype = _kv_dtype(config, dtype)
-    if kv_dtype not in claims.kv_dtypes:
-        raise Unsupported(
-            f"{_told(backend)} does not keep keys and values in {kv_dtype}; it does in "
-            f"{', '.join(sorted(claims.kv_dtypes))}: choose one with --kv-cache-dtype"
-        )
-    if claims.block_sizes is not None and config.block_size not in claims.block_sizes:
-        raise Unsupported(
-            f"{_told(backend)} has no KV blocks of {config.block_size} tokens; it has "
-            f"{', '.join(map(str, sorted(claims.block_sizes)))}: choose one with --block-size"
-        )
-    for spec in model.attention_specs():
-        sizes = claims.head_sizes if spec.value_size is None else None  # else kv_alloc refuses
-        if sizes is not None and spec.head_size not in sizes:
-            raise Unsupported(
-                f"{_told(backend)} has no attention for head size {spec.head_size}; it "
-                f"has {', '.join(map(str, sorted(sizes)))}"
-            )
-        for feature, is_wanted in (
-            ("sliding_window", spec.sliding_window is not None),
-            ("soft_cap", spec.soft_cap is not None),
-            ("alibi", spec.alibi_slopes is not None),
-            ("sinks", spec.has_sinks),
-            ("shared_values", spec.value_size is not None),
-        ):
-            if is_wanted and feature not in claims.features:
-                raise Unsupported(
-                    f"the model needs {feature}, which {_told(backend)} does not claim"
-                )

@@ -23,7 +23,7 @@ class LoadingBar:
         )
 
     def show(self, phase: str, share: float) -> None:
-        """What `portalm.engine.engine.Progress` tells."""
+        """What `portalm.engine.setup.Progress` tells."""
         self._bar.set_description_str(_WORDS[phase], refresh=False)
         self._bar.n = int(100 * share)
         self._bar.refresh()

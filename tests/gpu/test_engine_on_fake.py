@@ -303,7 +303,7 @@ def test_the_pool_leaves_room_for_the_largest_step_and_the_captures(
         kept.append(activations)
         return kv_budget(*args, activations=activations, **kwargs)
 
-    monkeypatch.setattr("portalm.engine.engine.kv_budget", budget)
+    monkeypatch.setattr("portalm.engine.setup.kv_budget", budget)
     made = []
     for settings in ({}, {"enforce_eager": True}):
         gpu = FakeGpu(total=1 << 30)

@@ -42,9 +42,13 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 def test_what_it_lacks_is_refused_by_name(tmp_path: Path, backend: AnyGpu) -> None:
     arch = backend.arch
     where = rf"on {arch.name} \({arch.product}\)"
-    with pytest.raises(Unsupported, match=rf"{where} has no attention for head size 20; .*16, 24"):
+    with pytest.raises(
+        Unsupported, match=rf"{where} does not support attention with head size 20; .*16, 24"
+    ):
         make_engine(tmp_path, backend, hf_overrides={"head_dim": 20})
-    with pytest.raises(Unsupported, match=rf"{where} has no KV blocks of 12 .*--block-size"):
+    with pytest.raises(
+        Unsupported, match=rf"{where} does not support KV blocks of 12 .*--block-size"
+    ):
         make_engine(tmp_path, backend, block_size=12)
 
 
