@@ -240,8 +240,9 @@ def _check_claims(config: EngineConfig, model: Model, backend: Backend) -> None:
         )
     if claims.block_sizes is not None and config.block_size not in claims.block_sizes:
         raise Unsupported(
-            f"{_describe(backend)} does not support KV blocks of {config.block_size} tokens; supported: "
-            f"{', '.join(map(str, sorted(claims.block_sizes)))} (choose one with --block-size)"
+            f"{_describe(backend)} does not support KV blocks of {config.block_size} tokens; "
+            f"supported: {', '.join(map(str, sorted(claims.block_sizes)))} "
+            f"(choose one with --block-size)"
         )
     for spec in model.attention_specs():
         # where values are read from the keys, kv_alloc checks the sizes
