@@ -54,7 +54,7 @@ from portalm.pooling_params import PoolingParams
 from portalm.sampling_params import SamplingParams
 from portalm.structured.compiler import GrammarCompiler
 from portalm.structured.messages import CompiledGrammar
-from portalm.text.tokenizer import Tokenizer, load_tokenizer
+from portalm.text import Tokenizer, load_tokenizer
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""Between text and token ids: tokenizer, detokeniser, chat templates, stop strings."""
+"""Text to token ids and back: tokenizers, detokenizers, chat templates, stop strings, parsers."""
 
+from portalm.text.loading import load_tokenizer as load_tokenizer
 from portalm.text.tokenizer import Tokenizer as Tokenizer
-from portalm.text.tokenizer import load_tokenizer as load_tokenizer

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from codecs import utf_8_decode
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
-if TYPE_CHECKING:
-    from portalm.text.spelling import Spelling
-    from portalm.text.tokenizer import Tokenizer
+from portalm.text.base import TokenDecoder
+from portalm.text.spelling import Spelling
 
 _NUM_PRIMING_TOKENS = 8
 """Prompt tokens that the first token's text may depend on (a character has at most 4 bytes)."""
@@ -39,7 +38,7 @@ class SpelledDetokenizer:
 
     def __init__(
         self,
-        tokenizer: Tokenizer,
+        tokenizer: TokenDecoder,
         spelling: Spelling,
         prompt_token_ids: Sequence[int] = (),
         *,
@@ -89,7 +88,7 @@ class WindowDetokenizer:
 
     def __init__(
         self,
-        tokenizer: Tokenizer,
+        tokenizer: TokenDecoder,
         prompt_token_ids: Sequence[int] = (),
         *,
         skip_special_tokens: bool = True,

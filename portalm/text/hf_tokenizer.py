@@ -11,9 +11,10 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as RustTokenizer
 
 from portalm.errors import CheckpointError
+from portalm.text.base import SpecialTokens
 from portalm.text.chat_template import ChatTemplates
 from portalm.text.rust_tokenizer import set_bos_and_eos, vocab_size, wrap
-from portalm.text.tokenizer import SpecialTokens, Tokenizer
+from portalm.text.tokenizer import Tokenizer
 
 _ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
 

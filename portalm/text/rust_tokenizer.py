@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import processors
 
+from portalm.text.base import SpecialTokens
 from portalm.text.chat_template import ChatTemplates
 from portalm.text.spelling import read_spelling
-from portalm.text.tokenizer import SpecialTokens, Tokenizer
+from portalm.text.tokenizer import Tokenizer
 
 
 class _RustCodec:

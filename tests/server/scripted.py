@@ -26,7 +26,7 @@ from portalm.sampling_params import SamplingParams
 from portalm.server.app import build_app
 from portalm.server.metrics import Metrics
 from portalm.server.state import ServerState
-from portalm.text.tokenizer import load_tokenizer
+from portalm.text import load_tokenizer
 
 
 @dataclass

@@ -10,7 +10,7 @@ from portalm.outputs import Logprob, RequestMetrics
 from portalm.server.completion_choice import ChoiceShape
 from portalm.server.completion_stream import CompletionStream
 from portalm.server.protocol import CompletionRequest
-from portalm.text.tokenizer import load_tokenizer
+from portalm.text import load_tokenizer
 from tests.server.conftest import BYTE_0, make_byte_model_folder
 
 

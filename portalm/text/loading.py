@@ -1,0 +1,62 @@
+"""Load a model's tokenizer, whatever its file format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from portalm.errors import ConfigError, ModelNotFound
+from portalm.text.chat_template import ChatTemplates
+from portalm.text.tokenizer import Tokenizer
+
+_OTHER_FILES = ("tokenizer_config.json", "tokenizer.model", "vocab.json", "tekken.json")
+"""Any of these tells that a folder has a tokenizer, of a kind that transformers reads."""
+
+
+def load_tokenizer(
+    path: Path, *, chat_template: str | None = None, trust_remote_code: bool = False
+) -> Tokenizer:
+    """The tokenizer of a model.
+
+    Args:
+        path: a model folder or a .gguf file, as `resolve_model` gives it.
+        chat_template: a Jinja template, or the path of one, instead of the model's.
+        trust_remote_code: let the tokenizer run Python code that the folder ships.
+
+    Raises:
+        ModelNotFound: there is no tokenizer at `path`.
+        CheckpointError: a file of it is broken.
+        UnsupportedModel: it is of a kind that is not known.
+        ConfigError: `chat_template` cannot be read or is no Jinja template.
+    """
+    chosen = None
+    if chat_template is not None:  # compiled now: a broken one must not wait for a request
+        chosen = ChatTemplates({"default": _read_template(chat_template)}, compile_now=True)
+    if path.is_file():
+        from portalm.text.gguf_tokenizer import load_gguf_tokenizer
+
+        return load_gguf_tokenizer(path, chosen)
+    if (path / "tokenizer.json").is_file():
+        from portalm.text.hf_tokenizer import load_fast_tokenizer
+
+        return load_fast_tokenizer(path, chosen)
+    if any((path / name).is_file() for name in _OTHER_FILES):
+        from portalm.text.hf_tokenizer import load_slow_tokenizer
+
+        return load_slow_tokenizer(path, chosen, trust_remote_code=trust_remote_code)
+    raise ModelNotFound(
+        f"no tokenizer in {str(path)!r}: it has neither tokenizer.json nor any of "
+        f"{', '.join(_OTHER_FILES)}; name a folder or .gguf file that has one with --tokenizer"
+    )
+
+
+def _read_template(chosen: str) -> str:
+    """A template given as such, or as the path of a file: templates have braces or newlines."""
+    if "{" in chosen or "\n" in chosen:
+        return chosen
+    try:
+        return Path(chosen).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"chat_template {chosen!r} is neither a Jinja template (it has no braces) nor a file "
+            f"that can be read: {error}"
+        ) from None
