@@ -1,4 +1,4 @@
-"""One answer of a chat, taken apart: reasoning, content, tool calls; whole or as it comes."""
+"""Split a chat answer into reasoning, content and tool calls, whole or incrementally."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from portalm.text.tool_parsers.base import ToolParser
 
 @dataclass(slots=True)
 class ToolCall:
-    """A call of a function."""
+    """One function call."""
 
     id: str
     name: str
@@ -22,21 +22,21 @@ class ToolCall:
 
 @dataclass(frozen=True, slots=True)
 class CallDelta:
-    """What was added to a call."""
+    """An update of one tool call."""
 
     index: int
-    """Which of the answer's calls."""
+    """Position of the call among the answer's calls."""
     begun: ToolCall | None
-    """The call, where it begins here."""
+    """The call if this delta starts it, otherwise None."""
     arguments: str = ""
-    """More of its arguments."""
+    """Text to append to its arguments."""
 
 
 AnswerPiece = Reasoning | Content | CallDelta
 
 
 class AnswerParser:
-    """Takes one answer apart. What was found so far can be read at any time."""
+    """Incremental parser of one answer; the result so far can be read at any time."""
 
     def __init__(
         self,
@@ -46,13 +46,13 @@ class AnswerParser:
         new_call_id: Callable[[], str] = ToolParser.new_call_id,
         max_calls: int | None = None,
     ) -> None:
-        """Nothing seen yet.
+        """Start at the beginning of an answer.
 
         Args:
-            reasoning: finds the reasoning; None: there is none, or it is content.
-            tools: finds tool calls in what is left; None: all of that is content.
-            new_call_id: makes the ids of calls.
-            max_calls: further calls are left out; None: none is.
+            reasoning: parser of the reasoning; None leaves any reasoning in the content.
+            tools: parser of tool calls in the text after the reasoning; None makes it all content.
+            new_call_id: returns a new id for each call.
+            max_calls: maximum number of calls, later ones are dropped; None is no limit.
         """
         self._reasoning: list[str] = []
         self._content: list[str] = []
@@ -74,13 +74,13 @@ class AnswerParser:
         return "".join(self._content)
 
     def push(self, text: str) -> list[AnswerPiece]:
-        """What `text`, the next piece of the answer, brought."""
+        """Parse `text`, the next piece of the answer, and return what it completed."""
         if self._reasoning_parser is None:
             return self._take(self._read_calls(text))
         return self._take(self._after_reasoning(self._reasoning_parser.push(text)))
 
     def finish(self) -> list[AnswerPiece]:
-        """What was held back, at the end of the answer. Nothing may be pushed after it."""
+        """End the answer and return what was held back. Nothing may be pushed afterwards."""
         pieces: list[Piece] = []
         if self._reasoning_parser is not None:
             pieces += self._after_reasoning(self._reasoning_parser.finish())

@@ -1,7 +1,7 @@
-"""Parsers of answers that come in pieces, written as if the whole text were there.
+"""Incremental parsers: the text arrives in pieces, the parser is written as if it had all of it.
 
-A parser is a generator that asks for one character after another, so how a text was split into
-pieces cannot make a difference: the whole text is read in the same way.
+A parser is a generator that pulls one character at a time, so the way a text is split into pieces
+cannot change the result.
 """
 
 from __future__ import annotations
@@ -16,33 +16,36 @@ from typing import ClassVar, TypeVar
 T = TypeVar("T")
 
 Reading = Generator[None, str, T]
-"""What reads characters (with `yield from`) and returns a T. It is sent the answer's pieces."""
+"""A generator that reads characters (with `yield from`) and returns a T.
+
+The answer's pieces are sent into it; an empty piece is the end of the answer.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Reasoning:
-    """What the model thinks before it answers."""
+    """A piece of the model's reasoning, before its answer."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """The answer itself."""
+    """A piece of the answer itself."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class CallBegin:
-    """A function is called; its arguments follow."""
+    """Start of a function call; its arguments follow."""
 
     name: str
 
 
 @dataclass(frozen=True, slots=True)
 class CallArguments:
-    """More of the JSON text of the latest call's arguments."""
+    """A piece of the latest call's arguments, JSON text."""
 
     text: str
 
@@ -51,35 +54,40 @@ Piece = Reasoning | Content | CallBegin | CallArguments
 
 
 _KEEP = 4096
-"""Characters that may be kept though nobody goes back to them."""
+"""Characters already read that `Chars.forget` leaves in the buffer, so that it seldom copies."""
 
 
 class Malformed(Exception):
-    """The text is not what the parser reads here. Never leaves a parser."""
+    """The text does not match the expected format. Always caught inside a parser."""
 
 
 class Chars:
-    """The characters of an answer, one at a time, with a way back."""
+    """The characters of an answer, read one at a time, with rewinding."""
 
     __slots__ = ("_at", "_is_ended", "_num_forgotten", "_text")
 
     def __init__(self) -> None:
-        """Nothing read yet."""
+        """Start with no text read."""
         self._text: list[str] = []
         self._at = 0
-        """Of `_text`, what will be read next."""
+        """Index in `_text` of the next character to read."""
         self._num_forgotten = 0
+        """Characters of the answer that were dropped from the front of `_text`."""
         self._is_ended = False
 
     def next(self) -> Reading[str]:
-        """The next character; empty at the end of the answer, however often it is asked for."""
+        """Read the next character; returns "" at the end of the answer, and on every later call."""
         if self._at == len(self._text) and not (yield from self._more()):
             return ""
         self._at += 1
         return self._text[self._at - 1]
 
     def run(self, stops: Collection[str]) -> Reading[str]:
-        """Some characters, as many as are there before one of `stops`; empty: none, or the end."""
+        """Read the characters available now, up to the first one in `stops`.
+
+        Waits for the next piece if none is available. Returns "" at the end of the answer, or if
+        the next character is in `stops`.
+        """
         if self._at == len(self._text) and not (yield from self._more()):
             return ""
         begin = end = self._at
@@ -89,39 +97,43 @@ class Chars:
         return "".join(self._text[begin:end])
 
     def _more(self) -> Reading[bool]:
-        """Wait for the next piece of the answer; False: there is none."""
+        """Wait for the next piece of the answer; returns False at the end."""
         text = "" if self._is_ended else (yield)
         self._text.extend(text)
         self._is_ended = not text
         return not self._is_ended
 
     def next_visible(self) -> Reading[str]:
-        """The next character that is no white space."""
+        """Read up to the next character that is not whitespace, and return it."""
         while (char := (yield from self.next())).isspace():
             pass
         return char
 
     def back(self, char: str) -> None:
-        """`char`, the last one read, will be read again."""
-        self._at -= len(char)  # none at the end of the answer
+        """Unread `char`, the last character read."""
+        self._at -= len(char)  # 0 at the end of the answer
 
     def mark(self) -> int:
-        """Where reading is now, for `rewind`."""
+        """Return the current position, for `rewind`."""
         return self._num_forgotten + self._at
 
     def rewind(self, mark: int) -> None:
-        """What was read since `mark` will be read again."""
+        """Go back to `mark`: what was read since then is read again."""
         self._at = mark - self._num_forgotten
 
     def forget(self) -> None:
-        """No earlier mark will be gone back to."""
+        """Free what was read so far: earlier marks are no longer valid."""
         if self._at > _KEEP:
             self._num_forgotten += self._at
             del self._text[: self._at]
             self._at = 0
 
     def skip(self, text: str) -> Reading[bool]:
-        """Read `text`, and white space before it, if it is there; whether it is."""
+        """Read `text`, and whitespace before it, if it comes next; otherwise read nothing.
+
+        Returns:
+            True if `text` came next.
+        """
         mark = self.mark()
         char = yield from self.next_visible()
         for wanted in text[1:]:
@@ -136,33 +148,34 @@ class Chars:
 
 
 class CharParser(ABC):
-    """One answer, as it comes. A subclass says in `_run` how it is read."""
+    """Incremental parser of one answer. A subclass implements `_run`."""
 
     markers: ClassVar[tuple[str, ...]] = ()
-    """What it looks for in the text: if these are special tokens, they must not be left out."""
+    """Strings that the parser looks for. Those that are special tokens must be kept in the text."""
 
     def __init__(self) -> None:
-        """Nothing seen yet."""
+        """Start at the beginning of an answer."""
         self.chars = Chars()
         self._found: list[Piece] = []
         self._space = ""
-        """White space after content: it belongs to what comes next, if that is content too."""
+        """Whitespace after the last content: emitted only if more content follows."""
         self._drops_space = False
+        """Whether whitespace at the start of the next content is dropped."""
         self._reading = self._run()
         next(self._reading, None)
 
     @abstractmethod
     def _run(self) -> Reading[None]:
-        """Read the whole answer; what is found is told by `_content` and the like."""
+        """Read the whole answer, reporting what is found through `_content` and `_other`."""
 
     def push(self, text: str) -> list[Piece]:
-        """What `text`, the next piece of the answer, brought."""
+        """Parse `text`, the next piece of the answer, and return what it completed."""
         if text:
             self._reading.send(text)
         return self._take()
 
     def finish(self) -> list[Piece]:
-        """What was held back, at the end of the answer. Nothing may be pushed after it."""
+        """End the answer and return what was held back. Nothing may be pushed afterwards."""
         with contextlib.suppress(StopIteration):
             self._reading.send("")
         self._found.append(Content(self._space))
@@ -175,7 +188,7 @@ class CharParser(ABC):
     # -- for subclasses -----------------------------------------------------------------------
 
     def _content(self, text: str) -> None:
-        """Found: more content."""
+        """Emit content; whitespace at its end is held back until more content follows."""
         body = text.rstrip()
         space = text[len(body) :]
         if self._drops_space:
@@ -187,16 +200,20 @@ class CharParser(ABC):
             self._space += space
 
     def _other(self, piece: Piece) -> None:
-        """Found: something that is no content; white space around it is not content either."""
+        """Emit a piece that is not content, and drop the whitespace around it."""
         self._found.append(piece)
         self._space, self._drops_space = "", True
 
     def _content_until(self, *markers: str) -> Reading[str]:
-        """Give out content until one of `markers` has been read: that one; empty: the end."""
+        """Emit content up to the first of `markers`; returns that marker, or "" at the end."""
         return (yield from self._until(markers, self._content))
 
     def _until(self, markers: Sequence[str], sink: Callable[[str], None]) -> Reading[str]:
-        """Give everything to `sink` until one of `markers` has been read: that one, or the end."""
+        """Pass text to `sink` up to the first of `markers`.
+
+        Returns:
+            The marker, which has been read but not passed to `sink`; "" at the end of the answer.
+        """
         chars, initials, held = self.chars, {marker[0] for marker in markers}, ""
         while True:
             chars.forget()
@@ -216,7 +233,7 @@ class CharParser(ABC):
 
 
 def _joined(pieces: Sequence[Piece]) -> list[Piece]:
-    """The same with neighbours of one kind put together, and none that is empty."""
+    """Merge adjacent pieces of the same type and remove empty ones."""
     if len(pieces) == 1 and not isinstance(pieces[0], CallBegin) and pieces[0].text:
         return list(pieces)
     joined: list[Piece] = []

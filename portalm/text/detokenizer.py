@@ -1,4 +1,4 @@
-"""Incremental detokenising: feed token ids, get the text they complete."""
+"""Incremental detokenization: feed token ids, get the text that they complete."""
 
 from __future__ import annotations
 
@@ -13,26 +13,25 @@ _NUM_PRIMING_TOKENS = 8
 """Prompt tokens that the first token's text may depend on (a character has at most 4 bytes)."""
 
 _MAX_HELD_TOKENS = 16
-"""More tokens than this never make one character: what they decode to is broken for good."""
+"""Tokens held back for an incomplete character; after this many, U+FFFD is emitted instead."""
 
 
 class Detokenizer(Protocol):
-    """The text of one answer, as it grows (`Tokenizer.detokenizer` makes one).
+    """Incremental text of one answer (created by `Tokenizer.detokenizer`).
 
-    The pieces that `feed` and `flush` return, put together, are what `Tokenizer.decode` makes of
-    prompt and answer together, less what it makes of the prompt. No piece ends inside a UTF-8
-    character.
+    The concatenated results of `feed` and `flush` equal `Tokenizer.decode(prompt + answer)` with
+    the prompt's own text removed from the front. No result ends inside a UTF-8 character.
     """
 
     def feed(self, token_id: int) -> str:
-        """The text that `token_id` completes; empty while a character is not whole."""
+        """Add a token and return the text that it completes ("" inside a character)."""
 
     def flush(self) -> str:
-        """The text that is left at the end: U+FFFD for a character that never became whole."""
+        """Return the rest of the text at the end: U+FFFD for an incomplete character."""
 
 
 class SpelledDetokenizer:
-    """For tokenizers whose tokens are bytes: one UTF-8 stream."""
+    """Detokenizer for tokens with known bytes: one UTF-8 stream."""
 
     __slots__ = ("_at_start", "_pending", "_skipped", "_spelling", "_token_bytes")
 
@@ -44,7 +43,7 @@ class SpelledDetokenizer:
         *,
         skip_special_tokens: bool = True,
     ) -> None:
-        """At the end of a prompt, whose own text is not given out."""
+        """Start after a prompt, whose own text is not returned."""
         self._token_bytes = tokenizer.token_bytes
         self._spelling = spelling
         self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
@@ -57,7 +56,7 @@ class SpelledDetokenizer:
             self.feed(token_id)
 
     def feed(self, token_id: int) -> str:
-        """The text that `token_id` completes; empty while a character is not whole."""
+        """Add a token and return the text that it completes ("" inside a character)."""
         if token_id in self._skipped:
             return ""
         data = self._token_bytes(token_id)
@@ -71,17 +70,17 @@ class SpelledDetokenizer:
         return text
 
     def flush(self) -> str:
-        """The text that is left at the end: U+FFFD for a character that never became whole."""
+        """Return the rest of the text at the end: U+FFFD for an incomplete character."""
         text, _ = utf_8_decode(self._pending, "replace", True)
         self._pending = b""
         return text
 
 
 class WindowDetokenizer:
-    """For any other tokenizer: decodes a window of the last tokens and gives out what is new.
+    """Detokenizer for any other tokenizer: decodes a window of the last tokens, returns new text.
 
-    The window begins at a token whose text is out already, so that what decoding does to the
-    beginning of a text (a space dropped, say) cancels out.
+    The window starts with tokens whose text was already returned, so that what decoding does at
+    the start of a text (dropping a space, for example) cancels out.
     """
 
     __slots__ = ("_fresh", "_ids", "_shown", "_shown_special", "_skips", "_spaces", "_tokenizer")
@@ -94,12 +93,12 @@ class WindowDetokenizer:
         skip_special_tokens: bool = True,
         spaces_between_special_tokens: bool = True,
     ) -> None:
-        """At the end of a prompt, whose own text is not given out."""
+        """Start after a prompt, whose own text is not returned."""
         self._tokenizer = tokenizer
         self._skips = skip_special_tokens
         self._spaces = spaces_between_special_tokens or skip_special_tokens
         self._ids = list(prompt_token_ids[-_NUM_PRIMING_TOKENS:])
-        self._fresh = len(self._ids)  # tokens of the window before this are out
+        self._fresh = len(self._ids)  # the text of the window's tokens before this was returned
         self._shown = self._decode(self._ids)
         self._shown_special = bool(self._ids) and self._ids[-1] in tokenizer.special_ids
 
@@ -107,7 +106,7 @@ class WindowDetokenizer:
         return self._tokenizer.decode(ids, skip_special_tokens=self._skips)
 
     def feed(self, token_id: int) -> str:
-        """The text that `token_id` completes; empty while a character is not whole."""
+        """Add a token and return the text that it completes ("" inside a character)."""
         is_special = token_id in self._tokenizer.special_ids
         if is_special and self._skips:
             return ""
@@ -130,5 +129,5 @@ class WindowDetokenizer:
         return new
 
     def flush(self) -> str:
-        """The text that is left at the end: U+FFFD for a character that never became whole."""
+        """Return the rest of the text at the end: U+FFFD for an incomplete character."""
         return self._advance(self._decode(self._ids))

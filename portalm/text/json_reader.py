@@ -1,7 +1,7 @@
-"""JSON that is read while it is being written: checked as strictly as RFC 8259 wants it.
+"""Streaming JSON reader, as strict as RFC 8259, except that raw control characters are escaped.
 
-Every function takes what it reads from `Chars`, gives it to `sink` at once, without white space
-between tokens, and raises `Malformed` at the first character that cannot be.
+Each function reads from `Chars`, passes every character to `sink` at once (without whitespace
+between tokens), and raises `Malformed` at the first character that is not valid.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from portalm.text.char_parser import Chars, Malformed, Reading
 Sink = Callable[[str], None]
 
 _MAX_DEPTH = 64
-"""Values inside values: more is a model that has lost its way."""
+"""Maximum nesting depth. Deeper JSON is most likely a model that repeats itself."""
 
 _SCALAR = re.compile(r"-?(?:0|[1-9]\d*)(?:\.\d+)?(?:[eE][+-]?\d+)?|true|false|null", re.ASCII)
 _SCALAR_CHARS = frozenset("+-.0123456789eEtrufalsn")
@@ -26,7 +26,16 @@ _HEX = frozenset("0123456789abcdefABCDEF")
 
 
 def copy_value(chars: Chars, sink: Sink, depth: int = 0) -> Reading[None]:
-    """Read one value."""
+    """Copy one JSON value to `sink`.
+
+    Args:
+        chars: the text; leading whitespace is skipped.
+        sink: receives the value's text.
+        depth: number of objects and arrays that contain this value.
+
+    Raises:
+        Malformed: the text is not JSON, or is nested too deeply.
+    """
     char = yield from chars.next_visible()
     if char == '"':
         sink(char)
@@ -42,7 +51,7 @@ def copy_value(chars: Chars, sink: Sink, depth: int = 0) -> Reading[None]:
 
 
 def _copy_items(chars: Chars, sink: Sink, depth: int, *, is_object: bool) -> Reading[None]:
-    """Read the rest of an object or a list, from behind its opening bracket."""
+    """Copy the rest of an object or an array, after its opening bracket."""
     close = "}" if is_object else "]"
     char = yield from chars.next_visible()
     if char == close:
@@ -60,7 +69,7 @@ def _copy_items(chars: Chars, sink: Sink, depth: int, *, is_object: bool) -> Rea
 
 
 def _copy_char(chars: Chars, sink: Sink, wanted: str) -> Reading[str]:
-    """Read the next visible character: one of `wanted`."""
+    """Copy the next non-whitespace character and return it; it must be one of `wanted`."""
     char = yield from chars.next_visible()
     sink(char)
     if not char or char not in wanted:
@@ -69,7 +78,7 @@ def _copy_char(chars: Chars, sink: Sink, wanted: str) -> Reading[str]:
 
 
 def _copy_string(chars: Chars, sink: Sink) -> Reading[None]:
-    """Read the rest of a string, from behind its first quote."""
+    """Copy the rest of a string, after its opening quote."""
     while True:
         if text := (yield from chars.run(_STRING_STOPS)):
             sink(text)
@@ -77,8 +86,8 @@ def _copy_string(chars: Chars, sink: Sink) -> Reading[None]:
         if not char:
             raise Malformed
         if char < " ":
-            char = json.dumps(char)[1:-1]  # what was meant is clear: escape it for the reader
-            sink(char)
+            # models write raw newlines in strings: escape them, so that the result is valid JSON
+            sink(json.dumps(char)[1:-1])
             continue
         sink(char)
         if char == '"':
@@ -110,10 +119,10 @@ def _copy_scalar(chars: Chars, sink: Sink) -> Reading[None]:
 
 
 def read_value(chars: Chars) -> Reading[Any]:
-    """Read one value; as Python's `json` gives it."""
+    """Read one JSON value and return it as a Python object."""
     text: list[str] = []
     yield from copy_value(chars, text.append)
     try:
         return json.loads("".join(text))
-    except ValueError:  # a number with thousands of digits
+    except ValueError:  # Python's limit on the number of digits of an integer
         raise Malformed from None

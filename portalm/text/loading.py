@@ -9,27 +9,27 @@ from portalm.text.chat_template import ChatTemplates
 from portalm.text.tokenizer import Tokenizer
 
 _OTHER_FILES = ("tokenizer_config.json", "tokenizer.model", "vocab.json", "tekken.json")
-"""Any of these tells that a folder has a tokenizer, of a kind that transformers reads."""
+"""Files of tokenizers without a tokenizer.json, which transformers reads."""
 
 
 def load_tokenizer(
     path: Path, *, chat_template: str | None = None, trust_remote_code: bool = False
 ) -> Tokenizer:
-    """The tokenizer of a model.
+    """Load the tokenizer of a model.
 
     Args:
-        path: a model folder or a .gguf file, as `resolve_model` gives it.
-        chat_template: a Jinja template, or the path of one, instead of the model's.
-        trust_remote_code: let the tokenizer run Python code that the folder ships.
+        path: a model folder or a .gguf file, as returned by `resolve_model`.
+        chat_template: a Jinja template, or the path of one, to use instead of the model's.
+        trust_remote_code: allow running Python code from the model folder.
 
     Raises:
         ModelNotFound: there is no tokenizer at `path`.
-        CheckpointError: a file of it is broken.
-        UnsupportedModel: it is of a kind that is not known.
-        ConfigError: `chat_template` cannot be read or is no Jinja template.
+        CheckpointError: a tokenizer file is invalid.
+        UnsupportedModel: the type of tokenizer is not supported.
+        ConfigError: `chat_template` cannot be read or is not a valid Jinja template.
     """
     chosen = None
-    if chat_template is not None:  # compiled now: a broken one must not wait for a request
+    if chat_template is not None:  # compiled now, so that an error shows at startup
         chosen = ChatTemplates({"default": _read_template(chat_template)}, compile_now=True)
     if path.is_file():
         from portalm.text.gguf_tokenizer import load_gguf_tokenizer
@@ -50,7 +50,7 @@ def load_tokenizer(
 
 
 def _read_template(chosen: str) -> str:
-    """A template given as such, or as the path of a file: templates have braces or newlines."""
+    """Return `chosen` if it is a template (it has a brace or a newline), else read that file."""
     if "{" in chosen or "\n" in chosen:
         return chosen
     try:

@@ -1,4 +1,4 @@
-"""Tokenizers of the `tokenizers` library behind `Tokenizer`."""
+"""Wrap tokenizers of the Hugging Face `tokenizers` library (written in Rust) as `Tokenizer`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class _RustCodec:
         self._rust = rust
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        # of a batch, because that lets other threads run meanwhile; without offsets into the text
+        # the batch method releases the GIL, and the fast one skips offsets into the text
         [encoding] = self._rust.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         return list(encoding.ids)
 
@@ -42,7 +42,7 @@ class _RustCodec:
 
 
 def vocab_size(rust: RustTokenizer) -> int:
-    """One more than the largest id."""
+    """Largest token id plus one."""
     added = rust.get_added_tokens_decoder()
     return max(rust.get_vocab_size(with_added_tokens=True), max(added, default=-1) + 1)
 
@@ -50,12 +50,12 @@ def vocab_size(rust: RustTokenizer) -> int:
 def wrap(
     rust: RustTokenizer, roles: Mapping[str, str | None], templates: ChatTemplates
 ) -> Tokenizer:
-    """A `Tokenizer` over the library's.
+    """Wrap a tokenizer of the library as a `Tokenizer`.
 
     Args:
-        rust: complete, special tokens included.
-        roles: tokens by role: bos_token, eos_token and so on.
-        templates: how the model writes a conversation.
+        rust: the complete tokenizer, with its special tokens.
+        roles: tokens by role (bos_token, eos_token, ...); None where the model has none.
+        templates: the model's chat templates.
     """
     added = rust.get_added_tokens_decoder()
     return Tokenizer(
@@ -70,7 +70,7 @@ def wrap(
 
 
 def set_bos_and_eos(tokenizer: RustTokenizer, *, bos: str | None, eos: str | None) -> None:
-    """Begin every text with `bos` and end it with `eos`, those of them that are not None."""
+    """Add `bos` before and `eos` after every encoded text; None adds nothing."""
     if bos is None and eos is None:
         return
     pieces = [*([bos] if bos is not None else []), "$A", *([eos] if eos is not None else [])]

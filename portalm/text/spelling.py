@@ -1,9 +1,10 @@
-"""What bytes each token stands for, read off a tokenizer's decoder.
+"""The bytes of each token, derived from a tokenizer's decoder.
 
-Text is then the UTF-8 decoding of concatenated bytes: token by token or all at once, the same.
-Broken UTF-8 shows as U+FFFD, one for each maximal broken part (what Python and Rust do). The
-`tokenizers` library agrees for byte-level tokenizers; for SentencePiece byte tokens it replaces
-every byte of a run that is broken anywhere, which cannot be streamed, so only that differs.
+Text is the UTF-8 decoding of the concatenated bytes, so decoding token by token and all at once
+give the same result. Each maximal invalid part becomes one U+FFFD, as in Python and Rust. The
+`tokenizers` library does the same for byte-level tokenizers. For SentencePiece byte tokens it
+replaces every byte of a run that has an invalid byte anywhere, which cannot be streamed; this is
+the only difference.
 """
 
 from __future__ import annotations
@@ -15,19 +16,19 @@ from functools import lru_cache
 from typing import Any
 
 SpellToken = Callable[[str], bytes]
-"""The bytes of a token, from its string in the vocabulary."""
+"""Convert a token's string in the vocabulary to its bytes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Spelling:
-    """How a vocabulary's tokens are written as bytes."""
+    """Mapping from a vocabulary's token strings to bytes."""
 
     token_bytes: SpellToken
     num_stripped_spaces: int = 0
-    """Leading spaces that a text loses: SentencePiece writes one before the first word."""
+    """Leading spaces to remove from a text: SentencePiece adds one before the first word."""
 
     def strip_start(self, data: bytes) -> bytes:
-        """`data`, the beginning of a text, without the spaces that are not part of it."""
+        """Remove the spaces that the tokenizer added from `data`, the beginning of a text."""
         end = 0
         while end < self.num_stripped_spaces and data[end : end + 1] == b" ":
             end += 1
@@ -35,7 +36,7 @@ class Spelling:
 
 
 def read_spelling(decoder: Any) -> Spelling | None:
-    """The spelling that a `tokenizers` decoder amounts to; None if it is none of those known."""
+    """Return the spelling equivalent to a `tokenizers` decoder; None if there is none."""
     if decoder is None:
         return None
     steps = _flatten(json.loads(decoder.__getstate__()))
@@ -50,7 +51,7 @@ def read_spelling(decoder: Any) -> Spelling | None:
 
 
 def _read_sentencepiece(steps: list[dict[str, Any]], kinds: list[str]) -> Spelling | None:
-    """Replace*, ByteFallback?, Fuse?, Strip?: Llama 2, Mistral, Gemma, Phi 3."""
+    """Spelling of Replace*, ByteFallback?, Fuse?, Strip? (Llama 2, Mistral, Gemma, Phi 3)."""
     order = ["Replace", "ByteFallback", "Fuse", "Strip"]
     if any(kind not in order for kind in kinds) or kinds != sorted(kinds, key=order.index):
         return None
@@ -86,7 +87,7 @@ def _read_replacement(step: dict[str, Any]) -> tuple[str, str] | None:
 
 @lru_cache(maxsize=1)
 def byte_level_alphabet() -> dict[str, int]:
-    """The character that GPT-2's byte-level vocabularies write for each byte, as char -> byte."""
+    """Map each character of GPT-2's byte-level vocabularies to the byte that it stands for."""
     shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     alphabet = {chr(byte): byte for byte in shown}
     hidden = (byte for byte in range(256) if byte not in shown)
@@ -98,12 +99,12 @@ def _byte_level(token: str) -> bytes:
     alphabet = byte_level_alphabet()
     try:
         return bytes([alphabet[char] for char in token])
-    except KeyError:  # an added token: plain text
+    except KeyError:  # an added token, which is stored as plain text
         return token.encode()
 
 
 class _Replacing:
-    """Text with a mark for the space; `<0xE2>` is one byte, if there are byte tokens."""
+    """Spelling by string replacement ("▁" to a space); with `has_bytes`, `<0xE2>` is one byte."""
 
     def __init__(self, replacements: Iterable[tuple[str, str]], *, has_bytes: bool) -> None:
         self._replacements = tuple(replacements)

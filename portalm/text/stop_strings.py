@@ -1,4 +1,4 @@
-"""Finds stop strings in a text that comes in pieces."""
+"""Find stop strings in a text that arrives in pieces."""
 
 from __future__ import annotations
 
@@ -7,41 +7,41 @@ from typing import NamedTuple
 
 
 class StopMatch(NamedTuple):
-    """What a piece of text brought."""
+    """Result of pushing a piece of text."""
 
     text: str
-    """Text that is safe to show now."""
+    """Text that can be shown now: it cannot become part of a stop string."""
     stop: str | None
-    """The stop string that was found; nothing may be pushed after it."""
+    """The stop string that was found, after which nothing may be pushed; None if none was."""
 
 
 class StopStrings:
-    """Holds back text that may be the beginning of a stop string until that is decided.
+    """Incremental search for stop strings, holding back text that may be the start of one.
 
-    The stop string whose end comes first wins, and of several that end there the longest; the
-    text is cut where it begins. How the text was split into pieces makes no difference.
+    The stop string that ends first wins; if several end there, the longest. The text is cut where
+    it begins. The way the text is split into pieces does not change the result.
     """
 
     __slots__ = ("_fallbacks", "_held", "_initials", "_keeps_stop", "_matched", "_stops")
 
     def __init__(self, stops: Sequence[str], *, include_stop_str_in_output: bool = False) -> None:
-        """No text seen yet.
+        """Start at the beginning of a text.
 
         Args:
-            stops: the texts to find, none of them empty.
-            include_stop_str_in_output: keep the found one at the end of the text.
+            stops: the strings to find, none of them empty.
+            include_stop_str_in_output: keep the stop string that was found in the text.
         """
         self._stops = tuple(stops)
         self._fallbacks = [_fallbacks(stop) for stop in self._stops]
         self._initials = frozenset(stop[0] for stop in self._stops)
         self._keeps_stop = include_stop_str_in_output
         self._matched = [0] * len(self._stops)
-        """For each stop string: how many of its characters the text so far ends with."""
+        """For each stop string: length of its longest prefix that the text so far ends with."""
         self._held = ""
-        """The end of the text so far that may be the beginning of a stop string."""
+        """The end of the text so far that may be the start of a stop string."""
 
     def push(self, text: str) -> StopMatch:
-        """Take the next piece of text."""
+        """Search the next piece of text."""
         if not self._held and self._initials.isdisjoint(text):
             return StopMatch(text, None)
         for i, char in enumerate(text):
@@ -56,7 +56,7 @@ class StopStrings:
         return StopMatch(seen[:end], None)
 
     def _advance(self, char: str) -> str | None:
-        """Move all matches on by one character (Knuth, Morris, Pratt); the longest whole one."""
+        """Advance all matches by `char` (Knuth-Morris-Pratt); return the longest complete one."""
         found = None
         for i, stop in enumerate(self._stops):
             count = self._matched[i]
@@ -71,18 +71,18 @@ class StopStrings:
         return found
 
     def skip(self, text: str) -> str:
-        """Let a piece of text pass without looking for stop strings; the text to show now."""
+        """Pass a piece of text through without searching it; returns the text to show now."""
         return self.flush() + text
 
     def flush(self) -> str:
-        """The text held back; what comes after it begins anew."""
+        """Return the text held back and restart all matches."""
         held, self._held = self._held, ""
         self._matched = [0] * len(self._stops)
         return held
 
 
 def _fallbacks(stop: str) -> list[int]:
-    """For each beginning of `stop`: the length of its longest end that `stop` begins with."""
+    """Failure function of `stop`: for each prefix, the length of its longest proper border."""
     lengths = [0] * len(stop)
     count = 0
     for i in range(1, len(stop)):
