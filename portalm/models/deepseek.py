@@ -22,7 +22,8 @@ from portalm.layers.latent_attention import LatentAttention
 from portalm.layers.mlp import FeedForward
 from portalm.layers.moe import GroupRouter, MoE
 from portalm.models.decoder import Decoder
-from portalm.models.layer_reader import LayerReader, RowOrder
+from portalm.models.layer_reader import LayerReader
+from portalm.models.loader.checkpoint import RowOrder
 
 _INNER_EPS = 1e-6
 """Of the norms of latent vectors and compressed queries, whatever the config says."""

@@ -76,7 +76,7 @@ class GptOss(Decoder):
     def _experts(self, read: LayerReader, name: str, num_experts: int) -> Experts:
         """In one tensor of each kind, or, in GGUF files, each by itself."""
         inner, hidden = self.config.intermediate_size, self.config.hidden_size
-        if self.config.values.get("has_split_experts"):
+        if read.form.has_separate_experts:
             return read.experts(
                 name,
                 num_experts,

@@ -6,15 +6,14 @@ with one, to read them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
 
 import torch
 
 from portalm.backend import Capabilities, Experts, PackedWeight, QuantizedWeight
 from portalm.layers.linear import Linear, Packer, pack_linear, pack_weight
 from portalm.layers.norms import LayerNorm, RMSNorm
-from portalm.models.loader.checkpoint import TensorReader
+from portalm.models.loader.checkpoint import HF_FORM, RowOrder, TensorReader, reorder_rows
 from portalm.models.model import AS_CAST, Quantization
 
 
@@ -23,6 +22,7 @@ class ShapeRecorder:
 
     def __init__(self) -> None:
         """Nothing was asked yet."""
+        self.form = HF_FORM
         self.shapes: dict[str, tuple[int, ...]] = {}
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
@@ -57,10 +57,6 @@ class NoDevice:
         return weight
 
 
-RowOrder = Callable[[torch.Tensor], torch.Tensor]
-"""Puts the rows of [N, ...] into another order."""
-
-
 class LayerReader:
     """Layers of a model by their tensors' names, packed and on the device."""
 
@@ -73,6 +69,7 @@ class LayerReader:
     ) -> None:
         """Read through `reader`, pack for `backend` in `dtype`, or as `quantization` says."""
         self._reader = reader
+        self.form = reader.form
         self._backend = backend
         self.dtype: torch.dtype = getattr(torch, dtype)
         self._quantization = quantization
@@ -104,13 +101,17 @@ class LayerReader:
             order: what the checkpoint's rows, of weight and bias, become.
             is_transposed: the checkpoint has [K, N].
         """
+        is_transposed = is_transposed and not self.form.has_rows_first
+        if self.form.has_model_row_order:
+            order = None
         weights, biases = [], []
         for name, n in zip(names, rows, strict=True):
             shape = (columns, n) if is_transposed else (n, columns)
             weight = self._weight(f"{name}.weight", shape)
-            if is_transposed and not isinstance(weight, QuantizedWeight):
+            if is_transposed:
+                assert not isinstance(weight, QuantizedWeight)
                 weight = weight.T
-            weights.append(weight if order is None else reordered(weight, order))
+            weights.append(weight if order is None else reorder_rows(weight, order))
             if has_bias:
                 bias = self._host(f"{name}.bias", (n,))
                 biases.append(bias if order is None else order(bias))
@@ -207,9 +208,10 @@ class LayerReader:
 
         return Experts(
             gate_up=tuple(
-                self._packed(reordered(gate_up, expert(i, 2 * inner, order))) for i in range(count)
+                self._packed(reorder_rows(gate_up, expert(i, 2 * inner, order)))
+                for i in range(count)
             ),
-            down=tuple(self._packed(reordered(down, expert(i, columns))) for i in range(count)),
+            down=tuple(self._packed(reorder_rows(down, expert(i, columns))) for i in range(count)),
             gate_up_bias=self._gate_up_bias(name, (count, 2 * inner), order),
             down_bias=self.tensor(f"{name}.down_proj_bias", count, columns),
         )
@@ -231,7 +233,7 @@ class LayerReader:
 
     def rms_norm(self, name: str, size: int, eps: float, *, is_shifted: bool = False) -> RMSNorm:
         """The norm whose weight is `name`.weight; `is_shifted`: the checkpoint has it less 1."""
-        if not is_shifted:
+        if not is_shifted or self.form.has_full_norms:
             return RMSNorm(self.tensor(f"{name}.weight", size), eps)
         weight = self._host(f"{name}.weight", (size,)).float() + 1.0
         return RMSNorm(weight.to(self.dtype).to(self._backend.device()), eps)
@@ -249,20 +251,6 @@ class LayerReader:
         if self._quantization.keep:
             return self._reader.weight(name, shape)
         return self._reader.tensor(name, shape)
-
-
-def reordered(
-    weight: torch.Tensor | QuantizedWeight, order: RowOrder
-) -> torch.Tensor | QuantizedWeight:
-    """`weight` with its rows in another order."""
-    if not isinstance(weight, QuantizedWeight):
-        return order(weight)
-    return replace(
-        weight,
-        codes=order(weight.codes),
-        scales=order(weight.scales),
-        minimums=None if weight.minimums is None else order(weight.minimums),
-    )
 
 
 def qkv_of_groups(num_kv_heads: int, head_size: int) -> RowOrder:

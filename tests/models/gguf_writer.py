@@ -31,11 +31,18 @@ def write_gguf(
     *,
     is_old: bool = False,
     experts: gguf.GGMLQuantizationType | None = None,
+    linear: gguf.GGMLQuantizationType | None = None,
 ) -> Path:
-    """Metadata and tensors of general.architecture `name`.
+    """Write metadata and tensors of general.architecture `name`.
 
-    `is_old`: as the converter was before it split DeepSeek's up-projection. `experts`: the type of
-    what is stacked.
+    Args:
+        path: file to write.
+        name: general.architecture.
+        config: transformers' config of the model.
+        tensors: the model's weights by their Hugging Face names.
+        is_old: write DeepSeek's kv_b_proj as one tensor, as older converters did.
+        experts: type of stacked expert weights; None: float32.
+        linear: type of attention and feed-forward weights; None: float32.
     """
     arch = next(a for a, known in gguf.MODEL_ARCH_NAMES.items() if known == name)
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
@@ -49,8 +56,9 @@ def write_gguf(
             continue
         found = names.get_name(hf_name, (".weight", ".bias"))
         assert found is not None, hf_name
-        if experts is not None and found.endswith("exps.weight"):
-            writer.add_tensor(found, quantize(values, experts), raw_dtype=experts)
+        kind = type_of(found, experts, linear)
+        if kind is not None:
+            writer.add_tensor(found, quantize(np.ascontiguousarray(values), kind), raw_dtype=kind)
         else:
             writer.add_tensor(found, np.ascontiguousarray(values))
     writer.write_header_to_file()
@@ -58,6 +66,17 @@ def write_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def type_of(
+    name: str,
+    experts: gguf.GGMLQuantizationType | None,
+    linear: gguf.GGMLQuantizationType | None,
+) -> gguf.GGMLQuantizationType | None:
+    if name.endswith("exps.weight"):
+        return experts
+    is_linear = re.fullmatch(r"blk\.\d+\.(attn|ffn)_(qkv|output|up|down)\.weight", name)
+    return linear if is_linear else None
 
 
 def add_metadata(writer: gguf.GGUFWriter, name: str, config: Any) -> None:

@@ -358,5 +358,5 @@ def test_a_bias_that_the_config_does_not_speak_of_is_named(tmp_path: Path) -> No
     CASES["qwen2"].make().save_pretrained(tmp_path)
     llama = {"architectures": ["LlamaForCausalLM"]}
 
-    with pytest.raises(CheckpointError, match=r"self_attn.[qkv]_proj.bias' is there"):
+    with pytest.raises(CheckpointError, match=r"self_attn.[qkv]_proj.bias', but the"):
         engine_of(tmp_path, device="reference", hf_overrides=llama)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,11 @@ from portalm.backend import QuantizedWeight
 from portalm.config import EngineConfig, ModelConfig
 from portalm.errors import CheckpointError, UnsupportedModel
 from portalm.layers.rope import cos_sin_table
-from portalm.models.loader import open_checkpoint
+from portalm.models.loader import Checkpoint, open_checkpoint
 from portalm.models.loader.gguf import GGUFCheckpoint
 from portalm.models.loader.gguf_families import FAMILIES, find_family
 from portalm.models.registry import model_class
+from portalm_backends.reference.backend import ReferenceBackend
 from tests.models.gguf_writer import write_gguf
 from tests.models.test_families import CASES, PROMPTS, engine_of
 from tests.tiny import ask, run, tokens
@@ -105,6 +107,27 @@ def shape_of(config: ModelConfig) -> str:
     return re.sub(r"\d+\.\d+(e-\d+)?|\de-\d+", lambda m: f"{float(m.group()):.5g}", str(parts))
 
 
+def loaded(checkpoint: Checkpoint) -> list[torch.Tensor]:
+    """All weights of the model in float32, as the reference backend holds them, without ropes."""
+    model = model_class(checkpoint.config.architecture)(checkpoint.config, "float32")
+    weights = model.load(checkpoint, ReferenceBackend())
+    return list(tensors_in({name: part for name, part in weights.items() if name != "ropes"}))
+
+
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """Every tensor within dicts, lists, tuples and dataclasses, in their order."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):
+        yield from tensors_in(list(value.values()))
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from tensors_in(part)
+    elif is_dataclass(value):
+        for part in fields(value):
+            yield from tensors_in(getattr(value, part.name))
+
+
 def rotations_of(config: ModelConfig) -> list[torch.Tensor]:
     model = model_class(config.architecture)(config, "float32")
     return [
@@ -124,12 +147,10 @@ def test_a_gguf_file_is_the_model_it_was_made_of(tmp_path: Path, file: File) -> 
     torch.testing.assert_close(
         rotations_of(converted.config), rotations_of(saved.config), atol=1e-4, rtol=0
     )
-    if file.name != "gpt-oss":  # its experts have other names
+    if file.name != "gpt-oss":  # a file has a tensor for each of its experts
         assert set(converted.names()) == set(saved.names())
-        for hf_name in saved.names():
-            torch.testing.assert_close(
-                converted.tensor(hf_name), saved.tensor(hf_name), atol=1e-6, rtol=0
-            )
+    for actual, expected in zip(loaded(converted), loaded(saved), strict=True):
+        torch.testing.assert_close(actual, expected, atol=1e-6, rtol=0)
     if file in FILES:
         assert_answers(path, model)
 
@@ -142,6 +163,36 @@ def assert_answers(path: Path, model: Any, **settings: Any) -> None:
     with torch.inference_mode():
         logits = model(torch.tensor([PROMPTS["33"] + drawn])).logits[0]
     assert drawn == logits[32:-1].argmax(-1).tolist()
+
+
+def test_gemma_norm_weights_lose_no_precision(tmp_path: Path) -> None:
+    file = File("gemma", "gemma")
+    _, path = convert(tmp_path, file, file.make())
+    small = np.float32(1e-9)  # subtracting 1 and adding it again would make this 0
+    stored = next(t for t in gguf.GGUFReader(path, "r+").tensors if t.name == "output_norm.weight")
+    stored.data[0] = small
+
+    checkpoint = GGUFCheckpoint(path, {})
+    model = model_class(checkpoint.config.architecture)(checkpoint.config, "float32")
+
+    assert model.load(checkpoint, ReferenceBackend())["norm"].weight[0] == small
+
+
+def test_quantized_linear_weights_of_gpt2_stay_quantized(tmp_path: Path) -> None:
+    file = next(f for f in FILES if f.name == "gpt2")
+    model = file.make()
+    for name, parameter in model.named_parameters():
+        if name.endswith(("c_attn.weight", "c_fc.weight", "c_proj.weight")):  # [K, N]
+            rows = np.ascontiguousarray(parameter.data.T.numpy())
+            values = dequantize(quantize(rows, Kind.Q8_0), Kind.Q8_0)
+            parameter.data = torch.from_numpy(values).T.contiguous()
+    _, path = convert(tmp_path, file, model, linear=Kind.Q8_0)
+
+    weight = GGUFCheckpoint(path, {}).weight("transformer.h.0.attn.c_attn.weight")
+
+    assert isinstance(weight, QuantizedWeight)
+    assert weight.shape == (192, 64)
+    assert_answers(path, model)
 
 
 # -- experts ----------------------------------------------------------------------------------

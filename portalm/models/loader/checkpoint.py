@@ -1,8 +1,9 @@
-"""A checkpoint: a model's shape and its tensors by name, whatever the files look like."""
+"""The interface of checkpoints: a model's config and its tensors by name, in any file format."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -18,18 +19,64 @@ LoadProgress = Callable[[float], None]
 """Called with the share of the tensors that are loaded, 0 to 1."""
 
 
+RowOrder = Callable[["torch.Tensor"], "torch.Tensor"]
+"""Reorders the rows of a tensor [N, ...], or selects some of them."""
+
+
+def reorder_rows(
+    weight: torch.Tensor | QuantizedWeight, order: RowOrder
+) -> torch.Tensor | QuantizedWeight:
+    """Apply `order` to the rows of a weight [N, K], quantized or not."""
+    if not isinstance(weight, QuantizedWeight):
+        return order(weight)
+    return replace(
+        weight,
+        codes=order(weight.codes),
+        scales=order(weight.scales),
+        minimums=None if weight.minimums is None else order(weight.minimums),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredForm:
+    """Which tensors of a checkpoint already have the form that the model computes with.
+
+    Hugging Face checkpoints of some families store tensors in another form, which `LayerReader`
+    converts while loading. A file format that stores the model's form sets the fields below, and
+    the conversion is skipped.
+    """
+
+    has_model_row_order: bool = False
+    """Rows of merged projections are in the model's order: all queries, all keys, all values.
+    False: in the order of the family's Hugging Face checkpoints."""
+    has_full_norms: bool = False
+    """Norm weights are stored as they are multiplied. False: as the family's Hugging Face
+    checkpoints have them, which may be minus 1."""
+    has_rows_first: bool = False
+    """Linear weights are [N, K]. False: as the family's Hugging Face checkpoints have them, which
+    may be [K, N]."""
+    has_separate_experts: bool = False
+    """Each expert has gate, up and down tensors of its own. False: as the family's Hugging Face
+    checkpoints have them, which may be one tensor for all experts."""
+
+
+HF_FORM = StoredForm()
+"""Every tensor has the form of the family's Hugging Face checkpoints."""
+
+
 class Checkpoint(Protocol):
-    """Named tensors on the host. Names are Hugging Face's, also where the file has others."""
+    """Named tensors on the host. Names are Hugging Face's, in every file format."""
 
     path: Path
     config: ModelConfig
+    form: StoredForm
 
     def names(self) -> Sequence[str]:
-        """Every tensor there is."""
+        """Names of all tensors."""
         ...
 
     def tensor(self, name: str) -> torch.Tensor:
-        """The tensor, in the file's dtype (dequantised, where it was quantised).
+        """Read a tensor in the file's dtype; a quantized one is dequantized to float32.
 
         Raises:
             CheckpointError: there is no such tensor, or the file is broken.
@@ -37,16 +84,16 @@ class Checkpoint(Protocol):
         ...
 
     def weight(self, name: str) -> torch.Tensor | QuantizedWeight:
-        """As `tensor`, but a matrix of few bits as it is, if its format is one of ours."""
+        """Read a tensor, keeping a quantized matrix quantized if `QuantizedWeight` can hold it."""
         ...
 
     def close(self) -> None:
-        """Let go of the files; tensors given out stay valid."""
+        """Close the files; tensors returned earlier stay valid."""
         ...
 
 
 class TensorReader:
-    """Reads a model's tensors one by one: of the right shapes, and telling how far it is."""
+    """Reads a model's tensors one by one, checks their shapes and reports progress."""
 
     def __init__(
         self,
@@ -56,14 +103,15 @@ class TensorReader:
         rename: Callable[[str], str] = str,
         progress: LoadProgress | None = None,
     ) -> None:
-        """Nothing is read yet.
+        """Read tensors of `checkpoint`.
 
         Args:
-            checkpoint: where they are.
-            num_tensors: that will be read.
-            rename: the checkpoint's name of a tensor, from the model's.
-            progress: told the share of the tensors that are read.
+            checkpoint: holds the tensors.
+            num_tensors: number of tensors that will be read, for `progress`.
+            rename: maps the model's name of a tensor to the checkpoint's.
+            progress: called with the share of the tensors read so far.
         """
+        self.form = checkpoint.form
         self._checkpoint = checkpoint
         self._num_tensors = num_tensors
         self._rename = rename
@@ -71,38 +119,51 @@ class TensorReader:
         self._read: set[str] = set()
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        """The tensor; a `CheckpointError` naming it if it is not there or of another shape."""
+        """Read a tensor.
+
+        Raises:
+            CheckpointError: it is missing, or its shape is not `shape`.
+        """
         name = self._rename(name)
         tensor = self._checkpoint.tensor(name)
-        self._took(name, tensor.shape, shape)
+        self._record(name, tensor.shape, shape)
         return tensor
 
     def weight(self, name: str, shape: tuple[int, ...]) -> torch.Tensor | QuantizedWeight:
-        """As `tensor`, of few bits where the file has it so."""
+        """Read a tensor, keeping it quantized as `Checkpoint.weight` does.
+
+        Raises:
+            CheckpointError: it is missing, or its shape is not `shape`.
+        """
         name = self._rename(name)
         weight = self._checkpoint.weight(name)
-        self._took(name, weight.shape, shape)
+        self._record(name, weight.shape, shape)
         return weight
 
-    def _took(self, name: str, actual: torch.Size, shape: tuple[int, ...]) -> None:
+    def _record(self, name: str, actual: torch.Size, shape: tuple[int, ...]) -> None:
+        """Check the shape of a tensor that was read, and report progress."""
         if tuple(actual) != shape:
             raise CheckpointError(
                 self._checkpoint.path,
-                f"tensor {name!r} is {list(actual)}, the model's config makes it {list(shape)}",
+                f"tensor {name!r} has shape {list(actual)}, but the model's config requires "
+                f"{list(shape)}",
             )
         self._read.add(name)
         if self._progress is not None:
             self._progress(min(1.0, len(self._read) / self._num_tensors))
 
     def check_complete(self) -> None:
-        """A `CheckpointError` for a bias that lies beside a weight and was not read.
+        """Check that no bias was left unread whose weight was read.
 
-        The config then does not speak of it, and the answers would be wrong without it.
+        The model's answers would be wrong without it.
+
+        Raises:
+            CheckpointError: names such a bias.
         """
         for name in self._checkpoint.names():
             stem, _, kind = name.rpartition(".")
             if kind == "bias" and name not in self._read and f"{stem}.weight" in self._read:
                 raise CheckpointError(
                     self._checkpoint.path,
-                    f"tensor {name!r} is there, and the model's config makes none of it",
+                    f"it has tensor {name!r}, but the model's config does not use one",
                 )

@@ -12,10 +12,13 @@ import torch
 
 from portalm.config import ModelConfig
 from portalm.errors import CheckpointError
+from portalm.models.loader.checkpoint import HF_FORM
 
 
 class DummyCheckpoint:
     """Tensors made when asked for; the same name and seed give the same values on one device."""
+
+    form = HF_FORM
 
     def __init__(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 from portalm.backend import QuantizedWeight
 from portalm.config import ModelConfig
 from portalm.errors import CheckpointError, ConfigError, UnsupportedModel
+from portalm.models.loader.checkpoint import reorder_rows
 from portalm.models.loader.config_json import model_config
 from portalm.models.loader.gguf_config import DTYPES, ROPE_FACTORS, hf_values
 from portalm.models.loader.gguf_families import FAMILIES, GGUFFamily, find_family
@@ -56,6 +57,7 @@ class GGUFCheckpoint:
         for name, info in infos.items():
             self._check_extent(name, info)
         self._family = self._find_family(infos)
+        self.form = self._family.form
         self._infos = {
             hf_name: part
             for name, info in infos.items()
@@ -112,30 +114,21 @@ class GGUFCheckpoint:
         if name.endswith(_LATENT) and name not in self._infos:
             return self._joined(name)
         tensor = self._read(self._info(name))
-        if self._family.is_shifted and name.endswith("norm.weight"):
-            return tensor.float() - 1.0
-        if self._is_transposed(name):
-            return tensor.T
-        order = self._order(name)
-        return tensor if order is None else order(tensor)
+        num_heads = self._num_paired_heads(name)
+        return tensor if num_heads is None else _unpair(tensor, num_heads)
 
     def weight(self, name: str) -> torch.Tensor | QuantizedWeight:
         """The tensor as it is where it is of a format that `gguf_quantized` knows."""
-        if name not in self._infos or self._is_transposed(name):
-            return self.tensor(name)
+        if name not in self._infos:
+            return self.tensor(name)  # joined of two, or missing
         info = self._info(name)
         quantized = as_quantized(info.kind, self._blocks(info), info.shape)
         if quantized is None:
             return self.tensor(name)
-        order = self._order(name)
-        if order is None:
+        num_heads = self._num_paired_heads(name)
+        if num_heads is None:
             return quantized
-        return replace(
-            quantized,
-            codes=order(quantized.codes),
-            scales=order(quantized.scales),
-            minimums=None if quantized.minimums is None else order(quantized.minimums),
-        )
+        return reorder_rows(quantized, lambda rows: _unpair(rows, num_heads))
 
     def _info(self, name: str) -> TensorInfo:
         info = self._infos.get(name)
@@ -157,22 +150,12 @@ class GGUFCheckpoint:
             )
         return torch.cat((keys.transpose(1, 2), values), dim=1).flatten(0, 1)
 
-    def _is_transposed(self, name: str) -> bool:
-        """The checkpoint has this one's columns first."""
-        is_matrix = name in self._infos and len(self._infos[name].shape) == 2
-        return self._family.is_transposed and ".h." in name and is_matrix
-
-    def _order(self, name: str) -> Callable[[torch.Tensor], torch.Tensor] | None:
-        """What puts the tensor's rows into the checkpoint's order; None: they are."""
+    def _num_paired_heads(self, name: str) -> int | None:
+        """Number of heads in a tensor whose rows are stored as rotary pairs; None: they are not."""
         layer = name.rpartition(".")[0]
-        config = self.config
-        if self._family.is_paired and layer.endswith(("q_proj", "k_proj")):
-            num_heads = config.num_heads if layer.endswith("q_proj") else config.num_kv_heads
-            return lambda rows: _unpermute(rows, num_heads)
-        if self._family.is_sorted and layer.endswith("query_key_value"):
-            query, kv = (n * config.head_size for n in (config.num_heads, config.num_kv_heads))
-            return lambda rows: _unsort(rows, (query, kv, kv), config.num_kv_heads)
-        return None
+        if not self._family.has_paired_rows or not layer.endswith(("q_proj", "k_proj")):
+            return None
+        return self.config.num_heads if layer.endswith("q_proj") else self.config.num_kv_heads
 
     def _blocks(self, info: TensorInfo) -> npt.NDArray[np.uint8]:
         """The tensor's bytes: [rows, bytes a row]."""
@@ -245,18 +228,12 @@ class GGUFCheckpoint:
             raise CheckpointError(self.path, f"its metadata makes no model: {error}") from error
 
 
-def _unpermute(rows: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """Rows in halves again: GGUF has a head's rotary pairs side by side."""
+def _unpair(rows: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """Reorder each head's rows from adjacent rotary pairs to first halves, then second halves.
+
+    `rows`: [num_heads * head_size, ...].
+    """
     shape = rows.shape
     head_size = shape[0] // num_heads
     pairs = rows.reshape(num_heads, head_size // 2, 2, *shape[1:])
     return pairs.transpose(1, 2).reshape(shape)
-
-
-def _unsort(rows: torch.Tensor, sizes: tuple[int, int, int], num_kv_heads: int) -> torch.Tensor:
-    """Each KV head's queries, key and value: GGUF has all queries, all keys, all values."""
-    if rows.shape[0] != sum(sizes):
-        return rows  # the reader says so, by the tensor's name
-    rest = rows.shape[1:]
-    parts = [part.reshape(num_kv_heads, -1, *rest) for part in torch.split(rows, list(sizes))]
-    return torch.cat(parts, dim=1).reshape(rows.shape)

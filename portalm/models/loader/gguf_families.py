@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
+from portalm.models.loader.checkpoint import HF_FORM, StoredForm
 from portalm.models.registry import model_class
 
 if TYPE_CHECKING:
@@ -84,14 +85,10 @@ class GGUFFamily:
     """The same of rope_scaling."""
     derive: Derive | None = None
     """Of config.json, what no single key says."""
-    is_paired: bool = False
-    """Rotary pairs lie side by side in the rows of query and key."""
-    is_shifted: bool = False
-    """Norms' weights are those of the checkpoint plus 1."""
-    is_sorted: bool = False
-    """All queries, all keys, all values, where the checkpoint goes KV head by KV head."""
-    is_transposed: bool = False
-    """Linear layers have their rows first, where the checkpoint has their columns first."""
+    form: StoredForm = HF_FORM
+    """Which tensors the file stores in the model's form."""
+    has_paired_rows: bool = False
+    """Rotary pairs are adjacent rows of query and key weights; the reader reorders them."""
     rotates_part: bool = False
     """A part of a head may rotate."""
 
@@ -220,7 +217,7 @@ _DEEPSEEK: dict[str, Any] = {
 }
 
 FAMILIES = {
-    "llama": GGUFFamily(architecture="LlamaForCausalLM", is_paired=True),
+    "llama": GGUFFamily(architecture="LlamaForCausalLM", has_paired_rows=True),
     "qwen2": GGUFFamily(architecture="Qwen2ForCausalLM"),
     "qwen2moe": GGUFFamily(
         architecture="Qwen2MoeForCausalLM",
@@ -256,14 +253,14 @@ FAMILIES = {
             "num_experts_per_tok": "expert_used_count",
             "sliding_window": "attention.sliding_window",
         },
-        constants={"has_split_experts": True},
+        form=StoredForm(has_separate_experts=True),
         scaling={"truncate": False},
     ),
     "deepseek2": GGUFFamily(architecture="DeepseekV2ForCausalLM", **_DEEPSEEK),
-    "smollm3": GGUFFamily(architecture="SmolLM3ForCausalLM", is_paired=True),
+    "smollm3": GGUFFamily(architecture="SmolLM3ForCausalLM", has_paired_rows=True),
     "granite": GGUFFamily(
         architecture="GraniteForCausalLM",
-        is_paired=True,
+        has_paired_rows=True,
         values={
             "attention_multiplier": "attention.scale",
             "embedding_multiplier": "embedding_scale",
@@ -271,19 +268,19 @@ FAMILIES = {
             "residual_multiplier": "residual_scale",
         },
     ),
-    "gemma": GGUFFamily(architecture="GemmaForCausalLM", is_shifted=True),
+    "gemma": GGUFFamily(architecture="GemmaForCausalLM", form=StoredForm(has_full_norms=True)),
     "gemma2": GGUFFamily(
         architecture="Gemma2ForCausalLM",
         names=_GEMMA_NAMES,
         values=_GEMMA_VALUES,
-        is_shifted=True,
+        form=StoredForm(has_full_norms=True),
         derive=_scale_of(widest=46),
     ),
     "gemma3": GGUFFamily(
         architecture="Gemma3ForCausalLM",
         names=_GEMMA_NAMES,
         values=_GEMMA_VALUES,
-        is_shifted=True,
+        form=StoredForm(has_full_norms=True),
         derive=_scale_of(widest=62),
     ),
     "phi3": GGUFFamily(
@@ -307,7 +304,10 @@ FAMILIES = {
         values={"logit_scale": "logit_scale", "sliding_window": "attention.sliding_window"},
     ),
     "falcon": GGUFFamily(
-        architecture="FalconForCausalLM", names=_FALCON_NAMES, derive=_falcon, is_sorted=True
+        architecture="FalconForCausalLM",
+        names=_FALCON_NAMES,
+        derive=_falcon,
+        form=StoredForm(has_model_row_order=True),
     ),
     "gptneox": GGUFFamily(
         architecture="GPTNeoXForCausalLM",
@@ -317,7 +317,7 @@ FAMILIES = {
             "attn_output": "attention.dense",
         },
         values={"use_parallel_residual": "use_parallel_residual"},
-        is_sorted=True,
+        form=StoredForm(has_model_row_order=True),
         rotates_part=True,
     ),
     "gpt2": GGUFFamily(
@@ -332,7 +332,7 @@ FAMILIES = {
             "ffn_down": "mlp.c_proj",
         },
         constants=_ALWAYS_BIASED,
-        is_transposed=True,
+        form=StoredForm(has_rows_first=True),
     ),
 }
 """By general.architecture."""
@@ -346,14 +346,14 @@ _MIXTRAL = GGUFFamily(
         "ffn_down_exps": "block_sparse_moe.experts.{}.w2",
     },
     values={"num_local_experts": "expert_count", "num_experts_per_tok": "expert_used_count"},
-    is_paired=True,
+    has_paired_rows=True,
 )
 _DEEPSEEK_V3 = GGUFFamily(architecture="DeepseekV3ForCausalLM", **_DEEPSEEK)
 _FALCON_40B = GGUFFamily(
     architecture="FalconForCausalLM",
     names={**_FALCON_NAMES, "attn_norm": "ln_mlp", "attn_norm_2": "ln_attn"},
     derive=_falcon,
-    is_sorted=True,
+    form=StoredForm(has_model_row_order=True),
 )
 
 

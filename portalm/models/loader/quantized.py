@@ -22,6 +22,7 @@ class QuantizedCheckpoint:
         """Over `inner`, which it closes."""
         self.path = inner.path
         self.config = inner.config
+        self.form = inner.form
         self._inner = inner
         self._scheme = scheme
         self._held = frozenset(inner.names())

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from portalm.config import ModelConfig
 from portalm.errors import CheckpointError
+from portalm.models.loader.checkpoint import HF_FORM
 
 INDEX_NAME = "model.safetensors.index.json"
 
@@ -22,6 +23,8 @@ process's memory for as long as the mapping lives, and the weights should not be
 
 class SafetensorsCheckpoint:
     """A folder with config.json and *.safetensors."""
+
+    form = HF_FORM
 
     def __init__(self, folder: Path, config: ModelConfig) -> None:
         """Open every file; tensors are mapped when asked for."""
