@@ -13,7 +13,10 @@ from fastapi.middleware.cors import CORSMiddleware
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from portalm import __version__
-from portalm.server import (
+from portalm.server.auth import Gate
+from portalm.server.errors import add_error_handlers
+from portalm.server.observability.watch import Doorkeeper
+from portalm.server.routers import (
     chat,
     completions,
     embeddings,
@@ -24,10 +27,7 @@ from portalm.server import (
     responses,
     scores,
 )
-from portalm.server.auth import Gate
-from portalm.server.errors import add_error_handlers
 from portalm.server.state import ServerState
-from portalm.server.watch import Doorkeeper
 
 _MAX_HEADER_BYTES = 64 << 10
 

@@ -21,7 +21,7 @@ from portalm.engine.client import EngineClient
 from portalm.server.app import build_app
 from portalm.server.chat_plan import AnswerFormat
 from portalm.server.errors import error_object
-from portalm.server.metrics import Metrics
+from portalm.server.observability.metrics import Metrics
 from portalm.server.state import ServerState, new_id
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from portalm.errors import ConfigError, InvalidRequest
 from portalm.sampling_params import SamplingParams, StructuredOutputs
-from portalm.server.tool_use import ToolUse
+from portalm.server.schemas.tools import ToolUse
 from portalm.text.answer import AnswerParser
 from portalm.text.reasoning_parsers import REASONING_PARSERS
 from portalm.text.reasoning_parsers.base import ReasoningParser

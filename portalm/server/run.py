@@ -231,12 +231,12 @@ def _start_tracer(config: ServerConfig, model: str) -> Any:
     """The tracer that was asked for, or None. What it imports is an extra."""
     if config.otlp_traces_endpoint is None:
         return None
-    tracing = importlib.import_module("portalm.server.tracing")
+    tracing = importlib.import_module("portalm.server.observability.tracing")
     return tracing.Tracer(config.otlp_traces_endpoint, model)
 
 
 def _import_server() -> tuple[Any, ...]:
-    names = ("app", "metrics", "state", "request_log")
+    names = ("app", "observability.metrics", "state", "observability.request_log")
     return tuple(importlib.import_module(f"portalm.server.{name}") for name in names)
 
 

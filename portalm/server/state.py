@@ -18,10 +18,10 @@ from portalm.errors import InvalidRequest, PortaLMError, RequestFailed
 from portalm.sampling_params import SamplingParams
 from portalm.server.api_keys import ApiKeys
 from portalm.server.chat_plan import AnswerFormat
-from portalm.server.metrics import Metrics
-from portalm.server.protocol import MAX_ANSWERS
+from portalm.server.observability.metrics import Metrics
+from portalm.server.observability.watch import RequestObserver, RequestWatch
 from portalm.server.responses_store import ResponseStore
-from portalm.server.watch import RequestObserver, RequestWatch
+from portalm.server.schemas.common import MAX_ANSWERS
 
 
 class ModelUnknown(InvalidRequest):

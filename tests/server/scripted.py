@@ -24,7 +24,7 @@ from portalm.errors import RequestFailed
 from portalm.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from portalm.sampling_params import SamplingParams
 from portalm.server.app import build_app
-from portalm.server.metrics import Metrics
+from portalm.server.observability.metrics import Metrics
 from portalm.server.state import ServerState
 from portalm.text import load_tokenizer
 

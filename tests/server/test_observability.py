@@ -17,8 +17,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from portalm.outputs import RequestMetrics
 from portalm.sampling_params import SamplingParams
-from portalm.server import tracing
-from portalm.server.watch import RequestRecord
+from portalm.server.observability import tracing
+from portalm.server.observability.watch import RequestRecord
 from tests.server.collector import Collector, running_collector
 from tests.server.conftest import RunningServer, make_model_folder, running_server
 
@@ -283,7 +283,11 @@ def test_of_a_collector_that_is_down_there_is_one_warning(
     def send() -> list[str]:
         tracer.ended(record)
         tracer._provider.force_flush()
-        return [one.message for one in caplog.records if one.name == "portalm.server.tracing"]
+        return [
+            one.message
+            for one in caplog.records
+            if one.name == "portalm.server.observability.tracing"
+        ]
 
     collector.is_down, collector.num_refused = True, 0
     for _ in range(3):
@@ -358,7 +362,7 @@ def test_content_is_logged_where_it_is_asked_for_and_a_dead_collector_is_told_on
 
         begun = log_line(server, message="request began", id="r-2")
         ended = log_line(server, message="request ended", id="r-2")
-        log_line(server, logger="portalm.server.tracing", level="warning")
+        log_line(server, logger=tracing.__name__, level="warning")
         http.post("/v1/completions", json=BODY).raise_for_status()
         time.sleep(0.3)
         engine = server.engine_pid()

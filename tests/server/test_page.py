@@ -22,7 +22,7 @@ from fastapi.testclient import TestClient
 from portalm.config import EngineConfig
 from portalm.engine.client import EngineClient
 from portalm.server.app import build_app
-from portalm.server.metrics import Metrics
+from portalm.server.observability.metrics import Metrics
 from portalm.server.state import ServerState
 from tests.server.conftest import ENDLESS, RunningServer, make_model_folder, running_server
 

@@ -12,7 +12,7 @@ import pytest
 
 from portalm.errors import ConfigError
 from portalm.server.chat_plan import AnswerFormat
-from portalm.server.tool_use import check_tools
+from portalm.server.schemas.tools import check_tools
 from portalm.text import load_tokenizer
 from tests.server.scripted import ScriptedServer, make_byte_tokenizer, scripted_server
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from portalm.engine.input_processor import ProcessedInput
 from portalm.engine.output_processor import AnswerDelta
 from portalm.outputs import Logprob, RequestMetrics
-from portalm.server.completion_choice import ChoiceShape
-from portalm.server.completion_stream import CompletionStream
-from portalm.server.protocol import CompletionRequest
+from portalm.server.replies.completion_choice import ChoiceShape
+from portalm.server.replies.completion_stream import CompletionStream
+from portalm.server.schemas.completions import CompletionRequest
 from portalm.text import load_tokenizer
 from tests.server.conftest import BYTE_0, make_byte_model_folder
 

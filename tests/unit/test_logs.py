@@ -14,7 +14,7 @@ import pytest
 from portalm.engine.messages import EngineStats
 from portalm.errors import ConfigError
 from portalm.logs import LogConfig, with_fields, write_logs
-from portalm.server.request_log import log_throughput, throughput
+from portalm.server.observability.request_log import log_throughput, throughput
 
 Read = Callable[[], str]
 

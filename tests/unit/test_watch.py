@@ -16,8 +16,8 @@ from portalm.engine.messages import AddRequest, EngineStats, TokenOutput
 from portalm.engine.output_processor import OutputProcessor
 from portalm.errors import EngineDead
 from portalm.sampling_params import SamplingParams
-from portalm.server.metrics import Metrics
-from portalm.server.watch import RequestObserver, RequestRecord, RequestWatch
+from portalm.server.observability.metrics import Metrics
+from portalm.server.observability.watch import RequestObserver, RequestRecord, RequestWatch
 
 
 @dataclass

@@ -12,7 +12,7 @@ from portalm.engine.input_processor import ProcessedInput
 from portalm.engine.messages import EngineStats
 from portalm.logs import with_fields
 from portalm.sampling_params import SamplingParams
-from portalm.server.watch import RequestObserver, RequestRecord
+from portalm.server.observability.watch import RequestObserver, RequestRecord
 
 logger = logging.getLogger(__name__)
 

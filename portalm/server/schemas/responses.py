@@ -9,8 +9,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from portalm.errors import InvalidRequest
 from portalm.sampling_params import SamplingParams
-from portalm.server.protocol import JsonSchemaFormat, Messages, ResponseFormat, checked_variables
-from portalm.server.tool_use import ToolUse, check_tools
+from portalm.server.schemas.common import Messages, checked_variables
+from portalm.server.schemas.formats import JsonSchemaFormat, ResponseFormat
+from portalm.server.schemas.tools import ToolUse, check_tools
 
 _UNSUPPORTED = {
     "conversation": "send previous_response_id, or the conversation as input",

@@ -10,8 +10,8 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
 
 from portalm.engine.scores import numbers
-from portalm.server.pooling import pool, usage
-from portalm.server.pooling_protocol import EmbeddingRequest
+from portalm.server.replies.pooling import pool, usage
+from portalm.server.schemas.pooling import EmbeddingRequest
 from portalm.server.state import ServerState, new_id, state_of
 
 router = APIRouter()

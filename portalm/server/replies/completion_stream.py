@@ -9,10 +9,10 @@ from typing import Any
 from portalm.engine.input_processor import ProcessedInput
 from portalm.engine.output_processor import AnswerDelta
 from portalm.outputs import Logprob
-from portalm.server.completion_choice import ChoiceShape
+from portalm.server.replies.completion_choice import ChoiceShape
+from portalm.server.replies.stream import usage
+from portalm.server.replies.text_logprobs import TextLogprobs
 from portalm.server.state import failure
-from portalm.server.stream import usage
-from portalm.server.text_logprobs import TextLogprobs
 
 
 @dataclass(slots=True)

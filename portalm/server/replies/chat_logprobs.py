@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from portalm.outputs import Logprob
-from portalm.server.text_logprobs import LEAST_LOGPROB
+from portalm.server.replies.text_logprobs import LEAST_LOGPROB
 from portalm.text.tokenizer import Tokenizer
 
 

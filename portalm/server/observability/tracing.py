@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 from portalm import __version__
 from portalm.errors import ConfigError
-from portalm.server.watch import RequestObserver, RequestRecord
+from portalm.server.observability.watch import RequestObserver, RequestRecord
 
 try:
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter

@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from portalm.errors import PortaLMError
 from portalm.server.errors import error_object, status_of
-from portalm.server.presence import while_connected
+from portalm.server.replies.presence import while_connected
 
 logger = logging.getLogger(__name__)
 

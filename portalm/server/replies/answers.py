@@ -11,9 +11,9 @@ from fastapi import Request
 from portalm.engine.input_processor import ProcessedInput
 from portalm.outputs import RequestOutput
 from portalm.sampling_params import SamplingParams
-from portalm.server.presence import while_connected
+from portalm.server.replies.presence import while_connected
+from portalm.server.replies.stream import usage
 from portalm.server.state import ServerState, failure
-from portalm.server.stream import usage
 
 
 @dataclass(slots=True)

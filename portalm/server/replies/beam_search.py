@@ -13,10 +13,10 @@ from portalm.engine.input_processor import ProcessedInput
 from portalm.engine.output_processor import AnswerDelta
 from portalm.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from portalm.sampling_params import SamplingParams
-from portalm.server.answers import Answers
-from portalm.server.presence import while_connected
+from portalm.server.observability.watch import RequestWatch
+from portalm.server.replies.answers import Answers
+from portalm.server.replies.presence import while_connected
 from portalm.server.state import ServerState, failure
-from portalm.server.watch import RequestWatch
 
 
 class _Search:

@@ -12,14 +12,14 @@ from fastapi.responses import JSONResponse, Response
 
 from portalm.engine.input_processor import ProcessedInput
 from portalm.outputs import CompletionOutput
-from portalm.server.answers import collect
 from portalm.server.auth import salt_for, tenant_of
-from portalm.server.beam_search import search_beams
-from portalm.server.completion_choice import ChoiceShape
-from portalm.server.completion_stream import CompletionStream
-from portalm.server.protocol import CompletionRequest
+from portalm.server.replies.answers import collect
+from portalm.server.replies.beam_search import search_beams
+from portalm.server.replies.completion_choice import ChoiceShape
+from portalm.server.replies.completion_stream import CompletionStream
+from portalm.server.replies.stream import event_stream
+from portalm.server.schemas.completions import CompletionRequest
 from portalm.server.state import ServerState, new_id, state_of
-from portalm.server.stream import event_stream
 
 router = APIRouter()
 

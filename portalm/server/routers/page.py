@@ -22,7 +22,7 @@ _MEDIA_TYPES = {  # not guessed: a machine's own table may say otherwise
 }
 _FILES = {  # what is not in here is not given out, whatever path a name may spell
     path.name: path
-    for path in Path(__file__).with_name("static").iterdir()
+    for path in (Path(__file__).parents[1] / "static").iterdir()
     if path.suffix in _MEDIA_TYPES
 }
 _HEADERS = {

@@ -1,4 +1,4 @@
-"""/metrics: Prometheus counters, gauges and histograms, under portalm: and vllm:."""
+"""Prometheus counters, gauges and histograms, under portalm: and vllm:."""
 
 from __future__ import annotations
 
@@ -8,16 +8,13 @@ from collections import Counter as Counts
 from collections.abc import Iterator
 from typing import Any
 
-from fastapi import APIRouter, Request
-from fastapi.responses import Response
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
     HistogramMetricFamily,
     Metric,
 )
-from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
 
 from portalm.engine.client import EngineClient
@@ -206,13 +203,3 @@ def _step_tokens(steps_by_tokens: Counts[int], model: str) -> Metric:
     total = sum(tokens * steps for tokens, steps in steps_by_tokens.items())
     histogram.add_metric([model], buckets, total)
     return histogram
-
-
-router = APIRouter()
-
-
-@router.get("/metrics")
-async def metrics(request: Request) -> Response:
-    """Prometheus text."""
-    registry = request.app.state.portalm.metrics.registry
-    return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)

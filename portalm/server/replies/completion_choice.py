@@ -9,8 +9,8 @@ from portalm.engine.input_processor import ProcessedInput
 from portalm.engine.output_processor import AnswerDelta
 from portalm.outputs import CompletionOutput, Logprob
 from portalm.sampling_params import SamplingParams
-from portalm.server.protocol import CompletionRequest
-from portalm.server.text_logprobs import TextLogprobs, prompt_logprobs_object
+from portalm.server.replies.text_logprobs import TextLogprobs, prompt_logprobs_object
+from portalm.server.schemas.completions import CompletionRequest
 from portalm.text.tokenizer import Tokenizer
 
 AnswerT = TypeVar("AnswerT", AnswerDelta, CompletionOutput)

@@ -12,15 +12,15 @@ from fastapi.responses import JSONResponse, Response
 from portalm.engine.input_processor import ProcessedInput
 from portalm.engine.output_processor import AnswerDelta
 from portalm.outputs import CompletionOutput, Logprob
-from portalm.server.answers import collect
 from portalm.server.auth import salt_for, tenant_of
-from portalm.server.beam_search import search_beams
-from portalm.server.chat_logprobs import chat_logprobs
 from portalm.server.chat_plan import ChatPlan, plan_chat
-from portalm.server.protocol import ChatRequest
+from portalm.server.replies.answers import collect
+from portalm.server.replies.beam_search import search_beams
+from portalm.server.replies.chat_logprobs import chat_logprobs
+from portalm.server.replies.stream import event_stream, usage
+from portalm.server.replies.text_logprobs import prompt_logprobs_object
+from portalm.server.schemas.chat import ChatRequest
 from portalm.server.state import ServerState, failure, new_id, state_of
-from portalm.server.stream import event_stream, usage
-from portalm.server.text_logprobs import prompt_logprobs_object
 from portalm.text.answer import AnswerParser, AnswerPiece
 from portalm.text.char_parser import Content, Reasoning
 

@@ -17,13 +17,13 @@ from portalm.engine.input_processor import ProcessedInput
 from portalm.errors import InvalidRequest, PortaLMError
 from portalm.server.auth import salt_for, tenant_of
 from portalm.server.chat_plan import ChatPlan, plan_chat
-from portalm.server.presence import while_connected
-from portalm.server.responses_input import as_items, as_messages
-from portalm.server.responses_output import Event, ResponseOutput
-from portalm.server.responses_protocol import ResponsesRequest
+from portalm.server.replies.presence import while_connected
+from portalm.server.replies.responses_output import Event, ResponseOutput
+from portalm.server.replies.stream import event_stream
 from portalm.server.responses_store import StoredResponse, StoreFull
+from portalm.server.schemas.responses import ResponsesRequest
+from portalm.server.schemas.responses_input import as_items, as_messages
 from portalm.server.state import ServerState, failure, new_id, state_of
-from portalm.server.stream import event_stream
 
 logger = logging.getLogger(__name__)
 router = APIRouter()

@@ -10,9 +10,9 @@ from portalm.engine.input_processor import NO_ANSWER, ProcessedInput, TextPair
 from portalm.errors import InvalidRequest
 from portalm.outputs import RequestOutput
 from portalm.pooling_params import PoolingParams
-from portalm.server.answers import collect
 from portalm.server.auth import salt_for, tenant_of
-from portalm.server.pooling_protocol import PoolingFields
+from portalm.server.replies.answers import collect
+from portalm.server.schemas.pooling import PoolingFields
 from portalm.server.state import ServerState
 
 

@@ -10,8 +10,8 @@ from fastapi import APIRouter, Depends, Request
 from portalm.engine.input_processor import TextPair
 from portalm.engine.scores import as_pairs, cosine, numbers
 from portalm.pooling_params import PoolingParams
-from portalm.server.pooling import pool, usage
-from portalm.server.pooling_protocol import (
+from portalm.server.replies.pooling import pool, usage
+from portalm.server.schemas.pooling import (
     PoolingFields,
     RerankRequest,
     ScoreRequest,

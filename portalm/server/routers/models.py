@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends
 
 from portalm.errors import InvalidRequest
-from portalm.server.protocol import DetokenizeRequest, TokenizeRequest
+from portalm.server.schemas.tokenize import DetokenizeRequest, TokenizeRequest
 from portalm.server.state import ServerState, state_of
 
 router = APIRouter()

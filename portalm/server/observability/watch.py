@@ -13,7 +13,7 @@ from portalm.engine.input_processor import ProcessedInput
 from portalm.engine.output_processor import AnswerDelta
 from portalm.outputs import RequestMetrics, RequestOutput
 from portalm.sampling_params import SamplingParams
-from portalm.server.metrics import Metrics
+from portalm.server.observability.metrics import Metrics
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,1 @@
+"""Replies: how answers are collected, shaped and streamed."""

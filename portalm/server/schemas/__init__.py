@@ -1,0 +1,1 @@
+"""Request bodies as pydantic models, and the checked values made from them."""

@@ -1,0 +1,84 @@
+"""Body of POST /v1/completions."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from portalm.errors import InvalidRequest
+from portalm.sampling_params import SamplingParams
+from portalm.server.schemas.common import MAX_ANSWERS, MAX_PROMPT, Texts, TokenIds
+from portalm.server.schemas.sampling import SamplingFields
+
+
+class CompletionRequest(SamplingFields):
+    """POST /v1/completions."""
+
+    prompt: (
+        str
+        | Annotated[Texts, Field(max_length=MAX_ANSWERS)]
+        | Annotated[TokenIds, Field(max_length=MAX_PROMPT)]
+        | Annotated[
+            list[Annotated[TokenIds, Field(max_length=MAX_PROMPT)]],
+            Field(fail_fast=True, max_length=MAX_ANSWERS),
+        ]
+    )
+    echo: bool = False
+    logprobs: int | None = None
+    best_of: int | None = None
+    suffix: str | None = None
+    return_token_ids: bool = False
+    truncate_prompt_tokens: int | None = Field(default=None, ge=-1)
+
+    @property
+    def scores_only(self) -> bool:
+        """Nothing is generated: the prompt comes back, with its logprobs where asked for."""
+        return self.echo and self.max_tokens == 0
+
+    def params(self) -> SamplingParams:
+        """The parameters of each prompt. Raises `InvalidRequest`."""
+        if self.suffix:
+            raise InvalidRequest(
+                "suffix is not supported: the model only continues", param="suffix"
+            )
+        num_candidates = self._num_candidates()
+        max_tokens = 16 if self.max_tokens is None else self.max_tokens
+        # what chooses the best; an echoed prompt shows the logprobs that its answer does
+        logprobs = 0 if self.logprobs is None and num_candidates > self.n else self.logprobs
+        prompt_logprobs = self.prompt_logprobs
+        if self.echo and self.logprobs is not None:
+            prompt_logprobs = max(self.logprobs, prompt_logprobs or 0)
+        return self.sampling_params(
+            max_tokens=1 if self.scores_only else max_tokens,  # an engine draws at least one
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+            n=num_candidates,
+        )
+
+    def _num_candidates(self) -> int:
+        """Answers to generate, of which the n best are shown."""
+        if self.best_of is None:
+            return self.n
+        if self.best_of < self.n:
+            raise InvalidRequest(
+                f"best_of ({self.best_of}) must be at least n ({self.n}): the n best of them are "
+                f"shown",
+                param="best_of",
+            )
+        if self.stream and self.best_of > self.n:
+            raise InvalidRequest(
+                "best_of above n cannot be streamed: which answers are best is known at their end",
+                param="best_of",
+            )
+        return self.best_of
+
+    def prompts(self) -> list[str | list[int]]:
+        """One or more prompts, however they were spelled."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if not self.prompt:
+            raise InvalidRequest("prompt must not be empty", param="prompt")
+        if isinstance(self.prompt[0], int):
+            return [self.prompt]
+        return list(self.prompt)
