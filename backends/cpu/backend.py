@@ -72,6 +72,8 @@ class CpuBackend(TorchBackend):
         dtypes=_DTYPES,
         kv_dtypes=frozenset(cache.KV_CODES),
         head_sizes=cache.HEAD_SIZES,
+        shared_head_sizes=cache.SHARED_HEAD_SIZES,
+        shared_kv_dtypes=frozenset(cache.DTYPES),
         block_sizes=cache.BLOCK_SIZES,
         features=frozenset(
             {"sliding_window", "soft_cap", "alibi", "sinks", "shared_values", "batch_invariant"}
@@ -158,7 +160,7 @@ class CpuBackend(TorchBackend):
         """Keys and values of one block over all layers."""
         return kv_codes.bytes_per_block(spec)
 
-    def kv_alloc(self, spec: KVSpec, num_blocks: int) -> CpuKV:
+    def _kv_alloc(self, spec: KVSpec, num_blocks: int) -> CpuKV:
         """Reserved, not committed, until blocks are written."""
         return cache.alloc(spec, num_blocks)
 
@@ -280,7 +282,7 @@ class CpuBackend(TorchBackend):
 
     # -- layers -------------------------------------------------------------------------------
 
-    def pack(
+    def _pack(
         self,
         weight: torch.Tensor | QuantizedWeight,
         *,

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import torch
 
 from portalm.backend import SCALED_KV_DTYPES, KVSpec
-from portalm.errors import Unsupported
 from portalm_backends.cpu.memory import reserve
 from portalm_backends.portable import kv_codes
 
@@ -50,39 +49,12 @@ class CpuKV:
     values are keys."""
 
 
-def check_spec(spec: KVSpec) -> None:
-    """Raise `Unsupported` for a shape that the kernels do not take."""
-    head_sizes: tuple[frozenset[int], str] = (HEAD_SIZES, "a multiple of 8")
-    if spec.shares_values:
-        head_sizes = (SHARED_HEAD_SIZES, "(where values are keys) a multiple of 16")
-    for what, value, taken, rule in (
-        ("head size", spec.head_size, *head_sizes),
-        ("block size", spec.block_size, BLOCK_SIZES, "a power of 2 from 8"),
-    ):
-        if value not in taken:
-            raise Unsupported(
-                f"the cpu backend takes a {what} that is {rule} up to {max(taken)}, not {value}: "
-                f"use another one or --device reference"
-            )
-    if spec.shares_values and spec.dtype not in DTYPES:
-        raise Unsupported(
-            f"the cpu backend keeps keys that are values as {', '.join(DTYPES)}, not {spec.dtype}: "
-            f"choose one with --kv-cache-dtype"
-        )
-    if spec.dtype not in KV_CODES:
-        raise Unsupported(
-            f"the cpu backend stores keys and values as {', '.join(KV_CODES)}, not {spec.dtype}"
-        )
-
-
 def alloc(spec: KVSpec, num_blocks: int) -> CpuKV:
     """Reserve a cache; pages are committed when they are first written.
 
     Raises:
-        Unsupported: a shape or dtype that the kernels do not take.
         BackendError: of kind oom, with the numbers.
     """
-    check_spec(spec)
     dtype = torch.uint8 if spec.dtype in SCALED_KV_DTYPES else DTYPES[spec.dtype]
     num_bytes = num_blocks * kv_codes.bytes_per_block(spec)
     data = reserve(

@@ -140,9 +140,9 @@ class GpuBackend(TorchBackend):
         """Keys and values of one block over all layers."""
         return kv_codes.bytes_per_block(spec)
 
-    def kv_alloc(self, spec: KVSpec, num_blocks: int) -> cache.KV:
+    def _kv_alloc(self, spec: KVSpec, num_blocks: int) -> cache.KV:
         """One tensor, [L, NB, H_kv, 2, B, D], with one of scales beside it for codes."""
-        return cache.allocate(spec, num_blocks, self.device(), dtypes=self.capabilities.kv_dtypes)
+        return cache.allocate(spec, num_blocks, self.device())
 
     def kv_write(
         self,
@@ -266,7 +266,7 @@ class GpuBackend(TorchBackend):
 
     # -- layers -------------------------------------------------------------------------------
 
-    def pack(
+    def _pack(
         self,
         weight: torch.Tensor | QuantizedWeight,
         *,
@@ -419,6 +419,8 @@ def capabilities(arch: Arch, *, has_fp8_products: bool) -> Capabilities:
         dtypes=cache.DTYPES,
         kv_dtypes=cache.KV_DTYPES,
         head_sizes=cache.HEAD_SIZES,
+        shared_head_sizes=cache.SHARED_HEAD_SIZES,
+        shared_kv_dtypes=cache.DTYPES,
         block_sizes=cache.BLOCK_SIZES,
         quantizations=QUANTIZATIONS | ({FP8} if has_fp8_products else set()),
         features=frozenset({"sliding_window", "soft_cap", "alibi", "sinks", "shared_values"}),

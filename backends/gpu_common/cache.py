@@ -15,7 +15,6 @@ from dataclasses import dataclass
 import torch
 
 from portalm.backend import SCALED_KV_DTYPES, KVSpec, StepMeta
-from portalm.errors import BackendError, Unsupported
 from portalm_backends.gpu_common.kernels.kv_cache import (
     copy_kernel,
     rotate_write_kernel,
@@ -65,57 +64,21 @@ def parts(kv: KV) -> tuple[torch.Tensor, torch.Tensor | None, int]:
     return kv, None, 0
 
 
-def check_spec(spec: KVSpec, dtypes: frozenset[str]) -> None:
-    """Raise `Unsupported` for a shape that the kernels do not take, or a dtype not in `dtypes`."""
-    head_sizes: tuple[frozenset[int], str] = (HEAD_SIZES, "a multiple of 8 from 16")
-    if spec.shares_values:
-        head_sizes = (SHARED_HEAD_SIZES, "(where values are keys) a multiple of 16")
-        dtypes = dtypes & DTYPES
-    for what, value, taken, rule in (
-        ("head size", spec.head_size, *head_sizes),
-        ("block size", spec.block_size, BLOCK_SIZES, "a power of 2 from 8"),
-    ):
-        if value not in taken:
-            raise Unsupported(
-                f"the GPU kernels take a {what} that is {rule} up to {max(taken)}, not {value}"
-            )
-    if spec.dtype not in dtypes:
-        raise Unsupported(
-            f"this GPU stores keys and values as {', '.join(sorted(dtypes))}, not {spec.dtype}"
-        )
-
-
-def allocate(
-    spec: KVSpec, num_blocks: int, device: torch.device, *, dtypes: frozenset[str] = KV_DTYPES
-) -> KV:
+def allocate(spec: KVSpec, num_blocks: int, device: torch.device) -> KV:
     """An uninitialised cache, [L, NB, H_kv, P, B, D], with scales where it is of codes.
 
     Args:
         spec: its shape and dtype.
         num_blocks: NB, the null block included.
         device: where it lives.
-        dtypes: what the device takes.
-
-    Raises:
-        Unsupported: a shape or dtype that the kernels do not take.
-        BackendError: of kind oom, with the size.
     """
-    check_spec(spec, dtypes)
     block = (spec.num_planes, spec.block_size, spec.head_size)
     shape = (spec.num_layers, num_blocks, spec.num_kv_heads, *block)
-    try:
-        if spec.dtype in SCALED_KV_DTYPES:
-            codes = torch.empty(shape, dtype=torch.int8, device=device)
-            scales = torch.empty(shape[:-1], dtype=torch.bfloat16, device=device)
-            return ScaledKV(spec.dtype, codes, scales)
-        return torch.empty(shape, dtype=getattr(torch, spec.dtype), device=device)
-    except RuntimeError as error:
-        size = num_blocks * kv_codes.bytes_per_block(spec)
-        raise BackendError(
-            "oom",
-            f"no memory for a KV cache of {size / 2**20:.0f} MiB: "
-            f"lower --gpu-memory-utilization, --max-model-len or --max-num-seqs",
-        ) from error
+    if spec.dtype in SCALED_KV_DTYPES:
+        codes = torch.empty(shape, dtype=torch.int8, device=device)
+        scales = torch.empty(shape[:-1], dtype=torch.bfloat16, device=device)
+        return ScaledKV(spec.dtype, codes, scales)
+    return torch.empty(shape, dtype=getattr(torch, spec.dtype), device=device)
 
 
 def write(kv: KV, layer: int, key: torch.Tensor, value: torch.Tensor, meta: StepMeta) -> KV:

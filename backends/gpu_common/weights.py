@@ -116,7 +116,7 @@ def pack(
         fp8: the device's float8, None if it has none.
 
     Raises:
-        BackendError: `quantization` is not one of these, or shape and device do not go with it.
+        BackendError: the shape, the device or `for_logits` does not go with `quantization`.
     """
     if isinstance(weight, QuantizedWeight):
         return few_bits(_on(weight, device))

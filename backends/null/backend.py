@@ -121,8 +121,8 @@ class NullBackend(TorchBackend):
         """What a real device would need."""
         return kv_codes.bytes_per_block(spec)
 
-    def kv_alloc(self, spec: KVSpec, num_blocks: int) -> NullKV:
-        """Room for token ids."""
+    def _kv_alloc(self, spec: KVSpec, num_blocks: int) -> NullKV:
+        """Allocate a cache of token ids and positions."""
         self._block_size = spec.block_size
         return NullKV(num_blocks, spec.block_size)
 
@@ -154,14 +154,14 @@ class NullBackend(TorchBackend):
 
     # -- layers: shapes only -------------------------------------------------------------------
 
-    def pack(
+    def _pack(
         self,
         weight: torch.Tensor | QuantizedWeight,
         *,
         quantization: str | None = None,
         for_logits: bool = False,
     ) -> torch.Size:
-        """The shape; the weight itself may go."""
+        """Keep only the shape."""
         return weight.shape
 
     def linear(

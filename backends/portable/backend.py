@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from portalm.backend import (
+    API_VERSION,
     KV,
     AttentionSpec,
     Bucket,
@@ -31,7 +32,7 @@ from portalm.backend import (
     StepMeta,
     Weights,
 )
-from portalm.errors import BackendError
+from portalm.errors import BackendError, Unsupported
 from portalm_backends.portable import encoder, host_memory
 from portalm_backends.portable.sampling import sample
 
@@ -61,6 +62,7 @@ class TorchBackend(abc.ABC):
     those too. Anything else may be overridden by something faster.
     """
 
+    api_version = API_VERSION
     name = "torch"
     rank = -10
     capabilities: Capabilities
@@ -146,9 +148,30 @@ class TorchBackend(abc.ABC):
     def kv_bytes_per_block(self, spec: KVSpec) -> int:
         """Bytes of one block over all layers."""
 
-    @abc.abstractmethod
     def kv_alloc(self, spec: KVSpec, num_blocks: int) -> KV:
-        """An uninitialised cache of `num_blocks` blocks."""
+        """Allocate an uninitialized cache of `num_blocks` blocks, the null block included.
+
+        Raises:
+            Unsupported: `capabilities` do not claim a cache of this spec.
+            BackendError: of kind oom, with the size, where memory is short.
+        """
+        if problem := self.capabilities.kv_problem(spec):
+            raise Unsupported(f"backend {self.name!r}: {problem}")
+        try:
+            return self._kv_alloc(spec, num_blocks)
+        except (MemoryError, RuntimeError) as error:  # what torch and JAX raise
+            size = num_blocks * self.kv_bytes_per_block(spec)
+            reason = str(error).partition("\n")[0]
+            raise BackendError(
+                "oom",
+                f"cannot allocate a KV cache of {size / 2**20:.0f} MiB ({reason}): lower "
+                f"--gpu-memory-utilization, --kv-cache-memory-bytes, --max-model-len or "
+                f"--max-num-seqs",
+            ) from error
+
+    @abc.abstractmethod
+    def _kv_alloc(self, spec: KVSpec, num_blocks: int) -> KV:
+        """Allocate a cache of a spec that `capabilities` claim."""
 
     @abc.abstractmethod
     def kv_write(
@@ -212,9 +235,29 @@ class TorchBackend(abc.ABC):
         quantization: str | None = None,
         for_logits: bool = False,
     ) -> PackedWeight:
-        """The weight [N, K] itself, on the device; quantised ones are not claimed."""
-        if isinstance(weight, QuantizedWeight) or quantization is not None:
-            raise BackendError("unsupported", f"backend {self.name!r} has no weights of few bits")
+        """Convert a weight [N, K] to the device's layout.
+
+        Raises:
+            Unsupported: `capabilities` do not claim the quantization.
+        """
+        claimed = self.capabilities.quantizations
+        for name in (weight.format if isinstance(weight, QuantizedWeight) else None, quantization):
+            if name is not None and name not in claimed:
+                raise Unsupported(
+                    f"backend {self.name!r}: {name} weights are not supported; supported: "
+                    f"{', '.join(sorted(claimed)) or 'none'}: choose one with --quantization"
+                )
+        return self._pack(weight, quantization=quantization, for_logits=for_logits)
+
+    def _pack(
+        self,
+        weight: torch.Tensor | QuantizedWeight,
+        *,
+        quantization: str | None = None,
+        for_logits: bool = False,
+    ) -> PackedWeight:
+        """Convert a weight [N, K] whose quantization is claimed; here: the weight itself."""
+        assert isinstance(weight, torch.Tensor), "a backend that claims quantizations writes _pack"
         return weight.to(self.device())
 
     def linear(

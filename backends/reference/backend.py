@@ -46,8 +46,8 @@ class ReferenceBackend(TorchBackend):
         """Keys and values of one block over all layers."""
         return kv_codes.bytes_per_block(spec)
 
-    def kv_alloc(self, spec: KVSpec, num_blocks: int) -> KV:
-        """One tensor [L, P, NB, B, H_kv, D], or two for codes and their scales."""
+    def _kv_alloc(self, spec: KVSpec, num_blocks: int) -> KV:
+        """Allocate one tensor [L, P, NB, B, H_kv, D], or two for 8-bit codes and their scales."""
         return cache.allocate(spec, num_blocks)
 
     def kv_write(

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import torch
 
 from portalm.backend import SCALED_KV_DTYPES, KVSpec, StepMeta
-from portalm.errors import BackendError, Unsupported
 from portalm_backends.portable import kv_codes
 
 DTYPES = frozenset({"float32", "float16", "bfloat16"})
@@ -45,31 +44,13 @@ KV = torch.Tensor | ScaledKV
 
 
 def allocate(spec: KVSpec, num_blocks: int) -> KV:
-    """An uninitialised cache.
-
-    Raises:
-        Unsupported: a dtype that is not claimed.
-        BackendError: of kind oom, with the size.
-    """
-    if spec.dtype not in KV_DTYPES:
-        raise Unsupported(
-            f"the reference backend stores keys and values as {', '.join(sorted(KV_DTYPES))}, "
-            f"not {spec.dtype}"
-        )
+    """Allocate an uninitialized cache."""
     block = (spec.block_size, spec.num_kv_heads, spec.head_size)
     shape = (spec.num_layers, spec.num_planes, num_blocks, *block)
-    try:
-        if spec.dtype in SCALED_KV_DTYPES:
-            codes = torch.empty(shape, dtype=torch.uint8)
-            return ScaledKV(spec.dtype, codes, torch.empty(shape[:-1], dtype=torch.bfloat16))
-        return torch.empty(shape, dtype=getattr(torch, spec.dtype))
-    except RuntimeError as error:
-        size = num_blocks * kv_codes.bytes_per_block(spec)
-        raise BackendError(
-            "oom",
-            f"no memory for a KV cache of {size / 2**20:.0f} MiB: "
-            f"lower --kv-cache-memory-bytes, --max-model-len or --max-num-seqs",
-        ) from error
+    if spec.dtype in SCALED_KV_DTYPES:
+        codes = torch.empty(shape, dtype=torch.uint8)
+        return ScaledKV(spec.dtype, codes, torch.empty(shape[:-1], dtype=torch.bfloat16))
+    return torch.empty(shape, dtype=getattr(torch, spec.dtype))
 
 
 def write(kv: KV, layer: int, key: torch.Tensor, value: torch.Tensor, meta: StepMeta) -> KV:

@@ -95,6 +95,7 @@ class XlaBackend(TorchBackend):
         self.capabilities = Capabilities(
             dtypes=frozenset({"float32", "bfloat16"}),
             kv_dtypes=cache.KV_DTYPES,
+            shared_kv_dtypes=cache.DTYPES,
             features=_FEATURES,
             quantizations=weights.FORMATS,
             static_shapes=True,
@@ -169,13 +170,8 @@ class XlaBackend(TorchBackend):
         """Keys and values of one block over all layers."""
         return self._cache.bytes_per_block(spec, is_tpu=self._is_tpu)
 
-    def kv_alloc(self, spec: KVSpec, num_blocks: int) -> XlaKV:
+    def _kv_alloc(self, spec: KVSpec, num_blocks: int) -> XlaKV:
         """One array a layer; one warning where a TPU has no kernels for it."""
-        if spec.dtype not in self.capabilities.kv_dtypes:
-            raise Unsupported(
-                f"the tpu backend stores keys and values as "
-                f"{', '.join(sorted(self.capabilities.kv_dtypes))}, not {spec.dtype}"
-            )
         reason = self._kernels.why_not(spec)
         if self._is_tpu and reason is not None:
             logger.warning("attention is XLA's operations, which are slower: %s", reason)
@@ -263,7 +259,7 @@ class XlaBackend(TorchBackend):
 
     # -- layers -------------------------------------------------------------------------------
 
-    def pack(
+    def _pack(
         self,
         weight: torch.Tensor | QuantizedWeight,
         *,

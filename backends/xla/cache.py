@@ -22,7 +22,6 @@ import numpy.typing as npt
 from jax import export, lax
 
 from portalm.backend import SCALED_KV_DTYPES, KVSpec
-from portalm.errors import BackendError, Unsupported
 
 DTYPES = frozenset({"float32", "float16", "bfloat16"})
 """What is computed in, and keys and values may be stored as."""
@@ -83,28 +82,15 @@ def allocate(
     is_tpu: bool,
     device: jax.Device | jax.sharding.Sharding | None = None,
 ) -> tuple[Layer, ...]:
-    """A cache of `num_blocks` blocks, one array a layer, or two.
-
-    Raises:
-        Unsupported: a dtype that is not claimed.
-        BackendError: of kind oom, with the size.
-    """
+    """A cache of `num_blocks` blocks, one array a layer, or two."""
     shape, dtype = layer_shape(spec, num_blocks, is_tpu=is_tpu), _dtype(spec)
-    try:
-        layers = [jnp.empty(shape, dtype, device=device) for _ in range(spec.num_layers)]
-        if spec.dtype not in _CODE_DTYPES:
-            return tuple(layers)
-        scales = (num_blocks, spec.num_kv_heads, 2 * spec.block_size)
-        return tuple(
-            CodedLayer(codes, jnp.empty(scales, jnp.float32, device=device)) for codes in layers
-        )
-    except jax.errors.JaxRuntimeError as error:
-        size = num_blocks * bytes_per_block(spec, is_tpu=is_tpu)
-        raise BackendError(
-            "oom",
-            f"no memory for a KV cache of {size / 2**20:.0f} MiB: "
-            f"lower --kv-cache-memory-bytes, --max-model-len or --max-num-seqs",
-        ) from error
+    layers = [jnp.empty(shape, dtype, device=device) for _ in range(spec.num_layers)]
+    if spec.dtype not in _CODE_DTYPES:
+        return tuple(layers)
+    scales = (num_blocks, spec.num_kv_heads, 2 * spec.block_size)
+    return tuple(
+        CodedLayer(codes, jnp.empty(scales, jnp.float32, device=device)) for codes in layers
+    )
 
 
 def write(layer: Layer, key: jax.Array, value: jax.Array | None, slots: jax.Array) -> Layer:
@@ -212,16 +198,6 @@ def encode(x: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
 
 
 def _dtype(spec: KVSpec) -> jnp.dtype:
-    if spec.dtype not in KV_DTYPES:
-        raise Unsupported(
-            f"the XLA backend stores keys and values as {', '.join(sorted(KV_DTYPES))}, "
-            f"not {spec.dtype}"
-        )
-    if spec.shares_values and spec.dtype in _CODE_DTYPES:
-        raise Unsupported(
-            f"the XLA backend keeps keys that are values as {', '.join(sorted(DTYPES))}, "
-            f"not {spec.dtype}"
-        )
     dtype: jnp.dtype = jnp.dtype(_CODE_DTYPES.get(spec.dtype, spec.dtype))
     return dtype
 

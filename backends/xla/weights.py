@@ -48,7 +48,7 @@ def pack(
             return bridge.tensor(bridge.put(weight, rows))
         try:
             weight = round_to(weight, quantization)
-        except (KeyError, ValueError) as error:
+        except ValueError as error:
             raise BackendError("unsupported", f"weights cannot be rounded: {error}") from error
     minimums = weight.minimums
     return FewBits(

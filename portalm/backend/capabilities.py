@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
+
+from portalm.backend.kv_cache import KVSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,8 +20,11 @@ class Capabilities:
     kv_dtypes: frozenset[str]
     """Data types of keys and values in the cache: float types and names in `SCALED_KV_DTYPES`."""
     head_sizes: frozenset[int] | None = None
-    """Head sizes that attention supports; None: any. Not for caches that share values: there
-    `kv_alloc` refuses the sizes that it does not support."""
+    """Supported head sizes of caches that store keys and values; None: any."""
+    shared_head_sizes: frozenset[int] | None = None
+    """Supported head sizes of caches whose values are part of their keys; None: any."""
+    shared_kv_dtypes: frozenset[str] | None = None
+    """Data types of caches whose values are part of their keys; None: all of `kv_dtypes`."""
     block_sizes: frozenset[int] | None = None
     """Supported KV block sizes; None: any."""
     features: frozenset[str] = frozenset()
@@ -40,6 +46,32 @@ class Capabilities:
     max_steps_in_flight: int = 1
     """1: `to_host` waits for the step. 2: a step may be enqueued while another one runs."""
 
+    def kv_problem(self, spec: KVSpec) -> str | None:
+        """Return why a KV cache of this spec is not supported and what to do; None if it is."""
+        if spec.shares_values:
+            if "shared_values" not in self.features:
+                return "values that are part of their keys are not supported: use another device"
+            kind, head_sizes = " where values are part of their keys", self.shared_head_sizes
+            dtypes = self.kv_dtypes if self.shared_kv_dtypes is None else self.shared_kv_dtypes
+        else:
+            kind, head_sizes, dtypes = "", self.head_sizes, self.kv_dtypes
+        if spec.dtype not in dtypes:
+            return (
+                f"KV dtype {spec.dtype} is not supported{kind}; supported: {_listed(dtypes)}: "
+                f"choose one with --kv-cache-dtype"
+            )
+        if self.block_sizes is not None and spec.block_size not in self.block_sizes:
+            return (
+                f"block size {spec.block_size} is not supported; supported: "
+                f"{_listed(self.block_sizes)}: choose one with --block-size"
+            )
+        if head_sizes is not None and spec.head_size not in head_sizes:
+            return (
+                f"head size {spec.head_size} is not supported{kind}; supported: "
+                f"{_listed(head_sizes)}: use another device"
+            )
+        return None
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceReport:
@@ -60,3 +92,7 @@ class MemInfo:
     free: int
     host_shared: bool
     """The device uses the host's memory (a CPU), so that other programs use it too."""
+
+
+def _listed(values: Collection[int] | Collection[str]) -> str:
+    return ", ".join(map(str, sorted(values)))

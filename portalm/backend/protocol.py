@@ -17,97 +17,167 @@ if TYPE_CHECKING:
     import torch
 
 API_VERSION = (1, 0)
-"""Major and minor version of `Backend`. A new optional method raises the minor version; a change
-that existing backends cannot run with raises the major one."""
+"""Major and minor version of `Backend`.
+
+A new optional method raises the minor version; a change that existing backends do not work with
+raises the major version. `load_backend` refuses a backend of another major version.
+"""
 
 
 class Backend(Protocol):
-    """One accelerator. `portalm_backends.portable` gives a torch default for most of it."""
+    """One accelerator.
 
+    `portalm_backends.portable.backend.TorchBackend`, the portable base class, implements every
+    optional member in torch. A class that does not derive from it must implement all of them.
+    """
+
+    # -- description --------------------------------------------------------------------------
+
+    api_version: tuple[int, int]
+    """The `API_VERSION` that the backend was written for. Optional: the portable base class has
+    the current one; a backend in a package of its own should declare it."""
     name: str
-    """What users type after --device."""
+    """The name that users pass to --device. Required."""
     rank: int
-    """`auto` takes the available backend of the highest rank; below 0: only when named."""
+    """`auto` picks the available backend of the highest rank; one below 0 only runs by name.
+    Optional: -10."""
     capabilities: Capabilities
+    """What works on this device. Required."""
 
     @classmethod
     def find(cls) -> DeviceReport:
-        """What is here; never raises, never starts the device."""
+        """Report whether the device is usable here; must not raise or start the device.
+
+        Required.
+        """
         ...
 
-    # device and memory
+    # -- device and memory --------------------------------------------------------------------
+
     def device(self) -> torch.device:
-        """Where tensors of this backend live."""
+        """Return the device that holds this backend's tensors.
+
+        Optional: the host.
+        """
         ...
 
     def memory(self) -> MemInfo:
-        """Total and free bytes, right now; container limits count."""
+        """Return total and free bytes at this moment, within the limits of a container.
+
+        Required.
+        """
         ...
 
     def peak(self) -> AbstractContextManager[Callable[[], int]]:
-        """`with backend.peak() as used:` - used() is the most bytes allocated, above start."""
+        """Measure memory: in `with backend.peak() as used`, used() is the peak above the start.
+
+        Optional: the growth of this process's resident memory, right where the device is the host.
+        """
         ...
 
     def to_device(self, host: np.ndarray) -> torch.Tensor:
-        """A copy on the device, dtype kept; may return before the copy is done."""
+        """Copy an array to the device, dtype kept; may return before the copy is done.
+
+        Optional: a synchronous copy by torch.
+        """
         ...
 
     def to_device_all(self, hosts: Sequence[np.ndarray]) -> Sequence[torch.Tensor]:
-        """`to_device` of each: in one transfer, where a transfer costs more than its bytes."""
+        """Copy all index arrays of a step to the device, in one transfer where that is faster.
+
+        Optional: `to_device` of each.
+        """
         ...
 
     def to_host(self, x: torch.Tensor) -> HostFuture:
-        """Start copying `x` to the host."""
+        """Start copying `x` to the host.
+
+        Optional: a copy that is complete on return.
+        """
         ...
 
     def device_errors(self) -> AbstractContextManager[None]:
-        """Within it what the device's library raises comes as `BackendError`."""
+        """Translate exceptions of the device's library, within the context, to `BackendError`.
+
+        Optional: no translation.
+        """
         ...
 
     def use_threads(self, num_threads: int) -> None:
-        """Compute with so many threads of the host, where it is the host that computes."""
+        """Set the number of host threads that compute (--cpu-threads).
+
+        Optional: the size of torch's thread pool.
+        """
         ...
 
     def probe(self, timeout_s: float) -> None:
-        """One tiny operation with a deadline; `BackendError` if the device does not answer."""
+        """Run one tiny operation with a deadline; `BackendError` if the device does not answer.
+
+        Optional: an addition by torch on another thread.
+        """
         ...
 
-    # KV cache
+    # -- KV cache -----------------------------------------------------------------------------
+
     def kv_bytes_per_block(self, spec: KVSpec) -> int:
-        """Bytes of one block over all layers, scales included."""
+        """Return the bytes of one block over all layers, scales included.
+
+        Required.
+        """
         ...
 
     def kv_alloc(self, spec: KVSpec, num_blocks: int) -> KV:
-        """An uninitialised cache of `num_blocks` blocks, the null block included."""
+        """Allocate an uninitialized cache of `num_blocks` blocks, the null block included.
+
+        Raises `Unsupported` for a spec that `capabilities` do not claim, and `BackendError` of
+        kind oom where memory is short. The portable base class does both and calls `_kv_alloc`
+        for the allocation.
+
+        Required.
+        """
         ...
 
     def kv_write(
         self, kv: KV, layer: int, key: torch.Tensor, value: torch.Tensor, meta: StepMeta
     ) -> KV:
-        """Put this step's keys and values, [T, H_kv, D] each, into their slots.
+        """Write this step's keys and values, [T, H_kv, D] each, to their slots.
 
-        In a cache that `shares_values`, `value` is not looked at.
+        A cache that `shares_values` ignores `value`.
+
+        Required.
         """
         ...
 
     def kv_copy(self, kv: KV, src: torch.Tensor, dst: torch.Tensor) -> KV:
-        """Copy blocks src[i] to dst[i], int32 [N] each, over all layers; the sets are disjoint."""
+        """Copy blocks src[i] to dst[i], int32 [N] each, over all layers; the sets are disjoint.
+
+        Optional: for a cache that is one tensor [L, P, NB, B, H_kv, D].
+        """
         ...
 
     def kv_export(self, kv: KV, blocks: torch.Tensor) -> torch.Tensor:
-        """Blocks int32 [N] in the wire layout: [N, L, P, B, H_kv, D] on the host, `wire_dtype`.
+        """Return blocks int32 [N] in the wire layout: [N, L, P, B, H_kv, D] on the host.
 
-        P is the cache's `num_planes`: keys, then values, or keys alone.
+        The dtype is `wire_dtype`; P is `num_planes`: keys, then values, or keys alone.
+
+        Optional: for a cache that is one tensor [L, P, NB, B, H_kv, D].
         """
         ...
 
     def kv_import(self, kv: KV, blocks: torch.Tensor, wire: torch.Tensor) -> KV:
-        """The inverse of `kv_export`; codes and scales come out the same."""
+        """Write blocks in the wire layout; exported again, codes and scales are the same.
+
+        Optional: for a cache that is one tensor [L, P, NB, B, H_kv, D].
+        """
         ...
 
-    # attention
+    # -- attention ----------------------------------------------------------------------------
+
     def prepare(self, meta: StepMeta, specs: Sequence[AttentionSpec]) -> StepMeta:
-        """Plan the step's attention: outside the captured step, once a step."""
+        """Plan the attention of a step: called once per step, outside the captured step.
+
+        Optional: no plan.
+        """
         ...
 
     def attend(
@@ -121,11 +191,14 @@ class Backend(Protocol):
     ) -> torch.Tensor:
         """Causal attention of each query token over its request's context.
 
-        `query` is [T, H, D]; the cache already holds this step. Decode, prefill and mixed in one
-        call. `sinks`, float32 [H] where `spec.has_sinks`, take part in the softmax of each row of
-        their head and have no value (Xiao et al., "Efficient streaming language models with
-        attention sinks", 2023, as gpt-oss learns them). Returns [T, H, D], or [T, H, value_size],
-        in the dtype of `query`; rows of pad tokens are unspecified.
+        `query` is [T, H, D]; the cache already holds this step's keys and values. One call handles
+        decodes, prefills and a mix of both. `sinks`, float32 [H] where `spec.has_sinks`, take part
+        in the softmax of each row of their head and have no value (Xiao et al., "Efficient
+        streaming language models with attention sinks", 2023, as gpt-oss learns them). Returns
+        [T, H, D], or [T, H, value_size], in the dtype of `query`; rows of pad tokens are
+        unspecified.
+
+        Required.
         """
         ...
 
@@ -137,15 +210,18 @@ class Backend(Protocol):
         meta: StepMeta,
         spec: AttentionSpec,
     ) -> torch.Tensor:
-        """Attention of each token to all tokens of its request in this step, no cache.
+        """Bidirectional attention of each token to all tokens of its request, without a cache.
 
-        `query` is [T, H, D], `key` and `value` are [T, H_kv, D]; whole prompts end to end. Returns
-        [T, H, D] in the dtype of `query`; rows of pad tokens are unspecified. Soft caps do not
-        apply.
+        `query` is [T, H, D], `key` and `value` are [T, H_kv, D]; whole prompts, concatenated.
+        Returns [T, H, D] in the dtype of `query`; rows of pad tokens are unspecified. Soft caps do
+        not apply.
+
+        Optional: torch, grouping prompts by their lengths on the host.
         """
         ...
 
-    # layers
+    # -- layers -------------------------------------------------------------------------------
+
     def pack(
         self,
         weight: torch.Tensor | QuantizedWeight,
@@ -153,52 +229,84 @@ class Backend(Protocol):
         quantization: str | None = None,
         for_logits: bool = False,
     ) -> PackedWeight:
-        """A linear weight [N, K] on the host in the device's layout.
+        """Convert a linear weight [N, K] on the host to the device's layout.
 
-        A tensor has been cast to the model's dtype already; `quantization` names what it is
-        rounded to. A `QuantizedWeight` keeps its values; activations keep at least bfloat16's
-        precision but where `quantization` is given: then they may be rounded to 8 bits. Either
-        name is among `capabilities.quantizations`; a backend without any need not take either.
-        `for_logits`: `logits` reads it, whose products are those of float32.
+        A tensor comes in the model's dtype; `quantization` names the format to round it to. A
+        `QuantizedWeight` keeps its values. Activations keep at least the precision of bfloat16
+        unless `quantization` is given: then they may be rounded to 8 bits. A format that is not
+        in `capabilities.quantizations` raises `Unsupported`; the portable base class checks that
+        and calls `_pack`. `for_logits`: the weight is for `logits`, which multiplies in float32.
+
+        Optional: the tensor itself, on the device.
         """
         ...
 
     def linear(
         self, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """[T, K] times the packed [N, K] transposed, plus bias [N]: [T, N] in x's dtype."""
+        """Multiply [T, K] by the packed [N, K] transposed, plus bias [N]: [T, N] in x's dtype.
+
+        Optional: torch.
+        """
         ...
 
     def pack_heads(self, weight: torch.Tensor) -> PackedWeight:
-        """A weight [H, N, K] on the host for `linear_heads`, cast to the model's dtype already."""
+        """Convert a weight [H, N, K] on the host, in the model's dtype, for `linear_heads`.
+
+        Optional: the tensor itself, on the device.
+        """
         ...
 
     def linear_heads(self, x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
-        """Each head's vector by the head's own weight: [T, H, K] times [H, N, K]: [T, H, N]."""
+        """Multiply each head's vectors by that head's weight: [T, H, K] x [H, N, K] -> [T, H, N].
+
+        Latent attention (DeepSeek) absorbs its up-projections this way.
+
+        Optional: torch.
+        """
         ...
 
     def logits(self, x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
-        """The output head: [R, C] times the packed [V, C] transposed, in float32: [R, V]."""
+        """Apply the output head: [R, C] times the packed [V, C] transposed, in float32: [R, V].
+
+        Optional: torch, with both operands cast to float32.
+        """
         ...
 
     def embed(self, token_ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-        """Rows int32 [T] of table [V, C]: [T, C]."""
+        """Look up rows int32 [T] of table [V, C]: [T, C].
+
+        Optional: torch.
+        """
         ...
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        """X / sqrt(mean(x^2) + eps) * weight over the last dimension, in float32 inside."""
+        """RMS norm: x / sqrt(mean(x^2) + eps) * weight over the last dimension, in float32.
+
+        `x` may be a strided view.
+
+        Optional: torch.
+        """
         ...
 
     def add_rms_norm(
         self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(rms_norm(x + residual), x + residual); the sum is rounded to x's dtype once."""
+        """Return (rms_norm(x + residual), x + residual); the sum is rounded to x's dtype once.
+
+        Optional: torch.
+        """
         ...
 
     def layer_norm(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
     ) -> torch.Tensor:
-        """(x - mean) / sqrt(variance + eps) * weight + bias over the last, in float32 inside."""
+        """Layer norm: (x - mean) / sqrt(variance + eps) * weight + bias, in float32.
+
+        Over the last dimension of `x`, which may be a strided view.
+
+        Optional: torch.
+        """
         ...
 
     def rope(
@@ -210,9 +318,11 @@ class Backend(Protocol):
         *,
         is_interleaved: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rotate query [T, H, D] and key [T, H_kv, D] by their positions int32 [T].
+        """Rotate query [T, H, D] and key [T, H_kv, D] by their positions, int32 [T].
 
-        cos_sin is float32 [max_position, rotary_dim]: cosines, then sines.
+        `cos_sin` is float32 [max_position, rotary_dim]: cosines, then sines.
+
+        Optional: torch.
         """
         ...
 
@@ -228,27 +338,41 @@ class Backend(Protocol):
         *,
         is_interleaved: bool,
     ) -> tuple[KV, torch.Tensor]:
-        """`rope` by the step's positions, then `kv_write` of the rotated key and the value.
+        """Apply `rope` at the step's positions, then `kv_write` the rotated key and the value.
 
-        Returns the cache and the rotated query, [T, H, D]. What a layer calls: a device may do
-        both at once.
+        Layers call this method, so that a device can fuse the two. Returns the cache and the
+        rotated query, [T, H, D].
+
+        Optional: `rope`, then `kv_write`.
         """
         ...
 
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
-        """silu(gate) * up of [T, 2 I] (gate first): [T, I]."""
+        """SwiGLU: silu(gate) * up of [T, 2 I], gate first: [T, I].
+
+        Optional: torch.
+        """
         ...
 
     def gelu(self, x: torch.Tensor) -> torch.Tensor:
-        """x times the normal distribution's share below x (the exact form, by erf)."""
+        """Exact GELU: x * (1 + erf(x / sqrt(2))) / 2.
+
+        Optional: torch.
+        """
         ...
 
     def gelu_tanh(self, x: torch.Tensor) -> torch.Tensor:
-        """X times (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3))) / 2."""
+        """GELU by tanh: x * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3))) / 2.
+
+        Optional: torch.
+        """
         ...
 
     def gelu_tanh_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
-        """gelu_tanh(gate) * up of [T, 2 I] (gate first): [T, I]."""
+        """GeGLU: gelu_tanh(gate) * up of [T, 2 I], gate first: [T, I].
+
+        Optional: torch.
+        """
         ...
 
     def moe(
@@ -258,26 +382,38 @@ class Backend(Protocol):
         expert_weights: torch.Tensor,
         experts: Experts,
     ) -> torch.Tensor:
-        """Each token's experts applied to it and added up by their weights.
+        """Apply each token's experts and sum their outputs by weight.
 
-        `x` is [T, C], `expert_ids` int32 [T, k] (different ones in a row), `expert_weights` float32
-        [T, k]. Returns [T, C] in the dtype of `x`; the sum is over float32.
+        `x` is [T, C], `expert_ids` int32 [T, k] (distinct within a row), `expert_weights` float32
+        [T, k]. Returns [T, C] in the dtype of `x`; the sum is in float32.
+
+        Optional: torch, computing every expert for every token.
         """
         ...
 
     def take_rows(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """Rows int32 [R] of x [T, C]: [R, C]."""
+        """Select rows int32 [R] of x [T, C]: [R, C].
+
+        Optional: torch.
+        """
         ...
 
-    # execution
+    # -- execution ----------------------------------------------------------------------------
+
     def buckets(
         self, max_tokens: int, max_requests: int, max_blocks: int
     ) -> Sequence[Bucket] | None:
-        """Padded step sizes to capture; None: any size runs without capturing it first."""
+        """Return the padded step sizes to capture; None: steps of any size run as they are.
+
+        Optional: None.
+        """
         ...
 
     def compile(self, fn: StepFn, bucket: Bucket | None, example: StepInputs | None) -> StepFn:
-        """Capture a step: a CUDA graph, an XLA program, a native program; same meaning as `fn`."""
+        """Capture a step as a CUDA graph, an XLA program or a native program that computes `fn`.
+
+        Optional: `fn` itself.
+        """
         ...
 
     def build(
@@ -289,18 +425,27 @@ class Backend(Protocol):
         *,
         identity: str | None = None,
     ) -> None:
-        """Do now, side by side, what these captured steps would do when first called.
+        """Compile captured steps at startup, in parallel, instead of at their first calls.
 
-        `weights` and `kv` are what they will be called with; `progress` is told the share done.
-        `identity` says what the steps do beside that: where it is the same, and so are the sizes,
-        the dtypes and the code, they are the same; a device may keep them from start to start.
+        `weights` and `kv` are those of the later calls; `progress` receives the fraction done.
+        `identity` names everything else that the steps compute from: with the same identity,
+        sizes, dtypes and code, they compute the same. A device may keep compiled steps on disk
+        under it.
+
+        Optional: nothing to do.
         """
         ...
 
     def seal(self) -> AbstractContextManager[None]:
-        """Within it a new capture or compilation raises `BackendError`."""
+        """Make a new capture or compilation raise `BackendError` within the context.
+
+        Optional: makes `compile` raise.
+        """
         ...
 
     def sample(self, logits: torch.Tensor, params: SampleParams) -> SampleOutput:
-        """Draw one token from each row of float32 logits [R, V]."""
+        """Sample one token from each row of float32 logits [R, V].
+
+        Optional: torch.
+        """
         ...

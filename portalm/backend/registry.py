@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 
 from portalm.backend.capabilities import DeviceReport
-from portalm.backend.protocol import Backend
+from portalm.backend.protocol import API_VERSION, Backend
 from portalm.errors import BackendUnavailable, ConfigError
 
 ENTRY_POINT_GROUP = "portalm.backends"
@@ -28,7 +28,7 @@ def report_backends() -> dict[str, DeviceReport]:
 
     def rank(name: str) -> int:
         backend = found[name]
-        return -100 if isinstance(backend, Exception) else backend.rank
+        return -100 if isinstance(backend, Exception) or _api_problem(backend) else backend.rank
 
     return {name: _report(found[name]) for name in sorted(found, key=lambda n: (-rank(n), n))}
 
@@ -74,9 +74,31 @@ def _report(backend: type[Backend] | Exception) -> DeviceReport:
             is_available=False,
             summary=f"its package cannot be imported ({type(backend).__name__}: {backend})",
         )
+    if problem := _api_problem(backend):
+        return DeviceReport(is_available=False, summary=problem)
     try:
         return backend.find()
     except Exception as error:  # find() must not raise; one that does must not hide the others
         return DeviceReport(
             is_available=False, summary=f"its find() failed ({type(error).__name__}: {error})"
         )
+
+
+def _api_problem(backend: type[Backend]) -> str | None:
+    """Return why the backend's API version does not fit; None if it does."""
+    major, minor = API_VERSION
+    match getattr(backend, "api_version", None):
+        case (int(found), int()) if found == major:
+            return None
+        case (int(found), int(found_minor)):
+            return (
+                f"it is written for backend API {found}.{found_minor}, and this PortaLM has "
+                f"{major}.{minor}: install a release of the backend for API {major}.x, or a "
+                f"release of PortaLM with API {found}.x"
+            )
+        case other:
+            return (
+                f"its api_version is {other!r}, and this PortaLM has backend API {major}.{minor}: "
+                f"set `api_version = (major, minor)` in {backend.__name__} to the version that it "
+                f"is written for"
+            )

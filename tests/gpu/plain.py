@@ -27,7 +27,7 @@ class PlainGpu(GpuBackend):
     native_name = "none"
 
     prepare = TorchBackend.prepare
-    pack = TorchBackend.pack
+    _pack = TorchBackend._pack
     linear = TorchBackend.linear
     logits = TorchBackend.logits
     rms_norm = TorchBackend.rms_norm
@@ -49,7 +49,7 @@ class PlainGpu(GpuBackend):
         numbers = spec.num_layers * 2 * spec.block_size * spec.num_kv_heads * spec.head_size
         return numbers * int(getattr(torch, spec.dtype).itemsize)
 
-    def kv_alloc(self, spec: KVSpec, num_blocks: int) -> KV:
+    def _kv_alloc(self, spec: KVSpec, num_blocks: int) -> KV:
         shape = (spec.num_layers, 2, num_blocks, spec.block_size, spec.num_kv_heads, spec.head_size)
         return torch.full(shape, float("nan"), dtype=getattr(torch, spec.dtype))
 

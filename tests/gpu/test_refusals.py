@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import typing
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +29,7 @@ KV_DTYPES = set(typing.get_args(typing.get_type_hints(EngineConfig)["kv_cache_dt
 
 class AnyGpu(PlainGpu):
     archs = ARCHS
-    pack = GpuBackend.pack
+    _pack = GpuBackend._pack
 
 
 @pytest.fixture(params=ARCHS)
@@ -68,11 +70,26 @@ def test_float8_weights_are_taken_where_it_multiplies_them(tmp_path: Path, backe
         assert isinstance(packed, Fp8Weight)
 
 
-def test_codes_whose_values_are_their_keys_are_refused(backend: AnyGpu) -> None:
-    spec = KVSpec(
-        num_layers=1, num_kv_heads=1, head_size=80, block_size=16, dtype="int8",
-        shares_values=True,
-    )  # fmt: skip
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"head_size": 60}, "head size 60 is not supported"),
+        ({"block_size": 12}, "block size 12 is not supported"),
+        ({"dtype": "float8_e4m3fn"}, "KV dtype float8_e4m3fn is not supported"),
+        (
+            {"dtype": "int8", "shares_values": True},
+            "KV dtype int8 is not supported where values are part of their keys; supported: bfl",
+        ),
+        (
+            {"head_size": 16, "shares_values": True},
+            "head size 16 is not supported where values are part of their keys; supported: 32, 48",
+        ),
+    ],
+)
+def test_a_cache_that_is_not_claimed_is_refused(
+    backend: AnyGpu, change: dict[str, Any], message: str
+) -> None:
+    spec = KVSpec(num_layers=1, num_kv_heads=1, head_size=80, block_size=16, dtype="bfloat16")
 
-    with pytest.raises(Unsupported, match=r"stores keys and values as bfloat16.*not int8"):
-        GpuBackend.kv_alloc(backend, spec, 2)
+    with pytest.raises(Unsupported, match=message):
+        backend.kv_alloc(replace(spec, **change), 2)

@@ -7,7 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from portalm.backend import choose_backend, find_backends, load_backend, report_backends
+from portalm.backend import (
+    API_VERSION,
+    choose_backend,
+    find_backends,
+    load_backend,
+    report_backends,
+)
 from portalm.errors import BackendUnavailable, ConfigError
 from portalm_backends.null.backend import NullBackend
 from portalm_backends.reference.backend import ReferenceBackend
@@ -19,6 +25,7 @@ from portalm_backends.reference.backend import ReferenceBackend
 class Device(ReferenceBackend):
     name = {name!r}
     rank = {rank}
+    {declaration}
 
     @classmethod
     def find(cls):
@@ -34,10 +41,17 @@ class Site:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def install(self, name: str, find: str = IS_HERE, rank: int = 5, code: str = CLASS) -> None:
-        """A distribution that brings one backend."""
+    def install(
+        self,
+        name: str,
+        find: str = IS_HERE,
+        rank: int = 5,
+        code: str = CLASS,
+        declaration: str = "",
+    ) -> None:
+        """Install a distribution with one backend."""
         module = f"portalm_test_{name}"
-        text = code.format(name=name, rank=rank, find=find)
+        text = code.format(name=name, rank=rank, find=find, declaration=declaration)
         (self.folder / f"{module}.py").write_text(text)
         info = self.folder / f"{module}-1.0.dist-info"
         info.mkdir()
@@ -134,6 +148,55 @@ def test_a_backend_that_cannot_tell_hides_no_other(site: Site) -> None:
     assert not report.is_available
     assert report.summary == "its find() failed (OSError: driver too old)"
     assert load_backend("auto").name != "rude"
+
+
+# -- API version ------------------------------------------------------------------------------
+
+MAJOR, MINOR = API_VERSION
+
+
+@pytest.mark.parametrize("minor", [0, MINOR, MINOR + 1])
+def test_a_backend_of_any_minor_version_is_loaded(site: Site, minor: int) -> None:
+    site.install("abacus", declaration=f"api_version = ({MAJOR}, {minor})")
+
+    assert load_backend("abacus").api_version == (MAJOR, minor)
+
+
+@pytest.mark.parametrize("major", [MAJOR - 1, MAJOR + 1])
+def test_a_backend_of_another_major_version_is_refused(site: Site, major: int) -> None:
+    site.install("abacus", rank=1000, declaration=f"api_version = ({major}, 3)")
+
+    with pytest.raises(BackendUnavailable) as caught:
+        load_backend("abacus")
+
+    assert (
+        f"device 'abacus' cannot run here: it is written for backend API {major}.3, and this "
+        f"PortaLM has {MAJOR}.{MINOR}: install a release of the backend for API {MAJOR}.x, or a "
+        f"release of PortaLM with API {major}.x"
+    ) in str(caught.value)
+    assert choose_backend() != "abacus"
+    assert next(iter(report_backends())) != "abacus"
+
+
+def test_a_backend_that_derives_from_the_base_class_has_the_current_version(site: Site) -> None:
+    site.install("abacus")
+
+    assert load_backend("abacus").api_version == API_VERSION
+
+
+@pytest.mark.parametrize("declared", ["None", "'1.0'", "1", "(1,)", "(1, 0, 0)"])
+def test_a_backend_without_a_usable_version_is_refused(site: Site, declared: str) -> None:
+    site.install("abacus", declaration=f"api_version = {declared}")
+
+    with pytest.raises(BackendUnavailable, match=r"set `api_version = \(major, minor\)` in Device"):
+        load_backend("abacus")
+
+
+def test_a_class_of_its_own_without_a_version_is_refused(site: Site) -> None:
+    site.install("abacus", code="class Device:\n    name, rank = {name!r}, {rank}")
+
+    with pytest.raises(BackendUnavailable, match="its api_version is None"):
+        load_backend("abacus")
 
 
 # -- what cannot be loaded --------------------------------------------------------------------

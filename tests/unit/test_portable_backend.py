@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from portalm.backend import AttentionSpec, KVSpec, StepMeta
+from portalm.backend import KV, AttentionSpec, Capabilities, KVSpec, StepMeta, load_backend
 from portalm.errors import BackendError, Unsupported
 from portalm_backends.portable.backend import TorchBackend
+from portalm_backends.portable.rounding import round_to
 from portalm_backends.reference.backend import ReferenceBackend
 
 BACKEND = ReferenceBackend()
@@ -25,7 +29,7 @@ def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> to
 
 def test_a_backend_must_write_five_methods_and_say_what_it_finds() -> None:
     assert TorchBackend.__abstractmethods__ == {
-        "find", "memory", "kv_bytes_per_block", "kv_alloc", "kv_write", "attend",
+        "find", "memory", "kv_bytes_per_block", "_kv_alloc", "kv_write", "attend",
     }  # fmt: skip
 
 
@@ -171,6 +175,119 @@ def test_a_sealed_device_captures_nothing() -> None:
     assert backend.compile(step, None, None) is step
 
 
+# -- claims are checked once, by the base class ------------------------------------------------
+
+
+class Picky(ReferenceBackend):
+    """Claims little, and counts the calls that reach it."""
+
+    capabilities = Capabilities(
+        dtypes=frozenset({"float32"}),
+        kv_dtypes=frozenset({"float32", "int8"}),
+        head_sizes=frozenset({8, 16}),
+        shared_head_sizes=frozenset({32}),
+        shared_kv_dtypes=frozenset({"float32"}),
+        block_sizes=frozenset({4}),
+        features=frozenset({"shared_values"}),
+        quantizations=frozenset({"int8"}),
+    )
+    num_calls = 0
+
+    def _kv_alloc(self, spec: KVSpec, num_blocks: int) -> KV:
+        self.num_calls += 1
+        return super()._kv_alloc(spec, num_blocks)
+
+    def _pack(self, weight: Any, **options: Any) -> Any:
+        self.num_calls += 1
+        return weight
+
+
+class WithoutSharedValues(Picky):
+    capabilities = replace(Picky.capabilities, features=frozenset())
+
+
+CLAIMED = KVSpec(num_layers=1, num_kv_heads=1, head_size=8, block_size=4, dtype="float32")
+SHARED = replace(CLAIMED, head_size=32, shares_values=True)
+
+
+@pytest.mark.parametrize("spec", [CLAIMED, replace(CLAIMED, dtype="int8"), SHARED])
+def test_a_claimed_cache_is_allocated(spec: KVSpec) -> None:
+    backend = Picky()
+
+    assert backend.kv_alloc(spec, 2) is not None
+    assert backend.num_calls == 1
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (
+            replace(CLAIMED, dtype="fp8"),
+            "backend 'reference': KV dtype fp8 is not supported; supported: float32, int8: "
+            "choose one with --kv-cache-dtype",
+        ),
+        (
+            replace(CLAIMED, block_size=8),
+            "block size 8 is not supported; supported: 4: choose one with --block-size",
+        ),
+        (
+            replace(CLAIMED, head_size=32),
+            "head size 32 is not supported; supported: 8, 16: use another device",
+        ),
+        (
+            replace(SHARED, head_size=8),
+            "head size 8 is not supported where values are part of their keys; supported: 32",
+        ),
+        (
+            replace(SHARED, dtype="int8"),
+            "KV dtype int8 is not supported where values are part of their keys; supported: "
+            "float32: choose",
+        ),
+    ],
+)
+def test_an_unclaimed_cache_is_refused(spec: KVSpec, message: str) -> None:
+    backend = Picky()
+
+    with pytest.raises(Unsupported, match=re.escape(message)):
+        backend.kv_alloc(spec, 2)
+
+    assert backend.num_calls == 0
+
+
+def test_shared_values_are_refused_where_they_are_not_claimed() -> None:
+    with pytest.raises(Unsupported, match="values that are part of their keys are not supported"):
+        WithoutSharedValues().kv_alloc(SHARED, 2)
+
+
+def test_an_unclaimed_quantization_is_refused() -> None:
+    backend, weight = Picky(), torch.ones(2, 32)
+    message = "int4 weights are not supported; supported: int8: choose one with --quantization"
+
+    for refused, options in (
+        (weight, {"quantization": "int4"}),
+        (round_to(weight, "int4"), {}),
+        (round_to(weight, "int8"), {"quantization": "int4"}),
+    ):
+        with pytest.raises(Unsupported, match=message):
+            backend.pack(refused, **options)
+    assert backend.num_calls == 0
+
+    backend.pack(weight)
+    backend.pack(weight, quantization="int8")
+    backend.pack(round_to(weight, "int8"))
+    assert backend.num_calls == 3
+
+
+@pytest.mark.parametrize("device", ["cpu", "null", "reference"])
+def test_every_backend_refuses_what_it_does_not_claim(device: str) -> None:
+    backend = load_backend(device)
+
+    with pytest.raises(Unsupported, match="float8_e5m2 is not supported"):
+        backend.kv_alloc(replace(CLAIMED, head_size=16, dtype="float8_e5m2"), 2)
+    with pytest.raises(Unsupported, match="int3 weights are not supported"):
+        backend.pack(torch.ones(2, 32), quantization="int3")
+
+
 # -- the reference's cache and attention ------------------------------------------------------
 
 SPEC = KVSpec(num_layers=2, num_kv_heads=2, head_size=4, block_size=4, dtype="float32")
@@ -186,15 +303,10 @@ def test_a_wire_of_another_dtype_is_converted() -> None:
     assert torch.equal(BACKEND.kv_export(kv, blocks), wire.float())
 
 
-def test_a_cache_of_an_unclaimed_dtype_is_refused() -> None:
-    spec = KVSpec(num_layers=1, num_kv_heads=1, head_size=4, block_size=4, dtype="float8_e5m2")
-
-    with pytest.raises(Unsupported, match="float8_e5m2"):
-        BACKEND.kv_alloc(spec, 4)
-
-
 def test_a_cache_beyond_all_memory_is_an_error_of_kind_oom() -> None:
-    with pytest.raises(BackendError, match="--kv-cache-memory-bytes") as caught:
+    with pytest.raises(
+        BackendError, match=r"\d+ MiB \(.*memory.*--kv-cache-memory-bytes"
+    ) as caught:
         BACKEND.kv_alloc(SPEC, 1 << 46)
 
     assert caught.value.kind == "oom"

@@ -75,8 +75,8 @@ def test_on_a_tpu_a_key_and_its_value_fill_whole_rows_of_lanes(head_size, lanes)
     assert 2 * lanes % cache.LANES == 0
 
 
-def test_a_dtype_that_is_not_claimed_is_refused():
+def test_a_dtype_that_is_not_claimed_is_refused(backend):
     spec = KVSpec(num_layers=1, num_kv_heads=1, head_size=8, block_size=4, dtype="float64")
 
-    with pytest.raises(Unsupported, match="not float64"):
-        cache.allocate(spec, 2, is_tpu=False)
+    with pytest.raises(Unsupported, match="float64 is not supported"):
+        backend.kv_alloc(spec, 2)
