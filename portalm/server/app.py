@@ -115,7 +115,7 @@ class Server(uvicorn.Server):
         client = self._state.client
         await self._wait_while(lambda: client.has_open_answers, self._shutdown_timeout_s)
         if not self.force_exit:
-            client.cut_off()
+            client.abort_all()
             await self._wait_while(lambda: bool(self.server_state.tasks), _LAST_WORDS_S)
         for connection in [*self.server_state.connections]:
             connection.transport.abort()  # it has nothing to say, does not read, or time is up

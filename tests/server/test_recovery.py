@@ -138,7 +138,7 @@ def test_a_request_that_ends_engines_fails_by_its_name(server: RunningServer) ->
     asking.join(60)
 
     assert answers[0].status_code == 500
-    assert "'poison' ended the engine" in answers[0].json()["error"]["message"]
+    assert "'poison' crashed the engine" in answers[0].json()["error"]["message"]
     with server.client() as http:
         assert stream(http, {"prompt": "The capital of France is", **GREEDY}).startswith(" Paris")
 

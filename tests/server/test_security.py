@@ -152,7 +152,7 @@ def test_a_certificate_that_cannot_be_used_is_one_line(tmp_path: Path) -> None:
 
 def test_nobody_else_can_open_the_engines_socket(tmp_path: Path) -> None:
     client = EngineClient(EngineConfig(model=str(tmp_path)))
-    folder = client._folder
+    folder = client._supervisor._folder
 
     async def open_and_close() -> dict[str, int]:
         process = EngineProcess(zmq.Context.instance(), folder, 1, logs=LogConfig())

@@ -130,9 +130,9 @@ def test_counters_and_steps_go_on_behind_a_new_engine(client: EngineClient) -> N
         EngineStats(steps_total=2, last_step_tokens=1),
         EngineStats(steps_total=2, last_step_tokens=1),  # news of an abort, no step
     ):
-        client._count(stats)
-    client._totals = {"steps_total": 2}
-    client._count(EngineStats(steps_total=1, last_step_tokens=30))
+        client._supervisor._add_stats(stats)
+    client._supervisor._totals = {"steps_total": 2}
+    client._supervisor._add_stats(EngineStats(steps_total=1, last_step_tokens=30))
 
     text = generate_latest(metrics.registry).decode()
 

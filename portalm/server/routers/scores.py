@@ -78,7 +78,7 @@ async def _scores(
     """The score of each pair, whose sides the caller calls `names`, and the tokens that it took."""
     counted(names[1], pairs)
     truncate = body.truncate_prompt_tokens
-    if state.client.does("score"):
+    if state.client.supports("score"):
         params = PoolingParams(task="score", truncate_prompt_tokens=truncate)
         both = [TextPair(*pair) for pair in pairs]
         labels = [f"{names[1]}[{i}]" for i in range(len(pairs))]
