@@ -1,12 +1,13 @@
-"""Compiles what the XLA backend would run on TPUs, on a machine without one, and keeps the figures.
+"""Compile the XLA backend's programs for TPUs on a machine without a TPU, and record their sizes.
 
-    python ci/xla_compile.py                 the kernels and every step of the default model's shape
-    python ci/xla_compile.py --kernels v5e   the kernels alone, for one target
-    python ci/xla_compile.py --write         and docs/xla-compiled.md is written anew
+    python ci/xla_compile.py                 kernels and all steps of the default model's shape
+    python ci/xla_compile.py --kernels v5e   kernels only, for one target
+    python ci/xla_compile.py --write         also rewrite docs/xla-compiled.md
 
-Exits 1 where a budget is broken: every byte of the KV cache is aliased (a step changes it in
-place), steps need at most 200 MB of temporaries, kernels are in the programs. The compiler comes
-with libtpu; without it nothing is done and it says so. Nothing here says how fast a TPU is.
+Exits with status 1 if a program breaks a budget: all of the KV cache must be aliased (a step
+updates it in place), temporaries stay under 200 MB, and the program contains kernels. The compiler
+is part of libtpu; without it nothing is compiled, and a message says so. Nothing here measures the
+speed of a TPU.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ TARGETS = {  # name: topology, TPU_ACCELERATOR_TYPE
     "v6e": ("v6e:2x2", "v6e-4"),
 }
 PEAKS = {"v5e": (819e9, 197e12), "v6e": (1640e9, 918e12)}
-"""Bytes and bfloat16 operations a second, by the datasheets."""
+"""Bytes and bfloat16 operations per second, from the datasheets."""
 MAX_TEMPORARIES = 200_000_000
 TABLE = Path(__file__).parent.parent / "docs" / "xla-compiled.md"
 
@@ -48,7 +49,7 @@ SMOLLM2 = {  # SmolLM2-135M
     "torch_dtype": "bfloat16",
 }
 
-KERNELS: dict[str, dict[str, Any]] = {  # a layer's write and attention; sizes of the step
+KERNELS: dict[str, dict[str, Any]] = {  # one layer's write and attention: its shape and the step's
     "9 heads, 3 KV, 64, float32, decode": {
         "heads": (9, 3, 64),
         "dtype": "float32",
@@ -73,7 +74,7 @@ KERNELS: dict[str, dict[str, Any]] = {  # a layer's write and attention; sizes o
 
 
 def figures(name: str, source: Any, kv_bytes: int, target: str) -> dict[str, Any]:
-    """Compile as service does, and what the compiler says of the program; sizes in bytes."""
+    """Compile a program as the server does; return the compiler's analysis, sizes in bytes."""
     lowered = source.lower(source.trace("tpu"))
     started = time.perf_counter()
     compiled = lowered.compile()
@@ -97,22 +98,22 @@ def figures(name: str, source: Any, kv_bytes: int, target: str) -> dict[str, Any
 
 
 def broken_budgets(row: dict[str, Any]) -> list[str]:
-    """What a program may not do, in words."""
+    """Describe each budget that the program breaks."""
     found = []
     if row["aliased"] < row["kv_cache"]:
         found.append(f"{row['kv_cache'] - row['aliased']} bytes of the KV cache are copied")
     if row["temporaries"] > MAX_TEMPORARIES:
         found.append(f"temporaries of {row['temporaries']} bytes, above {MAX_TEMPORARIES}")
     if not row["kernels"]:
-        found.append("no kernel (tpu_custom_call) is in it")
+        found.append("it contains no kernel (tpu_custom_call)")
     return [f"{row['program']}: {what}" for what in found]
 
 
-# -- within a process of its own: libtpu takes its target from the environment ------------------
+# -- in a separate process, because libtpu takes its target from the environment ----------------
 
 
 def kernel_rows(target: str, sharding: Any) -> Iterator[dict[str, Any]]:
-    """A layer's write and attention, of each shape in `KERNELS`."""
+    """Compile one layer's write and attention for each shape in `KERNELS`."""
     import jax
     import jax.numpy as jnp
 
@@ -168,16 +169,16 @@ def kernel_rows(target: str, sharding: Any) -> Iterator[dict[str, Any]]:
 
 
 def print_steps(target: str, sharding: Any) -> None:
-    """A row for the whole step of every bucket that an engine of the default model captures."""
+    """Print a row for the step of each bucket that an engine of the default model captures."""
     from portalm.config import EngineConfig
     from portalm.engine.engine import Engine
     from portalm_backends.xla.backend import XlaBackend
 
-    class Enough(Exception):
-        """Nothing can run here: the engine ends once its steps are known."""
+    class StepsCompiled(Exception):
+        """Stops the engine after its steps are compiled, as they cannot run here."""
 
     class Compiler(XlaBackend):
-        """Compiles for a TPU what the engine asks for."""
+        """Compiles the engine's steps for a TPU."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -197,7 +198,7 @@ def print_steps(target: str, sharding: Any) -> None:
                 source = step.source(weights, kv, sharding)
                 row = figures(self._names[step], source, kv_bytes, target)
                 print(json.dumps(row), flush=True)
-            raise Enough
+            raise StepsCompiled
 
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(SMOLLM2))
@@ -209,17 +210,17 @@ def print_steps(target: str, sharding: Any) -> None:
                 "num_gpu_blocks_override": 1024,
             }
         )
-        with contextlib.suppress(Enough):
+        with contextlib.suppress(StepsCompiled):
             Engine(config, backend=Compiler())
 
 
 def compile_here(target: str, *, only_kernels: bool) -> None:
-    """Print a row of JSON for each program."""
+    """Compile for `target` in this process; print a JSON row for each program."""
     import jax
     from jax.experimental import topologies
 
     jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_enable_compilation_cache", False)  # seconds are of compiling
+    jax.config.update("jax_enable_compilation_cache", False)  # else seconds would be of reading
     topology = topologies.get_topology_desc(platform="tpu", topology_name=TARGETS[target][0])
     sharding = jax.sharding.SingleDeviceSharding(topology.devices[0])
     for row in kernel_rows(target, sharding):
@@ -232,7 +233,7 @@ def compile_here(target: str, *, only_kernels: bool) -> None:
 
 
 def compile_for(target: str, *, only_kernels: bool) -> list[dict[str, Any]]:
-    """Rows of figures of each program, compiled for `target` by another process."""
+    """Compile for `target` in another process; return a row for each program."""
     import libtpu
 
     environment = os.environ | {
@@ -260,24 +261,25 @@ HEADER = (
 
 
 def as_line(row: dict[str, Any]) -> str:
-    """A row of the table; sizes in MB."""
+    """Format a row of the table; sizes in MB."""
     sizes = [f"{row[name] / 1e6:.3g}" for name in ("arguments", "temporaries", "aliased", "output")]
     times = (f"{row['seconds']:.1f}", f"{row['least_ms']:.2g}")
     return " | ".join([row["program"], *times, *sizes, str(row["kernels"])])
 
 
 def table(target: str, rows: list[dict[str, Any]]) -> str:
-    """A target's rows in Markdown."""
+    """Format the rows of one target as Markdown."""
     lines = [f"## TPU {target}", "", f"| {' | '.join(HEADER)} |", "|" + "---|" * len(HEADER)]
     return "\n".join([*lines, *(f"| {as_line(row)} |" for row in rows)])
 
 
 def main() -> None:
-    """Compile for every target, print the figures, check the budgets."""
+    """Compile for every target, print the rows, check the budgets."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("targets", nargs="*", metavar="TARGET", help=f"of: {', '.join(TARGETS)}")
-    parser.add_argument("--kernels", action="store_true", help="no whole steps")
-    parser.add_argument("--write", action="store_true", help=f"write {TABLE.name}")
+    names = ", ".join(TARGETS)
+    parser.add_argument("targets", nargs="*", metavar="TARGET", help=f"{names} (default: all)")
+    parser.add_argument("--kernels", action="store_true", help="compile the kernels only")
+    parser.add_argument("--write", action="store_true", help=f"rewrite {TABLE.name}")
     parser.add_argument("--here", choices=TARGETS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.here:
@@ -285,7 +287,8 @@ def main() -> None:
         return
     if importlib.util.find_spec("libtpu") is None:
         print(
-            "libtpu is not installed: nothing is compiled for TPUs (the extra portalm[tpu] has it)"
+            "libtpu is not installed, so nothing is compiled for TPUs: "
+            "pip install 'portalm[tpu]' to compile"
         )
         return
     targets = arguments.targets or TARGETS

@@ -1,13 +1,13 @@
-"""Attention as XLA operations that need no large temporary: for any client and any shape.
+"""Attention as XLA operations without large temporaries, for any XLA client and any shape.
 
-Everything has one form: rows of queries over chunks of their context, the softmax kept running
+All cases have one form: rows of queries over chunks of their context, with a running softmax
 (Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018; Dao et al.,
-"FlashAttention", 2022). The loops end where the longest context at hand ends, so that a step costs
-what its requests are long, not what its bucket could hold.
+"FlashAttention", 2022). The loops end with the longest context of the rows at hand, so a step's
+cost depends on the length of its requests, not on the length that its bucket allows.
 
-Decodes are taken in groups, the query heads of a KV head being its rows. Longer queries are cut
-into tiles of one request each, in the order of the tokens: what a tile computes behind the end of
-its request is overwritten by the tile that comes next.
+Decodes are computed in groups; the query heads of a KV head are its rows. Longer queries are cut
+into tiles of one request each, in token order: rows that a tile computes past the end of its
+request are overwritten by the next tile.
 """
 
 from __future__ import annotations
@@ -25,32 +25,32 @@ from portalm.backend import AttentionSpec
 from portalm_backends.xla.cache import Layer, block_size_of, read, read_keys
 
 CHUNK = 64
-"""Tokens of context at a time, where the block size divides it."""
+"""Context tokens computed at a time, rounded down to whole blocks (at least one block)."""
 GROUP = 8
-"""Decodes at a time."""
+"""Decodes computed at a time."""
 TILE = 32
-"""Tokens of a longer query at a time."""
+"""Tokens of a longer query computed at a time."""
 
 Fetch: TypeAlias = Callable[[jax.Array], tuple[jax.Array, jax.Array]]
-"""Number of a chunk -> its keys and values, [N, H_kv, K, D] each."""
+"""Maps the index of a chunk to its keys and values, [N, H_kv, K, D] each."""
 
 
 class Rows(NamedTuple):
-    """Queries of N requests, R rows for each KV head, and what they see of their contexts."""
+    """Queries of N requests, R rows per KV head, and the range of context that they attend to."""
 
     query: jax.Array
     """[N, H_kv, R, D]"""
     position: jax.Array
-    """int32 [N, R]: place in the request; a row sees the context up to there."""
+    """int32 [N, R]: position in the request; a row attends to the context up to there."""
     end: jax.Array
-    """int32 [N]: tokens of the context that some row sees; 0 where a request is padding."""
+    """int32 [N]: end of the context that any row attends to; 0 if a request is padding."""
 
 
 class Running(NamedTuple):
-    """The softmax of each row over the chunks so far."""
+    """The running softmax of each row over the chunks so far."""
 
     largest: jax.Array
-    """float32 [N, H_kv, R]: the score that the weights are relative to."""
+    """float32 [N, H_kv, R]: largest score, subtracted in the exponent of the weights."""
     total: jax.Array
     """float32 [N, H_kv, R]: sum of the weights."""
     weighted: jax.Array
@@ -71,14 +71,14 @@ def paged_attention(
     """Causal attention of each query token over its request's cached context.
 
     Args:
-        query: [T, H, D], all requests' new tokens end to end, those of decodes first.
-        layer: of the cache; already holds this step.
+        query: [T, H, D], new tokens of all requests end to end, decodes first.
+        layer: one layer of the cache; it already holds this step's tokens.
         query_start_loc: int32 [S + 1]
         seq_lens: int32 [S]; 0 for a request that is padding.
         block_table: int32 [S, MB]
-        spec: scale, sliding window, soft cap, ALiBi's slopes.
-        max_query_len: tokens that one request may have; 1 leaves out the form for more.
-        sinks: float32 [H] where the spec has them.
+        spec: scale, sliding window, soft cap, ALiBi slopes.
+        max_query_len: most new tokens of a request; with 1 the code for tiles is left out.
+        sinks: float32 [H] if `spec.has_sinks`.
 
     Returns:
         [T, H, D], or [T, H, value_size], in the dtype of `query`; rows of pad tokens are
@@ -134,7 +134,8 @@ def encoder_attention(
     num_tokens = query.shape[0]
     query, key, value = (_pad(x, max(CHUNK, TILE)) for x in (query, key, value))
     lengths = jnp.diff(query_start_loc)
-    reach = spec.sliding_window  # as far as a token sees behind itself a decoder's row is moved
+    # a symmetric window is a causal one of 2 reach - 1 tokens that ends reach - 1 tokens later
+    reach = spec.sliding_window
     window = None if reach is None else 2 * reach - 1
     plain = replace(spec, sliding_window=window, soft_cap=None, alibi_slopes=None)
 
@@ -161,9 +162,10 @@ def _over_decodes(
     attend: Callable[[Rows, jax.Array], jax.Array],
     spec: AttentionSpec,
 ) -> jax.Array:
-    """`attend` of the first tokens, one of each request whose end int32 [S] is not 0.
+    """Attention of the decodes: the first tokens, one for each request whose end is not 0.
 
-    Returns [T, H, D], or [T, H, value_size], whose rows behind the decodes are unspecified.
+    `ends` is int32 [S]. Returns [T, H, D] or [T, H, value_size]; rows after the decodes are
+    unspecified.
     """
     size = min(GROUP, len(ends))
     block_table, ends = (_pad(x, -len(ends) % size) for x in (block_table, ends))
@@ -191,10 +193,10 @@ def _over_tiles(
     lengths: jax.Array,
     attend: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
 ) -> jax.Array:
-    """`out` with `attend(request, first, query[TILE, H, D])` of every tile written over it.
+    """Overwrite rows of `out` with `attend(request, first, query[TILE, H, D])` for every tile.
 
-    `lengths` int32 [S] are the tokens of each request that are to be computed, of which `first` is
-    the tile's first one. `query` and `out` have TILE rows behind their last token.
+    `lengths`, int32 [S], is the number of tokens to compute for each request; `first` is the
+    tile's first token among them. `query` and `out` have TILE extra rows after their last token.
     """
     counts = (lengths + TILE - 1) // TILE
     ends = jnp.cumsum(counts, dtype=jnp.int32)
@@ -214,7 +216,7 @@ def _over_tiles(
 
 
 def _rows(q: jax.Array, position: jax.Array, end: jax.Array, spec: AttentionSpec) -> Rows:
-    """The rows of one request's tile [TILE, H, D]: a token's heads next to each other."""
+    """Rows of one request's tile [TILE, H, D]: the heads of a token are adjacent."""
     heads = q.reshape(len(q), spec.num_kv_heads, -1, q.shape[2]).swapaxes(0, 1)
     group = heads.shape[2]
     return Rows(
@@ -225,22 +227,22 @@ def _rows(q: jax.Array, position: jax.Array, end: jax.Array, spec: AttentionSpec
 def _gather(
     layer: Layer, table: jax.Array, chunk: jax.Array, blocks: int, spec: AttentionSpec
 ) -> tuple[jax.Array, jax.Array]:
-    """Keys and values of `blocks` blocks of each request, [N, H_kv, blocks * B, D] each."""
-    some = lax.dynamic_slice_in_dim(table, chunk * blocks, blocks, axis=1)
+    """Keys and values of one chunk of each request, [N, H_kv, blocks * B, D] each."""
+    ids = lax.dynamic_slice_in_dim(table, chunk * blocks, blocks, axis=1)
     shape = len(table), spec.num_kv_heads, -1, spec.head_size
     if spec.value_size is not None:
-        shared = read_keys(layer, some, spec.head_size).swapaxes(1, 2).reshape(shape)
+        shared = read_keys(layer, ids, spec.head_size).swapaxes(1, 2).reshape(shape)
         return shared, shared[..., : spec.value_size]
-    key, value = read(layer, some, spec.head_size)  # [N, blocks, H_kv, B, D] each
+    key, value = read(layer, ids, spec.head_size)  # [N, blocks, H_kv, B, D] each
     return key.swapaxes(1, 2).reshape(shape), value.swapaxes(1, 2).reshape(shape)
 
 
 def _attend(
     rows: Rows, fetch: Fetch, chunk_len: int, spec: AttentionSpec, sinks: jax.Array | None
 ) -> jax.Array:
-    """The rows' attention over the chunks that any of them sees: float32 [N, H_kv, R, D]."""
+    """Attention of the rows over the chunks that any of them needs: float32 [N, H_kv, R, D]."""
     first = jnp.zeros_like(rows.end)
-    if spec.sliding_window is not None:  # slots before it may hold anything
+    if spec.sliding_window is not None:  # slots before the window may hold anything
         first = jnp.maximum(rows.position.min(axis=1) - spec.sliding_window + 1, 0)
     lowest = jnp.where(rows.end > 0, first, jnp.iinfo(jnp.int32).max).min()
 
@@ -252,17 +254,17 @@ def _attend(
         scores = _scores(rows, key, context, is_live, spec)
         return _add(running, scores, value, rows.query.dtype)
 
-    start = _nothing((*rows.query.shape[:-1], spec.out_size), sinks)
+    start = _initial((*rows.query.shape[:-1], spec.out_size), sinks)
     end = (rows.end.max() + chunk_len - 1) // chunk_len
     running = lax.fori_loop(jnp.minimum(lowest // chunk_len, end), end, add_chunk, start)
-    total = jnp.where(running.total > 0, running.total, 1)  # padding has seen nothing
+    total = jnp.where(running.total > 0, running.total, 1)  # padding rows have no weights
     return running.weighted / total[..., None]
 
 
 def _scores(
     rows: Rows, key: jax.Array, context: jax.Array, is_live: jax.Array, spec: AttentionSpec
 ) -> jax.Array:
-    """float32 [N, H_kv, R, K]: -inf where a row does not see that place of the context."""
+    """Scores, float32 [N, H_kv, R, K]; -inf where a row does not attend to the position."""
     scores = _product("nhrd,nhkd->nhrk", rows.query, key, rows.query.dtype) * spec.scale
     if spec.soft_cap is not None:
         scores = spec.soft_cap * jnp.tanh(scores / spec.soft_cap)
@@ -276,8 +278,8 @@ def _scores(
     return jnp.where(is_seen[:, None], scores, -jnp.inf)
 
 
-def _nothing(shape: tuple[int, ...], sinks: jax.Array | None) -> Running:
-    """Before the first chunk of rows of this shape: a sink is a weight without a value."""
+def _initial(shape: tuple[int, ...], sinks: jax.Array | None) -> Running:
+    """Running softmax before the first chunk; a sink is a weight of 1 without a value."""
     if sinks is None:
         return Running(
             jnp.full(shape[:-1], -jnp.inf), jnp.zeros(shape[:-1]), jnp.zeros(shape, jnp.float32)
@@ -287,9 +289,9 @@ def _nothing(shape: tuple[int, ...], sinks: jax.Array | None) -> Running:
 
 
 def _add(running: Running, scores: jax.Array, value: jax.Array, dtype: jnp.dtype) -> Running:
-    """With one more chunk: scores [N, H_kv, R, K], value [N, H_kv, K, D]."""
+    """Add one chunk to the running softmax: scores [N, H_kv, R, K], value [N, H_kv, K, D]."""
     largest = jnp.maximum(running.largest, scores.max(axis=-1))
-    base = jnp.where(largest == -jnp.inf, 0, largest)  # a row that has seen nothing yet
+    base = jnp.where(largest == -jnp.inf, 0, largest)  # avoids inf - inf in rows without scores
     weights = jnp.exp(scores - base[..., None])
     kept = jnp.exp(running.largest - base)
     return Running(
@@ -300,18 +302,18 @@ def _add(running: Running, scores: jax.Array, value: jax.Array, dtype: jnp.dtype
 
 
 def _product(equation: str, left: jax.Array, right: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """A float32 product of float32 numbers, as precise as activations of `dtype` need."""
+    """Float32 einsum of two arrays, at the precision that activations of `dtype` need."""
     precision = lax.Precision.HIGHEST if dtype == jnp.float32 else lax.Precision.DEFAULT
     left, right = left.astype(jnp.float32), right.astype(jnp.float32)
     return jnp.einsum(equation, left, right, precision=precision)
 
 
 def _per_row(values: jax.Array | np.ndarray, shape: tuple[int, ...]) -> jax.Array:
-    """One number of each query head, [H], for rows [N, H_kv, R, D]: [H_kv, R]."""
+    """Expand one number per query head, [H], to rows of shape [N, H_kv, R, D]: [H_kv, R]."""
     by_kv_head = jnp.asarray(values).reshape(shape[1], -1)
     return jnp.tile(by_kv_head, (1, shape[2] // by_kv_head.shape[1]))
 
 
 def _pad(x: jax.Array, count: int, axis: int = 0) -> jax.Array:
-    """`x` with `count` zeros behind it."""
+    """Append `count` zeros to `x` along `axis`."""
     return jnp.pad(x, [(0, count if i == axis else 0) for i in range(x.ndim)])

@@ -1,6 +1,6 @@
-"""XlaBackend: the seam over XLA programs of fixed sizes, for TPUs; XLA's CPU client stands for one.
+"""XlaBackend: TPUs through XLA programs of fixed sizes; without a TPU, XLA's CPU client.
 
-JAX is imported when the backend starts, not before: without it the backend says what is missing.
+JAX is imported only when the backend starts, so that `find` can report that it is missing.
 """
 
 from __future__ import annotations
@@ -51,17 +51,21 @@ _PACKAGES = ("flatbuffers", "jax", "jaxlib", "torchax")
 
 
 class XlaBackend(TorchBackend):
-    """TPUs, or where there is none XLA's CPU client."""
+    """TPUs, or XLA's CPU client on a machine without a TPU."""
 
     name = "tpu"
-    # what stands for a TPU is taken when it is named, not before the kernels made for a CPU
+    # XLA's CPU client must be named: "auto" prefers the cpu backend, whose kernels are faster
     rank = 20 if memory.tpu_chips() else -5
 
-    def __init__(self, num_devices: int = 1) -> None:
-        """Start JAX on TPUs, or on the host where there are none.
+    def __init__(self, *, num_devices: int = 1) -> None:
+        """Start JAX on the machine's TPUs, or on its CPU if there are none.
 
         Args:
-            num_devices: that divide weights and KV heads among them.
+            num_devices: devices over which weights and KV heads are sharded; `--device tpu` uses
+                one, `LLM(model, backend=XlaBackend(num_devices=4))` four.
+
+        Raises:
+            Unsupported: JAX does not find that many devices.
         """
         super().__init__()
         import jax
@@ -77,8 +81,11 @@ class XlaBackend(TorchBackend):
         from portalm_backends.xla.store import Store
 
         devices = jax.devices(platform)
-        if num_devices > len(devices):
-            raise Unsupported(f"{num_devices} devices were asked for, JAX finds {len(devices)}")
+        if not 1 <= num_devices <= len(devices):
+            raise Unsupported(
+                f"num_devices must be from 1 to {len(devices)}, the {platform} devices that JAX "
+                f"finds here; got {num_devices}"
+            )
         self._device = devices[0]
         self._cache, self._kernels = cache, kernels
         self._layers, self._weights = layers, weights
@@ -106,12 +113,12 @@ class XlaBackend(TorchBackend):
 
     @classmethod
     def find(cls) -> DeviceReport:
-        """Which chips there are, by the PCI bus; what is not installed, and the extra that is."""
+        """Report the TPU chips on the PCI bus, and which packages are missing."""
         chips = memory.tpu_chips()
         extra = "tpu" if chips else "xla-cpu"
         wanted = (*_PACKAGES, "libtpu") if chips else _PACKAGES
         missing = [name for name in wanted if importlib.util.find_spec(name) is None]
-        where = f"{len(chips)} TPU {chips[0]}" if chips else "no TPU here: XLA's CPU client"
+        where = f"{len(chips)} TPU {chips[0]}" if chips else "no TPU: XLA's CPU client"
         if missing:
             return DeviceReport(
                 is_available=False,
@@ -121,28 +128,28 @@ class XlaBackend(TorchBackend):
         versions = tuple((name, importlib.metadata.version(name)) for name in wanted)
         return DeviceReport(
             is_available=True,
-            summary=where if chips else f"{where} stands for one",
+            summary=where if chips else f"{where} is used instead",
             details=versions,
         )
 
     # -- device and memory --------------------------------------------------------------------
 
     def memory(self) -> MemInfo:
-        """The device's; the host's, or what its container allows, where it is the host."""
+        """Memory of the device; on the CPU client that of the host or its container."""
         return memory.memory(self._device)
 
     def to_device(self, host: npt.NDArray[np.generic]) -> torch.Tensor:
-        """A copy on the host: a step takes all of its inputs to the device at once."""
+        """Copy on the host: a step transfers all of its inputs to the device at once."""
         return torch.from_numpy(np.array(host, order="C"))
 
     def to_host(self, x: torch.Tensor) -> HostFuture:
-        """A copy under way, of what a step drew; what is on the host already is just that."""
+        """Start copying a device tensor to the host; a host tensor is done at once."""
         from portalm_backends.xla.bridge import ArrayFuture, DeviceTensor
 
         return ArrayFuture(x.jax()) if isinstance(x, DeviceTensor) else DoneFuture(x.numpy())
 
     def one_plus_one(self) -> int:
-        """By XLA."""
+        """Compute 1 + 1 on the device with XLA."""
         import jax
 
         one = jax.device_put(np.ones((), np.int32), self._device)
@@ -151,15 +158,15 @@ class XlaBackend(TorchBackend):
     def _call(
         self, operation: Callable[..., Any], *tensors: torch.Tensor | None, **static: Any
     ) -> torch.Tensor:
-        """What an operation makes of tensors: a tensor again."""
+        """Call a JAX operation with tensors; return its result as a tensor."""
         return self._bridge.result(operation(*self._arrays(tensors), **static))
 
-    def _call_for_two(
+    def _call_pair(
         self, operation: Callable[..., Any], *tensors: torch.Tensor, **static: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same of an operation that gives two."""
-        one, other = operation(*self._arrays(tensors), **static)
-        return self._bridge.result(one), self._bridge.result(other)
+        """Call a JAX operation that returns two arrays; return them as tensors."""
+        first, second = operation(*self._arrays(tensors), **static)
+        return self._bridge.result(first), self._bridge.result(second)
 
     def _arrays(self, tensors: Sequence[torch.Tensor | None]) -> list[Any]:
         return [None if tensor is None else self._bridge.array(tensor) for tensor in tensors]
@@ -167,22 +174,25 @@ class XlaBackend(TorchBackend):
     # -- KV cache -----------------------------------------------------------------------------
 
     def kv_bytes_per_block(self, spec: KVSpec) -> int:
-        """Keys and values of one block over all layers."""
+        """Bytes of one block's keys and values over all layers, padding included."""
         return self._cache.bytes_per_block(spec, is_tpu=self._is_tpu)
 
     def _kv_alloc(self, spec: KVSpec, num_blocks: int) -> XlaKV:
-        """One array a layer; one warning where a TPU has no kernels for it."""
-        reason = self._kernels.why_not(spec)
+        """Allocate one array per layer; warn on a TPU if the kernels cannot read this cache."""
+        reason = self._kernels.unsupported_reason(spec)
         if self._is_tpu and reason is not None:
-            logger.warning("attention is XLA's operations, which are slower: %s", reason)
-        heads = self._bridge.divided(spec.num_kv_heads, axis=1)
+            logger.warning(
+                "attention runs as XLA operations, which are slower than the TPU kernels: %s",
+                reason,
+            )
+        heads = self._bridge.sharded(spec.num_kv_heads, axis=1)
         layers = self._cache.allocate(spec, num_blocks, is_tpu=self._is_tpu, device=heads)
         return self._cache.XlaKV(spec, num_blocks, layers)
 
     def kv_write(
         self, kv: XlaKV, layer: int, key: torch.Tensor, value: torch.Tensor, meta: StepMeta
     ) -> XlaKV:
-        """Put [T, H_kv, D] each into their slots; the cache that came in is gone."""
+        """Write key and value, [T, H_kv, D] each, into their slots; `kv` is donated."""
         where: tuple[torch.Tensor, ...]
         if self._has_kernels(kv):
             write = self._kernels.write_in_place
@@ -193,16 +203,16 @@ class XlaBackend(TorchBackend):
         return kv.with_layer(layer, write(kv.layers[layer], *arrays))
 
     def _has_kernels(self, kv: XlaKV) -> bool:
-        # XLA divides its own operations among devices, and no kernels
-        is_alone = len(self._bridge.devices) == 1
-        return self._is_tpu and is_alone and self._kernels.why_not(kv.spec) is None
+        # XLA shards its own operations over several devices, but not the kernels
+        is_single = len(self._bridge.devices) == 1
+        return self._is_tpu and is_single and self._kernels.unsupported_reason(kv.spec) is None
 
     def kv_copy(self, kv: XlaKV, src: torch.Tensor, dst: torch.Tensor) -> XlaKV:
-        """Blocks src[i] to dst[i], int32 [N] each, over all layers."""
+        """Copy blocks src[i] to dst[i], int32 [N] each, in all layers."""
         return replace(kv, layers=self._cache.copy_blocks(kv.layers, src.numpy(), dst.numpy()))
 
     def kv_export(self, kv: XlaKV, blocks: torch.Tensor) -> torch.Tensor:
-        """Blocks int32 [N] as [N, L, 2, B, H_kv, D] on the host."""
+        """Copy blocks int32 [N] to the host in the wire layout, [N, L, 2, B, H_kv, D]."""
         return self._bridge.result(
             self._cache.export_jitted(
                 kv.layers,
@@ -213,7 +223,7 @@ class XlaBackend(TorchBackend):
         )
 
     def kv_import(self, kv: XlaKV, blocks: torch.Tensor, wire: torch.Tensor) -> XlaKV:
-        """The inverse of `kv_export`."""
+        """Write blocks in the wire layout, as `kv_export` returns them, into blocks int32 [N]."""
         layers = self._cache.import_in_place(kv.layers, blocks.numpy(), self._bridge.array(wire))
         return replace(kv, layers=layers)
 
@@ -228,7 +238,7 @@ class XlaBackend(TorchBackend):
         spec: AttentionSpec,
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Attention of [T, H, D], all requests in one operation."""
+        """Causal attention of query [T, H, D] over each request's context, in one operation."""
         array = self._bridge.array
         attend = self._kernels.attend if self._has_kernels(kv) else self._attend
         return self._bridge.result(
@@ -254,7 +264,7 @@ class XlaBackend(TorchBackend):
         meta: StepMeta,
         spec: AttentionSpec,
     ) -> torch.Tensor:
-        """Attention of [T, H, D] within each request."""
+        """Attention of query [T, H, D] to all tokens of the same request."""
         return self._call(self._attend_encoder, query, key, value, meta.query_start_loc, spec=spec)
 
     # -- layers -------------------------------------------------------------------------------
@@ -266,33 +276,33 @@ class XlaBackend(TorchBackend):
         quantization: str | None = None,
         for_logits: bool = False,
     ) -> Weight:
-        """The weight [N, K] on the device, in one copy; of few bits, it stays so there."""
+        """Copy the weight [N, K] to the device; a quantized weight stays quantized there."""
         return self._weights.pack(self._bridge, weight, quantization)
 
     def linear(
         self, x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """x [T, K] times weight [N, K] transposed, plus bias [N]: [T, N]."""
+        """Multiply x [T, K] with weight [N, K] transposed; add bias [N]: [T, N]."""
         if isinstance(weight, torch.Tensor):
             return self._call(self._layers.linear, x, weight, bias)
-        few = (weight.codes, weight.scales, weight.minimums)
-        return self._call(self._weights.linear, x, bias, *few)
+        parts = (weight.codes, weight.scales, weight.minimums)
+        return self._call(self._weights.linear, x, bias, *parts)
 
     def pack_heads(self, weight: torch.Tensor) -> torch.Tensor:
-        """The weight [H, N, K] on the device, its heads divided where devices are several."""
-        rows = self._bridge.divided(weight.shape[0], axis=0)
-        return self._bridge.tensor(self._bridge.put(weight, rows))
+        """Copy the weight [H, N, K] to the devices, sharded by heads if there are several."""
+        heads = self._bridge.sharded(weight.shape[0], axis=0)
+        return self._bridge.tensor(self._bridge.put(weight, heads))
 
     def linear_heads(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """x [T, H, K] times weight [H, N, K], head by head: [T, H, N]."""
+        """Multiply x [T, H, K] with weight [H, N, K] head by head: [T, H, N]."""
         return self._call(self._layers.linear_heads, x, weight)
 
     def logits(self, x: torch.Tensor, weight: Weight) -> torch.Tensor:
-        """x [R, C] times weight [V, C] transposed in float32: [R, V]."""
+        """Multiply x [R, C] with weight [V, C] transposed: float32 [R, V]."""
         if isinstance(weight, torch.Tensor):
             return self._call(self._layers.logits, x, weight)
-        few = (weight.codes, weight.scales, weight.minimums)
-        return self._call(self._weights.logits, x, *few)
+        parts = (weight.codes, weight.scales, weight.minimums)
+        return self._call(self._weights.logits, x, *parts)
 
     def embed(self, token_ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
         """Rows int32 [T] of table [V, C]: [T, C]."""
@@ -306,7 +316,7 @@ class XlaBackend(TorchBackend):
         self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(rms_norm(x + residual), x + residual)."""
-        return self._call_for_two(self._layers.add_rms_norm, x, residual, weight, eps=eps)
+        return self._call_pair(self._layers.add_rms_norm, x, residual, weight, eps=eps)
 
     def layer_norm(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
@@ -323,8 +333,8 @@ class XlaBackend(TorchBackend):
         *,
         is_interleaved: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Query [T, H, D] and key [T, H_kv, D] rotated by positions int32 [T]."""
-        return self._call_for_two(
+        """Rotate query [T, H, D] and key [T, H_kv, D] by positions int32 [T]."""
+        return self._call_pair(
             self._layers.rope, query, key, positions, cos_sin, is_interleaved=is_interleaved
         )
 
@@ -343,13 +353,13 @@ class XlaBackend(TorchBackend):
     # -- execution ----------------------------------------------------------------------------
 
     def buckets(self, max_tokens: int, max_requests: int, max_blocks: int) -> Sequence[Bucket]:
-        """A few sizes of decodes alone, a few with prompts, all of `max_blocks`."""
+        """A few sizes for decode-only steps and a few for steps with prompts, all `max_blocks`."""
         self._programs.max_rows = max(
             self._programs.max_rows, max_requests + MAX_PROMPT_LOGPROB_ROWS
         )
         decodes = {min(size, max_requests) for size in _sizes(8, max_requests)}
         prompts = {min(size, max_tokens) for size in _sizes(128, max_tokens)}
-        if max_tokens > 256:  # a step of prompts costs what it is padded to
+        if max_tokens > 256:  # a step with prompts costs as much as the size it is padded to
             prompts.add(max_tokens // 2)
         return [
             *(Bucket(n, n, max_blocks, 1) for n in sorted(decodes)),
@@ -357,7 +367,7 @@ class XlaBackend(TorchBackend):
         ]
 
     def compile(self, fn: StepFn, bucket: Bucket | None, example: StepInputs | None) -> StepFn:
-        """A program of `example`'s sizes; `build` makes it, or its first call."""
+        """Return a program for `example`'s sizes; `build`, or its first call, compiles it."""
         super().compile(fn, bucket, example)
         from portalm_backends.xla.graph import Program
 
@@ -373,12 +383,12 @@ class XlaBackend(TorchBackend):
         *,
         identity: str | None = None,
     ) -> None:
-        """Trace these one after the other, and compile them side by side.
+        """Trace the steps one after another while other threads compile them.
 
-        What an earlier start traced or compiled is read instead.
+        Steps that an earlier start traced or compiled are read from disk.
 
         Raises:
-            BackendError: of kind oom, with the numbers, if the largest does not fit.
+            BackendError: kind oom, with the sizes, if the largest step does not fit.
         """
         from portalm_backends.xla.graph import Program
 
@@ -391,7 +401,7 @@ class XlaBackend(TorchBackend):
             progress(i / len(programs))
             step.wait()
         logger.info(
-            "%d steps: %.1f s to trace or to read, %.1f s more to compile or to read",
+            "%d steps: %.1f s to trace or read, then %.1f s to compile or read",
             len(programs),
             traced - started,
             time.perf_counter() - traced,
@@ -399,7 +409,7 @@ class XlaBackend(TorchBackend):
         memory.require_room(max((step.step_bytes() for step in programs), default=0), self.memory())
 
     def sample(self, logits: torch.Tensor, params: SampleParams) -> SampleOutput:
-        """One token from each row of float32 logits [R, V]."""
+        """Sample one token from each row of float32 logits [R, V]."""
         trace = self._programs.trace
         if trace is not None:
             ids = trace.sample(self._bridge.array(logits))
@@ -412,7 +422,7 @@ class XlaBackend(TorchBackend):
 
 
 def _sizes(smallest: int, largest: int) -> list[int]:
-    """From `smallest`, each four times the one before, up to the first that holds `largest`."""
+    """Sizes from `smallest`, each four times the previous, up to the first >= `largest`."""
     sizes = [smallest]
     while sizes[-1] < largest:
         sizes.append(4 * sizes[-1])

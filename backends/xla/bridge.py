@@ -1,9 +1,9 @@
-"""Between torch and JAX: tensors that cross, and torch functions as one XLA program.
+"""Convert tensors between torch and JAX, and compile torch functions as XLA programs.
 
-Outside of a program tensors are torch's own, on the host: an operation that is called so runs on
-the device and gives its result back. Inside of one they are torchax's, which are JAX's tracers in
-torch's clothes. What stays on the device between steps (weights, drawn ids) is a torchax tensor
-whose values nobody looks at.
+Outside a program, tensors are ordinary torch tensors on the host: an operation copies them to the
+device, runs there and returns a host tensor. Inside a program they are torchax tensors, which wrap
+JAX tracers. Data that stays on the device between steps (weights, sampled ids) is a torchax tensor
+that is never copied to the host.
 """
 
 from __future__ import annotations
@@ -29,31 +29,31 @@ from portalm.errors import BackendError, BackendErrorKind
 from portalm_backends.xla.store import Source, Traced
 
 Array: TypeAlias = Any
-"""A `jax.Array`, or what stands for one while a program is traced."""
+"""A `jax.Array`, or a tracer while a program is traced."""
 
 DeviceTensor: Any = Tensor
 """A tensor whose values are on the device, or traced."""
 
 _AXIS = "tensor"
-"""Along which devices divide weights."""
+"""Name of the mesh axis over which weights and KV heads are sharded."""
 
 _VIEWS = {torch.bfloat16: (torch.int16, ml_dtypes.bfloat16)}
-"""dtypes that numpy has no name for: what to see them as on the way."""
+"""torch dtypes that numpy lacks: (torch dtype to view them as, dtype to view the array as)."""
 
 
 class Bridge:
-    """One device's side of it."""
+    """Moves tensors between torch and a set of JAX devices, and compiles programs for them."""
 
     def __init__(self, devices: Sequence[Any]) -> None:
-        """To these `jax.Device`s: weights and KV heads are divided among them.
+        """Use these `jax.Device`s; weights and KV heads are sharded over them.
 
-        XLA puts what they have to tell each other into the programs (Xu et al., "GSPMD", 2021).
+        XLA inserts the communication into the programs (Xu et al., "GSPMD", 2021).
         """
         self.devices = devices
         self._mesh = Mesh(np.array(devices), (_AXIS,))
-        self.whole = NamedSharding(self._mesh, PartitionSpec())
-        """Each device has all of it."""
-        # the CPU client's last passes take half of the compilation and win next to nothing
+        self.replicated = NamedSharding(self._mesh, PartitionSpec())
+        """Sharding of an array that every device holds in full."""
+        # the CPU client's last passes take half of the compile time and gain almost no speed
         self.compiler_options: dict[str, Any] = (
             {"xla_backend_optimization_level": 1} if devices[0].platform == "cpu" else {}
         )
@@ -63,58 +63,61 @@ class Bridge:
     # -- tensors ------------------------------------------------------------------------------
 
     def array(self, tensor: torch.Tensor) -> Array:
-        """The tensor on the device; one that is there already is not copied."""
-        if isinstance(tensor, (DeviceTensor, View)):  # a slice is a view, to torchax
+        """Return the tensor as an array on the device; a device tensor is not copied."""
+        if isinstance(tensor, (DeviceTensor, View)):  # torchax has its own class for slices
             return tensor.jax()
         return self.put(tensor)
 
     def put(self, tensor: torch.Tensor, sharding: NamedSharding | None = None) -> Array:
-        """A host tensor on the device, in one copy (none, where the device is the host)."""
+        """Copy a host tensor to the device; no copy is made if the device is the host."""
         tensor = tensor.detach().contiguous()
         if tensor.dtype in _VIEWS:
             through, dtype = _VIEWS[tensor.dtype]
             host = tensor.view(through).numpy().view(dtype)
         else:
             host = tensor.numpy()
-        return jax.device_put(host, sharding or self.whole)
+        return jax.device_put(host, sharding or self.replicated)
 
-    def divided(self, size: int, *, axis: int) -> NamedSharding:
-        """An array's `axis` divided among the devices, if `size` is a multiple of their number."""
+    def sharded(self, size: int, *, axis: int) -> NamedSharding:
+        """Sharding of `axis`, of `size` elements, over the devices.
+
+        Replicated if `size` is not a multiple of the number of devices.
+        """
         if size % len(self.devices):
-            return self.whole
+            return self.replicated
         return NamedSharding(self._mesh, PartitionSpec(*[None] * axis, _AXIS))
 
     def shape(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-        """What stands for an array that each device has all of, while a program is traced."""
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=self.whole)
+        """Placeholder for a replicated array, to trace a program with."""
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=self.replicated)
 
     def tensor(self, array: Array) -> torch.Tensor:
-        """An array as a tensor that stays on the device."""
+        """Wrap an array as a tensor that stays on the device."""
         wrapped: torch.Tensor = self._env.j2t_iso(array)
         return wrapped
 
     def result(self, array: Array) -> torch.Tensor:
-        """What an operation gives: within a program a part of it, else a tensor on the host."""
+        """Result of an operation: a traced tensor inside a program, else a tensor on the host."""
         return self.tensor(array) if self.is_tracing else host_tensor(array)
 
     # -- programs -----------------------------------------------------------------------------
 
     def compile(self, source: Source, traced: Traced) -> jax.stages.Compiled:
-        """The program of `source`, ready to be called; minutes, for a large one."""
+        """Compile `source`; a large program takes minutes."""
         return source.lower(traced).compile(compiler_options=self.compiler_options)
 
     @property
     def is_tracing(self) -> bool:
-        """True while a program is made of what is called."""
+        """True inside `tracing`, in the calling thread."""
         return getattr(self._local, "is_tracing", False)
 
     @contextmanager
     def tracing(self) -> Iterator[None]:
-        """Within it torch computes on JAX's tracers, in this thread alone."""
+        """Context in which torch functions, in this thread, operate on JAX tracers."""
         self._local.is_tracing = True
         try:
             with self._env, warnings.catch_warnings():
-                # int64 is int32 here: no index of a step is larger
+                # JAX narrows int64 to int32, which holds every index of a step
                 warnings.filterwarnings("ignore", message=".*int64.*")
                 yield
         finally:
@@ -122,7 +125,7 @@ class Bridge:
 
 
 def host_tensor(array: Array) -> torch.Tensor:
-    """A device's array as a tensor on the host; waits for it."""
+    """Copy an array to a tensor on the host; wait until it is computed."""
     host: npt.NDArray[Any] = np.array(array)
     for dtype, (through, name) in _VIEWS.items():
         if host.dtype == name:
@@ -131,10 +134,10 @@ def host_tensor(array: Array) -> torch.Tensor:
 
 
 class ArrayFuture:
-    """A copy of an array on its way to the host."""
+    """An asynchronous copy of an array to the host."""
 
     def __init__(self, array: Array) -> None:
-        """Begin it."""
+        """Start the copy."""
         self._array = array
         array.copy_to_host_async()
 
@@ -143,14 +146,14 @@ class ArrayFuture:
         return bool(self._array.is_ready())
 
     def result(self) -> npt.NDArray[Any]:
-        """The values; waits for them."""
+        """Wait for the copy and return the values."""
         with device_errors("a step"):
             return np.asarray(self._array)
 
 
 @contextmanager
 def device_errors(what: str) -> Iterator[None]:
-    """What XLA raises within it as a `BackendError` that says so of `what`."""
+    """Re-raise XLA errors inside this context as `BackendError`; `what` names what failed."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
@@ -165,7 +168,7 @@ def device_errors(what: str) -> Iterator[None]:
 
 
 def leaves(tree: Any) -> list[torch.Tensor]:
-    """The tensors in dicts, lists, tuples and dataclasses, in their order."""
+    """List the tensors in nested dicts, lists, tuples and dataclasses, in order."""
     found: list[torch.Tensor] = []
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
@@ -177,7 +180,10 @@ def leaves(tree: Any) -> list[torch.Tensor]:
 
 
 def replace_leaves(tree: Any, change: Callable[[torch.Tensor], Any]) -> Any:
-    """The same tree with each tensor changed; what holds none is the very same object."""
+    """Copy the tree with each tensor replaced by `change(tensor)`.
+
+    Dataclasses without a changed field are returned as the same object.
+    """
     if isinstance(tree, torch.Tensor):
         return change(tree)
     if isinstance(tree, dict):
@@ -196,6 +202,6 @@ def replace_leaves(tree: Any, change: Callable[[torch.Tensor], Any]) -> Any:
 
 
 def with_leaves(tree: Any, values: Sequence[Any]) -> Any:
-    """The same tree with its tensors, in the order of `leaves`, replaced by `values`."""
+    """Copy the tree with its tensors, in the order of `leaves`, replaced by `values`."""
     following = iter(values)
     return replace_leaves(tree, lambda _: next(following))

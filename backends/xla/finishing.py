@@ -1,4 +1,4 @@
-"""The small programs behind a step: what rows ask for beside temperatures and filters."""
+"""Small programs that run after a step: penalties, biases, masks, targets and logprobs."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ from portalm_backends.xla.store import Source, Traced
 Array: TypeAlias = Any
 
 _NUM_ENTRIES = 4096
-"""Tokens with a penalty or a bias that go to the device at a time."""
+"""Penalty and bias entries transferred to the device at a time."""
 _PROMPT, _OUTPUT, _BIAS, _PADDING = 0, 1, 2, 3
+"""Kinds of entries; the first three index `FinishArrays.entries`."""
 
 
 def is_needed(params: SampleParams) -> bool:
-    """True where a step's own sampling is not enough."""
+    """True if `params` needs more than the temperatures and filters that steps apply."""
     return (
         params.penalties is not None
         or params.bias is not None
@@ -37,7 +38,7 @@ def is_needed(params: SampleParams) -> bool:
 
 
 class Finisher:
-    """Those of R rows of V logits, compiled by other threads."""
+    """The programs for R rows of V logits, compiled by other threads."""
 
     def __init__(
         self,
@@ -48,13 +49,13 @@ class Finisher:
         max_rows: int,
         compile: Callable[[Source, str], tuple[Traced, Future[Any]]],
     ) -> None:
-        """Traced when this returns.
+        """Trace the programs and start compiling them.
 
         Args:
-            bridge: to the device.
-            num_rows: R
+            bridge: the devices.
+            num_rows: R, rows of logits.
             vocab_size: V
-            max_rows: of any step.
+            max_rows: most rows of any step; sampled ids are padded to it.
             compile: `Programs.compile`
         """
         self._bridge = bridge
@@ -62,7 +63,7 @@ class Finisher:
         column = (num_rows,)
         self._layout = packing.Layout(
             {
-                **packing.draw_shapes(num_rows),
+                **packing.sampling_shapes(num_rows),
                 "presence": column,
                 "frequency": column,
                 "repetition": column,
@@ -84,7 +85,7 @@ class Finisher:
             name: str, function: Callable[..., Any], *arguments: Any, donated: tuple[int, ...] = ()
         ) -> Future[Any]:
             source = Source(
-                function=function, arguments=arguments, results=bridge.whole, donated=donated
+                function=function, arguments=arguments, results=bridge.replicated, donated=donated
             )
             return compile(source, f"{name} {sizes}")[1]
 
@@ -94,16 +95,16 @@ class Finisher:
         self._compiled = start("finish", finish, logits, entries, packed, allowed)
 
     def wait(self) -> None:
-        """Until all are compiled."""
-        for one in (self._first, self._more, self._compiled):
-            one.result()
+        """Wait until all programs are compiled."""
+        for program in (self._first, self._more, self._compiled):
+            program.result()
 
     def __call__(self, logits: Array, params: SampleParams) -> tuple[SampleOutput, Array]:
-        """What rows of `logits` give, and the drawn ids padded to what a step hands to the next."""
+        """Sample from `logits` [R, V]; return the output and its ids padded to `max_rows`."""
         is_adjusted = params.penalties is not None or params.bias is not None
         packed = self._layout.pack(
             {
-                **packing.draw_values(params),
+                **packing.sampling_values(params),
                 **self._penalties(params),
                 "targets": _column(params.targets, self._num_rows, np.int32, -1),
                 "is_adjusted": is_adjusted,
@@ -115,7 +116,7 @@ class Finisher:
         else:
             allowed = np.array(params.allowed.numpy())
         entries = self._entries(params)
-        ids, handed_on, logprobs, ranks, top_ids, top_logprobs = self._compiled.result()(
+        ids, padded_ids, logprobs, ranks, top_ids, top_logprobs = self._compiled.result()(
             logits, entries, packed, allowed
         )
         wrap = self._bridge.tensor
@@ -124,12 +125,12 @@ class Finisher:
         if wanted is not None and wanted <= sampling.NUM_TOP:
             out.logprobs, out.ranks = wrap(logprobs), wrap(ranks)
             out.top_ids, out.top_logprobs = wrap(top_ids), wrap(top_logprobs)
-        elif wanted is not None:  # more than the program reports: rare enough to wait for
+        elif wanted is not None:  # more than the program returns: rare, so computed on the host
             found = SampleOutput(token_ids=host_tensor(ids))
             portable.add_logprobs(found, host_tensor(logits), wanted)
             out.logprobs, out.ranks = found.logprobs, found.ranks
             out.top_ids, out.top_logprobs = found.top_ids, found.top_logprobs
-        return out, handed_on
+        return out, padded_ids
 
     def _penalties(self, params: SampleParams) -> dict[str, npt.NDArray[Any] | int]:
         given = params.penalties
@@ -141,11 +142,11 @@ class Finisher:
         }
 
     def _entries(self, params: SampleParams) -> Array:
-        """Penalised and biased tokens, float32 [3, R, V], a fixed number of them at a time."""
-        some = _entries_of(params)
-        entries = self._first.result()(some[:, :_NUM_ENTRIES])
-        for start in range(_NUM_ENTRIES, some.shape[1], _NUM_ENTRIES):
-            entries = self._more.result()(entries, some[:, start : start + _NUM_ENTRIES])
+        """Build `FinishArrays.entries`, float32 [3, R, V], `_NUM_ENTRIES` entries at a time."""
+        listed = _entries_of(params)
+        entries = self._first.result()(listed[:, :_NUM_ENTRIES])
+        for start in range(_NUM_ENTRIES, listed.shape[1], _NUM_ENTRIES):
+            entries = self._more.result()(entries, listed[:, start : start + _NUM_ENTRIES])
         return entries
 
     def _add(self, entries: Array | None, some: Array) -> Array:
@@ -158,7 +159,7 @@ class Finisher:
         self, max_rows: int, logits: Array, entries: Array, packed: Array, allowed: Array
     ) -> tuple[Array, ...]:
         parts = self._layout.unpack(packed)
-        wishes = sampling.Wishes(
+        arrays = sampling.FinishArrays(
             entries=entries,
             presence=packing.as_float(parts["presence"]),
             frequency=packing.as_float(parts["frequency"]),
@@ -168,12 +169,12 @@ class Finisher:
             is_adjusted=parts["is_adjusted"] != 0,
             wants_logprobs=parts["wants_logprobs"] != 0,
         )
-        ids, *reported = sampling.finish(logits, packing.draws_of(parts), wishes)
+        ids, *reported = sampling.finish(logits, packing.sampling_arrays(parts), arrays)
         return (ids, jnp.pad(ids, (0, max(0, max_rows - len(ids)))), *reported)
 
 
 def on_host(out: SampleOutput, num_top: int | None) -> SampleOutput:
-    """What was drawn, on the host, with as many likely tokens as were asked for."""
+    """Copy sampler output to the host, with the `num_top` most likely tokens (None: all)."""
 
     def get(x: torch.Tensor | None) -> torch.Tensor | None:
         if x is None:
@@ -199,7 +200,10 @@ def _column(
 
 
 def _entries_of(params: SampleParams) -> npt.NDArray[np.int32]:
-    """int32 [4, N]: row, token, kind and value (as bits) of each; N a multiple of what fits."""
+    """int32 [4, N]: row, token, kind and float32 bits of each entry.
+
+    N is a multiple of `_NUM_ENTRIES`, at least one; the rest is padding.
+    """
     rows, token_ids, kinds, values = [], [], [], []
 
     def add(at: npt.NDArray[Any], ids: npt.NDArray[Any], kind: int, value: Any) -> None:

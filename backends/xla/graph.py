@@ -1,8 +1,8 @@
-"""A step as one XLA program of fixed sizes, from token ids to drawn ids.
+"""A step as one XLA program of fixed sizes, from token ids to sampled ids.
 
-What a program reads of a step comes in one array (packing.py); weights stay where they are, the
-cache is donated and comes back. Whatever rows may ask for beside temperatures and filters is a
-second, small program on the same logits (finishing.py).
+A program takes a step's inputs in one array (packing.py); weights stay on the device, and the KV
+cache is donated and returned. Sampling other than temperatures and filters is a second, small
+program on the same logits (finishing.py).
 """
 
 from __future__ import annotations
@@ -29,53 +29,53 @@ from portalm_backends.xla.bridge import (
     with_leaves,
 )
 from portalm_backends.xla.finishing import Finisher, is_needed
-from portalm_backends.xla.sampling import Draws, draw
+from portalm_backends.xla.sampling import SamplingArrays, sample
 from portalm_backends.xla.store import Source, Store, Traced
 
 Array: TypeAlias = Any
 
 
 class Trace:
-    """The step that is being traced: what it samples with, and the logits it sampled from."""
+    """The step that is being traced: its sampling parameters and its logits."""
 
-    def __init__(self, draws: Draws) -> None:
-        """With what the program reads of the rows."""
-        self._draws = draws
+    def __init__(self, arrays: SamplingArrays) -> None:
+        """Sample with `arrays`."""
+        self._arrays = arrays
         self.logits: Array | None = None
-        """float32 [R, V]; None where nothing is drawn."""
+        """float32 [R, V]; None if the step samples nothing."""
 
     def sample(self, logits: Array) -> Array:
-        """int32 [R]: what rows of float32 [R, V] draw."""
+        """Sample a token from each row of float32 [R, V]: int32 [R]; keep the logits."""
         self.logits = logits
-        return draw(logits, self._draws)
+        return sample(logits, self._arrays)
 
 
 class Programs:
-    """All programs of one backend, and what they share."""
+    """All programs of one backend, and their shared state."""
 
     def __init__(self, bridge: Bridge, store: Store, num_threads: int) -> None:
-        """None yet.
+        """Start with no programs.
 
         Args:
-            bridge: to the device.
-            store: of what was traced before.
-            num_threads: that compile.
+            bridge: the devices.
+            store: cache of traced programs.
+            num_threads: number of threads that compile.
         """
         self.bridge = bridge
         self._store = store
         self._compilers = ThreadPoolExecutor(num_threads, "xla-compile")
         self.max_rows = 0
-        """Of any step: how many ids a step hands to the next."""
+        """Most rows of any step: the next step reads sampled ids in an array of this size."""
         self.trace: Trace | None = None
-        """Of the step that is being traced."""
+        """The step that is being traced, if any."""
         self._last_ids: torch.Tensor | None = None
-        self._handed_on: Array = None
-        """What goes with `_last_ids`: the same ids, padded to `max_rows`."""
+        self._padded_ids: Array = None
+        """The ids in `_last_ids`, padded to `max_rows`."""
         self._finishers: dict[tuple[int, int], Finisher] = {}
 
     @contextmanager
     def tracing(self, trace: Trace) -> Iterator[None]:
-        """Within it torch computes on tracers, and sampling is that of `trace`."""
+        """Context in which torch operates on tracers and the backend samples with `trace`."""
         self.trace = trace
         try:
             with self.bridge.tracing():
@@ -84,36 +84,39 @@ class Programs:
             self.trace = None
 
     def place(self, weights: Weights) -> None:
-        """Put what `load` left on the host (all but packed weights) on the device, for good."""
+        """Move weights that are still on the host (all that are not packed) to the device."""
         bridge = self.bridge
         for name, value in weights.items():
             weights[name] = replace_leaves(value, lambda x: bridge.tensor(bridge.array(x)))
 
-    def hand_on(self, token_ids: torch.Tensor, handed_on: Array) -> None:
-        """Keep the ids that a step drew for the next one, which reads them as one size."""
-        self._last_ids, self._handed_on = token_ids, handed_on
+    def keep_ids(self, token_ids: torch.Tensor, padded_ids: Array) -> None:
+        """Keep the ids that a step sampled, and their padded copy, for the next step."""
+        self._last_ids, self._padded_ids = token_ids, padded_ids
 
     def previous(self, token_ids: torch.Tensor | None) -> Array:
-        """int32 [max_rows]: the ids of the step before, as that step left them on the device."""
+        """int32 [max_rows]: `token_ids` padded; without a copy if the last step sampled them."""
         if token_ids is not None and token_ids is self._last_ids:
-            return self._handed_on
+            return self._padded_ids
         previous = np.zeros(self.max_rows, np.int32)
         if token_ids is not None:
             previous[: len(token_ids)] = np.asarray(self.bridge.array(token_ids))
         return previous
 
     def compile(self, source: Source, what: str | None) -> tuple[Traced, Future[Any]]:
-        """A program as traced, and as another thread compiles it.
+        """Trace a program and start compiling it on another thread.
 
         Args:
-            source: what it is made of.
-            what: its function, for the store; None: it is not kept.
+            source: the function and its arguments.
+            what: identifies the function in the store; None: the program is not stored.
+
+        Returns:
+            The traced program and a future of the compiled one.
         """
         traced = source.trace() if what is None else self._store.traced(source, what)
         return traced, self._compilers.submit(self.bridge.compile, source, traced)
 
     def finisher(self, num_rows: int, vocab_size: int) -> Finisher:
-        """The small programs behind steps of so many rows."""
+        """The programs that run after steps with this many rows; created by the first call."""
         key = (num_rows, vocab_size)
         if key not in self._finishers:
             self._finishers[key] = Finisher(
@@ -123,15 +126,15 @@ class Programs:
 
 
 class Program:
-    """A step of one size: traced by `begin`, compiled by another thread, waited for when called."""
+    """A step of one size: `begin` traces it, another thread compiles it, a call waits for that."""
 
     def __init__(self, programs: Programs, fn: StepFn, example: StepInputs) -> None:
-        """Nothing is traced yet: that takes weights and a cache.
+        """Remember the step; tracing it needs weights and a cache, so `begin` does that.
 
         Args:
-            programs: those it is one of.
+            programs: shared state of the backend's programs.
             fn: the step.
-            example: inputs of the sizes that it will have.
+            example: inputs whose sizes the program is made for.
         """
         self._programs = programs
         self._fn = fn
@@ -143,12 +146,12 @@ class Program:
         self._finisher: Finisher | None = None
 
     def begin(self, weights: Weights, kv: KV, identity: str | None = None) -> None:
-        """Trace the step over such weights and cache, or find it in the store; have it compiled.
+        """Trace the step, or read it from the store, and start compiling it.
 
         Args:
-            weights: of the step.
-            kv: the same.
-            identity: of the step, as `Backend.build` words it; None: it is not looked for.
+            weights: the step's weights.
+            kv: the step's cache.
+            identity: identifies the step, see `Backend.build`; None: the store is not used.
         """
         source = self.source(weights, kv)
         what = None if identity is None else f"{identity} {self._sizes(weights, kv)}"
@@ -160,7 +163,10 @@ class Program:
     def source(
         self, weights: Weights, kv: KV, sharding: jax.sharding.Sharding | None = None
     ) -> Source:
-        """The step over such weights and cache; for another device, where one is named."""
+        """The step as a function of arrays, for these weights and this cache.
+
+        `sharding` places all arguments and results on another device.
+        """
         self._take(weights)
         bridge = self._programs.bridge
 
@@ -170,13 +176,13 @@ class Program:
             step_weights = with_leaves(weights, [bridge.tensor(a) for a in arrays])
             step_kv = None if kv is None else replace(kv, layers=layers)
             parts = self._layout.unpack(packed)
-            trace = Trace(packing.draws_of(parts))
+            trace = Trace(packing.sampling_arrays(parts))
             with self._programs.tracing(trace):
                 step_kv, out = self._fn(step_weights, step_kv, self._inputs(parts, previous))
             ids = bridge.array(out.token_ids)
-            handed_on = jnp.pad(ids, (0, self._programs.max_rows - len(ids)))
+            padded_ids = jnp.pad(ids, (0, self._programs.max_rows - len(ids)))
             states = None if out.states is None else bridge.array(out.states)
-            return () if kv is None else step_kv.layers, ids, handed_on, trace.logits, states
+            return () if kv is None else step_kv.layers, ids, padded_ids, trace.logits, states
 
         arguments = (
             self._arrays,
@@ -188,21 +194,21 @@ class Program:
             arguments = jax.tree.map(
                 lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments
             )
-        # the cache comes back as it went in; the rest each device has all of
+        # the cache keeps its sharding, all other results are replicated
         cache = jax.tree.map(lambda x: x.sharding, arguments[1])
-        results = (cache, *[sharding or bridge.whole] * 4)
+        results = (cache, *[sharding or bridge.replicated] * 4)
         return Source(function=program, arguments=arguments, results=results, donated=(1,))
 
     def _sizes(self, weights: Weights, kv: KV) -> str:
-        """All that the step's function reads of its inputs while it is traced, but arrays."""
+        """Everything except arrays that the step's function reads from its inputs when traced."""
         example, meta = self._example, self._example.meta
         spec = None if kv is None else (kv.spec, kv.num_blocks)
-        names = replace_leaves(weights, lambda _: "")  # what lies where in the arguments
+        names = replace_leaves(weights, lambda _: "")  # the order of the arguments
         shapes = packing.step_shapes(example)
         return repr((meta.bucket, meta.max_query_len, shapes, example.num_states, spec, names))
 
     def wait(self) -> None:
-        """Until all is compiled."""
+        """Wait until the step and its finisher are compiled."""
         assert self._compiled is not None
         with device_errors("compiling a step"):
             self._compiled.result()
@@ -210,16 +216,16 @@ class Program:
                 self._finisher.wait()
 
     def step_bytes(self) -> int:
-        """What a step takes beside weights and cache, by the compiled program's own analysis."""
+        """Bytes a step needs beyond weights and cache, by the compiled program's own analysis."""
         assert self._compiled is not None
         sizes = self._compiled.result().memory_analysis()
-        if sizes is None:  # a client that cannot tell
+        if sizes is None:  # this XLA client has no such analysis
             return 0
         out = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
         return int(sizes.temp_size_in_bytes + out + sizes.generated_code_size_in_bytes)
 
     def __call__(self, weights: Weights, kv: KV, inputs: StepInputs) -> tuple[KV, SampleOutput]:
-        """One step; it is only enqueued."""
+        """Enqueue one step; do not wait for it."""
         if self._compiled is None:
             self.begin(weights, kv)
             self.wait()
@@ -227,33 +233,35 @@ class Program:
         self._take(weights)
         values = packing.step_values(inputs)
         needs_more = self._finisher is not None and is_needed(inputs.sample)
-        if needs_more:  # what the step itself would draw is not looked at
+        if needs_more:  # the finisher samples instead: let the step do the least work
             values |= {"is_greedy": 1, "has_filters": 0}
         layers = () if kv is None else kv.layers
         previous = self._programs.previous(inputs.previous_ids)
         with device_errors("a step"):
             try:
-                layers, ids, handed_on, logits, states = self._compiled.result()(
+                layers, ids, padded_ids, logits, states = self._compiled.result()(
                     self._arrays, layers, self._layout.pack(values), previous
                 )
             except jax.errors.JaxRuntimeError as error:
                 if any(array.is_deleted() for array in jax.tree.leaves(layers)):
                     raise BackendError(
-                        "device_lost", f"a step failed and took the KV cache with it: {error}"
+                        "device_lost",
+                        f"a step failed after the KV cache was donated to it, so the cache is "
+                        f"lost: {error}",
                     ) from error
                 raise
             if needs_more:
                 assert self._finisher is not None
-                out, handed_on = self._finisher(logits, inputs.sample)
+                out, padded_ids = self._finisher(logits, inputs.sample)
             else:
                 out = SampleOutput(token_ids=self._programs.bridge.tensor(ids))
         if states is not None:
             out.states = self._programs.bridge.tensor(states)
-        self._programs.hand_on(out.token_ids, handed_on)
+        self._programs.keep_ids(out.token_ids, padded_ids)
         return kv if kv is None else replace(kv, layers=layers), out
 
     def _take(self, weights: Weights) -> None:
-        """The arrays of `weights`, looked for once."""
+        """Collect the arrays of `weights`, unless they are the weights of the last call."""
         if weights is not self._weights:
             self._programs.place(weights)
             self._weights = weights

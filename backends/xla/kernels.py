@@ -1,4 +1,4 @@
-"""The kernels for TPUs as the backend calls them, and which caches they are for."""
+"""The TPU kernels, jitted for the backend, and which KV caches they support."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from portalm.backend import KVSpec
 from portalm_backends.xla.pallas import cache_write, paged_attention
 
 _ROWS = {"float32": 8, "bfloat16": 16}
-"""Slots of a block that lie in one tile."""
+"""Height of a TPU tile by dtype: the block size must be a multiple of it."""
 
 
-def why_not(spec: KVSpec) -> str | None:
-    """Why a TPU takes XLA's operations for such a cache; None: it has kernels for it."""
+def unsupported_reason(spec: KVSpec) -> str | None:
+    """Reason why the kernels cannot read this cache; None if they can."""
     if spec.shares_values:
-        return "the kernels read values beside their keys, not keys that are values"
+        return "the kernels read separate keys and values, not values that are part of their keys"
     rows = _ROWS.get(spec.dtype)
     if rows is None:
         return f"the kernels read {' and '.join(_ROWS)} KV caches, not {spec.dtype}"
     if spec.block_size % rows:
         return (
-            f"the kernels read {spec.dtype} in blocks of a multiple of {rows} tokens, "
+            f"the kernels read {spec.dtype} KV caches whose block size is a multiple of {rows}, "
             f"not {spec.block_size}"
         )
     return None
@@ -37,7 +37,10 @@ def write_in_place(
     seq_lens: jax.Array,
     block_table: jax.Array,
 ) -> jax.Array:
-    """A layer's array with this step's keys and values, [T, H_kv, D] each; what came in is gone."""
+    """Write keys and values, [T, H_kv, D] each, into `layer`, which is donated; return the result.
+
+    The arguments are those of `cache_write.touched_blocks` and `cache_write.write`.
+    """
     touched = cache_write.touched_blocks(
         query_start_loc,
         seq_lens,

@@ -1,6 +1,7 @@
-"""Layers as XLA computes them. Each is one function to XLA, traced once for all layers of a model.
+"""Layer operations in JAX. Each is one XLA function, traced once for all layers of a model.
 
-Products of float32 are float32's: a TPU would round both sides to bfloat16 by default.
+Products of float32 inputs use full float32 precision: by default a TPU would round both inputs
+to bfloat16.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ jit = functools.partial(jax.jit, inline=False)
 
 @jit
 def linear(x: Array, weight: Array, bias: Array | None) -> Array:
-    """x [T, K] times weight [N, K] transposed, summed in float32, plus bias [N]: [T, N]."""
+    """Multiply x [T, K] with weight [N, K] transposed; add bias [N]: [T, N] in x's dtype.
+
+    The sums are float32.
+    """
     out = _product(x, weight)
     if bias is not None:
         out = out + bias.astype(jnp.float32)
@@ -26,7 +30,7 @@ def linear(x: Array, weight: Array, bias: Array | None) -> Array:
 
 @jit
 def logits(x: Array, weight: Array) -> Array:
-    """x [R, C] times weight [V, C] transposed: float32 [R, V]."""
+    """Multiply x [R, C] with weight [V, C] transposed: float32 [R, V]."""
     return _product(x, weight)
 
 
@@ -42,7 +46,7 @@ def _product(x: Array, weight: Array) -> Array:
 
 @jit
 def linear_heads(x: Array, weight: Array) -> Array:
-    """x [T, H, K] times weight [H, N, K], head by head, summed in float32: [T, H, N]."""
+    """Multiply x [T, H, K] with weight [H, N, K] head by head, with float32 sums: [T, H, N]."""
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     product = functools.partial(jnp.einsum, "thk,hnk->thn", precision=precision)
     return product(x, weight, preferred_element_type=jnp.float32).astype(x.dtype)
@@ -50,7 +54,7 @@ def linear_heads(x: Array, weight: Array) -> Array:
 
 @jit
 def take(table: Array, rows: Array) -> Array:
-    """Rows int32 [R] of table [N, C]: [R, C]. All rows are there: no bounds are looked at."""
+    """Rows int32 [R] of table [N, C]: [R, C]. Row numbers must be valid: they are not checked."""
     return table.at[rows].get(mode="promise_in_bounds")
 
 
@@ -65,7 +69,7 @@ def rms_norm(x: Array, weight: Array, eps: float) -> Array:
 @functools.partial(jit, static_argnames=("eps",))
 def add_rms_norm(x: Array, residual: Array, weight: Array, eps: float) -> tuple[Array, Array]:
     """(rms_norm(x + residual), x + residual); the sum is rounded once."""
-    # without the barrier XLA may keep more of the sum than the dtype has
+    # without reduce_precision XLA may keep the sum in more bits than the dtype has
     total = jax.lax.reduce_precision(
         x.astype(jnp.float32) + residual.astype(jnp.float32), *_bits(x.dtype)
     ).astype(x.dtype)
@@ -81,9 +85,9 @@ def _bits(dtype: Any) -> tuple[int, int]:
 def layer_norm(x: Array, weight: Array, bias: Array, eps: float) -> Array:
     """(x - mean) / sqrt(variance + eps) * weight + bias, rounded to x's dtype once."""
     wide = x.astype(jnp.float32)
-    centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
-    scale = jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + eps)
-    out = centred * scale * weight.astype(jnp.float32) + bias.astype(jnp.float32)
+    centered = wide - jnp.mean(wide, axis=-1, keepdims=True)
+    scale = jax.lax.rsqrt(jnp.mean(jnp.square(centered), axis=-1, keepdims=True) + eps)
+    out = centered * scale * weight.astype(jnp.float32) + bias.astype(jnp.float32)
     return out.astype(x.dtype)
 
 
@@ -91,13 +95,13 @@ def layer_norm(x: Array, weight: Array, bias: Array, eps: float) -> Array:
 def rope(
     query: Array, key: Array, positions: Array, cos_sin: Array, is_interleaved: bool
 ) -> tuple[Array, Array]:
-    """Query [T, H, D] and key [T, H_kv, D] rotated by positions int32 [T]."""
+    """Rotate query [T, H, D] and key [T, H_kv, D] by positions int32 [T]."""
     turns = take(cos_sin, positions)[:, None]  # [T, 1, rotary_dim]
     return _rotate(query, turns, is_interleaved), _rotate(key, turns, is_interleaved)
 
 
 def _rotate(x: Array, turns: Array, is_interleaved: bool) -> Array:
-    """x [T, H, D] turned in float32; dimensions past rotary_dim stay as they are."""
+    """Rotate x [T, H, D] in float32; dimensions past rotary_dim stay unchanged."""
     rotary_dim = turns.shape[-1]
     cos, sin = jnp.split(turns, 2, axis=-1)
     turned, rest = x[..., :rotary_dim].astype(jnp.float32), x[..., rotary_dim:]

@@ -1,4 +1,4 @@
-"""Where XLA computes here, and how much memory it has."""
+"""Which device XLA computes on, and how much memory it has."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ _CHIPS = {
     "0x006f": "v6e",
     "0x0076": "v7x",
 }
-"""PCI device ids of TPUs, as JAX knows them."""
+"""PCI device ids of TPUs (from JAX's source) and their generations."""
 
 
 def tpu_chips(pci: Path = _PCI) -> list[str]:
-    """The generation of each TPU chip of this machine, without starting one."""
+    """List the generation of each TPU chip on the PCI bus, without starting one."""
     chips = []
     for folder in sorted(pci.iterdir()) if pci.is_dir() else ():
         try:
             vendor, device = ((folder / name).read_text().strip() for name in ("vendor", "device"))
-        except OSError:  # unplugged meanwhile, or not ours to read
+        except OSError:  # removed in the meantime, or not readable
             continue
         if vendor == _GOOGLE and device in _CHIPS:
             chips.append(_CHIPS[device])
@@ -36,23 +36,23 @@ def tpu_chips(pci: Path = _PCI) -> list[str]:
 
 
 def require_room(step_bytes: int, room: MemInfo) -> None:
-    """Raise `BackendError` of kind oom if the largest step does not fit beside what is there.
+    """Raise `BackendError` of kind oom if the largest step does not fit in the free memory.
 
     Args:
-        step_bytes: its temporaries and results, by the compiled program's analysis.
-        room: with weights and KV cache on the device.
+        step_bytes: size of its temporaries and results, by the compiled program's own analysis.
+        room: memory of the device after weights and KV cache were allocated.
     """
     if step_bytes > room.free:
         raise BackendError(
             "oom",
-            f"the largest step takes {step_bytes / 2**20:.0f} MiB beside weights and KV cache, and "
-            f"{room.free / 2**20:.0f} of {room.total / 2**20:.0f} MiB are free: lower "
+            f"the largest step takes {step_bytes / 2**20:.0f} MiB in addition to weights and KV "
+            f"cache, and {room.free / 2**20:.0f} of {room.total / 2**20:.0f} MiB are free: lower "
             f"--max-num-batched-tokens, --max-num-seqs or --kv-cache-memory-bytes",
         )
 
 
 def memory(device: Any) -> MemInfo:
-    """Total and free bytes of a `jax.Device`; the host's, where it is the host."""
+    """Total and free bytes of a `jax.Device`; those of the host for a CPU device."""
     stats = None if device.platform == "cpu" else device.memory_stats()
     if not stats:
         return host_memory.memory()

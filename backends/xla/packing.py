@@ -1,4 +1,4 @@
-"""All that a step reads beside weights and cache as one int32 array: one transfer a step."""
+"""Pack a step's inputs, except weights and cache, into one int32 array: one transfer per step."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ import numpy.typing as npt
 from jax import lax
 
 from portalm.backend import SampleParams, StepInputs
-from portalm_backends.xla.sampling import Draws
+from portalm_backends.xla.sampling import SamplingArrays
 
 Array: TypeAlias = Any
 HostArray: TypeAlias = npt.NDArray[Any]
 
 
 class Layout:
-    """Where named arrays of 32 bits lie in one."""
+    """Offsets of named 32-bit arrays in one packed array."""
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """In this order; a shape of () is a flag or a number."""
+        """Place the arrays one after another in this order; shape () is a flag or a number."""
         self._parts: dict[str, tuple[int, int, tuple[int, ...]]] = {}
         self.size = 0
         for name, shape in shapes.items():
@@ -31,7 +31,7 @@ class Layout:
             self.size = end
 
     def pack(self, values: Mapping[str, HostArray | int]) -> npt.NDArray[np.int32]:
-        """int32 [size]: a new array, as XLA may still read the one before."""
+        """Pack into a new int32 [size]: XLA may still be reading the previous array."""
         packed = np.empty(self.size, np.int32)
         for name, (start, end, shape) in self._parts.items():
             value = values[name]
@@ -44,7 +44,7 @@ class Layout:
         return packed
 
     def unpack(self, packed: Array) -> dict[str, Array]:
-        """The parts of int32 [size], int32 as well, in a program."""
+        """Split int32 [size] into the named int32 arrays; called inside a program."""
         return {
             name: packed[start:end].reshape(shape)
             for name, (start, end, shape) in self._parts.items()
@@ -54,8 +54,8 @@ class Layout:
 # -- sampling ---------------------------------------------------------------------------------
 
 
-def draw_shapes(num_rows: int) -> dict[str, tuple[int, ...]]:
-    """What a program needs to draw `num_rows` tokens."""
+def sampling_shapes(num_rows: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of the arrays that a program needs to sample `num_rows` tokens."""
     return {
         "temperature": (num_rows,),
         "top_k": (num_rows,),
@@ -68,8 +68,8 @@ def draw_shapes(num_rows: int) -> dict[str, tuple[int, ...]]:
     }
 
 
-def draw_values(params: SampleParams) -> dict[str, HostArray | int]:
-    """Those of `params`, which are on the host."""
+def sampling_values(params: SampleParams) -> dict[str, HostArray | int]:
+    """Values for `sampling_shapes`, from `params` on the host."""
     arrays: dict[str, HostArray | int] = {
         name: getattr(params, name).numpy()
         for name in ("temperature", "top_k", "top_p", "min_p", "seed", "position")
@@ -77,9 +77,9 @@ def draw_values(params: SampleParams) -> dict[str, HostArray | int]:
     return {**arrays, "is_greedy": params.is_greedy, "has_filters": params.has_filters}
 
 
-def draws_of(parts: Mapping[str, Array]) -> Draws:
-    """`Draws` from what `Layout.unpack` gave."""
-    return Draws(
+def sampling_arrays(parts: Mapping[str, Array]) -> SamplingArrays:
+    """Build `SamplingArrays` from the result of `Layout.unpack`."""
+    return SamplingArrays(
         temperature=as_float(parts["temperature"]),
         top_k=parts["top_k"],
         top_p=as_float(parts["top_p"]),
@@ -92,7 +92,7 @@ def draws_of(parts: Mapping[str, Array]) -> Draws:
 
 
 def as_float(part: Array) -> Array:
-    """int32 bits as the float32 that they are."""
+    """Reinterpret int32 bits as float32."""
     return lax.bitcast_convert_type(part, jnp.float32)
 
 
@@ -100,7 +100,7 @@ def as_float(part: Array) -> Array:
 
 
 def step_shapes(inputs: StepInputs) -> dict[str, tuple[int, ...]]:
-    """What a step like `inputs` needs."""
+    """Shapes of the arrays that a step with inputs like `inputs` needs."""
     meta, num_tokens = inputs.meta, len(inputs.token_ids)
     shapes: dict[str, tuple[int, ...]] = {
         "token_ids": (num_tokens,),
@@ -115,11 +115,11 @@ def step_shapes(inputs: StepInputs) -> dict[str, tuple[int, ...]]:
     }
     if meta.token_types is not None:
         shapes["token_types"] = (num_tokens,)
-    return {**shapes, **draw_shapes(len(inputs.sample.temperature))}
+    return {**shapes, **sampling_shapes(len(inputs.sample.temperature))}
 
 
 def step_values(inputs: StepInputs) -> dict[str, HostArray | int]:
-    """Those of `inputs`, which are on the host."""
+    """Values for `step_shapes`, from `inputs` on the host."""
     meta = inputs.meta
     values: dict[str, HostArray | int] = {
         name: getattr(meta, name).numpy()
@@ -136,4 +136,4 @@ def step_values(inputs: StepInputs) -> dict[str, HostArray | int]:
     values["num_decodes"] = meta.num_decodes
     if meta.token_types is not None:
         values["token_types"] = meta.token_types.numpy()
-    return {**values, **draw_values(inputs.sample)}
+    return {**values, **sampling_values(inputs.sample)}

@@ -1,4 +1,4 @@
-"""Philox4x32-10 in 32-bit integers, which is all that a TPU has; see `portable.philox`.
+"""Philox4x32-10 in 32-bit integers, the widest that a TPU has; see `portable.philox`.
 
 Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 """
@@ -10,29 +10,29 @@ from typing import Any, TypeAlias
 import jax.numpy as jnp
 
 Array: TypeAlias = Any
-"""uint32 throughout."""
+"""A JAX array; uint32 unless stated otherwise."""
 
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 
 
 def _mul_hi_lo(a: Array, m: int) -> tuple[Array, Array]:
-    """High and low 32 bits of a * m, by halves of 16 bits: no product of those is wider than 32."""
+    """High and low 32 bits of a * m, from 16-bit halves, whose products fit in 32 bits."""
     m_low, m_high = jnp.uint32(m & 0xFFFF), jnp.uint32(m >> 16)
     a_low, a_high = a & 0xFFFF, a >> 16
     low, cross = a_low * m_low, a_high * m_low
-    middle = a_low * m_high + (low >> 16)  # at most (2^16 - 1)^2 + 2^16 - 1: it fits
+    middle = a_low * m_high + (low >> 16)  # at most (2^16 - 1)^2 + 2^16 - 1: no overflow
     carried = cross + (middle & 0xFFFF)
     return a_high * m_high + (middle >> 16) + (carried >> 16), a * jnp.uint32(m)
 
 
 def gumbel(seed: Array, position: Array, vocab_size: int) -> Array:
-    """Gumbel noise as `SampleParams` defines it.
+    """Compute Gumbel noise as `SampleParams` defines it.
 
     Args:
         seed: uint32 [R, 2], low word first.
         position: uint32 [R, 2], low word first.
-        vocab_size: V
+        vocab_size: V, the noise values per row.
 
     Returns:
         float32 [R, V]
@@ -49,6 +49,6 @@ def gumbel(seed: Array, position: Array, vocab_size: int) -> Array:
         k0, k1 = k0 + jnp.uint32(_W0), k1 + jnp.uint32(_W1)
     words = jnp.stack(jnp.broadcast_arrays(c0, c1, c2, c3), axis=-1)  # [R, V / 4, 4]
     words = words.reshape(words.shape[0], -1)[:, :vocab_size]
-    # 23 bits and a half: exact in float32, never 0 and never 1; by int32: a TPU has no other cast
+    # 23 bits plus one half: exact in float32, never 0 or 1. A TPU casts only int32 to float32
     uniform = ((words >> 9).astype(jnp.int32).astype(jnp.float32) + 0.5) * jnp.float32(2.0**-23)
     return -jnp.log(-jnp.log(uniform))

@@ -1,8 +1,9 @@
-"""Traced programs on disk: what one start has traced no later one traces again.
+"""An on-disk cache of traced programs, so that later starts do not trace them again.
 
-JAX keeps what XLA compiled, by the program that was compiled; to trace one of many layers takes
-longer than to read that. So the traced program (StableHLO, as `jax.export` writes it: data, which
-nothing executes when it is read) lies beside it, by all that went into it (docs/adr/0025).
+JAX caches compiled programs, keyed by the traced program; but tracing a model with many layers
+takes longer than reading the compiled one. So the traced program is cached too, keyed by
+everything it depends on (docs/adr/0025). It is StableHLO as `jax.export` writes it: plain data,
+and reading it executes nothing.
 """
 
 from __future__ import annotations
@@ -23,38 +24,38 @@ from typing import Any, TypeAlias
 import jax
 from jax import export
 
-from portalm import backend as seam
+import portalm
 from portalm_backends import portable, xla
 
 Traced: TypeAlias = "export.Exported"
-"""A program before it is compiled."""
+"""A program that is traced but not compiled."""
 
 logger = logging.getLogger(__name__)
 
 _PACKAGES = ("jax", "jaxlib", "libtpu", "ml_dtypes", "numpy", "torch", "torchax", "transformers")
-"""What a traced program may differ by, beside our own code."""
+"""Packages whose version may change a traced program."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """What becomes a program."""
+    """A function with its arguments, which can be traced and compiled."""
 
     function: Callable[..., Any]
-    """Of arrays."""
+    """A function of arrays."""
     arguments: tuple[Any, ...]
-    """Trees of arrays, or of what has their shape, dtype and place."""
+    """Trees of arrays, or of `jax.ShapeDtypeStruct`s with a sharding."""
     results: Any
-    """Where they go: a sharding, or a tree of those."""
+    """Sharding of the results, or a tree of shardings."""
     donated: tuple[int, ...] = ()
-    """Arguments that the program overwrites."""
+    """Indices of the arguments whose memory the program reuses for its results."""
 
     def trace(self, platform: str | None = None) -> Traced:
-        """The program before it is compiled; for another platform than this one, if named."""
+        """Trace the function, for this platform or for the one that is named."""
         platforms = None if platform is None else [platform]
         return export.export(self._jit(self.function), platforms=platforms)(*self.arguments)
 
     def lower(self, traced: Traced) -> jax.stages.Lowered:
-        """What `trace` gave, here or in another process, for the devices of the arguments."""
+        """Lower a result of `trace`, from any process, for the devices of the arguments."""
         return self._jit(traced.call).lower(*self.arguments)
 
     def _jit(self, function: Callable[..., Any]) -> Any:
@@ -62,42 +63,46 @@ class Source:
 
 
 class Store:
-    """Traced programs in a folder, one file each: a digest of what it is of, one of it, itself."""
+    """A folder of traced programs, one file each: digest of the key, digest of the data, data."""
 
     def __init__(self, folder: Path) -> None:
-        """It need not exist."""
+        """Use `folder`; it is created by the first write."""
         self._folder = folder
-        self._key = _digest(surroundings().encode(), code())
+        self._key = _digest(environment().encode(), code())
 
     def traced(self, source: Source, what: str) -> Traced:
-        """`source`, traced: read, or traced now and kept.
+        """Read the traced program from disk, or trace it now and write it to disk.
 
         Args:
-            source: what to trace, if it has to be.
-            what: all that its function does, beside its arguments, our code and `surroundings`.
+            source: traced if there is no valid file.
+            what: identifies what the function computes; arguments, our code and `environment`
+                are added to the key here.
         """
-        what = f"{what} {_described(source)}"
-        path = self._folder / _digest(what.encode()).hex()[:32]  # other code takes its place
+        what = f"{what} {_describe(source)}"
+        path = self._folder / _digest(what.encode()).hex()[:32]  # a new code version replaces it
         key = _digest(what.encode(), self._key)
-        kept = _read(path, key)
-        if kept is not None:
-            return export.deserialize(bytearray(kept))
+        cached = _read(path, key)
+        if cached is not None:
+            return export.deserialize(bytearray(cached))
         traced = source.trace()
         try:
             _write(path, key, bytes(traced.serialize()))
-        except OSError as error:  # a full disk, or a folder that is only read
-            logger.warning("the next start will trace its steps again: %s", error)
+        except OSError as error:  # a full disk, or a read-only folder
+            logger.warning(
+                "cannot cache a traced step, so the next start will trace its steps again: %s",
+                error,
+            )
         return traced
 
 
-def _described(source: Source) -> str:
-    """Shape, dtype and place of each argument, and where results go."""
+def _describe(source: Source) -> str:
+    """Describe dtype, shape and sharding of each argument, and the sharding of the results."""
     arguments = jax.tree.map(lambda x: f"{x.dtype}{x.shape} {x.sharding}", source.arguments)
     return repr((arguments, source.donated, source.results))
 
 
 def _read(path: Path, key: bytes) -> bytes | None:
-    """What `_write` wrote; None if it is not there, of another key, or damaged."""
+    """Read the data that `_write` wrote; None if it is missing, damaged or has another key."""
     try:
         data = path.read_bytes()
     except OSError:
@@ -107,7 +112,7 @@ def _read(path: Path, key: bytes) -> bytes | None:
 
 
 def _write(path: Path, key: bytes, traced: bytes) -> None:
-    """All of it or nothing: others may read meanwhile."""
+    """Write atomically: another process may be reading the file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(dir=path.parent)
     try:
@@ -120,10 +125,10 @@ def _write(path: Path, key: bytes, traced: bytes) -> None:
         raise
 
 
-def surroundings() -> str:
-    """What every traced program depends on, whatever it is of: versions, the device, JAX's flags.
+def environment() -> str:
+    """Versions, device and JAX flags, which every traced program depends on.
 
-    What only compiling depends on (XLA's flags, the CPU's instructions) JAX looks after.
+    Inputs of compilation alone (XLA flags, CPU features) are in the key of JAX's own cache.
     """
     versions = [(name, version) for name in _PACKAGES if (version := _version(name))]
     device = jax.devices()[0]
@@ -141,18 +146,18 @@ def _version(name: str) -> str | None:
 
 @functools.cache
 def code() -> bytes:
-    """Digest of all our code that may run while a step is traced."""
+    """Digest of all code of this project that may run while a step is traced."""
     return _digest(*(part for file in _files() for part in (file.name.encode(), file.read_bytes())))
 
 
 def _files() -> Iterator[Path]:
-    for module in (seam, portable, xla):
+    for module in (portalm, portable, xla):
         assert module.__file__ is not None
         yield from sorted(Path(module.__file__).parent.rglob("*.py"))
 
 
 def _digest(*parts: bytes) -> bytes:
-    """32 bytes."""
+    """SHA-256 of the parts, 32 bytes; lengths are hashed too, so that boundaries count."""
     whole = hashlib.sha256()
     for part in parts:
         whole.update(len(part).to_bytes(8, "little"))

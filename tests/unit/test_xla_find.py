@@ -1,4 +1,4 @@
-"""What the XLA backend says of a machine, without JAX and without a TPU."""
+"""How the XLA backend reports a machine, tested without JAX and without a TPU."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def add_device(pci: Path, name: str, vendor: str, device: str) -> None:
     (folder / "device").write_text(f"{device}\n")
 
 
-def test_chips_are_told_from_other_devices(tmp_path: Path) -> None:
+def test_only_tpus_are_counted_as_chips(tmp_path: Path) -> None:
     add_device(tmp_path, "0000:00:04.0", "0x1ae0", "0x0063")
     add_device(tmp_path, "0000:00:05.0", "0x1ae0", "0x0063")
     add_device(tmp_path, "0000:00:06.0", "0x1ae0", "0x0042")  # a network card of the same vendor
@@ -29,12 +29,12 @@ def test_chips_are_told_from_other_devices(tmp_path: Path) -> None:
     assert memory.tpu_chips(tmp_path) == ["v5e", "v5e"]
 
 
-def test_a_machine_without_a_pci_bus_has_none(tmp_path: Path) -> None:
+def test_a_machine_without_a_pci_bus_has_no_chips(tmp_path: Path) -> None:
     assert memory.tpu_chips(tmp_path / "pci") == []
 
 
 @pytest.mark.parametrize(("chips", "extra"), [([], "xla-cpu"), (["v5e"] * 4, "tpu")])
-def test_what_is_not_installed_is_named_with_its_extra(
+def test_missing_packages_are_named_with_the_extra_that_installs_them(
     chips: list[str], extra: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory, "tpu_chips", lambda: chips)
@@ -47,11 +47,11 @@ def test_what_is_not_installed_is_named_with_its_extra(
     assert "jax" in report.summary
 
 
-def test_what_stands_for_a_tpu_is_only_taken_when_named() -> None:
+def test_without_a_tpu_the_backend_is_not_chosen_automatically() -> None:
     assert XlaBackend.rank < 0 or memory.tpu_chips()
 
 
-def test_a_step_that_does_not_fit_is_refused_with_the_numbers() -> None:
+def test_a_step_that_does_not_fit_is_refused_with_its_size() -> None:
     room = MemInfo(total=4 << 30, free=100 << 20, host_shared=False)
 
     memory.require_room(100 << 20, room)

@@ -1,4 +1,4 @@
-"""What tests of XLA share. They run by `-m xla`, on XLA's CPU client where there is no TPU."""
+"""Fixtures for the XLA tests. Run them with `-m xla`; without a TPU they use XLA's CPU client."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("jax", reason="JAX is not installed: the extra portalm[tpu] brings it")
+pytest.importorskip("jax", reason="JAX is not installed: install portalm[xla-cpu]")
 
 from portalm_backends.xla.backend import XlaBackend
 

@@ -1,4 +1,4 @@
-"""One step of attention as plain arrays: shuffled blocks, NaN wherever no token is."""
+"""One attention step as plain arrays: blocks in random order, NaN in every unused slot."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ HEAD_SIZE, BLOCK_SIZE = 64, 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """What a step brings, float32 and int32; `pad` tokens and requests are behind its own."""
+    """Inputs of one step, float32 and int32, followed by `pad` padding tokens and requests."""
 
     batch: Batch
     spec: AttentionSpec
-    query: np.ndarray  # [T, H, D], as key and value NaN where a token is padding
+    query: np.ndarray  # [T, H, D]; query, key and value are NaN for padding tokens
     key: np.ndarray  # [T, H_kv, D]
     value: np.ndarray
     slots: np.ndarray  # [T]
@@ -39,7 +39,7 @@ class Step:
         return sum(self.batch.query_lens)
 
     def expected(self) -> np.ndarray:
-        """[sum of query_lens, H, D], in float64."""
+        """Attention of the step's tokens, float64 [sum of query_lens, H, D]."""
         sinks = None if self.sinks is None else self.sinks.astype(np.float64)
         loc = self.query_start_loc
         parts = [
@@ -55,7 +55,7 @@ class Step:
         return np.concatenate(parts)
 
     def attended(self, attend: Callable[..., jax.Array], dtype: str = "float32") -> np.ndarray:
-        """What `attend` gives for the step's own rows, [sum of query_lens, H, D]."""
+        """Result of `attend` for the step's own rows, [sum of query_lens, H, D]."""
         out = attend(
             jnp.asarray(self.query, dtype),
             jnp.asarray(self.after, dtype),
@@ -71,7 +71,7 @@ class Step:
         return np.asarray(out[: self.num_tokens], np.float32)
 
     def round_to(self, dtype: str) -> None:
-        """All numbers become those of a smaller dtype."""
+        """Round query, cache and contexts to a smaller dtype, in place."""
         for x in (self.query, self.after, *(x for pair in self.contexts for x in pair)):
             x[:] = np.asarray(jnp.asarray(x, dtype), np.float32)
 
@@ -88,7 +88,7 @@ def make_step(
     has_sinks: bool = False,
     **spec: float,
 ) -> Step:
-    """Random tokens of `batch`; `lanes` is P where it is not the head size."""
+    """Make a step of random tokens for `batch`; `lanes` is P, by default the head size."""
     rng = np.random.default_rng(0)
     paged = PagedBatch(batch.seq_lens, block_size, rng)
     lanes = head_size if lanes is None else lanes

@@ -1,4 +1,4 @@
-"""Programs compiled for TPUs on a machine without one: budgets hold. Run: nothing."""
+"""Compile programs for TPUs on a machine without one and check their budgets. Nothing is run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("libtpu", reason="libtpu is not installed: it has the compiler for TPUs")
+pytest.importorskip("libtpu", reason="libtpu, which contains the TPU compiler, is not installed")
 
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT / "ci"))
@@ -45,7 +45,7 @@ def test_every_kernel_compiles_for_every_target_within_its_budgets():
     ],
     ids=lambda x: str(x),
 )
-def test_a_broken_budget_is_told(change, text):
+def test_a_broken_budget_is_reported(change, text):
     assert xla_compile.broken_budgets(_ROW) == []
-    [told] = xla_compile.broken_budgets({**_ROW, **change})
-    assert text in told
+    [message] = xla_compile.broken_budgets({**_ROW, **change})
+    assert text in message

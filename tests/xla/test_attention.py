@@ -1,4 +1,4 @@
-"""Attention as XLA operations, against float64 loops."""
+"""Attention as XLA operations, compared with loops in float64."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ _GQA = HEADS[1]
 _attend = jax.jit(attention.paged_attention, static_argnames=("spec", "max_query_len"))
 
 
-def require_right(step: Step) -> None:
+def require_correct(step: Step) -> None:
     require_close("attention", step.attended(_attend), step.expected(), NMSE_BOUND["float32"])
 
 
 @pytest.mark.parametrize("batch", BATCHES, ids=lambda b: b.name)
-def test_every_batch_is_what_plain_loops_give(batch):
-    require_right(make_step(batch, _GQA))
+def test_every_batch_matches_the_reference(batch):
+    require_correct(make_step(batch, _GQA))
 
 
 @pytest.mark.parametrize("heads", HEADS, ids=lambda h: h.name)
-def test_every_layout_of_heads(heads):
-    require_right(make_step(batch_named("mixed"), heads))
+def test_every_head_layout_matches_the_reference(heads):
+    require_correct(make_step(batch_named("mixed"), heads))
 
 
 @pytest.mark.parametrize("name", ["mixed", "long context"])
@@ -47,35 +47,35 @@ def test_every_layout_of_heads(heads):
     ],
     ids=str,
 )
-def test_every_feature(name, features):
-    require_right(make_step(batch_named(name), _GQA, **features))
+def test_every_feature_matches_the_reference(name, features):
+    require_correct(make_step(batch_named(name), _GQA, **features))
 
 
 @pytest.mark.parametrize(
     ("head_size", "lanes", "block_size"), [(16, 64, 8), (80, 128, 12), (128, 128, 256)]
 )
-def test_head_and_block_sizes(head_size, lanes, block_size):
+def test_head_and_block_sizes_match_the_reference(head_size, lanes, block_size):
     step = make_step(
         batch_named("mixed"), _GQA, head_size=head_size, lanes=lanes, block_size=block_size
     )
-    require_right(step)
+    require_correct(step)
 
 
-def test_more_decodes_than_a_group_before_queries_of_several_tiles():
+def test_more_decodes_than_a_group_with_queries_longer_than_a_tile():
     lengths = (1,) * (attention.GROUP + 3) + (2 * attention.TILE + 5, 3)
     contexts = (*range(120, 120 + attention.GROUP + 3), 200, 130)
 
-    require_right(make_step(Batch("crowd", lengths, contexts), _GQA))
+    require_correct(make_step(Batch("crowd", lengths, contexts), _GQA))
 
 
 def test_slots_before_a_window_may_hold_nan():
     step = make_step(batch_named("long context"), _GQA, sliding_window=100)
-    step.after[step.block_table[0, :12]] = np.nan  # 192 tokens; the query sees 211 to 310
+    step.after[step.block_table[0, :12]] = np.nan  # 192 tokens; the query attends to 211 to 310
 
-    require_right(step)
+    require_correct(step)
 
 
-def test_a_token_left_out_would_be_seen():
+def test_the_comparison_detects_a_missing_token():
     step = make_step(batch_named("decode"), _GQA)
     expected = step.expected()
     step.seq_lens[0] -= 1
@@ -85,7 +85,7 @@ def test_a_token_left_out_would_be_seen():
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_smaller_dtypes(dtype):
+def test_smaller_dtypes_match_the_reference(dtype):
     step = make_step(batch_named("mixed"), _GQA)
     step.round_to(dtype)
 
@@ -95,7 +95,7 @@ def test_smaller_dtypes(dtype):
 @pytest.mark.parametrize("lengths", [(17,), (1, 1, 33, 7, 130, 300)], ids=str)
 @pytest.mark.parametrize("heads", HEADS[:2], ids=lambda h: h.name)
 @pytest.mark.parametrize("window", [None, 1, 65])
-def test_an_encoders_tokens_see_their_own_prompt(lengths, heads, window):
+def test_encoder_tokens_attend_to_their_own_prompt_only(lengths, heads, window):
     rng = np.random.default_rng(0)
     num_tokens, pad = sum(lengths), 5
     q, k, v = (
@@ -120,7 +120,7 @@ def test_an_encoders_tokens_see_their_own_prompt(lengths, heads, window):
     require_close("encoder", np.asarray(out[:num_tokens]), expected, NMSE_BOUND["float32"])
 
 
-def test_no_temporary_grows_with_the_length_that_a_bucket_allows():
+def test_temporaries_do_not_grow_with_the_longest_context_of_a_bucket():
     def temporaries(num_blocks: int) -> int:
         f32, i32 = jnp.float32, jnp.int32
         shapes = (

@@ -1,4 +1,4 @@
-"""Which sizes of steps there are programs for."""
+"""Step sizes that programs are compiled for."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def test_default_limits_need_at_most_twelve_programs(backend: XlaBackend) -> Non
     assert max(b.num_tokens for b in buckets) == limits.max_batch_tokens
 
 
-def test_a_step_behind_the_smallest_is_padded_to_at_most_four_times_its_tokens(
+def test_prompt_sizes_grow_by_at_most_a_factor_of_four(
     backend: XlaBackend,
 ) -> None:
     sizes = sorted({b.num_tokens for b in backend.buckets(5000, 300, 8) if b.max_query_len > 1})

@@ -1,4 +1,4 @@
-"""The conformance kit on XLA, L0 to L4."""
+"""The conformance kit on the XLA backend, levels L0 to L4."""
 
 from __future__ import annotations
 

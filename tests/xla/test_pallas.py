@@ -1,4 +1,4 @@
-"""The kernels for TPUs, interpreted: memory that was not written is NaN."""
+"""The TPU kernels in Pallas' interpreter, with unwritten memory set to NaN."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def tpu_step(batch: Batch, heads: Heads = _GQA, *, head_size: int = 64, **featur
     return make_step(batch, heads, head_size=head_size, lanes=lanes, **features)
 
 
-def require_right(step: Step) -> None:
+def require_correct(step: Step) -> None:
     require_close("attention", step.attended(_attend), step.expected(), NMSE_BOUND["float32"])
 
 
 @pytest.mark.parametrize("batch", BATCHES, ids=lambda b: b.name)
-def test_every_batch_is_what_plain_loops_give(batch):
-    require_right(tpu_step(batch))
+def test_every_batch_matches_the_reference(batch):
+    require_correct(tpu_step(batch))
 
 
 @pytest.mark.parametrize(
@@ -50,28 +50,28 @@ def test_every_batch_is_what_plain_loops_give(batch):
     ids=str,
 )
 @pytest.mark.parametrize("name", ["decode", "mixed"])
-def test_every_layout_of_heads_and_feature(name, heads, head_size, features):
-    require_right(tpu_step(batch_named(name), heads, head_size=head_size, **features))
+def test_head_layouts_and_features_match_the_reference(name, heads, head_size, features):
+    require_correct(tpu_step(batch_named(name), heads, head_size=head_size, **features))
 
 
-def test_more_tokens_than_a_tile_and_chunks_than_a_buffer():
+def test_queries_longer_than_a_tile_and_contexts_longer_than_a_chunk():
     shape = paged_attention.shape_for(
         (9, 2, 16, 128), tpu_step(BATCHES[0]).spec, itemsize=4, num_blocks=99, max_query_len=70
     )
     batch = Batch("long", (1, 1, shape.tile + 7, 3), (3 * shape.chunk + 1, 2, shape.chunk + 40, 3))
 
-    require_right(tpu_step(batch))
+    require_correct(tpu_step(batch))
 
 
 def test_slots_before_a_window_may_hold_nan():
     step = tpu_step(batch_named("decode"), sliding_window=5)
-    step.after[step.block_table[2, :1]] = np.nan  # the third request sees 28 to 32
+    step.after[step.block_table[2, :1]] = np.nan  # the third request attends to 28 to 32
 
-    require_right(step)
+    require_correct(step)
 
 
 @pytest.mark.parametrize("name", ["decode", "mixed"])
-def test_bfloat16(name):
+def test_bfloat16_matches_the_reference(name):
     step = tpu_step(batch_named(name))
     step.round_to("bfloat16")
 
@@ -80,7 +80,7 @@ def test_bfloat16(name):
     require_close("attention", actual, step.expected(), NMSE_BOUND["bfloat16"])
 
 
-def test_a_token_left_out_would_be_seen():
+def test_the_comparison_detects_a_missing_token():
     step = tpu_step(batch_named("decode"))
     expected = step.expected()
     step.seq_lens[0] -= 1
@@ -100,7 +100,7 @@ def write(step: Step) -> jax.Array:
 
 
 @pytest.mark.parametrize("batch", BATCHES, ids=lambda b: b.name)
-def test_a_step_is_written_to_its_slots_and_nowhere_else(batch):
+def test_a_step_is_written_to_its_slots_only(batch):
     step = tpu_step(batch)
 
     np.testing.assert_array_equal(write(step), step.after)

@@ -1,4 +1,4 @@
-"""Greedy tokens of the default model equal to transformers', in float32."""
+"""Greedy tokens of the default model equal those of transformers, in float32."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.tiny import ask, run, tokens
 pytestmark = pytest.mark.model
 
 LENGTHS = (1, 2, 5, 16, 17, 33, 100, 255, 700)
-"""Tokens of the prompts: around blocks, and more than a step takes."""
+"""Prompt lengths in tokens: around multiples of a block, and longer than a step."""
 
 
 @pytest.fixture(scope="module")
@@ -49,15 +49,18 @@ def generated(engine: Engine, answers: list[Answer]) -> list[list[int]]:
     return [found[str(i)] for i in range(len(answers))]
 
 
-def test_float32_is_the_default_here(engine: Engine) -> None:
+def test_the_default_dtype_is_float32(engine: Engine) -> None:
     assert engine.ready.dtype == "float32"
 
 
-def test_all_in_one_batch_with_chunked_prefill(engine: Engine, answers: list[Answer]) -> None:
+def test_one_batch_with_chunked_prefill_matches_transformers(
+    engine: Engine, answers: list[Answer]
+) -> None:
     assert generated(engine, answers) == [a.token_ids for a in answers]
 
 
-def test_alone(engine: Engine, answers: list[Answer]) -> None:
-    some = answers[::3]
+def test_single_requests_match_transformers(engine: Engine, answers: list[Answer]) -> None:
+    every_third = answers[::3]
 
-    assert [generated(engine, [a])[0] for a in some] == [a.token_ids for a in some]
+    for answer in every_third:
+        assert generated(engine, [answer]) == [answer.token_ids]

@@ -1,4 +1,4 @@
-"""`portalm serve --device tpu`, asked as clients ask."""
+"""`portalm serve --device tpu` through the OpenAI client."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def sdk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]:
         yield openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
 
 
-def drawn(sdk: openai.OpenAI, seed: int) -> str:
+def sampled_text(sdk: openai.OpenAI, seed: int) -> str:
     answer = sdk.completions.create(
         model="tiny", prompt="Once upon", max_tokens=24, temperature=1.0, seed=seed
     )
     return answer.choices[0].text
 
 
-def test_a_stream_brings_piece_by_piece_what_comes_whole_for_the_same_seed(
+def test_a_streamed_answer_equals_the_whole_answer_for_the_same_seed(
     sdk: openai.OpenAI,
 ) -> None:
     stream = sdk.completions.create(
@@ -45,11 +45,11 @@ def test_a_stream_brings_piece_by_piece_what_comes_whole_for_the_same_seed(
     pieces = [chunk.choices[0].text for chunk in stream if chunk.choices]
 
     assert len(pieces) > 2
-    assert "".join(pieces) == drawn(sdk, 5)
-    assert "".join(pieces) != drawn(sdk, 6)
+    assert "".join(pieces) == sampled_text(sdk, 5)
+    assert "".join(pieces) != sampled_text(sdk, 6)
 
 
-def test_logprobs_are_of_what_was_drawn_and_of_the_likeliest(sdk: openai.OpenAI) -> None:
+def test_logprobs_include_the_sampled_and_the_most_likely_tokens(sdk: openai.OpenAI) -> None:
     answer = sdk.chat.completions.create(
         model="tiny",
         messages=[{"role": "user", "content": "x"}],
@@ -63,7 +63,7 @@ def test_logprobs_are_of_what_was_drawn_and_of_the_likeliest(sdk: openai.OpenAI)
     found = answer.choices[0].logprobs.content
     assert len(found) == 24
     for one in found:
-        top = [likely.logprob for likely in one.top_logprobs]
+        top = [entry.logprob for entry in one.top_logprobs]
         assert top == sorted(top, reverse=True)
         assert len(top) == 3
         assert one.logprob <= top[0] < 0.0

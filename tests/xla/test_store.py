@@ -1,4 +1,4 @@
-"""What one start traced no later one traces again; nothing else is ever taken for it."""
+"""Traced programs are read from disk by later starts, and only if everything matches."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from tests.tiny import ask, make_engine, run, tokens
 
 
 def source_of(traces: list[str], *, size: int = 4) -> Source:
-    """A program that adds two, and writes down when it is traced."""
+    """A program that adds two and records each time it is traced."""
 
     def add_two(x: Any) -> Any:
         traces.append("traced")
         return x + 2
 
-    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    shape = jax.ShapeDtypeStruct((size,), jnp.float32, sharding=place)
-    return Source(function=add_two, arguments=(shape,), results=place)
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shape = jax.ShapeDtypeStruct((size,), jnp.float32, sharding=sharding)
+    return Source(function=add_two, arguments=(shape,), results=sharding)
 
 
 def run_traced(source: Source, traced: Any) -> list[float]:
@@ -41,55 +41,58 @@ def traces() -> list[str]:
 
 
 @pytest.fixture
-def kept(tmp_path: Path, traces: list[str]) -> Store:
-    """A store that has the program."""
-    kept = Store(tmp_path)
-    kept.traced(source_of(traces), "two")
+def stored(tmp_path: Path, traces: list[str]) -> Store:
+    """A store that contains the program."""
+    store = Store(tmp_path)
+    store.traced(source_of(traces), "two")
     traces.clear()
-    return kept
+    return store
 
 
-def test_what_was_kept_is_not_traced_and_computes_the_same(kept: Store, traces: list[str]) -> None:
+def test_a_stored_program_is_not_traced_again_and_computes_the_same(
+    stored: Store, traces: list[str]
+) -> None:
     source = source_of(traces)
 
-    traced = kept.traced(source, "two")
+    traced = stored.traced(source, "two")
 
     assert run_traced(source, traced) == [2.0] * 4
     assert traces == []
 
 
-def cut(data: bytes) -> bytes:
+def truncate(data: bytes) -> bytes:
     return data[:-7]
 
 
-def flip(data: bytes) -> bytes:
+def flip_a_bit(data: bytes) -> bytes:
     return data[:-100] + bytes([data[-100] ^ 1]) + data[-99:]
 
 
 @pytest.mark.parametrize(
     "damage",
-    [cut, flip, lambda _: b"", lambda data: data[64:]],
-    ids=["cut", "a bit", "empty", "no head"],
+    [truncate, flip_a_bit, lambda _: b"", lambda data: data[64:]],
+    ids=["truncated", "one bit", "empty", "no header"],
 )
-def test_a_damaged_file_is_traced_anew_and_replaced(
-    damage: Callable[[bytes], bytes], kept: Store, traces: list[str], tmp_path: Path
+def test_a_damaged_file_is_traced_again_and_replaced(
+    damage: Callable[[bytes], bytes], stored: Store, traces: list[str], tmp_path: Path
 ) -> None:
     [file] = tmp_path.iterdir()
     file.write_bytes(damage(file.read_bytes()))
     source = source_of(traces)
 
-    assert run_traced(source, kept.traced(source, "two")) == [2.0] * 4
+    assert run_traced(source, stored.traced(source, "two")) == [2.0] * 4
     assert traces == ["traced"]
 
-    kept.traced(source, "two")
+    stored.traced(source, "two")
     assert traces == ["traced"]
 
 
-@pytest.mark.parametrize("name", ["surroundings", "code"])
-def test_what_other_versions_or_other_code_traced_is_traced_anew_and_replaced(
-    name: str, kept: Store, traces: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.usefixtures("stored")
+@pytest.mark.parametrize("name", ["environment", "code"])
+def test_a_program_of_another_version_is_traced_again_and_replaced(
+    name: str, traces: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    other = "other" if name == "surroundings" else b"other"
+    other = "other" if name == "environment" else b"other"
     monkeypatch.setattr(store, name, lambda: other)
 
     Store(tmp_path).traced(source_of(traces), "two")
@@ -98,14 +101,14 @@ def test_what_other_versions_or_other_code_traced_is_traced_anew_and_replaced(
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_other_sizes_and_other_names_are_other_programs(kept: Store, traces: list[str]) -> None:
-    assert kept.traced(source_of(traces, size=8), "two").in_avals[0].shape == (8,)
-    kept.traced(source_of(traces), "another")
+def test_other_sizes_and_other_names_are_other_programs(stored: Store, traces: list[str]) -> None:
+    assert stored.traced(source_of(traces, size=8), "two").in_avals[0].shape == (8,)
+    stored.traced(source_of(traces), "another")
 
     assert traces == ["traced"] * 2
 
 
-def test_a_folder_that_cannot_be_written_costs_a_warning(
+def test_an_unwritable_folder_only_causes_a_warning(
     tmp_path: Path, traces: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").touch()
@@ -121,7 +124,7 @@ def answers(folder: Path, **settings: Any) -> dict[str, list[int]]:
     engine = make_engine(folder, XlaBackend(), **settings)
     try:
         ask(engine, "greedy", [5, 6, 7])
-        ask(engine, "drawn", [9] * 40, temperature=1.0, top_p=0.9, logprobs=2)
+        ask(engine, "sampled", [9] * 40, temperature=1.0, top_p=0.9, logprobs=2)
         return tokens(run(engine))
     finally:
         engine.close()
@@ -137,5 +140,6 @@ def test_a_second_start_traces_no_step(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(Decoder, "forward", forward)
 
     assert answers(tmp_path) == first
-    with pytest.raises(AssertionError, match="was traced"):  # what nobody's weights would show
+    # a setting that is not visible in the weights is part of the key
+    with pytest.raises(AssertionError, match="was traced"):
         answers(tmp_path, hf_overrides={"rms_norm_eps": 0.5})

@@ -1,4 +1,4 @@
-"""Whatever requests ask for, nothing is compiled in service."""
+"""Nothing is compiled while serving, whatever parameters requests have."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _TRACED = "/jax/core/compile/jaxpr_trace_duration"
 
 @contextmanager
 def counting() -> Iterator[list[str]]:
-    """What JAX traces and compiles meanwhile."""
+    """Collect the traces and compilations that JAX does inside this context."""
     events: list[str] = []
     is_over = False
 
@@ -39,8 +39,8 @@ def counting() -> Iterator[list[str]]:
         is_over = True
 
 
-def wish(rng: random.Random) -> dict[str, Any]:
-    """One of all that a request may ask for."""
+def random_params(rng: random.Random) -> dict[str, Any]:
+    """Random choice of sampling parameters; together they use every kind."""
     ids = [rng.randrange(VOCAB_SIZE) for _ in range(6)]
     return rng.choice(
         [
@@ -71,7 +71,7 @@ def add_random(engine: Engine, rng: random.Random, number: int) -> None:
             )
         )
         return
-    options = wish(rng)
+    options = random_params(rng)
     ask(engine, str(number), prompt, seed=number, **{"max_tokens": rng.randint(1, 40), **options})
 
 
@@ -95,7 +95,7 @@ def test_1000_random_steps_compile_nothing(tmp_path: Path, backend: XlaBackend) 
     assert number > 100
 
 
-def test_a_compilation_would_be_seen() -> None:
+def test_the_counter_detects_a_compilation() -> None:
     with counting() as events:
         jax.jit(lambda x: x + 3)(jax.numpy.ones(7))
 

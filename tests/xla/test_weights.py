@@ -1,4 +1,4 @@
-"""Products with weights of few bits are those of the values that the codes stand for."""
+"""Products with quantized weights equal products with the dequantized weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def numbers(*shape: int, seed: int = 1) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("format", sorted(QUANTIZED_FORMATS))
-def test_codes_are_widened_within_the_product(backend: XlaBackend, format: str) -> None:
+def test_quantized_weights_are_dequantized_in_the_product(backend: XlaBackend, format: str) -> None:
     x, bias = numbers(5, 64, seed=2), numbers(24, seed=3)
     weight = round_to(numbers(24, 64), format)
     expected = torch.nn.functional.linear(x, weight.dequantize())
@@ -27,7 +27,7 @@ def test_codes_are_widened_within_the_product(backend: XlaBackend, format: str) 
     torch.testing.assert_close(backend.logits(x, packed), expected)
 
 
-def test_a_tensor_is_rounded_where_it_is_asked_for(backend: XlaBackend) -> None:
+def test_pack_quantizes_a_tensor_on_request(backend: XlaBackend) -> None:
     x, weight = numbers(5, 64, seed=2), numbers(24, 64)
     expected = torch.nn.functional.linear(x, round_to(weight, "int4_min").dequantize())
 
@@ -36,6 +36,6 @@ def test_a_tensor_is_rounded_where_it_is_asked_for(backend: XlaBackend) -> None:
     torch.testing.assert_close(backend.linear(x, packed), expected)
 
 
-def test_what_cannot_be_rounded_says_why(backend: XlaBackend) -> None:
+def test_an_unsupported_quantization_names_the_reason(backend: XlaBackend) -> None:
     with pytest.raises(BackendError, match="whole groups"):
         backend.pack(numbers(4, 48), quantization="int8")

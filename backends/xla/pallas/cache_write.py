@@ -1,16 +1,18 @@
-"""cache_write: put a step's keys and values into the paged KV cache, in place.
+"""cache_write: write a step's keys and values into the paged KV cache, in place.
 
-  rows     [H_kv, T', 2 P]      the new tokens, a value behind its key; room for a block around
+  rows     [H_kv, T', 2 P]      new tokens, each a key followed by its value; padded by at least
+                                one block on both sides
   layer    [NB, H_kv, B, 2 P]   the cache of one layer, aliased to the result
-  and, of each block that the step touches: the block, the row that belongs to its first slot, and
-  which of its slots are written (int32, in scalar memory)
+  and for each block that the step writes to (int32, in scalar memory): the block, the row that
+  belongs in its first slot, and the range of slots that is written
 
-Mapping:  one grid step a touched block. Pallas' pipeline fetches the block and twice as many rows,
-          its own among them, and stores it while the next one is on its way. Its rows do not
-          begin at a tile, so they are rotated into place.
+Mapping:  one grid step per touched block. Pallas' pipeline fetches the block and two blocks of
+          rows that contain its own, and stores it while the next one is fetched. The rows do not
+          start at a tile boundary, so they are rotated into place.
 Bound by: memory and the number of grid steps: a block is read and written whole.
-Needs:    B and 2 P whole tiles (`kernels.why_not`); a block belongs to one request of the step.
-Meaning:  cache.write, but that padding is not written at all.
+Needs:    B and 2 P in whole tiles (`kernels.unsupported_reason`); each block belongs to one
+          request of the step.
+Meaning:  cache.write, except that padding is not written at all.
 """
 
 from __future__ import annotations
@@ -28,17 +30,18 @@ from portalm_backends.xla import cache
 
 
 class Touched(NamedTuple):
-    """The blocks that a step writes to; int32 [E] each, and how many of them count."""
+    """The blocks that a step writes to: arrays int32 [E], of which the first `count` are used."""
 
     block: jax.Array
+    """Block id."""
     first_row: jax.Array
-    """Token whose row belongs to the block's first slot; up to B - 1 before the first token."""
+    """Row of the step that belongs in the block's first slot; -(B - 1) or more."""
     begin: jax.Array
     """First slot that is written."""
     end: jax.Array
-    """The one after the last slot that is written."""
+    """One past the last slot that is written."""
     count: jax.Array
-    """int32 []"""
+    """int32 []: number of blocks."""
 
 
 def touched_blocks(
@@ -49,11 +52,11 @@ def touched_blocks(
     num_tokens: int,
     block_size: int,
 ) -> Touched:
-    """Where a step of at most `num_tokens` tokens writes; the same for all layers."""
+    """Find the blocks that a step of at most `num_tokens` tokens writes to, in any layer."""
     num_requests = len(seq_lens)
     room = min(num_tokens, num_tokens // block_size + 2 * num_requests)
     query_lens = jnp.diff(query_start_loc)
-    start = seq_lens - query_lens  # the first new token's place in its request
+    start = seq_lens - query_lens  # position of the first new token in its request
     counts = jnp.where(query_lens > 0, (seq_lens - 1) // block_size - start // block_size + 1, 0)
     ends = jnp.cumsum(counts, dtype=jnp.int32)
     index = jnp.arange(room, dtype=jnp.int32)
@@ -78,11 +81,11 @@ def write(
     *,
     interpret: bool | pltpu.InterpretParams = False,
 ) -> jax.Array:
-    """The layer's array with this step's keys and values, [T, H_kv, D] each."""
+    """Write keys and values, [T, H_kv, D] each, into a layer's array; return the result."""
     num_heads, block_size, width = layer.shape[1:]
     rows = cache.side_by_side(key, value, width // 2).astype(layer.dtype).swapaxes(0, 1)
-    behind = 2 * block_size - rows.shape[1] % block_size
-    rows = jnp.pad(rows, ((0, 0), (block_size, behind), (0, 0)))
+    after = 2 * block_size - rows.shape[1] % block_size
+    rows = jnp.pad(rows, ((0, 0), (block_size, after), (0, 0)))
     cell = (None, num_heads, block_size, width)
     part = (num_heads, block_size, width)
 
@@ -116,12 +119,12 @@ def write(
 def _kernel(block, first_row, begin, end, this_ref, next_ref, old_ref, new_ref):  # type: ignore[no-untyped-def]
     e = pl.program_id(0)
     num_heads, block_size, width = old_ref.shape
-    # of numbers that are not negative: floor division asks which TPU runs this
+    # lax.rem is right, as the operands are not negative; jnp's floor division needs the TPU's type
     shift = lax.rem(first_row[e] + block_size, jnp.int32(block_size))
     slot = lax.broadcasted_iota(jnp.int32, (block_size, width), 0)
     is_new = (slot >= begin[e]) & (slot < end[e])
     for head in range(num_heads):
         rows = jnp.concatenate([this_ref[head], next_ref[head]]).astype(jnp.float32)  # [2 B, 2 P]
         rows = pltpu.roll(rows, 2 * block_size - shift, axis=0)[:block_size]
-        old = old_ref[head].astype(jnp.float32)  # the selection is one of 32-bit lanes
+        old = old_ref[head].astype(jnp.float32)  # a TPU selects in 32-bit lanes
         new_ref[head] = jnp.where(is_new, rows, old).astype(new_ref.dtype)

@@ -1,20 +1,21 @@
 """paged_attention: causal attention of a step's queries over their requests' cached contexts.
 
-  query    [H_kv, T * G', W]    rows of a KV head: a token's query heads next to each other
-  layer    [NB, H_kv, B, 2 P]   the cache of one layer; already holds this step
+  query    [H_kv, T' * G', W]   rows of a KV head: the query heads of a token are adjacent
+  layer    [NB, H_kv, B, 2 P]   the cache of one layer; it already holds this step's tokens
   and in scalar memory, int32: query_start_loc [S + 1], seq_lens [S], block_table [S * MB], and
   the first request of each tile of tokens
 
-Mapping:  one grid step a tile of tokens. Within it, the requests that own tokens of the tile; of
-          each the chunks of its context that some row sees. Blocks of the next chunk, be it
-          another request's or the next tile's, are fetched while this one is computed. Rows of
-          other requests are masked: with one token a tile (decodes) there are none.
-Bound by: memory in decodes: a block is read once a tile, all heads together.
-Needs:    B and 2 P whole tiles (`kernels.why_not`), block tables that fit into scalar memory.
+Mapping:  one grid step per tile of tokens. It loops over the requests that have tokens in the
+          tile, and over the chunks of their contexts that any row attends to. Blocks of the next
+          chunk (of this request, the next one, or the next tile) are fetched while this one is
+          computed. Rows of other requests are masked; tiles of one token (decodes) have none.
+Bound by: memory in decodes: a block is read once per tile, for all heads together.
+Needs:    B and 2 P in whole tiles (`kernels.unsupported_reason`); block tables that fit into
+          scalar memory.
 Meaning:  attention.paged_attention.
 
-Where P is 64, a row of the cache is a key and its value in 128 lanes. The query then has zeros
-where the value is, and of the product with the weights the half that belongs to the value counts.
+If P is 64, a row of the cache holds a key and its value in 128 lanes. The query then has zeros in
+the lanes of the value, and only the value's half of the weighted sum is used.
 """
 
 from __future__ import annotations
@@ -34,38 +35,38 @@ from portalm.backend import AttentionSpec
 from portalm_backends.xla import cache
 
 MASK = -1e30
-"""A score that is not seen: finite, so that a row which has seen nothing yet stays a number."""
+"""Score of a masked position: finite, so that a fully masked row does not become NaN."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """How a step's rows and contexts are cut."""
+    """How a step's rows and contexts are divided."""
 
     tile: int
-    """Tokens a grid step."""
+    """Tokens per grid step."""
     group: int
-    """Rows of a token: its query heads of one KV head, in decodes rounded up to a tile's height."""
+    """Rows per token: the query heads of one KV head; in decodes a multiple of 8."""
     blocks: int
-    """Blocks of a chunk."""
+    """Blocks per chunk."""
     block_size: int
     lanes: int
-    """P"""
+    """P, lanes of a key."""
     num_blocks: int
-    """MB"""
+    """MB, columns of the block table."""
 
     @property
     def chunk(self) -> int:
-        """Tokens of a chunk."""
+        """Tokens per chunk."""
         return self.blocks * self.block_size
 
     @property
     def is_joint(self) -> bool:
-        """A key and its value share a row of lanes: they are multiplied together."""
+        """True if a key and its value share one register, so they are multiplied together."""
         return self.lanes < cache.LANES
 
     @property
     def width(self) -> int:
-        """Lanes of a query's row."""
+        """Lanes of a query row."""
         return 2 * self.lanes if self.is_joint else self.lanes
 
 
@@ -77,7 +78,7 @@ def shape_for(
     num_blocks: int,
     max_query_len: int,
 ) -> Shape:
-    """The cut for a layer's array [NB, H_kv, B, 2 P]."""
+    """Choose tile and chunk sizes for a layer's array of shape [NB, H_kv, B, 2 P]."""
     _, num_kv_heads, block_size, width = layer
     group = spec.num_heads // num_kv_heads
     if max_query_len == 1:
@@ -108,7 +109,7 @@ def paged_attention(
     sinks: jax.Array | None = None,
     interpret: bool | pltpu.InterpretParams = False,
 ) -> jax.Array:
-    """What `attention.paged_attention` gives, of the same arguments."""
+    """`attention.paged_attention` as a TPU kernel, with the same arguments and result."""
     num_tokens = query.shape[0]
     shape = shape_for(
         layer.shape,
@@ -165,7 +166,7 @@ def paged_attention(
 
 
 def _to_rows(query: jax.Array, spec: AttentionSpec, shape: Shape) -> jax.Array:
-    """[T, H, D] as rows of each KV head, padded: [H_kv, T' * G', W]."""
+    """Rearrange [T, H, D] to padded rows of each KV head: [H_kv, T' * G', W]."""
     num_tokens, _, head_size = query.shape
     rows = query.reshape(num_tokens, spec.num_kv_heads, -1, head_size)
     pads = (-num_tokens % shape.tile, 0, shape.group - rows.shape[2], shape.width - head_size)
@@ -174,7 +175,7 @@ def _to_rows(query: jax.Array, spec: AttentionSpec, shape: Shape) -> jax.Array:
 
 
 def _from_rows(rows: jax.Array, spec: AttentionSpec, shape: Shape) -> jax.Array:
-    """The inverse, of what the kernel gives: [T', H, D]."""
+    """Rearrange the kernel's output to [T', H, D], the inverse of `_to_rows`."""
     group = spec.num_heads // spec.num_kv_heads
     start = shape.lanes if shape.is_joint else 0
     out = rows.reshape(spec.num_kv_heads, -1, shape.group, shape.width)
@@ -183,7 +184,7 @@ def _from_rows(rows: jax.Array, spec: AttentionSpec, shape: Shape) -> jax.Array:
 
 
 def _per_row(values: jax.Array | np.ndarray, spec: AttentionSpec, shape: Shape) -> jax.Array:
-    """One number of each query head, [H], for each row of a tile: [H_kv, tile * G', 1]."""
+    """Expand one number per query head, [H], to the rows of a tile: [H_kv, tile * G', 1]."""
     by_head = jnp.asarray(values, jnp.float32).reshape(spec.num_kv_heads, -1)
     by_head = jnp.pad(by_head, ((0, 0), (0, shape.group - by_head.shape[1])))
     return jnp.tile(by_head, (1, shape.tile))[..., None]
@@ -191,7 +192,7 @@ def _per_row(values: jax.Array | np.ndarray, spec: AttentionSpec, shape: Shape) 
 
 @dataclass(frozen=True, slots=True)
 class _Schedule:
-    """Which chunks of which requests each tile needs; every number a scalar of the kernel."""
+    """Which chunks of which requests each tile needs; all numbers are scalars of the kernel."""
 
     shape: Shape
     window: int | None
@@ -200,11 +201,11 @@ class _Schedule:
     first_request: Any
 
     def offset(self, request: Any) -> Any:
-        """A token's place in the request less its number in the step."""
+        """A token's position in its request minus its index in the step."""
         return self.seq_lens[request] - self.loc[request + 1]
 
-    def seen(self, tile: Any, request: Any) -> tuple[Any, Any]:
-        """Places [first, end) of the request's context that the tile's rows see."""
+    def span(self, tile: Any, request: Any) -> tuple[Any, Any]:
+        """Positions [first, end) of the request's context that the tile's rows attend to."""
         end = self.offset(request) + jnp.minimum(
             (tile + 1) * self.shape.tile, self.loc[request + 1]
         )
@@ -213,18 +214,21 @@ class _Schedule:
         first_token = jnp.maximum(tile * self.shape.tile, self.loc[request])
         return jnp.maximum(self.offset(request) + first_token - self.window + 1, 0), end
 
-    def chunk_of(self, place: Any) -> Any:
-        """The chunk of a place of the context; floor division would ask which TPU runs this."""
-        return lax.div(place, jnp.int32(self.shape.chunk))
+    def chunk_of(self, position: Any) -> Any:
+        """Index of the chunk that holds a position of the context.
+
+        `lax.div`, because jnp's floor division would need to know the TPU's type.
+        """
+        return lax.div(position, jnp.int32(self.shape.chunk))
 
     def start(self, tile: Any) -> tuple[Any, Any]:
-        """The request and the chunk that a tile begins with."""
+        """First request and chunk of a tile."""
         request = self.first_request[tile]
-        return request, self.chunk_of(self.seen(tile, request)[0])
+        return request, self.chunk_of(self.span(tile, request)[0])
 
     def after(self, tile: Any, request: Any, chunk: Any) -> tuple[Any, Any, Any]:
-        """What follows: (tile, request, chunk); behind the last tile something harmless."""
-        in_request = (chunk + 1) * self.shape.chunk < self.seen(tile, request)[1]
+        """Next (tile, request, chunk); after the last tile, valid indices that are not used."""
+        in_request = (chunk + 1) * self.shape.chunk < self.span(tile, request)[1]
         num_requests = self.seq_lens.shape[0]
         last_token = jnp.minimum((tile + 1) * self.shape.tile, self.loc[num_requests])
         in_tile = self.loc[request + 1] < last_token
@@ -234,13 +238,13 @@ class _Schedule:
             in_request, request, jnp.where(in_tile, request + 1, self.first_request[known])
         )
         next_request = jnp.minimum(next_request, num_requests - 1)
-        first_chunk = self.chunk_of(self.seen(known, next_request)[0])
+        first_chunk = self.chunk_of(self.span(known, next_request)[0])
         return next_tile, next_request, jnp.where(in_request, chunk + 1, first_chunk)
 
 
 @dataclass(frozen=True, slots=True)
 class _Fetcher:
-    """Copies of a chunk's blocks into one of two buffers."""
+    """Copies the blocks of a chunk into one of two buffers."""
 
     schedule: _Schedule
     table: Any
@@ -251,12 +255,12 @@ class _Fetcher:
 
     def _each(self, tile: Any, request: Any, chunk: Any, slot: Any, action: str) -> None:
         shape = self.schedule.shape
-        first, end = self.schedule.seen(tile, request)
+        first, end = self.schedule.span(tile, request)
         for i in range(shape.blocks):
             logical = chunk * shape.blocks + i
-            place = logical * shape.block_size
+            position = logical * shape.block_size
 
-            @pl.when((place < end) & (place + shape.block_size > first))
+            @pl.when((position < end) & (position + shape.block_size > first))
             def _(i: int = i, logical: Any = logical) -> None:
                 block = self.table[request * shape.num_blocks + logical]
                 copy = pltpu.make_async_copy(
@@ -265,11 +269,11 @@ class _Fetcher:
                 getattr(copy, action)()
 
     def start(self, tile: Any, request: Any, chunk: Any, slot: Any) -> None:
-        """Begin to copy the blocks that some row sees."""
+        """Start copying the blocks that any row attends to."""
         self._each(tile, request, chunk, slot, "start")
 
     def wait(self, tile: Any, request: Any, chunk: Any, slot: Any) -> None:
-        """Until they are there; what else the buffer holds stays what it was."""
+        """Wait for these copies; the rest of the buffer keeps its old contents."""
         self._each(tile, request, chunk, slot, "wait")
 
 
@@ -302,8 +306,8 @@ def _kernel(spec: AttentionSpec, shape: Shape, has_sinks: bool, *refs: Any) -> N
             fetcher.start(*following, 1 - slot)
 
         fetcher.wait(tile, request, chunk, slot)
-        _clear_dead_slots(buffer.at[slot], chunk, *schedule.seen(tile, request), shape)
-        distance, is_seen = _what_rows_see(schedule, tile, request, chunk)
+        _clear_dead_slots(buffer.at[slot], chunk, *schedule.span(tile, request), shape)
+        distance, is_seen = _visibility(schedule, tile, request, chunk)
         for head in range(spec.num_kv_heads):
             kv = buffer[slot, :, head].reshape(shape.chunk, 2 * shape.lanes).astype(query.dtype)
             key, value = (
@@ -329,29 +333,29 @@ def _kernel(spec: AttentionSpec, shape: Shape, has_sinks: bool, *refs: Any) -> N
 
 
 def _clear_dead_slots(buffer: Any, chunk: Any, first: Any, end: Any, shape: Shape) -> None:
-    """Zeros where no row sees a slot: it may hold NaN, which a weight of 0 does not take away."""
+    """Zero the slots that no row attends to: they may hold NaN, and 0 * NaN is NaN."""
     start = chunk * shape.chunk
 
     @pl.when((start < first) | (start + shape.chunk > end))
     def _() -> None:
         slot = lax.broadcasted_iota(jnp.int32, (shape.block_size, 2 * shape.lanes), 0)
         for i in range(shape.blocks):
-            place = start + i * shape.block_size + slot
-            is_live = (place >= first) & (place < end)
+            position = start + i * shape.block_size + slot
+            is_live = (position >= first) & (position < end)
             for head in range(buffer.shape[1]):
                 kept = jnp.where(is_live, buffer[i, head].astype(jnp.float32), 0.0)
                 buffer[i, head] = kept.astype(buffer.dtype)
 
 
-def _what_rows_see(
+def _visibility(
     schedule: _Schedule, tile: Any, request: Any, chunk: Any
 ) -> tuple[jax.Array, jax.Array]:
-    """Distance of each place of the chunk from each row's own, int32 [R, K], and if it is seen."""
+    """Positions of the chunk relative to each row's, int32 [R, K], and the mask, bool [R, K]."""
     shape = schedule.shape
     row = lax.broadcasted_iota(jnp.int32, (shape.tile * shape.group, 1), 0)
     token = tile * shape.tile + lax.div(row, jnp.int32(shape.group))
-    place = chunk * shape.chunk + lax.broadcasted_iota(jnp.int32, (1, shape.chunk), 1)
-    distance = place - (token + schedule.offset(request))
+    position = chunk * shape.chunk + lax.broadcasted_iota(jnp.int32, (1, shape.chunk), 1)
+    distance = position - (token + schedule.offset(request))
     is_own = (token >= schedule.loc[request]) & (token < schedule.loc[request + 1])
     is_seen = is_own & (distance <= 0)
     if schedule.window is not None:
@@ -360,7 +364,7 @@ def _what_rows_see(
 
 
 def _scores(query: jax.Array, key: jax.Array, spec: AttentionSpec) -> jax.Array:
-    """float32 [R, K] of query [R, W] and key [K, W]."""
+    """Scores, float32 [R, K], of query [R, W] and key [K, W]."""
     scores = _product(query, key, (1, 1)) * spec.scale
     if spec.soft_cap is not None:
         scores = spec.soft_cap * jnp.tanh(scores / spec.soft_cap)
@@ -368,7 +372,7 @@ def _scores(query: jax.Array, key: jax.Array, spec: AttentionSpec) -> jax.Array:
 
 
 def _product(left: jax.Array, right: jax.Array, axes: tuple[int, int]) -> jax.Array:
-    """The float32 product of two matrices over these axes; that of float32 ones in full."""
+    """Float32 product of two matrices over these axes; full precision if both are float32."""
     is_single = left.dtype == jnp.float32
     return lax.dot_general(
         left,
