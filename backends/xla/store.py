@@ -12,6 +12,7 @@ import contextlib
 import functools
 import hashlib
 import importlib.metadata
+import importlib.util
 import logging
 import os
 import platform
@@ -24,7 +25,6 @@ from typing import Any, TypeAlias
 import jax
 from jax import export
 
-import portalm
 from portalm_backends import portable, xla
 
 Traced: TypeAlias = "export.Exported"
@@ -151,9 +151,12 @@ def code() -> bytes:
 
 
 def _files() -> Iterator[Path]:
-    for module in (portalm, portable, xla):
-        assert module.__file__ is not None
-        yield from sorted(Path(module.__file__).parent.rglob("*.py"))
+    # found, not imported: backends do not import what lies above the seam
+    for name in ("portalm", portable.__name__, xla.__name__):
+        spec = importlib.util.find_spec(name)
+        assert spec is not None
+        for folder in spec.submodule_search_locations or ():
+            yield from sorted(Path(folder).rglob("*.py"))
 
 
 def _digest(*parts: bytes) -> bytes:
