@@ -1,8 +1,8 @@
-"""A tokenizer from the metadata of a GGUF file.
+"""Build a tokenizer from the metadata of a GGUF file.
 
-GGUF keeps vocabulary, merges (or scores) and token types, and only the name of the rule that cuts
-a text into words before merging (`tokenizer.ggml.pre`). The rules here are those that the models'
-own tokenizer.json files have under that name.
+GGUF stores the vocabulary, merges (or scores) and token types, but only the name of the rule that
+splits a text into words before merging (`tokenizer.ggml.pre`). The rules here are those in the
+tokenizer.json files of the models with that name.
 """
 
 from __future__ import annotations
@@ -61,23 +61,23 @@ SPLITS: dict[str, tuple[str, ...]] = {
     "gpt-4o": (_GPT4O,),
     "deepseek-v3": _DEEPSEEK_V3,
 }
-"""How each pre-tokenizer cuts a text: one expression after the other, on the pieces so far."""
+"""Regular expressions of each pre-tokenizer, applied in order, each to the pieces so far."""
 
-_NORMALISED = frozenset({"qwen2", "deepseek-r1-qwen", "stablelm2"})
-"""Pre-tokenizers of models whose text is brought into Unicode's form NFC first."""
+_NFC = frozenset({"qwen2", "deepseek-r1-qwen", "stablelm2"})
+"""Pre-tokenizers of models that normalize text to Unicode form NFC first."""
 
 _WHOLE_WORDS_FIRST = frozenset({"llama-bpe", "llama3", "llama-v3", "falcon3", "tekken"})
-"""Vocabularies in which a word that is a token is taken as such, whatever the merges make."""
+"""Pre-tokenizers of vocabularies that use a whole word if it is a token, ignoring merges."""
 
 _BOS_BY_DEFAULT = frozenset({"llama-bpe", "llama3", "llama-v3", "tekken"})
-"""Pre-tokenizers of models that begin with BOS where the file does not say."""
+"""Pre-tokenizers of models that add BOS if the file does not set add_bos_token."""
 
 
 _TEMPLATE = "tokenizer.chat_template"
 
 
 def load_gguf_tokenizer(path: Path, chosen: ChatTemplates | None) -> Tokenizer:
-    """The tokenizer in a .gguf file, with the `chosen` chat template or the file's own."""
+    """Load the tokenizer in a .gguf file, with the `chosen` chat templates or the file's own."""
     metadata = read_metadata(path)
     rust = build_gguf_tokenizer(path, metadata)
     templates = {
@@ -94,7 +94,7 @@ def load_gguf_tokenizer(path: Path, chosen: ChatTemplates | None) -> Tokenizer:
 
 
 def _role_id(metadata: Mapping[str, Any], name: str) -> int | None:
-    """The token with a role; SentencePiece vocabularies begin with unknown, BOS, EOS."""
+    """Id of the token with a role; SentencePiece defaults are unknown 0, BOS 1, EOS 2."""
     is_llama = metadata["tokenizer.ggml.model"] == "llama"
     usual = {"unknown": 0, "bos": 1, "eos": 2} if is_llama else {}
     token_id: int | None = metadata.get(f"tokenizer.ggml.{name}_token_id", usual.get(name))
@@ -102,23 +102,23 @@ def _role_id(metadata: Mapping[str, Any], name: str) -> int | None:
 
 
 def build_gguf_tokenizer(path: Path, metadata: Mapping[str, Any]) -> RustTokenizer:
-    """The tokenizer that a GGUF file describes.
+    """Build the tokenizer that a GGUF file describes.
 
     Raises:
-        UnsupportedModel: a kind of tokenizer, or a pre-tokenizer, that is not known.
-        CheckpointError: the metadata does not make a tokenizer.
+        UnsupportedModel: the type of tokenizer or the pre-tokenizer is not supported.
+        CheckpointError: the metadata is incomplete or contradictory.
     """
     kind = metadata.get("tokenizer.ggml.model")
     if kind not in ("gpt2", "llama"):
         raise UnsupportedModel(
-            f"{path.name}: tokenizers of type {kind!r} are not supported in GGUF files (gpt2 and "
-            f"llama are): give a folder with a tokenizer.json as --tokenizer"
+            f"{path.name}: tokenizer type {kind!r} is not supported in GGUF files (supported: "
+            f"gpt2, llama); use --tokenizer with a folder that has a tokenizer.json"
         )
     tokens = metadata.get("tokenizer.ggml.tokens")
     if not tokens:
         raise CheckpointError(path, "tokenizer.ggml.tokens is missing or empty")
     if len(set(tokens)) != len(tokens):
-        raise CheckpointError(path, "tokenizer.ggml.tokens holds the same token twice")
+        raise CheckpointError(path, "tokenizer.ggml.tokens contains the same token twice")
     try:
         build = _build_byte_level if kind == "gpt2" else _build_sentencepiece
         tokenizer = build(path, metadata, tokens)
@@ -127,7 +127,7 @@ def build_gguf_tokenizer(path: Path, metadata: Mapping[str, Any]) -> RustTokeniz
     except (UnsupportedModel, CheckpointError):
         raise
     except Exception as error:  # the library raises bare Exceptions
-        raise CheckpointError(path, f"its tokenizer does not fit together: {error}") from error
+        raise CheckpointError(path, f"its tokenizer cannot be built: {error}") from error
     return tokenizer
 
 
@@ -135,14 +135,14 @@ def _build_byte_level(path: Path, metadata: Mapping[str, Any], tokens: list[str]
     pre = metadata.get("tokenizer.ggml.pre", "default")
     if pre not in SPLITS:
         raise UnsupportedModel(
-            f"{path.name}: pre-tokenizer {pre!r} is not known; known: "
+            f"{path.name}: pre-tokenizer {pre!r} is not supported; supported: "
             f"{', '.join(sorted(SPLITS))}. "
-            f"Give a folder with the model's tokenizer.json as --tokenizer"
+            f"Use --tokenizer with a folder that has the model's tokenizer.json"
         )
     merges = [tuple(merge.split(" ", 1)) for merge in metadata.get("tokenizer.ggml.merges", ())]
     model = BPE(_ids(tokens), merges, ignore_merges=pre in _WHOLE_WORDS_FIRST)
     tokenizer = RustTokenizer(model)
-    if pre in _NORMALISED:
+    if pre in _NFC:
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -159,7 +159,7 @@ def _build_sentencepiece(
 ) -> RustTokenizer:
     scores = metadata.get("tokenizer.ggml.scores")
     if scores is None or len(scores) != len(tokens):
-        raise CheckpointError(path, "tokenizer.ggml.scores must have one entry for each token")
+        raise CheckpointError(path, "tokenizer.ggml.scores must have one entry per token")
     unknown = tokens[_role_id(metadata, "unknown") or 0]
     model = BPE(
         _ids(tokens),
@@ -182,7 +182,7 @@ def _build_sentencepiece(
 
 
 def _merges_from_scores(tokens: list[str], scores: list[float]) -> list[tuple[str, str]]:
-    """The pair of tokens that makes the token with the highest score merges first."""
+    """Merges in order: pairs that form the token with the highest score come first."""
     ids = _ids(tokens)
     merges: list[tuple[float, int, int, str, str]] = []
     for token, score in zip(tokens, scores, strict=True):
@@ -201,7 +201,7 @@ def _ids(tokens: list[str]) -> dict[str, int]:
 def _add_special_tokens(
     tokenizer: RustTokenizer, metadata: Mapping[str, Any], tokens: list[str]
 ) -> None:
-    """Tokens that are found in a text before anything else is done to it."""
+    """Add control and user-defined tokens, which are matched in a text before splitting it."""
     special, plain = [], []
     kinds = metadata.get("tokenizer.ggml.token_type", ())
     for token, kind in zip(tokens, kinds, strict=False):

@@ -1,4 +1,4 @@
-"""Tokenizers of folders in Hugging Face's layout."""
+"""Load tokenizers from folders in Hugging Face's layout."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from portalm.text.tokenizer import Tokenizer
 _ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
 
 _BOS_BY_FLAG = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer")
-"""Tokenizer classes for which add_bos_token and add_eos_token overrule tokenizer.json."""
+"""Tokenizer classes for which add_bos_token and add_eos_token override tokenizer.json."""
 
 
 def load_fast_tokenizer(path: Path, chosen: ChatTemplates | None) -> Tokenizer:
-    """From tokenizer.json, with the `chosen` chat template or the folder's own."""
+    """Load tokenizer.json, with the `chosen` chat templates or, if None, the folder's own."""
     file = path / "tokenizer.json"
     try:
         rust = RustTokenizer.from_file(str(file))
     except Exception as error:  # the library raises bare Exceptions
-        raise CheckpointError(file, f"it is no tokenizer: {error}") from error
+        raise CheckpointError(file, f"it is not a valid tokenizer: {error}") from error
     rust.no_truncation()
     rust.no_padding()
     config = {**_read_json(path / "special_tokens_map.json"), **_read_config(path)}
@@ -39,7 +39,7 @@ def load_fast_tokenizer(path: Path, chosen: ChatTemplates | None) -> Tokenizer:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    """tokenizer_config.json, without entries that say nothing."""
+    """Read tokenizer_config.json, without entries that are null."""
     config = _read_json(path / "tokenizer_config.json")
     return {key: value for key, value in config.items() if value is not None}
 
@@ -50,14 +50,14 @@ def _read_json(file: Path) -> dict[str, Any]:
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise CheckpointError(file, f"it is not JSON: {error}") from error
+        raise CheckpointError(file, f"it is not valid JSON: {error}") from error
     if not isinstance(values, dict):
-        raise CheckpointError(file, "it must hold a JSON object")
+        raise CheckpointError(file, "it must contain a JSON object")
     return values
 
 
 def _content(token: Any) -> str | None:
-    """A token's text: written as such, or as an object with its flags."""
+    """Return the token's text from an entry that is a string, or an object with flags."""
     if isinstance(token, dict):
         token = token.get("content")
     return token if isinstance(token, str) else None
@@ -66,7 +66,7 @@ def _content(token: Any) -> str | None:
 def _add_listed_tokens(
     rust: RustTokenizer, config: Mapping[str, Any], names: Mapping[str, str | None]
 ) -> None:
-    """Tokens that tokenizer_config.json adds, and those whose role makes them special."""
+    """Add the tokens listed in tokenizer_config.json, and mark those with a role as special."""
     listed = config.get("added_tokens_decoder") or {}
     for token_id, entry in sorted(listed.items(), key=lambda item: int(item[0])):
         token = AddedToken(
@@ -95,14 +95,14 @@ def _add_listed_tokens(
 
 
 def _listed(tokens: Any) -> list[Any]:
-    """Special tokens without a role: a list, or an object with names for them."""
+    """Return the entries of a list, or of an object that names them; [] for None."""
     return list(tokens.values() if isinstance(tokens, dict) else tokens or ())
 
 
 def _follow_flags(
     rust: RustTokenizer, config: Mapping[str, Any], names: Mapping[str, str | None]
 ) -> None:
-    """add_bos_token and add_eos_token, for the classes that go by them."""
+    """Apply add_bos_token and add_eos_token, for the tokenizer classes that honor them."""
     kind = str(config.get("tokenizer_class", "")).removesuffix("Fast")
     if kind not in _BOS_BY_FLAG or not {"add_bos_token", "add_eos_token"} & config.keys():
         return
@@ -115,7 +115,7 @@ def _follow_flags(
 
 
 def _folder_templates(path: Path, config: Mapping[str, Any]) -> dict[str, str]:
-    """Chat templates by name, from tokenizer_config.json and from the files beside it."""
+    """Chat templates by name, from tokenizer_config.json and the folder's .jinja files."""
     listed = config.get("chat_template")
     if isinstance(listed, str):
         listed = [{"name": "default", "template": listed}]
@@ -134,12 +134,12 @@ def _folder_templates(path: Path, config: Mapping[str, Any]) -> dict[str, str]:
 def load_slow_tokenizer(
     path: Path, chosen: ChatTemplates | None, *, trust_remote_code: bool
 ) -> Tokenizer:
-    """For formats that only transformers reads; importing it takes seconds."""
+    """Load a tokenizer in a format that only transformers reads (importing it takes seconds)."""
     from transformers import AutoTokenizer
 
     try:
         slow = AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
-    except Exception as error:  # whatever its code for that format raises
+    except Exception as error:  # each format's code raises different types
         raise CheckpointError(path, f"transformers cannot read its tokenizer: {error}") from error
     names = {role: getattr(slow, role, None) for role in _ROLES}
     listed = getattr(slow, "chat_template", None) or {}
@@ -159,7 +159,7 @@ def load_slow_tokenizer(
 
 
 class _TransformersCodec:
-    """A tokenizer written in Python."""
+    """A transformers tokenizer that is written in Python, as a `Codec`."""
 
     def __init__(self, slow: Any) -> None:
         self._slow = slow

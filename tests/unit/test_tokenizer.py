@@ -199,7 +199,7 @@ def test_a_folder_without_a_tokenizer_says_what_to_do(tmp_path):
 def test_broken_files_are_named(tmp_path):
     folder = make_folder(tmp_path)
     (folder / "tokenizer_config.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json.*not JSON"):
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json.*not valid JSON"):
         load_tokenizer(folder)
 
     (folder / "tokenizer.json").write_text('{"model": 3}')
@@ -355,7 +355,7 @@ def test_every_pre_tokenizer_keeps_the_text(pre):
 
 
 def test_an_unknown_pre_tokenizer_is_named():
-    with pytest.raises(UnsupportedModel, match=r"'exotic' is not known; known: .*smollm"):
+    with pytest.raises(UnsupportedModel, match=r"'exotic' is not supported; supported: .*smollm"):
         build_gguf_tokenizer(FILE, byte_level_metadata(pre="exotic"))
 
 
@@ -369,8 +369,8 @@ def test_an_unknown_kind_of_tokenizer_is_named():
     [
         ({"tokens": []}, "missing or empty"),
         ({"tokens": ["a", "a"]}, "twice"),
-        ({"merges": ["h zzz"]}, "does not fit together"),
-        ({"bos_token_id": 9999, "add_bos_token": True}, "does not fit together"),
+        ({"merges": ["h zzz"]}, "cannot be built"),
+        ({"bos_token_id": 9999, "add_bos_token": True}, "cannot be built"),
     ],
 )
 def test_a_vocabulary_that_does_not_fit_together_is_refused(changes, reason):

@@ -1,7 +1,7 @@
-"""Formats of reasoning, by name: ours, and those that other packages bring.
+"""Registry of reasoning parsers: built-in ones, and ones from other packages.
 
-A package adds one with an entry point of the group `portalm.reasoning_parsers`: its name is what
-`--reasoning-parser` takes, its value a subclass of
+A package adds one with an entry point in the group `portalm.reasoning_parsers`. The entry point's
+name is the value for `--reasoning-parser`; its object is a subclass of
 `portalm.text.reasoning_parsers.base.ReasoningParser`.
 """
 
@@ -11,7 +11,7 @@ from portalm.plugins import Plugins
 from portalm.text.reasoning_parsers.base import ReasoningParser
 
 REASONING_PARSERS = Plugins(
-    ReasoningParser,  # type: ignore[type-abstract]  # only to compare with
+    ReasoningParser,  # type: ignore[type-abstract]  # only for issubclass
     kind="reasoning parser",
     group="portalm.reasoning_parsers",
     own={

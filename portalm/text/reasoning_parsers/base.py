@@ -1,4 +1,4 @@
-"""What formats of reasoning share: thoughts between <think> and </think>, then the answer."""
+"""Base class of reasoning parsers: reasoning between <think> and </think>, then the answer."""
 
 from __future__ import annotations
 
@@ -11,46 +11,47 @@ _END = "</think>"
 
 
 class ReasoningParser(CharParser):
-    """One answer's reasoning and what follows it, as they come.
+    """Incremental parser of one answer's reasoning and content; a subclass reads one format.
 
-    White space at both ends of the reasoning, and before what follows it, is not given out.
+    Whitespace at both ends of the reasoning, and before the content after it, is dropped.
     """
 
     markers = (_BEGIN, _END)
 
     def __init__(self, begun: str) -> None:
-        """Nothing seen yet.
+        """Start at the beginning of an answer.
 
         Args:
-            begun: what the prompt has of the assistant's message already.
+            begun: start of the assistant's message that is already in the prompt.
         """
         begun = begun.rstrip()
         self.is_begun = begun.rfind(_BEGIN) > begun.rfind(_END)
-        """The prompt has opened the reasoning."""
+        """Whether the prompt opens the reasoning."""
         self.is_over = begun.endswith(_END)
-        """The prompt has closed it: there will be none."""
+        """Whether the prompt closes the reasoning, so that the answer has none."""
         super().__init__()
 
     @classmethod
     def parse(cls, text: str, begun: str = "") -> list[Piece]:
-        """All of an answer at once."""
+        """Parse a whole answer at once."""
         parser = cls(begun)
         return [*parser.push(text), *parser.finish()]
 
     @abstractmethod
     def _begins(self) -> Reading[bool]:
-        """Read the tag that opens the reasoning, if there is one; whether reasoning follows."""
+        """Read the opening tag, if there is one; returns True if reasoning follows."""
 
     def _run(self) -> Reading[None]:
         if not self.is_over and (yield from self._begins()):
             yield from self._reasoning()
         yield from self._content_until()
 
-    def _opened(self) -> Reading[bool]:
-        """Read the tag, if it is there."""
+    def _skip_opening_tag(self) -> Reading[bool]:
+        """Read the opening tag if it comes next; returns True if it did."""
         return (yield from self.chars.skip(_BEGIN))
 
     def _reasoning(self) -> Reading[None]:
+        """Emit reasoning up to the closing tag, without whitespace at either end."""
         char = yield from self.chars.next_visible()
         self.chars.back(char)
         held = ""

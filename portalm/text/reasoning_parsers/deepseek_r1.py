@@ -7,8 +7,8 @@ from portalm.text.reasoning_parsers.base import ReasoningParser
 
 
 class DeepSeekR1ReasoningParser(ReasoningParser):
-    """The opening tag may be in the prompt, in the answer, or nowhere."""
+    """Parser for answers that always start with reasoning, with or without an opening tag."""
 
     def _begins(self) -> Reading[bool]:
-        yield from self._opened()
+        yield from self._skip_opening_tag()
         return True

@@ -1,4 +1,4 @@
-"""Qwen 3: reasoning where the answer, or the prompt, opens it."""
+"""Qwen 3: reasoning only if the prompt or the answer opens it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from portalm.text.reasoning_parsers.base import ReasoningParser
 
 
 class Qwen3ReasoningParser(ReasoningParser):
-    """With enable_thinking false the prompt has an empty reasoning, and the answer has none."""
+    """Parser for optional reasoning.
+
+    With `enable_thinking=False` the prompt holds an empty reasoning, and the answer has none.
+    """
 
     def _begins(self) -> Reading[bool]:
-        is_opened = yield from self._opened()
+        is_opened = yield from self._skip_opening_tag()
         return is_opened or self.is_begun

@@ -1,7 +1,8 @@
-"""Formats of tool calls, by name: ours, and those that other packages bring.
+"""Registry of tool call parsers: built-in ones, and ones from other packages.
 
-A package adds one with an entry point of the group `portalm.tool_parsers`: its name is what
-`--tool-call-parser` takes, its value a subclass of `portalm.text.tool_parsers.base.ToolParser`.
+A package adds one with an entry point in the group `portalm.tool_parsers`. The entry point's name
+is the value for `--tool-call-parser`; its object is a subclass of
+`portalm.text.tool_parsers.base.ToolParser`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from portalm.text.chat_template import takes_tools
 from portalm.text.tool_parsers.base import ToolParser
 
 TOOL_PARSERS = Plugins(
-    ToolParser,  # type: ignore[type-abstract]  # only to compare with
+    ToolParser,  # type: ignore[type-abstract]  # only for issubclass
     kind="tool call parser",
     group="portalm.tool_parsers",
     own={
@@ -27,8 +28,8 @@ TOOL_PARSERS = Plugins(
 
 @lru_cache(maxsize=64)
 def recognise(template: str) -> str | None:
-    """The format that a chat template teaches; None: none that is known, or more than one."""
+    """Return the tool call format that a chat template uses; None if none or several match."""
     if not takes_tools(template):
-        return "hermes"  # which portalm.text.tool_prompt writes in its place
+        return "hermes"  # portalm.text.tool_prompt describes the tools in this format
     found = [name for name in TOOL_PARSERS.names() if TOOL_PARSERS.get(name).recognises(template)]
     return found[0] if len(found) == 1 else None

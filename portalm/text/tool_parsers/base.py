@@ -1,11 +1,12 @@
-"""What every format of tool calls shares: read calls while they are being written.
+"""Base class of tool call parsers, which parse calls while they are being generated.
 
-The law (tests/unit/test_tool_parsers.py): the pieces of any split of a text add up to those of the
-whole text; nothing of a call is in the content; what is no call is content, as the model wrote it.
+Rules (checked by tests/unit/test_tool_parsers.py): however a text is split into pieces, the
+concatenated result is the same; the content holds no part of a call; text that is not a call is
+content, exactly as the model wrote it.
 
-A call is given out once its name is known and its arguments begin, so that long arguments stream.
-From then on it stays a call: if its JSON breaks later on, the arguments are what the model wrote,
-and the caller sees that they are no JSON, as with a call that `max_tokens` cut.
+A call is emitted once its name is known and its arguments begin, so that long arguments stream.
+It then remains a call: if its JSON turns out to be invalid later, the arguments are what the model
+wrote, and the caller finds that they are not JSON, as with a call that `max_tokens` cut.
 """
 
 from __future__ import annotations
@@ -26,33 +27,33 @@ from portalm.text.char_parser import (
 from portalm.text.json_reader import copy_value, read_value
 
 FUNCTION_NAME = re.compile(r"[a-zA-Z0-9_.-]{1,64}", re.ASCII)
-"""What a function may be called."""
+"""Valid function names."""
 
 _ARGUMENTS_KEYS = ("arguments", "parameters")
 _OTHER_KEYS = ("id", "type")
 
 
 class ToolParser(CharParser):
-    """One answer's content and tool calls, as they come. Subclasses read one format each."""
+    """Incremental parser of one answer's content and tool calls; a subclass reads one format."""
 
     def __init__(self, tool_names: Collection[str]) -> None:
-        """Nothing seen yet; the request offers functions of these names."""
+        """Start at the beginning of an answer; `tool_names` are the request's functions."""
         self.tool_names = frozenset(tool_names)
         super().__init__()
 
     @classmethod
     def recognises(cls, template: str) -> bool:
-        """Whether a chat template tells the model to write calls like this."""
+        """Return True if a chat template tells the model to use this format."""
         return False
 
     @classmethod
     def new_call_id(cls) -> str:
-        """An id for a call, of a kind that the model's chat template takes back."""
+        """Return a new call id, in a form that the model's chat template accepts."""
         return f"call_{secrets.token_hex(12)}"
 
     @classmethod
     def parse(cls, text: str, tool_names: Collection[str]) -> list[Piece]:
-        """All of an answer at once."""
+        """Parse a whole answer at once."""
         parser = cls(tool_names)
         return [*parser.push(text), *parser.finish()]
 
@@ -62,19 +63,19 @@ class ToolParser(CharParser):
         self._other(CallBegin(name))
 
     def _arguments(self, text: str) -> None:
-        self.chars.forget()  # the call is out: nothing takes it back
+        self.chars.forget()  # the call was emitted, so parsing never goes back before this
         self._other(CallArguments(text))
 
-    def _json_call(self, *, is_known: bool, end: str = "") -> Reading[None]:
-        """Read {"name": ..., "arguments": {...}} and give it out.
+    def _json_call(self, *, known_only: bool, end: str = "") -> Reading[None]:
+        """Read {"name": ..., "arguments": {...}} and emit the call.
 
         Args:
-            is_known: only the request's functions can be called: what has another name is no call.
-            end: what stands behind a call; a broken one's arguments go on to there (empty: to the
-                end of the answer).
+            known_only: accept only the names of the request's functions.
+            end: marker after a call. The arguments of an invalid call extend to it, or to the end
+                of the answer if it is empty.
 
         Raises:
-            Malformed: it is no call; nothing was given out.
+            Malformed: the text is not a call; nothing was emitted.
         """
         chars = self.chars
         if (yield from chars.next_visible()) != "{":
@@ -84,7 +85,7 @@ class ToolParser(CharParser):
         while True:
             key = yield from self._key()
             if key == "name":
-                name = self._checked_name((yield from read_value(chars)), is_known=is_known)
+                name = self._checked_name((yield from read_value(chars)), known_only=known_only)
             elif key in _ARGUMENTS_KEYS:
                 first = yield from chars.next_visible()
                 chars.back(first)
@@ -118,15 +119,19 @@ class ToolParser(CharParser):
             raise Malformed
         return key
 
-    def _checked_name(self, name: object, *, is_known: bool) -> str:
+    def _checked_name(self, name: object, *, known_only: bool) -> str:
         if not isinstance(name, str) or not FUNCTION_NAME.fullmatch(name):
             raise Malformed
-        if is_known and name not in self.tool_names:
+        if known_only and name not in self.tool_names:
             raise Malformed
         return name
 
     def _streamed_arguments(self, end: str) -> Reading[bool]:
-        """Give out an object as it comes; False: it broke, and what follows went with it."""
+        """Emit a JSON object while reading it.
+
+        Returns:
+            False if it is invalid: then all text up to `end` was emitted as arguments too.
+        """
         try:
             yield from copy_value(self.chars, self._arguments)
         except Malformed:
@@ -135,7 +140,7 @@ class ToolParser(CharParser):
         return True
 
     def _rest_of_call(self) -> Reading[None]:
-        """Read what may follow the arguments inside a call, up to its closing brace."""
+        """Read the keys after the arguments, up to the call's closing brace."""
         chars = self.chars
         mark = chars.mark()
         try:
@@ -146,11 +151,15 @@ class ToolParser(CharParser):
             if char != "}":
                 raise Malformed
         except Malformed:
-            chars.rewind(mark)  # the call is whole: what follows is judged by itself
+            chars.rewind(mark)  # the call is complete: parse the rest as separate text
 
 
 def _arguments_text(value: object) -> str:
-    """The arguments of a call that were written in an unusual way."""
+    """Convert arguments that are not a plain JSON object after the name to JSON text.
+
+    Raises:
+        Malformed: they are not an object, a string with one, or null.
+    """
     if isinstance(value, str):  # JSON inside a JSON string
         try:
             value = json.loads(value or "{}")

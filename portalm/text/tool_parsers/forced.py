@@ -1,4 +1,4 @@
-"""Calls of an answer that a grammar forced: plain JSON, without a mark around it."""
+"""Tool calls forced by a grammar (`tool_choice`): plain JSON without markers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from portalm.text.tool_parsers.base import ToolParser
 
 
 class NamedCallParser(ToolParser):
-    """The whole answer is the arguments of the only function."""
+    """Parser of an answer that is one function's arguments (a named `tool_choice`)."""
 
     def _run(self) -> Reading[None]:
         chars = self.chars
@@ -20,7 +20,7 @@ class NamedCallParser(ToolParser):
 
 
 class RequiredCallsParser(ToolParser):
-    """The whole answer is a list of {"name": ..., "parameters": {...}}."""
+    """Parser of an answer that is a list of {"name": ..., "parameters": {...}} ("required")."""
 
     def _run(self) -> Reading[None]:
         chars = self.chars
@@ -30,7 +30,7 @@ class RequiredCallsParser(ToolParser):
                 raise Malformed
             is_more = True
             while is_more:
-                yield from self._json_call(is_known=True)
+                yield from self._json_call(known_only=True)
                 mark = chars.mark()
                 is_more = yield from chars.skip(",")
             if (yield from chars.skip("]")):

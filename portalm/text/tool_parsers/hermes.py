@@ -10,28 +10,28 @@ _END = "</tool_call>"
 
 
 class HermesToolParser(ToolParser):
-    """Calls between tags, anywhere in the answer."""
+    """Parser of calls between tags, anywhere in the answer."""
 
     markers = (_BEGIN, _END)
 
     @classmethod
     def recognises(cls, template: str) -> bool:
-        """Whether a chat template tells the model to write calls like this."""
-        others = ("<function=", "<arg_key>")  # the same tags around something else
+        """Return True if a chat template tells the model to use this format."""
+        others = ("<function=", "<arg_key>")  # formats with the same tags around other syntax
         return _BEGIN in template and _END in template and not any(o in template for o in others)
 
     def _run(self) -> Reading[None]:
         chars = self.chars
         while marker := (yield from self._content_until(_BEGIN, _END)):
             if marker == _END:
-                continue  # one too many
+                continue  # a closing tag without a call: drop it
             mark = chars.mark()
             try:
-                yield from self._json_call(is_known=False, end=_END)
+                yield from self._json_call(known_only=False, end=_END)
             except Malformed:
                 self._content(_BEGIN)
                 chars.rewind(mark)
                 continue
             while (yield from chars.skip("}")):
-                pass  # some models write one brace too many
+                pass  # some models write an extra closing brace
             yield from chars.skip(_END)

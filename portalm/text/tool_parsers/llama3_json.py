@@ -1,4 +1,4 @@
-"""Llama 3.1, 3.2 and 3.3: {"name": ..., "parameters": {...}}, several with semicolons between."""
+"""Llama 3.1, 3.2 and 3.3: {"name": ..., "parameters": {...}}, separated by semicolons."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ _TAG = "<|python_tag|>"
 
 
 class Llama3JsonToolParser(ToolParser):
-    """The whole answer is calls. No mark tells them: they have the names of the request's tools."""
+    """Parser of answers that consist of calls; only calls of the request's functions count."""
 
     @classmethod
     def recognises(cls, template: str) -> bool:
-        """Whether a chat template tells the model to write calls like this."""
+        """Return True if a chat template tells the model to use this format."""
         return '{"name": function name, "parameters":' in template
 
     def _run(self) -> Reading[None]:
@@ -22,7 +22,7 @@ class Llama3JsonToolParser(ToolParser):
         try:
             while True:
                 yield from chars.skip(_TAG)
-                yield from self._json_call(is_known=True)
+                yield from self._json_call(known_only=True)
                 mark = chars.mark()
                 yield from chars.skip(";")
         except Malformed:

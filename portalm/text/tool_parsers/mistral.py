@@ -15,18 +15,18 @@ _ID_CHARS = string.ascii_letters + string.digits
 
 
 class MistralToolParser(ToolParser):
-    """Calls behind a special token."""
+    """Parser of calls that follow a special token."""
 
     markers = (_BEGIN, _ID, _ARGUMENTS)
 
     @classmethod
     def recognises(cls, template: str) -> bool:
-        """Whether a chat template tells the model to write calls like this."""
+        """Return True if a chat template tells the model to use this format."""
         return _BEGIN in template
 
     @classmethod
     def new_call_id(cls) -> str:
-        """Nine letters and digits: Mistral's templates refuse anything else."""
+        """Return nine random letters and digits, the only form that Mistral's templates accept."""
         return "".join(secrets.choice(_ID_CHARS) for _ in range(9))
 
     def _run(self) -> Reading[None]:
@@ -44,11 +44,11 @@ class MistralToolParser(ToolParser):
 
     def _list_of_calls(self) -> Reading[None]:
         chars = self.chars
-        yield from self._json_call(is_known=False)
+        yield from self._json_call(known_only=False)
         mark = chars.mark()
         try:
             while (yield from chars.skip(",")):
-                yield from self._json_call(is_known=False)
+                yield from self._json_call(known_only=False)
                 mark = chars.mark()
         except Malformed:
             chars.rewind(mark)

@@ -1,4 +1,4 @@
-"""Calls as Python writes them: [get_weather(city="Paris"), get_time()]. Llama 4 and others."""
+"""Llama 4 and others: calls in Python syntax, [get_weather(city="Paris"), get_time()]."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ _BEGINS = ("<|python_start|>", "<|python_tag|>")
 _END = "<|python_end|>"
 _OPENING, _CLOSING = "([{", ")]}"
 _JSON_NAMES = {"true": True, "false": False, "null": None}
-"""Some models mix JSON's words into their Python."""
+"""JSON literals, which some models write instead of Python's."""
 _MAX_DEPTH = 32
 _MAX_CHARS = 1 << 20
 
 
 class PythonicToolParser(ToolParser):
-    """The whole answer is a list of calls of the request's tools.
+    """Parser of answers that are a list of calls of the request's functions.
 
-    A call is given out when it is whole: Python's values are no JSON before they end. One that is
-    malformed is content, with what follows it.
+    A call is emitted when it is complete, because Python values cannot be converted to JSON before
+    they end. A malformed call, and everything after it, is content.
     """
 
     @classmethod
     def recognises(cls, template: str) -> bool:
-        """Whether a chat template tells the model to write calls like this."""
+        """Return True if a chat template tells the model to use this format."""
         return "[func_name1(params_name1=params_value1" in template
 
     def _run(self) -> Reading[None]:
@@ -66,24 +66,24 @@ class PythonicToolParser(ToolParser):
         self._arguments(arguments)
 
     def _until_closed(self) -> Reading[str]:
-        """Read to the parenthesis that closes the one before; the text between them."""
-        text, open_ones = "", ["("]
-        while open_ones:
+        """Read up to the matching closing parenthesis; returns the text before it."""
+        text, brackets = "", ["("]
+        while brackets:
             char = yield from self.chars.next()
-            if not char or len(open_ones) > _MAX_DEPTH or len(text) > _MAX_CHARS:
+            if not char or len(brackets) > _MAX_DEPTH or len(text) > _MAX_CHARS:
                 raise Malformed
             text += char
             if char in _OPENING:
-                open_ones.append(char)
+                brackets.append(char)
             elif char in _CLOSING:
-                if _OPENING.index(open_ones.pop()) != _CLOSING.index(char):
+                if _OPENING.index(brackets.pop()) != _CLOSING.index(char):
                     raise Malformed
             elif char in "\"'":
                 text += yield from self._string(char)
         return text[:-1]
 
     def _string(self, quote: str) -> Reading[str]:
-        """Read the rest of a string literal."""
+        """Read the rest of a string literal; returns it with its closing quote."""
         text = ""
         while (char := (yield from self.chars.next())) != quote:
             text += char
@@ -96,7 +96,11 @@ class PythonicToolParser(ToolParser):
 
 
 def _as_json(arguments: str) -> str:
-    """The keyword arguments of a call as a JSON object."""
+    """Convert the keyword arguments of a call, in Python syntax, to a JSON object.
+
+    Raises:
+        Malformed: they are not keyword arguments with literal values, or cannot be JSON.
+    """
     try:
         call = ast.parse(f"f({arguments})", mode="eval").body
         if not isinstance(call, ast.Call) or call.args:
@@ -107,7 +111,7 @@ def _as_json(arguments: str) -> str:
                 raise Malformed
             values[keyword.arg] = ast.literal_eval(_JsonNames().visit(keyword.value))
         text = json.dumps(values, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-        text.encode()  # an escape may have made half of a surrogate pair
+        text.encode()  # raises if an escape sequence made half of a surrogate pair
     except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
         raise Malformed from None
     return text
