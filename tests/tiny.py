@@ -1,4 +1,4 @@
-"""Tiny models and engines for tests that need no real one."""
+"""Tiny models and engines for tests that do not need a real model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ VOCAB_SIZE = 512
 
 
 def make_config_folder(folder: Path, **changes: Any) -> Path:
-    """A folder with the config.json of a two-layer Llama; load_format "dummy" makes its weights."""
+    """Write the config.json of a two-layer Llama, for load_format "dummy" (random weights)."""
     folder.mkdir(parents=True, exist_ok=True)
     config = {
         "architectures": ["LlamaForCausalLM"],
@@ -43,7 +43,7 @@ def make_config_folder(folder: Path, **changes: Any) -> Path:
 
 
 def add_byte_tokenizer(folder: Path) -> Path:
-    """A byte-level tokenizer for the tiny model: every byte, and some longer tokens."""
+    """Write a byte-level tokenizer for the tiny model: every byte, and some longer tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     from portalm.text.spelling import byte_level_alphabet
@@ -68,7 +68,7 @@ def add_byte_tokenizer(folder: Path) -> Path:
 
 
 def make_engine(folder: Path, backend: Backend | None = None, **settings: Any) -> Engine:
-    """An engine of dummy weights on `backend` (or the device that `settings` names)."""
+    """Create an engine with dummy weights on `backend`, or on the device that `settings` name."""
     return Engine(
         EngineConfig.from_dict(
             {
@@ -86,7 +86,7 @@ def make_engine(folder: Path, backend: Backend | None = None, **settings: Any) -
 def ask(
     engine: Engine, request_id: str, prompt: Sequence[int], *, seed: int = 0, **params: Any
 ) -> None:
-    """Add a request; greedy, eight tokens and no end of sequence unless told otherwise."""
+    """Add a request; by default greedy, with 8 tokens, ignoring the end of sequence."""
     engine.add(
         AddRequest(
             request_id=request_id,
@@ -100,7 +100,7 @@ def ask(
 
 
 def run(engine: Engine, max_steps: int = 10_000) -> dict[str, list[TokenOutput]]:
-    """All outputs until the engine has no work, by request."""
+    """Run the engine until it has no work; returns all outputs by request id."""
     outputs: dict[str, list[TokenOutput]] = {}
     for _ in range(max_steps):
         if not engine.has_work():

@@ -1,4 +1,4 @@
-"""Chunks of a completion: the prompt comes first, whatever comes first from the engine."""
+"""Chunks of a completion: the prompt's chunk is sent first, in whatever order deltas arrive."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from portalm.text import load_tokenizer
 from tests.server.conftest import BYTE_0, make_byte_model_folder
 
 
-def test_what_comes_before_a_prompts_logprobs_waits_for_them(tmp_path: Path) -> None:
+def test_deltas_wait_for_the_prompt_logprobs(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(make_byte_model_folder(tmp_path / "tiny"))
     body = CompletionRequest(prompt="xy", n=2, echo=True, logprobs=0, stream=True)
     shape = ChoiceShape(body=body, params=body.params(), tokenizer=tokenizer)
@@ -32,8 +32,8 @@ def test_what_comes_before_a_prompts_logprobs_waits_for_them(tmp_path: Path) -> 
     early = list(stream.chunks(0, delta(1)))
     late = list(stream.chunks(0, delta(0, prompt_logprobs=[None, {y: Logprob(-2.0, 1)}])))
 
-    told = [(c["index"], c["text"]) for chunk in late for c in chunk["choices"]]
+    choices = [(c["index"], c["text"]) for chunk in late for c in chunk["choices"]]
     assert early == []
-    assert told == [(0, "xy"), (0, "a"), (1, "xy"), (1, "a")]
+    assert choices == [(0, "xy"), (0, "a"), (1, "xy"), (1, "a")]
     for first in (late[0], late[2]):
         assert first["choices"][0]["logprobs"]["token_logprobs"] == [None, -2.0]

@@ -1,4 +1,4 @@
-"""Incremental detokenising against decoding all at once."""
+"""Incremental detokenization compared with decoding all at once."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WORDS = ["▁the", "▁caf", "é", "▁", "▁▁", "s", "北", "▁北京", "\u
 
 
 def byte_level() -> RustTokenizer:
-    """Every byte, and some words: `é` and `北` can be one token or several."""
+    """A tokenizer of every byte and some words: `é` and `北` can be one token or several."""
     tokens = [*byte_level_alphabet(), "Ġthe", "Ã©", "åĮ"]
     rust = RustTokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, []))
     rust.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -28,7 +28,7 @@ def byte_level() -> RustTokenizer:
 
 
 def sentencepiece() -> RustTokenizer:
-    """Words with a mark for the space, and a token for each byte."""
+    """A tokenizer of words with "▁" for the space, and of every byte."""
     tokens = [*(f"<0x{byte:02X}>" for byte in range(256)), *WORDS]
     rust = RustTokenizer(models.BPE({t: i for i, t in enumerate(tokens)}, [], byte_fallback=True))
     rust.decoder = decoders.Sequence(
@@ -49,7 +49,7 @@ def metaspace() -> RustTokenizer:
 
 
 def word_pieces() -> RustTokenizer:
-    """A decoder that is none of the known spellings."""
+    """A tokenizer whose decoder has no known spelling."""
     tokens = ["[UNK]", "the", "cat", "##s", ".", "北", "\ufffd"]
     rust = RustTokenizer(models.WordPiece({t: i for i, t in enumerate(tokens)}, unk_token="[UNK]"))
     rust.decoder = decoders.WordPiece(cleanup=False)
@@ -84,7 +84,7 @@ def stream(tokenizer: Tokenizer, ids: list[int], prompt: list[int], skip: bool) 
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=300)
 @given(st.data(), st.booleans())
-def test_pieces_make_the_whole(kind, data, skip):
+def test_concatenated_pieces_equal_the_decoded_text(kind, data, skip):
     tokenizer = make(kind)
     ids = data.draw(ids_of(tokenizer))
 
@@ -95,18 +95,18 @@ def test_pieces_make_the_whole(kind, data, skip):
 
 @pytest.mark.parametrize("kind", ["byte-level", "sentencepiece", "metaspace"])
 @given(st.data(), st.booleans())
-def test_an_answer_goes_on_where_the_prompt_ends(kind, data, skip):
+def test_answer_continues_the_text_of_the_prompt(kind, data, skip):
     tokenizer = make(kind)
     prompt, ids = data.draw(ids_of(tokenizer)), data.draw(ids_of(tokenizer))
     from_start = tokenizer.detokenizer(skip_special_tokens=skip)
-    before = "".join(map(from_start.feed, prompt))  # less a character that it leaves open
+    before = "".join(map(from_start.feed, prompt))  # without an incomplete last character
 
     answer = "".join(stream(tokenizer, ids, prompt, skip))
 
     assert before + answer == tokenizer.decode(prompt + ids, skip_special_tokens=skip)
 
 
-def test_a_prompt_without_text_leaves_the_answer_at_the_start():
+def test_answer_to_a_prompt_without_text_starts_a_text():
     tokenizer = make("metaspace")
     unknown = tokenizer.vocab_size
 
@@ -127,7 +127,7 @@ def test_pieces_are_whole_characters(kind, text):
 
 
 @given(st.data())
-def test_byte_level_decoding_is_the_librarys(data):
+def test_byte_level_decoding_matches_the_library(data):
     rust, tokenizer = byte_level(), make("byte-level")
     ids = data.draw(st.lists(st.integers(0, 259), max_size=40))
 
@@ -135,7 +135,7 @@ def test_byte_level_decoding_is_the_librarys(data):
 
 
 @given(st.lists(st.one_of(st.sampled_from(WORDS), st.text(max_size=5)), max_size=12))
-def test_sentencepiece_decoding_is_the_librarys_where_utf8_is_whole(words):
+def test_sentencepiece_decoding_of_valid_utf8_matches_the_library(words):
     rust, tokenizer = sentencepiece(), make("sentencepiece")
     ids: list[int] = []
     for word in words:
@@ -144,7 +144,7 @@ def test_sentencepiece_decoding_is_the_librarys_where_utf8_is_whole(words):
     assert tokenizer.decode(ids) == rust.decode(ids)
 
 
-def test_a_broken_character_shows_as_one_replacement_character():
+def test_invalid_character_becomes_one_replacement_character():
     tokenizer = make("sentencepiece")
 
     pieces = stream(tokenizer, [0xE5, 0x8C, 0x41, 0xE5], [], True)
@@ -163,7 +163,7 @@ def test_the_first_word_of_an_answer_keeps_its_space():
     assert stream(tokenizer, [the], [the, *many_special], True) == [" the", ""]
 
 
-def test_a_character_cut_between_prompt_and_answer_belongs_to_the_answer():
+def test_character_split_between_prompt_and_answer_is_in_the_answer():
     tokenizer = make("sentencepiece")
 
     assert stream(tokenizer, [0x8C, 0x97], [0x41, 0xE5], True) == ["", "北", ""]
@@ -188,7 +188,7 @@ def test_spaces_between_special_tokens_can_be_left_out():
     )
 
 
-def test_text_that_stays_broken_is_given_out_in_the_end():
+def test_text_that_stays_invalid_is_emitted_in_the_end():
     tokenizer = make("word pieces")
     broken = tokenizer.token_to_id("\ufffd")
 

@@ -1,4 +1,4 @@
-"""Formats of reasoning, and whole answers: reasoning, content and calls together."""
+"""Reasoning parsers, and whole answers with reasoning, content and calls."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from portalm.text.tool_parsers.hermes import HermesToolParser
 
 OPEN = "<|im_start|>assistant\n<think>\n"
 CLOSED = "<|im_start|>assistant\n<think>\n\n</think>\n\n"
-CASES = [  # parser, what the prompt has, text, reasoning, content
+CASES = [  # parser, end of the prompt, text, reasoning, content
     ("deepseek_r1", "", "<think>\nHm,\nso.\n</think>\n\nYes. ", "Hm,\nso.", "Yes. "),
     ("deepseek_r1", OPEN, "Hm.</think>Yes.", "Hm.", "Yes."),
     ("deepseek_r1", "", "Hm.\n</think>Yes.", "Hm.", "Yes."),
@@ -27,7 +27,7 @@ CASES = [  # parser, what the prompt has, text, reasoning, content
 
 
 @pytest.mark.parametrize(("name", "begun", "text", "reasoning", "content"), CASES)
-def test_reasoning_is_taken_from_the_answer(name, begun, text, reasoning, content) -> None:
+def test_reasoning_is_separated_from_content(name, begun, text, reasoning, content) -> None:
     for texts in ([text], list(text), *([text[:i], text[i:]] for i in range(len(text)))):
         parser = REASONING_PARSERS.get(name)(begun)
         pieces = [piece for one in texts for piece in parser.push(one)] + parser.finish()
@@ -37,7 +37,7 @@ def test_reasoning_is_taken_from_the_answer(name, begun, text, reasoning, conten
         assert "".join(p.text for p in pieces if isinstance(p, Content)) == content
 
 
-def test_calls_come_after_reasoning() -> None:
+def test_calls_are_read_only_after_reasoning() -> None:
     call = '<tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>'
     text = f"<think>I could {call}.</think>\n\nLet me see.\n{call}{call}"
     for texts in ([text], list(text)):
@@ -54,7 +54,7 @@ def test_calls_come_after_reasoning() -> None:
         assert answer.calls[0].id != answer.calls[1].id
 
 
-def test_calls_beyond_the_most_are_left_out() -> None:
+def test_calls_beyond_max_calls_are_dropped() -> None:
     answer = AnswerParser(tools=HermesToolParser(["f"]), max_calls=1)
     call = '<tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>'
     answer.push(call + call)

@@ -1,4 +1,4 @@
-"""Stop strings in a text that comes in pieces."""
+"""Stop strings in a text that arrives in pieces."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ stop_lists = st.lists(st.text(alphabet="ab\n", min_size=1, max_size=5), min_size
 
 
 def expected(text: str, stops: list[str], *, keep: bool) -> tuple[str, str | None]:
-    """On the whole text: the first end wins, then the longest."""
+    """Search the whole text: the earliest end wins, then the longest stop string."""
     found = [(text.find(stop) + len(stop), -len(stop), stop) for stop in stops if stop in text]
     if not found:
         return text, None
@@ -42,12 +42,12 @@ def run(pieces: list[str], stops: list[str], *, keep: bool = False) -> tuple[str
 @example("aab", ["ab"], [1, 2], False)
 @example("abab\n", ["abb", "ab\n"], [2, 4], True)
 @example("aabaab", ["aabaaa", "baab"], [1, 2, 3, 4, 5], False)
-def test_any_split_gives_what_a_search_of_the_whole_text_gives(text, stops, cuts, keep):
+def test_any_split_gives_the_same_result_as_the_whole_text(text, stops, cuts, keep):
     assert run(split(text, cuts), stops, keep=keep) == expected(text, stops, keep=keep)
 
 
 @given(short_texts, stop_lists, st.lists(st.integers(0, 100), max_size=12))
-def test_nothing_that_may_begin_a_stop_string_is_shown(text, stops, cuts):
+def test_only_a_possible_start_of_a_stop_string_is_held_back(text, stops, cuts):
     matcher = StopStrings(stops)
     seen = shown = ""
     for piece in split(text, cuts):
@@ -63,7 +63,7 @@ def test_nothing_that_may_begin_a_stop_string_is_shown(text, stops, cuts):
         assert len(held) == longest
 
 
-def test_text_without_a_beginning_of_a_stop_string_is_shown_at_once():
+def test_text_without_the_start_of_a_stop_string_is_shown_at_once():
     assert StopStrings(["\n\nUser:"]).push("Hello") == ("Hello", None)
 
 
@@ -71,11 +71,11 @@ def test_the_stop_string_that_ends_first_wins_over_the_one_that_begins_first():
     assert run(["abcd"], ["abcd", "bc"]) == ("a", "bc")
 
 
-def test_of_stop_strings_that_end_together_the_longest_wins():
+def test_longest_of_stop_strings_with_the_same_end_wins():
     assert run(["xabc"], ["bc", "abc"]) == ("x", "abc")
 
 
-def test_skipped_text_is_not_searched_and_begins_no_match():
+def test_skipped_text_is_not_searched_and_starts_no_match():
     matcher = StopStrings(["END"])
 
     shown = matcher.skip("an END, E") + matcher.push("ND, ")[0] + matcher.push("now END")[0]
@@ -83,14 +83,14 @@ def test_skipped_text_is_not_searched_and_begins_no_match():
     assert shown == "an END, END, now "
 
 
-def test_skipping_lets_go_of_what_was_held_back():
+def test_skip_returns_the_text_held_back():
     matcher = StopStrings(["END"])
     assert matcher.push("E") == ("", None)
 
     assert matcher.skip("ND") == "END"
 
 
-def test_what_was_let_go_of_is_no_beginning_any_more():
+def test_flushed_text_is_not_the_start_of_a_match():
     matcher = StopStrings(["END"])
     matcher.push("E")
     matcher.flush()
@@ -99,7 +99,7 @@ def test_what_was_let_go_of_is_no_beginning_any_more():
     assert matcher.push("ND") == ("", "END")
 
 
-def test_a_stop_string_that_repeats_itself_costs_no_more_than_its_length():
+def test_repetitive_stop_string_is_searched_in_linear_time():
     matcher = StopStrings(["a" * 100_000 + "b"])
 
     shown = "".join(matcher.push("aaaa").text for _ in range(30_000)) + matcher.flush()

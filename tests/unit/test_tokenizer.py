@@ -1,4 +1,4 @@
-"""Tokenizers from folders and GGUF files, against the libraries they come from."""
+"""Tokenizers from folders and GGUF files, compared with the libraries that define them."""
 
 from __future__ import annotations
 
@@ -44,13 +44,14 @@ TEXTS = [
 
 
 @pytest.mark.model
-def test_default_model_tokenises_as_transformers_does(default_model):
+def test_default_model_tokenizes_as_transformers_does(default_model):
     from transformers import AutoTokenizer
 
     theirs = AutoTokenizer.from_pretrained(str(default_model.parent), gguf_file=default_model.name)
     ours = load_tokenizer(default_model)
 
-    for text in TEXTS:  # no two digits in a row: transformers does not read the split from GGUF
+    # TEXTS has no two digits in a row: transformers does not read the split rule from GGUF files
+    for text in TEXTS:
         ids = theirs.encode(text, add_special_tokens=False)
         assert ours.encode(text) == ids, text
         for skip in (True, False):
@@ -73,7 +74,7 @@ def test_default_model_has_a_token_for_each_digit(default_model):
 
 
 @pytest.mark.model
-def test_default_model_knows_its_special_tokens(default_model):
+def test_special_tokens_of_the_default_model(default_model):
     tokenizer = load_tokenizer(default_model)
 
     assert tokenizer.vocab_size == 49152
@@ -105,7 +106,7 @@ def make_folder(folder: Path, config: dict[str, Any] | None = None) -> Path:
     return folder
 
 
-def test_a_folder_gives_what_transformers_makes_of_it(tmp_path):
+def test_folder_matches_transformers(tmp_path):
     from transformers import PreTrainedTokenizerFast
 
     ours = load_tokenizer(make_folder(tmp_path))
@@ -120,14 +121,14 @@ def test_a_folder_gives_what_transformers_makes_of_it(tmp_path):
     assert ours.vocab_size == len(theirs)
 
 
-def test_a_long_text_is_not_cut_by_the_files_truncation(tmp_path):
+def test_truncation_in_tokenizer_json_is_ignored(tmp_path):
     tokenizer = load_tokenizer(make_folder(tmp_path))
 
     assert len(tokenizer.encode("abcdefgh")) == 8
 
 
 @pytest.mark.parametrize("flags", [{}, {"add_bos_token": True}, {"add_eos_token": True}])
-def test_llama_tokenizers_go_by_the_flags_of_their_config(tmp_path, flags):
+def test_llama_tokenizers_honor_bos_and_eos_flags_of_the_config(tmp_path, flags):
     config = {"tokenizer_class": "LlamaTokenizer", **flags}
     tokenizer = load_tokenizer(make_folder(tmp_path, config))
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
@@ -140,7 +141,7 @@ def test_llama_tokenizers_go_by_the_flags_of_their_config(tmp_path, flags):
     assert tokenizer.encode("he", add_special_tokens=False) == [he]
 
 
-def test_tokens_that_only_the_config_lists_are_added(tmp_path):
+def test_tokens_listed_only_in_the_config_are_added(tmp_path):
     size = byte_level(("h", "e"), ("l", "l"), ("Ġ", "w")).get_vocab_size()
     listed = {"added_tokens_decoder": {str(size): {"content": "<end>", "special": True}}}
 
@@ -159,14 +160,14 @@ def test_listed_special_tokens_are_special(tmp_path, key, tokens):
     assert tokenizer.decode(tokenizer.encode("hello")) == "heo"
 
 
-def test_a_token_with_a_role_is_special_even_if_the_file_does_not_say_so(tmp_path):
+def test_token_with_a_role_is_special_even_if_not_marked_as_such(tmp_path):
     tokenizer = load_tokenizer(make_folder(tmp_path, {"pad_token": "ll"}))
 
     assert tokenizer.pad_token_id in tokenizer.special_ids
     assert tokenizer.decode([tokenizer.pad_token_id]) == ""
 
 
-def test_chat_templates_come_from_the_file_before_the_config(tmp_path):
+def test_chat_template_file_takes_precedence_over_the_config(tmp_path):
     folder = make_folder(tmp_path, {"chat_template": "config"})
     assert load_tokenizer(folder).chat_template == "config"
 
@@ -176,7 +177,7 @@ def test_chat_templates_come_from_the_file_before_the_config(tmp_path):
     assert tokenizer.render_chat([{"role": "user", "content": "x"}]) == "file <s>"
 
 
-def test_a_given_template_replaces_the_models(tmp_path):
+def test_given_template_replaces_the_models_template(tmp_path):
     folder = make_folder(tmp_path, {"chat_template": "config"})
     (tmp_path / "mine.jinja").write_text("mine")
 
@@ -186,28 +187,28 @@ def test_a_given_template_replaces_the_models(tmp_path):
 
 
 @pytest.mark.parametrize("template", ["no/such/file.jinja", "{% if %}"])
-def test_a_given_template_that_cannot_work_is_refused_when_loading(tmp_path, template):
+def test_invalid_template_is_rejected_when_loading(tmp_path, template):
     with pytest.raises(ConfigError, match="template"):
         load_tokenizer(make_folder(tmp_path), chat_template=template)
 
 
-def test_a_folder_without_a_tokenizer_says_what_to_do(tmp_path):
+def test_folder_without_a_tokenizer_names_the_tokenizer_flag(tmp_path):
     with pytest.raises(ModelNotFound, match="--tokenizer"):
         load_tokenizer(tmp_path)
 
 
-def test_broken_files_are_named(tmp_path):
+def test_invalid_files_are_named(tmp_path):
     folder = make_folder(tmp_path)
     (folder / "tokenizer_config.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"tokenizer_config\.json.*not valid JSON"):
         load_tokenizer(folder)
 
     (folder / "tokenizer.json").write_text('{"model": 3}')
-    with pytest.raises(CheckpointError, match=r"tokenizer\.json.*no tokenizer"):
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json.*not a valid tokenizer"):
         load_tokenizer(folder)
 
 
-def test_a_folder_is_read_without_importing_torch_or_transformers(tmp_path):
+def test_loading_a_folder_does_not_import_torch_or_transformers(tmp_path):
     code = (
         "import sys; from pathlib import Path; from portalm.text import load_tokenizer;"
         f"load_tokenizer(Path({str(make_folder(tmp_path))!r})).encode('he');"
@@ -224,7 +225,7 @@ def test_a_folder_is_read_without_importing_torch_or_transformers(tmp_path):
 # -- formats that only transformers reads -----------------------------------------------------
 
 
-def test_a_folder_with_an_older_format_is_read_by_transformers(tmp_path):
+def test_folder_in_an_older_format_is_loaded_by_transformers(tmp_path):
     vocab = {token: i for i, token in enumerate([*byte_level_alphabet(), "he", "<|endoftext|>"])}
     (tmp_path / "vocab.json").write_text(json.dumps(vocab))
     (tmp_path / "merges.txt").write_text("#version: 0.2\nh e\n")
@@ -236,7 +237,7 @@ def test_a_folder_with_an_older_format_is_read_by_transformers(tmp_path):
     assert tokenizer.decode([vocab["he"], tokenizer.eos_token_id]) == "he"
 
 
-def test_a_tokenizer_written_in_python_works_the_same(tmp_path):
+def test_python_tokenizer_works_the_same(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "ByT5Tokenizer"}')
     tokenizer = load_tokenizer(tmp_path, chat_template="{{ messages[0].content }}{{ eos_token }}")
     ids = [byte + 3 for byte in "é!".encode()]
@@ -253,7 +254,7 @@ def test_a_tokenizer_written_in_python_works_the_same(tmp_path):
 # -- tokens -----------------------------------------------------------------------------------
 
 
-def test_half_a_surrogate_pair_is_refused_with_its_place(tmp_path):
+def test_lone_surrogate_is_rejected_with_its_position(tmp_path):
     tokenizer = load_tokenizer(make_folder(tmp_path))
 
     with pytest.raises(InvalidRequest, match=r"character 2 .*\\ud83d"):
@@ -320,7 +321,7 @@ def pieces(metadata: dict[str, Any], text: str) -> list[str]:
         ("default", ["123", "45"]),
     ],
 )
-def test_numbers_are_cut_as_the_pre_tokenizer_says(pre, number):
+def test_pre_tokenizers_split_numbers(pre, number):
     rust = build_gguf_tokenizer(FILE, byte_level_metadata(pre=pre))
 
     cut = [piece for piece, _ in rust.pre_tokenizer.pre_tokenize_str("12345")]
@@ -336,7 +337,7 @@ def test_numbers_are_cut_as_the_pre_tokenizer_says(pre, number):
         ("dbrx", ["AbCdEF", "'ll", " go", " ", "123", "4", "東京x"]),
     ],
 )
-def test_words_are_cut_as_the_pre_tokenizer_says(pre, words):
+def test_pre_tokenizers_split_words(pre, words):
     rust = build_gguf_tokenizer(FILE, byte_level_metadata(pre=pre))
 
     text = "AbCdEF'll go 1234東京x"
@@ -346,7 +347,7 @@ def test_words_are_cut_as_the_pre_tokenizer_says(pre, words):
 
 
 @pytest.mark.parametrize("pre", SPLITS)
-def test_every_pre_tokenizer_keeps_the_text(pre):
+def test_every_pre_tokenizer_preserves_the_text(pre):
     rust = build_gguf_tokenizer(FILE, byte_level_metadata(pre=pre))
 
     for text in TEXTS:
@@ -354,12 +355,12 @@ def test_every_pre_tokenizer_keeps_the_text(pre):
             assert rust.decode(rust.encode(text).ids, skip_special_tokens=False).endswith(text)
 
 
-def test_an_unknown_pre_tokenizer_is_named():
+def test_unknown_pre_tokenizer_is_named():
     with pytest.raises(UnsupportedModel, match=r"'exotic' is not supported; supported: .*smollm"):
         build_gguf_tokenizer(FILE, byte_level_metadata(pre="exotic"))
 
 
-def test_an_unknown_kind_of_tokenizer_is_named():
+def test_unknown_tokenizer_type_is_named():
     with pytest.raises(UnsupportedModel, match="'rwkv'"):
         build_gguf_tokenizer(FILE, byte_level_metadata(model="rwkv"))
 
@@ -373,12 +374,12 @@ def test_an_unknown_kind_of_tokenizer_is_named():
         ({"bos_token_id": 9999, "add_bos_token": True}, "cannot be built"),
     ],
 )
-def test_a_vocabulary_that_does_not_fit_together_is_refused(changes, reason):
+def test_inconsistent_vocabulary_is_rejected(changes, reason):
     with pytest.raises(CheckpointError, match=reason):
         build_gguf_tokenizer(FILE, byte_level_metadata(**changes))
 
 
-def test_added_tokens_are_found_in_text_and_only_control_tokens_are_special():
+def test_added_tokens_are_matched_in_text_and_only_control_tokens_are_special():
     rust = build_gguf_tokenizer(FILE, byte_level_metadata(pre="gpt-2"))
 
     ids = rust.encode("he<s><think>").ids
@@ -396,7 +397,7 @@ def test_added_tokens_are_found_in_text_and_only_control_tokens_are_special():
         ("llama-bpe", {"add_bos_token": False}, False),
     ],
 )
-def test_bos_begins_a_text_where_the_file_or_the_family_says_so(pre, flags, begins):
+def test_bos_is_added_if_the_file_or_the_pre_tokenizer_requires_it(pre, flags, begins):
     tokens = pieces(byte_level_metadata(pre=pre, **flags), "he")
 
     assert tokens == (["<s>", "he"] if begins else ["he"])
@@ -411,7 +412,7 @@ def test_sentencepiece_merges_the_pair_with_the_best_score_first():
     assert pieces(metadata, "ab") == ["<s>", "▁a", "b"]
 
 
-def test_sentencepiece_writes_unknown_characters_as_bytes():
+def test_sentencepiece_encodes_unknown_characters_as_bytes():
     rust = build_gguf_tokenizer(FILE, sentencepiece_metadata())
 
     encoding = rust.encode("aé")

@@ -1,4 +1,4 @@
-"""Formats of tool calls: what each reads, and the law that all of them keep."""
+"""Tool call parsers: what each format reads, and the rules that all of them follow."""
 
 from __future__ import annotations
 
@@ -44,19 +44,19 @@ CASES = {  # format: {name: (text, content, [(function, arguments)])}
             "",
             [("get_time", LONG_COMPACT)],
         ),
-        "arguments as text, id": (
+        "arguments as JSON text, id": (
             '<tool_call>{"id": 7, "name": "get_weather", "arguments": "{\\"city\\": \\"Paris\\"}"}'
             "</tool_call>",
             "",
             [("get_weather", PARIS)],
         ),
         "no arguments": ('<tool_call>{"name": "get_time"}</tool_call>', "", [("get_time", "{}")]),
-        "a brace too few": (
+        "missing brace": (
             '<tool_call>{"name": "get_weather", "arguments": {"city": "Paris"}</tool_call>!',
             "!",
             [("get_weather", PARIS)],
         ),
-        "a brace too many": (
+        "extra brace": (
             '<tool_call>{"name": "get_weather", "arguments": {"city": "Paris"}}}\n</tool_call>!',
             "!",
             [("get_weather", PARIS)],
@@ -83,7 +83,7 @@ CASES = {  # format: {name: (text, content, [(function, arguments)])}
         ),
         "cut before the name": ('<tool_call>{"name": "get_w', '<tool_call>{"name": "get_w', []),
         "no name": ('<tool_call>{"a": 1}</tool_call>', '<tool_call>{"a": 1}', []),
-        "arguments that are no object": (
+        "arguments not an object": (
             '<tool_call>{"name": "get_time", "arguments": [1]}</tool_call>',
             '<tool_call>{"name": "get_time", "arguments": [1]}',
             [],
@@ -93,7 +93,7 @@ CASES = {  # format: {name: (text, content, [(function, arguments)])}
             "<tool_call>{",
             [("get_time", "{}")],
         ),
-        "a tag that is none": ("a <tool_cal> b <tool_", "a <tool_cal> b <tool_", []),
+        "incomplete tags": ("a <tool_cal> b <tool_", "a <tool_cal> b <tool_", []),
     },
     "llama3_json": {
         "no call": (" Hello {} ", " Hello {} ", []),
@@ -108,13 +108,13 @@ CASES = {  # format: {name: (text, content, [(function, arguments)])}
             "",
             [("get_time", "{}"), ("get_weather", PARIS)],
         ),
-        "JSON that is no call": (
+        "JSON that is not a call": (
             '{"name": "Bob", "parameters": {}}',
             '{"name": "Bob", "parameters": {}}',
             [],
         ),
         "other JSON": ('{"answer": 42}', '{"answer": 42}', []),
-        "content behind": (
+        "content after": (
             '{"name": "get_time", "parameters": {}} ; {"a": 1}',
             '; {"a": 1}',
             [("get_time", "{}")],
@@ -165,9 +165,9 @@ CASES = {  # format: {name: (text, content, [(function, arguments)])}
         ),
         "unknown function": ("[print(1)]", "[print(1)]", []),
         "no keywords": ('[get_weather("Paris")]', '[get_weather("Paris")]', []),
-        "code is no value": ("[get_time(a=f(1))]", "[get_time(a=f(1))]", []),
-        "no number": ("[get_time(a=1e999)]", "[get_time(a=1e999)]", []),
-        "half a character": ("[get_time(a='\\ud800')]", "[get_time(a='\\ud800')]", []),
+        "code instead of a value": ("[get_time(a=f(1))]", "[get_time(a=f(1))]", []),
+        "number out of range": ("[get_time(a=1e999)]", "[get_time(a=1e999)]", []),
+        "lone surrogate": ("[get_time(a='\\ud800')]", "[get_time(a='\\ud800')]", []),
         "malformed second": (
             "[get_time(), get_time(] ok",
             ", get_time(] ok",
@@ -222,7 +222,7 @@ def read(kind: str, *texts: str) -> tuple[str, list[tuple[str, str]]]:
 
 
 @pytest.mark.parametrize(("kind", "name"), ALL, ids=[f"{k}: {n}" for k, n in ALL])
-def test_a_text_is_taken_apart(kind: str, name: str) -> None:
+def test_text_is_split_into_content_and_calls(kind: str, name: str) -> None:
     text, content, calls = CASES[kind][name]
 
     found_content, found_calls = read(kind, text)
@@ -253,18 +253,18 @@ FRAGMENTS = [
 @pytest.mark.parametrize("kind", CASES)
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.sampled_from(FRAGMENTS), max_size=30))
-def test_no_text_is_too_strange(kind: str, fragments: list[str]) -> None:
+def test_random_text_parses_the_same_in_any_split(kind: str, fragments: list[str]) -> None:
     text = "".join(fragments)
 
     whole = read(kind, text)
 
     assert read(kind, *fragments) == whole
     assert read(kind, *text) == whole
-    if not whole[1]:  # no call: all of it is content, but for tags that close nothing
+    if not whole[1]:  # no call: everything is content, except unmatched closing tags
         assert whole[0].split() == text.replace("</tool_call>" * (kind == "hermes"), "").split()
 
 
-def test_arguments_come_while_they_are_written() -> None:
+def test_arguments_stream_while_they_are_generated() -> None:
     parser = make("hermes")
 
     begun = parser.push('<tool_call>{"name": "get_weather", "arguments": {"ci')
@@ -280,7 +280,7 @@ def test_content_is_not_held_back() -> None:
     assert make("llama3_json").push('{"answer":') == [Content('{"answer":')]
 
 
-TEMPLATES = {  # what the models' own templates say
+TEMPLATES = {  # excerpts of the models' own templates
     "hermes": 'return a json object within <tool_call></tool_call> tags:\n<tool_call>\n{"name":',
     "llama3_json": 'Respond in the format {"name": function name, "parameters": dictionary of',
     "mistral": "{{- '[TOOL_CALLS] [' }}",
@@ -289,7 +289,7 @@ TEMPLATES = {  # what the models' own templates say
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_a_template_tells_its_format(name: str) -> None:
+def test_format_is_detected_from_the_chat_template(name: str) -> None:
     assert recognise("{{ tools }}" + TEMPLATES[name]) == name
 
 
@@ -300,22 +300,22 @@ def test_a_template_tells_its_format(name: str) -> None:
         "<tool_call>\n<function=name>\n</function>\n</tool_call>",
         TEMPLATES["mistral"] + TEMPLATES["hermes"],
     ],
-    ids=["none", "another", "two"],
+    ids=["none", "unknown", "two"],
 )
-def test_an_unclear_template_tells_nothing(template: str) -> None:
+def test_no_format_is_detected_from_an_ambiguous_template(template: str) -> None:
     assert recognise("{{ tools }}" + template) is None
 
 
-def test_a_template_without_tools_is_given_them_in_hermes_format() -> None:
+def test_template_without_tools_uses_the_hermes_format() -> None:
     assert recognise("{{ messages }}") == "hermes"
 
 
-def test_mistrals_ids_are_what_its_templates_take() -> None:
+def test_mistral_call_ids_are_nine_alphanumeric_characters() -> None:
     assert len(TOOL_PARSERS.get("mistral").new_call_id()) == 9
     assert TOOL_PARSERS.get("mistral").new_call_id().isalnum()
 
 
-def test_another_package_may_bring_a_format(tmp_path: Path, monkeypatch) -> None:
+def test_another_package_can_add_a_format(tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "shouting.py").write_text(
         "from portalm.text.tool_parsers.base import ToolParser\n"
         "class Shouting(ToolParser):\n"
@@ -338,6 +338,6 @@ def test_another_package_may_bring_a_format(tmp_path: Path, monkeypatch) -> None
         TOOL_PARSERS.get("wrong")
 
 
-def test_an_unknown_format_names_the_known_ones() -> None:
+def test_error_for_an_unknown_format_lists_the_known_ones() -> None:
     with pytest.raises(ConfigError, match="hermes, llama3_json, mistral, pythonic"):
         TOOL_PARSERS.get("other")

@@ -1,4 +1,4 @@
-"""What is known of a request when it is over, however it ended."""
+"""Records and metrics of a finished request, for each way that it can end."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Witness(RequestObserver):
 
 
 class Watched:
-    """One request, and what its metrics and its observer see."""
+    """One request with its metrics and an observer of its record."""
 
     def __init__(self, client: EngineClient, **params: int) -> None:
         self.params = SamplingParams(**params)
@@ -51,8 +51,8 @@ class Watched:
         self.witness = Witness()
         self.watch = RequestWatch(self.metrics, [self.witness], self.processed, self.params)
 
-    def send(self, id: str = "r-0", tokens: tuple[int, ...] = (), **news: object) -> None:
-        output = TokenOutput(request_id=id, token_ids=list(tokens), **news)
+    def send(self, id: str = "r-0", tokens: tuple[int, ...] = (), **fields: object) -> None:
+        output = TokenOutput(request_id=id, token_ids=list(tokens), **fields)
         for delta in self.outputs.process([output]).deltas:
             self.watch.saw(delta)
 
@@ -74,7 +74,7 @@ def client() -> Iterator[EngineClient]:
     asyncio.run(never_started.shutdown())
 
 
-def test_each_answer_has_its_reason_and_the_tokens_are_of_all(client: EngineClient) -> None:
+def test_record_has_all_finish_reasons_and_total_token_count(client: EngineClient) -> None:
     watched = Watched(client, n=2)
     watched.send("r-0", (7, 8), scheduled_time=1e9, num_cached_tokens=2)
     watched.send("r-1", (7,), finish_reason="stop")
@@ -89,7 +89,7 @@ def test_each_answer_has_its_reason_and_the_tokens_are_of_all(client: EngineClie
     assert watched.metric('request_success_total{finished_reason="stop"') == 1
 
 
-def test_a_request_that_is_left_in_the_queue_was_aborted(client: EngineClient) -> None:
+def test_request_abandoned_in_the_queue_is_recorded_as_aborted(client: EngineClient) -> None:
     record = Watched(client).record()
 
     assert record.finish_reasons == ["abort"]
@@ -98,7 +98,7 @@ def test_a_request_that_is_left_in_the_queue_was_aborted(client: EngineClient) -
     assert 0 <= record.times.e2e_s < 60
 
 
-def test_answers_that_their_engine_leaves_open_failed(client: EngineClient) -> None:
+def test_unfinished_answers_of_a_dead_engine_are_recorded_as_failed(client: EngineClient) -> None:
     watched = Watched(client, n=2)
     watched.send("r-0", (7,), finish_reason="stop")
     watched.watch.failed(EngineDead("it is gone"))
@@ -110,12 +110,12 @@ def test_answers_that_their_engine_leaves_open_failed(client: EngineClient) -> N
     assert watched.metric('request_success_total{finished_reason="error"') == 1
 
 
-def test_the_first_answer_in_a_step_is_the_requests_time(client: EngineClient) -> None:
+def test_earliest_scheduled_answer_sets_the_requests_times(client: EngineClient) -> None:
     watched = Watched(client, n=2)
     watched.send("r-0", (7,), scheduled_time=200.0)
     watched.send("r-1", (7,), scheduled_time=150.0)
     later = watched.outputs.snapshot("r").metrics
-    watched.send("r-0", (7,), scheduled_time=300.0)  # of the engine after that one
+    watched.send("r-0", (7,), scheduled_time=300.0)  # from the restarted engine
 
     again = watched.outputs.snapshot("r").metrics
 
@@ -123,12 +123,12 @@ def test_the_first_answer_in_a_step_is_the_requests_time(client: EngineClient) -
     assert later.prefill_s + later.queue_s == later.time_to_first_token_s
 
 
-def test_counters_and_steps_go_on_behind_a_new_engine(client: EngineClient) -> None:
+def test_counters_and_histograms_continue_after_engine_restart(client: EngineClient) -> None:
     metrics = Metrics(client, "m")
     for stats in (
         EngineStats(steps_total=1, last_step_tokens=30),
         EngineStats(steps_total=2, last_step_tokens=1),
-        EngineStats(steps_total=2, last_step_tokens=1),  # news of an abort, no step
+        EngineStats(steps_total=2, last_step_tokens=1),  # an abort, not a step
     ):
         client._supervisor._add_stats(stats)
     client._supervisor._totals = {"steps_total": 2}
