@@ -1,26 +1,32 @@
-# `make demo` talks to a model; `make test` checks everything. Both set up what they need.
+# `make demo` answers a prompt, `make test` checks everything, `make quick` most of it in minutes.
+# Each sets up what it needs.
 
 PYTHON ?= python3
 VENV ?= .venv
-# Where pip finds torch's CPU build, if not where it looks anyway, for example
+# Where pip finds torch's CPU build, if not in its default index, for example
 #   make demo TORCH_ARGS="--index-url <the index of PyTorch's CPU wheels>"
 TORCH_ARGS ?=
-# Of benchmarks/compare_cpu.py, for example make bench-cpu BENCH_ARGS=--quick
+# Arguments of benchmarks/compare_cpu.py, for example make bench-cpu BENCH_ARGS=--quick
 BENCH_ARGS ?=
 
 PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint ci/constraints.txt
 BIN := $(VENV)/bin
+# Folders whose tests use one thread each run in parallel; the others start servers, measure time or
+# compute with all cores.
+PARALLEL_TESTS := tests/architecture tests/unit tests/models tests/conformance tests/gpu
+SERIAL_TESTS := tests/engine tests/server tests/xla
+PYTEST_PARALLEL := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 NATIVE := $(shell find csrc_cpu csrc_cuda csrc_rocm -type f 2>/dev/null)
 
-.PHONY: demo install install-dev tpu model test-models browser check lint types layers test bench bench-cpu bench-xla clean
+.PHONY: demo install install-dev tpu model test-models browser check lint types layers quick test bench bench-cpu bench-xla clean
 
 demo: install model
 	$(BIN)/portalm generate
 	@echo
 	@echo "Next:  . $(VENV)/bin/activate"
-	@echo "       portalm chat                 talk to it"
-	@echo "       portalm serve                serve it: OpenAI's API on http://127.0.0.1:8000"
-	@echo "       portalm devices              what else could run here"
+	@echo "       portalm chat                 chat in the terminal"
+	@echo "       portalm serve                serve OpenAI's API on http://127.0.0.1:8000"
+	@echo "       portalm devices              list the devices that PortaLM can use here"
 
 install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev
@@ -43,7 +49,7 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) --no-build-isolation --editable '.[dev]'
 	@touch $@
 
-# XLA: JAX, and what compiles for TPUs; runs on its CPU client where there is no TPU
+# JAX and the TPU compiler; without a TPU the backend runs on XLA's CPU client
 tpu: $(VENV)/.installed-tpu
 
 $(VENV)/.installed-tpu: $(VENV)/.installed-dev
@@ -53,17 +59,16 @@ $(VENV)/.installed-tpu: $(VENV)/.installed-dev
 model: install
 	$(BIN)/portalm pull
 
-# what tests need beside the default model
+# the models that tests use
 test-models: install-dev model
 	$(BIN)/portalm pull sentence-transformers/all-MiniLM-L6-v2
 
-# for the tests of the page; where it cannot be installed they are skipped and say so
+# Chromium for the tests of the web page, which are skipped where it cannot be installed
 browser:
 	@command -v chromedriver >/dev/null || [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null || \
 	  { apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends \
-	    chromium chromium-driver >/dev/null; } || echo "no chromium: the tests of the page are skipped"
+	    chromium chromium-driver >/dev/null; } || echo "no chromium: the tests of the web page are skipped"
 
-# what to run before a push: `make test` runs the same
 check: test
 
 lint: install-dev
@@ -77,17 +82,23 @@ types: install-dev
 layers: install-dev
 	$(BIN)/lint-imports
 
+# under four minutes on two cores: lint, types, import rules, unit tests, one answer of a real model
+quick: lint types layers model
+	$(PYTEST_PARALLEL) -q tests/architecture tests/unit
+	$(BIN)/portalm generate --raw --temperature 0 --max-tokens 8 "The capital of France is" | grep Paris
+
 test: lint types layers test-models browser
-	$(BIN)/pytest
+	$(PYTEST_PARALLEL) $(PARALLEL_TESTS)
+	$(BIN)/pytest $(SERIAL_TESTS)
 
 bench: install-dev model
 	$(BIN)/python benchmarks/engine/against_transformers.py
 
-# against other engines, which it installs (gigabytes, llama.cpp is built); an hour and more
+# against other engines, which it installs (gigabytes; llama.cpp is compiled): over an hour
 bench-cpu: install-dev model
 	$(BIN)/python benchmarks/compare_cpu.py $(if $(TORCH_ARGS),--torch-args="$(TORCH_ARGS)") $(BENCH_ARGS)
 
-# XLA's CPU client against torch eager, and its first start against its second
+# XLA's CPU client against torch eager, and its second start against its first
 bench-xla: tpu model
 	$(BIN)/python benchmarks/engine/xla_against_eager.py
 	$(BIN)/python benchmarks/engine/xla_starts.py

@@ -1,4 +1,4 @@
-"""Rules that hold the house together, besides those that import-linter checks."""
+"""Rules of the source tree that import-linter does not check."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 DEVICE_NAMES = re.compile(
     r"torch\.cuda|torch\.xpu|torch_xla|\bimport jax\b|\bfrom jax\b|is_cuda\b|is_rocm\b|is_xla\b"
 )
-PATHS = re.compile(r"(?<![\w.])/(home|root|work|farm|mnt)/\w")
+HOME_FOLDERS = re.compile(r"(?<![\w.])/(home|root|Users|mnt)/\w")
 
 
 def python(code: str) -> str:
@@ -49,7 +49,7 @@ def test_help_imports_no_torch() -> None:
     assert loaded == "False"
 
 
-def test_grammars_cost_nothing_before_the_first() -> None:
+def test_importing_the_server_imports_no_grammar_library() -> None:
     loaded = python(
         "import sys\nimport portalm.llm, portalm.server.run\n"
         "print([m for m in ('xgrammar', 'tvm_ffi', 'transformers') if m in sys.modules])"
@@ -58,7 +58,7 @@ def test_grammars_cost_nothing_before_the_first() -> None:
     assert loaded == "[]"
 
 
-def test_the_core_runs_without_torch_and_numpy() -> None:
+def test_the_core_imports_neither_torch_nor_numpy() -> None:
     loaded = python(
         "import sys\nfrom portalm.core import block_manager, plan, prefix_cache, request, "
         "scheduler, stop\nprint([m for m in ('torch', 'numpy') if m in sys.modules])"
@@ -67,7 +67,7 @@ def test_the_core_runs_without_torch_and_numpy() -> None:
     assert loaded == "[]"
 
 
-def test_the_usual_way_imports_no_transformers() -> None:
+def test_importing_llm_imports_no_transformers() -> None:
     loaded = python("import sys, portalm.llm\nprint('transformers' in sys.modules)")
 
     assert loaded == "False"
@@ -78,24 +78,25 @@ def test_portalm_names_no_device(path: Path) -> None:
     assert DEVICE_NAMES.search(path.read_text()) is None
 
 
-def test_no_path_of_a_machine_is_written_down() -> None:
+def test_sources_contain_no_absolute_path_of_a_machine() -> None:
+    here = str(ROOT)
     found = [
-        f"{path.relative_to(ROOT)}: {match.group()}"
+        str(path.relative_to(ROOT))
         for path in sources("portalm", "backends", "benchmarks", "ci")
-        if (match := PATHS.search(path.read_text()))
+        if HOME_FOLDERS.search(text := path.read_text()) or (len(ROOT.parts) > 2 and here in text)
     ]
 
     assert found == []
 
 
-def test_csrc_cpu_knows_no_torch() -> None:
+def test_csrc_cpu_includes_no_torch_header() -> None:
     files = [path for path in (ROOT / "csrc_cpu").rglob("*") if path.is_file()]
     assert files
     for path in files:
         assert "torch/" not in path.read_text(), path
 
 
-def test_every_backend_folder_has_a_readme_that_says_how_it_was_tested() -> None:
+def test_every_backend_readme_says_how_it_is_tested() -> None:
     for path in (ROOT / "backends").iterdir():
         if (path / "backend.py").exists() and path.name != "portable":
             assert "tested by" in (path / "README.md").read_text(), path
