@@ -21,7 +21,6 @@ from portalm.server.chat_plan import AnswerFormat
 from portalm.server.observability.metrics import Metrics
 from portalm.server.observability.watch import RequestObserver, RequestWatch
 from portalm.server.responses_store import ResponseStore
-from portalm.server.schemas.common import MAX_ANSWERS
 
 
 class ModelUnknown(InvalidRequest):
@@ -81,25 +80,25 @@ class ServerState:
             self.client.check_task(task)
         return name or self.model_names[0]
 
-    def admit(self, num_requests: int, num_tokens: int = 0) -> None:
-        """Let so many more answers, to prompts of so many tokens in all, wait in the queue.
+    def admit(self, num_answers: int, num_tokens: int) -> None:
+        """Check that an HTTP request may join the queue; called once, just before it does.
 
-        Those that come to an empty queue are let in however many they are: else they never were.
+        The caller must send the request to the engine without awaiting in between: then the
+        limits hold exactly. An empty queue takes a request of any size, which could otherwise
+        never run.
+
+        Args:
+            num_answers: answers that the request asks for, over all its prompts.
+            num_tokens: tokens of all its prompts.
 
         Raises:
-            Draining: the server shuts down.
-            InvalidRequest: that many answers are never let in.
-            Overloaded: they would wait behind too many others.
+            Draining: the server is shutting down.
+            Overloaded: the queue would grow beyond its limits.
         """
         if self.is_draining:
             raise Draining("the server is shutting down and takes no more requests")
-        if num_requests > MAX_ANSWERS:
-            raise InvalidRequest(
-                f"prompts times n is {num_requests}, at most {MAX_ANSWERS} are answered at once",
-                param="prompt",
-            )
         for what, num_queued, num_more, limit in (
-            ("requests", self.client.num_queued, num_requests, self.max_num_queued_reqs),
+            ("requests", self.client.num_queued, num_answers, self.max_num_queued_reqs),
             (
                 "prompt tokens",
                 self.client.num_queued_tokens,

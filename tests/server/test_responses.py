@@ -19,6 +19,7 @@ from portalm.server.responses_store import (
     StoredResponse,
     StoreFull,
 )
+from portalm.server.state import ServerState
 from tests.server.scripted import ScriptedServer, make_byte_tokenizer, scripted_server
 from tests.server.test_tools import TEMPLATE, TWO_CALLS, WEATHER
 
@@ -267,6 +268,46 @@ def test_a_background_response_goes_on_without_its_client(server: ScriptedServer
     assert queued.status == "queued" and queued.background
     wait_until(lambda: server.sdk.responses.retrieve(queued.id).status == "completed")
     assert server.sdk.responses.retrieve(queued.id).output_text == "Hello there."
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_background_response_is_refused_while_the_queue_is_full(
+    server: ScriptedServer, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    monkeypatch.setattr(server.client, "num_queued", 1, raising=False)
+    monkeypatch.setattr(server.state, "max_num_queued_reqs", 1)
+    before = {*server.state.responses._tenants.get("", {})}
+
+    with pytest.raises(openai.RateLimitError, match="1 requests wait"):
+        create(server, "Hello there.", background=True, stream=stream)
+
+    assert {*server.state.responses._tenants.get("", {})} == before
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"prompt": "Hello"}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hello"}]}),
+        ("/v1/responses", {"input": "Hello"}),
+        ("/v1/responses", {"input": "Hello", "background": True}),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_is_admitted_once(
+    server: ScriptedServer, monkeypatch: pytest.MonkeyPatch, path: str, body: dict, stream: bool
+) -> None:
+    admitted: list[tuple[int, int]] = []
+    admit = ServerState.admit
+    monkeypatch.setattr(
+        ServerState, "admit", lambda self, *args: (admitted.append(args), admit(self, *args))
+    )
+
+    response = server.http.post(path, json={**body, "stream": stream})
+
+    assert response.status_code == 200
+    [(num_answers, num_tokens)] = admitted
+    assert num_answers == 1 and num_tokens > 0
 
 
 def test_a_background_response_can_be_cancelled(server: ScriptedServer) -> None:

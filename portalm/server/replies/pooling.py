@@ -40,7 +40,6 @@ async def pool(
         InvalidRequest: a prompt cannot be answered; it says which.
         RequestFailed: the engine failed on one.
     """
-    state.admit(len(prompts))
     base_id = body.request_id or base_id
     inputs: list[ProcessedInput] = []
     for i, prompt in enumerate(prompts):

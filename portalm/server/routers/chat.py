@@ -35,7 +35,6 @@ async def chat_completions(
     model = state.check_model(body.model)
     params = body.params()
     beams = body.beams(params.n, params.max_tokens)
-    state.admit(params.n)
     chat_id = new_id("chatcmpl")
     plan = plan_chat(
         state.client.tokenizer,

@@ -33,7 +33,6 @@ async def completions(
     params = body.params()
     beams = body.beams(params.n, params.max_tokens)
     prompts = body.prompts()
-    state.admit(len(prompts) * params.n)
     completion_id = new_id("cmpl")
     base_id = body.request_id or completion_id
     inputs = [

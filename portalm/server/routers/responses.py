@@ -23,7 +23,7 @@ from portalm.server.replies.stream import event_stream
 from portalm.server.responses_store import StoredResponse, StoreFull
 from portalm.server.schemas.responses import ResponsesRequest
 from portalm.server.schemas.responses_input import as_items, as_messages
-from portalm.server.state import ServerState, failure, new_id, state_of
+from portalm.server.state import Draining, Overloaded, ServerState, failure, new_id, state_of
 
 logger = logging.getLogger(__name__)
 router = APIRouter()
@@ -50,7 +50,6 @@ async def create_response(body: ResponsesRequest, request: Request, state: State
     body.check()
     model = state.check_model(body.model)
     params, tools = body.params(), body.tool_use()
-    state.admit(1)
     tenant = tenant_of(request)
     items: list[dict[str, Any]] = []
     if body.previous_response_id is not None:
@@ -88,7 +87,7 @@ async def create_response(body: ResponsesRequest, request: Request, state: State
     stored = StoredResponse(response, items, num_earlier)
     run = _Run(state, tenant, plan, processed, stored, is_stored=body.store is not False)
     if body.background:
-        return _start(run, is_streamed=bool(body.stream))
+        return await _start(run, is_streamed=bool(body.stream))
     if body.stream:
         return event_stream(_events(run), is_named=True)
     await while_connected(request.receive, _exhaust(run))
@@ -169,8 +168,12 @@ async def delete_response(response_id: str, request: Request, state: State) -> d
 # -- writing one ------------------------------------------------------------------------------
 
 
-def _start(run: _Run, *, is_streamed: bool) -> Response:
-    """Let a response be written in the background."""
+async def _start(run: _Run, *, is_streamed: bool) -> Response:
+    """Write a response in the background.
+
+    Raises:
+        Draining, Overloaded: it was not admitted, and is not stored.
+    """
     stored = run.stored
     stored.response["status"] = "queued"
 
@@ -185,6 +188,10 @@ def _start(run: _Run, *, is_streamed: bool) -> Response:
     answer = JSONResponse(stored.response)
     stored.task = asyncio.create_task(write())
     stored.task.add_done_callback(lambda _: stored.tell())
+    await asyncio.sleep(0)  # the task's first turn ends with the request admitted or refused
+    if isinstance(run.error, Draining | Overloaded):
+        run.state.responses.delete(run.tenant, stored.response["id"])
+        raise run.error
     return event_stream(stored.follow(), is_named=True) if is_streamed else answer
 
 

@@ -74,11 +74,18 @@ class CompletionRequest(SamplingFields):
         return self.best_of
 
     def prompts(self) -> list[str | list[int]]:
-        """One or more prompts, however they were spelled."""
+        """One or more prompts, however they were given. Raises `InvalidRequest`."""
         if isinstance(self.prompt, str):
             return [self.prompt]
         if not self.prompt:
             raise InvalidRequest("prompt must not be empty", param="prompt")
         if isinstance(self.prompt[0], int):
             return [self.prompt]
+        num_candidates = self._num_candidates()
+        if len(self.prompt) * num_candidates > MAX_ANSWERS:
+            raise InvalidRequest(
+                f"{len(self.prompt)} prompts with {num_candidates} answers each are "
+                f"{len(self.prompt) * num_candidates} answers; the limit is {MAX_ANSWERS}",
+                param="prompt",
+            )
         return list(self.prompt)
