@@ -62,7 +62,7 @@ def record(device: str, levels: list[str]) -> None:
         )
     else:
         from portalm.backend import load_backend
-        from portalm.conformance.check import LEVELS
+        from portalm.conformance.base import LEVELS
 
         backend = load_backend(device)
         is_there = device not in STAND_INS or STAND_INS[device] not in backend.find().summary

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from portalm.backend import KV, SCALED_KV_DTYPES, AttentionSpec, Bucket, KVSpec, StepMeta
-from portalm.conformance.check import CheckFailed
+from portalm.conformance.base import CheckFailed
 from portalm.conformance.numerics import FloatArray, rounded
 from portalm.conformance.subject import Subject
 

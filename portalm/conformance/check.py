@@ -1,4 +1,4 @@
-"""A check: a named rule of one level, run on a backend for each of its cases."""
+"""A check: a named rule of one level, and the cases to run it on."""
 
 from __future__ import annotations
 
@@ -6,69 +6,27 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import Any
 
-if TYPE_CHECKING:
-    from portalm.conformance.subject import Subject
+from portalm.conformance.base import Case, CheckFailed, NotClaimed, Status
+from portalm.conformance.subject import Subject
 
-LEVELS = {
-    "L0": "claims",
-    "L1": "operations against the reference",
-    "L2": "laws, bit for bit",
-    "L3": "models",
-    "L4": "serving",
-}
-
-Status = Literal["pass", "fail", "unsupported"]
-
-
-class CheckFailed(Exception):
-    """The backend broke a rule; the text has the numbers."""
-
-    def __init__(
-        self, message: str, *, nmse: float | None = None, bound: float | None = None
-    ) -> None:
-        super().__init__(message)
-        self.nmse = nmse
-        self.bound = bound
-
-
-class NotClaimed(Exception):
-    """The case needs something that the backend does not claim."""
-
-
-class Case(Protocol):
-    """One set of inputs of a check."""
-
-    @property
-    def name(self) -> str:
-        """Unique within its check."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class Named:
-    """A case that is no more than its name."""
-
-    name: str
-
-
-RunCase = Callable[["Subject", Any], "float | None"]
-"""Raises `CheckFailed` or `NotClaimed`; returns the NMSE where one was measured."""
+RunCase = Callable[[Subject, Any], float | None]
+"""Runs one case and returns the NMSE if it measures one; raises `CheckFailed` or `NotClaimed`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """A rule and the cases it is tried on."""
+    """A rule and the cases to run it on."""
 
     level: str
     name: str
     run: RunCase
     cases: Sequence[Case] = ()
-    """Empty: the rule is tried once."""
+    """Empty: the rule runs once, without a case."""
 
     def items(self) -> list[Item]:
-        """The check's cases, each to be run on its own."""
+        """Return one item per case."""
         if not self.cases:
             return [Item(self.level, self.name, "", self.run, None)]
         return [Item(self.level, self.name, case.name, self.run, case) for case in self.cases]
@@ -76,7 +34,7 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What came of one item."""
+    """The result of one item."""
 
     level: str
     check: str
@@ -85,17 +43,17 @@ class Result:
     seconds: float
     nmse: float | None = None
     message: str = ""
-    """Why it failed or what is not claimed."""
+    """Why it failed, or what is not claimed; empty if it passed."""
 
     @property
     def name(self) -> str:
-        """Check and case: check[case]."""
+        """Check and case as check[case]."""
         return _name(self.check, self.case)
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One case of one check: what the command line counts and pytest collects."""
+    """One case of one check: the unit that the CLI counts and pytest collects."""
 
     level: str
     check: str
@@ -105,11 +63,11 @@ class Item:
 
     @property
     def name(self) -> str:
-        """Check and case: check[case]."""
+        """Check and case as check[case]."""
         return _name(self.check, self.case)
 
     def run(self, subject: Subject) -> Result:
-        """Try it; a failure of any kind is a result, not an exception."""
+        """Run the case. Any failure is returned as a result, never raised."""
         started = time.perf_counter()
         status: Status = "pass"
         nmse, message = None, ""
@@ -119,7 +77,7 @@ class Item:
             status, message = "unsupported", str(reason)
         except CheckFailed as failure:
             status, message, nmse = "fail", str(failure), failure.nmse
-        except Exception as error:  # the backend broke: that is what is being found out
+        except Exception as error:  # a crash of the backend is a finding of the kit
             status = "fail"
             message = f"{type(error).__name__}: {error}\n{_where(error)}"
         seconds = time.perf_counter() - started
@@ -131,5 +89,5 @@ def _name(check: str, case: str) -> str:
 
 
 def _where(error: Exception) -> str:
-    """The last few frames, so that a broken backend is found without running it again."""
+    """Format the last few frames of the traceback, so that the fault is found without a rerun."""
     return "".join(traceback.format_tb(error.__traceback__)[-3:]).rstrip()

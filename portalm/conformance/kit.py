@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 
 from portalm.backend import Backend
 from portalm.conformance import laws, layers, models, operations, serving
-from portalm.conformance.check import LEVELS, Item, Result
+from portalm.conformance.base import LEVELS
+from portalm.conformance.check import Item, Result
 from portalm.conformance.subject import Subject
 from portalm.errors import ConfigError
 

@@ -18,6 +18,7 @@ from portalm.backend import (
     Weights,
 )
 from portalm.conformance import reference
+from portalm.conformance.base import CheckFailed, Named
 from portalm.conformance.cases import (
     HEADS,
     PAD,
@@ -27,7 +28,7 @@ from portalm.conformance.cases import (
     batch_named,
     step_meta,
 )
-from portalm.conformance.check import Check, CheckFailed, Named
+from portalm.conformance.check import Check
 from portalm.conformance.numerics import (
     NMSE_BOUND,
     FloatArray,

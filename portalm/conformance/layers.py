@@ -9,8 +9,9 @@ import torch
 
 from portalm.backend import Experts, PackedWeight
 from portalm.conformance import reference
+from portalm.conformance.base import CheckFailed, Named
 from portalm.conformance.cases import HEADS, PAD, AttentionRun, attention_problem, batch_named
-from portalm.conformance.check import Check, CheckFailed, Named
+from portalm.conformance.check import Check
 from portalm.conformance.numerics import (
     DTYPES,
     NMSE_BOUND,

@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from portalm.conformance import oracle, reference
-from portalm.conformance.check import Check, CheckFailed, Named
+from portalm.conformance.base import CheckFailed, Named
+from portalm.conformance.check import Check
 from portalm.conformance.numerics import require_close
 from portalm.conformance.subject import Subject
 from portalm.conformance.tiny import (

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from portalm.conformance.check import CheckFailed
+from portalm.conformance.base import CheckFailed
 
 FloatArray: TypeAlias = npt.NDArray[np.floating[Any]]
 

@@ -19,6 +19,7 @@ from portalm.backend import (
     SampleParams,
 )
 from portalm.conformance import reference, reference_sampling
+from portalm.conformance.base import CheckFailed, Named, NotClaimed
 from portalm.conformance.cases import (
     BATCHES,
     HEADS,
@@ -34,7 +35,7 @@ from portalm.conformance.cases import (
     pad_rows,
     step_meta,
 )
-from portalm.conformance.check import Check, CheckFailed, Named, NotClaimed
+from portalm.conformance.check import Check
 from portalm.conformance.numerics import (
     DTYPES,
     NMSE_BOUND,

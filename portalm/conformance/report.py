@@ -9,7 +9,8 @@ from typing import Any
 
 from portalm import __version__
 from portalm.backend import Backend
-from portalm.conformance.check import LEVELS, Result
+from portalm.conformance.base import LEVELS
+from portalm.conformance.check import Result
 
 
 def counts(results: Sequence[Result]) -> dict[str, dict[str, int]]:

@@ -13,7 +13,8 @@ from portalm.backend import (
     StepInputs,
     Weights,
 )
-from portalm.conformance.check import Check, CheckFailed, Named
+from portalm.conformance.base import CheckFailed, Named
+from portalm.conformance.check import Check
 from portalm.conformance.subject import Subject
 from portalm.conformance.tiny import ask, finish, prompts, tiny_engine, tokens
 from portalm.engine.engine import Engine

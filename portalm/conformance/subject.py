@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 
 from portalm.backend import KV, Backend, Bucket, KVSpec
-from portalm.conformance.check import CheckFailed, NotClaimed
+from portalm.conformance.base import CheckFailed, NotClaimed
 from portalm.conformance.numerics import FloatArray, torch_dtype
 from portalm.errors import Unsupported
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from portalm.config import EngineConfig
-from portalm.conformance.check import NotClaimed
+from portalm.conformance.base import NotClaimed
 from portalm.conformance.subject import Subject
 from portalm.engine.engine import Engine
 from portalm.engine.messages import AddRequest, TokenOutput

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
+from portalm.conformance.base import CheckFailed
 from portalm.conformance.cases import BATCHES, HEADS, Batch, Heads, batch_named
-from portalm.conformance.check import CheckFailed
 from portalm.conformance.numerics import NMSE_BOUND, require_close
 from portalm_backends.xla import cache
 from portalm_backends.xla.pallas import cache_write, paged_attention
