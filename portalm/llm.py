@@ -8,8 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
-from tqdm import tqdm
-
 from portalm.backend import Backend
 from portalm.beam_search_params import BeamSearchParams
 from portalm.config import DEFAULT_MODEL, EngineConfig
@@ -17,7 +15,6 @@ from portalm.engine.beam_search import BeamSearch, likeliest
 from portalm.engine.engine import Engine
 from portalm.engine.grammars import LoadedGrammars, vocabulary_of
 from portalm.engine.input_processor import NO_ANSWER, InputProcessor, ProcessedInput, TextPair
-from portalm.engine.loading_bar import LoadingBar
 from portalm.engine.messages import EngineStats
 from portalm.engine.output_processor import AnswerDelta, OutputProcessor
 from portalm.engine.scores import as_pairs, cosine, numbers
@@ -32,6 +29,7 @@ from portalm.outputs import (
     ScoringRequestOutput,
 )
 from portalm.pooling_params import PoolingParams
+from portalm.progress import LoadingBar, ProgressBar
 from portalm.sampling_params import SamplingParams
 from portalm.structured.compiler import GrammarCompiler
 from portalm.text import load_tokenizer
@@ -114,7 +112,7 @@ class LLM:
         params = _spread("sampling_params", sampling_params or SamplingParams(), len(many))
         priorities = _spread("priority", 0 if priority is None else priority, len(many))
         ids = self._submit(many, params, priorities)
-        with tqdm(total=len(many), desc="Answering", unit="req", disable=not use_tqdm) as bar:
+        with ProgressBar("Answering", len(many), unit="requests", is_shown=use_tqdm) as bar:
             self._run(ids, bar)
         return [self._take(request_id) for request_id in ids]
 
@@ -323,7 +321,7 @@ class LLM:
             self._inputs.process_pooling(str(next(self._ids)), prompt, params) for prompt in prompts
         ]
         ids = self._add(processed, [NO_ANSWER] * len(processed))
-        with tqdm(total=len(ids), desc="Pooling", unit="req", disable=not use_tqdm) as bar:
+        with ProgressBar("Pooling", len(ids), unit="requests", is_shown=use_tqdm) as bar:
             self._run(ids, bar)
         outputs = [self._take(request_id) for request_id in ids]
         for output in outputs:
@@ -376,7 +374,7 @@ class LLM:
             self.engine.abort(processed.abort_ids)
         return processed.deltas
 
-    def _run(self, ids: Sequence[str], bar: tqdm[Any]) -> None:
+    def _run(self, ids: Sequence[str], bar: ProgressBar) -> None:
         open_ids = set(ids)
         num_tokens, started = 0, time.perf_counter()
         try:
@@ -386,9 +384,8 @@ class LLM:
                     if delta.request_id in open_ids and self._outputs.is_finished(delta.request_id):
                         open_ids.remove(delta.request_id)
                         seconds = time.perf_counter() - started
-                        if num_tokens:  # of pooled prompts there are none
-                            bar.set_postfix_str(f"{num_tokens / seconds:.1f} tok/s", refresh=False)
-                        bar.update()
+                        # pooling requests generate no tokens
+                        bar.update(f"{num_tokens / seconds:.1f} tok/s" if num_tokens else "")
         except BaseException:
             self._drop(ids)
             raise

@@ -62,9 +62,8 @@ async def _answer(
     import asyncio
     import signal
 
-    from tqdm import tqdm
-
     from portalm.cli.answer_flags import answer_format
+    from portalm.progress import ProgressBar
     from portalm.server.batch import answer_lines
 
     task = asyncio.current_task()
@@ -78,7 +77,7 @@ async def _answer(
         max_in_flight=arguments.max_concurrency,
         form=answer_format(arguments),
     )
-    with tqdm(total=_count(lines), desc="Answering", unit="req") as bar:
+    with ProgressBar("Answering", _count(lines), unit="requests") as bar:
         async with contextlib.aclosing(answers):
             async for answer in answers:
                 out.write(json.dumps(answer, ensure_ascii=False) + "\n")

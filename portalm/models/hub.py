@@ -145,7 +145,10 @@ def _fetch(model: str, revision: str | None, say: Say) -> Path:
 
 def _from_hub(model: str, revision: str | None, target: Path) -> None:
     from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
+    if not sys.stderr.isatty():
+        disable_progress_bars()  # a log file gets the line that names the source, no bars
     try:
         HfApi().model_info(model, revision=revision, timeout=_HUB_TIMEOUT_S)
         snapshot_download(

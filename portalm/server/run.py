@@ -190,7 +190,7 @@ async def _show_loading(client: EngineClient) -> None:
     """A bar on the terminal, if there is one, until the task is cancelled."""
     if not sys.stderr.isatty():
         return
-    from portalm.engine.loading_bar import LoadingBar
+    from portalm.progress import LoadingBar
 
     with LoadingBar() as bar:
         while True:

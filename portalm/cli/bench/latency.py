@@ -22,11 +22,10 @@ def run_bench_latency(arguments: argparse.Namespace) -> int:
     import random
     import time
 
-    from tqdm import tqdm
-
     from portalm.cli.bench.figures import report, spread_ms
     from portalm.cli.bench.offline import answer_of, describe, load, make_prompt
     from portalm.errors import ConfigError
+    from portalm.progress import ProgressBar
 
     for name in ("batch_size", "num_iters"):
         if getattr(arguments, name) < 1:
@@ -36,11 +35,16 @@ def run_bench_latency(arguments: argparse.Namespace) -> int:
     rng = random.Random(llm.engine.config.seed)
     answer = answer_of(arguments.output_len)
     batches_s = []
-    for _ in tqdm(range(arguments.num_iters_warmup + arguments.num_iters), unit="batch"):
-        prompts = [make_prompt(rng, llm, arguments.input_len) for _ in range(arguments.batch_size)]
-        started = time.perf_counter()
-        llm.generate(prompts, answer, use_tqdm=False)
-        batches_s.append(time.perf_counter() - started)
+    num_batches = arguments.num_iters_warmup + arguments.num_iters
+    with ProgressBar("Answering", num_batches, unit="batches") as bar:
+        for _ in range(num_batches):
+            prompts = [
+                make_prompt(rng, llm, arguments.input_len) for _ in range(arguments.batch_size)
+            ]
+            started = time.perf_counter()
+            llm.generate(prompts, answer, use_tqdm=False)
+            batches_s.append(time.perf_counter() - started)
+            bar.update()
     measured = batches_s[arguments.num_iters_warmup :]
     figures = spread_ms("latency", measured)
     report(

@@ -166,9 +166,9 @@ async def _ask_all(arguments: argparse.Namespace, asked: Sequence[Asked]) -> lis
     import time
 
     import httpx
-    from tqdm import tqdm
 
     from portalm.errors import PortaLMError
+    from portalm.progress import ProgressBar
 
     headers = {"Authorization": f"Bearer {arguments.api_key}"} if arguments.api_key else {}
     limits = httpx.Limits(max_connections=None)
@@ -191,7 +191,7 @@ async def _ask_all(arguments: argparse.Namespace, asked: Sequence[Asked]) -> lis
             bar.update()
             return answer
 
-        with tqdm(total=len(asked), unit="request") as bar:
+        with ProgressBar("Answering", len(asked), unit="requests") as bar:
             return await asyncio.gather(*map(one, asked))
 
 

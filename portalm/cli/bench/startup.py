@@ -28,14 +28,17 @@ def add_bench_startup(kinds: argparse._SubParsersAction[argparse.ArgumentParser]
 
 def run_bench_startup(arguments: argparse.Namespace) -> int:
     """Start servers, print a table."""
-    from tqdm import tqdm
-
     from portalm.cli.bench.figures import percentile, report
     from portalm.errors import ConfigError
+    from portalm.progress import ProgressBar
 
     if arguments.num_iters < 1:
         raise ConfigError(f"--num-iters must be at least 1, not {arguments.num_iters}")
-    starts = [_start_once(arguments) for _ in tqdm(range(arguments.num_iters), unit="start")]
+    starts = []
+    with ProgressBar("Starting servers", arguments.num_iters, unit="starts") as bar:
+        for _ in range(arguments.num_iters):
+            starts.append(_start_once(arguments))
+            bar.update()
     figures: dict[str, float | int] = {"num_iters": len(starts)}
     for name in starts[0]:
         seconds = [one[name] for one in starts]
