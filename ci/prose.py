@@ -97,7 +97,8 @@ def items_of(name: str) -> Iterator[Item]:
     """All prose of one file."""
     path = ROOT / name
     if path.suffix == ".py":
-        yield from _python_items(name, path.read_text())
+        # a call in a raise statement is visited twice
+        yield from dict.fromkeys(_python_items(name, path.read_text()))
     elif path.suffix in C_SUFFIXES:
         yield from _c_items(name, path.read_text())
     elif path.suffix == ".md":
