@@ -10,7 +10,7 @@ import statistics
 import time
 
 from portalm.config import SchedulerConfig
-from portalm.core.plan import StepResult
+from portalm.core.plan import Sampled, StepResult
 from portalm.core.request import Request
 from portalm.core.scheduler import Scheduler
 from portalm.sampling_params import SamplingParams
@@ -37,7 +37,7 @@ def measure(num_requests: int) -> tuple[float, float]:
         start = time.perf_counter()
         plan = scheduler.schedule()
         planned = time.perf_counter()
-        result = StepResult(token_ids=[5 if p.samples_token else -1 for p in plan.requests])
+        result = StepResult([Sampled([5]) if p.samples_token else None for p in plan.requests])
         drawn = time.perf_counter()
         scheduler.update(plan, result)
         if number >= 50:  # all prompts are computed by then

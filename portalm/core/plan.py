@@ -1,11 +1,13 @@
-"""What one step computes: the scheduler's word to the runner, and the runner's answer."""
+"""What one step computes (scheduler to runner), and what it produced (runner to scheduler)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from portalm.core.request import FinishReason, Request
+
+# -- the plan ---------------------------------------------------------------------------------
 
 
 class PlannedRequest(NamedTuple):
@@ -16,35 +18,47 @@ class PlannedRequest(NamedTuple):
     """Tokens before this are in the KV cache; this step computes [start, start + num_tokens)."""
     num_tokens: int
     samples_token: bool
-    """The step reaches the end of the known tokens, so it draws the next one."""
+    """The step computes the last known token, so it samples the next one."""
     epoch: int
     """The request's epoch when it was planned."""
+
+    @property
+    def num_prompt_rows(self) -> int:
+        """Tokens of this step that predict a prompt token whose logprob was requested."""
+        request = self.request
+        if request.params.prompt_logprobs is None:
+            return 0
+        end = min(self.start + self.num_tokens, request.num_prompt_tokens - 1)
+        return max(0, end - self.start)  # the last prompt token predicts a token of the answer
 
 
 @dataclass(slots=True)
 class StepPlan:
-    """One step: which requests compute how many tokens, after which block copies."""
+    """One step: the block copies it begins with, and how many tokens each request computes."""
 
     step_id: int
     requests: list[PlannedRequest] = field(default_factory=list)
-    """Those with one token to compute first (decodes), then the others."""
+    """Requests with one token to compute (decodes) first, then the others."""
     num_tokens: int = 0
     has_pooled: bool = False
-    """Some request's hidden states are wanted."""
+    """True if any request is pooled."""
     block_copies: list[tuple[int, int]] = field(default_factory=list)
     """(source, destination) KV blocks to copy before the step (copy-on-write)."""
     preempted: list[Request] = field(default_factory=list)
-    """Requests whose blocks were taken back while planning; they wait again."""
+    """Requests that lost their blocks during planning and are back in the queue."""
     admitted: list[Request] = field(default_factory=list)
-    """Requests that begin to run for the first time."""
+    """Requests that run for the first time."""
     released: list[str] = field(default_factory=list)
-    """Ids that left the running set since the last plan (finished, aborted, preempted): the
-    runner forgets their rows."""
+    """Ids of requests that stopped running since the last plan (finished, aborted, preempted):
+    the runner frees their rows."""
 
     @property
     def is_empty(self) -> bool:
         """True if there is nothing to compute."""
         return not self.requests
+
+
+# -- the result -------------------------------------------------------------------------------
 
 
 @dataclass(slots=True)
@@ -54,42 +68,72 @@ class TokenLogprobs:
     token_id: int
     logprob: float
     rank: int
+    """1 is the most likely token."""
     top: list[tuple[int, float]]
     """(token id, logprob) of the most likely tokens, most likely first."""
 
 
 @dataclass(slots=True)
-class StepResult:
-    """What a step drew, in the order of the plan's requests."""
+class Sampled:
+    """The tokens that a request sampled, in order; at least one."""
 
     token_ids: list[int]
-    """For each planned request: the drawn token, or -1 where it draws none."""
-    logprobs: dict[str, TokenLogprobs] = field(default_factory=dict)
-    """By request id, of the drawn token, for requests that asked."""
-    prompt_logprobs: dict[str, list[TokenLogprobs]] = field(default_factory=dict)
-    """By request id: of the prompt tokens that this step's rows predict."""
-    pooled: dict[str, bytes] = field(default_factory=dict)
-    """By request id, of those whose prompt is computed: float32 numbers, a vector or a score."""
-    failed: dict[str, str] = field(default_factory=dict)
-    """Requests whose own data broke the step (NaN logits), with the reason."""
-    refused: dict[str, str] = field(default_factory=dict)
-    """Requests that leave themselves no token to draw, with the reason: nothing is broken."""
+    logprobs: list[TokenLogprobs] | None = None
+    """One entry for each of `token_ids`; None if the request does not ask for logprobs."""
+
+
+@dataclass(slots=True)
+class Pooled:
+    """The pooled output of a request whose prompt is computed."""
+
+    values: bytes
+    """float32: a vector, or the scores of a classifier."""
+
+
+@dataclass(slots=True)
+class Failed:
+    """The model or a logits processor failed on this request; its KV blocks may be broken too."""
+
+    reason: str
+
+
+@dataclass(slots=True)
+class Refused:
+    """The request's own parameters leave no token to sample."""
+
+    reason: str
+
+
+Outcome: TypeAlias = Sampled | Pooled | Failed | Refused
+"""What a step produced for one request."""
+
+
+@dataclass(slots=True)
+class StepResult:
+    """What a step produced."""
+
+    outcomes: list[Outcome | None]
+    """For each planned request; None where the step computed a part of a prompt."""
+    prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
+    """By index in the plan: logprobs of the prompt tokens that the step predicted, in order. Apart
+    from the outcomes, because every part of a prompt may have some."""
 
 
 @dataclass(slots=True)
 class RequestUpdate:
-    """News of one request after a step."""
+    """What a step changed about one request."""
 
     request: Request
     new_token_ids: list[int]
     finish_reason: FinishReason | None = None
-    logprobs: TokenLogprobs | None = None
+    logprobs: list[TokenLogprobs] | None = None
+    """One entry for each of `new_token_ids`, if requested."""
     prompt_logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs_start: int = 0
-    """How many prompt positions with logprobs come before the first of `prompt_logprobs`."""
+    """Index of the first entry of `prompt_logprobs` among all of the prompt's."""
     pooled: bytes | None = None
-    """What its hidden states became, as float32, where it asked for that."""
+    """float32: a vector, or the scores of a classifier."""
     error: str | None = None
-    """Why, where finish_reason is error."""
+    """Set where finish_reason is error."""
     is_refused: bool = False
-    """The error is the request's own: it cannot be answered as asked."""
+    """The error is in the request itself: it can never be answered as asked."""

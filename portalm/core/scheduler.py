@@ -8,7 +8,16 @@ from dataclasses import replace
 from portalm.config import SchedulerConfig
 from portalm.core.block_manager import BlockManager, NoBlocks
 from portalm.core.forks import blocks_to_fork, fork_parent, fork_root, is_prompt_computed
-from portalm.core.plan import PlannedRequest, RequestUpdate, StepPlan, StepResult
+from portalm.core.plan import (
+    Failed,
+    PlannedRequest,
+    Pooled,
+    Refused,
+    RequestUpdate,
+    Sampled,
+    StepPlan,
+    StepResult,
+)
 from portalm.core.prefix_cache import extend_hashes
 from portalm.core.request import FinishReason, Request, RequestStatus
 from portalm.core.stop import finish_reason
@@ -209,7 +218,7 @@ class Scheduler:
         """How many of its `num_pending` tokens `request` may compute in this step."""
         left = self.config.max_batch_tokens - plan.num_tokens
         if request.params.prompt_logprobs is not None:
-            num_rows = sum(_num_logprob_rows(planned) for planned in plan.requests)
+            num_rows = sum(planned.num_prompt_rows for planned in plan.requests)
             left = min(left, self.config.max_prompt_logprob_rows - num_rows)
         elif num_pending > left and not self.config.enable_chunked_prefill:
             return 0
@@ -414,73 +423,90 @@ class Scheduler:
     # -- results ------------------------------------------------------------------------------
 
     def update(self, plan: StepPlan, result: StepResult) -> list[RequestUpdate]:
-        """Take over what the step drew; the news, one for each request that has any."""
+        """Apply a step's outcomes; return an update for each request with something to report.
+
+        Outcomes of requests that were preempted, aborted or finished since they were planned are
+        dropped.
+        """
         updates: list[RequestUpdate] = []
-        block_size, num_ended = self.config.block_size, 0
-        has_logprobs = bool(result.logprobs or result.prompt_logprobs)
-        for planned, token_id in zip(plan.requests, result.token_ids, strict=True):
-            request, _, _, samples_token, epoch = planned
+        has_ended = False
+        for planned, outcome in zip(plan.requests, result.outcomes, strict=True):
+            request, _, _, _, epoch = planned
             if request.epoch != epoch or request.status is not RequestStatus.RUNNING:
-                continue  # preempted, aborted or ended since it was planned
-            if samples_token and token_id < 0 and request.request_id in result.refused:
-                self._end(request, "error")
-                own = result.refused[request.request_id]
-                updates.append(RequestUpdate(request, [], "error", error=own, is_refused=True))
-                num_ended += 1
                 continue
-            if (samples_token and token_id < 0) or result.failed:
-                reason = result.failed.get(request.request_id)
-                if reason is not None or (samples_token and token_id < 0):
-                    updates.append(self._fail(request, reason or _BROKEN_LOGITS))
-                    num_ended += 1
-                    continue
-            update = None
-            if samples_token:
-                token_ids = request.token_ids
-                token_ids.append(token_id)
-                request.num_placeholders -= 1
-                update = RequestUpdate(request, [token_id])
-                if len(token_ids) > (request.num_published_blocks + 1) * block_size:
-                    self._publish(request)
-                if token_id in request.stop_ids or len(token_ids) >= request.max_total_tokens:
-                    update.finish_reason = finish_reason(request)
-                    if update.finish_reason is not None:
-                        self._end(request, update.finish_reason)
-                        num_ended += 1
-            elif (pooled := result.pooled.get(request.request_id)) is not None:
-                self._end(request, "stop")
-                num_ended += 1
-                update = RequestUpdate(request, [], "stop", pooled=pooled)
-            if has_logprobs:
-                update = self._add_logprobs(update, planned, result)
-            if update is not None:
-                updates.append(update)
-        if num_ended:
+            if isinstance(outcome, Sampled):
+                update = self._append(request, outcome)
+            elif outcome is not None:
+                update = self._end_with(request, outcome)
+            else:
+                continue
+            if update.finish_reason is not None:
+                has_ended = True
+            updates.append(update)
+        if result.prompt_logprobs:
+            self._add_prompt_logprobs(plan, result, updates)
+        if has_ended:
             self.running = [r for r in self.running if r.status is RequestStatus.RUNNING]
         return updates
 
-    @staticmethod
-    def _add_logprobs(
-        update: RequestUpdate | None, planned: PlannedRequest, result: StepResult
-    ) -> RequestUpdate | None:
-        request_id = planned.request.request_id
-        prompt_logprobs = result.prompt_logprobs.get(request_id)
-        if prompt_logprobs:
-            update = update or RequestUpdate(planned.request, [])
-            update.prompt_logprobs = prompt_logprobs
-            update.prompt_logprobs_start = planned.start
-        if update is not None:
-            update.logprobs = result.logprobs.get(request_id)
-        return update
+    def _append(self, request: Request, sampled: Sampled) -> RequestUpdate:
+        """Append sampled tokens, up to one that ends the request; those after it are dropped."""
+        token_ids, stop_ids = request.token_ids, request.stop_ids
+        num_before = num_tokens = len(token_ids)
+        reason = None
+        request.num_placeholders -= 1
+        for token_id in sampled.token_ids:
+            token_ids.append(token_id)
+            num_tokens += 1
+            if token_id in stop_ids or num_tokens >= request.max_total_tokens:
+                reason = finish_reason(request)
+                if reason is not None:
+                    break
+        if num_tokens > (request.num_published_blocks + 1) * self.config.block_size:
+            self._publish(request)
+        if reason is None:
+            return RequestUpdate(request, sampled.token_ids, None, sampled.logprobs)
+        self._end(request, reason)
+        num_new, logprobs = num_tokens - num_before, sampled.logprobs
+        return RequestUpdate(
+            request,
+            sampled.token_ids[:num_new],
+            reason,
+            None if logprobs is None else logprobs[:num_new],
+        )
 
-    def _fail(self, request: Request, reason: str) -> RequestUpdate:
-        """End a request whose logits are broken: so may be the keys and values it has read.
-
-        None of its blocks is found any more; requests that share them end on their own logits.
-        """
-        self.blocks.unpublish(request.block_table)
+    def _end_with(self, request: Request, outcome: Pooled | Failed | Refused) -> RequestUpdate:
+        """End a request that has its pooled output or can have no other token."""
+        if isinstance(outcome, Pooled):
+            self._end(request, "stop")
+            return RequestUpdate(request, [], "stop", pooled=outcome.values)
+        if isinstance(outcome, Failed):
+            # keys and values may be as broken as the logits: no other request may find them, and
+            # requests that share them already fail on their own logits
+            self.blocks.unpublish(request.block_table)
         self._end(request, "error")
-        return RequestUpdate(request, [], "error", error=reason)
+        return RequestUpdate(
+            request, [], "error", error=outcome.reason, is_refused=isinstance(outcome, Refused)
+        )
+
+    @staticmethod
+    def _add_prompt_logprobs(
+        plan: StepPlan, result: StepResult, updates: list[RequestUpdate]
+    ) -> None:
+        """Add prompt logprobs to `updates`, with a new update where the step had no outcome."""
+        update_of = {update.request.request_id: update for update in updates}
+        for index, entries in result.prompt_logprobs.items():
+            planned = plan.requests[index]
+            request = planned.request
+            update = update_of.get(request.request_id)
+            if update is None:
+                if request.epoch != planned.epoch or request.status is not RequestStatus.RUNNING:
+                    continue
+                update = RequestUpdate(request, [])
+                updates.append(update)
+            if update.error is None:
+                update.prompt_logprobs = entries
+                update.prompt_logprobs_start = planned.start
 
     # -- accounting ---------------------------------------------------------------------------
 
@@ -512,15 +538,3 @@ class Scheduler:
             num_held += len(request.block_table)
             num_needed += -(-request.num_computed_tokens // block_size)
         return (num_held - num_needed) / num_held if num_held else 0.0
-
-
-_BROKEN_LOGITS = "the model's logits are not numbers (NaN or all -inf): nothing can be drawn"
-
-
-def _num_logprob_rows(planned: PlannedRequest) -> int:
-    """Rows of logits that a planned request needs for its prompt's logprobs."""
-    request = planned.request
-    if request.params.prompt_logprobs is None:
-        return 0
-    end = min(planned.start + planned.num_tokens, request.num_prompt_tokens - 1)
-    return max(0, end - planned.start)

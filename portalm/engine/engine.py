@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 from portalm.backend import Backend
 from portalm.config import EngineConfig
-from portalm.core.plan import RequestUpdate, StepPlan, StepResult
+from portalm.core.plan import RequestUpdate, Sampled, StepPlan, StepResult
 from portalm.core.request import Request
 from portalm.engine.messages import AddRequest, EngineReady, EngineStats, StepOutputs, TokenOutput
 from portalm.engine.setup import EngineSetup, Progress, set_up
@@ -319,7 +319,7 @@ class Engine:
             token_ids=update.new_token_ids,
             finish_reason=update.finish_reason,
             stop_reason=request.stop_reason if update.finish_reason else None,
-            logprobs=None if update.logprobs is None else [update.logprobs],
+            logprobs=update.logprobs,
             num_cached_tokens=request.num_cached_tokens,
             pooled=update.pooled,
             error=update.error,
@@ -346,7 +346,9 @@ class Engine:
         stats.steps_total += 1
         stats.last_step_tokens = plan.num_tokens
         stats.last_step_s = seconds
-        stats.generation_tokens_total += sum(token_id >= 0 for token_id in result.token_ids)
+        stats.generation_tokens_total += sum(
+            len(outcome.token_ids) for outcome in result.outcomes if isinstance(outcome, Sampled)
+        )
         for planned in plan.requests:
             prompt_left = planned.request.num_prompt_tokens - planned.start
             if prompt_left > 0:

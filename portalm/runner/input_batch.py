@@ -337,7 +337,7 @@ class InputBatch:
         """Tokens whose logits are wanted: where one is drawn, and of prompts scored all."""
         rows: list[int] = []
         for i, p in enumerate(planned):
-            wanted = num_prompt_rows(p)
+            wanted = p.num_prompt_rows
             if wanted:
                 rows.extend(range(loc[i], loc[i] + wanted))
             if p.samples_token:
@@ -359,15 +359,6 @@ class InputBatch:
         for token, row in waiting:
             previous[token] = row
         return previous
-
-
-def num_prompt_rows(planned: PlannedRequest) -> int:
-    """Tokens of this step that predict a prompt token whose logprob was asked for."""
-    request = planned.request
-    if request.params.prompt_logprobs is None:
-        return 0
-    last = request.num_prompt_tokens - 1  # the last prompt token predicts an answer token
-    return max(0, min(planned.start + planned.num_tokens, last) - planned.start)
 
 
 class _Buffers:

@@ -23,7 +23,16 @@ from portalm.backend import (
     Weights,
 )
 from portalm.config import SchedulerConfig
-from portalm.core.plan import StepPlan, StepResult, TokenLogprobs
+from portalm.core.plan import (
+    Failed,
+    Outcome,
+    Pooled,
+    Refused,
+    Sampled,
+    StepPlan,
+    StepResult,
+    TokenLogprobs,
+)
 from portalm.runner.graphs import StepGraphs
 from portalm.runner.input_batch import InputBatch, PaddedShape, StepArrays
 from portalm.runner.pooler import PooledPart, Pooler, pooled_parts, state_rows
@@ -340,68 +349,55 @@ class StepInFlight:
         return self._token_ids.done()
 
     def result(self) -> StepResult:
-        """What the step drew; waits for it. Raises `BackendError` if the device failed."""
+        """Wait for the step and return its outcomes; `BackendError` if the device failed."""
         ids = self._token_ids.result().tolist()
-        token_ids = [-1] * len(self.plan.requests)
+        entries = self._logprob_entries(ids) if self._logprobs else None
+        outcomes: list[Outcome | None] = [None] * len(self.plan.requests)
+        prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
         for i, row in enumerate(self._sampled):
+            entry = None if entries is None else entries[i]
             if row.target < 0:
-                token_ids[row.index] = ids[i]
-        result = StepResult(token_ids=token_ids)
-        if self._logprobs:
-            self._add_logprobs(result, ids)
-        self._mark_broken(result)
+                outcomes[row.index] = outcome_of(row, ids[i], entry)
+            elif entry is not None:
+                prompt_logprobs.setdefault(row.index, []).append(entry)
         if self._parts:
-            self._add_pooled(result)
-        return result
+            self._add_pooled(outcomes)
+        return StepResult(outcomes, prompt_logprobs)
 
-    def _add_pooled(self, result: StepResult) -> None:
-        # of the first token's states there are none left behind the first chunk
+    def _add_pooled(self, outcomes: list[Outcome | None]) -> None:
+        # no states where first tokens are pooled and the step has only later chunks
         states = np.empty((0, 0), np.float32) if self._states is None else self._states.result()
-        for request_id, vector in self._pooler.take(self._parts, states).items():
+        for index, vector in self._pooler.take(self._parts, states).items():
             if np.isfinite(vector).all():
-                result.pooled[request_id] = vector.tobytes()
+                outcomes[index] = Pooled(vector.tobytes())
             else:
-                result.failed[request_id] = (
-                    "the model's hidden states are not numbers (NaN or infinite): they cannot be "
-                    "pooled"
+                outcomes[index] = Failed(
+                    "the model's hidden states contain NaN or infinity: they cannot be pooled"
                 )
 
-    def _mark_broken(self, result: StepResult) -> None:
-        """A row that nothing could be drawn in has drawn -1: its request fails, no other."""
-        result.refused = {
-            row.request.request_id: row.refusal for row in self._sampled if row.refusal is not None
-        }
-        result.failed |= {
-            row.request.request_id: row.fault for row in self._sampled if row.fault is not None
-        }
-        for planned, token_id in zip(self.plan.requests, result.token_ids, strict=True):
-            if (
-                planned.samples_token
-                and token_id < 0
-                and planned.request.request_id not in result.refused | result.failed
-            ):
-                result.failed[planned.request.request_id] = (
-                    "the model's logits are not numbers (NaN or all -inf) after token "
-                    f"{planned.start + planned.num_tokens - 1}; nothing can be drawn"
-                )
-
-    def _add_logprobs(self, result: StepResult, ids: list[int]) -> None:
+    def _logprob_entries(self, ids: list[int]) -> list[TokenLogprobs | None]:
+        """For each row of logits, the logprobs of its token; None where not requested."""
         logprobs, ranks, top_ids, top_logprobs = (x.result() for x in self._logprobs)
+        entries: list[TokenLogprobs | None] = []
         for i, row in enumerate(self._sampled):
             wanted = num_logprobs_of(row)
             if wanted is None or (not math.isfinite(logprobs[i]) and ids[i] < 0):
+                entries.append(None)
                 continue
-            entry = TokenLogprobs(
-                token_id=ids[i],
-                logprob=float(logprobs[i]),
-                rank=int(ranks[i]),
-                top=list(
-                    zip(
-                        top_ids[i, :wanted].tolist(), top_logprobs[i, :wanted].tolist(), strict=True
-                    )
-                ),
-            )
-            if row.target >= 0:
-                result.prompt_logprobs.setdefault(row.request.request_id, []).append(entry)
-            else:
-                result.logprobs[row.request.request_id] = entry
+            top = zip(top_ids[i, :wanted].tolist(), top_logprobs[i, :wanted].tolist(), strict=True)
+            entries.append(TokenLogprobs(ids[i], float(logprobs[i]), int(ranks[i]), list(top)))
+        return entries
+
+
+def outcome_of(row: SampledRow, token_id: int, entry: TokenLogprobs | None) -> Outcome:
+    """The outcome of a row that samples a token; -1 is no token."""
+    if row.refusal is not None and token_id < 0:
+        return Refused(row.refusal)
+    if row.fault is not None:
+        return Failed(row.fault)
+    if token_id < 0:
+        return Failed(
+            f"the model's logits after token {row.position - 1} contain NaN or only -inf: no token "
+            "can be sampled"
+        )
+    return Sampled([token_id], None if entry is None else [entry])

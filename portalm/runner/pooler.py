@@ -80,9 +80,9 @@ class Pooler:
 
     def take(
         self, parts: list[PooledPart], states: npt.NDArray[np.float32]
-    ) -> dict[str, npt.NDArray[np.float32]]:
-        """Add a step's `states`, [P, N], to the sums; by request id, the vectors now complete."""
-        done: dict[str, npt.NDArray[np.float32]] = {}
+    ) -> dict[int, npt.NDArray[np.float32]]:
+        """Add a step's `states`, [P, N], to the sums; return the complete vectors by plan index."""
+        done: dict[int, npt.NDArray[np.float32]] = {}
         start = 0
         for part in parts:
             request = part.planned.request
@@ -98,7 +98,7 @@ class Pooler:
                 continue  # its first token's turn, or its last one's, is not now
             if part.is_last:
                 count = request.num_prompt_tokens if part.params.pooling == "mean" else 1
-                done[request_id] = _finish(total / count, part.params)
+                done[part.index] = _finish(total / count, part.params)
             else:
                 self._sums[request_id] = total
         return done

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from portalm.core.plan import StepPlan
 from portalm.core.request import Request
-from portalm.runner.input_batch import num_prompt_rows
 
 
 @dataclass(slots=True)
@@ -46,7 +45,7 @@ def sampled_rows(plan: StepPlan) -> list[SampledRow]:
         if request.params.prompt_logprobs is not None:
             rows.extend(
                 SampledRow(index, request, start + i + 1, request.token_ids[start + i + 1])
-                for i in range(num_prompt_rows(planned))
+                for i in range(planned.num_prompt_rows)
             )
         if samples_token:
             rows.append(SampledRow(index, request, start + num_tokens, -1))

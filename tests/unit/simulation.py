@@ -15,7 +15,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from portalm.config import SchedulerConfig
-from portalm.core.plan import PlannedRequest, RequestUpdate, StepPlan, StepResult, TokenLogprobs
+from portalm.core.plan import (
+    Failed,
+    Outcome,
+    PlannedRequest,
+    RequestUpdate,
+    Sampled,
+    StepPlan,
+    StepResult,
+    TokenLogprobs,
+)
 from portalm.core.prefix_cache import block_hash, root_hash
 from portalm.core.request import FinishReason, Request, RequestStatus
 from portalm.core.scheduler import Scheduler
@@ -131,7 +140,7 @@ class Device:
         self._tokens_before: dict[int, tuple[int, int]] = {}
         """Digest of a prefix -> digest of the prefix before it, its last token."""
         self._names: dict[int, tuple[bytes, list[int]]] = {}
-        self._drawn: dict[str, tuple[Request, int, int]] = {}
+        self._sampled: dict[str, tuple[Request, int, int]] = {}
         """What the last step drew: request, position, token. Older ones are not kept."""
         self._rows: dict[str, tuple[Request, int]] = {}
         """Requests (and their epoch) that the runner has a row for."""
@@ -152,18 +161,18 @@ class Device:
                 self._put(slot, digests[position])
                 self._tokens_before[digests[position]] = before, self._token(planned, position)
             chains.append(digests)
-        result = StepResult(token_ids=[])
-        drawn: dict[str, tuple[Request, int, int]] = {}
-        for planned, digests in zip(plan.requests, chains, strict=True):
+        result = StepResult(outcomes=[])
+        sampled: dict[str, tuple[Request, int, int]] = {}
+        for index, (planned, digests) in enumerate(zip(plan.requests, chains, strict=True)):
             self._attend(planned.request, digests)
-            result.token_ids.append(self._draw(planned, digests, asks, drawn, result))
-            self._score_prompt(planned, result)
-        self._drawn = drawn
+            result.outcomes.append(self._sample(planned, digests, asks, sampled))
+            self._score_prompt(index, planned, result)
+        self._sampled = sampled
         return result
 
     def lose_all(self) -> None:
         self.memory.clear()
-        self._drawn.clear()
+        self._sampled.clear()
 
     def _take_rows(self, plan: StepPlan) -> None:
         """The runner keeps a row for each request from plan to plan until told otherwise."""
@@ -192,15 +201,15 @@ class Device:
         if position < len(request.token_ids):
             return request.token_ids[position]
         require(not request.needs_history, "{} ran ahead of its history", request)
-        drawn = self._drawn.get(request.request_id)
+        sampled = self._sampled.get(request.request_id)
         require(
-            drawn is not None and drawn[:2] == (request, position),
-            "{}: token {} is computed, but the step before did not draw it",
+            sampled is not None and sampled[:2] == (request, position),
+            "{}: token {} is computed, but the previous step did not sample it",
             request,
             position,
         )
-        assert drawn is not None
-        return drawn[2]
+        assert sampled is not None
+        return sampled[2]
 
     def _tokens(self, planned: PlannedRequest, ask: Ask) -> list[int]:
         """Tokens 0 to the end of what is planned, those still on the device included."""
@@ -224,33 +233,30 @@ class Device:
                 raise Broken(f"{request}: would attend to a wrong token at position {position}")
 
     @staticmethod
-    def _draw(
+    def _sample(
         planned: PlannedRequest,
         digests: list[int],
         asks: dict[str, Ask],
-        drawn: dict[str, tuple[Request, int, int]],
-        result: StepResult,
-    ) -> int:
+        sampled: dict[str, tuple[Request, int, int]],
+    ) -> Outcome | None:
         if not planned.samples_token:
-            return -1
+            return None
         request = planned.request
         ask = asks[request.request_id]
-        token_id = next_token(digests[-1], ask.seed)
         if ask.breaks_after is not None and len(digests) - len(ask.prompt) >= ask.breaks_after:
-            token_id = -1
-            if request.seed % 2:
-                result.failed[request.request_id] = "NaN"
-        drawn[request.request_id] = request, len(digests), token_id
-        return token_id
+            sampled[request.request_id] = request, len(digests), -1
+            return Failed("NaN")
+        token_id = next_token(digests[-1], ask.seed)
+        sampled[request.request_id] = request, len(digests), token_id
+        return Sampled([token_id])
 
     @staticmethod
-    def _score_prompt(planned: PlannedRequest, result: StepResult) -> None:
+    def _score_prompt(index: int, planned: PlannedRequest, result: StepResult) -> None:
         request = planned.request
         if request.params.prompt_logprobs is not None:
-            end = min(planned.start + planned.num_tokens, request.num_prompt_tokens - 1)
-            result.prompt_logprobs[request.request_id] = [
-                TokenLogprobs(request.token_ids[i + 1], -1.0, 1, [])
-                for i in range(planned.start, end)
+            result.prompt_logprobs[index] = [
+                TokenLogprobs(request.token_ids[planned.start + i + 1], -1.0, 1, [])
+                for i in range(planned.num_prompt_rows)
             ]
 
     def name_of(self, block: int, salts: dict[int, str]) -> bytes:
@@ -410,11 +416,7 @@ class Simulation:
         is_one = [p.num_tokens == 1 for p in planned]
         require(is_one == sorted(is_one, reverse=True), "decodes do not come first")
         require(len({p.request.request_id for p in planned}) == len(planned), "planned twice")
-        rows = sum(
-            max(0, min(p.start + p.num_tokens, p.request.num_prompt_tokens - 1) - p.start)
-            for p in planned
-            if p.request.params.prompt_logprobs is not None
-        )
+        rows = sum(p.num_prompt_rows for p in planned)
         require(rows <= config.max_prompt_logprob_rows, "{} rows of prompt logprobs", rows)
         for p in planned:
             require(p.request.status is RequestStatus.RUNNING, "{} is planned", p.request)

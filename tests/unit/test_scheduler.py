@@ -7,7 +7,16 @@ import time
 import pytest
 
 from portalm.config import ConfigError, EngineConfig, SchedulerConfig
-from portalm.core.plan import StepPlan, StepResult
+from portalm.core.plan import (
+    Failed,
+    Outcome,
+    Pooled,
+    Refused,
+    Sampled,
+    StepPlan,
+    StepResult,
+    TokenLogprobs,
+)
 from portalm.core.request import Request, RequestStatus
 from portalm.core.scheduler import Scheduler
 from portalm.errors import InvalidRequest, RequestTooLarge
@@ -46,9 +55,13 @@ def make_request(
 
 def step(scheduler: Scheduler, token_id: int = 99) -> StepPlan:
     plan = scheduler.schedule()
-    ids = [token_id if p.samples_token else -1 for p in plan.requests]
-    scheduler.update(plan, StepResult(token_ids=ids))
+    scheduler.update(plan, sampled(plan, token_id))
     return plan
+
+
+def sampled(plan: StepPlan, token_id: int = 99) -> StepResult:
+    """The result of a step whose requests all sample `token_id`, where they sample one."""
+    return StepResult([Sampled([token_id]) if p.samples_token else None for p in plan.requests])
 
 
 def planned(plan: StepPlan) -> dict[str, int]:
@@ -312,7 +325,7 @@ def test_abort_frees_blocks_at_once_even_with_a_step_in_flight() -> None:
     scheduler.abort("a")
 
     assert scheduler.stats()["num_used_blocks"] == 0
-    assert scheduler.update(plan, StepResult(token_ids=[7])) == []
+    assert scheduler.update(plan, sampled(plan, 7)) == []
     assert not scheduler.has_unfinished()
 
 
@@ -450,7 +463,7 @@ def test_a_request_with_penalties_waits_for_its_own_token() -> None:
     plan = scheduler.schedule()
 
     assert scheduler.schedule().is_empty
-    scheduler.update(plan, StepResult(token_ids=[7]))
+    scheduler.update(plan, sampled(plan, 7))
     assert planned(scheduler.schedule()) == {"a": 1}
 
 
@@ -460,7 +473,7 @@ def test_broken_logits_end_their_request_and_nobody_finds_its_blocks() -> None:
     scheduler.add(make_request("good", 9, first=50))
     plan = scheduler.schedule()
 
-    updates = scheduler.update(plan, StepResult(token_ids=[-1, 7], failed={"bad": "NaN"}))
+    updates = scheduler.update(plan, StepResult([Failed("NaN"), Sampled([7])]))
 
     assert [(u.request.request_id, u.finish_reason) for u in updates] == [
         ("bad", "error"),
@@ -472,17 +485,43 @@ def test_broken_logits_end_their_request_and_nobody_finds_its_blocks() -> None:
     assert again.num_cached_tokens == 0
 
 
-def test_a_token_of_minus_one_is_broken_logits() -> None:
+def test_a_refused_request_ends_with_its_own_error() -> None:
     scheduler = make_scheduler()
     request = make_request("a")
     scheduler.add(request)
     plan = scheduler.schedule()
 
-    updates = scheduler.update(plan, StepResult(token_ids=[-1]))
+    [update] = scheduler.update(plan, StepResult([Refused("no token is left")]))
 
-    assert [(u.finish_reason, u.new_token_ids) for u in updates] == [("error", [])]
-    assert "not numbers" in str(updates[0].error)
+    assert (update.finish_reason, update.new_token_ids) == ("error", [])
+    assert (update.error, update.is_refused) == ("no token is left", True)
     assert request.output_token_ids == []
+
+
+def test_tokens_after_one_that_ends_the_request_are_dropped() -> None:
+    scheduler = make_scheduler()
+    request = make_request("a", params=SamplingParams(max_tokens=8, stop_token_ids=[7]))
+    scheduler.add(request)
+    plan = scheduler.schedule()
+    logprobs = [TokenLogprobs(i, -1.0, 1, []) for i in (5, 7, 6)]
+
+    [update] = scheduler.update(plan, StepResult([Sampled([5, 7, 6], logprobs)]))
+
+    assert (update.finish_reason, update.new_token_ids) == ("stop", [5, 7])
+    assert update.logprobs == logprobs[:2]
+    assert request.output_token_ids == [5, 7]
+    assert scheduler.stats()["num_used_blocks"] == 0
+
+
+def test_several_sampled_tokens_are_computed_in_the_next_step() -> None:
+    scheduler = make_scheduler()
+    scheduler.add(make_request("a"))
+    plan = scheduler.schedule()
+
+    [update] = scheduler.update(plan, StepResult([Sampled([5, 6, 7])]))
+
+    assert update.new_token_ids == [5, 6, 7]
+    assert planned(scheduler.schedule()) == {"a": 3}
 
 
 def test_blocks_that_broken_logits_have_read_are_found_no_more_even_if_others_hold_them() -> None:
@@ -493,7 +532,7 @@ def test_blocks_that_broken_logits_have_read_are_found_no_more_even_if_others_ho
     plan = scheduler.schedule()
     assert planned(plan) == {"good": 1, "bad": 1}
 
-    scheduler.update(plan, StepResult(token_ids=[7, -1]))
+    scheduler.update(plan, StepResult([Sampled([7]), Failed("NaN")]))
 
     scheduler.add(make_request("again", 9))
     assert planned(scheduler.schedule()) == {"good": 1, "again": 9}
@@ -508,7 +547,7 @@ def test_finish_ends_a_request_whose_token_is_in_flight() -> None:
     scheduler.finish(request, "stop")
 
     assert request.finish_reason == "stop"
-    assert scheduler.update(plan, StepResult(token_ids=[7])) == []
+    assert scheduler.update(plan, sampled(plan, 7)) == []
     assert scheduler.schedule().released == ["a"]
     assert not scheduler.has_unfinished()
 
@@ -613,10 +652,10 @@ def test_planning_and_updating_256_decodes_is_fast() -> None:
         step(scheduler)
     seconds = []
     for _ in range(30):
-        ids = [99] * 256
+        outcomes: list[Outcome | None] = [Sampled([99]) for _ in range(256)]
         start = time.perf_counter()
         plan = scheduler.schedule()
-        scheduler.update(plan, StepResult(token_ids=ids))
+        scheduler.update(plan, StepResult(outcomes))
         seconds.append(time.perf_counter() - start)
 
     # 0.6 ms on an idle machine (benchmarks/engine/scheduler.py); CI machines are not
@@ -640,9 +679,8 @@ def make_pooled(request_id: str, num_tokens: int, pooling: str = "mean") -> Requ
 def pool_step(scheduler: Scheduler) -> StepPlan:
     """Plan a step and give every prompt that it completes a vector."""
     plan = scheduler.schedule()
-    done = [p.request for p in plan.requests if p.request.num_pending_tokens == 0]
-    vectors = {r.request_id: b"\0\0\0\0" for r in done}
-    scheduler.update(plan, StepResult(token_ids=[-1] * len(plan.requests), pooled=vectors))
+    is_done = [p.request.num_pending_tokens == 0 for p in plan.requests]
+    scheduler.update(plan, StepResult([Pooled(b"\0\0\0\0") if done else None for done in is_done]))
     return plan
 
 

@@ -12,6 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from portalm.config import SchedulerConfig
 from portalm.core import scheduler as scheduler_module
 from portalm.core.block_manager import BlockManager
+from portalm.core.plan import Failed, RequestUpdate, Sampled, StepPlan, StepResult
 from portalm.core.prefix_cache import extend_hashes
 from portalm.core.request import Request
 from portalm.core.scheduler import Scheduler
@@ -246,9 +247,9 @@ def the_first_loses_its_blocks(patch: pytest.MonkeyPatch) -> None:
 def broken_logits_are_tokens(patch: pytest.MonkeyPatch) -> None:
     right = Scheduler.update
 
-    def fault(self: Scheduler, plan: object, result: object) -> object:
-        result.token_ids = [max(0, t) for t in result.token_ids]  # type: ignore[attr-defined]
-        return right(self, plan, result)  # type: ignore[arg-type]
+    def fault(self: Scheduler, plan: StepPlan, result: StepResult) -> list[RequestUpdate]:
+        outcomes = [Sampled([0]) if isinstance(o, Failed) else o for o in result.outcomes]
+        return right(self, plan, StepResult(outcomes, result.prompt_logprobs))
 
     patch.setattr(Scheduler, "update", fault)
 
