@@ -118,7 +118,7 @@ class Engine:
 
     def load_grammar(self, message: LoadGrammar) -> None:
         """Begin to load a grammar, beside the steps; requests may name it from now on."""
-        self._grammars.take(message)
+        self._grammars.load(message)
 
     def _admit_loaded(self) -> list[TokenOutput]:
         """Queue requests whose grammar is loaded; the outputs of those that cannot be."""

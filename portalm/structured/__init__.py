@@ -1,5 +1,5 @@
-"""Answers that match a JSON schema, a regex, a choice or a grammar, by XGrammar.
+"""Structured outputs: answers that match a JSON schema, regex, choice or grammar, with XGrammar.
 
-compiler (the client's side) has compiler_process compile what was asked; grammar (the engine's
-side) turns the result into masks of the tokens that may come next.
+compiler (in the client's process) compiles grammars in compiler_process; grammar (in the engine's
+process) turns a compiled grammar into masks of the tokens that may come next.
 """

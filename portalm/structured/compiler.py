@@ -1,4 +1,4 @@
-"""The client's side of compiling grammars: a cache, and processes that are killed if they hang."""
+"""Compile grammars for a client, with a cache and processes that are killed if they hang."""
 
 from __future__ import annotations
 
@@ -32,32 +32,32 @@ from portalm.structured.schema import prepare_schema
 logger = logging.getLogger(__name__)
 
 COMPILE_S = 10.0
-"""Most that compiling a grammar may take."""
+"""Time limit for compiling a grammar."""
 
 _START_S = 120.0
-"""Most that starting a compiler may take: it imports torch."""
+"""Time limit for starting a compiler process, which imports torch."""
 _MAX_CACHE_BYTES = 64 << 20
 _MAX_REFUSALS = 1024
 _NUM_PROCESSES = 2
-"""So that one grammar that takes long does not hold up all others."""
+"""More than one, so that one slow grammar does not delay all others."""
 _MAX_WAITING = 64
-"""Grammars that may wait to be compiled."""
+"""Maximum number of grammars being compiled or waiting for it."""
 
 _decode = msgspec.msgpack.Decoder(Compiled | Refused).decode
 
 
 class GrammarCompiler:
-    """Compiles what callers ask for, once. Nothing runs before the first grammar."""
+    """Compiles each grammar once, in processes that are started for the first grammar."""
 
     def __init__(
         self, vocabulary: Callable[[], Vocabulary], *, compile_s: float = COMPILE_S
     ) -> None:
-        """For one model.
+        """Create a compiler for one model.
 
         Args:
-            vocabulary: what the model draws from, asked for once; raises `InvalidRequest` if
-                no grammar can be compiled for it.
-            compile_s: how long compiling one may take.
+            vocabulary: returns the model's vocabulary, called until it succeeds once; raises
+                `InvalidRequest` if no grammar can be compiled for the model.
+            compile_s: time limit for compiling one grammar, in seconds.
         """
         self._read_vocabulary = vocabulary
         self._compile_s = compile_s
@@ -66,8 +66,8 @@ class GrammarCompiler:
         self._cache: OrderedDict[str, CompiledGrammar] = OrderedDict()
         self._cache_bytes = 0
         self._refusals: OrderedDict[str, str] = OrderedDict()
-        """Why what was asked cannot be compiled: asked again, it costs nothing."""
-        self._in_work: dict[str, Future[CompiledGrammar]] = {}
+        """Cached errors, by key, of grammars that cannot be compiled."""
+        self._compiling: dict[str, Future[CompiledGrammar]] = {}
         self._executor = ThreadPoolExecutor(_NUM_PROCESSES, "grammars")
         self._idle: list[_Process] = []
         self._busy: set[_Process] = set()
@@ -75,18 +75,22 @@ class GrammarCompiler:
 
     @property
     def vocabulary(self) -> Vocabulary:
-        """What grammars are compiled for. Raises `InvalidRequest` if that is not possible."""
+        """The vocabulary that grammars are compiled for.
+
+        Raises:
+            InvalidRequest: no grammar can be compiled for the model.
+        """
         with self._lock:
             if self._vocabulary is None:
                 self._vocabulary = self._read_vocabulary()
             return self._vocabulary
 
     def compile(self, asked: StructuredOutputs) -> Future[CompiledGrammar]:
-        """The grammar, now or when it is compiled; others may wait for the same future.
+        """Compile a grammar, or return it from the cache; callers may share the same future.
 
-        Raises (or the future does):
-            InvalidRequest: it cannot be compiled, or not in time; the text says why.
-            CompilersBusy: too many others wait.
+        Raises (here or from the future):
+            InvalidRequest: it cannot be compiled, or not in time; the message says why.
+            CompilersBusy: too many grammars are waiting to be compiled.
         """
         key = key_of(asked)
         with self._lock:
@@ -97,21 +101,21 @@ class GrammarCompiler:
                 return done
             if key in self._refusals:
                 raise _refused(self._refusals[key])
-            if key in self._in_work:
-                return self._in_work[key]
-            if len(self._in_work) >= _MAX_WAITING:
+            if key in self._compiling:
+                return self._compiling[key]
+            if len(self._compiling) >= _MAX_WAITING:
                 raise CompilersBusy(
-                    f"{len(self._in_work)} grammars wait to be compiled: try again later"
+                    f"{len(self._compiling)} grammars are waiting to be compiled; try again later"
                 )
             if asked.json is not None:
                 assert isinstance(asked.json, str)
                 asked = dataclasses.replace(asked, json=prepare_schema(asked.json))
-            future = self._in_work[key] = self._executor.submit(self._work, key, asked)
+            future = self._compiling[key] = self._executor.submit(self._compile, key, asked)
             return future
 
-    def _work(self, key: str, asked: StructuredOutputs) -> CompiledGrammar:
+    def _compile(self, key: str, asked: StructuredOutputs) -> CompiledGrammar:
         try:
-            answer = self._ask(asked)
+            answer = self._run_process(asked)
             with self._lock:
                 if isinstance(answer, Refused):
                     self._refusals[key] = answer.message
@@ -125,43 +129,47 @@ class GrammarCompiler:
                 return compiled
         finally:
             with self._lock:
-                del self._in_work[key]
+                del self._compiling[key]
 
-    def _ask(self, asked: StructuredOutputs) -> Compiled | Refused:
+    def _run_process(self, asked: StructuredOutputs) -> Compiled | Refused:
+        """Compile in an idle or new process; kill and replace it if it fails."""
         vocabulary = self.vocabulary
         with self._lock:
             if self._is_closed:
-                return Refused("the server ends")
+                return Refused("the server is shutting down")
             process = self._idle.pop() if self._idle else _Process(vocabulary)
             self._busy.add(process)
         answer: Compiled | Refused | None = None
         try:
-            answer = process.ask(asked, self._compile_s)
+            answer = process.compile(asked, self._compile_s)
         finally:
             with self._lock:
                 self._busy.discard(process)
                 if answer is None or self._is_closed:
                     process.kill()
                     process.close()
-                if not self._is_closed:  # one that was killed is replaced now, to be ready then
+                if not self._is_closed:  # replace a killed process now, so that it is ready later
                     self._idle.append(_Process(vocabulary) if answer is None else process)
         if answer is not None:
             return answer
         if process.hung:
             return Refused(
-                f"compiling it takes more than {self._compile_s:g} s: lower what it repeats, "
-                f"nests or leaves optional"
+                f"compiling takes more than {self._compile_s:g} s; use fewer repetitions, optional "
+                f"parts or levels of nesting"
             )
-        return Refused("compiling it takes too much memory or nests too deeply")
+        return Refused(
+            "compiling takes too much memory, or the nesting is too deep; use fewer repetitions, "
+            "optional parts or levels of nesting"
+        )
 
     def close(self) -> None:
-        """End the processes; whoever still waits is refused."""
+        """Kill the processes; grammars that are still waiting fail."""
         with self._lock:
             self._is_closed = True
             idle, busy = self._idle, [*self._busy]
             self._idle = []
         for process in (*idle, *busy):
-            process.kill()  # who waits for a busy one sees that it has ended
+            process.kill()  # the thread that waits for a busy process sees that it has ended
         for process in idle:
             process.close()
         self._executor.shutdown(cancel_futures=True)
@@ -172,12 +180,12 @@ def _refused(reason: str) -> InvalidRequest:
 
 
 class _Process:
-    """An interpreter of its own that compiles one grammar after the other."""
+    """A compiler process, which compiles one grammar at a time."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
-        """Start it."""
+        """Start the process."""
         self.hung = False
-        """It did not answer in time."""
+        """Whether it did not answer in time."""
         self._is_ready = False
         ours, theirs = socket.socketpair()
         with theirs:
@@ -191,8 +199,16 @@ class _Process:
             )
         self._vocabulary = msgspec.msgpack.encode(vocabulary)
 
-    def ask(self, asked: StructuredOutputs, seconds: float) -> Compiled | Refused | None:
-        """Its answer; None: it ended, or did not answer in time (its start not counted)."""
+    def compile(self, asked: StructuredOutputs, seconds: float) -> Compiled | Refused | None:
+        """Compile a grammar in the process.
+
+        Args:
+            asked: the grammar.
+            seconds: time limit, not including the process's startup.
+
+        Returns:
+            The result; None if the process ended or did not answer in time.
+        """
         if not self._is_ready:
             self._send(self._vocabulary)
             self._is_ready = self._receive(_START_S) is not None
@@ -201,7 +217,7 @@ class _Process:
         return None if answer is None else _decode(answer)
 
     def _send(self, data: bytes) -> None:
-        with contextlib.suppress(OSError):  # it has ended: `_receive` says so
+        with contextlib.suppress(OSError):  # it has ended, which `_receive` reports
             self._connection.send_bytes(data)
 
     def _receive(self, seconds: float) -> bytes | None:
@@ -214,10 +230,10 @@ class _Process:
             return None
 
     def kill(self) -> None:
-        """End it at once."""
+        """Kill the process and wait for its end."""
         self._process.kill()
         self._process.wait()
 
     def close(self) -> None:
-        """Nobody will ask it again."""
+        """Close the connection to the process."""
         self._connection.close()

@@ -1,8 +1,8 @@
-"""Compiles grammars in a process of its own: `python -m portalm.structured.compiler_process FD`.
+"""Compile grammars in a separate process: `python -m portalm.structured.compiler_process FD`.
 
-A grammar may take minutes and gigabytes to compile, or overflow the stack. Here that ends this
-process, which nobody else needs: the client (compiler.py) ends it after its time and starts
-another. Memory has a limit, and the process gives way to others.
+A grammar may take minutes and gigabytes to compile, or overflow the stack. Here that costs only
+this process: the client (compiler.py) kills it after a timeout and starts another. The process has
+a memory limit and a low priority.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from portalm.structured.grammar import MASK_S, tokenizer_info
 from portalm.structured.messages import Compile, Compiled, Refused, Vocabulary
 
 MAX_COMPILED_BYTES = 16 << 20
-"""Largest compiled grammar."""
+"""Maximum size of a compiled grammar, as XGrammar's JSON."""
 
 _MAX_MEMORY_BYTES = 3 << 30
 _NICENESS = 5
 
 _TRIAL_TOKENS = 48
 _TRIAL_ONCE_S = 0.02
-"""What all masks of the trial may take in all, besides `MASK_S` each."""
+"""CPU time that the trial may use in addition to `MASK_S` per token."""
 
 _PREFIX = re.compile(r"\[[\d:]+\] \S+:\d+: (?:Warning: )?")
-"""What XGrammar puts before its messages: time, source file, line."""
+"""Prefix of XGrammar's messages: time, source file, line."""
 
 _CHECK = re.compile(r"Check failed: \([^)]*\) is false: ")
 
@@ -48,7 +48,7 @@ _ANY_JSON_OBJECT = '{"type": "object", "additionalProperties": true}'
 
 
 class _NotPossible(Exception):
-    """The grammar cannot be compiled, with the reason."""
+    """The grammar cannot be compiled; the message is the reason."""
 
 
 class _Compiler:
@@ -63,22 +63,26 @@ class _Compiler:
         )
 
     def compile(self, asked: StructuredOutputs) -> bytes:
-        """XGrammar's JSON. Raises `_NotPossible`."""
+        """Compile a grammar to XGrammar's JSON.
+
+        Raises:
+            _NotPossible: it cannot be compiled, is too large, or fails the trial.
+        """
         with _messages_of_xgrammar() as messages:
             try:
                 compiled = self._compile(asked)
             except RuntimeError as error:
                 raise _NotPossible(_plain(str(error))) from error
             except MemoryError:
-                raise _NotPossible("compiling it takes too much memory") from None
+                raise _NotPossible("compiling takes too much memory") from None
         if messages:
             raise _NotPossible("; ".join(messages))
-        self._try(compiled)
+        self._trial(compiled)
         data: str = compiled.serialize_json()
         if len(data) > MAX_COMPILED_BYTES:
             raise _NotPossible(
-                f"compiled it has {len(data) >> 20} MiB, at most {MAX_COMPILED_BYTES >> 20} are "
-                f"taken: lower what it repeats or leaves optional"
+                f"the compiled grammar has {len(data) >> 20} MiB; the limit is "
+                f"{MAX_COMPILED_BYTES >> 20} MiB; use fewer repetitions or optional parts"
             )
         return data.encode()
 
@@ -91,37 +95,40 @@ class _Compiler:
         if asked.choice is not None:
             return compiler.compile_grammar(_choice_grammar(asked.choice))
         schema = _ANY_JSON_OBJECT if asked.json is None else asked.json
-        assert isinstance(schema, str)  # StructuredOutputs made it one
+        assert isinstance(schema, str)  # StructuredOutputs converts it
         return compiler.compile_json_schema(
             schema,
             strict_mode=not asked.additional_properties,
             **_whitespace(asked.whitespace_pattern),
         )
 
-    def _try(self, compiled: Any) -> None:
-        """Draw a few tokens at random.
+    def _trial(self, compiled: Any) -> None:
+        """Sample a few tokens at random, to reject unusable grammars before they reach an engine.
 
-        A grammar that nothing matches, or whose masks take long, is better found here than in an
-        engine.
+        Raises:
+            _NotPossible: no text matches the grammar, or its masks take too long to compute.
         """
         matcher = self._xgrammar.GrammarMatcher(compiled)
         mask = np.zeros((1, -(-self._size // 32)), np.int32)
-        draw = random.Random(0)
+        generator = random.Random(0)
         started = time.thread_time()
         for i in range(_TRIAL_TOKENS):
             matcher.fill_next_token_bitmask(mask, 0)
             seconds = time.thread_time() - started
             if seconds > _TRIAL_ONCE_S + MASK_S * (i + 1):
                 raise _NotPossible(
-                    f"to find the tokens that may come next takes {seconds / (i + 1) * 1000:.0f} "
-                    f"ms, at most {MASK_S * 1000:.0f} are given: it is too ambiguous"
+                    f"the grammar is too ambiguous: finding the tokens that may come next takes "
+                    f"{seconds / (i + 1) * 1000:.0f} ms; the limit is {MASK_S * 1000:.0f} ms"
                 )
             bits = np.unpackbits(mask.view(np.uint8), bitorder="little")
             allowed = np.flatnonzero(bits[: self._size])
             if not len(allowed):
-                text = "nothing matches it" if i == 0 else "it leads where nothing can follow"
-                raise _NotPossible(text)
-            token = int(allowed[draw.randrange(len(allowed))])
+                raise _NotPossible(
+                    "the grammar matches no text"
+                    if i == 0
+                    else "the grammar has a dead end: no token can follow"
+                )
+            token = int(allowed[generator.randrange(len(allowed))])
             if token in self._eos:
                 return
             matcher.accept_token(token)
@@ -140,8 +147,8 @@ def _code(char: str) -> str:
 
 
 def _whitespace(pattern: str | None) -> dict[str, Any]:
-    """XGrammar's settings for a whitespace pattern; raises `_NotPossible` for any other."""
-    if pattern is None:  # a model that is free to may write whitespace without end
+    """XGrammar's settings for a whitespace pattern; raises `_NotPossible` if it has none."""
+    if pattern is None:  # none by default: models may write whitespace without end
         return {"any_whitespace": False}
     if pattern == "":
         return {"any_whitespace": False, "separators": (",", ":")}
@@ -152,18 +159,18 @@ def _whitespace(pattern: str | None) -> dict[str, Any]:
         if 1 <= int(match[3]) <= _MAX_WHITESPACE:
             return {"max_whitespace_cnt": int(match[3])}
     raise _NotPossible(
-        f"whitespace_pattern {pattern!r} is not supported; these are: '' (none), "
-        r"'[ \n\r\t]*', and '[ \n\r\t]{0,N}' with an N of 1 to "
+        f"whitespace_pattern {pattern!r} is not supported; supported: '' (no whitespace), "
+        r"'[ \n\r\t]*' and '[ \n\r\t]{0,N}' with N from 1 to "
         f"{_MAX_WHITESPACE}"
     )
 
 
-# -- what XGrammar says -----------------------------------------------------------------------
+# -- XGrammar's messages ----------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def _messages_of_xgrammar() -> Iterator[list[str]]:
-    """What XGrammar writes to stderr meanwhile: it warns of all that it passes over."""
+    """Collect what XGrammar writes to stderr: it warns about everything that it ignores."""
     messages: list[str] = []
     sys.stderr.flush()
     with tempfile.TemporaryFile() as file:
@@ -180,7 +187,7 @@ def _messages_of_xgrammar() -> Iterator[list[str]]:
 
 
 def _plain(text: str) -> str:
-    """A message without the place in XGrammar's sources, and not longer than a reader wants."""
+    """Remove the location in XGrammar's sources from a message, and limit its length."""
     text = _CHECK.sub("", _PREFIX.sub("", text)).strip()
     return text if len(text) <= 500 else text[:500] + "..."
 
@@ -189,7 +196,7 @@ def _plain(text: str) -> str:
 
 
 def main() -> int:
-    """Serve the client at the other end of a socket until it is gone."""
+    """Compile grammars for the client at the other end of a socket until it disconnects."""
     connection = Connection(int(sys.argv[1]))
     os.nice(_NICENESS)
     decoder = msgspec.msgpack.Decoder(Compile)

@@ -1,4 +1,4 @@
-"""The engine's side of grammars: loaded beside the steps, matched token by token."""
+"""Grammars in the engine: loaded in a thread while steps run, matched token by token."""
 
 from __future__ import annotations
 
@@ -14,43 +14,43 @@ import numpy.typing as npt
 from portalm.structured.messages import LoadGrammar, Vocabulary
 
 MASK_S = 0.002
-"""What the host may compute for a token of one request, on average: all others wait meanwhile."""
+"""Maximum CPU time per token of one request, on average: all other requests wait meanwhile."""
 _ONCE_S = 0.25
-"""What it may compute for one request besides."""
+"""CPU time that one request may use in addition to `MASK_S` per token."""
 
 
 class NoTokenFits(Exception):
-    """Nothing can be drawn for a request any more, with the reason."""
+    """No further token can be sampled for a request; the message is the reason."""
 
 
 class Grammar:
-    """A grammar that is loaded, or is being loaded; requests share it."""
+    """A grammar that is loaded or being loaded, shared by the requests that use it."""
 
     def __init__(self, loading: Future[Any], eos_token_ids: Sequence[int]) -> None:
         self._loading = loading
         self.eos_token_ids = tuple(eos_token_ids)
-        """Drawn where the grammar may end."""
+        """Tokens allowed wherever the grammar may end."""
 
     @property
     def is_loaded(self) -> bool:
-        """True once `matcher` does not wait (or raises: loading failed)."""
+        """Whether loading has finished or failed, so that `matcher` and `check` do not block."""
         return self._loading.done()
 
     def wait(self, seconds: float) -> None:
-        """Until it is loaded, but not longer."""
+        """Block until it is loaded, at most `seconds`."""
         wait([self._loading], timeout=seconds)
 
     def check(self) -> None:
-        """Raise what loading raised."""
+        """Raise the exception that loading raised, if it failed."""
         self._loading.result()
 
     def matcher(self) -> Matcher:
-        """One at the beginning of an answer."""
+        """Return a matcher at the beginning of an answer."""
         return Matcher(self._loading.result())
 
 
 class Matcher:
-    """How far one answer has come in its grammar: a function of its tokens, and of nothing else."""
+    """Position of one answer in its grammar, determined by the answer's tokens alone."""
 
     def __init__(self, compiled: Any) -> None:
         import xgrammar
@@ -60,7 +60,11 @@ class Matcher:
         self._seconds = 0.0
 
     def advance(self, token_ids: Sequence[int], num_prompt_tokens: int) -> None:
-        """Go on to the end of `token_ids`: a prompt and the answer so far.
+        """Match the answer's tokens that were not matched yet.
+
+        Args:
+            token_ids: the prompt and the answer so far.
+            num_prompt_tokens: length of the prompt in `token_ids`.
 
         Raises:
             NoTokenFits: the answer does not match, or matching takes too long.
@@ -69,13 +73,22 @@ class Matcher:
         for token_id in token_ids[num_prompt_tokens + self._num_tokens :]:
             if not _guarded(self._matcher.accept_token, token_id):
                 raise NoTokenFits(
-                    f"token {self._num_tokens} of the answer (id {token_id}) does not match"
+                    f"token {self._num_tokens} of the answer (id {token_id}) does not match the "
+                    f"grammar"
                 )
             self._num_tokens += 1
         self._count(time.thread_time() - started)
 
     def fill(self, mask: npt.NDArray[np.int32], row: int) -> None:
-        """Set the bits of the tokens that may come next in `mask[row]`, int32 [R, ceil(V / 32)]."""
+        """Write the bits of the tokens that may come next to `mask[row]`.
+
+        Args:
+            mask: int32 [R, ceil(V / 32)], one bit per token of the vocabulary.
+            row: the row to write.
+
+        Raises:
+            NoTokenFits: computing the mask takes too long, or fails.
+        """
         started = time.thread_time()
         _guarded(self._matcher.fill_next_token_bitmask, mask, row)
         self._count(time.thread_time() - started)
@@ -84,13 +97,13 @@ class Matcher:
         self._seconds += seconds
         if self._seconds > _ONCE_S + MASK_S * (self._num_tokens + 1):
             raise NoTokenFits(
-                f"to match {self._num_tokens} tokens took {self._seconds * 1000:.0f} ms, at most "
-                f"{MASK_S * 1000:.0f} a token are given: the grammar is too ambiguous"
+                f"the grammar is too ambiguous: matching {self._num_tokens} tokens took "
+                f"{self._seconds * 1000:.0f} ms; the limit is {MASK_S * 1000:.0f} ms per token"
             )
 
 
 def _guarded(call: Callable[..., bool], *args: object) -> bool:
-    """`call`'s result; what XGrammar raises is the request's own."""
+    """Return `call(*args)`; XGrammar's errors become `NoTokenFits`, which fails one request."""
     try:
         return call(*args)
     except RuntimeError as error:
@@ -98,17 +111,17 @@ def _guarded(call: Callable[..., bool], *args: object) -> bool:
 
 
 class Grammars:
-    """The grammars that an engine was given and not told to forget."""
+    """The grammars of an engine, by key."""
 
     def __init__(self) -> None:
         self._grammars: dict[str, Grammar] = {}
         self._executor: ThreadPoolExecutor | None = None
         self._vocabulary: Vocabulary | None = None
         self._info: Any = None
-        """XGrammar's view of the vocabulary; of the loading thread."""
+        """XGrammar's TokenizerInfo, used by the loading thread only."""
 
-    def take(self, message: LoadGrammar) -> None:
-        """Begin to load a grammar. XGrammar is imported with the first one, in a thread too."""
+    def load(self, message: LoadGrammar) -> None:
+        """Start loading a grammar in a thread, which imports XGrammar for the first one."""
         for key in message.forget:
             self._grammars.pop(key, None)
         self._vocabulary = message.vocabulary or self._vocabulary
@@ -129,13 +142,13 @@ class Grammars:
         return xgrammar.CompiledGrammar.deserialize_json(data.decode(), self._info)
 
     def close(self) -> None:
-        """End the loading thread."""
+        """Stop the loading thread."""
         if self._executor is not None:
             self._executor.shutdown(cancel_futures=True)
 
 
 def tokenizer_info(vocabulary: Vocabulary) -> Any:
-    """XGrammar's view of a vocabulary."""
+    """Convert a vocabulary to XGrammar's TokenizerInfo."""
     import xgrammar
 
     tokens = msgspec.msgpack.decode(vocabulary.tokens, type=list[bytes])

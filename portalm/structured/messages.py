@@ -1,4 +1,4 @@
-"""What crosses between a client, its grammar compiler and its engine: plain data, msgpack."""
+"""Messages between a client, its grammar compiler and its engine: plain data for msgpack."""
 
 from __future__ import annotations
 
@@ -12,57 +12,59 @@ from portalm.sampling_params import StructuredOutputs
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """The tokens that a grammar is compiled for."""
+    """The vocabulary that a grammar is compiled for."""
 
     tokens: bytes
-    """msgpack of a list: the bytes that each token adds to a text, none for those that are no
-    text (special tokens, for example). May be shorter than `size`."""
+    """msgpack of a list[bytes]: the bytes that each token adds to a text, empty for tokens that
+    are not text (special tokens, for example). The list may be shorter than `size`."""
     size: int
-    """Columns of the model's logits."""
+    """Number of columns of the model's logits."""
     eos_token_ids: list[int]
-    """End the answer; drawn where the grammar may end."""
+    """Tokens that end the answer, allowed wherever the grammar may end."""
 
 
 @dataclass(frozen=True, slots=True)
 class CompiledGrammar:
-    """A grammar for one vocabulary, as an engine takes it."""
+    """A grammar compiled for one vocabulary."""
 
     key: str
-    """Of the same grammar the same."""
+    """Identifies the grammar: equal grammars have equal keys (`key_of`)."""
     data: bytes
-    """XGrammar's own JSON."""
+    """The compiled grammar, serialized as JSON by XGrammar."""
 
 
 class LoadGrammar(msgspec.Struct, tag=True, kw_only=True):
-    """To an engine: requests with this grammar will come."""
+    """Message to an engine: load a grammar, before the first request that uses it."""
 
     key: str
     data: bytes
     """As in `CompiledGrammar`."""
     vocabulary: Vocabulary | None
-    """With the first grammar; None: as before."""
+    """The vocabulary, sent with the first grammar; None afterwards."""
     forget: list[str]
-    """Keys that no request will name any more."""
+    """Keys of grammars to drop: no later request uses them."""
 
 
 class Compile(msgspec.Struct, tag=True):
-    """Compile this; `Compiled` or `Refused` comes back."""
+    """Message to a compiler process, answered by `Compiled` or `Refused`."""
 
     asked: StructuredOutputs
 
 
 class Compiled(msgspec.Struct, tag=True):
-    """The result, as XGrammar's JSON."""
+    """The compiled grammar."""
 
     data: bytes
+    """As in `CompiledGrammar`."""
 
 
 class Refused(msgspec.Struct, tag=True):
-    """It cannot be compiled; the text is for whoever asked."""
+    """The grammar cannot be compiled."""
 
     message: str
+    """The reason, shown to the caller."""
 
 
 def key_of(asked: StructuredOutputs) -> str:
-    """A name for what was asked: the same for the same."""
+    """Return a key that is equal for equal structured outputs (a SHA-256 hex digest)."""
     return hashlib.sha256(msgspec.msgpack.encode(asked)).hexdigest()

@@ -1,9 +1,9 @@
-"""JSON schemas as XGrammar takes them: what it would pass over is refused or said otherwise.
+"""Prepare JSON schemas for XGrammar: reject or rewrite what it would ignore.
 
-XGrammar warns of some keywords that it cannot express and passes silently over others. An answer
-that was promised to match a schema must match all of it, so every assertion of JSON Schema
-(2020-12, and what earlier drafts spell the same) is either known to be kept or refused by name.
-Keywords that assert nothing (title, default, and names that the standard does not know) may stay.
+XGrammar warns about some keywords that it cannot express and silently ignores others. An answer
+must match the whole schema, so each assertion keyword of JSON Schema (2020-12, and earlier drafts
+where they agree) is either known to be enforced or rejected by name. Keywords that assert nothing
+(title, default, and names that are not in the standard) are allowed.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from typing import Any, NoReturn
 from portalm.errors import InvalidRequest
 
 MAX_DEPTH = 64
-"""Schemas inside schemas."""
+"""Maximum nesting depth of schemas."""
 
 _NEVER = (
     "not", "if", "then", "else", "dependentRequired", "dependentSchemas", "dependencies",
     "contains", "minContains", "maxContains", "uniqueItems", "unevaluatedItems",
     "unevaluatedProperties", "additionalItems", "$dynamicRef", "$recursiveRef",
 )  # fmt: skip
-"""Assertions that XGrammar does not keep."""
+"""Assertions that XGrammar does not enforce."""
 
 _OF_TYPE = {
     "string": ("minLength", "maxLength", "pattern", "format"),
@@ -33,10 +33,10 @@ _OF_TYPE = {
         "minProperties", "maxProperties",
     ),
 }  # fmt: skip
-"""Assertions that it keeps, by the type that they say something about."""
+"""Assertions that XGrammar enforces, by the type that they apply to."""
 
 _CHOOSERS = ("$ref", "const", "enum", "anyOf", "oneOf", "allOf")
-"""Where one of these is, XGrammar looks at nothing else of the schema."""
+"""If a schema has one of these, XGrammar ignores its other keywords."""
 
 _ASSERTIONS = frozenset(("type", *_CHOOSERS, *(k for names in _OF_TYPE.values() for k in names)))
 
@@ -52,10 +52,16 @@ _JSON_TYPES: dict[str, tuple[type, ...]] = {
 
 
 def prepare_schema(text: str) -> str:
-    """The schema in XGrammar's words.
+    """Convert a JSON schema to an equivalent one that XGrammar enforces completely.
+
+    Args:
+        text: the schema as JSON text.
+
+    Returns:
+        The converted schema as JSON text.
 
     Raises:
-        InvalidRequest: `text` is no JSON schema, or has what XGrammar does not express.
+        InvalidRequest: `text` is not a JSON schema, or has assertions that XGrammar ignores.
     """
     try:
         schema = json.loads(text)
@@ -73,15 +79,15 @@ def _refused(problem: str) -> InvalidRequest:
 
 
 class _Preparer:
-    """Walks what the root reaches; definitions that nothing refers to do not matter."""
+    """Converter of one schema; definitions that are never referenced are not checked."""
 
     def __init__(self, root: dict[str, Any]) -> None:
         self._root = root
         self._named: dict[str, Any] = {}
-        """What `$ref`s name, prepared; None while that is being done."""
+        """Converted schemas by `$ref`; None while the conversion is in progress."""
 
     def root(self) -> dict[str, Any]:
-        """The whole schema."""
+        """Convert the whole schema."""
         prepared = self._schema(self._root, "#", 0)
         assert isinstance(prepared, dict)
         for ref, value in self._named.items():
@@ -90,14 +96,14 @@ class _Preparer:
 
     def _schema(self, schema: Any, place: str, depth: int) -> Any:
         if depth > MAX_DEPTH:
-            raise _refused(f"the JSON schema is nested more than {MAX_DEPTH} deep")
+            raise _refused(f"the JSON schema is nested more than {MAX_DEPTH} levels deep")
         if isinstance(schema, bool):
             return schema
         if not isinstance(schema, dict):
             self._refuse(place, f"must be a schema, not {type(schema).__name__}")
         for name in _NEVER:
             if schema.get(name, False) is not False:
-                self._refuse(place, f"has {name!r}, which structured outputs do not support")
+                self._refuse(place, f"has {name!r}, which is not supported")
         choosers = [name for name in _CHOOSERS if name in schema]
         if choosers:
             return self._chooser(schema, choosers[0], place, depth)
@@ -111,18 +117,18 @@ class _Preparer:
             self._string(prepared, place)
         return prepared
 
-    # -- schemas that say it all ----------------------------------------------------------------
+    # -- references, constants and unions -------------------------------------------------------
 
     def _chooser(self, schema: dict[str, Any], name: str, place: str, depth: int) -> dict[str, Any]:
-        beside = sorted((_ASSERTIONS & schema.keys()) - {name})
-        if name in ("const", "enum") and beside == ["type"]:
+        others = sorted((_ASSERTIONS & schema.keys()) - {name})
+        if name in ("const", "enum") and others == ["type"]:
             self._check_values(schema, place)
-            beside = []
-        if beside:
+            others = []
+        if others:
             self._refuse(
                 place,
-                f"has {name!r} beside {', '.join(map(repr, beside))}: structured outputs keep "
-                f"only the one; put them into one schema",
+                f"combines {name!r} with {', '.join(map(repr, others))}, which would be ignored; "
+                f"merge them into one schema",
             )
         prepared = {key: value for key, value in schema.items() if key != "type"}
         if name == "$ref":
@@ -136,7 +142,7 @@ class _Preparer:
                 for i, option in enumerate(options)
             ]
             if name == "oneOf" and self._are_disjoint(options):
-                prepared["anyOf"] = prepared.pop("oneOf")  # the same, where no two can both match
+                prepared["anyOf"] = prepared.pop("oneOf")  # equivalent, as at most one can match
         return prepared
 
     def _check_values(self, schema: Mapping[str, Any], place: str) -> None:
@@ -152,7 +158,9 @@ class _Preparer:
         if ref == "#":
             return
         if not isinstance(ref, str) or not ref.startswith("#/"):
-            self._refuse(place, f"refers to {ref!r}: only references inside the schema are known")
+            self._refuse(
+                place, f"refers to {ref!r}; only references inside the schema are supported"
+            )
         if ref not in self._named:
             self._named[ref] = None  # a schema may refer to itself
             self._named[ref] = self._schema(self._find(ref, place), ref, depth + 1)
@@ -161,12 +169,12 @@ class _Preparer:
         found: Any = self._root
         for part in ref.removeprefix("#/").split("/"):
             if not isinstance(found, dict) or part not in found:
-                self._refuse(place, f"refers to {ref!r}, which is not there")
+                self._refuse(place, f"refers to {ref!r}, which does not exist")
             found = found[part]
         return found
 
     def _are_disjoint(self, options: list[Any]) -> bool:
-        """True if no value matches two: by type, or by a property whose values differ."""
+        """Whether no value can match two options: their types or a property's values differ."""
         plain = [self._resolved(option) for option in options]
         if not all(isinstance(option, dict) for option in plain):
             return False
@@ -176,10 +184,11 @@ class _Preparer:
                 return True
             if set(kinds) == {"object"}:
                 names = set.intersection(*(set(option.get("required") or ()) for option in plain))
-                return any(self._tells_apart(name, plain) for name in names)
+                return any(self._is_discriminator(name, plain) for name in names)
         return False
 
-    def _tells_apart(self, name: str, options: list[Any]) -> bool:
+    def _is_discriminator(self, name: str, options: list[Any]) -> bool:
+        """Whether the property's allowed values differ between all options."""
         seen: set[str] = set()
         for option in options:
             value = self._resolved((option.get("properties") or {}).get(name))
@@ -196,23 +205,25 @@ class _Preparer:
             return self._find(schema["$ref"], "#")
         return schema
 
-    # -- schemas of a type ----------------------------------------------------------------------
+    # -- schemas with a type --------------------------------------------------------------------
 
     def _kinds(self, schema: Mapping[str, Any], place: str) -> list[str]:
-        """The types that a schema allows; empty: any value at all."""
+        """The types that a schema allows; empty if it allows any value."""
         kinds = schema.get("type")
         if kinds is None:
-            meant = [kind for kind, names in _OF_TYPE.items() if schema.keys() & set(names)]
-            if meant not in ([], ["object"], ["array"]):
-                self._refuse(place, f"needs a type: it has keywords of {' and '.join(meant)}")
-            if meant and not schema.keys() & {"properties", "additionalProperties", "items",
-                                              "prefixItems"}:  # fmt: skip
-                self._refuse(place, f"needs a type: give {meant[0]!r}")
-            return meant
+            implied = [kind for kind, names in _OF_TYPE.items() if schema.keys() & set(names)]
+            if implied not in ([], ["object"], ["array"]):
+                self._refuse(
+                    place, f"needs a 'type': it has keywords for {' and '.join(implied)} values"
+                )
+            if implied and not schema.keys() & {"properties", "additionalProperties", "items",
+                                                "prefixItems"}:  # fmt: skip
+                self._refuse(place, f'needs a \'type\': add "type": "{implied[0]}"')
+            return implied
         kinds = kinds if isinstance(kinds, list) else [kinds]
         for kind in kinds:
             if kind not in _JSON_TYPES:
-                self._refuse(place, f"has type {kind!r}, which JSON does not know")
+                self._refuse(place, f"has type {kind!r}, which is not a JSON type")
         return kinds
 
     def _object(self, schema: dict[str, Any], place: str, depth: int) -> None:
@@ -232,14 +243,14 @@ class _Preparer:
                     inner = {"type": "string", **inner}
                 schema[name] = self._schema(inner, f"{place}/{name}", depth + 1)
         if not schema.keys() & {"properties", "patternProperties", "additionalProperties"}:
-            schema["additionalProperties"] = True  # it names none: any
+            schema["additionalProperties"] = True  # no property is named: allow any
         self._required(schema, place)
 
     def _required(self, schema: dict[str, Any], place: str) -> None:
-        """XGrammar passes over a required property that is not among the properties."""
+        """Add required properties to 'properties': XGrammar ignores those that are not there."""
         required = schema.get("required", [])
         if not isinstance(required, list) or any(not isinstance(name, str) for name in required):
-            self._refuse(place, "'required' must be a list of names")
+            self._refuse(place, "'required' must be a list of property names")
         missing = [name for name in required if name not in schema.get("properties", {})]
         if not missing:
             return
@@ -268,18 +279,20 @@ class _Preparer:
             return
         if "format" in given and schema["format"] not in _FORMATS:
             self._refuse(
-                place, f"has format {schema['format']!r}; known: {', '.join(sorted(_FORMATS))}"
+                place,
+                f"has format {schema['format']!r}, which is not supported; supported: "
+                f"{', '.join(sorted(_FORMATS))}",
             )
         if len(given) > 1 and given != ["minLength", "maxLength"]:
             self._refuse(
-                place, f"has {' and '.join(map(repr, given))}: structured outputs keep only one"
+                place, f"has {' and '.join(map(repr, given))}; only one of them is supported"
             )
         if "Length" in given[0]:
             low, high = schema.pop("minLength", 0), schema.pop("maxLength", None)
             for value in (low, high or 0):
                 if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                    self._refuse(place, "'minLength' and 'maxLength' must be whole numbers")
-            # said as a pattern, because XGrammar's own lengths let raw control characters through
+                    self._refuse(place, "'minLength' and 'maxLength' must be non-negative integers")
+            # a pattern, because with XGrammar's own lengths raw control characters are allowed
             schema["pattern"] = f"^.{{{low},{'' if high is None else high}}}$"
 
     def _refuse(self, place: str, problem: str) -> NoReturn:
@@ -295,7 +308,7 @@ def _is_of_type(value: Any, kind: str) -> bool:
 
 
 def _put(schema: dict[str, Any], path: list[str], value: Any) -> None:
-    """Replace what `path` names; the containers on the way are copied, not changed."""
+    """Set the value at `path`; containers along the path are copied, not modified."""
     inner = schema
     for part in path[:-1]:
         inner[part] = dict(inner.get(part) or {})

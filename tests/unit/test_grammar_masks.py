@@ -50,7 +50,7 @@ def grammars() -> Iterator[Grammars]:
 def load(compiler: GrammarCompiler, grammars: Grammars):
     def load(**asked: object) -> Grammar:
         compiled = compiler.compile(StructuredOutputs(**asked)).result()  # type: ignore[arg-type]
-        grammars.take(
+        grammars.load(
             LoadGrammar(key=compiled.key, data=compiled.data, vocabulary=VOCABULARY, forget=[])
         )
         return grammars[compiled.key]
@@ -239,7 +239,7 @@ def test_a_matcher_that_was_forgotten_comes_to_the_same_place(load) -> None:
         ({"regex": "a^b"}, "is ignored"),
         ({"regex": "(" * 5000 + "a" + ")" * 5000}, "Nest layer"),
         ({"grammar": "root ::= nobody"}, '"nobody" is not defined'),
-        ({"grammar": "root ::= root"}, "nothing matches it"),
+        ({"grammar": "root ::= root"}, "matches no text"),
         ({"regex": AMBIGUOUS}, "too ambiguous"),
         ({"json": {"type": "number", "multipleOf": 0.5}}, "multipleOf is not supported"),
         ({"json": {"allOf": [{"type": "string"}, {"type": "null"}]}}, "allOf"),
