@@ -1,1 +1,1 @@
-"""What models are built of, over the seam alone."""
+"""Building blocks of models, written over the Backend interface only."""

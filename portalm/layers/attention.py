@@ -11,29 +11,30 @@ from portalm.backend import KV, AttentionSpec, Backend, StepMeta
 from portalm.layers.linear import Linear
 
 HeadNorm = Callable[[Backend, torch.Tensor], torch.Tensor]
-"""A norm of [T, H, D], or of [T, H D]."""
+"""Normalizes [T, H, D], or [T, H D]."""
 
 
 @dataclass(frozen=True, slots=True)
 class Attention:
-    """One layer's attention: merged query, key and value projection, rotation, cache, output."""
+    """Attention of one layer: merged QKV projection, rotary embedding, KV cache, output."""
 
     layer: int
     spec: AttentionSpec
     qkv: Linear
-    """Query, key and value rows, in this order: N = (H + 2 H_kv) D."""
+    """Query, key and value rows in this order: N = (H + 2 H_kv) D."""
     out: Linear
     rope: int | None = 0
-    """Which of the model's rotations turns query and key; None: none does."""
+    """Index of the rotary table in `ropes`; None: no rotary embedding."""
     is_interleaved: bool = False
-    """How rotary pairs lie: (0, 1), (2, 3), ... instead of (0, D/2), (1, D/2 + 1), ..."""
+    """Rotary pairs are (0, 1), (2, 3), ... instead of (0, D/2), (1, D/2 + 1), ..."""
     query_norm: HeadNorm | None = None
-    """Before the rotation, over each head; None: none."""
+    """Applied to each query head before the rotary embedding; None: no norm."""
     key_norm: HeadNorm | None = None
-    norms_whole: bool = False
-    """The two norms go over all heads of a token at once."""
+    """The same for key heads."""
+    norms_all_heads: bool = False
+    """The two norms take all heads of a token as one vector."""
     sinks: torch.Tensor | None = None
-    """float32 [H] where the spec has them."""
+    """float32 [H] if `spec.has_sinks`."""
 
     def __call__(
         self,
@@ -43,17 +44,25 @@ class Attention:
         ropes: Sequence[torch.Tensor],
         meta: StepMeta,
     ) -> tuple[KV, torch.Tensor]:
-        """x [T, C], already normed -> (cache with this step's keys and values, [T, C]).
+        """Write this step's keys and values to the cache and attend.
 
-        `ropes` are the model's tables of cosines and sines, float32 [max_position, rotary_dim].
+        Args:
+            backend: computes.
+            kv: KV cache.
+            x: [T, C], already normalized.
+            ropes: the model's cosine and sine tables, float32 [max_position, rotary_dim] each.
+            meta: the step.
+
+        Returns:
+            The cache, and the attention output [T, C].
         """
         spec = self.spec
         num_tokens = x.shape[0]
         query_size, kv_size = spec.num_heads * spec.head_size, spec.num_kv_heads * spec.head_size
         projected = self.qkv(backend, x)  # [T, (H + 2 H_kv) D]
         query, key, value = torch.split(projected, [query_size, kv_size, kv_size], dim=-1)
-        query = self._normed(backend, query, self.query_norm, spec.num_heads)  # [T, H, D]
-        key = self._normed(backend, key, self.key_norm, spec.num_kv_heads)
+        query = self._normalized(backend, query, self.query_norm, spec.num_heads)  # [T, H, D]
+        key = self._normalized(backend, key, self.key_norm, spec.num_kv_heads)
         value = value.view(num_tokens, spec.num_kv_heads, spec.head_size)
         if self.rope is None:
             kv = backend.kv_write(kv, self.layer, key, value, meta)
@@ -65,13 +74,13 @@ class Attention:
         attended = backend.attend(kv, self.layer, query, meta, spec, self.sinks)  # [T, H, D]
         return kv, self.out(backend, attended.view(num_tokens, query_size))
 
-    def _normed(
+    def _normalized(
         self, backend: Backend, x: torch.Tensor, norm: HeadNorm | None, num_heads: int
     ) -> torch.Tensor:
-        """x [T, H D] as [T, H, D], normed where there is a norm for it."""
+        """Reshape x [T, H D] to [T, H, D], and apply `norm` if there is one."""
         heads = (x.shape[0], num_heads, self.spec.head_size)
         if norm is None:
             return x.view(heads)
-        if self.norms_whole:
+        if self.norms_all_heads:
             return norm(backend, x).view(heads)
         return norm(backend, x.view(heads))

@@ -1,7 +1,7 @@
-"""Decoder layers: how attention, feed-forward, norms and the residual go together.
+"""Decoder layers: how attention, feed-forward, norms and the residual are combined.
 
-Between layers goes what the last one adds, beside the residual that it is to be added to, so that
-adding and norming are one operation.
+A layer returns its output and the residual separately, so that the next layer adds and normalizes
+them in one operation.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class SelfAttention(Protocol):
         ropes: Sequence[torch.Tensor],
         meta: StepMeta,
     ) -> tuple[KV, torch.Tensor]:
-        """x [T, C], already normed -> (the cache with this step's tokens in it, [T, C])."""
+        """Attend: x [T, C], already normalized -> (cache including this step's tokens, [T, C])."""
         ...
 
 
@@ -44,38 +44,38 @@ class Block(Protocol):
         ropes: Sequence[torch.Tensor],
         meta: StepMeta,
     ) -> tuple[KV, torch.Tensor, torch.Tensor]:
-        """One layer over a step.
+        """Run the layer on one step.
 
         Args:
             backend: computes.
-            kv: the cache.
-            added: [T, C], what the layer before adds to the residual; None in the first layer.
-            residual: [T, C]
-            ropes: the model's rotations.
+            kv: KV cache.
+            added: [T, C], the previous layer's output, not yet added; None in the first layer.
+            residual: [T, C].
+            ropes: the model's rotary tables.
             meta: the step.
 
         Returns:
-            The cache, what this layer adds, [T, C], and the residual to add it to, [T, C].
+            The cache, this layer's output [T, C], and the residual [T, C] to add it to.
         """
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class SequentialBlock:
-    """Attention, then feed-forward, each with a norm before it, behind it, or both."""
+    """Attention, then feed-forward, each with a norm before it, after it, or both."""
 
     attention: SelfAttention
     mlp: FeedForward
     attention_norm: Norm | None = None
-    """Of what goes into attention."""
+    """Applied to the input of attention."""
     mlp_norm: Norm | None = None
-    """Of what goes into the feed-forward."""
+    """Applied to the input of the feed-forward."""
     attention_out_norm: Norm | None = None
-    """Of what comes out of attention, before it is added to the residual."""
+    """Applied to the output of attention, before it is added to the residual."""
     mlp_out_norm: Norm | None = None
-    """The same of the feed-forward."""
+    """Applied to the output of the feed-forward, before it is added to the residual."""
     multiplier: float = 1.0
-    """Of both outputs."""
+    """Scales the outputs of attention and feed-forward."""
 
     def __call__(
         self,
@@ -101,13 +101,13 @@ class SequentialBlock:
 
 @dataclass(frozen=True, slots=True)
 class ParallelBlock:
-    """Attention and feed-forward side by side: Wang and Komatsuzaki, "GPT-J-6B", 2021."""
+    """Attention and feed-forward in parallel: Wang and Komatsuzaki, "GPT-J-6B", 2021."""
 
     attention: SelfAttention
     mlp: FeedForward
     attention_norm: Norm
     mlp_norm: Norm | None = None
-    """None: the feed-forward takes what attention takes."""
+    """None: the feed-forward has the same input as attention."""
 
     def __call__(
         self,
@@ -129,7 +129,10 @@ class ParallelBlock:
 def add_norm(
     backend: Backend, norm: Norm | None, added: torch.Tensor | None, residual: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(the norm of added + residual, added + residual), either of which may not be there."""
+    """Add and normalize: (norm(added + residual), added + residual), [T, C] each.
+
+    `added` None counts as zero; `norm` None as the identity.
+    """
     if added is None:
         return residual if norm is None else norm(backend, residual), residual
     if norm is not None:

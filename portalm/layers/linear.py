@@ -1,4 +1,4 @@
-"""Linear layers: cast, merged and packed at load, applied through the seam."""
+"""Linear layers: cast, merged and packed while loading, computed by the backend."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from portalm.backend import Backend, Capabilities, PackedWeight, QuantizedWeight
 
 
 class Packer(Protocol):
-    """What loading asks of a backend."""
+    """The part of `Backend` that loading weights needs."""
 
     capabilities: Capabilities
 
     def device(self) -> torch.device:
-        """Where tensors live."""
+        """Device of the packed weights."""
         ...
 
     def pack(
@@ -55,14 +55,14 @@ def pack_linear(
     dtype: torch.dtype,
     quantization: str | None = None,
 ) -> Linear:
-    """One layer that computes what layers of `weights`, [N_i, K] each, give end to end.
+    """Pack linear layers with the same input into one whose output is theirs concatenated.
 
     Args:
-        backend: packs.
-        weights: of one layer or several with the same input.
+        backend: packs the weights.
+        weights: [N_i, K] of each layer.
         biases: empty, or one [N_i] for each weight.
-        dtype: what weights that are not of few bits are cast to.
-        quantization: what those are rounded to; None: all values as they are.
+        dtype: weights that are not quantized are cast to it.
+        quantization: format to quantize those weights to; None: keep them in `dtype`.
     """
     bias = torch.cat([b.to(dtype) for b in biases]).to(backend.device()) if biases else None
     return Linear(pack_weight(backend, weights, dtype, quantization), bias)
@@ -76,7 +76,11 @@ def pack_weight(
     *,
     for_logits: bool = False,
 ) -> PackedWeight:
-    """Weights [N_i, K] end to end, packed; those of few bits stay so if the backend can."""
+    """Concatenate weights [N_i, K] by rows and pack them; see `pack_linear`.
+
+    Quantized weights stay quantized if all have one format that the backend supports. Otherwise
+    they are dequantized to `dtype`.
+    """
     quantized = [w for w in weights if isinstance(w, QuantizedWeight)]
     formats = {w.format for w in quantized}
     is_uniform = len(quantized) == len(weights) and len(formats) == 1
@@ -88,7 +92,7 @@ def pack_weight(
 
 
 def concatenated(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
-    """Weights of one format, row behind row."""
+    """Concatenate weights of one format by rows."""
     if len(weights) == 1:
         return weights[0]
     minimums = [w.minimums for w in weights if w.minimums is not None]

@@ -12,7 +12,7 @@ from portalm.backend import Backend
 from portalm.layers.linear import Linear
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu2"]
-"""Gelu is the exact form, gelu_tanh the one by tanh, relu2 the square of what is above zero."""
+"""gelu: the exact form; gelu_tanh: its tanh approximation; relu2: relu(x) squared."""
 
 ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
@@ -22,7 +22,7 @@ ACTIVATIONS: dict[str, Activation] = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "relu2": "relu2",
 }
-"""By the names that checkpoints' configs have for them."""
+"""Activations by their names in config.json."""
 
 _GATED: dict[Activation, Callable[[Backend, torch.Tensor], torch.Tensor]] = {
     "silu": lambda backend, x: backend.silu_mul(x),
@@ -34,11 +34,11 @@ _PLAIN: dict[Activation, Callable[[Backend, torch.Tensor], torch.Tensor]] = {
     "relu2": lambda backend, x: torch.relu(x).square(),
 }
 GATED, PLAIN = frozenset(_GATED), frozenset(_PLAIN)
-"""Activations that `GatedMLP` and `MLP` know."""
+"""Activations that `GatedMLP` and `MLP` support."""
 
 
 class FeedForward(Protocol):
-    """Anything that maps each token by itself."""
+    """A function of each token on its own: [T, C] -> [T, C]."""
 
     def __call__(self, backend: Backend, x: torch.Tensor) -> torch.Tensor:
         """[T, C] -> [T, C]."""

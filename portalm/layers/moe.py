@@ -1,7 +1,7 @@
-"""Mixtures of experts: a router gives each token to a few of a layer's feed-forwards.
+"""Mixtures of experts: a router sends each token to a few of a layer's feed-forwards.
 
-Shazeer et al., "Outrageously large neural networks", 2017; as Jiang et al., "Mixtral of experts",
-2024, have it: no token is dropped, whatever the others chose.
+Shazeer et al., "Outrageously large neural networks", 2017. As in Jiang et al., "Mixtral of
+experts", 2024, experts have no capacity limit, so no token is dropped.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ from portalm.layers.mlp import FeedForward
 
 
 class Router(Protocol):
-    """Which experts a token takes."""
+    """Chooses the experts of each token."""
 
     def __call__(self, backend: Backend, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """[T, C] -> (ids int32 [T, k], weights float32 [T, k])."""
+        """[T, C] -> (expert ids int32 [T, k], weights float32 [T, k])."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class SoftmaxRouter:
-    """The experts of the highest scores, weighted by a softmax."""
+    """Takes the experts with the highest scores, weighted by softmax."""
 
     scores: Linear
     """[T, C] -> [T, E]"""
     top_k: int
-    """Experts of a token."""
+    """Experts per token, k."""
     is_normalized: bool
-    """A token's weights add up to 1; else they are shares of all experts' softmax."""
+    """Divide a token's weights by their sum; False: keep the softmax over all experts."""
 
     def __call__(self, backend: Backend, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """[T, C] -> (ids int32 [T, k], weights float32 [T, k])."""
+        """[T, C] -> (expert ids int32 [T, k], weights float32 [T, k])."""
         shares = self.scores(backend, x).float().softmax(dim=-1)  # [T, E]
         weights, ids = shares.topk(self.top_k, dim=-1)  # [T, k]
         if self.is_normalized:
@@ -46,27 +46,27 @@ class SoftmaxRouter:
 
 @dataclass(frozen=True, slots=True)
 class GroupRouter:
-    """The best experts of a token's best groups: DeepSeek-AI, "DeepSeek-V2" and "-V3", 2024."""
+    """Takes the best experts of a token's best groups: DeepSeek-AI, "DeepSeek-V2", "-V3", 2024."""
 
     weight: PackedWeight
-    """[E, C], packed for logits: scores are float32's."""
+    """[E, C], packed for `Backend.logits`, so that scores are float32."""
     scoring: Literal["softmax", "sigmoid"]
     top_k: int
-    """Experts of a token."""
+    """Experts per token, k."""
     num_groups: int
     num_chosen_groups: int
-    """The others' experts are not looked at."""
+    """Groups whose experts a token may take; the experts of all other groups are excluded."""
     num_best: int
-    """A group is worth the sum of so many of its best experts' scores."""
+    """A group's score is the sum of this many of its highest expert scores."""
     is_normalized: bool
-    """A token's weights are divided by their sum."""
+    """Divide a token's weights by their sum."""
     factor: float
-    """Then multiplied by this."""
+    """Multiplies the weights, after normalization."""
     bias: torch.Tensor | None = None
-    """float32 [E]: added to what experts are chosen by, not to what they are weighted by."""
+    """float32 [E]: added to the scores that choose experts, not to the weights."""
 
     def __call__(self, backend: Backend, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """[T, C] -> (ids int32 [T, k], weights float32 [T, k])."""
+        """[T, C] -> (expert ids int32 [T, k], weights float32 [T, k])."""
         scores = backend.logits(x, self.weight)  # [T, E]
         shares = scores.softmax(dim=-1) if self.scoring == "softmax" else scores.sigmoid()
         choice = shares if self.bias is None else shares + self.bias
@@ -79,7 +79,7 @@ class GroupRouter:
         return ids.int(), weights * self.factor
 
     def _within_best_groups(self, choice: torch.Tensor) -> torch.Tensor:
-        """[T, E], -inf where an expert's group is not among its token's best."""
+        """Set scores [T, E] to -inf outside each token's best groups."""
         groups = choice.view(choice.shape[0], self.num_groups, -1)  # [T, G, E / G]
         worth = groups.topk(self.num_best, dim=-1).values.sum(dim=-1)  # [T, G]
         best = worth.topk(self.num_chosen_groups, dim=-1).indices
@@ -89,14 +89,14 @@ class GroupRouter:
 
 @dataclass(frozen=True, slots=True)
 class MoE:
-    """A feed-forward out of experts, and of one that all tokens take."""
+    """A feed-forward of routed experts and an optional shared one."""
 
     router: Router
     experts: Experts
     shared: FeedForward | None = None
-    """What all tokens take besides."""
+    """Computed for every token and added."""
     shared_gate: Linear | None = None
-    """[T, C] -> [T, 1]: its share, through a sigmoid; None: all of it."""
+    """[T, C] -> [T, 1]: its sigmoid scales `shared`; None: no scaling."""
 
     def __call__(self, backend: Backend, x: torch.Tensor) -> torch.Tensor:
         """[T, C] -> [T, C]."""

@@ -1,4 +1,4 @@
-"""Norms: weights that know which operation they belong to."""
+"""Norms: weights together with the operation that uses them."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ class Norm(Protocol):
     def add(
         self, backend: Backend, x: torch.Tensor, residual: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(the norm of x + residual, x + residual), [T, C] each."""
+        """Add and normalize: (norm(x + residual), x + residual), [T, C] each."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class RMSNorm:
-    """x over its root mean square: Zhang and Sennrich, 2019."""
+    """x / rms(x) * weight: Zhang and Sennrich, 2019."""
 
     weight: torch.Tensor
     """[C]"""
@@ -39,18 +39,18 @@ class RMSNorm:
     def add(
         self, backend: Backend, x: torch.Tensor, residual: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(the norm of x + residual, x + residual), [T, C] each, as one operation."""
+        """Add and normalize in one operation: (norm(x + residual), x + residual), [T, C] each."""
         return backend.add_rms_norm(x, residual, self.weight, self.eps)
 
 
 @dataclass(frozen=True, slots=True)
 class LayerNorm:
-    """x less its mean, over its standard deviation: Ba, Kiros and Hinton, 2016."""
+    """(x - mean(x)) / std(x) * weight + bias: Ba, Kiros and Hinton, 2016."""
 
     weight: torch.Tensor
     """[C]"""
     bias: torch.Tensor
-    """[C]: zeros where the checkpoint has none."""
+    """[C]; zeros if the checkpoint has none."""
     eps: float
 
     def __call__(self, backend: Backend, x: torch.Tensor) -> torch.Tensor:
@@ -60,6 +60,6 @@ class LayerNorm:
     def add(
         self, backend: Backend, x: torch.Tensor, residual: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(the norm of x + residual, x + residual), [T, C] each."""
+        """Add and normalize: (norm(x + residual), x + residual), [T, C] each."""
         total = x + residual
         return self(backend, total), total

@@ -1,4 +1,4 @@
-"""Tables of rotary position embeddings, with the scalings that checkpoints ask for."""
+"""Rotary position embedding tables, with the scalings that checkpoints use."""
 
 from __future__ import annotations
 
@@ -26,27 +26,27 @@ _SCALINGS: dict[str, frozenset[str]] = {
     "longrope": frozenset({"factor", "short_factor", "long_factor", "attention_factor"}),
     "factors": frozenset({"factors"}),
 }  # fmt: skip
-"""Scalings, with their parameters; "factors", one divisor for each frequency, is how GGUF files
-spell llama3."""
+"""Scalings with their parameters. "factors", one divisor for each frequency, is how GGUF files
+store llama3."""
 
 _EVERYWHERE = frozenset({"rope_type", "original_max_position_embeddings", "finetuned"})
 
 
 def cos_sin_table(rope: RopeConfig, *, head_size: int, max_position: int) -> torch.Tensor:
-    """Cosines and sines of every position: float32 [N, rotary_dim], cosines first.
+    """Compute cosines and sines of every position: float32 [N, rotary_dim], cosines first.
 
     Su et al., "RoFormer", 2021; scalings as transformers computes them: linear (kaiokendev 2023),
     dynamic (emozilla 2023), llama3 (Meta 2024), yarn (Peng et al. 2023), longrope (Ding et al.
-    2024). Dynamic and longrope depend on how long a text is: the table is for the longest that will
-    be computed, so that a token's rotation never changes as its text grows.
+    2024). Dynamic and longrope depend on the length of the text; the table is computed for the
+    longest text that can be served, so that a token's rotation does not change as its text grows.
 
     Args:
-        rope: the model's; N is its `max_context`.
-        head_size: how many dimensions rotate, where it does not say.
-        max_position: the longest text that the model was made for: N, where it does not say.
+        rope: settings of the rotary embedding; N is `rope.max_context`.
+        head_size: the rotary dimension if `rope.rotary_dim` is None.
+        max_position: length that the model was trained for; N if `rope.max_context` is None.
 
     Raises:
-        UnsupportedModel: a scaling that is not known, or a parameter of it.
+        UnsupportedModel: the scaling, or one of its parameters, is not supported.
     """
     rotary_dim = rope.rotary_dim or head_size
     max_context = rope.max_context or max_position
@@ -73,8 +73,8 @@ def cos_sin_table(rope: RopeConfig, *, head_size: int, max_position: int) -> tor
     original = int(scaling.get("original_max_position_embeddings", max_context))
     if kind in ("dynamic", "longrope") and max_context > original:
         logger.warning(
-            "rope scaling %s: every text is rotated as one of %d tokens is, also short ones; "
-            "--max-model-len %d gives what the model does with those",
+            "rope scaling %s: positions of all texts, short ones too, are scaled for a context of "
+            "%d tokens; set --max-model-len %d for the scaling that the model has on short texts",
             kind,
             max_context,
             original,
@@ -89,26 +89,28 @@ def _check_known(kind: str, scaling: Mapping[str, Any]) -> None:
         raise UnsupportedModel(f"rope scaling {kind!r} is not supported; supported: {named}")
     for name, value in scaling.items():
         if name not in _SCALINGS[kind] | _EVERYWHERE and value is not None:
-            raise UnsupportedModel(f"rope scaling {kind}: {name} is {value!r}, which is not known")
+            raise UnsupportedModel(
+                f"rope scaling {kind}: {name} is {value!r}, which is not supported"
+            )
 
 
 def _dynamic_theta(
     rope: RopeConfig, scaling: Mapping[str, Any], rotary_dim: int, max_context: int
 ) -> float:
-    """The base whose slowest wave is stretched as much as the context is."""
+    """The rotary base, increased so that the longest wavelength grows with the context."""
     factor, original = float(scaling["factor"]), int(scaling["original_max_position_embeddings"])
     stretch = factor * max(max_context, original) / original - (factor - 1)
     return float(rope.theta * stretch ** (rotary_dim / (rotary_dim - 2)))
 
 
 def _longrope(scaling: Mapping[str, Any], max_context: int, rotary_dim: int) -> torch.Tensor:
-    """What divides each frequency, float32 [rotary_dim / 2]."""
+    """Divisor of each frequency, float32 [rotary_dim / 2]."""
     is_long = max_context > int(scaling["original_max_position_embeddings"])
     factors = torch.tensor(scaling["long_factor" if is_long else "short_factor"]).float()
     if len(factors) != rotary_dim // 2:
         raise UnsupportedModel(
-            f"rope scaling longrope has {len(factors)} factors for the model's {rotary_dim // 2} "
-            f"frequencies"
+            f"rope scaling longrope has {len(factors)} factors, but the model has "
+            f"{rotary_dim // 2} frequencies"
         )
     return factors
 
@@ -123,7 +125,7 @@ def _longrope_attention_factor(scaling: Mapping[str, Any], max_position: int) ->
 
 
 def _llama3(frequency: torch.Tensor, scaling: Mapping[str, Any]) -> torch.Tensor:
-    """Long waves are stretched by `factor`, short ones stay, those between are blended."""
+    """Divide low frequencies by `factor`, keep high ones, interpolate in between."""
     factor = float(scaling["factor"])
     low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
     original = float(scaling["original_max_position_embeddings"])
@@ -138,12 +140,12 @@ def _llama3(frequency: torch.Tensor, scaling: Mapping[str, Any]) -> torch.Tensor
 def _yarn(
     frequency: torch.Tensor, scaling: Mapping[str, Any], rope: RopeConfig, rotary_dim: int
 ) -> tuple[torch.Tensor, float]:
-    """Low dimensions extrapolate, high ones interpolate, with a ramp between."""
+    """Keep the first dimensions, divide the last by `factor`, with a linear ramp in between."""
     factor = float(scaling["factor"])
     original = float(scaling["original_max_position_embeddings"])
 
     def dimension(num_rotations: float) -> float:
-        """The dimension that turns so often over the original length."""
+        """The dimension that makes `num_rotations` full turns over the original length."""
         turns = math.log(original / (num_rotations * 2 * math.pi))
         return rotary_dim * turns / (2 * math.log(rope.theta))
 

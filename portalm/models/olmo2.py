@@ -36,5 +36,5 @@ class Olmo2(Decoder):
             super().attention(read, layer, name),
             query_norm=read.rms_norm(f"{name}.q_norm", query, config.norm_eps),
             key_norm=read.rms_norm(f"{name}.k_norm", key, config.norm_eps),
-            norms_whole=True,
+            norms_all_heads=True,
         )
