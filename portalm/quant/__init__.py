@@ -1,4 +1,4 @@
-"""How checkpoints write weights of few bits: one file a scheme."""
+"""Formats of quantized weights in checkpoints: one file per scheme."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ _SCHEMES: dict[str, Callable[[Mapping[str, Any]], Scheme]] = {
     "gptq": GPTQ,
     "mxfp4": MXFP4,
 }
-"""By quantization_config's quant_method in config.json."""
+"""Schemes by quant_method of quantization_config in config.json."""
 
 
 def find_scheme(config: Mapping[str, Any]) -> Scheme:
-    """The scheme of a `quantization_config`.
+    """Find the scheme of a `quantization_config`.
 
     Raises:
-        UnsupportedModel: one that is not known, or of a kind that is not.
+        UnsupportedModel: the method, or one of its settings, is not supported.
     """
     method = str(config.get("quant_method", ""))
     if method not in _SCHEMES:
         raise UnsupportedModel(
-            f"config.json: quantization_config's quant_method {method!r} is not supported; "
+            f"config.json: quantization_config with quant_method {method!r} is not supported; "
             f"supported: {', '.join(_SCHEMES)}"
         )
     return _SCHEMES[method](config)

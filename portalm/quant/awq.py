@@ -1,4 +1,7 @@
-"""AWQ: 4 bits by groups with a zero each. Lin et al., "AWQ", 2023; the layout of AutoAWQ's gemm."""
+"""AWQ: 4-bit codes with a scale and a zero point per group.
+
+Lin et al., "AWQ", 2023; stored in the layout of AutoAWQ's gemm version.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ import torch
 from portalm.quant.scheme import LayerParts, Weight, grouped, setting, unpacked
 
 _ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-"""Which of a word's eight columns lies in each of its nibbles, the lowest first."""
+"""Which of a word's eight columns each of its nibbles holds, lowest nibble first."""
 
 
 class AWQ:
@@ -22,22 +25,22 @@ class AWQ:
     parts = ("qweight", "qzeros", "scales")
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        """As quantization_config says; `UnsupportedModel` for other layouts."""
+        """Check a quantization_config; raise `UnsupportedModel` for other layouts."""
         setting(config, "bits", (4,), 4)
         setting(config, "version", ("gemm", "GEMM"), "gemm")
 
     def read(self, parts: LayerParts) -> Weight:
-        """[N, K]: scale * (code - zero)."""
+        """Read a weight [N, K]: scale * (code - zero)."""
         qweight = parts.get("qweight", None, None)
         scales = parts.get("scales", None, 8 * qweight.shape[1])
         qzeros = parts.get("qzeros", len(scales), qweight.shape[1])
         if len(qweight) % len(scales):
-            raise parts.error(f"{len(qweight)} columns do not make {len(scales)} groups")
+            raise parts.error(f"{len(qweight)} columns cannot be split into {len(scales)} groups")
         return grouped(_in_order(qweight).T, scales.T, bits=4, zeros=_in_order(qzeros).T)
 
 
 def _in_order(words: torch.Tensor) -> torch.Tensor:
-    """int32 [R, C] -> uint8 [R, 8 C]."""
+    """Unpack codes in column order: int32 [R, C] -> uint8 [R, 8 C]."""
     codes = unpacked(words, 4, along_rows=False).view(*words.shape, 8)
     ordered = torch.empty_like(codes)
     ordered[..., list(_ORDER)] = codes

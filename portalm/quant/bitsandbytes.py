@@ -1,4 +1,4 @@
-"""bitsandbytes: 8 bits by rows; 4 bits by blocks whose scales may be of 8 bits themselves.
+"""bitsandbytes: 8 bits with a scale per row; 4 bits with a scale per block, maybe 8-bit itself.
 
 Dettmers et al., "LLM.int8()", 2022, and "QLoRA", 2023 (nf4).
 """
@@ -17,7 +17,7 @@ _STATES = ("nf4", "fp4")
 
 
 class BitsAndBytes:
-    """weight int8 [N, K] and SCB [N]; or weight uint8 [N K / 2, 1] and what `quant_state` names."""
+    """weight int8 [N, K] and SCB [N]; or weight uint8 [N K / 2, 1] described by `quant_state`."""
 
     name = "bitsandbytes"
     separator = "."
@@ -33,10 +33,10 @@ class BitsAndBytes:
     )
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        """What was done is written beside each weight."""
+        """Accept any quantization_config: each weight is stored with its own settings."""
 
     def read(self, parts: LayerParts) -> Weight:
-        """[N, K]: row by row, or block by block of its numbers."""
+        """Read a weight [N, K], quantized by rows (8 bits) or by blocks (4 bits)."""
         if parts.has("weight.absmax"):
             return _four_bits(parts)
         weight = parts.get("weight", None, None)
@@ -48,12 +48,14 @@ class BitsAndBytes:
 
 
 def _four_bits(parts: LayerParts) -> torch.Tensor:
-    """float32 [N, K]: each code stands for a value of quant_map, times its block's absmax."""
+    """Dequantize 4-bit codes to float32 [N, K]: quant_map[code] * absmax of the block."""
     state = _state(parts)
     shape, block = [int(n) for n in state["shape"]], int(state["blocksize"])
     packed = parts.get("weight").flatten()
     if len(shape) != 2 or 2 * len(packed) != shape[0] * shape[1]:
-        raise parts.error(f"weight has {2 * len(packed)} codes, its quant_state makes it {shape}")
+        raise parts.error(
+            f"weight has {2 * len(packed)} codes, but its quant_state has shape {shape}"
+        )
     num_blocks = -(-2 * len(packed) // block)
     absmax = parts.get("weight.absmax", num_blocks)
     if absmax.dtype == torch.uint8:
@@ -62,7 +64,7 @@ def _four_bits(parts: LayerParts) -> torch.Tensor:
         scales = parts.get("weight.nested_absmax", -(-num_blocks // outer))
         absmax = values[absmax.long()] * scales.repeat_interleave(outer)[:num_blocks]
         absmax = absmax + float(state["nested_offset"])
-    codes = torch.stack((packed >> 4, packed & 15), dim=-1).flatten()  # the first is the high one
+    codes = torch.stack((packed >> 4, packed & 15), dim=-1).flatten()  # high nibble first
     values = parts.get("weight.quant_map", 16).float()[codes.long()]
     return (values * absmax.float().repeat_interleave(block)[: len(values)]).view(shape)
 
@@ -75,5 +77,5 @@ def _state(parts: LayerParts) -> dict[str, Any]:
                 state: dict[str, Any] = json.loads(bytes(parts.get(name).tolist()))
                 return {key: state[key] for key in ("shape", "blocksize")} | state
             except (ValueError, KeyError, TypeError) as error:
-                raise parts.error(f"{name} is not what it should be ({error!r})") from error
-    raise parts.error(f"it has no quant_state of {' or '.join(_STATES)}")
+                raise parts.error(f"{name} is not valid ({error!r})") from error
+    raise parts.error(f"it has no quant_state for {' or '.join(_STATES)}")

@@ -1,6 +1,6 @@
-"""compressed-tensors, as llm-compressor writes it: w4a16, w8a16, w8a8 in int8 and in FP8.
+"""compressed-tensors, the format of llm-compressor: w4a16, w8a16, and w8a8 in int8 and FP8.
 
-Activations that a scheme would round to 8 bits keep what the device computes with.
+Only weights are quantized: activations keep the dtype that the device computes in, also for w8a8.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import torch
 from portalm.quant.scheme import (
     LayerParts,
     Weight,
+    dequantized_by_column,
     grouped,
-    of_columns,
     scaled_by_blocks,
     setting,
     unpacked,
@@ -25,9 +25,9 @@ _STRATEGIES = ("tensor", "channel", "group", "block")
 
 
 class CompressedTensors:
-    """weight_packed int32 [N, K bits / 32], or weight of 8 bits [N, K]; weight_scale [N, G].
+    """weight_packed int32 [N, K bits / 32], or 8-bit weight [N, K]; weight_scale [N, G].
 
-    weight_zero_point int8 [N, G], or packed along N; weight_g_idx as GPTQ's g_idx.
+    weight_zero_point is int8 [N, G], or packed along N; weight_g_idx is as GPTQ's g_idx.
     """
 
     name = "compressed-tensors"
@@ -44,7 +44,7 @@ class CompressedTensors:
     )
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        """As quantization_config says; `UnsupportedModel` for sparse or other forms."""
+        """Check a quantization_config; raise `UnsupportedModel` for sparse and other formats."""
         setting(config, "format", _FORMATS, "pack-quantized")
         setting(config.get("sparsity_config") or {}, "format", ("dense",), "dense")
         self._bits = 4
@@ -55,7 +55,7 @@ class CompressedTensors:
             setting(weights, "type", ("int", "float"), "int")
 
     def read(self, parts: LayerParts) -> Weight:
-        """[N, K]: scale * code, less a zero where there is one."""
+        """Read a weight [N, K]: scale * code, or scale * (code - zero) if it has zero points."""
         scales = parts.get("weight_scale")
         if scales.numel() == 1:
             scales = scales.reshape(1, 1)
@@ -81,7 +81,7 @@ class CompressedTensors:
         bits = self._bits
         codes = unpacked(words, bits, along_rows=False)
         if codes.shape[1] < num_columns:
-            raise parts.error(f"weight_packed has {codes.shape[1]} columns, not {num_columns}")
+            raise parts.error(f"weight_packed has {codes.shape[1]} columns, expected {num_columns}")
         codes = codes[:, :num_columns]
         rows = scales.expand(num_rows, -1) if len(scales) == 1 else scales
         self._check(parts, num_rows, num_columns, rows)
@@ -92,14 +92,15 @@ class CompressedTensors:
         if parts.has("weight_g_idx"):
             groups = parts.get("weight_g_idx", num_columns).long()
             if int(groups.min()) < 0 or int(groups.max()) >= rows.shape[1]:
-                raise parts.error(f"weight_g_idx names groups outside of its {rows.shape[1]}")
+                raise parts.error(f"weight_g_idx has a group outside 0 to {rows.shape[1] - 1}")
             half = torch.full_like(rows, 1 << (bits - 1)) if zeros is None else zeros
-            return of_columns(codes, rows, half, groups)
+            return dequantized_by_column(codes, rows, half, groups)
         return grouped(codes, rows, bits=bits, zeros=zeros)
 
     @staticmethod
     def _check(parts: LayerParts, num_rows: int, num_columns: int, scales: torch.Tensor) -> None:
         if len(scales) != num_rows or num_columns % scales.shape[1]:
             raise parts.error(
-                f"weight_scale is {list(scales.shape)}, the weight is [{num_rows}, {num_columns}]"
+                f"weight_scale has shape {list(scales.shape)}, which does not fit a weight "
+                f"[{num_rows}, {num_columns}]"
             )

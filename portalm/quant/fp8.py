@@ -1,7 +1,7 @@
-"""FP8 weights: one scale for a tensor, for each row, or for each block (DeepSeek-V3's, 2024).
+"""FP8 weights with one scale per tensor, per row, or per block (as DeepSeek-V3 has, 2024).
 
-Micikevicius et al., "FP8 formats for deep learning", 2022. Activations that a checkpoint would
-round to 8 bits keep what the device computes with.
+Micikevicius et al., "FP8 formats for deep learning", 2022. Only weights are quantized: activations
+keep the dtype that the device computes in.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 class FP8:
-    """weight [N, K] of 8 bits; weight_scale [] or [1] or [N, 1], or weight_scale_inv by blocks."""
+    """FP8 weight [N, K]; weight_scale [], [1] or [N, 1], or weight_scale_inv for each block."""
 
     name = "fp8"
     separator = "."
@@ -25,16 +25,16 @@ class FP8:
     parts = ("weight_scale", "weight_scale_inv", "input_scale", "input_scale_ub")
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        """As quantization_config says; `UnsupportedModel` for other formats of 8 bits."""
+        """Check a quantization_config; raise `UnsupportedModel` for other 8-bit formats."""
         setting(config, "fmt", ("e4m3", "e5m2", "float8_e4m3fn"), "e4m3")
         block = config.get("weight_block_size")
         self._block = None if block is None else (int(block[0]), int(block[1]))
 
     def read(self, parts: LayerParts) -> Weight:
-        """[N, K]: code * scale (weight_scale_inv is a scale all the same)."""
+        """Read a weight [N, K]: code * scale (weight_scale_inv is a scale, not an inverse)."""
         weight = parts.get("weight", None, None)
         if weight.dtype not in _FP8:
-            raise parts.error(f"weight is {weight.dtype}, not one of 8 bits")
+            raise parts.error(f"weight is {weight.dtype}, expected float8_e4m3fn or float8_e5m2")
         name = "weight_scale" if parts.has("weight_scale") else "weight_scale_inv"
         scales = parts.get(name)
         if scales.numel() == 1:
@@ -44,7 +44,10 @@ class FP8:
         if self._block is not None and name == "weight_scale_inv":
             wanted = [-(-n // b) for n, b in zip(weight.shape, self._block, strict=True)]
             if list(scales.shape) != wanted:
-                raise parts.error(f"{name} is {list(scales.shape)}, its blocks make it {wanted}")
+                raise parts.error(f"{name} has shape {list(scales.shape)}, expected {wanted}")
         elif scales.shape not in ((1, 1), (len(weight), 1)):
-            raise parts.error(f"{name} is {list(scales.shape)}, the weight is {list(weight.shape)}")
+            raise parts.error(
+                f"{name} has shape {list(scales.shape)}, which does not fit a weight "
+                f"{list(weight.shape)}"
+            )
         return scaled_by_blocks(weight, scales, self._block)

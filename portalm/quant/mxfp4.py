@@ -1,7 +1,7 @@
-"""MXFP4, as GPT-OSS is published: blocks of 32 numbers of 4 bits and a power of two.
+"""MXFP4, the format of GPT-OSS: blocks of 32 4-bit numbers with a power of two as their scale.
 
-Open Compute Project, "Microscaling formats (MX)", 2023. A number is one of e2m1, all of which are
-halves of whole numbers of at most 12: codes of 8 bits have them exactly.
+Open Compute Project, "Microscaling formats (MX)", 2023. Twice an e2m1 number is an integer between
+-12 and 12, so 8-bit codes represent it exactly.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _HALVES = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 
 
 class MXFP4:
-    """_blocks uint8 [E, N, K / 32, 16], the lower code first; _scales uint8 [E, N, K / 32]."""
+    """_blocks uint8 [E, N, K / 32, 16], low nibble first; _scales uint8 [E, N, K / 32]."""
 
     name = "mxfp4"
     separator = "_"
@@ -27,10 +27,10 @@ class MXFP4:
     parts = ("blocks", "scales")
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        """There is one kind."""
+        """Accept any quantization_config: the format has no variants."""
 
     def read(self, parts: LayerParts) -> Weight:
-        """[E N, K]: the rows of all experts, one's behind the other's."""
+        """Read a weight [E N, K]: the rows of all experts, concatenated."""
         blocks = parts.get("blocks", None, None, None, 16)
         exponents = parts.get("scales", *blocks.shape[:3])
         rows, groups = blocks.shape[0] * blocks.shape[1], blocks.shape[2]

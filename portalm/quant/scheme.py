@@ -1,4 +1,4 @@
-"""What a scheme is, and what several of them share: unpacking, and integers times scales."""
+"""The interface of a quantization scheme, and helpers to unpack codes and apply scales."""
 
 from __future__ import annotations
 
@@ -15,44 +15,51 @@ from portalm.errors import CheckpointError, UnsupportedModel
 T = TypeVar("T")
 
 Weight: TypeAlias = QuantizedWeight | torch.Tensor
-"""[N, K]: of few bits, or float32 where no format of `QUANTIZED_FORMATS` has exactly its values."""
+"""[N, K]: quantized, or float32 if no format of `QUANTIZED_FORMATS` has exactly its values."""
 
 
 class Tensors(Protocol):
-    """The tensors of a checkpoint's files, by the names they have there."""
+    """Tensors of a checkpoint's files, by their names in the files."""
 
     path: Path
 
     def names(self) -> Sequence[str]:
-        """Every tensor there is."""
+        """Names of all tensors."""
         ...
 
     def tensor(self, name: str) -> torch.Tensor:
-        """As it is in the file; `CheckpointError` if it is not there."""
+        """Read a tensor as stored; raise `CheckpointError` if it is missing."""
         ...
 
 
 class LayerParts:
-    """The tensors that one layer's weight is made of."""
+    """The tensors that store one layer's weight."""
 
     def __init__(
         self, tensors: Tensors, names: Container[str], layer: str, separator: str = "."
     ) -> None:
-        """Those of `tensors`, which has `names`, that begin with `layer`'s and `separator`."""
+        """Access the tensors of `layer`.
+
+        Args:
+            tensors: reads a tensor.
+            names: names of all tensors.
+            layer: the layer's name.
+            separator: between the name of the layer and that of a part.
+        """
         self._tensors = tensors
         self._names = names
         self._layer = layer
         self._separator = separator
 
     def has(self, name: str) -> bool:
-        """True if there is such a part."""
+        """True if the layer has this part."""
         return f"{self._layer}{self._separator}{name}" in self._names
 
     def get(self, name: str, *shape: int | None) -> torch.Tensor:
-        """The part of this shape (None: any size; no shape at all: any).
+        """Read a part and check its shape (None: any size; no `shape`: no check).
 
         Raises:
-            CheckpointError: it is not there, or of another shape.
+            CheckpointError: the part is missing or has another shape.
         """
         tensor = self._tensors.tensor(f"{self._layer}{self._separator}{name}")
         fits = len(shape) == tensor.ndim and all(
@@ -60,63 +67,64 @@ class LayerParts:
         )
         if shape and not fits:
             sizes = ["any" if size is None else size for size in shape]
-            raise self.error(f"{name} is {list(tensor.shape)}, its layer makes it {sizes}")
+            raise self.error(f"{name} has shape {list(tensor.shape)}, expected {sizes}")
         return tensor
 
     def error(self, reason: str) -> CheckpointError:
-        """To raise when parts do not go together."""
+        """An error about the layer's parts, for the caller to raise."""
         return CheckpointError(self._tensors.path, f"{self._layer}: {reason}")
 
 
 class Scheme(Protocol):
-    """One way of writing weights of few bits."""
+    """Reads the quantized weights of one checkpoint format."""
 
     @property
     def name(self) -> str:
-        """What users call it."""
+        """Name in `--quantization`."""
         ...
 
     @property
     def separator(self) -> str:
-        """What stands between the name of a layer and that of its part."""
+        """Text between the name of a layer and the name of its part."""
         ...
 
     @property
     def marks(self) -> tuple[str, ...]:
-        """A layer that has one of these parts is written so; others are as they always are."""
+        """Parts that only quantized layers have; a layer without one is stored unquantized."""
         ...
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """All parts that its layers may have: no tensors of their own."""
+        """All parts that a quantized layer may have; they are not tensors of the model."""
         ...
 
     def read(self, parts: LayerParts) -> Weight:
-        """The weight of a layer; `CheckpointError` if its parts do not go together."""
+        """Read a layer's weight; raise `CheckpointError` if its parts do not fit together."""
         ...
 
 
 def setting(config: Mapping[str, Any], name: str, among: Sequence[T], default: T) -> T:
-    """A value of quantization_config; `UnsupportedModel` if it is none of `among`."""
+    """Read a value of quantization_config; raise `UnsupportedModel` if it is not in `among`."""
     value = config.get(name)
     if value is None:
         return default
     if value not in among:
         raise UnsupportedModel(
             f"config.json: quantization_config with {name} {value!r} is not supported; "
-            f"{', '.join(map(str, among))} are"
+            f"supported: {', '.join(map(str, among))}"
         )
     found: T = value
     return found
 
 
 def unpacked(words: torch.Tensor, bits: int, *, along_rows: bool) -> torch.Tensor:
-    """Codes out of int32 [R, C], the first in the lowest bits: uint8.
+    """Unpack uint8 codes from int32 words [R, C]; a word's first code is in its lowest bits.
 
     Args:
         words: each holds 32 / `bits` codes.
         bits: 4 or 8.
-        along_rows: a word's codes are of one column: [R * 32 / bits, C]; else of one row.
+        along_rows: a word holds codes of one column, and the result is [R * 32 / bits, C].
+            False: codes of one row, [R, C * 32 / bits].
     """
     per_word = 32 // bits
     shifts = np.arange(0, 32, bits, dtype=np.uint32)
@@ -135,19 +143,22 @@ def unpacked(words: torch.Tensor, bits: int, *, along_rows: bool) -> torch.Tenso
 def grouped(
     codes: torch.Tensor, scales: torch.Tensor, *, bits: int, zeros: torch.Tensor | None = None
 ) -> Weight:
-    """scale * (code - zero) by groups of K.
+    """Build the weight scale * (code - zero), with scales and zeros per group of columns.
 
     Args:
-        codes: uint8 [N, K]
+        codes: uint8 [N, K].
         scales: [N, G], G groups of the same size.
-        bits: of a code: 4 or 8.
-        zeros: [N, G] the code that stands for 0 in each group; None: half of all codes.
+        bits: size of a code, 4 or 8.
+        zeros: [N, G], the code that represents 0 in each group; None: 2^(bits - 1).
+
+    Returns:
+        [N, K]: quantized, or float32 if the group size is not a multiple of 32.
     """
     scales = scales.float()
     group = codes.shape[1] // scales.shape[1]
     half = 1 << (bits - 1)
     if group % QUANTIZED_FORMATS["int4"]:
-        return widened(codes, scales, half if zeros is None else zeros)
+        return dequantized(codes, scales, half if zeros is None else zeros)
     repeats = group // QUANTIZED_FORMATS["int4"]
     repeated = scales.repeat_interleave(repeats, dim=1)
     if zeros is None:
@@ -162,8 +173,10 @@ def grouped(
     )
 
 
-def widened(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | int) -> torch.Tensor:
-    """scale * (code - zero) of codes [N, K], scales and zeros [N, G], in float32: [N, K]."""
+def dequantized(
+    codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | int
+) -> torch.Tensor:
+    """Compute scale * (code - zero) in float32 [N, K]; codes [N, K], scales and zeros [N, G]."""
     rows, columns = codes.shape
     by_group = codes.float().view(rows, scales.shape[1], -1)
     if isinstance(zeros, torch.Tensor):
@@ -171,22 +184,22 @@ def widened(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | int
     return ((by_group - zeros) * scales[:, :, None]).view(rows, columns)
 
 
-def of_columns(
+def dequantized_by_column(
     codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, groups: torch.Tensor
 ) -> torch.Tensor:
-    """The same, where column k of K is of group groups[k]: float32 [N, K]."""
+    """As `dequantized`, with column k in group groups[k]; groups int64 [K]."""
     return (codes.float() - zeros.float()[:, groups]) * scales.float()[:, groups]
 
 
 def scaled_by_blocks(
     weight: torch.Tensor, scales: torch.Tensor, block: tuple[int, int] | None = None
 ) -> torch.Tensor:
-    """weight [N, K] times scales [A, B], float32.
+    """Multiply weight [N, K] by scales [A, B] of its blocks, in float32.
 
     Args:
-        weight: of any float type.
+        weight: any float dtype.
         scales: one for each block.
-        block: its rows and columns, the last ones may be smaller; None: A and B divide N and K.
+        block: rows and columns of a block; the last ones may be smaller. None: N / A and K / B.
     """
     sizes = block or (weight.shape[0] // scales.shape[0], weight.shape[1] // scales.shape[1])
     if scales.numel() == 1:

@@ -377,7 +377,7 @@ def test_a_scheme_that_is_named_must_be_the_checkpoints(tmp_path: Path) -> None:
     ("config", "message"),
     [
         ({"quant_method": "aqlm"}, "quant_method 'aqlm' is not supported; supported: awq"),
-        ({"quant_method": "gptq", "bits": 3}, "bits 3 is not supported; 4, 8 are"),
+        ({"quant_method": "gptq", "bits": 3}, "bits 3 is not supported; supported: 4, 8"),
         ({"quant_method": "awq", "version": "gemv"}, "version 'gemv' is not supported"),
         ({**TENSORS, "format": "marlin-24"}, "format 'marlin-24' is not supported"),
         ({**TENSORS, **group_config(2)}, "num_bits 2 is not supported"),
