@@ -1,1 +1,1 @@
-"""One small file a model family, the registry, and where checkpoints come from."""
+"""Model families, one small file each; their registry; and how checkpoints are found and read."""

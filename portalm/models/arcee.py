@@ -1,4 +1,4 @@
-"""Arcee's AFM: a Llama whose feed-forward has no gate, but the square of what is above zero.
+"""Arcee AFM: a Llama whose feed-forward has no gate and uses squared ReLU.
 
 Arcee AI, "AFM-4.5B", 2025; So et al., "Primer", 2021, for the activation.
 """
@@ -11,11 +11,11 @@ from portalm.models.layer_reader import LayerReader
 
 
 class Arcee(Decoder):
-    """Functions of an AFM; see `portalm.models.model.Model`."""
+    """Arcee AFM decoder; see `portalm.models.model.Model`."""
 
     defaults = {"hidden_act": "relu2", "rms_norm_eps": 1e-5}
     reads = frozenset({"attention_bias", "mlp_bias"})
 
     def mlp(self, read: LayerReader, layer: int, name: str) -> FeedForward:
-        """No gate."""
+        """Read a feed-forward without a gate."""
         return self.plain_mlp(read, f"{name}.up_proj", f"{name}.down_proj", is_transposed=False)

@@ -1,8 +1,8 @@
-"""BERT and its kin: encoders that embed a text, and cross-encoders that score a pair of texts.
+"""BERT, RoBERTa and XLM-RoBERTa: encoders that embed texts, cross-encoders that score pairs.
 
-Devlin et al., "BERT", 2019; Liu et al., "RoBERTa", 2019, whose positions begin behind the padding
-token's id; Reimers and Gurevych, "Sentence-BERT", 2019. Post-norm layers: what a layer adds is
-normed together with its input.
+Devlin et al., "BERT", 2019; Liu et al., "RoBERTa", 2019, whose positions start at the padding
+token's id + 1; Reimers and Gurevych, "Sentence-BERT", 2019. Layers are post-norm: the sum of a
+layer's input and output is normalized.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ class Layer:
 
 
 class Bert(Encoder):
-    """Functions of an encoder; see `portalm.models.model.Model`."""
+    """BERT and RoBERTa encoder; see `portalm.models.model.Model`."""
 
     prefix = ""
-    """Of tensors' names, before the encoder's own."""
+    """Prefix of the encoder's tensor names."""
 
     def build(self, read: LayerReader) -> Weights:
-        """Weights by name: words, positions, types, norm, layers."""
+        """Read weights by name: words, positions, types, norm, layers."""
         config, encoder, name = self.config, self.encoder, f"{self.prefix}embeddings"
         hidden = config.hidden_size
         num_positions = config.max_position + encoder.first_position
@@ -91,7 +91,7 @@ class Bert(Encoder):
         token_ids: torch.Tensor,
         meta: StepMeta,
     ) -> tuple[KV, torch.Tensor]:
-        """Hidden states behind the last layer: [R, C] for meta.logits_rows of int32 [T] ids."""
+        """Run the layers on int32 [T] ids: hidden states [R, C] of meta.logits_rows."""
         assert meta.token_types is not None
         spec = self.spec
         shape = (len(token_ids), spec.num_heads, spec.head_size)
@@ -115,14 +115,14 @@ class Bert(Encoder):
 
 
 class BertClassifier(Bert):
-    """BERT with a layer that scores; a cross-encoder if it scores one thing."""
+    """BERT cross-encoder: an encoder with a scoring head."""
 
     tasks: tuple[Task, ...] = ("score",)
     prefix = "bert."
     head_names = ("bert.pooler.dense", "classifier")
 
     def build(self, read: LayerReader) -> Weights:
-        """The encoder, the layer that makes a state of the first token, the one that scores it."""
+        """Read the encoder, the dense layer of the first token's state, and the scoring layer."""
         hidden, (dense, scores) = self.config.hidden_size, self.head_names
         num_labels = self.encoder.num_labels
         return {
@@ -132,14 +132,14 @@ class BertClassifier(Bert):
         }
 
     def logits(self, backend: Backend, weights: Weights, hidden: torch.Tensor) -> torch.Tensor:
-        """Scores, float32 [R, N], of the first token's states [R, C]: dense, tanh, dense."""
+        """Score first tokens' states by dense, tanh, dense: [R, C] -> float32 [R, N]."""
         states = torch.tanh(weights["dense"](backend, hidden))
         logits = weights["scores"](backend, states).float()
         return torch.sigmoid(logits) if self.encoder.has_sigmoid else logits
 
 
 class RobertaClassifier(BertClassifier):
-    """The same of RoBERTa and XLM-RoBERTa: other names."""
+    """RoBERTa and XLM-RoBERTa cross-encoder: `BertClassifier` with other tensor names."""
 
     prefix = "roberta."
     head_names = ("classifier.dense", "classifier.out_proj")

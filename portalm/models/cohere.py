@@ -1,7 +1,8 @@
-"""Command R and Command R7B: parallel layers of one norm without a bias, scaled logits.
+"""Command R and Command R7B: parallel layers with one norm without a bias, and scaled logits.
 
-Cohere's release notes of both; rotary pairs lie side by side. Command R+ norms query and key.
-Command R7B ("Cohere2") has windows in three layers of four, and rotates only those.
+Sources: Cohere's release notes of both. Rotary pairs are adjacent. Command R+ has query and key
+norms. Command R7B ("Cohere2") has windows in three of every four layers, and a rotary embedding
+only in those.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from portalm.models.layer_reader import LayerReader
 
 @dataclass(frozen=True, slots=True)
 class EachHeadNorm:
-    """A layer norm of each head, with weights of its own."""
+    """A layer norm over each head, with its own weights for each head."""
 
     plain: LayerNorm
-    """Of weights 1 and no bias."""
+    """A layer norm with weights 1 and bias 0, of size D."""
     weight: torch.Tensor
-    """[H, D]"""
+    """[H, D]."""
 
     def __call__(self, backend: Backend, x: torch.Tensor) -> torch.Tensor:
         """[T, H, D] -> [T, H, D]."""
@@ -34,7 +35,7 @@ class EachHeadNorm:
 
 
 class Cohere(Decoder):
-    """Functions of a Command R; see `portalm.models.model.Model`."""
+    """Command R decoder; see `portalm.models.model.Model`."""
 
     defaults = {
         "logit_scale": 0.0625,
@@ -46,17 +47,17 @@ class Cohere(Decoder):
     is_interleaved = True
 
     def __init__(self, config: ModelConfig, dtype: str) -> None:
-        """A model of this shape; `UnsupportedModel` for what has no code."""
+        """Create the model for `config`; raise `UnsupportedModel` for unsupported settings."""
         super().__init__(config, dtype)
         self.logit_scale = float(config.values["logit_scale"])
 
     def norm(self, read: LayerReader, name: str) -> Norm:
-        """A layer norm without a bias."""
+        """Read a layer norm without a bias."""
         config = self.config
         return read.layer_norm(name, config.hidden_size, config.norm_eps, has_bias=False)
 
     def block(self, read: LayerReader, layer: int, name: str) -> Block:
-        """One norm for both parts."""
+        """Read a parallel layer with one norm."""
         return ParallelBlock(
             attention_norm=self.norm(read, f"{name}.input_layernorm"),
             attention=self.attention(read, layer, f"{name}.self_attn"),
@@ -64,7 +65,7 @@ class Cohere(Decoder):
         )
 
     def attention(self, read: LayerReader, layer: int, name: str) -> Attention:
-        """Some norm query and key."""
+        """Read attention, with query and key norms if config.json has use_qk_norm."""
         attention = super().attention(read, layer, name)
         if not self.config.values.get("use_qk_norm"):
             return attention
@@ -81,16 +82,16 @@ class Cohere(Decoder):
 
 
 class Cohere2(Cohere):
-    """Functions of a Command R7B; see `portalm.models.model.Model`."""
+    """Command R7B decoder; see `portalm.models.model.Model`."""
 
     defaults = {**Cohere.defaults, "rope_theta": 10_000.0, "sliding_window": 4096}
     reads = frozenset({"attention_bias", "layer_types", "logit_scale", "sliding_window"})
 
     def has_window(self, layer: int) -> bool:
-        """All but each fourth, or as sliding_window_pattern says."""
+        """All layers except every fourth, or every `sliding_window_pattern`-th."""
         return (layer + 1) % int(self.config.values.get("sliding_window_pattern", 4)) != 0
 
     def attention(self, read: LayerReader, layer: int, name: str) -> Attention:
-        """Layers that see all rotate nothing."""
+        """Read attention; layers without a window have no rotary embedding."""
         attention = super().attention(read, layer, name)
         return attention if attention.spec.sliding_window else replace(attention, rope=None)

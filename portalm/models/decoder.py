@@ -1,7 +1,7 @@
-"""What decoder families have in common; a family says where it is different.
+"""The base class of decoder families, which override what is different.
 
-As it stands a `Decoder` is a Llama with Hugging Face's names. `build` reads the weights layer by
-layer, and is also what tells which tensors there must be.
+`Decoder` itself is a Llama with Hugging Face's tensor names. `build` reads the weights layer by
+layer; run without a checkpoint, it also lists the tensors that the model has (`shapes`).
 """
 
 from __future__ import annotations
@@ -60,20 +60,20 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "use_bidirectional_attention": (False,),
     "use_qk_norm": (False,),
 }
-"""Values of config.json that change what a model computes, and those that change nothing (null
-never does)."""
+"""Keys of config.json that change what a model computes, with their neutral values. Null is always
+neutral. Any other value needs the key in the family's `reads`."""
 
 
 class Decoder:
-    """Functions of a decoder; see `portalm.models.model.Model`."""
+    """A decoder-only model; see `portalm.models.model.Model`."""
 
     tasks: tuple[Task, ...] = ("generate", "embed")
 
-    # what most families change is here, how most change it in the methods below
+    # families override these attributes, and the methods below
     defaults: ClassVar[Mapping[str, Any]] = {}
-    """What config.json means where it does not say."""
+    """Values of config.json that it does not set."""
     reads: ClassVar[frozenset[str]] = frozenset()
-    """Values of `_NEUTRAL` that the family has code for."""
+    """Keys of `_NEUTRAL` that the family has code for."""
     embedding = "model.embed_tokens"
     layer_prefix = "model.layers."
     last_norm = "model.norm"
@@ -81,42 +81,42 @@ class Decoder:
     out_name = "o_proj"
     feed_forward = "mlp"
     optional_prefix = "model."
-    """Of all names: some checkpoints leave it out."""
+    """Prefix of all tensor names, which some checkpoints leave out."""
     is_interleaved = False
-    """Rotary pairs lie side by side."""
+    """Rotary pairs are adjacent: (0, 1), (2, 3), ... See `Attention.is_interleaved`."""
     embedding_scale = 1.0
     logit_scale = 1.0
     logit_cap: float | None = None
-    """Logits become cap * tanh(logit / cap)."""
+    """Logits become cap * tanh(logit / cap); None: no cap."""
 
     def __init__(self, config: ModelConfig, dtype: str) -> None:
-        """A model of this shape, computed in `dtype`.
+        """Create the model for `config`, with weights and activations in `dtype`.
 
         Raises:
-            UnsupportedModel: the config says what the family has no code for.
+            UnsupportedModel: the config has a setting that the family does not support.
         """
         self.config = config
         self.dtype = dtype
         self._shapes: dict[str, tuple[int, ...]] = {}
         if config.pooling.is_purpose or not has_head(config.architecture):
-            self.tasks = ("embed",)  # such a checkpoint may have no head
+            self.tasks = ("embed",)  # the checkpoint may have no output head
         for name, neutral in _NEUTRAL.items():
             value = config.values.get(name)
             if name in self.reads or value is None or value in neutral or _is_off(name, config):
                 continue
             raise UnsupportedModel(
                 f"config.json: {name} is {value!r}, which is not supported for "
-                f"{config.architecture}: its answers would be wrong"
+                f"{config.architecture}: ignoring it would make its answers wrong"
             )
         self.specs = [self.spec(layer) for layer in range(config.num_layers)]
 
     @classmethod
     def complete(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """`values` of config.json, with the family's defaults for what is not there."""
+        """Add the family's defaults to the `values` of a config.json."""
         return {**cls.defaults, **values}
 
     def activation(self, known: frozenset[Activation] = GATED) -> Activation:
-        """The feed-forward's, by config.json's hidden_act; among `known`."""
+        """The feed-forward's activation, from config.json's hidden_act; must be in `known`."""
         name = self.config.values.get("hidden_act", "silu")
         found = ACTIVATIONS.get(str(name))
         if found not in known:
@@ -128,22 +128,22 @@ class Decoder:
         return found
 
     def layer_type(self, layer: int) -> str:
-        """The layer's kind, by config.json's layer_types: sliding_attention or full_attention."""
+        """A layer's type, from config.json's layer_types: sliding_attention or full_attention."""
         kinds = self.config.values.get("layer_types") or self.layer_types()
         kind = str(kinds[layer])
         if kind not in ("sliding_attention", "full_attention"):
             raise UnsupportedModel(
                 f"config.json: layer_types has {kind!r}, which is not supported for "
-                f"{self.config.architecture}"
+                f"{self.config.architecture}; supported: sliding_attention, full_attention"
             )
         if kind == "sliding_attention" and self.config.sliding_window is None:
             raise UnsupportedModel(
-                "config.json: layer_types has 'sliding_attention', and sliding_window is not set"
+                "config.json: layer_types has 'sliding_attention', but sliding_window is not set"
             )
         return kind
 
     def layer_types(self) -> list[str]:
-        """Every layer's kind, where config.json does not say: by `has_window`."""
+        """Types of all layers according to `has_window`, for a config.json without layer_types."""
         has_window = self.config.sliding_window is not None
         return [
             "sliding_attention" if has_window and self.has_window(layer) else "full_attention"
@@ -151,32 +151,32 @@ class Decoder:
         ]
 
     def has_window(self, layer: int) -> bool:
-        """Whether the config's sliding window is the layer's."""
+        """True if the layer has config.json's sliding window."""
         return False
 
     def has_bias(self, part: Literal["qkv", "out", "mlp"]) -> bool:
-        """Whether these linear layers have biases."""
+        """True if these linear layers have biases."""
         return self.config.mlp_bias if part == "mlp" else self.config.attention_bias
 
     # -- shapes -------------------------------------------------------------------------------
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every tensor of the checkpoint, with its shape."""
-        if not self._shapes:  # a model of many experts has tens of thousands
+        """Names and shapes of all tensors of a Hugging Face checkpoint."""
+        if not self._shapes:  # computed once: models with many experts have tens of thousands
             recorder = ShapeRecorder()
             self.build(LayerReader(recorder, NoDevice(), self.dtype))
             self._shapes = recorder.shapes
         return dict(self._shapes)
 
     def weight_bytes(self) -> int:
-        """Bytes of all weights in `dtype`; a tied head is packed beside the embedding."""
+        """Bytes of all weights in `dtype`; a tied head is stored in addition to the embedding."""
         shapes = self.shapes()
         if self.config.tie_word_embeddings and "generate" in self.tasks:
             shapes[f"{self.head}.weight"] = shapes[f"{self.embedding}.weight"]
         return bytes_of(shapes, self.dtype)
 
     def spec(self, layer: int) -> AttentionSpec:
-        """What a layer's attention computes."""
+        """Parameters of a layer's attention."""
         config = self.config
         is_sliding = self.layer_type(layer) == "sliding_attention"
         return AttentionSpec(
@@ -188,7 +188,7 @@ class Decoder:
         )
 
     def attention_specs(self) -> list[AttentionSpec]:
-        """One for each layer."""
+        """Attention parameters of each layer."""
         return self.specs
 
     def kv_spec(self, block_size: int, kv_dtype: str) -> KVSpec:
@@ -202,7 +202,7 @@ class Decoder:
         )
 
     def ropes(self) -> tuple[RopeConfig, ...]:
-        """The rotations that layers refer to by number."""
+        """Rotary settings; `Attention.rope` is an index into them."""
         return (self.config.rope,)
 
     # -- loading ------------------------------------------------------------------------------
@@ -215,7 +215,7 @@ class Decoder:
         quantization: Quantization = AS_CAST,
         progress: LoadProgress | None = None,
     ) -> Weights:
-        """Weights by name: what `build` gives, and ropes."""
+        """Read all weights: the result of `build`, and the rotary tables as "ropes"."""
         reader = TensorReader(
             checkpoint,
             len(checkpoint.names()),
@@ -234,7 +234,7 @@ class Decoder:
         return weights
 
     def _rename(self, checkpoint: Checkpoint) -> Callable[[str], str]:
-        """The checkpoint's name of a tensor, from ours."""
+        """Return a function from the model's name of a tensor to the checkpoint's."""
         prefix, first = self.optional_prefix, f"{self.embedding}.weight"
         names = set(checkpoint.names())
         if first in names or first.removeprefix(prefix) not in names:
@@ -242,7 +242,7 @@ class Decoder:
         return lambda name: name.removeprefix(prefix)
 
     def build(self, read: LayerReader) -> Weights:
-        """Weights by name: embedding, layers, norm, head."""
+        """Read weights by name: embedding, layers, norm, head."""
         config = self.config
         shape = (config.vocab_size, config.hidden_size)
         is_tied = config.tie_word_embeddings
@@ -263,11 +263,11 @@ class Decoder:
         return weights
 
     def norm(self, read: LayerReader, name: str) -> Norm:
-        """A norm of hidden states."""
+        """Read a norm of hidden states."""
         return read.rms_norm(name, self.config.hidden_size, self.config.norm_eps)
 
     def block(self, read: LayerReader, layer: int, name: str) -> Block:
-        """Layer number `layer`, whose tensors' names begin with `name`."""
+        """Read layer number `layer`, whose tensors' names begin with `name`."""
         return SequentialBlock(
             attention_norm=self.norm(read, f"{name}.input_layernorm"),
             attention=self.attention(read, layer, f"{name}.self_attn"),
@@ -276,7 +276,7 @@ class Decoder:
         )
 
     def attention(self, read: LayerReader, layer: int, name: str) -> Attention:
-        """A layer's attention."""
+        """Read a layer's attention."""
         config = self.config
         return Attention(
             layer=layer,
@@ -292,7 +292,7 @@ class Decoder:
         )
 
     def qkv(self, read: LayerReader, name: str) -> Linear:
-        """Query, key and value projection in one."""
+        """Read query, key and value projections, merged into one."""
         config = self.config
         query, kv = config.num_heads * config.head_size, config.num_kv_heads * config.head_size
         return read.linear(
@@ -303,11 +303,11 @@ class Decoder:
         )
 
     def mlp(self, read: LayerReader, layer: int, name: str) -> FeedForward:
-        """A layer's feed-forward."""
+        """Read a layer's feed-forward."""
         return self.gated_mlp(read, name, self.config.intermediate_size)
 
     def gated_mlp(self, read: LayerReader, name: str, inner: int) -> GatedMLP:
-        """A feed-forward with a gate, `inner` wide."""
+        """Read a feed-forward with a gate; `inner` is its width."""
         hidden, has_bias = self.config.hidden_size, self.has_bias("mlp")
         return GatedMLP(
             gate_up=read.linear(
@@ -322,7 +322,7 @@ class Decoder:
         )
 
     def merged_mlp(self, read: LayerReader, name: str) -> GatedMLP:
-        """A feed-forward whose checkpoint has gate and up in one, gate first, and no biases."""
+        """Read a feed-forward without biases, with gate and up merged, gate rows first."""
         hidden, inner = self.config.hidden_size, self.config.intermediate_size
         return GatedMLP(
             gate_up=read.linear(f"{name}.gate_up_proj", rows=(2 * inner,), columns=hidden),
@@ -331,7 +331,7 @@ class Decoder:
         )
 
     def plain_mlp(self, read: LayerReader, up: str, down: str, *, is_transposed: bool) -> MLP:
-        """A feed-forward without a gate, out of layers of these names."""
+        """Read a feed-forward without a gate from the layers `up` and `down`."""
         hidden, inner, has_bias = (
             self.config.hidden_size, self.config.intermediate_size, self.has_bias("mlp")
         )  # fmt: skip
@@ -350,7 +350,7 @@ class Decoder:
     def embed(
         self, backend: Backend, weights: Weights, token_ids: torch.Tensor, meta: StepMeta
     ) -> torch.Tensor:
-        """What the first layer gets: [T, C] of int32 [T] ids."""
+        """Embed the tokens: int32 [T] ids -> [T, C], the input of the first layer."""
         x = backend.embed(token_ids, weights["embedding"])
         return x if self.embedding_scale == 1.0 else x * self.embedding_scale
 
@@ -362,7 +362,7 @@ class Decoder:
         token_ids: torch.Tensor,
         meta: StepMeta,
     ) -> tuple[KV, torch.Tensor]:
-        """Hidden states behind the last norm: [R, C] for meta.logits_rows of int32 [T] ids."""
+        """Run the layers on int32 [T] ids: hidden states [R, C] of meta.logits_rows, normalized."""
         layers: list[Block] = weights["layers"]
         residual = self.embed(backend, weights, token_ids, meta)  # [T, C]
         added: torch.Tensor | None = None
@@ -375,7 +375,7 @@ class Decoder:
         return kv, x
 
     def logits(self, backend: Backend, weights: Weights, hidden: torch.Tensor) -> torch.Tensor:
-        """[R, C] -> float32 [R, V]."""
+        """Compute logits: [R, C] -> float32 [R, V]."""
         logits = backend.logits(hidden, weights["head"])
         if self.logit_scale != 1.0:
             logits = logits * self.logit_scale
@@ -385,7 +385,7 @@ class Decoder:
 
 
 def _is_off(name: str, config: ModelConfig) -> bool:
-    """What another value of the config, or the value's own content, makes neutral."""
+    """True if the value is neutral because of its content or of another value of config.json."""
     if name == "sliding_window":
         return config.sliding_window is None
     if name == "layer_types":

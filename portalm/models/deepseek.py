@@ -1,7 +1,7 @@
-"""DeepSeek V2 and V3: latent attention, and small experts in groups beside shared ones.
+"""DeepSeek V2 and V3: latent attention, small experts in groups, and shared experts.
 
 DeepSeek-AI, "DeepSeek-V2" and "DeepSeek-V3 technical report", 2024; R1 is a V3. Layers that predict
-further tokens (`num_nextn_predict_layers`, behind the last of `num_hidden_layers`) are left out:
+further tokens (`num_nextn_predict_layers`, after the last of `num_hidden_layers`) are not loaded:
 answers do not depend on them.
 """
 
@@ -26,11 +26,11 @@ from portalm.models.layer_reader import LayerReader
 from portalm.models.loader.checkpoint import RowOrder
 
 _INNER_EPS = 1e-6
-"""Of the norms of latent vectors and compressed queries, whatever the config says."""
+"""Epsilon of the norms of latent vectors and compressed queries, in every checkpoint."""
 
 
 class DeepseekV3(Decoder):
-    """Functions of a DeepSeek-V3; see `portalm.models.model.Model`."""
+    """DeepSeek-V3 decoder; see `portalm.models.model.Model`."""
 
     defaults = {
         "first_k_dense_replace": 3,
@@ -60,10 +60,10 @@ class DeepseekV3(Decoder):
         "topk_method": ("noaux_tc",),
         "moe_layer_freq": (1,),
     }
-    """Values of config.json that there is code for."""
+    """Supported values of config.json, the default first."""
 
     def __init__(self, config: ModelConfig, dtype: str) -> None:
-        """A model of this shape; `UnsupportedModel` for another way of choosing experts."""
+        """Create the model for `config`; raise `UnsupportedModel` for unsupported routing."""
         super().__init__(config, dtype)
         for name, known in self.routing.items():
             if config.values.get(name, known[0]) not in known:
@@ -74,17 +74,17 @@ class DeepseekV3(Decoder):
 
     @classmethod
     def complete(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """With defaults; what attention and the cache see is one KV head of the latent vector."""
+        """Add defaults; attention and cache have one KV head, which is the latent vector."""
         values = super().complete(values)
         size = int(values["kv_lora_rank"]) + int(values["qk_rope_head_dim"])
         return {**values, "head_dim": size, "num_key_value_heads": 1}
 
     def ropes(self) -> tuple[RopeConfig, ...]:
-        """One, of the part of a key that rotates."""
+        """Rotary settings of the keys' rotary part."""
         return (replace(self.config.rope, rotary_dim=self._size("qk_rope_head_dim")),)
 
     def spec(self, layer: int) -> AttentionSpec:
-        """Scaled as heads of their own size are, and by yarn's temperature."""
+        """Attention over the latent vector, with the scale of full heads and YaRN's temperature."""
         size = self._size("qk_nope_head_dim") + self._size("qk_rope_head_dim")
         return replace(
             super().spec(layer),
@@ -93,11 +93,11 @@ class DeepseekV3(Decoder):
         )
 
     def kv_spec(self, block_size: int, kv_dtype: str) -> KVSpec:
-        """Values are keys."""
+        """The KV cache of the model: values are the first numbers of keys."""
         return replace(super().kv_spec(block_size, kv_dtype), shares_values=True)
 
     def block(self, read: LayerReader, layer: int, name: str) -> Block:
-        """Layer number `layer`, whose tensors' names begin with `name`."""
+        """Read layer number `layer`, whose tensors' names begin with `name`."""
         return SequentialBlock(
             attention_norm=self.norm(read, f"{name}.input_layernorm"),
             attention=self.latent_attention(read, layer, f"{name}.self_attn"),
@@ -106,7 +106,7 @@ class DeepseekV3(Decoder):
         )
 
     def latent_attention(self, read: LayerReader, layer: int, name: str) -> LatentAttention:
-        """A layer's attention; the halves of kv_b_proj are applied to queries and to results."""
+        """Read attention; the two parts of kv_b_proj are applied to queries and to outputs."""
         config, heads = self.config, self.config.num_heads
         plain, rotary, value, rank = (
             self._size(n)
@@ -150,7 +150,7 @@ class DeepseekV3(Decoder):
         )
 
     def mlp(self, read: LayerReader, layer: int, name: str) -> FeedForward:
-        """A plain feed-forward in the first layers, experts in the others."""
+        """Read a plain feed-forward in the first layers, experts in the others."""
         values, hidden = self.config.values, self.config.hidden_size
         if layer < int(values["first_k_dense_replace"]):
             return super().mlp(read, layer, name)
@@ -174,7 +174,7 @@ class DeepseekV3(Decoder):
         )
 
     def router(self, read: LayerReader, name: str) -> GroupRouter:
-        """Sigmoids; a bias, by which training spread tokens evenly, takes part in the choice."""
+        """Read a sigmoid router whose load-balancing bias takes part in choosing experts."""
         values, num_experts = self.config.values, self._size("n_routed_experts")
         return GroupRouter(
             weight=read.scores(name, num_experts, self.config.hidden_size),
@@ -193,7 +193,7 @@ class DeepseekV3(Decoder):
 
 
 class DeepseekV2(DeepseekV3):
-    """Functions of a DeepSeek-V2; see `portalm.models.model.Model`."""
+    """DeepSeek-V2 decoder; see `portalm.models.model.Model`."""
 
     defaults = {
         **DeepseekV3.defaults,
@@ -209,8 +209,8 @@ class DeepseekV2(DeepseekV3):
         "topk_method": "greedy",
     }
     reads = DeepseekV3.reads | {"mlp_bias"}
-    # weights that add up to 1: no published checkpoint has them, and published codes disagree on
-    # whether routed_scaling_factor applies then
+    # norm_topk_prob true: no published checkpoint has it, and published implementations disagree
+    # on whether routed_scaling_factor then applies
     routing = {
         "scoring_func": ("softmax",),
         "topk_method": ("greedy", "group_limited_greedy"),
@@ -219,7 +219,7 @@ class DeepseekV2(DeepseekV3):
     }
 
     def router(self, read: LayerReader, name: str) -> GroupRouter:
-        """A softmax; a group is worth its best expert."""
+        """Read a softmax router; a group's score is that of its best expert."""
         values = self.config.values
         has_groups = values["topk_method"] == "group_limited_greedy"
         return GroupRouter(
@@ -235,7 +235,7 @@ class DeepseekV2(DeepseekV3):
 
 
 def _plain_first(heads: int, plain: int) -> RowOrder:
-    """All heads' rows that do not rotate, then all others: each part's heads side by side."""
+    """Reorder rows grouped by head: the plain rows of all heads, then all rotary rows."""
 
     def order(rows: torch.Tensor) -> torch.Tensor:
         by_head = rows.view(heads, -1, *rows.shape[1:])
@@ -246,7 +246,7 @@ def _plain_first(heads: int, plain: int) -> RowOrder:
 
 
 def _temperature(rope: RopeConfig) -> float:
-    """What yarn's mscale_all_dim makes of scores (Peng et al., "YaRN", 2023)."""
+    """Factor by which YaRN's mscale_all_dim scales scores (Peng et al., "YaRN", 2023)."""
     scaling = dict(rope.scaling)
     weight, factor = scaling.get("mscale_all_dim"), scaling.get("factor")
     if not weight or not factor or float(factor) <= 1:

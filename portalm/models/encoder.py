@@ -1,4 +1,4 @@
-"""What encoders have in common: a prompt is computed whole in one step, nothing of it is kept."""
+"""The base class of encoders: a prompt is computed whole in one step, without a KV cache."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from portalm.models.model import AS_CAST, Quantization, bytes_of
 
 
 class Encoder(ABC):
-    """Functions of an encoder but for its layers; see `portalm.models.model.Model`."""
+    """An encoder without its layers, which a family adds; see `portalm.models.model.Model`."""
 
     tasks: tuple[Task, ...] = ("embed",)
 
     def __init__(self, config: ModelConfig, dtype: str) -> None:
-        """A model of this shape, computed in `dtype`.
+        """Create the model for `config`, with weights and activations in `dtype`.
 
         Raises:
-            UnsupportedModel: it is a classifier, and scores more than one thing.
+            UnsupportedModel: it is a classifier with more than one label.
         """
         self.config = config
         self.dtype = dtype
@@ -37,18 +37,18 @@ class Encoder(ABC):
         )
         if "score" in self.tasks and self.encoder.num_labels != 1:
             raise UnsupportedModel(
-                f"{config.architecture} with {self.encoder.num_labels} labels is not supported: a "
-                f"cross-encoder, which scores pairs of texts, has one"
+                f"{config.architecture} with {self.encoder.num_labels} labels is not supported: "
+                f"only cross-encoders, which have 1 label and score pairs of texts, are"
             )
 
     @classmethod
     def complete(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """The config as it is."""
+        """Return `values` unchanged."""
         return values
 
     @abstractmethod
     def build(self, read: LayerReader) -> Weights:
-        """Weights by name; what it reads first is the table of words."""
+        """Read weights by name; the first tensor read must be the word embeddings."""
 
     @abstractmethod
     def forward(
@@ -59,14 +59,14 @@ class Encoder(ABC):
         token_ids: torch.Tensor,
         meta: StepMeta,
     ) -> tuple[KV, torch.Tensor]:
-        """Hidden states behind the last layer: [R, C] for meta.logits_rows of int32 [T] ids."""
+        """Run the layers on int32 [T] ids: hidden states [R, C] of meta.logits_rows."""
 
     def logits(self, backend: Backend, weights: Weights, hidden: torch.Tensor) -> torch.Tensor:
-        """A classifier's scores, float32 [R, N], of the first token's states [R, C]."""
-        raise UnsupportedModel(f"{self.config.architecture} embeds texts: it has no scores")
+        """Compute a classifier's scores: first tokens' states [R, C] -> float32 [R, N]."""
+        raise UnsupportedModel(f"{self.config.architecture} has no scores: it embeds texts")
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every tensor of the checkpoint, with its shape."""
+        """Names and shapes of all tensors of a Hugging Face checkpoint."""
         recorder = ShapeRecorder()
         self.build(LayerReader(recorder, NoDevice(), self.dtype))
         return recorder.shapes
@@ -79,11 +79,11 @@ class Encoder(ABC):
         quantization: Quantization = AS_CAST,
         progress: LoadProgress | None = None,
     ) -> Weights:
-        """What `build` gives."""
+        """Read all weights; see `build`."""
         names, first = checkpoint.names(), next(iter(self.shapes()))
-        added = _added_prefix(set(names), first)
+        prefix = _find_prefix(set(names), first)
         reader = TensorReader(
-            checkpoint, len(names), rename=lambda name: added + name, progress=progress
+            checkpoint, len(names), rename=lambda name: prefix + name, progress=progress
         )
         weights = self.build(LayerReader(reader, backend, self.dtype, quantization))
         reader.check_complete()
@@ -94,7 +94,7 @@ class Encoder(ABC):
         return bytes_of(self.shapes(), self.dtype)
 
     def attention_specs(self) -> list[AttentionSpec]:
-        """None: there is no KV cache."""
+        """Empty: there is no KV cache."""
         return []
 
     def kv_spec(self, block_size: int, kv_dtype: str) -> KVSpec | None:
@@ -102,10 +102,10 @@ class Encoder(ABC):
         return None
 
 
-def _added_prefix(names: set[str], wanted: str) -> str:
-    """What stands before `wanted` in a checkpoint of these names; empty if nothing ends so.
+def _find_prefix(names: set[str], wanted: str) -> str:
+    """Find the prefix of `wanted` among the checkpoint's names; empty if there is none.
 
-    A checkpoint that has a head which is not ours has its family's prefix before all else.
+    Checkpoints with another head, such as one for masked tokens, prefix the encoder's names.
     """
     if wanted in names:
         return ""

@@ -1,8 +1,8 @@
-"""Falcon: one key and value for all queries or for groups of them, parallel layers, ALiBi in some.
+"""Falcon: multi-query or grouped-query attention, parallel layers, ALiBi in some models.
 
-Almazrouei et al., "The Falcon series of open language models", 2023. Falcon-7B has a norm for both
-parts of a layer, 40B and 180B ("new decoder architecture") one for each, and Falcon-RW is
-sequential with ALiBi instead of a rotation.
+Almazrouei et al., "The Falcon series of open language models", 2023. Falcon-7B has one norm for
+attention and feed-forward; 40B and 180B ("new decoder architecture") have one for each; Falcon-RW
+has sequential layers, and ALiBi instead of a rotary embedding.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from portalm.layers.blocks import Block, ParallelBlock, SequentialBlock
 from portalm.layers.linear import Linear
 from portalm.layers.norms import Norm
 from portalm.models.decoder import Decoder
-from portalm.models.layer_reader import LayerReader, qkv_of_groups
+from portalm.models.layer_reader import LayerReader, ungroup_qkv
 
 
 class Falcon(Decoder):
-    """Functions of a Falcon; see `portalm.models.model.Model`."""
+    """Falcon decoder; see `portalm.models.model.Model`."""
 
     defaults = {
         "alibi": False,
@@ -43,7 +43,7 @@ class Falcon(Decoder):
 
     @classmethod
     def complete(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """With defaults; the number of KV heads counts only in the new architecture."""
+        """Add defaults; only the new decoder architecture has a configurable number of KV heads."""
         values = super().complete(values)
         values.setdefault("intermediate_size", 4 * int(values["hidden_size"]))
         if values["new_decoder_architecture"]:
@@ -52,11 +52,11 @@ class Falcon(Decoder):
         return {**values, "num_key_value_heads": num_kv_heads}
 
     def has_bias(self, part: Literal["qkv", "out", "mlp"]) -> bool:
-        """All or none."""
+        """All linear layers, if config.json has bias."""
         return bool(self.config.values["bias"])
 
     def spec(self, layer: int) -> AttentionSpec:
-        """ALiBi is added before scores are scaled."""
+        """Attention, with ALiBi slopes scaled as the scores are, if config.json has alibi."""
         spec = super().spec(layer)
         if not self.config.values["alibi"]:
             return spec
@@ -64,11 +64,11 @@ class Falcon(Decoder):
         return replace(spec, alibi_slopes=slopes)
 
     def norm(self, read: LayerReader, name: str) -> Norm:
-        """A layer norm."""
+        """Read a layer norm."""
         return read.layer_norm(name, self.config.hidden_size, self.config.norm_eps)
 
     def block(self, read: LayerReader, layer: int, name: str) -> Block:
-        """Sequential, or parallel with one norm or two."""
+        """Read a sequential layer, or a parallel one with one norm or two."""
         values = self.config.values
         is_new = values["new_decoder_architecture"]
         attention = self.attention(read, layer, f"{name}.self_attention")
@@ -77,8 +77,8 @@ class Falcon(Decoder):
         if not values["parallel_attn"]:
             if is_new:
                 raise UnsupportedModel(
-                    "config.json: parallel_attn false with new_decoder_architecture is no Falcon "
-                    "that is known"
+                    "config.json: parallel_attn false is not supported with "
+                    "new_decoder_architecture true"
                 )
             return SequentialBlock(
                 attention_norm=self.norm(read, f"{name}.input_layernorm"),
@@ -89,8 +89,8 @@ class Falcon(Decoder):
         num_norms = values.get("num_ln_in_parallel_attn") or (2 if is_new else 1)
         if num_norms not in ((1, 2) if is_new else (1,)):
             raise UnsupportedModel(
-                f"config.json: num_ln_in_parallel_attn is {num_norms}, which no Falcon that is "
-                f"known has"
+                f"config.json: num_ln_in_parallel_attn is {num_norms}, which is not supported; "
+                f"supported: 1, and 2 with new_decoder_architecture"
             )
         if num_norms == 2:
             return ParallelBlock(
@@ -103,27 +103,27 @@ class Falcon(Decoder):
         return ParallelBlock(attention_norm=norm, attention=attention, mlp=mlp)
 
     def attention(self, read: LayerReader, layer: int, name: str) -> Attention:
-        """Nothing is rotated where there is ALiBi."""
+        """Read attention; ALiBi replaces the rotary embedding."""
         attention = super().attention(read, layer, name)
         return replace(attention, rope=None) if self.config.values["alibi"] else attention
 
     def qkv(self, read: LayerReader, name: str) -> Linear:
-        """Merged in the checkpoint, KV head by KV head."""
+        """Read query, key and value, which the checkpoint has merged and grouped by KV head."""
         config = self.config
         return read.linear(
             f"{name}.query_key_value",
             rows=((config.num_heads + 2 * config.num_kv_heads) * config.head_size,),
             columns=config.hidden_size,
             has_bias=self.has_bias("qkv"),
-            order=qkv_of_groups(config.num_kv_heads, config.head_size),
+            order=ungroup_qkv(config.num_kv_heads, config.head_size),
         )
 
 
 def alibi_slopes(num_heads: int) -> tuple[float, ...]:
-    """A slope for each head: 2^(-8 i / n) where n is a power of 2.
+    """ALiBi slope of each head: 2^(-8 i / n) if n is a power of 2.
 
-    Press et al., "Train short, test long", 2022: other numbers of heads take every other slope of
-    the next power of 2 for what is missing.
+    Press et al., "Train short, test long", 2022. Any other number of heads takes the slopes of the
+    previous power of 2, and for the rest every other slope of the next power of 2.
     """
     n = 2 ** math.floor(math.log2(num_heads))
     slopes = [2 ** (-8 * i / n) for i in range(1, n + 1)]

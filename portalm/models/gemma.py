@@ -1,8 +1,8 @@
-"""Gemma 1, 2 and 3: scaled embeddings, norms by 1 + weight, a feed-forward gated by gelu.
+"""Gemma 1, 2 and 3: Llamas with scaled embeddings, 1 + weight norms and a GELU gate.
 
-Gemma team, "Gemma", 2024: a Llama but for those. "Gemma 2", 2024: soft caps of scores and logits,
-norms also behind attention and feed-forward, a window in every other layer. "Gemma 3", 2025: no
-caps, norms of query and key, a full layer in six, and a base of the rotation for each kind.
+Gemma team, "Gemma", 2024. "Gemma 2", 2024, adds soft caps of scores and logits, norms after
+attention and feed-forward, and a window in every other layer. "Gemma 3", 2025, has no caps, adds
+query and key norms, and has a window in five of every six layers, with another rotary base there.
 """
 
 from __future__ import annotations
@@ -29,34 +29,34 @@ _DEFAULTS = {
 
 
 class Gemma(Decoder):
-    """The first of them."""
+    """Gemma 1 decoder; see `portalm.models.model.Model`."""
 
     defaults = _DEFAULTS
     reads = frozenset({"attention_bias"})
 
     def __init__(self, config: ModelConfig, dtype: str) -> None:
-        """A model of this shape; `UnsupportedModel` for what has no code."""
+        """Create the model for `config`; raise `UnsupportedModel` for unsupported settings."""
         super().__init__(config, dtype)
-        # rounded as the embeddings are: the checkpoints were trained so
+        # rounded to the model's dtype, as in training
         scale = torch.tensor(config.hidden_size**0.5, dtype=getattr(torch, dtype))
         self.embedding_scale = float(scale)
 
     @classmethod
     def complete(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """With defaults; the first checkpoints say gelu and mean the form by tanh."""
+        """Add defaults; the first checkpoints say gelu but use the tanh approximation."""
         values = super().complete(values)
         if values["hidden_act"] == "gelu":
             values["hidden_act"] = _DEFAULTS["hidden_act"]
         return values
 
     def norm(self, read: LayerReader, name: str) -> Norm:
-        """The checkpoint has weights less 1; the sum is rounded once, at load."""
+        """Read a norm whose Hugging Face weight is stored minus 1."""
         config = self.config
         return read.rms_norm(name, config.hidden_size, config.norm_eps, is_shifted=True)
 
 
 class Gemma2(Gemma):
-    """The second."""
+    """Gemma 2 decoder."""
 
     defaults = {
         **_DEFAULTS,
@@ -74,16 +74,16 @@ class Gemma2(Gemma):
     }
 
     def __init__(self, config: ModelConfig, dtype: str) -> None:
-        """A model of this shape; `UnsupportedModel` for what has no code."""
+        """Create the model for `config`; raise `UnsupportedModel` for unsupported settings."""
         super().__init__(config, dtype)
         self.logit_cap = config.values["final_logit_softcapping"]
 
     def has_window(self, layer: int) -> bool:
-        """The first, the third and so on."""
+        """Every other layer, starting with the first."""
         return layer % 2 == 0
 
     def spec(self, layer: int) -> AttentionSpec:
-        """The scale is not the head size's."""
+        """Attention with the scale query_pre_attn_scalar^-0.5 and a soft cap."""
         values = self.config.values
         return replace(
             super().spec(layer),
@@ -92,7 +92,7 @@ class Gemma2(Gemma):
         )
 
     def block(self, read: LayerReader, layer: int, name: str) -> Block:
-        """Norms on both sides."""
+        """Read a layer with norms before and after attention and feed-forward."""
         return SequentialBlock(
             attention_norm=self.norm(read, f"{name}.input_layernorm"),
             attention=self.attention(read, layer, f"{name}.self_attn"),
@@ -104,7 +104,7 @@ class Gemma2(Gemma):
 
 
 class Gemma3(Gemma2):
-    """The third, of text alone."""
+    """Gemma 3 decoder, text only."""
 
     defaults = {
         **Gemma2.defaults,
@@ -114,23 +114,23 @@ class Gemma3(Gemma2):
     }
 
     def has_window(self, layer: int) -> bool:
-        """All but each sixth, or as sliding_window_pattern says."""
+        """All layers except every sixth, or every `sliding_window_pattern`-th."""
         return (layer + 1) % int(self.config.values.get("sliding_window_pattern", 6)) != 0
 
     def ropes(self) -> tuple[RopeConfig, ...]:
-        """That of full layers, and that of layers with a window."""
+        """Rotary settings of layers without a window, then of layers with one."""
         values = self.config.values
         local = (values.get("rope_parameters") or {}).get("sliding_attention") or {}
         if local.get("rope_type", "default") != "default":
             raise UnsupportedModel(
-                f"config.json: rope_type {local['rope_type']!r} of sliding_attention is not "
+                f"config.json: rope_type {local['rope_type']!r} for sliding_attention is not "
                 f"supported"
             )
         theta = local.get("rope_theta") or values.get("rope_local_base_freq") or 10_000.0
         return self.config.rope, replace(self.config.rope, theta=float(theta), scaling=())
 
     def attention(self, read: LayerReader, layer: int, name: str) -> Attention:
-        """Query and key are normed, head by head."""
+        """Read attention with norms of each query and key head."""
         size, eps = self.config.head_size, self.config.norm_eps
         return replace(
             super().attention(read, layer, name),

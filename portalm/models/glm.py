@@ -1,7 +1,7 @@
-"""GLM-4: Llamas that rotate half of each head, pairs side by side; gate and up are merged.
+"""GLM-4: Llamas that rotate half of each head, in adjacent pairs, with gate and up merged.
 
-GLM team, "ChatGLM: a family of large language models from GLM-130B to GLM-4 all tools", 2024: the
-checkpoints of that year are a Glm; those of 2025 (GLM-4-0414) also norm what comes out of attention
+GLM team, "ChatGLM: a family of large language models from GLM-130B to GLM-4 all tools", 2024.
+Checkpoints of 2024 are `Glm`; those of 2025 (GLM-4-0414) also normalize the outputs of attention
 and feed-forward.
 """
 
@@ -16,7 +16,7 @@ from portalm.models.layer_reader import LayerReader
 
 
 class Glm(Decoder):
-    """The first of them."""
+    """GLM-4 decoder of 2024; see `portalm.models.model.Model`."""
 
     defaults = {
         "attention_bias": True,
@@ -29,19 +29,19 @@ class Glm(Decoder):
     is_interleaved = True
 
     def has_bias(self, part: Literal["qkv", "out", "mlp"]) -> bool:
-        """Only query, key and value, where the config says so."""
+        """Query, key and value, if config.json has attention_bias."""
         return part == "qkv" and self.config.attention_bias
 
     def mlp(self, read: LayerReader, layer: int, name: str) -> FeedForward:
-        """Gate and up are merged in the checkpoint."""
+        """Read a feed-forward whose checkpoint has gate and up merged."""
         return self.merged_mlp(read, name)
 
 
 class Glm4(Glm):
-    """The second."""
+    """GLM-4-0414 decoder."""
 
     def block(self, read: LayerReader, layer: int, name: str) -> Block:
-        """Norms on both sides."""
+        """Read a layer with norms before and after attention and feed-forward."""
         return SequentialBlock(
             attention_norm=self.norm(read, f"{name}.input_layernorm"),
             attention=self.attention(read, layer, f"{name}.self_attn"),

@@ -1,4 +1,4 @@
-"""GPT-2: learned positions, layer norms, and linear layers that checkpoints have transposed.
+"""GPT-2: learned positions, layer norms, and transposed linear weights in checkpoints.
 
 Radford et al., "Language models are unsupervised multitask learners", 2019.
 """
@@ -20,7 +20,7 @@ from portalm.models.layer_reader import LayerReader
 
 
 class GPT2(Decoder):
-    """Functions of a GPT-2; see `portalm.models.model.Model`."""
+    """GPT-2 decoder; see `portalm.models.model.Model`."""
 
     defaults = {"hidden_act": "gelu_new", "rms_norm_eps": 1e-5, "tie_word_embeddings": True}
     reads = frozenset({"scale_attn_by_inverse_layer_idx"})
@@ -31,38 +31,38 @@ class GPT2(Decoder):
 
     @classmethod
     def complete(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """With defaults; the feed-forward is four times as wide as the rest."""
+        """Add defaults; n_inner is 4 * hidden_size if not set."""
         values = super().complete(values)
         values["num_key_value_heads"] = values["num_attention_heads"]
         return {"intermediate_size": 4 * int(values["hidden_size"]), **values}
 
     def has_bias(self, part: Literal["qkv", "out", "mlp"]) -> bool:
-        """All of them."""
+        """True: every linear layer has a bias."""
         return True
 
     def spec(self, layer: int) -> AttentionSpec:
-        """Some scale scores down layer by layer."""
+        """Attention; some checkpoints divide the scale by the layer's number."""
         spec = super().spec(layer)
         if not self.config.values.get("scale_attn_by_inverse_layer_idx"):
             return spec
         return replace(spec, scale=spec.scale / (layer + 1))
 
     def ropes(self) -> tuple[RopeConfig, ...]:
-        """None: positions are learned."""
+        """Empty: positions are learned."""
         return ()
 
     def build(self, read: LayerReader) -> Weights:
-        """With a table of positions."""
+        """Read all weights, including the position embeddings."""
         shape = (self.config.max_position, self.config.hidden_size)
         positions = read.tensor("transformer.wpe.weight", *shape)
         return {**super().build(read), "positions": positions}
 
     def norm(self, read: LayerReader, name: str) -> Norm:
-        """A layer norm."""
+        """Read a layer norm."""
         return read.layer_norm(name, self.config.hidden_size, self.config.norm_eps)
 
     def block(self, read: LayerReader, layer: int, name: str) -> Block:
-        """Norms before attention and feed-forward."""
+        """Read a layer with norms before attention and feed-forward."""
         return SequentialBlock(
             attention_norm=self.norm(read, f"{name}.ln_1"),
             attention=self.attention(read, layer, f"{name}.attn"),
@@ -71,7 +71,7 @@ class GPT2(Decoder):
         )
 
     def attention(self, read: LayerReader, layer: int, name: str) -> Attention:
-        """Nothing is rotated."""
+        """Read attention without a rotary embedding."""
         hidden = self.config.hidden_size
         return Attention(
             layer=layer,
@@ -96,6 +96,6 @@ class GPT2(Decoder):
     def embed(
         self, backend: Backend, weights: Weights, token_ids: torch.Tensor, meta: StepMeta
     ) -> torch.Tensor:
-        """Tokens and positions."""
+        """Add token and position embeddings: int32 [T] ids -> [T, C]."""
         tokens = backend.embed(token_ids, weights["embedding"])
         return tokens + backend.embed(meta.positions, weights["positions"])

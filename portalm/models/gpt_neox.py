@@ -1,4 +1,4 @@
-"""GPT-NeoX and Pythia: a part of each head is rotated, attention and feed-forward side by side.
+"""GPT-NeoX and Pythia: partial rotary embedding, attention and feed-forward in parallel.
 
 Black et al., "GPT-NeoX-20B", 2022; Biderman et al., "Pythia", 2023.
 """
@@ -11,11 +11,11 @@ from portalm.layers.blocks import Block, ParallelBlock, SequentialBlock
 from portalm.layers.linear import Linear
 from portalm.layers.norms import Norm
 from portalm.models.decoder import Decoder
-from portalm.models.layer_reader import LayerReader, qkv_of_groups
+from portalm.models.layer_reader import LayerReader, ungroup_qkv
 
 
 class GPTNeoX(Decoder):
-    """Functions of a GPT-NeoX; see `portalm.models.model.Model`."""
+    """GPT-NeoX decoder; see `portalm.models.model.Model`."""
 
     defaults = {
         "attention_bias": True,
@@ -33,20 +33,20 @@ class GPTNeoX(Decoder):
 
     @classmethod
     def complete(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """With defaults; every query has a key and a value of its own."""
+        """Add defaults; there are as many KV heads as query heads."""
         values = super().complete(values)
         return {**values, "num_key_value_heads": values["num_attention_heads"]}
 
     def has_bias(self, part: Literal["qkv", "out", "mlp"]) -> bool:
-        """The feed-forward always."""
+        """Feed-forward layers always; attention, if config.json has attention_bias."""
         return part == "mlp" or self.config.attention_bias
 
     def norm(self, read: LayerReader, name: str) -> Norm:
-        """A layer norm."""
+        """Read a layer norm."""
         return read.layer_norm(name, self.config.hidden_size, self.config.norm_eps)
 
     def block(self, read: LayerReader, layer: int, name: str) -> Block:
-        """Both parts have a norm of their own, also where they are side by side."""
+        """Read a parallel or sequential layer; both kinds have two norms."""
         is_parallel = self.config.values["use_parallel_residual"]
         return (ParallelBlock if is_parallel else SequentialBlock)(
             attention_norm=self.norm(read, f"{name}.input_layernorm"),
@@ -61,12 +61,12 @@ class GPTNeoX(Decoder):
         )
 
     def qkv(self, read: LayerReader, name: str) -> Linear:
-        """Merged in the checkpoint, head by head."""
+        """Read query, key and value, which the checkpoint has merged and grouped by head."""
         config = self.config
         return read.linear(
             f"{name}.query_key_value",
             rows=(3 * config.hidden_size,),
             columns=config.hidden_size,
             has_bias=self.has_bias("qkv"),
-            order=qkv_of_groups(config.num_heads, config.head_size),
+            order=ungroup_qkv(config.num_heads, config.head_size),
         )

@@ -1,7 +1,7 @@
-"""GPT-OSS: experts with biases and a clamped gate, sinks in every head, windows in half the layers.
+"""GPT-OSS: experts with biases and a clamped gate, attention sinks, windows in half the layers.
 
-OpenAI, "gpt-oss-120b and gpt-oss-20b model card", 2025. The published checkpoints have experts of
-4 bits (portalm/quant/mxfp4.py), each expert's rows behind the other's.
+OpenAI, "gpt-oss-120b and gpt-oss-20b model card", 2025. In the published checkpoints the experts'
+weights are MXFP4 (portalm/quant/mxfp4.py), with the rows of all experts in one matrix.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from portalm.models.layer_reader import LayerReader
 
 
 class GptOss(Decoder):
-    """Functions of a GPT-OSS; see `portalm.models.model.Model`."""
+    """GPT-OSS decoder; see `portalm.models.model.Model`."""
 
     defaults = {
         "attention_bias": True,
@@ -43,20 +43,20 @@ class GptOss(Decoder):
     reads = frozenset({"attention_bias", "layer_types", "num_local_experts", "sliding_window"})
 
     def has_window(self, layer: int) -> bool:
-        """The first, the third and so on."""
+        """Every other layer, starting with the first."""
         return layer % 2 == 0
 
     def spec(self, layer: int) -> AttentionSpec:
-        """Every head has a sink."""
+        """Attention with a sink in every head."""
         return replace(super().spec(layer), has_sinks=True)
 
     def attention(self, read: LayerReader, layer: int, name: str) -> Attention:
-        """With the sinks' scores."""
+        """Read attention with the sinks' scores."""
         sinks = read.tensor(f"{name}.sinks", self.config.num_heads).float()
         return replace(super().attention(read, layer, name), sinks=sinks)
 
     def mlp(self, read: LayerReader, layer: int, name: str) -> FeedForward:
-        """A router with a bias; a token's weights add up to 1."""
+        """Read a router with a bias, and experts; a token's weights sum to 1."""
         values, hidden = self.config.values, self.config.hidden_size
         num_experts = int(values["num_local_experts"])
         experts = self._experts(read, f"{name}.experts", num_experts)
@@ -74,7 +74,7 @@ class GptOss(Decoder):
         )
 
     def _experts(self, read: LayerReader, name: str, num_experts: int) -> Experts:
-        """In one tensor of each kind, or, in GGUF files, each by itself."""
+        """Read experts in the form that the checkpoint stores them."""
         inner, hidden = self.config.intermediate_size, self.config.hidden_size
         if read.form.has_separate_experts:
             return read.experts(
@@ -93,5 +93,5 @@ class GptOss(Decoder):
 
 
 def _gate_first(rows: torch.Tensor) -> torch.Tensor:
-    """The checkpoint has gate and up rows in turn."""
+    """Reorder rows that alternate gate and up: all gate rows, then all up rows."""
     return torch.cat((rows[0::2], rows[1::2]))

@@ -1,4 +1,4 @@
-"""Granite 3: a Llama with multipliers of embeddings, scores, what layers add, and logits.
+"""Granite 3: a Llama with multipliers for embeddings, scores, layer outputs and logits.
 
 IBM, "Granite 3.0 language models", 2024.
 """
@@ -15,7 +15,7 @@ from portalm.models.layer_reader import LayerReader
 
 
 class Granite(Decoder):
-    """Functions of a Granite; see `portalm.models.model.Model`."""
+    """Granite decoder; see `portalm.models.model.Model`."""
 
     defaults = {
         "attention_multiplier": 1.0,
@@ -26,17 +26,17 @@ class Granite(Decoder):
     reads = frozenset({*defaults, "attention_bias", "mlp_bias"})
 
     def __init__(self, config: ModelConfig, dtype: str) -> None:
-        """A model of this shape; `UnsupportedModel` for what has no code."""
+        """Create the model for `config`; raise `UnsupportedModel` for unsupported settings."""
         super().__init__(config, dtype)
         self.embedding_scale = float(config.values["embedding_multiplier"])
         self.logit_scale = 1 / float(config.values["logits_scaling"])
 
     def spec(self, layer: int) -> AttentionSpec:
-        """The scale is the config's."""
+        """Attention with the scale `attention_multiplier`."""
         return replace(super().spec(layer), scale=float(self.config.values["attention_multiplier"]))
 
     def block(self, read: LayerReader, layer: int, name: str) -> Block:
-        """What it adds is scaled."""
+        """Read a layer whose outputs are scaled by `residual_multiplier`."""
         block = super().block(read, layer, name)
         assert isinstance(block, SequentialBlock)
         return replace(block, multiplier=float(self.config.values["residual_multiplier"]))

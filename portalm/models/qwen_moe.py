@@ -1,4 +1,4 @@
-"""Qwen2-MoE and Qwen3-MoE: Qwens with small experts in most layers; Qwen2's share one.
+"""Qwen2-MoE and Qwen3-MoE: Qwens with small experts, and in Qwen2-MoE a shared expert.
 
 Yang et al., "Qwen2 technical report", 2024, and "Qwen3 technical report", 2025.
 """
@@ -14,8 +14,8 @@ from portalm.models.layer_reader import LayerReader
 from portalm.models.qwen import Qwen2, Qwen3
 
 
-def _feed_forward(model: Decoder, read: LayerReader, layer: int, name: str) -> MoE | None:
-    """The experts of a layer that has some."""
+def _experts(model: Decoder, read: LayerReader, layer: int, name: str) -> MoE | None:
+    """Read the experts of a layer; None if the layer has a plain feed-forward."""
     values, hidden = model.config.values, model.config.hidden_size
     num_experts = int(values["num_experts"])
     is_dense = layer in (values.get("mlp_only_layers") or ())
@@ -42,7 +42,7 @@ def _feed_forward(model: Decoder, read: LayerReader, layer: int, name: str) -> M
 
 
 class Qwen2Moe(Qwen2):
-    """Functions of a Qwen2-MoE; see `portalm.models.model.Model`."""
+    """Qwen2-MoE decoder; see `portalm.models.model.Model`."""
 
     defaults = {
         **Qwen2.defaults,
@@ -57,20 +57,20 @@ class Qwen2Moe(Qwen2):
     reads = Qwen2.reads | {"num_experts"}
 
     def has_bias(self, part: Literal["qkv", "out", "mlp"]) -> bool:
-        """Query, key and value, as the config says."""
+        """Query, key and value, if config.json has qkv_bias."""
         return part == "qkv" and bool(self.config.values["qkv_bias"])
 
     def has_window(self, layer: int) -> bool:
-        """Every other layer below max_window_layers."""
+        """Every other layer below number `max_window_layers`."""
         return layer % 2 == 0 and layer < int(self.config.values.get("max_window_layers", 28))
 
     def mlp(self, read: LayerReader, layer: int, name: str) -> FeedForward:
-        """Experts, or a plain feed-forward."""
-        return _feed_forward(self, read, layer, name) or super().mlp(read, layer, name)
+        """Read experts, or a plain feed-forward."""
+        return _experts(self, read, layer, name) or super().mlp(read, layer, name)
 
 
 class Qwen3Moe(Qwen3):
-    """Functions of a Qwen3-MoE; see `portalm.models.model.Model`."""
+    """Qwen3-MoE decoder; see `portalm.models.model.Model`."""
 
     defaults = {
         "use_sliding_window": False,
@@ -84,14 +84,14 @@ class Qwen3Moe(Qwen3):
 
     @classmethod
     def complete(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """With defaults; newer files have another name for the number of experts."""
+        """Add defaults; newer files name the number of experts num_local_experts."""
         values = super().complete(values)
         return {**values, "num_experts": values.get("num_local_experts") or values["num_experts"]}
 
     def has_window(self, layer: int) -> bool:
-        """Every layer, where the config has one."""
+        """True: every layer has the window, if config.json sets one."""
         return True
 
     def mlp(self, read: LayerReader, layer: int, name: str) -> FeedForward:
-        """Experts, or a plain feed-forward."""
-        return _feed_forward(self, read, layer, name) or super().mlp(read, layer, name)
+        """Read experts, or a plain feed-forward."""
+        return _experts(self, read, layer, name) or super().mlp(read, layer, name)

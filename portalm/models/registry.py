@@ -1,4 +1,4 @@
-"""Model families by the architecture names in a checkpoint's config.json."""
+"""Model classes by the architecture name in a checkpoint's config.json."""
 
 from __future__ import annotations
 
@@ -44,23 +44,23 @@ ARCHITECTURES = {
     "XLMRobertaForSequenceClassification": "portalm.models.bert:RobertaClassifier",
     "XLMRobertaModel": "portalm.models.bert:Bert",
 }
-"""Architecture name -> module:class."""
+"""Architecture name -> "module:class"."""
 
 
 def has_head(architecture: str) -> bool:
-    """False of a registered decoder's architecture without its output head, Qwen3Model say."""
+    """False for a registered decoder without its output head, for example Qwen3Model."""
     headed = architecture.removesuffix("Model") + "ForCausalLM"
     return architecture in ARCHITECTURES or headed not in ARCHITECTURES
 
 
 def model_class(architecture: str) -> type[Model]:
-    """The class that runs `architecture`: a family's, or transformers' own code.
+    """Find the class that runs `architecture`; an unregistered one runs through transformers' code.
 
-    A decoder without its output head is its family's.
+    A decoder without its output head is run by its family's class.
     """
     if not has_head(architecture):
         architecture = architecture.removesuffix("Model") + "ForCausalLM"
-    home = ARCHITECTURES.get(architecture, "portalm.models.transformers_model:TransformersModel")
-    module, _, name = home.partition(":")
+    target = ARCHITECTURES.get(architecture, "portalm.models.transformers_model:TransformersModel")
+    module, _, name = target.partition(":")
     found: type[Model] = getattr(importlib.import_module(module), name)
     return found

@@ -1,4 +1,4 @@
-"""SmolLM3: a Llama that leaves query and key of each fourth layer as they are.
+"""SmolLM3: a Llama without rotary embedding in every fourth layer.
 
 Bakouch et al., "SmolLM3", 2025, after Yang et al., "Rope to Nope and back again", 2025.
 """
@@ -13,7 +13,7 @@ from portalm.models.layer_reader import LayerReader
 
 
 class SmolLM3(Decoder):
-    """Functions of a SmolLM3; see `portalm.models.model.Model`."""
+    """SmolLM3 decoder; see `portalm.models.model.Model`."""
 
     defaults = {
         "num_key_value_heads": 4,
@@ -26,18 +26,18 @@ class SmolLM3(Decoder):
     )
 
     def has_rope(self, layer: int) -> bool:
-        """The checkpoint's no_rope_layers has a 1 for each layer that rotates."""
+        """True if the layer has a rotary embedding: no_rope_layers has a 1 for it."""
         listed = self.config.values.get("no_rope_layers")
         if listed is not None:
             return bool(listed[layer])
         return (layer + 1) % int(self.config.values.get("no_rope_layer_interval", 4)) != 0
 
     def has_window(self, layer: int) -> bool:
-        """Layers that do not rotate, where the config has a window."""
+        """Layers without a rotary embedding, if config.json sets a window."""
         return not self.has_rope(layer)
 
     def attention(self, read: LayerReader, layer: int, name: str) -> Attention:
-        """A layer's attention."""
+        """Read attention, without a rotary embedding where the layer has none."""
         return replace(
             super().attention(read, layer, name), rope=0 if self.has_rope(layer) else None
         )

@@ -14,7 +14,7 @@ from portalm.models.layer_reader import LayerReader
 
 
 class Starcoder2(Decoder):
-    """Functions of a StarCoder2; see `portalm.models.model.Model`."""
+    """StarCoder2 decoder; see `portalm.models.model.Model`."""
 
     defaults = {
         "hidden_act": "gelu_pytorch_tanh",
@@ -26,17 +26,17 @@ class Starcoder2(Decoder):
     reads = frozenset({"sliding_window"})
 
     def has_bias(self, part: Literal["qkv", "out", "mlp"]) -> bool:
-        """All or none."""
+        """All linear layers, if config.json has use_bias."""
         return bool(self.config.values["use_bias"])
 
     def has_window(self, layer: int) -> bool:
-        """Every layer, where the config has one."""
+        """True: every layer has the window, if config.json sets one."""
         return True
 
     def norm(self, read: LayerReader, name: str) -> Norm:
-        """A layer norm."""
+        """Read a layer norm."""
         return read.layer_norm(name, self.config.hidden_size, self.config.norm_eps)
 
     def mlp(self, read: LayerReader, layer: int, name: str) -> FeedForward:
-        """No gate."""
+        """Read a feed-forward without a gate."""
         return self.plain_mlp(read, f"{name}.c_fc", f"{name}.c_proj", is_transposed=False)

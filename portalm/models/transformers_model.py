@@ -1,9 +1,9 @@
-"""A decoder that has no file here: transformers' own code, its attention replaced by the backend's.
+"""Decoders without a family file: transformers' code, with attention replaced by the backend's.
 
-Slower than a family of our own (nothing is merged, packed or quantised), but there on the day that
-transformers has it. A dry run without data finds out which attention each layer asks for; what it
-asks for that a backend cannot be told, or what depends on more than a token and its place, refuses
-the model.
+Slower than a family of this package (no merged, packed or quantized weights), but available as soon
+as transformers has the model. A dry run without data records the attention of each layer. A model
+is refused if its attention needs what `Backend` does not support, or if its result depends on more
+than each token and its position.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from portalm.models.model import AS_CAST, Quantization, bytes_of
 logger = logging.getLogger(__name__)
 
 _ATTENTION = "portalm"
-"""The name of our attention among transformers'."""
+"""Name of our attention function in transformers' registry."""
 
 _STEP = "portalm_step"
-"""The keyword by which a step gets to it."""
+"""Keyword argument that passes the step to our attention function."""
 
-_UNDERSTOOD = frozenset({"scaling", "sliding_window", "softcap", "s_aux", "is_causal"})
+_SUPPORTED = frozenset({"scaling", "sliding_window", "softcap", "s_aux", "is_causal"})
 _HARMLESS = frozenset(
     {"dropout", "position_ids", "use_cache", "cache_position", "output_attentions",
      "output_hidden_states", "output_router_logits", "return_dict", "logits_to_keep"}
 )  # fmt: skip
-"""Keywords of attention functions that change nothing here."""
+"""Keyword arguments of attention functions that do not change the result here."""
 
 
 @dataclass(slots=True)
 class _DryRun:
-    """Writes down the attention of every layer."""
+    """Records the attention of every layer."""
 
     specs: dict[int, AttentionSpec] = field(default_factory=dict)
 
@@ -53,14 +53,14 @@ class _DryRun:
         sinks: torch.Tensor | None,
     ) -> torch.Tensor:
         if layer in self.specs:
-            raise UnsupportedModel(f"layer {layer} attends twice")
+            raise UnsupportedModel(f"layer {layer} calls attention twice")
         self.specs[layer] = spec
         return query
 
 
 @dataclass(slots=True)
 class _Step:
-    """One step over the backend's cache."""
+    """Runs a step's attention on the backend."""
 
     backend: Backend
     kv: KV
@@ -87,18 +87,20 @@ def _attention(
     attention_mask: torch.Tensor | None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """What transformers calls: [1, H, T, D] and [1, H_kv, T, D] twice -> [1, T, H, D]."""
+    """The attention that transformers calls: [1, H, T, D], 2 x [1, H_kv, T, D] -> [1, T, H, D]."""
     step: _DryRun | _Step | None = options.pop(_STEP, None)
     if step is None:
-        raise UnsupportedModel("it does not hand keywords down to its attention")
-    strange = [k for k, v in options.items() if v is not None and k not in _UNDERSTOOD | _HARMLESS]
-    if strange or attention_mask is not None:
-        what = ", ".join(strange) or "a mask of its own"
-        raise UnsupportedModel(f"its attention asks for {what}")
+        raise UnsupportedModel("it does not pass keyword arguments to its attention")
+    unsupported = [
+        k for k, v in options.items() if v is not None and k not in _SUPPORTED | _HARMLESS
+    ]
+    if unsupported or attention_mask is not None:
+        what = ", ".join(unsupported) or "a mask of its own"
+        raise UnsupportedModel(f"its attention uses {what}, which is not supported")
     if options.get("is_causal") is False or not getattr(module, "is_causal", True):
         raise UnsupportedModel("its attention is not causal")
     if value.shape != key.shape:
-        raise UnsupportedModel("its values are not as wide as its keys")
+        raise UnsupportedModel("its values and keys have different sizes")
     sinks, scale = options.get("s_aux"), options.get("scaling")
     spec = AttentionSpec(
         num_heads=query.shape[1],
@@ -116,15 +118,15 @@ def _attention(
 
 
 class TransformersModel:
-    """Functions of any decoder that transformers has; see `portalm.models.model.Model`."""
+    """Any decoder that transformers has; see `portalm.models.model.Model`."""
 
     tasks: tuple[Task, ...] = ("generate",)
 
     def __init__(self, config: ModelConfig, dtype: str) -> None:
-        """A model of this shape, computed in `dtype`.
+        """Create the model for `config`, with weights and activations in `dtype`.
 
         Raises:
-            UnsupportedModel: transformers does not have it, or not so that it can run here.
+            UnsupportedModel: transformers does not have the model, or its code cannot run here.
         """
         self.config = config
         self.dtype = dtype
@@ -132,22 +134,24 @@ class TransformersModel:
         self._hf_config = _hf_config(config.values)
         try:
             with torch.device("meta"):
-                model = self._build("bfloat16")  # without data some operations know no other
+                model = self._build(
+                    "bfloat16"
+                )  # some operations on meta tensors support only this dtype
                 self._specs = _dry_run(model)
         except UnsupportedModel as reason:
             raise _refusal(config.architecture, str(reason)) from None
-        except Exception as error:  # whatever foreign code raises: the model cannot run
+        except Exception as error:  # the model's code can raise anything
             raise _refusal(config.architecture, f"{type(error).__name__}: {error}") from error
         self._shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
         logger.warning(
-            "%s has no file of its own here and runs through transformers' code: slower, and its "
-            "weights are never of few bits",
+            "%s is not a model family of PortaLM and runs through transformers' code: slower, and "
+            "without quantized weights",
             config.architecture,
         )
 
     @classmethod
     def complete(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """What transformers' config makes of `values`, under the names that most have."""
+        """Add the defaults of transformers' config class, under the common names of values."""
         _find_class(str((values.get("architectures") or [""])[0]))
         config = _hf_config(values)
         names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim",
@@ -166,7 +170,7 @@ class TransformersModel:
     # -- shapes -------------------------------------------------------------------------------
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every parameter, by transformers' name."""
+        """Names and shapes of all parameters of transformers' module."""
         return dict(self._shapes)
 
     def weight_bytes(self) -> int:
@@ -174,7 +178,7 @@ class TransformersModel:
         return bytes_of(self._shapes, self.dtype)
 
     def attention_specs(self) -> list[AttentionSpec]:
-        """One for each layer, as it asked for it."""
+        """Attention of each layer, as recorded in the dry run."""
         return self._specs
 
     def kv_spec(self, block_size: int, kv_dtype: str) -> KVSpec:
@@ -198,22 +202,21 @@ class TransformersModel:
         quantization: Quantization = AS_CAST,
         progress: LoadProgress | None = None,
     ) -> Weights:
-        """The module itself, as `module`.
+        """Load transformers' module, as "module".
 
         Raises:
-            Unsupported: the device does not run torch modules as they are, or `quantization` asks
-                for few bits.
-            CheckpointError: tensors are missing or of another shape.
+            Unsupported: the device cannot run torch modules, or `quantization` has a format.
+            CheckpointError: a tensor is missing or has another shape.
         """
         if backend.capabilities.static_shapes:
             raise Unsupported(
-                f"{self.config.architecture} runs through transformers' code, and backend "
-                f"{backend.name!r} does not run that: use another device"
+                f"{self.config.architecture} runs through transformers' code, which backend "
+                f"{backend.name!r} does not support: use another device"
             )
         if quantization.layers is not None:
             raise Unsupported(
-                f"{self.config.architecture} runs through transformers' code, whose weights are "
-                f"never of few bits: leave --quantization out"
+                f"{self.config.architecture} runs through transformers' code, which does not "
+                f"support quantized weights: omit --quantization"
             )
         has_all = self._shapes.keys() <= set(checkpoint.names())
         module = self._filled(checkpoint, progress) if has_all else self._converted(checkpoint)
@@ -221,15 +224,15 @@ class TransformersModel:
         return {"module": module.to(backend.device())}
 
     def _filled(self, checkpoint: Checkpoint, progress: LoadProgress | None) -> Any:
-        """The checkpoint's tensors have the module's names."""
+        """Fill the module from a checkpoint whose tensors have the module's parameter names."""
         module = self._build(self.dtype)
         for i, (name, parameter) in enumerate(module.named_parameters()):
             tensor = checkpoint.tensor(name)
             if tensor.shape != parameter.shape:
                 raise CheckpointError(
                     checkpoint.path,
-                    f"tensor {name!r} is {list(tensor.shape)}, the model's config makes it "
-                    f"{list(parameter.shape)}",
+                    f"tensor {name!r} has shape {list(tensor.shape)}, but the model's config "
+                    f"requires {list(parameter.shape)}",
                 )
             parameter.data.copy_(tensor)
             if progress is not None:
@@ -237,7 +240,7 @@ class TransformersModel:
         return module
 
     def _converted(self, checkpoint: Checkpoint) -> Any:
-        """Transformers knows what its names are in files."""
+        """Load through transformers, which maps the checkpoint's names to its own."""
         module, found = self._class.from_pretrained(
             checkpoint.path,
             config=self._hf_config,
@@ -249,7 +252,7 @@ class TransformersModel:
         missing = sorted(found["missing_keys"]) + [str(k) for k in found["mismatched_keys"]]
         if missing:
             raise CheckpointError(
-                checkpoint.path, f"tensor {missing[0]!r} is missing or of another shape"
+                checkpoint.path, f"tensor {missing[0]!r} is missing or has another shape"
             )
         return module.eval()
 
@@ -263,7 +266,7 @@ class TransformersModel:
         token_ids: torch.Tensor,
         meta: StepMeta,
     ) -> tuple[KV, torch.Tensor]:
-        """Logits, [R, V], of meta.logits_rows: the module has its own head."""
+        """Run the module on int32 [T] ids: logits [R, V] of meta.logits_rows."""
         step = _Step(backend, kv, meta)
         out = weights["module"](
             input_ids=token_ids.long()[None],
@@ -275,12 +278,12 @@ class TransformersModel:
         return step.kv, out.logits[0]
 
     def logits(self, backend: Backend, weights: Weights, hidden: torch.Tensor) -> torch.Tensor:
-        """What `forward` gave, in float32."""
+        """Convert the logits that `forward` returned to float32."""
         return hidden.float()
 
 
 def _find_class(architecture: str) -> Any:
-    """The class in transformers, if it is a decoder that takes attention from elsewhere."""
+    """Find transformers' class; refuse one whose attention cannot be replaced."""
     import transformers
 
     found = getattr(transformers, architecture, None)
@@ -288,11 +291,11 @@ def _find_class(architecture: str) -> Any:
         from portalm.models.registry import ARCHITECTURES
 
         raise UnsupportedModel(
-            f"architecture {architecture!r} is not supported, and transformers has no decoder of "
+            f"architecture {architecture!r} is not supported, and transformers has no decoder with "
             f"that name; supported: {', '.join(ARCHITECTURES)}"
         )
     if not found._supports_attention_backend or getattr(found, "_is_stateful", False):
-        raise _refusal(architecture, "its attention cannot be replaced, or it has a state besides")
+        raise _refusal(architecture, "its attention cannot be replaced, or it has other state")
     transformers.AttentionInterface.register(_ATTENTION, _attention)
     return found
 
@@ -303,31 +306,31 @@ def _hf_config(values: Mapping[str, Any]) -> Any:
     kind = values.get("model_type", "")
     if kind not in CONFIG_MAPPING:
         raise UnsupportedModel(
-            f"config.json: {values['architectures'][0]} has no file of its own here, and "
-            f"transformers, whose code would run it, knows no model_type {kind!r}"
+            f"config.json: {values['architectures'][0]} is not a model family of PortaLM, and "
+            f"transformers, whose code would run it, has no model_type {kind!r}"
         )
     return CONFIG_MAPPING[kind](**{k: v for k, v in values.items() if k != "model_type"})
 
 
 def _dry_run(model: Any) -> list[AttentionSpec]:
-    """The attention of every layer: a step of two tokens without data."""
+    """Run a step of two tokens without data, and return the attention of every layer."""
     text = model.config.get_text_config()
     rope = getattr(text, "rope_parameters", None) or {}
     if {"dynamic", "longrope"} & {str(v) for v in _leaves(rope)}:
-        raise UnsupportedModel("its rotation changes with a text's length")
+        raise UnsupportedModel("its rotary embedding depends on the length of the text")
     run, ids = _DryRun(), torch.zeros((1, 2), dtype=torch.long, device="meta")
     with torch.inference_mode():
         model(input_ids=ids, position_ids=ids, use_cache=False, logits_to_keep=1, **{_STEP: run})
     specs = [spec for _, spec in sorted(run.specs.items())]
     if sorted(run.specs) != list(range(text.num_hidden_layers)):
-        raise UnsupportedModel("not every layer of it attends, each once")
+        raise UnsupportedModel("not every layer calls attention once")
     if len({(spec.num_kv_heads, spec.head_size) for spec in specs}) != 1:
-        raise UnsupportedModel("its layers have keys of different shapes")
+        raise UnsupportedModel("its layers have different numbers or sizes of KV heads")
     return specs
 
 
 def _leaves(values: Mapping[str, Any]) -> list[Any]:
-    """The values of a mapping, and of those within it."""
+    """All values of a mapping and of the mappings within it."""
     return [
         leaf
         for value in values.values()
@@ -337,6 +340,6 @@ def _leaves(values: Mapping[str, Any]) -> list[Any]:
 
 def _refusal(architecture: str, reason: str) -> UnsupportedModel:
     return UnsupportedModel(
-        f"architecture {architecture!r} is not supported: it has no file here, and through "
-        f"transformers' code it cannot run because {reason}"
+        f"architecture {architecture!r} is not supported: it is not a model family of PortaLM, and "
+        f"transformers' code for it cannot run here because {reason}"
     )
