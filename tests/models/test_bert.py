@@ -254,7 +254,7 @@ def test_a_score_without_an_activation_is_the_logit(tmp_path: Path) -> None:
     [
         ({"hidden_act": "relu"}, "hidden_act 'relu'"),
         ({"position_embedding_type": "relative_key"}, "relative_key"),
-        ({"is_decoder": True}, "a decoder"),
+        ({"is_decoder": True}, "is_decoder true is not supported"),
         ({"architectures": ["BertForSequenceClassification"]}, "with 2 labels"),
         (
             {

@@ -123,7 +123,7 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     gone = sorted(tmp_path.glob("*.safetensors"))[1]
     gone.unlink()
 
-    with pytest.raises(CheckpointError, match=f"{gone.name}.*the index names this file"):
+    with pytest.raises(CheckpointError, match=f"{gone.name}.*the index lists this file"):
         engine_of(tmp_path, device="reference")
 
 

@@ -352,12 +352,12 @@ def test_weights_of_few_bits_stay_so(tmp_path: Path, name: str) -> None:
     assert abs(logprob() - logprob(quantization="none")) < 0.05
 
 
-def test_the_log_says_what_is_widened(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_log_says_how_many_weights_are_dequantized(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = save(tmp_path, CASES["gptq in act order"], is_plain=False)
 
     answers(folder, dtype="bfloat16")
 
-    assert "14 weights of this gptq checkpoint are kept in the model's dtype" in caplog.text
+    assert "14 weights of this gptq checkpoint are dequantized to the model's dtype" in caplog.text
 
 
 def test_a_scheme_that_is_named_must_be_the_checkpoints(tmp_path: Path) -> None:
@@ -365,9 +365,9 @@ def test_a_scheme_that_is_named_must_be_the_checkpoints(tmp_path: Path) -> None:
     plain = save(tmp_path / "plain", CASES["awq"], is_plain=True)
 
     assert answers(folder, quantization="awq", dtype="float32")
-    with pytest.raises(CheckpointError, match="it is awq, quantization is 'gptq'"):
+    with pytest.raises(CheckpointError, match="its weights are awq, but quantization is 'gptq'"):
         answers(folder, quantization="gptq")
-    with pytest.raises(CheckpointError, match="does not say that it is awq"):
+    with pytest.raises(CheckpointError, match="quantization is 'awq', but its config.json has no quantization_config"):
         answers(plain, quantization="awq")
     with pytest.raises(ConfigError, match="must be one of auto, none, int8, int4, fp8, awq"):
         answers(plain, quantization="exl2")

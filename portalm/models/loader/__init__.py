@@ -1,4 +1,4 @@
-"""Checkpoints as named tensors, whatever their format."""
+"""Opens checkpoints of any supported file format as named tensors."""
 
 from __future__ import annotations
 
@@ -16,23 +16,25 @@ if TYPE_CHECKING:
 def open_checkpoint(
     path: Path, config: EngineConfig, device: torch.device | None = None
 ) -> Checkpoint:
-    """The checkpoint at `path`, a folder or a .gguf file, as `resolve_model` gave it.
+    """Open a checkpoint.
 
     Args:
-        path: of the checkpoint.
-        config: which format, what to override.
-        device: where random weights are made, if torch draws random numbers there.
+        path: a folder or a .gguf file, as returned by `resolve_model`.
+        config: selects the format, and may override values of config.json.
+        device: where random weights are generated, if torch has a generator for it.
 
     Raises:
-        CheckpointError: a file is broken, or not of the format that `config.load_format` asks.
-        UnsupportedModel: a well-formed checkpoint of an unknown architecture.
+        CheckpointError: a file is broken, or its format is not `config.load_format`.
+        UnsupportedModel: the checkpoint is valid, but its model is not supported.
     """
     overrides = dict(config.hf_overrides)
     if path.suffix == ".gguf":
         from portalm.models.loader.gguf import GGUFCheckpoint
 
         if config.load_format not in ("auto", "gguf", "dummy"):
-            raise CheckpointError(path, f"it is a GGUF file, load_format is {config.load_format!r}")
+            raise CheckpointError(
+                path, f"it is a GGUF file, but load_format is {config.load_format!r}"
+            )
         gguf = GGUFCheckpoint(path, overrides)
         return _dummy(path, gguf, config, device) if config.load_format == "dummy" else gguf
 
@@ -46,7 +48,9 @@ def open_checkpoint(
         shapes = model_class(model_config.architecture)(model_config, model_config.dtype).shapes()
         return DummyCheckpoint(path, model_config, shapes, seed=config.seed, device=device)
     if config.load_format == "gguf":
-        raise CheckpointError(path, "it is a folder, load_format is 'gguf': name the .gguf file")
+        raise CheckpointError(
+            path, "it is a folder, but load_format is 'gguf': pass the .gguf file"
+        )
 
     from portalm.models.loader.safetensors import SafetensorsCheckpoint
 
@@ -54,7 +58,9 @@ def open_checkpoint(
     found = model_config.values.get("quantization_config")
     if config.quantization in CHECKPOINT_SCHEMES and not found:
         raise CheckpointError(
-            path, f"its config.json does not say that it is {config.quantization}"
+            path,
+            f"quantization is {config.quantization!r}, but its config.json has no "
+            f"quantization_config",
         )
     if not found:
         return checkpoint
@@ -63,7 +69,9 @@ def open_checkpoint(
 
     scheme = find_scheme(found)
     if config.quantization in CHECKPOINT_SCHEMES and config.quantization != scheme.name:
-        raise CheckpointError(path, f"it is {scheme.name}, quantization is {config.quantization!r}")
+        raise CheckpointError(
+            path, f"its weights are {scheme.name}, but quantization is {config.quantization!r}"
+        )
     return QuantizedCheckpoint(checkpoint, scheme)
 
 

@@ -1,4 +1,4 @@
-"""ModelConfig from Hugging Face's config.json and generation_config.json."""
+"""Builds a ModelConfig from Hugging Face's config.json and generation_config.json."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _DTYPES = {
 
 
 def read_config(folder: Path, overrides: Mapping[str, Any]) -> ModelConfig:
-    """The config of the checkpoint in `folder`, with `overrides` in place of its values.
+    """Read the config of the checkpoint in `folder`; `overrides` replace values of config.json.
 
     Raises:
-        CheckpointError: a file or a value is missing or not what it should be.
-        UnsupportedModel: an encoder or a pooling of a kind that is not known.
+        CheckpointError: a file or a value is missing or invalid.
+        UnsupportedModel: the model, its encoder settings or its pooling are not supported.
     """
     path = folder / "config.json"
     values = {**read_json_object(path), **overrides}
@@ -41,7 +41,7 @@ def read_config(folder: Path, overrides: Mapping[str, Any]) -> ModelConfig:
         raise CheckpointError(path, str(error)) from error
 
 
-_OTHER_NAMES = {
+_ALIASES = {
     "n_embd": "hidden_size",
     "n_embed": "hidden_size",
     "n_layer": "num_hidden_layers",
@@ -60,17 +60,17 @@ _OTHER_NAMES = {
     "rotary_emb_base": "rope_theta",
     "rotary_pct": "partial_rotary_factor",
 }
-"""What some families call what most call otherwise."""
+"""Keys that some families use -> the common keys."""
 
 
 def model_config(values: dict[str, Any], generated: dict[str, Any]) -> ModelConfig:
-    """The config that config.json's `values` and generation_config.json's spell."""
+    """Build the config from config.json's `values` and those of generation_config.json."""
     from portalm.models.registry import model_class
 
     architectures = values.get("architectures") or [""]
-    for other, name in _OTHER_NAMES.items():
-        if values.get(other) is not None:
-            values = {**values, name: values[other]}
+    for alias, name in _ALIASES.items():
+        if values.get(alias) is not None:
+            values = {**values, name: values[alias]}
     values = model_class(str(architectures[0])).complete(values)
     num_heads = int(values["num_attention_heads"])
     hidden_size = int(values["hidden_size"])
@@ -103,17 +103,18 @@ _ROBERTAS = ("roberta", "xlm-roberta")
 
 
 def _encoder_config(values: dict[str, Any]) -> EncoderConfig | None:
-    """What BERT and its kin have and decoders have not."""
+    """Read the values that only encoders have; None: the model is a decoder."""
     kind = values.get("model_type")
     if kind not in ("bert", "modernbert", *_ROBERTAS):
         return None
     for name, known in (("hidden_act", "gelu"), ("position_embedding_type", "absolute")):
         if values.get(name, known) != known:
             raise UnsupportedModel(
-                f"config.json: {name} {values[name]!r} is not supported for {kind}; {known!r} is"
+                f"config.json: {name} {values[name]!r} is not supported for {kind}; supported: "
+                f"{known!r}"
             )
     if values.get("is_decoder"):
-        raise UnsupportedModel(f"config.json: a {kind} that is a decoder is not supported")
+        raise UnsupportedModel(f"config.json: is_decoder true is not supported for {kind}")
     return EncoderConfig(
         layer_norm_eps=float(values.get("layer_norm_eps", 1e-12)),
         num_token_types=int(values.get("type_vocab_size", 2)),
@@ -124,29 +125,29 @@ def _encoder_config(values: dict[str, Any]) -> EncoderConfig | None:
 
 
 def _num_labels(values: dict[str, Any]) -> int:
-    """Transformers writes the labels' names, or their number where there are two without names."""
+    """Number of labels: from their names, or num_labels if they have no names."""
     labels = values.get("id2label")
     return len(labels) if labels else int(values.get("num_labels", 2))
 
 
 def _has_sigmoid(values: dict[str, Any]) -> bool:
-    """False where the checkpoint says that sentence-transformers puts nothing behind the logit."""
+    """False if the checkpoint's sentence-transformers settings have no activation (Identity)."""
     newer = values.get("sentence_transformers") or {}
     function = newer.get("activation_fn") or values.get("sbert_ce_default_activation_function")
     return not str(function).endswith("Identity")
 
 
 def _max_position(values: dict[str, Any]) -> int:
-    """Rows of the position table less those that RoBERTa's prompts never use."""
+    """Longest prompt: rows of the position table, minus those that RoBERTa never uses."""
     encoder = _encoder_config(values)
     num_unused = 0 if encoder is None else encoder.first_position
     return int(values["max_position_embeddings"]) - num_unused
 
 
 def _rope_config(values: dict[str, Any], head_size: int) -> RopeConfig:
-    """Both spellings: rope_theta and rope_scaling, or all of it in rope_parameters."""
+    """Read rotary settings from rope_theta and rope_scaling, or from rope_parameters."""
     scaling = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
-    if "full_attention" in scaling:  # a rotation for each kind of layer: this is the main one
+    if "full_attention" in scaling:  # settings for each type of layer: take the main one
         scaling = dict(scaling["full_attention"] or {})
     theta = float(scaling.pop("rope_theta", None) or values.get("rope_theta") or 10_000.0)
     partial = scaling.pop("partial_rotary_factor", None) or values.get("partial_rotary_factor")

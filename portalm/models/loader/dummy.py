@@ -1,4 +1,4 @@
-"""Random weights of any config: benchmarks and tests without a download."""
+"""Random weights for any config, for benchmarks and tests without a download."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from portalm.models.loader.checkpoint import HF_FORM
 
 
 class DummyCheckpoint:
-    """Tensors made when asked for; the same name and seed give the same values on one device."""
+    """Generates tensors when they are read; name and seed determine the values on a device."""
 
     form = HF_FORM
 
@@ -29,22 +29,22 @@ class DummyCheckpoint:
         seed: int,
         device: torch.device | None = None,
     ) -> None:
-        """For a model whose tensors are `shapes`, made on `device` if it has random numbers."""
+        """Generate tensors of `shapes`, on `device` if torch has a generator for it."""
         self.path = folder
         self.config = config
         self._shapes = shapes
         self._seed = seed
         self._device = torch.device("cpu")
         if device is not None:
-            with suppress(RuntimeError):  # torch draws no random numbers there
+            with suppress(RuntimeError):  # torch has no generator for it
                 self._device = torch.Generator(device).device
 
     def names(self) -> Sequence[str]:
-        """Every tensor of the model."""
+        """Names of all tensors."""
         return list(self._shapes)
 
     def tensor(self, name: str) -> torch.Tensor:
-        """Norms near 1; matrices scaled so that activations keep their size."""
+        """Generate a tensor: norms near 1, matrices scaled so that activations keep their size."""
         if name not in self._shapes:
             raise CheckpointError(self.path, f"the model has no tensor {name!r}")
         shape = self._shapes[name]
@@ -60,8 +60,8 @@ class DummyCheckpoint:
         return values.normal_(0, scale, generator=generator)
 
     def weight(self, name: str) -> torch.Tensor:
-        """The tensor: nothing here is of few bits."""
+        """Generate a tensor; none are quantized."""
         return self.tensor(name)
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing: no file is open."""

@@ -1,4 +1,4 @@
-"""Checkpoints in one GGUF file: our own header reader, tensors dequantised by the gguf package."""
+"""Checkpoints in one GGUF file."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ from portalm.models.loader.gguf_file import (
 from portalm.models.loader.gguf_quantized import GRIDS, as_quantized
 
 _ROWS_AT_A_TIME = 4096
-"""Rows that are dequantised at once: several arrays as large as these live meanwhile."""
+"""Rows dequantized at once, to bound the size of temporary arrays."""
 _LATENT, _KEYS, _VALUES = ".kv_b_proj.weight", ".k_b_proj.weight", ".v_b_proj.weight"
-"""DeepSeek's, and its parts in newer files."""
+"""DeepSeek's up-projection of the latent vector, and its two parts in newer files."""
 _ONE_ROW = "ffn_gate_inp_shexp.weight"
-"""A matrix of one row, which conversion makes a vector."""
+"""A matrix with one row, which GGUF files store as a vector."""
 _VOCABULARY = frozenset(f"tokenizer.ggml.{name}" for name in ("tokens", "merges", "scores"))
-"""Metadata that only a tokenizer needs: 100,000s of values."""
+"""Metadata that only a tokenizer needs, with hundreds of thousands of values."""
 
 
 class GGUFCheckpoint:
-    """One .gguf file; tensors are dequantised when asked for."""
+    """One .gguf file; tensors are read, and dequantized if needed, one at a time."""
 
     def __init__(self, path: Path, overrides: Mapping[str, Any]) -> None:
-        """Read the header and check that every tensor lies within the file."""
+        """Read the header, and check that every tensor is within the file."""
         self.path = path
         self._data: mmap.mmap = map_file(path)
         reader = Reader(path, self._data)
@@ -52,7 +52,7 @@ class GGUFCheckpoint:
         infos = read_tensor_infos(reader, num_tensors)
         alignment = self.metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment < 1:
-            raise reader.fail(f"general.alignment is {alignment!r}")
+            raise reader.fail(f"general.alignment must be a positive integer, not {alignment!r}")
         self._start = -(-reader.at // alignment) * alignment
         for name, info in infos.items():
             self._check_extent(name, info)
@@ -66,7 +66,7 @@ class GGUFCheckpoint:
         self.config = self._config(infos, overrides)
 
     def _parts(self, name: str, info: TensorInfo) -> Iterator[tuple[str, TensorInfo]]:
-        """What the model calls a tensor of the file, or each expert's part of it."""
+        """Hugging Face name and place of a tensor, or of each expert's part of a stacked one."""
         hf_name = self._family.hf_name(name)
         if hf_name is None:
             return
@@ -79,38 +79,36 @@ class GGUFCheckpoint:
         if len(info.shape) < 2 or info.shape[0] != num_experts:
             raise CheckpointError(
                 self.path,
-                f"tensor {name!r} is {list(info.shape)}: the first number is not that of {key}, "
-                f"{num_experts}",
+                f"tensor {name!r} has shape {list(info.shape)}, but its first dimension must be "
+                f"{key}, {num_experts}",
             )
         for expert, part in enumerate(info.parts()):
             yield hf_name.format(expert), part
 
     def _check_extent(self, name: str, info: TensorInfo) -> None:
         if info.kind not in TYPES:
-            raise CheckpointError(
-                self.path, f"tensor {name!r} is of type {info.kind}, which is not known"
-            )
+            raise CheckpointError(self.path, f"tensor {name!r} has unknown type {info.kind}")
         kind, block_size, _ = TYPES[info.kind]
         if not info.shape or 0 in info.shape or info.shape[-1] % block_size:
             raise CheckpointError(
                 self.path,
-                f"tensor {name!r} of type {kind} has shape {list(info.shape)}; its rows must "
-                f"be a multiple of {block_size} long, and there must be some",
+                f"tensor {name!r} of type {kind} has shape {list(info.shape)}; it must not be "
+                f"empty, and its last dimension must be a multiple of {block_size}",
             )
         end = self._start + info.offset + info.num_bytes
         if end > len(self._data):
             raise CheckpointError(
                 self.path,
-                f"it is truncated: tensor {name!r} ends at byte {end}, the file at "
-                f"{len(self._data)}; fetch it again",
+                f"it is truncated: tensor {name!r} ends at byte {end}, but the file has "
+                f"{len(self._data)} bytes; download it again",
             )
 
     def names(self) -> Sequence[str]:
-        """Every tensor there is, by its Hugging Face name."""
+        """Hugging Face names of all tensors."""
         return [name.replace(_KEYS, _LATENT) for name in self._infos if not name.endswith(_VALUES)]
 
     def tensor(self, name: str) -> torch.Tensor:
-        """The tensor in its own float dtype, float32 where it was quantised."""
+        """Read a tensor in the file's float dtype; a quantized one is dequantized to float32."""
         if name.endswith(_LATENT) and name not in self._infos:
             return self._joined(name)
         tensor = self._read(self._info(name))
@@ -118,9 +116,9 @@ class GGUFCheckpoint:
         return tensor if num_heads is None else _unpair(tensor, num_heads)
 
     def weight(self, name: str) -> torch.Tensor | QuantizedWeight:
-        """The tensor as it is where it is of a format that `gguf_quantized` knows."""
+        """Read a tensor, keeping a quantized matrix quantized if `as_quantized` supports it."""
         if name not in self._infos:
-            return self.tensor(name)  # joined of two, or missing
+            return self.tensor(name)  # stored in two parts, or missing
         info = self._info(name)
         quantized = as_quantized(info.kind, self._blocks(info), info.shape)
         if quantized is None:
@@ -133,11 +131,16 @@ class GGUFCheckpoint:
     def _info(self, name: str) -> TensorInfo:
         info = self._infos.get(name)
         if info is None:
-            raise CheckpointError(self.path, f"no tensor {name!r} among its {len(self._infos)}")
+            raise CheckpointError(
+                self.path, f"it has no tensor {name!r} among its {len(self._infos)} tensors"
+            )
         return info
 
     def _joined(self, name: str) -> torch.Tensor:
-        """Head by head the rows that make keys, which the file has transposed, then values'."""
+        """Join kv_b_proj from its parts: for each head its key rows, then its value rows.
+
+        The file stores the key part transposed. Returns float32 [H * (K + V), R].
+        """
         key_name = name.replace(_LATENT, _KEYS)
         keys = self._read(self._info(key_name)).float()  # [H, R, K]
         values = self._read(self._info(name.replace(_LATENT, _VALUES))).float()  # [H, V, R]
@@ -145,25 +148,26 @@ class GGUFCheckpoint:
         if keys.dim() != 3 or sizes[0] != sizes[2] or sizes[1] != sizes[3]:
             raise CheckpointError(
                 self.path,
-                f"tensor {key_name!r} is {list(keys.shape)}, which does not go with "
+                f"tensor {key_name!r} has shape {list(keys.shape)}, which does not fit "
                 f"{list(values.shape)} of {_VALUES[1:]}",
             )
         return torch.cat((keys.transpose(1, 2), values), dim=1).flatten(0, 1)
 
     def _num_paired_heads(self, name: str) -> int | None:
-        """Number of heads in a tensor whose rows are stored as rotary pairs; None: they are not."""
+        """Number of heads of a tensor whose rows are rotary pairs; None: its rows are in order."""
         layer = name.rpartition(".")[0]
         if not self._family.has_paired_rows or not layer.endswith(("q_proj", "k_proj")):
             return None
         return self.config.num_heads if layer.endswith("q_proj") else self.config.num_kv_heads
 
     def _blocks(self, info: TensorInfo) -> npt.NDArray[np.uint8]:
-        """The tensor's bytes: [rows, bytes a row]."""
+        """The tensor's bytes, uint8 [rows, bytes per row]."""
         num_rows = math.prod(info.shape[:-1])
         raw = np.frombuffer(self._data, np.uint8, info.num_bytes, self._start + info.offset)
         return raw.reshape(num_rows, -1)
 
     def _read(self, info: TensorInfo) -> torch.Tensor:
+        """Read a tensor; a quantized one is dequantized to float32."""
         kind, raw = TYPES[info.kind][0], self._blocks(info)
         if kind in DTYPES:
             dtype: torch.dtype = getattr(torch, DTYPES[kind])
@@ -177,8 +181,8 @@ class GGUFCheckpoint:
     def _dequantized(
         self, kind: int, blocks: npt.NDArray[np.uint8], num_columns: int
     ) -> torch.Tensor:
-        """Float32 [rows, columns]."""
-        # of a grid's points codes are made by dequantising
+        """Dequantize blocks to float32 [rows, columns]."""
+        # as_quantized dequantizes the types in GRIDS with the gguf package, so use that directly
         shape = (len(blocks), num_columns)
         quantized = None if kind in GRIDS else as_quantized(kind, blocks, shape)
         if quantized is not None:
@@ -190,14 +194,14 @@ class GGUFCheckpoint:
             return torch.from_numpy(dequantize(blocks, GGMLQuantizationType(kind)))
         except NotImplementedError:
             raise UnsupportedModel(
-                f"{self.path}: tensors of type {TYPES[kind][0]} cannot be dequantised yet"
+                f"{self.path}: tensors of type {TYPES[kind][0]} are not supported"
             ) from None
 
     def close(self) -> None:
-        """Let go of the file (the mapping goes with the last view of it)."""
+        """Release the file; its mapping is freed with the last tensor that uses it."""
         self._infos = {}
         if hasattr(mmap, "MADV_DONTNEED"):
-            self._data.madvise(mmap.MADV_DONTNEED)  # its pages count as ours while they are mapped
+            self._data.madvise(mmap.MADV_DONTNEED)  # mapped pages count as this process's memory
 
     # -- config -------------------------------------------------------------------------------
 
@@ -225,7 +229,7 @@ class GGUFCheckpoint:
         except KeyError as error:
             raise CheckpointError(self.path, f"its metadata has no {error.args[0]!r}") from None
         except (ConfigError, TypeError, ValueError, ZeroDivisionError) as error:
-            raise CheckpointError(self.path, f"its metadata makes no model: {error}") from error
+            raise CheckpointError(self.path, f"its metadata is invalid: {error}") from error
 
 
 def _unpair(rows: torch.Tensor, num_heads: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""A GGUF file's metadata under config.json's names."""
+"""Converts a GGUF file's metadata to the keys and values of config.json."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from portalm.models.loader.gguf_families import Get, GGUFFamily
 from portalm.models.loader.gguf_file import TYPES, TensorInfo
 
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-"""Types of tensors that are not quantised, and torch's names of them."""
+"""Unquantized tensor types -> torch dtypes."""
 ROPE_FACTORS = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
-"""Tensors that belong to the config."""
-_WITHOUT_CODE = (
+"""Tensors that hold rotary settings, not weights."""
+_NEEDS_SUPPORT = (
     "attention.clamp_kqv",
     "attention.max_alibi_bias",
     "attention.sliding_window",
@@ -26,7 +26,7 @@ _WITHOUT_CODE = (
     "router_logit_softcapping",
     "swiglu_clamp_exp",
 )
-"""Metadata that changes what a model computes, in families that do not read it."""
+"""Metadata that changes what a model computes: a file that sets it needs a family that reads it."""
 
 
 def hf_values(
@@ -36,32 +36,32 @@ def hf_values(
     infos: Mapping[str, TensorInfo],
     factors: Mapping[str, tuple[float, ...]],
 ) -> dict[str, Any]:
-    """What config.json would say.
+    """Build the values of config.json.
 
     Args:
-        path: the file's.
-        family: the file's.
-        metadata: the file's.
-        infos: its tensors, by its names.
-        factors: what those of `ROPE_FACTORS` that it has hold.
+        path: the file, for error messages.
+        family: the file's family.
+        metadata: the file's metadata.
+        infos: the file's tensors, by their names in the file.
+        factors: contents of the tensors in `ROPE_FACTORS` that the file has.
 
     Raises:
-        KeyError: a value that must be there is not.
-        UnsupportedModel: the metadata asks for what the family has no code for.
+        KeyError: a required key is missing.
+        UnsupportedModel: the metadata has a setting that the family does not support.
     """
     prefix = metadata["general.architecture"]
-    maybe: Get = lambda key: metadata.get(f"{prefix}.{key}")  # noqa: E731
+    find: Get = lambda key: metadata.get(f"{prefix}.{key}")  # noqa: E731
     get: Callable[[str], Any] = lambda key: metadata[f"{prefix}.{key}"]  # noqa: E731
-    for key in _WITHOUT_CODE:
-        if maybe(key) and key not in family.values.values():
+    for key in _NEEDS_SUPPORT:
+        if find(key) and key not in family.values.values():
             raise UnsupportedModel(
-                f"{path}: {key} is {maybe(key)!r}, which is not supported for "
-                f"{family.architecture}: its answers would be wrong"
+                f"{path}: {key} is {find(key)!r}, which is not supported for "
+                f"{family.architecture}: ignoring it would make its answers wrong"
             )
     if "token_embd.weight" not in infos:
         raise KeyError("token_embd.weight")
-    num_heads, head_size = get("attention.head_count"), maybe("attention.key_length")
-    share = _rotary_share(path, family, maybe, head_size or get("embedding_length") // num_heads)
+    num_heads, head_size = get("attention.head_count"), find("attention.key_length")
+    share = _rotary_share(path, family, find, head_size or get("embedding_length") // num_heads)
     return {
         "architectures": [family.architecture],
         "vocab_size": infos["token_embd.weight"].shape[0],
@@ -69,13 +69,13 @@ def hf_values(
         "intermediate_size": get("feed_forward_length"),
         "num_hidden_layers": get("block_count"),
         "num_attention_heads": num_heads,
-        "num_key_value_heads": maybe("attention.head_count_kv") or num_heads,
+        "num_key_value_heads": find("attention.head_count_kv") or num_heads,
         "head_dim": head_size,
         "max_position_embeddings": get("context_length"),
-        "rms_norm_eps": maybe("attention.layer_norm_epsilon")
+        "rms_norm_eps": find("attention.layer_norm_epsilon")
         or get("attention.layer_norm_rms_epsilon"),
-        "rope_theta": maybe("rope.freq_base"),
-        "rope_scaling": _rope_scaling(family, maybe, factors),
+        "rope_theta": find("rope.freq_base"),
+        "rope_scaling": _rope_scaling(family, find, factors),
         "partial_rotary_factor": share,
         "tie_word_embeddings": "output.weight" not in infos,
         "attention_bias": "blk.0.attn_output.bias" in infos,
@@ -87,28 +87,28 @@ def hf_values(
             if key in metadata
         ],
         "torch_dtype": _dtype(infos),
-        **family.hf_values(maybe, infos),
+        **family.hf_values(find, infos),
     }
 
 
-def _rotary_share(path: Path, family: GGUFFamily, maybe: Get, head_size: int) -> float | None:
-    """The share of a head that rotates; None: all of it, or the family says how much itself."""
+def _rotary_share(path: Path, family: GGUFFamily, find: Get, head_size: int) -> float | None:
+    """Share of a head with rotary embedding; None: the whole head, or the family reads the key."""
     key = "rope.dimension_count"
-    rotary = maybe(key)
+    rotary = find(key)
     if not rotary or rotary == head_size or key in family.values.values():
         return None
     if not family.rotates_part:
         raise UnsupportedModel(
-            f"{path}: {key} is {rotary}, less than a head: that is not supported for "
-            f"{family.architecture}"
+            f"{path}: {key} is {rotary}, but {family.architecture} supports only the head size, "
+            f"{head_size}"
         )
     return float(rotary / head_size)
 
 
 def _rope_scaling(
-    family: GGUFFamily, maybe: Get, factors: Mapping[str, tuple[float, ...]]
+    family: GGUFFamily, find: Get, factors: Mapping[str, tuple[float, ...]]
 ) -> dict[str, Any] | None:
-    original = maybe("rope.scaling.original_context_length")
+    original = find("rope.scaling.original_context_length")
     scaling: dict[str, Any] = {"original_max_position_embeddings": original} if original else {}
     every, short, long = (factors.get(name) for name in ROPE_FACTORS)
     if every is not None:
@@ -119,28 +119,28 @@ def _rope_scaling(
             "rope_type": "longrope",
             "short_factor": short,
             "long_factor": long,
-            "attention_factor": maybe("rope.scaling.attn_factor"),
+            "attention_factor": find("rope.scaling.attn_factor"),
         }
-    kind = maybe("rope.scaling.type")
+    kind = find("rope.scaling.type")
     if kind in (None, "none"):
         return None
-    scaling |= {"rope_type": kind, "factor": maybe("rope.scaling.factor") or 1.0}
+    scaling |= {"rope_type": kind, "factor": find("rope.scaling.factor") or 1.0}
     if kind == "yarn":
-        scaling |= {**_yarn(maybe), **family.scaling}
+        scaling |= {**_yarn(find), **family.scaling}
     return scaling
 
 
-def _yarn(maybe: Get) -> dict[str, Any]:
-    scaling = {name: maybe(f"rope.scaling.yarn_{name}") for name in ("beta_fast", "beta_slow")}
-    multiplier = maybe("rope.scaling.yarn_log_multiplier")
+def _yarn(find: Get) -> dict[str, Any]:
+    scaling = {name: find(f"rope.scaling.yarn_{name}") for name in ("beta_fast", "beta_slow")}
+    multiplier = find("rope.scaling.yarn_log_multiplier")
     if multiplier:
-        # a tenth of DeepSeek's mscale_all_dim; published models have the same as mscale
+        # DeepSeek's mscale_all_dim / 10; published models have mscale == mscale_all_dim
         scaling |= dict.fromkeys(("mscale", "mscale_all_dim"), 10 * float(multiplier))
     return {name: value for name, value in scaling.items() if value is not None}
 
 
 def _dtype(infos: Mapping[str, TensorInfo]) -> str:
-    """What most weights are in; bfloat16 where they are quantised."""
+    """The dtype of most weights; bfloat16 if those are quantized."""
     sizes: Counter[int] = Counter()
     for info in infos.values():
         sizes[info.kind] += math.prod(info.shape)

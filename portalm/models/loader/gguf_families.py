@@ -1,6 +1,7 @@
-"""What GGUF files call the architectures, tensors and values that Hugging Face has other names for.
+"""Maps architectures, tensors and metadata of GGUF files to Hugging Face's names.
 
-The names, and what conversion does to tensors, are llama.cpp's (its gguf package has the table).
+GGUF names are those of the gguf package; the forms of tensors are those that llama.cpp's converter
+writes.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ if TYPE_CHECKING:
     from portalm.models.decoder import Decoder
 
 Get = Callable[[str], Any]
-"""A value of the metadata by its key without the architecture; None: there is none."""
+"""Returns a metadata value by its key without the architecture; None: the file has none."""
 Derive = Callable[[Get, Collection[str]], dict[str, Any]]
-"""Values of config.json out of the metadata and the file's names of tensors."""
+"""Computes values of config.json from the metadata and the names of the file's tensors."""
 
 _LAYER_NAMES = {
     "attn_norm": "input_layernorm",
@@ -33,11 +34,11 @@ _LAYER_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_AFTER_NAMES = {
+_POST_NORM_NAMES = {
     "post_attention_norm": "post_attention_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
-_GEMMA_NAMES = {**_AFTER_NAMES, "ffn_norm": "pre_feedforward_layernorm"}
+_GEMMA_NAMES = {**_POST_NORM_NAMES, "ffn_norm": "pre_feedforward_layernorm"}
 _GEMMA_VALUES = {
     "attn_logit_softcapping": "attn_logit_softcapping",
     "final_logit_softcapping": "final_logit_softcapping",
@@ -65,51 +66,51 @@ _FALCON_NAMES = {
     "attn_output": "self_attention.dense",
 }
 _ALWAYS_BIASED = {"attention_bias": False}
-"""Of families whose config.json does not speak of biases."""
+"""For families whose config.json has no attention_bias, though their layers have biases."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GGUFFamily:
-    """One value of general.architecture, or one kind of models among several that share it."""
+    """The mapping of one general.architecture, or of one of several families that share it."""
 
     architecture: str
-    """The name in config.json."""
+    """Architecture name in config.json."""
     names: Mapping[str, str] = field(default_factory=dict)
-    """Of tensors, where they are not Llama's; {} stands for an expert's number. The name of a
-    weight or a bias is without its suffix, that of another tensor with it."""
+    """Tensor names in the file -> Hugging Face's, where they differ from Llama's; {} is replaced by
+    an expert's number. Both are without .weight or .bias, except where only one suffix is meant."""
     values: Mapping[str, str] = field(default_factory=dict)
-    """Of config.json: the metadata's key, without the architecture."""
+    """Keys of config.json -> keys of the metadata, without the architecture."""
     constants: Mapping[str, Any] = field(default_factory=dict)
-    """Of config.json: what all models of the family have where files do not say."""
+    """Values of config.json that all models of the family have, and that files do not store."""
     scaling: Mapping[str, Any] = field(default_factory=dict)
-    """The same of rope_scaling."""
+    """Values of rope_scaling that all models of the family have, and that files do not store."""
     derive: Derive | None = None
-    """Of config.json, what no single key says."""
+    """Values of config.json that no single metadata key holds."""
     form: StoredForm = HF_FORM
     """Which tensors the file stores in the model's form."""
     has_paired_rows: bool = False
     """Rotary pairs are adjacent rows of query and key weights; the reader reorders them."""
     rotates_part: bool = False
-    """A part of a head may rotate."""
+    """The rotary embedding may apply to part of a head."""
 
     def hf_name(self, name: str) -> str | None:
-        """The Hugging Face name of a GGUF tensor; None for one that models do not read.
+        """Map a tensor name of the file to Hugging Face's; None: models do not read the tensor.
 
-        One with {} is that of many tensors, of all experts: the file has them in one.
+        A result with {} is a stack of all experts' tensors; {} is the expert's number.
         """
         model = cast("type[Decoder]", model_class(self.architecture))
         stem, _, suffix = name.rpartition(".")
-        ends = {
+        global_names = {
             "token_embd": model.embedding, "output_norm": model.last_norm, "output": model.head,
             **self.names,
         }  # fmt: skip
         match stem.split("."):
-            case [end] if end in ends:
-                return f"{ends[end]}.{suffix}"
+            case [part] if part in global_names:
+                return f"{global_names[part]}.{suffix}"
             case ["blk", layer, part] if layer.isdecimal():
                 found = self._part_name(part, suffix)
             case ["blk", layer, part, expert] if layer.isdecimal() and expert.isdecimal():
-                # before experts were stacked each had tensors of its own
+                # older files have a tensor for each expert
                 found = self._part_name(f"{part}_exps", suffix)
                 found = None if found is None else found.format(expert)
             case _:
@@ -123,18 +124,17 @@ class GGUFFamily:
         return None if found is None else f"{found}.{suffix}"
 
     def hf_values(self, get: Get, names: Collection[str]) -> dict[str, Any]:
-        """What config.json has of this family beyond what all have."""
+        """Values of config.json that only this family has."""
         found = {name: get(key) for name, key in self.values.items()}
         if self.derive is not None:
             found |= self.derive(get, names)
         return {**self.constants, **{k: value for k, value in found.items() if value is not None}}
 
 
-def _scale_of(widest: int) -> Derive:
-    """What scores are scaled by: the head size.
+def _query_scalar(widest: int) -> Derive:
+    """Derive query_pre_attn_scalar, which files do not store, as llama.cpp does.
 
-    Of models of so many layers it is the hidden size over the heads: a rule that llama.cpp knows,
-    and files do not say.
+    It is the head size, except in the model with `widest` layers: there it is hidden size / heads.
     """
 
     def derive(get: Get, names: Collection[str]) -> dict[str, Any]:
@@ -146,15 +146,15 @@ def _scale_of(widest: int) -> Derive:
 
 
 _GROUPS = {160: (8, 3), 256: (8, 4)}
-"""Groups of experts, and those of a token, by the number of experts: DeepSeek-V2 and V3 of files
-that do not say it."""
+"""Number of experts -> groups of experts, and groups per token, of DeepSeek-V2 and V3; for files
+that do not store them."""
 
 
-def _latent(get: Get, names: Collection[str]) -> dict[str, Any]:
-    """DeepSeek's sizes and routing.
+def _deepseek(get: Get, names: Collection[str]) -> dict[str, Any]:
+    """Derive DeepSeek's head sizes and routing.
 
-    Newer files describe attention as one head of the latent vector, and have the sizes of heads
-    proper under keys that end with mla.
+    Newer files describe attention as one head that is the latent vector, and store the sizes of the
+    actual heads under keys that end with _mla.
     """
     key = get("attention.key_length_mla") or get("attention.key_length")
     groups, chosen = get("expert_group_count"), get("expert_group_used_count")
@@ -173,7 +173,7 @@ def _latent(get: Get, names: Collection[str]) -> dict[str, Any]:
 
 
 _SIGMOID = 2
-"""Of expert_gating_func."""
+"""Value of expert_gating_func for sigmoid."""
 
 
 def _falcon(get: Get, names: Collection[str]) -> dict[str, Any]:
@@ -213,7 +213,7 @@ _DEEPSEEK: dict[str, Any] = {
         "qk_rope_head_dim": "rope.dimension_count",
         "routed_scaling_factor": "expert_weights_scale",
     },
-    "derive": _latent,
+    "derive": _deepseek,
 }
 
 FAMILIES = {
@@ -274,14 +274,14 @@ FAMILIES = {
         names=_GEMMA_NAMES,
         values=_GEMMA_VALUES,
         form=StoredForm(has_full_norms=True),
-        derive=_scale_of(widest=46),
+        derive=_query_scalar(widest=46),
     ),
     "gemma3": GGUFFamily(
         architecture="Gemma3ForCausalLM",
         names=_GEMMA_NAMES,
         values=_GEMMA_VALUES,
         form=StoredForm(has_full_norms=True),
-        derive=_scale_of(widest=62),
+        derive=_query_scalar(widest=62),
     ),
     "phi3": GGUFFamily(
         architecture="Phi3ForCausalLM",
@@ -289,7 +289,7 @@ FAMILIES = {
         values={"sliding_window": "attention.sliding_window"},
         rotates_part=True,
     ),
-    "olmo2": GGUFFamily(architecture="Olmo2ForCausalLM", names=_AFTER_NAMES),
+    "olmo2": GGUFFamily(architecture="Olmo2ForCausalLM", names=_POST_NORM_NAMES),
     "starcoder2": GGUFFamily(
         architecture="Starcoder2ForCausalLM",
         names={"ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"},
@@ -335,7 +335,7 @@ FAMILIES = {
         form=StoredForm(has_rows_first=True),
     ),
 }
-"""By general.architecture."""
+"""Families by general.architecture."""
 
 _MIXTRAL = GGUFFamily(
     architecture="MixtralForCausalLM",
@@ -358,7 +358,7 @@ _FALCON_40B = GGUFFamily(
 
 
 def find_family(architecture: str, get: Get, names: Collection[str]) -> GGUFFamily | None:
-    """The family of a file's general.architecture, of its metadata and its names of tensors."""
+    """Find a file's family by its general.architecture, metadata and tensor names."""
     if architecture == "llama" and get("expert_count"):
         return _MIXTRAL
     if architecture == "deepseek2" and get("expert_gating_func") == _SIGMOID:

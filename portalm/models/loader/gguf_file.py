@@ -1,7 +1,7 @@
-"""A GGUF file's header: metadata and where each tensor lies. Needs neither numpy nor torch.
+"""Reads a GGUF file's header: metadata, and the place of each tensor, without numpy or torch.
 
-The format: "GGUF" in ggml's docs/gguf.md, versions 2 and 3, little-endian. A header is believed
-only as far as the file reaches: no count in it makes us allocate.
+The format is described in ggml's docs/gguf.md; versions 2 and 3, little-endian, are supported.
+Every count in the header is checked against the file's size before memory is allocated for it.
 """
 
 from __future__ import annotations
@@ -38,28 +38,28 @@ TYPES = {
     34: ("TQ1_0", 256, 54), 35: ("TQ2_0", 256, 66), 39: ("MXFP4", 32, 17),
     40: ("NVFP4", 64, 36), 41: ("Q1_0", 128, 18),
 }  # fmt: skip
-"""Tensor types (ggml.h's ggml_type): name, values in a block, bytes of a block."""
+"""Tensor types (ggml_type in ggml.h): name, values per block, bytes per block."""
 
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """One tensor's place in the file."""
+    """Shape, type and place of a tensor in the file."""
 
     shape: tuple[int, ...]
-    """Rows first, as torch has it (the file has it the other way round)."""
+    """In torch's order, rows first; the file stores it reversed."""
     kind: int
-    """One of `TYPES`, if the file is sound."""
+    """A key of `TYPES`, unless the file is broken."""
     offset: int
-    """Bytes from the beginning of the data."""
+    """Bytes from the start of the tensor data."""
 
     @property
     def num_bytes(self) -> int:
-        """Of a sound one."""
+        """Size in bytes; `kind` must be known."""
         _, block_size, block_bytes = TYPES[self.kind]
         return math.prod(self.shape) // block_size * block_bytes
 
     def parts(self) -> list[TensorInfo]:
-        """Those of which the tensor is a stack: one for each of its first dimension."""
+        """Split a stacked tensor along its first dimension."""
         size = self.num_bytes // self.shape[0]
         return [
             TensorInfo(self.shape[1:], self.kind, self.offset + i * size)
@@ -68,7 +68,7 @@ class TensorInfo:
 
 
 class Reader:
-    """Reads little-endian values and refuses to go past the end."""
+    """Reads little-endian values, and raises `CheckpointError` at the end of the file."""
 
     def __init__(self, path: Path, data: mmap.mmap) -> None:
         self.path = path
@@ -76,16 +76,16 @@ class Reader:
         self.at = 0
 
     def fail(self, reason: str) -> CheckpointError:
-        """An error that says where the reader stands."""
+        """An error with the reader's position, for the caller to raise."""
         return CheckpointError(self.path, f"{reason} (at byte {self.at} of {len(self.data)})")
 
     def need(self, num_bytes: int, what: str) -> None:
-        """Raise `CheckpointError` unless the file has so many more bytes."""
+        """Raise `CheckpointError` unless the file has `num_bytes` more bytes."""
         if num_bytes > len(self.data) - self.at:
             raise self.fail(f"it is truncated or corrupt: {what} reaches past its end")
 
     def scalar(self, code: str) -> Any:
-        """A number, of the type that struct calls `code`."""
+        """Read a number; `code` is its type in struct."""
         size = struct.calcsize("<" + code)
         self.need(size, "a value")
         (value,) = struct.unpack_from("<" + code, self.data, self.at)
@@ -93,25 +93,25 @@ class Reader:
         return value
 
     def string(self) -> str:
-        """A text behind its length; what is not UTF-8 is replaced."""
+        """Read a string with a length prefix; invalid UTF-8 is replaced."""
         length = self.scalar("Q")
-        self.need(length, "a text")
+        self.need(length, "a string")
         raw = self.data[self.at : self.at + length]
         self.at += length
         return raw.decode("utf-8", errors="replace")
 
     def value(self, kind: int) -> Any:
-        """A value of one of the format's types."""
+        """Read a metadata value of type `kind`."""
         if kind == _STRING:
             return self.string()
         if kind == _ARRAY:
             return self.array()
         if kind not in _SCALARS:
-            raise self.fail(f"metadata of unknown type {kind}")
+            raise self.fail(f"a metadata value has unknown type {kind}")
         return self.scalar(_SCALARS[kind])
 
     def array(self) -> list[Any]:
-        """An array behind its type and length."""
+        """Read an array with a prefix of type and length."""
         kind, count = self.scalar("I"), self.scalar("Q")
         if kind in _SCALARS:
             code = f"<{count}{_SCALARS[kind]}"
@@ -120,59 +120,60 @@ class Reader:
             self.at += struct.calcsize(code)
             return values
         if kind != _STRING:
-            raise self.fail(f"an array of unknown type {kind}")
+            raise self.fail(f"an array has unknown type {kind}")
         return [
             self.data[start:end].decode("utf-8", errors="replace")
-            for start, end in self._text_places(count)
+            for start, end in self._string_spans(count)
         ]
 
     def skip(self, kind: int) -> None:
-        """Go past a value without making anything of it."""
+        """Skip a value."""
         if kind != _ARRAY:
             self.value(kind)
             return
         inner, count = self.scalar("I"), self.scalar("Q")
         if inner == _STRING:
-            self._text_places(count)
+            self._string_spans(count)
         elif inner in _SCALARS:
             num_bytes = count * struct.calcsize(_SCALARS[inner])
             self.need(num_bytes, "an array")
             self.at += num_bytes
         else:
-            raise self.fail(f"an array of unknown type {inner}")
+            raise self.fail(f"an array has unknown type {inner}")
 
-    def _text_places(self, count: int) -> list[tuple[int, int]]:
-        """Where so many texts begin and end.
+    def _string_spans(self, count: int) -> list[tuple[int, int]]:
+        """Read start and end of `count` strings.
 
-        There can be 100,000s, and a mapping takes ten times as long to look into as bytes do.
+        There can be hundreds of thousands, and indexing a mapping is ten times slower than indexing
+        bytes, so the file is read through a window.
         """
-        self.need(8 * count, "an array of texts")  # each has at least its length
+        self.need(8 * count, "an array of strings")  # each has a length of 8 bytes
         at, last = self.at, len(self.data)
         length_at = struct.Struct("<Q").unpack_from
         window, window_at = b"", 0
-        places = []
+        spans = []
         for _ in range(count):
             if at + 8 > window_at + len(window):
                 window, window_at = self.data[at : at + _WINDOW], at
                 if len(window) < 8:
-                    raise self.fail("it is truncated or corrupt: a text reaches past its end")
+                    raise self.fail("it is truncated or corrupt: a string reaches past its end")
             start = at + 8
             at = start + length_at(window, at - window_at)[0]
             if at > last:
-                raise self.fail("it is truncated or corrupt: a text reaches past its end")
-            places.append((start, at))
+                raise self.fail("it is truncated or corrupt: a string reaches past its end")
+            spans.append((start, at))
         self.at = at
-        return places
+        return spans
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """All metadata of a GGUF file as Python values. Raises `CheckpointError` for a broken file."""
+    """Read all metadata of a GGUF file; raise `CheckpointError` for a broken file."""
     data = map_file(path)
     return read_header(Reader(path, data))[0]
 
 
 def map_file(path: Path) -> mmap.mmap:
-    """The file, mapped to be read. Raises `CheckpointError` if it cannot be, or is empty."""
+    """Map a file for reading; raise `CheckpointError` if it is empty or cannot be mapped."""
     try:
         with path.open("rb") as file:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -183,18 +184,22 @@ def map_file(path: Path) -> mmap.mmap:
 
 
 def read_header(reader: Reader, *, skip: Collection[str] = ()) -> tuple[dict[str, Any], int]:
-    """The metadata and the number of tensors; the reader stands before the first tensor's info.
+    """Read metadata and the number of tensors, up to the first tensor's info.
 
-    Values under the keys in `skip` are left out.
+    Keys in `skip` are left out.
     """
     if reader.data[:4] != _MAGIC:
-        raise reader.fail(f"it begins with {reader.data[:4]!r}, a GGUF file with {_MAGIC!r}")
+        raise reader.fail(
+            f"it is not a GGUF file: it begins with {reader.data[:4]!r}, expected {_MAGIC!r}"
+        )
     reader.at = 4
     version = reader.scalar("I")
     if version not in _VERSIONS:
-        raise reader.fail(f"GGUF version {version}; versions 2 and 3 (little-endian) are read")
+        raise reader.fail(
+            f"GGUF version {version} is not supported; supported: 2 and 3, little-endian"
+        )
     num_tensors, num_values = reader.scalar("Q"), reader.scalar("Q")
-    # the least bytes that so many entries take
+    # the smallest size of that many entries
     if num_values * 13 + num_tensors * 24 > len(reader.data):
         raise reader.fail(
             f"it is corrupt: the header counts {num_tensors} tensors and {num_values} values, "
@@ -212,12 +217,15 @@ def read_header(reader: Reader, *, skip: Collection[str] = ()) -> tuple[dict[str
 
 
 def read_tensor_infos(reader: Reader, num_tensors: int) -> dict[str, TensorInfo]:
-    """Where the tensors lie, by their names in the file; the reader stands behind the metadata."""
+    """Read infos of all tensors by their names in the file; call after `read_header`."""
     infos: dict[str, TensorInfo] = {}
     for _ in range(num_tensors):
         name, num_dimensions = reader.string(), reader.scalar("I")
         if num_dimensions > _MAX_DIMENSIONS:
-            raise reader.fail(f"tensor {name!r} has {num_dimensions} dimensions")
+            raise reader.fail(
+                f"tensor {name!r} has {num_dimensions} dimensions, at most {_MAX_DIMENSIONS} "
+                f"are allowed"
+            )
         shape = tuple(reader.scalar("Q") for _ in range(num_dimensions))[::-1]
         infos[name] = TensorInfo(shape, reader.scalar("I"), reader.scalar("Q"))
     return infos

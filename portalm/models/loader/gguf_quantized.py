@@ -1,7 +1,7 @@
-"""GGUF's integer formats as `QuantizedWeight`s: codes, scales and minimums, nothing lost.
+"""Converts GGUF's quantized tensor types to `QuantizedWeight` without loss.
 
-Layouts: ggml-common.h and ggml-quants.c of ggml. The I-quants and their kin name points of a grid:
-those points are whole numbers of at most 8 bits, so what a point stands for is its code here.
+Layouts are those of ggml-common.h and ggml-quants.c in ggml. Types such as the I-quants store
+indices of grid points; the points' coordinates are 8-bit integers, which become the codes here.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ import torch
 from portalm.backend import QuantizedWeight
 
 Bytes = npt.NDArray[np.uint8]
-"""[rows, bytes a row]"""
+"""uint8 [rows, bytes per row]."""
 Floats = npt.NDArray[np.float32]
 
 
 def as_quantized(kind: int, blocks: Bytes, shape: tuple[int, ...]) -> QuantizedWeight | None:
-    """The matrix of `shape`; None if its format has no such form.
+    """Convert a matrix to a `QuantizedWeight`; None if its type cannot be converted.
 
     Args:
-        kind: a value of gguf.GGMLQuantizationType.
-        blocks: its bytes as they are in the file.
-        shape: [N, K]
+        kind: tensor type, a value of gguf.GGMLQuantizationType.
+        blocks: the tensor's bytes in the file.
+        shape: [N, K] of the matrix; other shapes cannot be converted.
     """
     if len(shape) != 2:
         return None
     if kind in GRIDS:
-        return _points(kind, blocks, shape)
+        return _from_grid(kind, blocks, shape)
     read = _FORMATS.get(kind)
     return None if read is None else read(blocks, shape)
 
@@ -41,7 +41,7 @@ def _float16(raw: Bytes) -> Floats:
 
 
 def _nibbles(packed: Bytes) -> Bytes:
-    """[..., n] -> [..., 2 n]: the low ones, then the high ones."""
+    """Unpack nibbles, all low ones first: [..., n] -> [..., 2 n]."""
     return np.concatenate([packed & 0x0F, packed >> 4], axis=-1)
 
 
@@ -67,14 +67,14 @@ def _weight(
 
 
 def _q4_0(blocks: Bytes, shape: tuple[int, ...]) -> QuantizedWeight:
-    """18 bytes for 32: d, nibbles; w = d * (q - 8)."""
+    """Blocks of 32 in 18 bytes: d, nibbles; w = d * (q - 8)."""
     block = blocks.reshape(shape[0], -1, 18)
     codes = _nibbles(block[..., 2:])
     return _weight("int4", shape, codes, _float16(block[..., :2]), zero=8)
 
 
 def _q4_1(blocks: Bytes, shape: tuple[int, ...]) -> QuantizedWeight:
-    """20 bytes for 32: d, m, nibbles; w = d * q + m."""
+    """Blocks of 32 in 20 bytes: d, m, nibbles; w = d * q + m."""
     block = blocks.reshape(shape[0], -1, 20)
     codes = _nibbles(block[..., 4:])
     minimums = _float16(block[..., 2:4])
@@ -82,7 +82,7 @@ def _q4_1(blocks: Bytes, shape: tuple[int, ...]) -> QuantizedWeight:
 
 
 def _q5_0(blocks: Bytes, shape: tuple[int, ...]) -> QuantizedWeight:
-    """22 bytes for 32: d, the fifth bits, nibbles; w = d * (q - 16)."""
+    """Blocks of 32 in 22 bytes: d, fifth bits, nibbles; w = d * (q - 16)."""
     block = blocks.reshape(shape[0], -1, 22)
     fifth = np.unpackbits(np.ascontiguousarray(block[..., 2:6]), axis=-1, bitorder="little")
     codes = _nibbles(block[..., 6:])
@@ -93,7 +93,7 @@ def _q5_0(blocks: Bytes, shape: tuple[int, ...]) -> QuantizedWeight:
 
 
 def _q8_0(blocks: Bytes, shape: tuple[int, ...]) -> QuantizedWeight:
-    """34 bytes for 32: d, signed bytes; w = d * q."""
+    """Blocks of 32 in 34 bytes: d, signed bytes; w = d * q."""
     block = blocks.reshape(shape[0], -1, 34)
     return _weight(
         "int8", shape, block[..., 2:] ^ np.uint8(0x80), _float16(block[..., :2]), zero=128
@@ -101,15 +101,15 @@ def _q8_0(blocks: Bytes, shape: tuple[int, ...]) -> QuantizedWeight:
 
 
 def _q4_k(blocks: Bytes, shape: tuple[int, ...]) -> QuantizedWeight:
-    """144 bytes for 256: d, dmin, 8 scales and 8 minimums of 6 bits, nibbles in runs of 64."""
+    """Blocks of 256 in 144 bytes: d, dmin, 8 scales and 8 minimums of 6 bits, nibbles by 64."""
     block = blocks.reshape(shape[0], -1, 144)
-    scales, minimums = _steps_of_k(block)
+    scales, minimums = _k_scales(block)
     runs = block[..., 16:].reshape(*block.shape[:2], 4, 32)
     return _weight("int4_min", shape, _nibbles(runs), scales, minimums=minimums)
 
 
-def _steps_of_k(block: Bytes) -> tuple[Floats, Floats]:
-    """Scales and minimums, 8 of each, of Q4_K's and Q5_K's blocks."""
+def _k_scales(block: Bytes) -> tuple[Floats, Floats]:
+    """Unpack 8 scales and 8 minimums from each block of Q4_K or Q5_K."""
     packed = block[..., 4:16]
     first, second, third = packed[..., 0:4], packed[..., 4:8], packed[..., 8:12]
     scales = np.concatenate([first & 63, (third & 0x0F) | (first >> 6) << 4], axis=-1)
@@ -121,7 +121,7 @@ def _steps_of_k(block: Bytes) -> tuple[Floats, Floats]:
 
 
 def _q6_k(blocks: Bytes, shape: tuple[int, ...]) -> QuantizedWeight:
-    """210 bytes for 256: low nibbles, high pairs of bits, 16 signed scales, d; w = d s (q - 32)."""
+    """Blocks of 256 in 210 bytes: low 4 bits, high 2 bits, 16 scales s, d; w = d s (q - 32)."""
     block = blocks.reshape(shape[0], -1, 210)
     low = block[..., :128].reshape(*block.shape[:2], 2, 64)
     high = block[..., 128:192].reshape(*block.shape[:2], 2, 32)
@@ -134,7 +134,7 @@ def _q6_k(blocks: Bytes, shape: tuple[int, ...]) -> QuantizedWeight:
 
 
 def _q5_1(blocks: Bytes, shape: tuple[int, ...]) -> QuantizedWeight:
-    """24 bytes for 32: d, m, the fifth bits, nibbles; w = d * q + m."""
+    """Blocks of 32 in 24 bytes: d, m, fifth bits, nibbles; w = d * q + m."""
     block = blocks.reshape(shape[0], -1, 24)
     fifth = np.unpackbits(np.ascontiguousarray(block[..., 4:8]), axis=-1, bitorder="little")
     codes = _nibbles(block[..., 8:])
@@ -144,7 +144,7 @@ def _q5_1(blocks: Bytes, shape: tuple[int, ...]) -> QuantizedWeight:
 
 
 def _q2_k(blocks: Bytes, shape: tuple[int, ...]) -> QuantizedWeight:
-    """84 bytes for 256: 16 nibbles of scale and minimum, pairs of bits in runs of 128, d, dmin."""
+    """Blocks of 256 in 84 bytes: 16 x 4-bit scale and minimum, 2-bit codes by 128, d, dmin."""
     block = blocks.reshape(shape[0], -1, 84)
     steps = block[..., :16]
     runs = block[..., 16:80].reshape(*block.shape[:2], 2, 32)
@@ -159,9 +159,9 @@ def _q2_k(blocks: Bytes, shape: tuple[int, ...]) -> QuantizedWeight:
 
 
 def _q5_k(blocks: Bytes, shape: tuple[int, ...]) -> QuantizedWeight:
-    """176 bytes for 256: as Q4_K, and the fifth bits of each run of 32 before the nibbles."""
+    """Blocks of 256 in 176 bytes: as Q4_K, with the fifth bits before the nibbles."""
     block = blocks.reshape(shape[0], -1, 176)
-    scales, minimums = _steps_of_k(block)
+    scales, minimums = _k_scales(block)
     fifth = block[..., 16:48]
     codes = _nibbles(block[..., 48:].reshape(*block.shape[:2], 4, 32))
     codes = codes.reshape(*block.shape[:2], 8, 32)
@@ -169,17 +169,17 @@ def _q5_k(blocks: Bytes, shape: tuple[int, ...]) -> QuantizedWeight:
     return _weight("int8_min", shape, codes, scales, minimums=minimums)
 
 
-# -- points of grids --------------------------------------------------------------------------
+# -- grid types -------------------------------------------------------------------------------
 
 
 def _times(d: Floats, steps: npt.NDArray[Any]) -> Floats:
-    """Scales [rows, blocks, groups]: of blocks, times their groups' steps."""
+    """Multiply block scales [rows, blocks] by group steps: [rows, blocks, groups]."""
     scales: Floats = (d[..., None] * steps).astype(np.float32)
     return scales
 
 
-def _both(packed: Bytes) -> Bytes:
-    """[..., n] -> [..., 2 n]: low nibble, high nibble, of each byte in turn."""
+def _alternating_nibbles(packed: Bytes) -> Bytes:
+    """Unpack nibbles, low then high for each byte: [..., n] -> [..., 2 n]."""
     return np.stack([packed & 0x0F, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)
 
 
@@ -193,11 +193,11 @@ def _iq2_xxs(block: Bytes) -> Floats:
 
 
 def _iq2_xs(block: Bytes) -> Floats:
-    return _times(_float16(block[..., :2]), (0.5 + _both(block[..., 66:74])) / 4)
+    return _times(_float16(block[..., :2]), (0.5 + _alternating_nibbles(block[..., 66:74])) / 4)
 
 
 def _iq2_s(block: Bytes) -> Floats:
-    return _times(_float16(block[..., :2]), (0.5 + _both(block[..., 74:82])) / 4)
+    return _times(_float16(block[..., :2]), (0.5 + _alternating_nibbles(block[..., 74:82])) / 4)
 
 
 def _iq3_xxs(block: Bytes) -> Floats:
@@ -207,17 +207,17 @@ def _iq3_xxs(block: Bytes) -> Floats:
 
 
 def _iq3_s(block: Bytes) -> Floats:
-    return _times(_float16(block[..., :2]), 1.0 + 2.0 * _both(block[..., 106:110]))
+    return _times(_float16(block[..., :2]), 1.0 + 2.0 * _alternating_nibbles(block[..., 106:110]))
 
 
 def _iq1_s(block: Bytes) -> Floats:
-    """Of eighths: points lie an eighth beside whole numbers."""
+    """Scales / 8: eight times a point's coordinate is an integer."""
     steps = _words(block[..., 34:50], np.uint16) >> 12 & 7
     return _times(_float16(block[..., :2]), (2 * steps + 1) / 8)
 
 
 def _iq1_m(block: Bytes) -> Floats:
-    """Of eighths; d is in the highest nibbles of four words of steps."""
+    """Scales / 8; the bits of d are the highest nibbles of four words of steps."""
     words = _words(block[..., 48:56], np.uint16)
     bits = sum(words[..., i] >> 12 << 4 * i for i in range(4))
     d = np.asarray(bits, np.uint16).view(np.float16).astype(np.float32)
@@ -232,7 +232,9 @@ def _iq4_nl(block: Bytes) -> Floats:
 def _iq4_xs(block: Bytes) -> Floats:
     high = _words(block[..., 2:4], np.uint16)
     high = np.concatenate([high >> 2 * run & 3 for run in range(8)], axis=-1)
-    return _times(_float16(block[..., :2]), (_both(block[..., 4:8]) | high << 4) - 32)
+    return _times(
+        _float16(block[..., :2]), (_alternating_nibbles(block[..., 4:8]) | high << 4) - 32
+    )
 
 
 def _q3_k(block: Bytes) -> Floats:
@@ -251,7 +253,7 @@ def _tq2_0(block: Bytes) -> Floats:
 
 
 def _mxfp4(block: Bytes) -> Floats:
-    """Powers of two; points are twice the values of e2m1 (OCP, "Microscaling formats", 2023)."""
+    """Powers of two / 2; codes are twice the e2m1 values (OCP, "Microscaling formats", 2023)."""
     scales: Floats = np.ldexp(np.float32(1), block[..., 0].astype(np.int32) - 128)
     return scales
 
@@ -271,15 +273,15 @@ GRIDS: dict[int, tuple[str, int, Callable[[Bytes], Floats]]] = {
     35: ("int8", 66, _tq2_0),
     39: ("int8", 17, _mxfp4),
 }
-"""By the value of gguf.GGMLQuantizationType: format, bytes of a block, scales [rows, K / group] of
-blocks [rows, blocks, bytes]."""
+"""Grid types by gguf.GGMLQuantizationType: format, bytes per block, and the function that unpacks
+scales [rows, blocks, groups] from blocks [rows, blocks, bytes]."""
 
 _ROWS_AT_A_TIME = 4096
-"""Rows whose points are looked up at once: several float32 arrays as large live meanwhile."""
+"""Rows dequantized at once, to bound the size of temporary arrays."""
 
 
-def _points(kind: int, blocks: Bytes, shape: tuple[int, ...]) -> QuantizedWeight:
-    """What the points stand for, and their scales."""
+def _from_grid(kind: int, blocks: Bytes, shape: tuple[int, ...]) -> QuantizedWeight:
+    """Convert a grid type: dequantize, and divide by the scales to get the codes."""
     from gguf import GGMLQuantizationType
     from gguf.quants import dequantize
 
@@ -291,7 +293,7 @@ def _points(kind: int, blocks: Bytes, shape: tuple[int, ...]) -> QuantizedWeight
         part = slice(start, start + _ROWS_AT_A_TIME)
         values = dequantize(blocks[part], GGMLQuantizationType(kind))
         divisors = np.where(scales[part] == 0, 1, scales[part])[..., None]
-        with np.errstate(invalid="ignore"):  # a scale that is no number has a weight that is none
+        with np.errstate(invalid="ignore"):  # a NaN scale makes NaN weights
             points = np.nan_to_num(values.reshape(*scales[part].shape, -1) / divisors)
         codes[part] = (np.rint(points) + 128).clip(0, 255).reshape(-1, columns)
     return _weight(format, shape, codes, scales, zero=128)
@@ -308,4 +310,4 @@ _FORMATS: dict[int, Callable[[Bytes, tuple[int, ...]], QuantizedWeight]] = {
     13: _q5_k,
     14: _q6_k,
 }
-"""By the value of gguf.GGMLQuantizationType."""
+"""Types with a direct conversion, by gguf.GGMLQuantizationType."""

@@ -1,4 +1,4 @@
-"""JSON files of a checkpoint; a broken one is named."""
+"""Reads JSON files of a checkpoint; errors name the file."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from portalm.errors import CheckpointError
 
 
 def read_json(path: Path) -> Any:
-    """What the file holds; `CheckpointError` if it cannot be read."""
+    """Parse a JSON file; raise `CheckpointError` if it cannot be read."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -20,8 +20,8 @@ def read_json(path: Path) -> Any:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """The object that the file holds."""
+    """Parse a JSON file that holds an object; raise `CheckpointError` for anything else."""
     values = read_json(path)
     if not isinstance(values, dict):
-        raise CheckpointError(path, f"it holds a {type(values).__name__}, not an object")
+        raise CheckpointError(path, f"it must hold a JSON object, not a {type(values).__name__}")
     return values

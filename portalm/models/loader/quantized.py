@@ -1,4 +1,4 @@
-"""A checkpoint whose weights of few bits are written by a scheme of portalm.quant."""
+"""Checkpoints whose weights are quantized in a format of portalm.quant."""
 
 from __future__ import annotations
 
@@ -16,63 +16,68 @@ logger = logging.getLogger(__name__)
 
 
 class QuantizedCheckpoint:
-    """The checkpoint of plain weights that `inner`'s tensors stand for."""
+    """Combines the parts that `inner` stores for each quantized weight into one tensor."""
 
     def __init__(self, inner: Checkpoint, scheme: Scheme) -> None:
-        """Over `inner`, which it closes."""
+        """Read parts from `inner`, and close it in `close`."""
         self.path = inner.path
         self.config = inner.config
         self.form = inner.form
         self._inner = inner
         self._scheme = scheme
-        self._held = frozenset(inner.names())
-        self._num_widened = 0
+        self._stored = frozenset(inner.names())
+        self._num_dequantized = 0
 
     def names(self) -> Sequence[str]:
-        """Every tensor there is, a weight under its own name."""
+        """Names of all tensors; a quantized weight has one name, its parts have none."""
         between = self._scheme.separator
         suffixes = tuple(f"{between}{part}" for part in self._scheme.parts)
-        names = [name for name in self._held if not name.endswith(suffixes)]
+        names = [name for name in self._stored if not name.endswith(suffixes)]
         marks = [f"{between}{mark}" for mark in self._scheme.marks]
         layers = {
-            name.removesuffix(mark) for name in self._held for mark in marks if name.endswith(mark)
+            name.removesuffix(mark)
+            for name in self._stored
+            for mark in marks
+            if name.endswith(mark)
         }
         return sorted({*names, *(f"{layer}.weight" for layer in layers)})
 
     def tensor(self, name: str) -> torch.Tensor:
-        """The tensor; float32 where it is of few bits."""
+        """Read a tensor; a quantized one is dequantized to float32."""
         weight = self._read(name)
         return weight.dequantize() if isinstance(weight, QuantizedWeight) else weight
 
     def weight(self, name: str) -> Weight:
-        """As `tensor`, but a matrix of few bits as it is, if its format is one of ours."""
+        """Read a tensor, keeping a quantized matrix quantized if `QuantizedWeight` can hold it."""
         weight = self._read(name)
         if self._layer(name) is not None and not isinstance(weight, QuantizedWeight):
-            self._num_widened += 1
+            self._num_dequantized += 1
         return weight
 
     def _layer(self, name: str) -> str | None:
-        """The layer whose weight `name` is, if it is written by the scheme."""
+        """Name of the layer whose quantized weight `name` is; None: `name` is not quantized."""
         layer, _, kind = name.rpartition(".")
         if kind != "weight":
             return None
         between = self._scheme.separator
-        is_ours = any(f"{layer}{between}{mark}" in self._held for mark in self._scheme.marks)
-        return layer if is_ours else None
+        is_quantized = any(f"{layer}{between}{mark}" in self._stored for mark in self._scheme.marks)
+        return layer if is_quantized else None
 
     def _read(self, name: str) -> Weight:
         layer = self._layer(name)
         if layer is None:
             return self._inner.tensor(name)
-        return self._scheme.read(LayerParts(self._inner, self._held, layer, self._scheme.separator))
+        return self._scheme.read(
+            LayerParts(self._inner, self._stored, layer, self._scheme.separator)
+        )
 
     def close(self) -> None:
-        """Let go of the files."""
-        if self._num_widened:
+        """Close the files; log how many weights were dequantized."""
+        if self._num_dequantized:
             logger.warning(
-                "%d weights of this %s checkpoint are kept in the model's dtype: no format of few "
-                "bits has exactly their values",
-                self._num_widened,
+                "%d weights of this %s checkpoint are dequantized to the model's dtype: no "
+                "quantized format here can hold their exact values",
+                self._num_dequantized,
                 self._scheme.name,
             )
         self._inner.close()

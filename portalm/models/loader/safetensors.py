@@ -1,4 +1,4 @@
-"""Checkpoints in safetensors files, memory-mapped, in one file or many."""
+"""Checkpoints in one or more memory-mapped safetensors files."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from portalm.models.loader.checkpoint import HF_FORM
 INDEX_NAME = "model.safetensors.index.json"
 
 _MAX_MAPPED_BYTES = 64 << 20
-"""Of tensors given out, until a file is mapped anew: what was read of a mapping counts as this
-process's memory for as long as the mapping lives, and the weights should not be there twice."""
+"""Bytes of tensors returned before a file is mapped again. Pages read from a mapping count as this
+process's memory while the mapping exists, so an old mapping would hold the weights a second time.
+"""
 
 
 class SafetensorsCheckpoint:
@@ -27,7 +28,7 @@ class SafetensorsCheckpoint:
     form = HF_FORM
 
     def __init__(self, folder: Path, config: ModelConfig) -> None:
-        """Open every file; tensors are mapped when asked for."""
+        """Open every file; tensors are mapped when they are read."""
         self.path = folder
         self.config = config
         self._files: dict[Path, Any] = {}
@@ -38,7 +39,9 @@ class SafetensorsCheckpoint:
             held = set(opened.keys())
             for name in held if wanted is None else wanted:
                 if name not in held:
-                    raise CheckpointError(path, f"the index says it holds tensor {name!r}")
+                    raise CheckpointError(
+                        path, f"it has no tensor {name!r}, which the index lists for it"
+                    )
                 self._file_of[name] = path
 
     def _open(self, path: Path) -> Any:
@@ -46,25 +49,27 @@ class SafetensorsCheckpoint:
             self._files[path] = safe_open(str(path), framework="pt", device="cpu")
         except FileNotFoundError:
             raise CheckpointError(
-                path, "the index names this file and it is not there; fetch the model again"
+                path, "the index lists this file, but it is missing; download the model again"
             ) from None
         except (SafetensorError, OSError, ValueError) as error:
             raise CheckpointError(
-                path, f"it is truncated or not a safetensors file ({error}); fetch it again"
+                path, f"it is truncated or not a safetensors file ({error}); download it again"
             ) from error
         return self._files[path]
 
     def names(self) -> Sequence[str]:
-        """Every tensor there is."""
+        """Names of all tensors."""
         return list(self._file_of)
 
     def tensor(self, name: str) -> torch.Tensor:
-        """A view of the mapped file."""
+        """Read a tensor as a view of the mapped file."""
         path = self._file_of.get(name)
         if path is None:
-            raise CheckpointError(self.path, f"no tensor {name!r} in its {len(self._files)} files")
+            raise CheckpointError(
+                self.path, f"it has no tensor {name!r} in its {len(self._files)} files"
+            )
         if self._num_mapped_bytes > _MAX_MAPPED_BYTES:
-            self._open(path)  # the old mapping ends with the last tensor that was given out of it
+            self._open(path)  # the old mapping is freed with the last tensor read from it
             self._num_mapped_bytes = 0
         try:
             tensor: torch.Tensor = self._files[path].get_tensor(name)
@@ -74,23 +79,21 @@ class SafetensorsCheckpoint:
         return tensor
 
     def weight(self, name: str) -> torch.Tensor:
-        """The tensor: nothing here is of few bits."""
+        """Read a tensor; quantized ones are read by `QuantizedCheckpoint`."""
         return self.tensor(name)
 
     def close(self) -> None:
-        """Let go of the files."""
+        """Close the files."""
         self._files.clear()
 
 
 def _shards(folder: Path) -> dict[Path, list[str] | None]:
-    """The files, and the tensors that the index places in each (None: whatever they hold)."""
+    """Find the files and the tensors that the index lists for each; None: all in the file."""
     index = folder / INDEX_NAME
     if not index.exists():
         files = sorted(folder.glob("*.safetensors"))
         if not files:
-            raise CheckpointError(
-                folder, "there is no *.safetensors file in this folder, nor a .gguf"
-            )
+            raise CheckpointError(folder, "this folder has no *.safetensors and no .gguf file")
         return dict.fromkeys(files)
     try:
         weight_map = dict(json.loads(index.read_text())["weight_map"])
@@ -99,7 +102,7 @@ def _shards(folder: Path) -> dict[Path, list[str] | None]:
     shards: dict[Path, list[str] | None] = {}
     for name, file in weight_map.items():
         if Path(str(file)).name != file:
-            raise CheckpointError(index, f"it names a file outside the folder: {file!r}")
+            raise CheckpointError(index, f"it lists a file outside the folder: {file!r}")
         names = shards.setdefault(folder / file, [])
         assert names is not None
         names.append(str(name))

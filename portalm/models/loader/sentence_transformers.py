@@ -1,4 +1,4 @@
-"""How sentence-transformers would pool a model: modules.json and the folders that it names."""
+"""Reads a model's pooling from the files of sentence-transformers: modules.json and others."""
 
 from __future__ import annotations
 
@@ -14,24 +14,25 @@ _OLDER_PREFIX = "pooling_mode_"
 
 
 def read_pooling(folder: Path, *, is_encoder: bool) -> PoolingConfig:
-    """The pooling of the model in `folder`; without modules.json what is usual.
+    """Read the pooling of the model in `folder`.
 
-    That is the normalised mean for an encoder, the normalised last token for a decoder.
+    Without modules.json it is the normalized mean for an encoder, and the normalized last token for
+    a decoder.
 
     Raises:
         CheckpointError: a file is broken.
-        UnsupportedModel: the model pools in a way that is not known, or adds layers of its own.
+        UnsupportedModel: the pooling is not supported, or the model has additional layers.
     """
     modules = folder / "modules.json"
     max_tokens = _max_tokens(folder)
     if not modules.is_file():
-        usual: PoolingName = "mean" if is_encoder else "last"
-        return PoolingConfig(pooling=usual, max_tokens=max_tokens)
+        default: PoolingName = "mean" if is_encoder else "last"
+        return PoolingConfig(pooling=default, max_tokens=max_tokens)
     pooling: PoolingName | None = None
     normalize = False
     listed = read_json(modules)
     if not isinstance(listed, list) or not all(isinstance(one, dict) for one in listed):
-        raise CheckpointError(modules, "it holds no list of modules")
+        raise CheckpointError(modules, "it must hold a list of modules")
     for module in listed:
         kind = str(module.get("type")).rpartition(".")[2]
         if kind == "Pooling":
@@ -40,8 +41,8 @@ def read_pooling(folder: Path, *, is_encoder: bool) -> PoolingConfig:
             normalize = True
         elif kind != "Transformer":
             raise UnsupportedModel(
-                f"{str(modules)!r} asks for a module of type {kind}; supported: Transformer, "
-                f"Pooling, Normalize"
+                f"{str(modules)!r} has a module of type {kind}, which is not supported; "
+                f"supported: Transformer, Pooling, Normalize"
             )
     if pooling is None:
         raise CheckpointError(modules, "it has no Pooling module")
@@ -51,7 +52,7 @@ def read_pooling(folder: Path, *, is_encoder: bool) -> PoolingConfig:
 
 
 def _pooling(path: Path) -> PoolingName:
-    """One name under pooling_mode, or, as it was written before, a flag for each."""
+    """Read the pooling's name from pooling_mode, or from one flag for each name in older files."""
     values = read_json_object(path)
     named = values.get("pooling_mode")
     if named is None:
@@ -61,8 +62,8 @@ def _pooling(path: Path) -> PoolingName:
     chosen = [name.removesuffix("_tokens") for name in chosen]
     if len(chosen) != 1 or chosen[0] not in _POOLING:
         raise UnsupportedModel(
-            f"{str(path)!r} asks for pooling by {' and '.join(chosen) or 'nothing'}; supported: "
-            f"one of {', '.join(_POOLING)}"
+            f"{str(path)!r} has pooling {' and '.join(chosen) or 'none'}, which is not supported; "
+            f"supported: one of {', '.join(_POOLING)}"
         )
     return _POOLING[chosen[0]]
 
