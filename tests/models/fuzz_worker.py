@@ -1,7 +1,7 @@
-"""Loads broken copies of a checkpoint, one after the other, with little memory to spare.
+"""Loads damaged copies of a checkpoint one after another, with a limit on memory.
 
-`python -m tests.models.fuzz_worker FOLDER COUNT` ends with 0 if each was loaded or refused with an
-error of ours; else it says which was not, and how it was broken.
+`python -m tests.models.fuzz_worker FOLDER COUNT` exits with 0 if each copy loads or is refused with
+a `PortaLMError`. Otherwise it prints the seed and the damage of each copy that did not.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from portalm.config import EngineConfig
 from portalm.engine.engine import Engine
 from portalm.errors import PortaLMError
 
-ROOM = 2 << 30
-"""Bytes of address space that a load may take beyond what the process has."""
+MEMORY_LIMIT = 2 << 30
+"""Bytes of address space that loads may use in addition to what the process has."""
 ABSURD = (0, 1, 2**31 - 1, 2**32, 2**40, 2**63 - 1, 2**64 - 1)
 
 
 def load(folder: Path) -> None:
-    """All that a server does before it listens."""
+    """Load the checkpoint as a server does at startup."""
     files = sorted(folder.glob("*.gguf"))
     settings = {
         "model": str(files[0] if files else folder),
@@ -38,7 +38,7 @@ def load(folder: Path) -> None:
 
 
 def break_one(folder: Path, rng: random.Random) -> str:
-    """Damage a file in `folder`, headers more often than the rest; what was done."""
+    """Damage a file in `folder`, mostly in its header, and return a description."""
     path = rng.choice(sorted(folder.iterdir()))
     data = bytearray(path.read_bytes())
     area = min(len(data), 4096) if rng.random() < 0.8 else len(data)
@@ -52,7 +52,7 @@ def break_one(folder: Path, rng: random.Random) -> str:
     elif kind == "number":
         value = rng.choice(ABSURD).to_bytes(8, "little")[: rng.choice((4, 8))]
         data[at : at + len(value)] = value
-    else:  # digits of a header in JSON
+    else:  # change digits of a JSON header
         digits = [i for i in range(area) if chr(data[i]).isdigit()]
         for i in rng.sample(digits, min(len(digits), rng.choice((1, 2, 8)))):
             data[i] = ord(rng.choice("0123456789"))
@@ -61,28 +61,28 @@ def break_one(folder: Path, rng: random.Random) -> str:
 
 
 def main() -> int:
-    """See the module."""
+    """Run the command; see the module's docstring."""
     source, count = Path(sys.argv[1]), int(sys.argv[2])
-    load(source)  # what it imports and starts is not what the limit is for
+    load(source)  # so that the limit does not count imports and threads
     pages = int(Path("/proc/self/statm").read_text().split()[0])
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + ROOM,) * 2)
-    became: Counter[str] = Counter()
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY_LIMIT,) * 2)
+    results: Counter[str] = Counter()
     for seed in range(count):
         rng, folder = random.Random(seed), source.parent / "broken"
         shutil.copytree(source, folder)
-        done = break_one(folder, rng)
+        damage = break_one(folder, rng)
         try:
             load(folder)
-            became["loaded"] += 1
+            results["loaded"] += 1
         except PortaLMError:
-            became["refused"] += 1
+            results["refused"] += 1
         except BaseException:
             traceback.print_exc()
-            print(f"seed {seed}: {done}", file=sys.stderr)
-            became["neither"] += 1
+            print(f"seed {seed}: {damage}", file=sys.stderr)
+            results["failed"] += 1
         shutil.rmtree(folder)
-    print(dict(became))
-    return 1 if became["neither"] or not became["refused"] else 0
+    print(dict(results))
+    return 1 if results["failed"] or not results["refused"] else 0
 
 
 if __name__ == "__main__":

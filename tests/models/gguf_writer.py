@@ -1,4 +1,4 @@
-"""Writes a GGUF file as the converter of llama.cpp does: its metadata, names and tensors."""
+"""Writes GGUF files as llama.cpp's converter does: metadata, names and tensors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from gguf.quants import quantize
 
 PAIRED = ("llama", "smollm3", "granite")
-"""Query and key rows are put side by side, pair by pair."""
+"""Architectures whose query and key rows are stored as adjacent rotary pairs."""
 EXPERTS = re.compile(r"(.*experts)\.(\d+)\.(\w+)\.weight")
 
 
@@ -80,7 +80,7 @@ def type_of(
 
 
 def add_metadata(writer: gguf.GGUFWriter, name: str, config: Any) -> None:
-    """What the converter takes from config.json under any of its names, and families' own."""
+    """Write metadata from config.json, whose keys have different names in some families."""
 
     def first(*keys: str) -> Any:
         return next((v for k in keys if (v := getattr(config, k, None)) is not None), None)
@@ -182,7 +182,7 @@ def add_latent(writer: gguf.GGUFWriter, config: Any, *, is_old: bool) -> None:
 def converted(
     name: str, config: Any, tensors: Mapping[str, torch.Tensor], *, is_old: bool
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """What the converter makes of each tensor, with a name that gguf's table knows."""
+    """Convert each tensor, and name it as gguf's table expects."""
     stacks: dict[str, list[np.ndarray]] = {}
     for hf_name in sorted(
         tensors, key=lambda n: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", n)]
@@ -217,7 +217,7 @@ def renamed(hf_name: str) -> str:
 
 
 def split_experts(hf_name: str, values: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
-    """GPT-OSS's: gate and up rows in turn, and columns first."""
+    """Split GPT-OSS's stacked experts, whose rows alternate gate and up, stored columns first."""
     is_bias = hf_name.endswith("_bias")
     stem, suffix = hf_name.removesuffix("_bias"), "bias" if is_bias else "weight"
     rows = values if is_bias else values.swapaxes(1, 2)

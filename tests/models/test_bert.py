@@ -1,4 +1,4 @@
-"""Encoders against transformers: tiny random checkpoints that it saved, and a real one."""
+"""Encoders compared with transformers: tiny random checkpoints, and a real one."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ MODERN: dict[str, Any] = {
 
 
 def save(model: Any, folder: Path) -> Any:
-    """As if trained: no two states alike."""
+    """Set random weights, wide enough that no two states are equal, and save the model."""
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, 0, 0.2)
     model.save_pretrained(folder)
@@ -78,7 +78,7 @@ def make(kind: str, folder: Path) -> Any:
         ),
     }[kind]  # fmt: skip
     made = save(model(config), folder)
-    if "with a prefix" in kind:  # what sentence-transformers makes of such a checkpoint
+    if "with a prefix" in kind:  # as sentence-transformers loads such a checkpoint
         path = folder / "config.json"
         path.write_text(path.read_text().replace("BertForMaskedLM", "BertModel"))
         return made.base_model
@@ -105,7 +105,7 @@ def ask(engine: Engine, request_id: str, prompt: list[int], **options: Any) -> N
 
 
 def vectors(engine: Engine) -> dict[str, torch.Tensor]:
-    """What became of each request, float64."""
+    """Run all requests and return their vectors, float64."""
     found = {}
     for request_id, outputs in run(engine).items():
         *_, output = outputs
@@ -147,14 +147,14 @@ def test_vectors_of_a_batch_equal_transformers(tmp_path: Path, kind: str, device
 
     found = vectors(engine)
 
-    assert engine.stats().steps_total > 1  # more than one step holds
+    assert engine.stats().steps_total > 1  # the prompts do not fit in one step
     for name, prompt in PROMPTS.items():
         expected = states(model, prompt)
         for pooling, of in pool.items():
             assert nmse(found[f"{name} {pooling}"], of(expected)) < 1e-10, (name, pooling)
 
 
-def test_a_vector_does_not_depend_on_what_else_is_computed(tmp_path: Path) -> None:
+def test_a_vector_does_not_depend_on_the_other_requests_of_a_step(tmp_path: Path) -> None:
     make("bert", tmp_path)
     engine = engine_of(tmp_path, device="cpu", max_num_batched_tokens=256)
     ask(engine, "alone", PROMPTS["9"])
@@ -167,7 +167,7 @@ def test_a_vector_does_not_depend_on_what_else_is_computed(tmp_path: Path) -> No
     assert torch.equal(together, alone)
 
 
-def test_no_block_is_held_and_no_prompt_is_cut(tmp_path: Path) -> None:
+def test_no_kv_block_is_used_and_no_prompt_is_split(tmp_path: Path) -> None:
     make("bert", tmp_path)
     engine = engine_of(tmp_path, device="cpu", max_num_batched_tokens=8)
     steps: list[int] = []
@@ -177,11 +177,11 @@ def test_no_block_is_held_and_no_prompt_is_cut(tmp_path: Path) -> None:
 
     vectors(engine)
 
-    assert steps == [61, 40]  # a step has room for the longest prompt whatever the setting
+    assert steps == [61, 40]  # a step fits the longest prompt, whatever max_num_batched_tokens is
     assert engine.stats().num_blocks == engine.stats().num_used_blocks == 0
 
 
-def test_what_an_encoder_can_never_do_is_refused_at_the_door(tmp_path: Path) -> None:
+def test_requests_that_an_encoder_cannot_serve_are_refused(tmp_path: Path) -> None:
     make("bert", tmp_path)
     engine = engine_of(tmp_path, device="cpu")
 
@@ -217,7 +217,7 @@ def test_a_cross_encoders_scores_equal_transformers(
     model = getattr(transformers, f"{family}ForSequenceClassification")(config)
     model = save(model, tmp_path)
     engine = engine_of(tmp_path, device="cpu")
-    second = 4 if family == "Bert" else None  # the others do not tell texts apart
+    second = 4 if family == "Bert" else None  # the others have no token types
     for name, prompt in PROMPTS.items():
         ask(engine, name, prompt[:60], task="score", second_text_start=second)
 
@@ -276,7 +276,7 @@ def test_a_score_without_an_activation_is_the_logit(tmp_path: Path) -> None:
     ],
     ids=lambda x: str(x)[:40],
 )
-def test_an_encoder_of_another_kind_is_refused(
+def test_unsupported_encoder_settings_are_refused(
     tmp_path: Path, overrides: dict[str, Any], message: str
 ) -> None:
     make("bert", tmp_path)
@@ -306,7 +306,7 @@ def modules(folder: Path, pooling: dict[str, Any], *more: str) -> None:
     ],
     ids=["cls", "last", "newer spelling"],
 )
-def test_a_model_is_pooled_as_its_files_say(
+def test_pooling_follows_the_models_files(
     tmp_path: Path, pooling: dict[str, Any], more: list[str], index: int, is_normal: bool
 ) -> None:
     model = make("bert", tmp_path)
@@ -320,7 +320,7 @@ def test_a_model_is_pooled_as_its_files_say(
     assert nmse(found, expected / expected.norm() if is_normal else expected) < 1e-10
 
 
-def test_the_longest_text_it_was_trained_on_is_the_default_length(tmp_path: Path) -> None:
+def test_max_seq_length_of_the_files_is_the_default_max_model_len(tmp_path: Path) -> None:
     make("bert", tmp_path)
     (tmp_path / "sentence_bert_config.json").write_text('{"max_seq_length": 32}')
 
@@ -328,17 +328,19 @@ def test_the_longest_text_it_was_trained_on_is_the_default_length(tmp_path: Path
     assert engine_of(tmp_path, device="cpu", max_model_len=64).max_model_len == 64
 
 
-def test_modules_that_are_not_known_are_named(tmp_path: Path) -> None:
+def test_unsupported_modules_are_named(tmp_path: Path) -> None:
     make("bert", tmp_path)
 
     modules(tmp_path, {"pooling_mode_max_tokens": True})
-    with pytest.raises(UnsupportedModel, match="pooling by max; supported: one of cls, mean"):
+    with pytest.raises(
+        UnsupportedModel, match="pooling max, which is not supported; supported: one of cls, mean"
+    ):
         engine_of(tmp_path, device="cpu")
     modules(tmp_path, {"pooling_mode": "mean"}, "Dense")
     with pytest.raises(UnsupportedModel, match="module of type Dense"):
         engine_of(tmp_path, device="cpu")
     (tmp_path / "modules.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="no list of modules"):
+    with pytest.raises(CheckpointError, match="must hold a list of modules"):
         engine_of(tmp_path, device="cpu")
 
 
@@ -355,7 +357,7 @@ SENTENCES = [
 
 @pytest.fixture(scope="module")
 def expected(default_encoder: Path) -> torch.Tensor:
-    """Its sentence embeddings by transformers, in one padded batch, [N, C]."""
+    """Sentence embeddings [N, C] computed by transformers in one padded batch."""
     import transformers
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(default_encoder)
@@ -383,7 +385,7 @@ def test_a_real_encoders_sentences_equal_transformers(
 
 
 @pytest.mark.model
-def test_sentences_of_one_meaning_are_near(default_encoder: Path) -> None:
+def test_sentences_with_the_same_meaning_score_high(default_encoder: Path) -> None:
     from portalm import LLM
 
     llm = LLM(DEFAULT_ENCODER, device="cpu", use_tqdm=False)

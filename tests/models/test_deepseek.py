@@ -1,4 +1,4 @@
-"""DeepSeek's checkpoints beside their decoder: layers left out, blocks of 8 bits, routing."""
+"""DeepSeek's checkpoints: layers that are not loaded, FP8 blocks, routing."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BLOCK = 32
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny V3 as transformers saves it."""
+    """A tiny V3 checkpoint saved by transformers."""
     folder = tmp_path_factory.mktemp("deepseek")
     CASES["deepseek v3"].make().save_pretrained(folder)
     return folder
@@ -39,11 +39,13 @@ def answer(folder: Path) -> list[int]:
     settings = {"model": str(folder), "device": "cpu", "dtype": "float32", "max_num_seqs": 2}
     engine = Engine(EngineConfig.from_dict({**settings, "max_model_len": 64}))
     ask(engine, "a", list(range(40)), max_tokens=16)
-    [drawn] = tokens(run(engine)).values()
-    return drawn
+    [sampled] = tokens(run(engine)).values()
+    return sampled
 
 
-def test_layers_that_predict_further_tokens_are_left_out(checkpoint: Path, tmp_path: Path) -> None:
+def test_layers_that_predict_further_tokens_are_not_loaded(
+    checkpoint: Path, tmp_path: Path
+) -> None:
     tensors = load_file(checkpoint / "model.safetensors")
     further = {
         name.replace("layers.1.", "layers.2."): torch.full_like(x, float("nan"))
@@ -57,7 +59,7 @@ def test_layers_that_predict_further_tokens_are_left_out(checkpoint: Path, tmp_p
     assert answer(folder) == answer(checkpoint)
 
 
-def test_blocks_of_8_bits_are_the_weights_that_they_stand_for(
+def test_fp8_blocks_give_the_answers_of_the_same_float32_weights(
     checkpoint: Path, tmp_path: Path
 ) -> None:
     plain, coded = {}, {}
@@ -77,7 +79,7 @@ def test_blocks_of_8_bits_are_the_weights_that_they_stand_for(
 
 
 def by_blocks(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes of 8 bits [N, K], and a scale for each block."""
+    """Quantize to FP8 codes [N, K] and a scale for each block."""
     rows, columns = (-(-n // BLOCK) for n in x.shape)
     scales = torch.empty(rows, columns)
     codes = torch.empty_like(x).to(torch.float8_e4m3fn)
@@ -98,7 +100,7 @@ def by_blocks(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         ("DeepseekV2ForCausalLM", {"moe_layer_freq": 2}, "moe_layer_freq is 2"),
     ],
 )
-def test_another_way_of_choosing_experts_is_refused(
+def test_unsupported_routing_is_refused(
     tmp_path: Path, architecture: str, changes: dict[str, Any], message: str
 ) -> None:
     folder = make_config_folder(tmp_path, architectures=[architecture], **changes)

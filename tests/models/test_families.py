@@ -1,4 +1,4 @@
-"""Every decoder family against transformers, on tiny random checkpoints that it saved."""
+"""Every decoder family compared with transformers, on tiny random checkpoints."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ TINY: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Case:
-    """A family by the name of its classes in transformers, and a small config of it."""
+    """A family, by the prefix of its classes in transformers, and values of a small config."""
 
     family: str
     changes: dict[str, Any] = field(default_factory=dict)
@@ -44,14 +44,14 @@ class Case:
     config: str = "{}Config"
 
     def make_config(self) -> Any:
-        """Transformers' config."""
+        """Create transformers' config."""
         import transformers
 
         config_class = getattr(transformers, self.config.format(self.family))
         return config_class(**{**TINY, **self.changes})
 
     def make(self) -> Any:
-        """A model as if trained: no two logits alike."""
+        """Create a model with random weights, wide enough that no two logits are equal."""
         import transformers
 
         torch.manual_seed(0)
@@ -73,7 +73,7 @@ LATENT = {
     "qk_rope_head_dim": 16,
     "v_head_dim": 20,
 }
-"""DeepSeek's, where no size is another's double by chance."""
+"""Values of DeepSeek's config; no size is twice another, so that a mix-up fails."""
 
 CASES = {
     "mistral": Case("Mistral", {"sliding_window": 24}),
@@ -239,7 +239,7 @@ def engine_of(folder: Path, **settings: Any) -> Engine:
 
 
 def computed(values: dict[str, Any]) -> dict[str, Any]:
-    """What a decoder makes of config.json's `values`."""
+    """What a decoder computes for the `values` of a config.json."""
     config = model_config(values, {})
     model = model_class(config.architecture)(config, "float32")
     assert isinstance(model, Decoder), "models/registry.py has no line for it"
@@ -264,20 +264,20 @@ def test_answers_equal_transformers(tmp_path: Path, name: str, device: str) -> N
     for key, prompt in PROMPTS.items():  # a mixed batch, in chunks of at most 48 tokens
         ask(engine, key, prompt, max_tokens=NUM_OUT, prompt_logprobs=0)
     outputs = run(engine)
-    for key, prompt in PROMPTS.items():  # computed before, but for their last blocks
+    for key, prompt in PROMPTS.items():  # prefix hits, except for their last blocks
         ask(engine, key, prompt)
     again = tokens(run(engine))
     ask(engine, "33", PROMPTS["33"], max_tokens=NUM_OUT)
     alone = tokens(run(engine))["33"]
 
-    drawn = tokens(outputs)
+    sampled = tokens(outputs)
     assert engine.stats().prefix_hits_total > 0
-    assert again == {key: drawn[key][:8] for key in drawn}
-    assert alone == drawn["33"]
+    assert again == {key: sampled[key][:8] for key in sampled}
+    assert alone == sampled["33"]
     for key, prompt in PROMPTS.items():
         with torch.inference_mode():
-            logits = model(torch.tensor([prompt + drawn[key]])).logits[0].double()
-        assert drawn[key] == logits[len(prompt) - 1 : -1].argmax(-1).tolist(), key
+            logits = model(torch.tensor([prompt + sampled[key]])).logits[0].double()
+        assert sampled[key] == logits[len(prompt) - 1 : -1].argmax(-1).tolist(), key
         expected = logits.log_softmax(-1)[torch.arange(len(prompt) - 1), prompt[1:]]
         actual = [e.logprob for o in outputs[key] for e in o.prompt_logprobs or []]
         if len(prompt) > 1:
@@ -287,7 +287,7 @@ def test_answers_equal_transformers(tmp_path: Path, name: str, device: str) -> N
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_what_a_config_leaves_out_is_what_transformers_takes(name: str) -> None:
+def test_defaults_of_a_config_are_those_of_transformers(name: str) -> None:
     case = CASES[name]
     architecture = {"architectures": [case.model.format(case.family)]}
     all_values = case.make_config().to_dict()
@@ -297,7 +297,7 @@ def test_what_a_config_leaves_out_is_what_transformers_takes(name: str) -> None:
     assert ours == computed({**all_values, **architecture})
 
 
-def test_names_without_their_prefix_are_found(tmp_path: Path) -> None:
+def test_tensor_names_without_the_optional_prefix_are_found(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     model = CASES["gpt2"].make()
@@ -308,11 +308,11 @@ def test_names_without_their_prefix_are_found(tmp_path: Path) -> None:
     engine = engine_of(tmp_path, device="reference")
 
     ask(engine, "a", PROMPTS["17"])
-    [drawn] = tokens(run(engine)).values()
+    [sampled] = tokens(run(engine)).values()
 
     with torch.inference_mode():
-        logits = model(torch.tensor([PROMPTS["17"] + drawn])).logits[0]
-    assert drawn == logits[16:-1].argmax(-1).tolist()
+        logits = model(torch.tensor([PROMPTS["17"] + sampled])).logits[0]
+    assert sampled == logits[16:-1].argmax(-1).tolist()
 
 
 @pytest.mark.parametrize(
@@ -336,7 +336,7 @@ def test_names_without_their_prefix_are_found(tmp_path: Path) -> None:
         ("GraniteForCausalLM", {"rope_scaling": {"rope_type": "spiral"}}, "'spiral'"),
     ],
 )
-def test_what_a_family_has_no_code_for_is_refused(
+def test_settings_that_a_family_does_not_support_are_refused(
     tmp_path: Path, architecture: str, changes: dict[str, Any], message: str
 ) -> None:
     folder = make_config_folder(tmp_path, architectures=[architecture], **changes)
@@ -345,7 +345,7 @@ def test_what_a_family_has_no_code_for_is_refused(
         engine_of(folder, device="reference", load_format="dummy")
 
 
-def test_a_window_that_is_switched_off_is_no_window(tmp_path: Path) -> None:
+def test_a_window_that_is_switched_off_is_not_used(tmp_path: Path) -> None:
     off = {"sliding_window": 8, "use_sliding_window": False}
     folder = make_config_folder(tmp_path, architectures=["Qwen2ForCausalLM"], **off)
 
@@ -354,7 +354,7 @@ def test_a_window_that_is_switched_off_is_no_window(tmp_path: Path) -> None:
     assert {spec.sliding_window for spec in engine.attention_specs} == {None}
 
 
-def test_a_bias_that_the_config_does_not_speak_of_is_named(tmp_path: Path) -> None:
+def test_a_bias_that_the_config_does_not_mention_is_named(tmp_path: Path) -> None:
     CASES["qwen2"].make().save_pretrained(tmp_path)
     llama = {"architectures": ["LlamaForCausalLM"]}
 

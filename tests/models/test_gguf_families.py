@@ -1,4 +1,4 @@
-"""GGUF files of other families than Llama, named and converted as llama.cpp does."""
+"""GGUF files of all families except Llama, written as llama.cpp's converter does."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tests.tiny import ask, run, tokens
 
 @dataclass(frozen=True)
 class File:
-    """A family's file: its general.architecture, its case, and what files cannot say otherwise."""
+    """A GGUF file: its general.architecture, its case, and changes for what GGUF cannot store."""
 
     name: str
     case: str
@@ -56,11 +56,11 @@ KNOWN = [
     File("smollm3", "smollm3", {"no_rope_layer_interval": 4}),
     File("granite", "granite"),
     File("gemma", "gemma"),
-    # the head size
+    # GGUF files do not store it: it is the head size
     File("gemma2", "gemma2", {"query_pre_attn_scalar": 32}),
     File("gemma3", "gemma3", {"query_pre_attn_scalar": 32, "sliding_window_pattern": 6}),
 ]
-"""Whose tensors and shapes say all."""
+"""Files whose weights and config are compared."""
 FILES = [
     File("llama", "mixtral"),
     File("qwen2moe", "qwen2 moe"),
@@ -84,11 +84,11 @@ FILES = [
     File("gptneox", "gpt_neox, one after the other"),
     File("gpt2", "gpt2"),
 ]
-"""Of which also answers are compared."""
+"""Files whose answers are compared too."""
 
 
 def convert(folder: Path, file: File, model: Any, **options: Any) -> tuple[Any, Path]:
-    """The model as transformers saves it, opened, and its GGUF file."""
+    """Save the model with transformers and as GGUF; return the opened checkpoint and the file."""
     model.save_pretrained(folder)
     saved = open_checkpoint(folder, EngineConfig(model=str(folder)))
     tensors = {n: saved.tensor(n) for n in saved.names()}
@@ -97,7 +97,7 @@ def convert(folder: Path, file: File, model: Any, **options: Any) -> tuple[Any, 
 
 
 def shape_of(config: ModelConfig) -> str:
-    """All that a model is but its weights and rotations; numbers as precise as float32."""
+    """Text of all a model's settings except rotary ones, with numbers in float32 precision."""
     model = model_class(config.architecture)(config, "float32")
     parts = (
         model.attention_specs(),
@@ -137,7 +137,7 @@ def rotations_of(config: ModelConfig) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("file", KNOWN + FILES, ids=lambda f: f"{f.case}{' old' * f.is_old}")
-def test_a_gguf_file_is_the_model_it_was_made_of(tmp_path: Path, file: File) -> None:
+def test_a_gguf_file_holds_the_model_that_it_was_converted_from(tmp_path: Path, file: File) -> None:
     model = file.make()
     saved, path = convert(tmp_path, file, model)
 
@@ -156,13 +156,13 @@ def test_a_gguf_file_is_the_model_it_was_made_of(tmp_path: Path, file: File) -> 
 
 
 def assert_answers(path: Path, model: Any, **settings: Any) -> None:
-    """Tokens are those of transformers."""
+    """Check that greedy tokens equal transformers'."""
     engine = engine_of(path, device="cpu", dtype="float32", max_model_len=128, **settings)
     ask(engine, "a", PROMPTS["33"], max_tokens=16)
-    [drawn] = tokens(run(engine)).values()
+    [sampled] = tokens(run(engine)).values()
     with torch.inference_mode():
-        logits = model(torch.tensor([PROMPTS["33"] + drawn])).logits[0]
-    assert drawn == logits[32:-1].argmax(-1).tolist()
+        logits = model(torch.tensor([PROMPTS["33"] + sampled])).logits[0]
+    assert sampled == logits[32:-1].argmax(-1).tolist()
 
 
 def test_gemma_norm_weights_lose_no_precision(tmp_path: Path) -> None:
@@ -202,7 +202,7 @@ STACK = "blk.1.ffn_up_exps.weight"
 
 
 def rounded_experts(model: Any, kind: Kind) -> None:
-    """Experts of `model` become numbers that the type has exactly."""
+    """Round the experts of `model` to values that the type can hold exactly."""
     for name, parameter in model.named_parameters():
         if ".experts." in name and not name.endswith("bias"):
             is_by_columns = model.config.model_type == "gpt_oss"
@@ -215,7 +215,7 @@ def rounded_experts(model: Any, kind: Kind) -> None:
 @pytest.mark.parametrize(
     ("file", "kind"), [(MIXTRAL, Kind.Q8_0), (GPT_OSS, Kind.MXFP4)], ids=["q8_0", "mxfp4"]
 )
-def test_quantised_experts_stay_as_they_are(tmp_path: Path, file: File, kind: Kind) -> None:
+def test_quantized_experts_stay_quantized(tmp_path: Path, file: File, kind: Kind) -> None:
     model = file.make()
     rounded_experts(model, kind)
     _, path = convert(tmp_path, file, model, experts=kind)
@@ -231,25 +231,25 @@ def test_quantised_experts_stay_as_they_are(tmp_path: Path, file: File, kind: Ki
     assert_answers(path, model)
 
 
-def test_experts_of_a_file_from_before_stacks_are_the_same(tmp_path: Path) -> None:
+def test_older_files_with_a_tensor_for_each_expert_are_read(tmp_path: Path) -> None:
     model = MIXTRAL.make()
     _, path = convert(tmp_path, MIXTRAL, model)
     stacked = GGUFCheckpoint(path, {})
     reader = gguf.GGUFReader(path)
-    apart = gguf.GGUFWriter(str(tmp_path / "b.gguf"), "llama")
+    separate = gguf.GGUFWriter(str(tmp_path / "b.gguf"), "llama")
     for key, value in reader.fields.items():
         if key.startswith("llama."):
-            apart.add_key_value(key, value.contents(), value.types[0])
+            separate.add_key_value(key, value.contents(), value.types[0])
     for tensor in reader.tensors:
         if "exps" in tensor.name:
             for i, values in enumerate(tensor.data):
-                apart.add_tensor(tensor.name.replace("_exps", f".{i}"), values)
+                separate.add_tensor(tensor.name.replace("_exps", f".{i}"), values)
         else:
-            apart.add_tensor(tensor.name, tensor.data)
-    apart.write_header_to_file()
-    apart.write_kv_data_to_file()
-    apart.write_tensors_to_file()
-    apart.close()
+            separate.add_tensor(tensor.name, tensor.data)
+    separate.write_header_to_file()
+    separate.write_kv_data_to_file()
+    separate.write_tensors_to_file()
+    separate.close()
 
     old = GGUFCheckpoint(tmp_path / "b.gguf", {})
 
@@ -263,16 +263,18 @@ def replaced(path: Path, old: bytes, new: bytes) -> None:
     path.write_bytes(data.replace(old, new))
 
 
-def test_another_number_of_experts_is_named_with_tensor_and_file(tmp_path: Path) -> None:
+def test_a_wrong_number_of_experts_names_tensor_and_file(tmp_path: Path) -> None:
     _, path = convert(tmp_path, MIXTRAL, MIXTRAL.make())
     key = b"llama.expert_count\x04\x00\x00\x00"
     replaced(path, key + b"\x04", key + b"\x05")
 
-    with pytest.raises(CheckpointError, match=r"a\.gguf.*_exps\.weight' is \[4, .*expert_count, 5"):
+    with pytest.raises(
+        CheckpointError, match=r"a\.gguf.*_exps\.weight' has shape \[4, .*expert_count, 5"
+    ):
         GGUFCheckpoint(path, {})
 
 
-def test_a_stack_that_the_file_ends_in_is_named(tmp_path: Path) -> None:
+def test_a_truncated_stack_of_experts_is_named(tmp_path: Path) -> None:
     _, path = convert(tmp_path, MIXTRAL, MIXTRAL.make())
     path.write_bytes(path.read_bytes()[:-100])
 
@@ -283,7 +285,7 @@ def test_a_stack_that_the_file_ends_in_is_named(tmp_path: Path) -> None:
 # -- DeepSeek ---------------------------------------------------------------------------------
 
 
-def test_groups_that_a_file_does_not_say_are_those_of_its_number_of_experts() -> None:
+def test_expert_groups_follow_from_the_number_of_experts_if_not_stored() -> None:
     values = {"expert_count": 256, "expert_gating_func": 2, "attention.key_length": 192,
               "rope.dimension_count": 64, "attention.value_length": 128}  # fmt: skip
     family = find_family("deepseek2", values.get, ())
@@ -296,15 +298,15 @@ def test_groups_that_a_file_does_not_say_are_those_of_its_number_of_experts() ->
     assert (found["qk_nope_head_dim"], found["v_head_dim"]) == (128, 128)
 
 
-def test_halves_that_do_not_go_together_are_named(tmp_path: Path) -> None:
+def test_parts_of_kv_b_proj_that_do_not_fit_are_named(tmp_path: Path) -> None:
     file = FILES[5]
     _, path = convert(tmp_path, file, file.make())
-    # [H, R, K], the file has it the other way round: another R
+    # [H, R, K], reversed in the file: swap R and K
     name, size = b"blk.0.attn_k_b.weight", (3).to_bytes(4, "little")
     shape = [n.to_bytes(8, "little") for n in (12, 32, 4)]
     replaced(path, name + size + b"".join(shape), name + size + shape[1] + shape[0] + shape[2])
 
-    with pytest.raises(CheckpointError, match=r"k_b_proj\.weight' is \[4, 12, 32\]"):
+    with pytest.raises(CheckpointError, match=r"k_b_proj\.weight' has shape \[4, 12, 32\]"):
         GGUFCheckpoint(path, {}).tensor("model.layers.0.self_attn.kv_b_proj.weight")
 
 
@@ -312,14 +314,14 @@ def test_halves_that_do_not_go_together_are_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_names_are_those_of_the_gguf_package(name: str) -> None:
+def test_tensor_names_are_known_to_the_gguf_package(name: str) -> None:
     [arch] = [a for a, known in gguf.MODEL_ARCH_NAMES.items() if known == name]
     known = {gguf.TENSOR_NAMES[t].rpartition(".")[2] for t in gguf.MODEL_TENSORS[arch]}
 
     assert {stem.partition(".")[0] for stem in FAMILIES[name].names} <= known
 
 
-def test_metadata_that_a_family_has_no_code_for_is_refused(tmp_path: Path) -> None:
+def test_metadata_that_a_family_does_not_support_is_refused(tmp_path: Path) -> None:
     file = next(f for f in FILES if f.name == "olmo2")
     model = file.make()
     model.config.sliding_window = 4096  # OLMo 3 has the same name in GGUF files
@@ -329,7 +331,7 @@ def test_metadata_that_a_family_has_no_code_for_is_refused(tmp_path: Path) -> No
         GGUFCheckpoint(path, {})
 
 
-def test_an_architecture_that_is_not_known_names_those_that_are(tmp_path: Path) -> None:
+def test_an_unknown_architecture_lists_the_supported_ones(tmp_path: Path) -> None:
     writer = gguf.GGUFWriter(str(tmp_path / "a.gguf"), "bloom")
     writer.add_block_count(1)
     writer.write_header_to_file()

@@ -1,4 +1,4 @@
-"""Tiny random-weight checkpoints that transformers saved, against transformers."""
+"""Llama: tiny random checkpoints saved by transformers, compared with transformers."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def make_model(variant: str):
         }
     )
     model = LlamaForCausalLM(config).eval()
-    for parameter in model.parameters():  # as if trained: no two logits alike
+    for parameter in model.parameters():  # wide enough that no two logits are equal
         parameter.data.normal_(0, 0.2)
     return model
 
@@ -89,15 +89,15 @@ def test_logprobs_and_greedy_tokens_equal_transformers(
     outputs = run(engine)
 
     for name, prompt in PROMPTS.items():
-        drawn = [t for o in outputs[name] for t in o.token_ids]
+        sampled = [t for o in outputs[name] for t in o.token_ids]
         with torch.inference_mode():
-            logits = model(torch.tensor([prompt + drawn])).logits[0].double()
+            logits = model(torch.tensor([prompt + sampled])).logits[0].double()
         expected = logits.log_softmax(-1)[torch.arange(len(prompt) - 1), prompt[1:]]
         actual = torch.tensor([e.logprob for o in outputs[name] for e in o.prompt_logprobs or []])
         if len(prompt) > 1:
             error = (actual - expected).square().sum() / expected.square().sum()
             assert error < 1e-10, (name, float(error))
-        assert drawn == logits[len(prompt) - 1 : -1].argmax(-1).tolist()
+        assert sampled == logits[len(prompt) - 1 : -1].argmax(-1).tolist()
 
 
 def saved(tmp_path: Path) -> Path:
@@ -120,10 +120,10 @@ def test_a_truncated_file_is_named(tmp_path: Path) -> None:
 
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     make_model("grouped queries").save_pretrained(tmp_path, max_shard_size="60KB")
-    gone = sorted(tmp_path.glob("*.safetensors"))[1]
-    gone.unlink()
+    missing = sorted(tmp_path.glob("*.safetensors"))[1]
+    missing.unlink()
 
-    with pytest.raises(CheckpointError, match=f"{gone.name}.*the index lists this file"):
+    with pytest.raises(CheckpointError, match=f"{missing.name}.*the index lists this file"):
         engine_of(tmp_path, device="reference")
 
 
@@ -142,11 +142,13 @@ def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
 def test_a_wrong_shape_is_named_with_both_shapes(tmp_path: Path) -> None:
     config_text(saved(tmp_path), '"intermediate_size": 112', '"intermediate_size": 96')
 
-    with pytest.raises(CheckpointError, match=r"gate_proj.weight' is \[112, 64\].*\[96, 64\]"):
+    with pytest.raises(
+        CheckpointError, match=r"gate_proj.weight' has shape \[112, 64\].*\[96, 64\]"
+    ):
         engine_of(tmp_path, device="reference")
 
 
-def test_an_unknown_architecture_names_those_that_run(tmp_path: Path) -> None:
+def test_an_unknown_architecture_lists_the_supported_ones(tmp_path: Path) -> None:
     config_text(saved(tmp_path), "LlamaForCausalLM", "VaxForCausalLM")
 
     with pytest.raises(UnsupportedModel, match=r"'VaxForCausalLM'.*LlamaForCausalLM"):
@@ -187,13 +189,13 @@ def test_dummy_weights_are_the_same_every_time(tmp_path: Path) -> None:
         assert torch.equal(one.tensor(name), other.tensor(name))
 
 
-def test_a_start_builds_no_model_for_its_shapes(
+def test_startup_does_not_build_the_model_for_its_shapes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = saved(tmp_path)
 
     def shapes(self: object) -> None:
-        raise AssertionError("that takes longer than to load a small model")
+        raise AssertionError("shapes() takes longer than loading a small model")
 
     monkeypatch.setattr(Decoder, "shapes", shapes)
 

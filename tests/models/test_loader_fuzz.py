@@ -1,4 +1,4 @@
-"""Damaged checkpoints are loaded or refused: no other error, no crash, no memory without bound."""
+"""Damaged checkpoints load or are refused: no other error, no crash, no unbounded memory."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def gguf(folder: Path) -> Path:
 
 
 def experts(folder: Path) -> Path:
-    """DeepSeek's GGUF file: stacks of experts, and an up-projection in two parts."""
+    """Write DeepSeek's GGUF file, with stacked experts and kv_b_proj in two parts."""
     (folder / "file").mkdir()
     file = next(f for f in FILES if f.name == "deepseek2" and not f.is_old)
     _, path = convert(folder, file, file.make())
@@ -55,18 +55,18 @@ KINDS = {
 
 
 def fuzz(source: Path, count: int) -> None:
-    ended = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-m", "tests.models.fuzz_worker", str(source), str(count)],
         capture_output=True,
         text=True,
         timeout=900,
         cwd=Path(__file__).parents[2],
     )
-    assert ended.returncode == 0, ended.stdout + ended.stderr[-4000:]
+    assert completed.returncode == 0, completed.stdout + completed.stderr[-4000:]
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "gguf", "gguf of experts", "awq"])
-def test_damaged_files_are_loaded_or_refused(tmp_path: Path, kind: str) -> None:
+def test_damaged_files_load_or_are_refused(tmp_path: Path, kind: str) -> None:
     fuzz(KINDS[kind](tmp_path), 60)
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints whose weights are of few bits, written here by plain loops, scheme by scheme."""
+"""Quantized checkpoints, written here by plain loops, one scheme after another."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ Parts = dict[str, torch.Tensor]
 
 
 class Grid:
-    """Random codes [N, K], scales and zeros [N, G], and what they stand for."""
+    """Random codes [N, K], scales and zeros [N, G], and the weight that they represent."""
 
     def __init__(self, shape: tuple[int, int], bits: int, *, has_zeros: bool, groups: Any = None):
         rng = np.random.default_rng(hash(shape) % 1000 + bits)
@@ -63,7 +63,7 @@ class Grid:
 
 
 def words(codes: np.ndarray, bits: int, order: tuple[int, ...] | None = None) -> torch.Tensor:
-    """[R, C] -> int32 [R, C bits / 32]: place i of a word holds column order[i]."""
+    """Pack codes [R, C] -> int32 [R, C bits / 32]; place i of a word holds column order[i]."""
     per_word = 32 // bits
     order = order or tuple(range(per_word))
     out = np.zeros((codes.shape[0], codes.shape[1] // per_word), np.uint32)
@@ -80,7 +80,7 @@ def float16(x: np.ndarray) -> torch.Tensor:
 
 
 Written = tuple[Parts, np.ndarray]
-"""A layer's parts by the ends of their names, and its weight."""
+"""A layer's parts by the ends of their names, and its exact weight."""
 
 
 def awq(shape: tuple[int, int]) -> Written:
@@ -158,7 +158,7 @@ def fp8_rows(shape: tuple[int, int]) -> Written:
 
 
 def fp8_blocks(shape: tuple[int, int]) -> Written:
-    """Blocks of 48: the last ones are smaller."""
+    """Quantize by blocks of 48; the last blocks are smaller."""
     sizes = [-(-n // 48) for n in shape]
     return fp8(shape, random_scales(*sizes), "weight_scale_inv", 48)
 
@@ -172,7 +172,7 @@ def bnb_int8(shape: tuple[int, int]) -> Written:
 
 
 def nf4(shape: tuple[int, int]) -> Written:
-    """Scales of blocks of 64 are of 8 bits themselves, by 256."""
+    """Quantize by blocks of 64, whose scales are quantized to 8 bits by blocks of 256."""
     rng = np.random.default_rng(7)
     count = shape[0] * shape[1]
     codes = rng.integers(0, 16, count)
@@ -208,17 +208,17 @@ def group_config(bits: int, kind: str = "int", strategy: str = "group") -> dict[
 
 @dataclass(frozen=True)
 class Case:
-    """How layers are written, and what config.json says of it."""
+    """A function that writes a layer, and the quantization_config for it."""
 
     write: Callable[[tuple[int, int]], Written]
     config: dict[str, Any]
     kept: str | None
-    """The format that they stay in; None: widened."""
+    """`QuantizedWeight.format` of the weights; None: they are dequantized."""
 
 
 @functools.cache
 def written(write: Callable[[tuple[int, int]], Written], shape: tuple[int, int]) -> Written:
-    """What `write` makes: once, as plain loops are slow."""
+    """Call `write`; cached, as plain loops are slow."""
     return write(shape)
 
 
@@ -234,12 +234,12 @@ CASES = {
         {"quant_method": "gptq", "bits": 4, "desc_act": True},
         None,
     ),
-    "gptq of 8 bits with zeros": Case(
+    "gptq 8 bits with zeros": Case(
         lambda shape: gptq(shape, bits=8, has_zeros=True),
         {"quant_method": "gptq", "bits": 8},
         "int8_min",
     ),
-    "gptq of 8 bits": Case(
+    "gptq 8 bits": Case(
         lambda shape: gptq(shape, bits=8), {"quant_method": "gptq", "bits": 8}, "int8"
     ),
     "w4a16": Case(
@@ -268,7 +268,7 @@ CASES = {
     "fp8 by tensor": Case(fp8_tensor, {"quant_method": "fp8"}, None),
     "fp8 by rows": Case(fp8_rows, {"quant_method": "fbgemm_fp8"}, None),
     "fp8 by blocks": Case(fp8_blocks, {"quant_method": "fp8", "weight_block_size": [48, 48]}, None),
-    "bitsandbytes of 8 bits": Case(
+    "bitsandbytes 8 bits": Case(
         bnb_int8, {"quant_method": "bitsandbytes", "load_in_8bit": True}, "int8"
     ),
     "bitsandbytes nf4": Case(nf4, {"quant_method": "bitsandbytes", "load_in_4bit": True}, None),
@@ -276,7 +276,7 @@ CASES = {
 
 
 def save(folder: Path, case: Case, *, is_plain: bool) -> Path:
-    """A tiny model whose layers are as `case` writes them, or in float32 the same."""
+    """Save a tiny model with layers written by `case`, or the same weights in float32."""
     torch.manual_seed(1)
     config = {} if is_plain else {"quantization_config": case.config}
     make_config_folder(folder, **config)
@@ -310,7 +310,7 @@ def answers(folder: Path, **settings: Any) -> dict[str, list[int]]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_weight_is_what_its_parts_stand_for(tmp_path: Path, name: str) -> None:
+def test_a_weight_is_read_exactly_from_its_parts(tmp_path: Path, name: str) -> None:
     case = CASES[name]
     checkpoint = open_checkpoint(save(tmp_path, case, is_plain=False), EngineConfig(model="x"))
     layer = "model.layers.1.mlp.down_proj"
@@ -327,7 +327,7 @@ def test_a_weight_is_what_its_parts_stand_for(tmp_path: Path, name: str) -> None
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_answers_are_those_of_the_plain_weights(tmp_path: Path, name: str) -> None:
+def test_answers_equal_those_of_the_same_weights_in_float32(tmp_path: Path, name: str) -> None:
     case = CASES[name]
     written = save(tmp_path / "written", case, is_plain=False)
     plain = save(tmp_path / "plain", case, is_plain=True)
@@ -336,7 +336,9 @@ def test_answers_are_those_of_the_plain_weights(tmp_path: Path, name: str) -> No
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.kept])
-def test_weights_of_few_bits_stay_so(tmp_path: Path, name: str) -> None:
+def test_quantized_weights_give_nearly_the_logprobs_of_dequantized_ones(
+    tmp_path: Path, name: str
+) -> None:
     folder = save(tmp_path, CASES[name], is_plain=False)
 
     def logprob(**settings: Any) -> float:
@@ -352,7 +354,9 @@ def test_weights_of_few_bits_stay_so(tmp_path: Path, name: str) -> None:
     assert abs(logprob() - logprob(quantization="none")) < 0.05
 
 
-def test_the_log_says_how_many_weights_are_dequantized(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_log_says_how_many_weights_are_dequantized(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     folder = save(tmp_path, CASES["gptq in act order"], is_plain=False)
 
     answers(folder, dtype="bfloat16")
@@ -360,14 +364,17 @@ def test_the_log_says_how_many_weights_are_dequantized(tmp_path: Path, caplog: p
     assert "14 weights of this gptq checkpoint are dequantized to the model's dtype" in caplog.text
 
 
-def test_a_scheme_that_is_named_must_be_the_checkpoints(tmp_path: Path) -> None:
+def test_a_quantization_setting_must_match_the_checkpoint(tmp_path: Path) -> None:
     folder = save(tmp_path / "awq", CASES["awq"], is_plain=False)
     plain = save(tmp_path / "plain", CASES["awq"], is_plain=True)
 
     assert answers(folder, quantization="awq", dtype="float32")
     with pytest.raises(CheckpointError, match="its weights are awq, but quantization is 'gptq'"):
         answers(folder, quantization="gptq")
-    with pytest.raises(CheckpointError, match="quantization is 'awq', but its config.json has no quantization_config"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"quantization is 'awq', but its config.json has no quantization_config",
+    ):
         answers(plain, quantization="awq")
     with pytest.raises(ConfigError, match="must be one of auto, none, int8, int4, fp8, awq"):
         answers(plain, quantization="exl2")
@@ -383,7 +390,9 @@ def test_a_scheme_that_is_named_must_be_the_checkpoints(tmp_path: Path) -> None:
         ({**TENSORS, **group_config(2)}, "num_bits 2 is not supported"),
     ],
 )
-def test_what_is_not_known_is_refused(tmp_path: Path, config: dict[str, Any], message: str) -> None:
+def test_unsupported_formats_are_refused(
+    tmp_path: Path, config: dict[str, Any], message: str
+) -> None:
     folder = save(tmp_path, Case(awq, config, None), is_plain=False)
 
     with pytest.raises(UnsupportedModel, match=message):
@@ -404,7 +413,7 @@ def test_what_is_not_known_is_refused(tmp_path: Path, config: dict[str, Any], me
         ("fp8 by rows", "weight", lambda t: t.to(torch.int8)),
         ("bitsandbytes nf4", "weight.quant_state.bitsandbytes__nf4", lambda t: t[:9]),
         ("bitsandbytes nf4", "weight.absmax", lambda t: t[:-1]),
-        ("bitsandbytes of 8 bits", "SCB", lambda t: t[:-1]),
+        ("bitsandbytes 8 bits", "SCB", lambda t: t[:-1]),
     ],
 )
 def test_a_broken_part_is_named(
@@ -429,7 +438,7 @@ def test_a_broken_part_is_named(
 
 
 def save_gpt_oss(folder: Path, *, is_plain: bool) -> Path:
-    """A tiny GPT-OSS whose experts are of MXFP4, or in float32 the same."""
+    """Save a tiny GPT-OSS with MXFP4 experts, or the same weights in float32."""
     import transformers
 
     torch.manual_seed(2)
@@ -469,7 +478,7 @@ def save_gpt_oss(folder: Path, *, is_plain: bool) -> Path:
     return folder
 
 
-def test_experts_of_mxfp4_are_those_of_the_plain_checkpoint(tmp_path: Path) -> None:
+def test_mxfp4_experts_equal_the_same_weights_in_float32(tmp_path: Path) -> None:
     from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
     four_bits = save_gpt_oss(tmp_path / "mxfp4", is_plain=False)

@@ -1,4 +1,4 @@
-"""Decoders without a file of their own run through transformers' code, and answer as it does."""
+"""Decoders without a family file run through transformers' code, with the same answers."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ OTHERS = {
     "olmo3": Case("Olmo3", {"sliding_window": 24}),
     "helium": Case("Helium", {"head_dim": 16}),
 }
-OURS = ("gemma2", "glm4", "gpt_oss", "granite")
-"""Caps, windows, partial rotation, sinks, experts, scaled logits: as if without a file."""
+FAMILIES = ("gemma2", "glm4", "gpt_oss", "granite")
+"""Families with caps, windows, partial rotary embedding, sinks, experts or scaled logits, run as
+if they had no file."""
 
 
 @pytest.mark.parametrize(
     ("name", "device"),
-    [*((name, "reference") for name in OTHERS), *((name, "cpu") for name in (*OURS, "olmo3"))],
+    [*((name, "reference") for name in OTHERS), *((name, "cpu") for name in (*FAMILIES, "olmo3"))],
 )
 def test_answers_equal_transformers(
     tmp_path: Path, name: str, device: str, monkeypatch: pytest.MonkeyPatch
@@ -36,28 +37,28 @@ def test_answers_equal_transformers(
 
     for key, prompt in PROMPTS.items():
         ask(engine, key, prompt, max_tokens=NUM_OUT)
-    drawn = tokens(run(engine))
+    sampled = tokens(run(engine))
     for key, prompt in PROMPTS.items():
         ask(engine, key, prompt)
     again = tokens(run(engine))
 
     assert engine.stats().prefix_hits_total > 0
-    assert again == {key: drawn[key][:8] for key in drawn}
+    assert again == {key: sampled[key][:8] for key in sampled}
     for key, prompt in PROMPTS.items():
         with torch.inference_mode():
-            logits = model(torch.tensor([prompt + drawn[key]])).logits[0]
-        assert drawn[key] == logits[len(prompt) - 1 : -1].argmax(-1).tolist(), key
+            logits = model(torch.tensor([prompt + sampled[key]])).logits[0]
+        assert sampled[key] == logits[len(prompt) - 1 : -1].argmax(-1).tolist(), key
 
 
-def test_it_is_said_once_that_no_file_of_ours_runs(
+def test_one_warning_says_that_transformers_code_runs(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     OTHERS["helium"].make().save_pretrained(tmp_path)
 
     engine_of(tmp_path, device="reference")
 
-    said = [r.message for r in caplog.records if "transformers' code" in r.message]
-    assert len(said) == 1 and "HeliumForCausalLM" in said[0]
+    warnings = [r.message for r in caplog.records if "transformers' code" in r.message]
+    assert len(warnings) == 1 and "HeliumForCausalLM" in warnings[0]
 
 
 def test_a_missing_tensor_is_named(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""GGUF files: every type against the gguf package, and broken ones."""
+"""GGUF files: every tensor type compared with the gguf package, and broken files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ K_QUANTS = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 
 
 def write_file(path: Path, down: np.ndarray | None = None, kind: Kind = Kind.F32) -> Path:
-    """A one-layer Llama; `down` (raw bytes of `kind`) may replace its ffn_down."""
+    """Write a one-layer Llama; `down` (raw bytes of `kind`) may replace its ffn_down."""
     rng = np.random.default_rng(0)
     writer = gguf.GGUFWriter(str(path), "llama")
     writer.add_block_count(1)
@@ -59,12 +59,12 @@ def write_file(path: Path, down: np.ndarray | None = None, kind: Kind = Kind.F32
 
 
 @pytest.mark.parametrize("name", PYTHON_QUANTS + K_QUANTS)
-def test_every_type_is_dequantised_as_the_gguf_package_does(tmp_path: Path, name: str) -> None:
+def test_every_type_is_dequantized_as_the_gguf_package_does(tmp_path: Path, name: str) -> None:
     kind = Kind[name]
     if name in PYTHON_QUANTS:
         values = np.random.default_rng(1).standard_normal((HIDDEN, INNER)).astype(np.float32)
         raw = gguf.quants.quantize(values, kind)
-    else:  # any bytes are a valid block, but for scales that are not finite
+    else:  # any bytes are a valid block, as long as scales are finite
         block, size = gguf.GGML_QUANT_SIZES[kind]
         raw = (
             np.random.default_rng(1)
@@ -87,7 +87,7 @@ def test_the_config_comes_from_the_metadata(tmp_path: Path) -> None:
     assert config.tie_word_embeddings
 
 
-def test_query_rows_are_in_halves_again(tmp_path: Path) -> None:
+def test_rotary_pairs_are_reordered_to_halves(tmp_path: Path) -> None:
     checkpoint = GGUFCheckpoint(write_file(tmp_path / "a.gguf"), {})
     info = checkpoint._infos["model.layers.0.self_attn.q_proj.weight"]
     raw = checkpoint._read(info)
@@ -106,16 +106,16 @@ def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
         GGUFCheckpoint(write_file(tmp_path / "a.gguf"), {}).tensor("lm_head.weight")
 
 
-def test_wrong_magic_says_what_is_there(tmp_path: Path) -> None:
+def test_an_error_shows_the_wrong_magic_bytes(tmp_path: Path) -> None:
     path = tmp_path / "a.gguf"
     path.write_bytes(b"PK\x03\x04 this is a zip file")
 
-    with pytest.raises(CheckpointError, match="begins with b'PK"):
+    with pytest.raises(CheckpointError, match="not a GGUF file: it begins with b'PK"):
         read_metadata(path)
 
 
 @pytest.mark.parametrize("content", [b"", b"GG", b"GGUF", b"GGUF\x03\x00\x00\x00"])
-def test_a_stump_is_a_checkpoint_error(tmp_path: Path, content: bytes) -> None:
+def test_a_file_cut_in_its_header_is_a_checkpoint_error(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "a.gguf"
     path.write_bytes(content)
 
@@ -144,7 +144,7 @@ def test_a_truncated_file_names_the_tensor(tmp_path: Path) -> None:
         GGUFCheckpoint(path, {})
 
 
-def test_random_damage_is_an_error_of_ours_or_none(tmp_path: Path) -> None:
+def test_random_damage_raises_only_model_errors(tmp_path: Path) -> None:
     path = write_file(tmp_path / "a.gguf")
     whole = path.read_bytes()
     rng = random.Random(0)
@@ -166,7 +166,7 @@ def test_random_damage_is_an_error_of_ours_or_none(tmp_path: Path) -> None:
     assert num_refused > 50
 
 
-def test_the_table_of_types_is_that_of_the_gguf_package() -> None:
+def test_the_table_of_types_equals_the_gguf_packages() -> None:
     theirs = {
         int(kind): (kind.name, *gguf.GGML_QUANT_SIZES[kind]) for kind in gguf.GGMLQuantizationType
     }

@@ -1,4 +1,4 @@
-"""GGUF's integer formats taken apart: the same numbers as the gguf package's dequantisation."""
+"""Conversion of GGUF's quantized types, compared with the gguf package's dequantization."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ HALVES = {
     "Q4_0": [0], "Q4_1": [0, 2], "Q5_0": [0], "Q5_1": [0, 2], "Q8_0": [0], "Q2_K": [80, 82],
     "Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208],
 }  # fmt: skip
-"""Where a block has float16 numbers, in bytes."""
+"""Byte offsets of the float16 numbers in a block."""
 GRIDS = {
     "Q3_K": [108], "IQ1_S": [0], "IQ1_M": [], "IQ2_XXS": [0], "IQ2_XS": [0], "IQ2_S": [0],
     "IQ3_XXS": [0], "IQ3_S": [0], "IQ4_NL": [0], "IQ4_XS": [0], "TQ1_0": [52], "TQ2_0": [64],
     "MXFP4": [],
 }  # fmt: skip
-"""The same of those whose codes are found by division."""
+"""The same, for types whose codes are computed by division."""
 
 
 def random_blocks(kind: GGMLQuantizationType) -> np.ndarray:
@@ -33,7 +33,7 @@ def random_blocks(kind: GGMLQuantizationType) -> np.ndarray:
         blocks[..., offset : offset + 2] = halves[..., None].view(np.uint8)
     if kind.name == "MXFP4":
         blocks[..., 0] = rng.integers(100, 140, blocks.shape[:2])
-    if kind.name == "IQ1_M":  # its float16 number lies in the high nibbles of four words: 0x3C00
+    if kind.name == "IQ1_M":  # its float16 number, 0x3C00, is in the high nibbles of four words
         blocks[..., 49::2] &= 0x0F
         blocks[..., 53] |= 0xC0
         blocks[..., 55] |= 0x30
@@ -41,7 +41,7 @@ def random_blocks(kind: GGMLQuantizationType) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", HALVES)
-def test_dequantised_it_is_what_the_gguf_package_says(name):
+def test_conversion_equals_the_gguf_package(name):
     kind = GGMLQuantizationType[name]
     blocks = random_blocks(kind)
 
@@ -53,7 +53,7 @@ def test_dequantised_it_is_what_the_gguf_package_says(name):
 
 
 @pytest.mark.parametrize("name", GRIDS)
-def test_points_of_a_grid_are_whole_numbers(name):
+def test_grid_points_become_integer_codes(name):
     kind = GGMLQuantizationType[name]
     blocks = random_blocks(kind)
     expected = dequantize(blocks, kind)
@@ -66,7 +66,7 @@ def test_points_of_a_grid_are_whole_numbers(name):
     assert len(np.unique(weight.codes.numpy())) > 2 and np.isfinite(expected).all()
 
 
-def test_a_scale_that_is_no_number_stays_none():
+def test_a_nan_scale_makes_nan_weights():
     blocks = random_blocks(GGMLQuantizationType.IQ4_NL)
     blocks[2, :2] = np.array([np.nan], np.float16).view(np.uint8)
 
@@ -76,6 +76,6 @@ def test_a_scale_that_is_no_number_stays_none():
     assert is_nan[2, :32].all() and is_nan.sum() == 32
 
 
-def test_other_formats_have_no_such_form():
+def test_unquantized_types_and_vectors_are_not_converted():
     assert as_quantized(GGMLQuantizationType.F16, np.zeros((1, 64), np.uint8), (1, 32)) is None
     assert as_quantized(GGMLQuantizationType.Q8_0, np.zeros((1, 34), np.uint8), (32,)) is None

@@ -89,7 +89,7 @@ def test_a_table_for_texts_of_a_length_is_transformers(name: str, length: int) -
         ({"rope_type": "linear", "factor": 2.0, "bend": 3}, "linear: bend is 3"),
         (
             {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0]},
-            "1 factors for the model's 8 frequencies",
+            "1 factors, but the model has 8 frequencies",
         ),
     ],
     ids=["kind", "parameter", "factors"],

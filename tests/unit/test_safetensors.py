@@ -1,4 +1,4 @@
-"""What reading a safetensors file costs in memory."""
+"""Memory used while a safetensors file is read."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ MIB = 1 << 20
 
 def mapped_bytes(path: Path) -> int:
     """Bytes of the file that count as this process's memory."""
-    is_ours, total = False, 0
+    is_this_file, total = False, 0
     for line in Path("/proc/self/smaps").read_text().splitlines():
         first = line.split()[0]
         if not first.endswith(":"):
-            is_ours = line.endswith(str(path))
-        elif is_ours and first == "Rss:":
+            is_this_file = line.endswith(str(path))
+        elif is_this_file and first == "Rss:":
             total += int(line.split()[1]) * 1024
     return total
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/smaps")
-def test_a_file_that_was_read_through_does_not_stay_in_memory(tmp_path: Path) -> None:
+def test_pages_already_read_do_not_stay_in_memory(tmp_path: Path) -> None:
     folder = make_config_folder(tmp_path)
     file = folder / "model.safetensors"
     save_file({f"{i}": torch.full((16 * MIB,), i, dtype=torch.uint8) for i in range(12)}, file)
