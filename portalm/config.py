@@ -1,7 +1,7 @@
-"""Settings: frozen, checked once, named as users know them. No torch.
+"""Settings of engines and models: frozen and checked once. Imports no torch.
 
-The one place that reads the environment: PORTALM_CACHE_DIR, where models are kept, and what an
-engine process inherits.
+Only this module reads environment variables: PORTALM_CACHE_DIR, the folder of cached models, and
+the environment that an engine process inherits.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from typing import Any, Literal
 from portalm.errors import ConfigError
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-"""The model that is used where none is named."""
+"""Model used when none is given."""
 DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
-"""A small encoder that can be had without a model hub; tests and benchmarks use it."""
+"""A small encoder that can be downloaded without a model hub, for tests and benchmarks."""
 MAX_PROMPT_LOGPROB_ROWS = 256
-"""Positions of prompts whose logprobs one step computes: each takes a row of logits."""
+"""Prompt positions whose logprobs are computed in one step; each needs a row of logits."""
 
 
 def cache_dir() -> Path:
-    """The folder that models are kept in: $PORTALM_CACHE_DIR, or the user's cache folder."""
+    """Folder of cached models: $PORTALM_CACHE_DIR, or portalm in the user's cache folder."""
     chosen = os.environ.get("PORTALM_CACHE_DIR")  # noqa: TID251 - this is portalm.config
     if chosen:
         return Path(chosen).expanduser()
@@ -32,9 +32,9 @@ def cache_dir() -> Path:
 
 
 def engine_environment() -> dict[str, str]:
-    """Variables of an engine process: ours, and one thread for each library's own pool.
+    """Environment of an engine process: inherited, with one OpenMP and one OpenBLAS thread.
 
-    Backends have their own threads; idle ones of OpenMP and OpenBLAS would spin beside them.
+    Backends have their own threads; idle OpenMP and OpenBLAS threads would spin on the same cores.
     """
     return {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", **os.environ}  # noqa: TID251
 
@@ -42,7 +42,7 @@ def engine_environment() -> dict[str, str]:
 DTypeName = Literal["float32", "float16", "bfloat16"]
 LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
 Task = Literal["generate", "embed", "score"]
-"""What may be asked of a model: text, a vector, how well two texts go together."""
+"""What a model can do: generate text, embed a text as a vector, score a pair of texts."""
 PoolingName = Literal["mean", "cls", "last"]
 SchedulingPolicy = Literal["fcfs", "priority"]
 
@@ -54,40 +54,40 @@ class RopeConfig:
     theta: float = 10_000.0
     """Base of the frequencies."""
     rotary_dim: int | None = None
-    """Leading dimensions of a head that rotate; None: all."""
+    """Number of leading dimensions of a head that are rotated; None: all."""
     scaling: tuple[tuple[str, Any], ...] = ()
-    """The checkpoint's rope_scaling as sorted pairs (rope_type, factor, ...); empty: none."""
+    """The checkpoint's rope_scaling as sorted (name, value) pairs; empty: no scaling."""
     max_context: int | None = None
-    """Longest text that will be computed, which some scalings depend on; None: the longest that the
-    model was made for."""
+    """Longest context to be computed, in tokens, which some scalings depend on; None: the model's
+    longest."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PoolingConfig:
-    """How a model's hidden states become one vector, where a request does not say."""
+    """How a model's hidden states are pooled into one vector, unless a request sets it."""
 
     pooling: PoolingName = "last"
     normalize: bool = True
-    """Scale vectors to length 1."""
+    """True: scale vectors to length 1."""
     max_tokens: int | None = None
-    """Longest text that the model was trained on; None: its longest context."""
+    """Longest text the model was trained on, in tokens; None: its longest context."""
     is_purpose: bool = False
-    """The checkpoint says how it is pooled: a decoder then embeds, and does not generate."""
+    """The checkpoint defines its pooling: a decoder then embeds and does not generate."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EncoderConfig:
-    """What only models that see a whole prompt at once have."""
+    """Settings of encoders, which compute a whole prompt in one step."""
 
     layer_norm_eps: float = 1e-12
     num_token_types: int = 2
-    """Rows of the table that tells the second text of a pair from the first."""
+    """Rows of the token type embedding, which distinguishes the two texts of a pair."""
     first_position: int = 0
-    """Row of the position table that a prompt begins with."""
+    """Row of the position embedding for the first token of a prompt."""
     num_labels: int = 1
-    """Outputs of the classifier, where the model has one."""
+    """Number of outputs of the classifier, if the model has one."""
     has_sigmoid: bool = True
-    """Its output is a logit; False: a score as it is."""
+    """True: the classifier's output is a logit and gets a sigmoid; False: it is the score."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +95,7 @@ class ModelConfig:
     """The shape of a model, read from its checkpoint (config.json or GGUF metadata)."""
 
     architecture: str
-    """The first of `architectures`, for example LlamaForCausalLM."""
+    """First entry of config.json's `architectures`, for example LlamaForCausalLM."""
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -104,7 +104,7 @@ class ModelConfig:
     num_kv_heads: int
     head_size: int
     max_position: int
-    """Longest context the model was made for, in tokens."""
+    """The model's longest context, in tokens."""
     norm_eps: float = 1e-5
     rope: RopeConfig = field(default_factory=RopeConfig)
     tie_word_embeddings: bool = False
@@ -113,24 +113,26 @@ class ModelConfig:
     sliding_window: int | None = None
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
-    """Any of these ends an answer (config.json and generation_config.json together)."""
+    """Token ids that end an answer (from config.json and generation_config.json)."""
     dtype: DTypeName = "bfloat16"
-    """The dtype that the weights were saved in, or the nearest one that can be computed in."""
+    """Dtype of the saved weights, or the nearest dtype that can be computed in."""
     pooling: PoolingConfig = field(default_factory=PoolingConfig)
     encoder: EncoderConfig | None = None
-    """None: a decoder."""
+    """None for a decoder."""
     values: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
-    """All of config.json, or what GGUF metadata spell under its names: what only one family has is
-    read there, by that family."""
+    """All of config.json, or GGUF metadata under config.json's names. A model family reads its own
+    settings from it."""
 
     def __post_init__(self) -> None:
-        """Reject shapes that no model has; a broken file shows here first."""
+        """Reject impossible shapes: a broken checkpoint is found here first."""
         for name in (
             "vocab_size", "hidden_size", "intermediate_size", "num_layers",
             "num_heads", "num_kv_heads", "head_size", "max_position",
         ):  # fmt: skip
             if getattr(self, name) < 1:
-                raise ConfigError(f"model config: {name} is {getattr(self, name)}, must be >= 1")
+                raise ConfigError(
+                    f"model config: {name} must be at least 1, not {getattr(self, name)}"
+                )
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
                 f"model config: num_heads ({self.num_heads}) must be a multiple of "
@@ -138,37 +140,38 @@ class ModelConfig:
             )
 
     def serving(self, max_model_len: int) -> ModelConfig:
-        """The same model for texts of at most so many tokens."""
+        """Return a copy for contexts of at most `max_model_len` tokens."""
         return replace(self, rope=replace(self.rope, max_context=max_model_len))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerConfig:
-    """Limits of one engine step and of the KV pool it draws from."""
+    """Limits of one engine step and of the KV block pool."""
 
     max_batch_tokens: int = 2048
-    """Tokens computed in one step, over all requests. Higher: throughput; lower: latency."""
+    """Maximum tokens computed in one step, over all requests. Higher favors throughput, lower
+    latency."""
     max_batch_requests: int = 256
-    """Requests that may hold KV blocks at once."""
+    """Maximum number of requests that hold KV blocks at once."""
     max_model_len: int = 2048
     """Longest prompt plus answer, in tokens."""
     block_size: int = 16
     """Tokens per KV block."""
     num_blocks: int = 1024
-    """KV blocks in the pool, the null block 0 included."""
+    """KV blocks in the pool, including the null block 0."""
     enable_prefix_caching: bool = True
-    """Reuse full blocks of earlier requests that began with the same tokens."""
+    """True: reuse full KV blocks of earlier requests that began with the same tokens."""
     enable_chunked_prefill: bool = True
-    """Split long prompts over steps. False: a prompt must fit one step's budget whole."""
+    """True: split long prompts over several steps. False: a prompt is computed in one step."""
     policy: SchedulingPolicy = "fcfs"
-    """Order of the queue: by arrival, or by `priority` (lower first) and then arrival."""
+    """Order of waiting requests. fcfs: by arrival. priority: lower priority first, then arrival."""
     max_prompt_logprob_rows: int = MAX_PROMPT_LOGPROB_ROWS
-    """Prompt tokens a step of requests that asked for prompt_logprobs: bounds the logits."""
+    """Maximum prompt tokens in one step for requests with prompt_logprobs; limits logits memory."""
     keeps_kv: bool = True
-    """False: an encoder, whose requests hold no blocks and are computed whole in one step."""
+    """False for an encoder: its requests hold no KV blocks and run in one step."""
 
     def __post_init__(self) -> None:
-        """Reject values that cannot work, naming the field and the fix."""
+        """Reject values that cannot work; the error names the field and the fix."""
         _positive(
             self, "max_batch_tokens", "max_batch_requests", "max_model_len", "block_size",
             "max_prompt_logprob_rows",
@@ -176,13 +179,13 @@ class SchedulerConfig:
         if self.max_batch_tokens < self.max_batch_requests:
             raise ConfigError(
                 f"max_batch_tokens ({self.max_batch_tokens}) must be at least max_batch_requests "
-                f"({self.max_batch_requests}): each running request decodes one token a step"
+                f"({self.max_batch_requests}): each running request decodes one token per step"
             )
         if not self.enable_chunked_prefill and self.max_batch_tokens < self.max_model_len:
             raise ConfigError(
-                f"without chunked prefill max_batch_tokens ({self.max_batch_tokens}) must be at "
-                f"least max_model_len ({self.max_model_len}): raise the one, lower the other, or "
-                f"leave chunked prefill on"
+                f"without chunked prefill, max_batch_tokens ({self.max_batch_tokens}) must be at "
+                f"least max_model_len ({self.max_model_len}): raise max_batch_tokens, lower "
+                f"max_model_len, or enable chunked prefill"
             )
         if self.keeps_kv and self.num_blocks < 2:
             raise ConfigError(
@@ -191,78 +194,83 @@ class SchedulerConfig:
 
 
 CHECKPOINT_SCHEMES = ("awq", "bitsandbytes", "compressed-tensors", "gptq", "mxfp4")
-"""How checkpoints write weights of few bits (portalm/quant)."""
+"""Quantization schemes of checkpoints that can be loaded (portalm/quant)."""
 
 QUANTIZATIONS = ("auto", "none", "int8", "int4", "fp8", *CHECKPOINT_SCHEMES)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
-    """Everything a user may set on an engine: the keywords of `LLM()` and the flags of `serve`."""
+    """All settings of an engine: keyword arguments of `LLM` and flags of `portalm serve`."""
 
     model: str = DEFAULT_MODEL
-    """A local folder or .gguf file, or a Hugging Face id."""
+    """Local folder, .gguf file, or Hugging Face id of the model."""
     tokenizer: str | None = None
-    """Where the tokenizer is, if not with the model."""
+    """Local folder or Hugging Face id of the tokenizer. None: the model's own."""
     device: str = "auto"
-    """Name of a backend (`portalm devices` lists them); auto takes the fastest that can run."""
+    """Name of the backend to run on (`portalm devices` lists them). auto: the fastest available."""
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
-    """What weights and activations are computed in; auto: as the checkpoint, if the device can."""
+    """Data type of weights and activations. auto: the checkpoint's, if the device supports it."""
     quantization: str = "auto"
-    """What weights are computed with. auto: the values that the checkpoint has, in its own few bits
-    where the device can and `dtype` is not float32; none: `dtype`, dequantised if need be; int8,
-    int4: rounded where they have more, and activations to 8 bits; fp8: as int8, in float8; one of
-    `CHECKPOINT_SCHEMES`: as auto, of a checkpoint that must be of that scheme."""
+    """How weights are stored and computed. auto: the checkpoint's values, kept quantized where the
+    device supports it and `dtype` is not float32. none: `dtype`, dequantized if necessary. int8,
+    int4: round weights that have more bits, and activations to 8 bits. fp8: the same in float8.
+    The name of a checkpoint scheme (awq, bitsandbytes, compressed-tensors, gptq, mxfp4): the same
+    as auto, but the checkpoint must use that scheme."""
     max_model_len: int | None = None
-    """Longest prompt plus answer; None: what the model was made for."""
+    """Maximum tokens of a prompt and its answer together. None: the model's longest context."""
     block_size: int = 16
     """Tokens per KV block."""
     gpu_memory_utilization: float | None = None
-    """Share of the device's memory for weights, activations and KV together. None: 0.9 of a
-    device's own memory; of memory shared with the host, no more KV than the batch can use."""
+    """Fraction of the device's memory, above 0 and at most 1, for weights, activations and KV cache
+    together. None: 0.9 of a device's own memory; where memory is shared with the host, no more KV
+    cache than max_num_seqs requests can use."""
     kv_cache_memory_bytes: int | None = None
-    """KV pool size in bytes; overrides gpu_memory_utilization."""
+    """Size of the KV cache in bytes; overrides gpu_memory_utilization. None: what memory allows."""
     kv_cache_dtype: Literal["auto", "float32", "float16", "bfloat16", "int8", "fp8"] = "auto"
-    """What keys and values are stored in; auto: as `dtype`. int8, fp8 (float8 e4m3): rounded to 8
-    bits with a scale for each token and KV head; room for nearly twice the tokens of 16 bits."""
+    """Data type of cached keys and values. auto: `dtype`. int8, fp8 (float8 e4m3): 8 bits with a
+    scale per token and KV head; holds nearly twice as many tokens as 16 bits."""
     num_gpu_blocks_override: int | None = None
-    """KV blocks to allocate; overrides every other size (tests force preemption with it)."""
+    """Number of KV blocks to allocate; overrides every other size. None: what memory allows."""
     cpu_threads: int | None = None
-    """Threads that compute where the device is the host; None: one for each core that the process
-    may use (affinity and the container's limit count)."""
+    """Number of compute threads on the CPU. None: one per core that the process may use, by its
+    affinity and the container's limit."""
     max_num_seqs: int = 256
-    """Requests that run at once."""
+    """Maximum number of requests in one step."""
     max_num_batched_tokens: int = 2048
-    """Tokens computed in one step."""
+    """Maximum number of tokens computed in one step, over all requests. Higher favors throughput,
+    lower latency."""
     enable_chunked_prefill: bool = True
-    """Split long prompts over steps."""
+    """True: split long prompts over several steps. False: compute each prompt in one step."""
     enable_prefix_caching: bool = True
-    """Reuse KV blocks of earlier requests with the same beginning."""
+    """True: reuse KV blocks of earlier requests that began with the same tokens."""
     scheduling_policy: SchedulingPolicy = "fcfs"
-    """fcfs or priority."""
+    """Order of waiting requests. fcfs: by arrival. priority: lower priority first, then arrival."""
     async_scheduling: bool = True
-    """Plan a step while the one before runs, where the backend can; False: strictly in turn."""
+    """True: plan a step while the previous one runs, if the backend supports it."""
     load_format: LoadFormat = "auto"
-    """auto looks at the files; dummy makes random weights from the config."""
+    """Format of the checkpoint. auto: detected from the files. dummy: random weights, for tests."""
     revision: str | None = None
-    """Branch, tag or commit on the hub."""
+    """Branch, tag or commit on the Hugging Face hub. None: the default branch."""
     trust_remote_code: bool = False
-    """Let a tokenizer run Python code that its repository ships."""
+    """True: let a tokenizer run Python code from its repository."""
     hf_overrides: tuple[tuple[str, Any], ...] = ()
-    """Replace values of the checkpoint's config.json; a mapping is accepted."""
+    """Values that replace those of the checkpoint's config.json; a mapping is accepted."""
     seed: int = 0
-    """Seeds requests that bring none, and dummy weights."""
+    """Seed of requests that have none, and of dummy weights."""
     enforce_eager: bool = False
-    """Do not capture steps (for debugging; slower)."""
+    """True: run steps without capturing them as graphs; slower, for debugging."""
     max_logprobs: int = 20
-    """Most logprobs a request may ask for."""
+    """Maximum value of a request's logprobs and prompt_logprobs, at least 0."""
     chat_template: str | None = None
-    """A Jinja template, or the path of one, instead of the model's."""
+    """Jinja chat template, or the path of one. None: the model's own."""
 
     def __post_init__(self) -> None:
-        """Reject values that cannot work, naming the flag and the fix."""
+        """Reject values that cannot work; the error names the setting and the fix."""
         if not self.model:
-            raise ConfigError("model must not be empty: give a folder, a .gguf file or a hub id")
+            raise ConfigError(
+                "model must not be empty: pass a folder, a .gguf file or a Hugging Face id"
+            )
         object.__setattr__(self, "hf_overrides", tuple(sorted(dict(self.hf_overrides).items())))
         _positive(self, "block_size", "max_num_seqs", "max_num_batched_tokens")
         if self.quantization not in QUANTIZATIONS:
@@ -277,25 +285,27 @@ class EngineConfig:
                 _positive(self, name)
         share = self.gpu_memory_utilization
         if share is not None and not 0 < share <= 1:
-            raise ConfigError(f"gpu_memory_utilization must be in (0, 1], not {share}")
+            raise ConfigError(f"gpu_memory_utilization must be above 0 and at most 1, not {share}")
         if self.max_logprobs < 0:
             raise ConfigError(f"max_logprobs must be at least 0, not {self.max_logprobs}")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> EngineConfig:
-        """The config that `values` spell; an unknown name is an error, never ignored."""
+        """Build the config from a mapping; an unknown name is an error."""
         known = {f.name for f in fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
-            raise ConfigError(f"unknown setting {unknown[0]!r}; known: {', '.join(sorted(known))}")
+            raise ConfigError(
+                f"unknown setting {unknown[0]!r}; known settings: {', '.join(sorted(known))}"
+            )
         return cls(**values)
 
     def scheduler_config(self, *, max_model_len: int, num_blocks: int | None) -> SchedulerConfig:
-        """The scheduler's part, once the model's length and the KV pool's size are known.
+        """Derive the scheduler's settings.
 
         Args:
-            max_model_len: longest prompt plus answer.
-            num_blocks: in the pool; None: an encoder, which has none.
+            max_model_len: maximum tokens of a prompt and its answer together.
+            num_blocks: KV blocks in the pool; None for an encoder, which has none.
         """
         tokens = self.max_num_batched_tokens
         keeps_kv = num_blocks is not None
@@ -314,7 +324,7 @@ class EngineConfig:
         )
 
     def with_(self, **changes: Any) -> EngineConfig:
-        """A copy with some settings changed, checked again."""
+        """Return a copy with some settings changed, checked again."""
         return replace(self, **changes)
 
 
@@ -322,4 +332,4 @@ def _positive(config: object, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ConfigError(f"{name} must be a whole number of at least 1, not {value!r}")
+            raise ConfigError(f"{name} must be an integer of at least 1, not {value!r}")

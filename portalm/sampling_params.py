@@ -1,4 +1,4 @@
-"""What a caller may ask of sampling: checked once, frozen, the same names as in vLLM and OpenAI."""
+"""Sampling parameters of a request: frozen, checked once, with the names of vLLM and OpenAI."""
 
 from __future__ import annotations
 
@@ -11,41 +11,43 @@ from typing import Any, NoReturn
 from portalm.errors import InvalidRequest
 
 MAX_LOGPROBS = 20
-"""Largest `logprobs` and `prompt_logprobs`, as in OpenAI's API."""
+"""Largest value of `logprobs` and `prompt_logprobs`, as in OpenAI's API."""
 
 MAX_GRAMMAR_BYTES = 128 << 10
-"""Largest JSON schema, regex or grammar, and all choices together, in bytes of UTF-8."""
+"""Largest JSON schema, regex or grammar, and largest sum of all choices, in bytes of UTF-8."""
 MAX_CHOICES = 4096
-"""Most texts to choose from."""
+"""Largest number of texts in `choice`."""
 
 _MAX_SEED = 2**63 - 1
 _MAX_COUNT = 2**31 - 1
-"""Largest count: devices hold them in 32 bits."""
+"""Largest count: devices store counts as int32."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StructuredOutputs:
-    """What an answer must look like: exactly one of json, regex, choice, grammar, json_object."""
+    """Constraint on the answer: exactly one of json, regex, choice, grammar, json_object."""
 
     json: str | Mapping[str, Any] | None = None
-    """A JSON schema, as text or as an object (kept as text)."""
+    """JSON schema that the answer is valid against, as text or as a mapping (stored as text)."""
     regex: str | None = None
-    """A regular expression that the whole answer matches."""
+    """Regular expression that the whole answer matches."""
     choice: tuple[str, ...] | None = None
-    """Texts, of which the answer is one."""
+    """Texts that the answer is one of; 1 to 4096 non-empty strings."""
     grammar: str | None = None
-    """A context-free grammar in GBNF (llama.cpp's EBNF); its first rule is `root`."""
+    """Context-free grammar in GBNF (llama.cpp's EBNF) that the answer matches, starting at its rule
+    `root`."""
     json_object: bool = False
-    """Any JSON object."""
+    """True: the answer is a JSON object, of any schema."""
     whitespace_pattern: str | None = None
-    """Whitespace between the parts of JSON: empty, `[ \\n\\r\\t]*` or `[ \\n\\r\\t]{0,N}`.
-    None: one line, as Python's json.dumps writes it; left free, small models write only spaces."""
+    """Whitespace allowed between JSON tokens: an empty text, `[ \\n\\r\\t]*` or
+    `[ \\n\\r\\t]{0,N}`. None: one line, formatted as by Python's json.dumps (with free whitespace
+    small models may write nothing else). Only with json and json_object."""
     additional_properties: bool = False
-    """True: objects may have properties that the schema does not name, unless it forbids them.
-    False: only those that it names, if it names any."""
+    """True: objects may have properties that the schema does not list, unless it forbids them.
+    False: only listed properties, in objects that list any."""
 
     def __post_init__(self) -> None:
-        """Normalise, then reject what cannot work, naming the field."""
+        """Normalize the values, then reject invalid ones; the error names the field."""
         put = object.__setattr__
         if isinstance(self.json, Mapping):
             put(self, "json", _as_json(self.json))
@@ -59,7 +61,7 @@ class StructuredOutputs:
         if len(given) != 1:
             _refuse(
                 "structured_outputs",
-                "needs exactly one of json, regex, choice, grammar and json_object, not "
+                "needs exactly one of json, regex, choice, grammar and json_object; got "
                 + (" and ".join(given) or "none"),
             )
         for name in ("json_object", "additional_properties"):
@@ -72,7 +74,10 @@ class StructuredOutputs:
             _check_text(name, getattr(self, name))
         self._check_choice()
         if self.whitespace_pattern is not None and given[0] not in ("json", "json_object"):
-            _refuse("structured_outputs", f"whitespace_pattern goes with json, not with {given[0]}")
+            _refuse(
+                "structured_outputs",
+                f"whitespace_pattern needs json or json_object; got {given[0]}",
+            )
 
     def _check_choice(self) -> None:
         if self.choice is None:
@@ -80,10 +85,10 @@ class StructuredOutputs:
         if not self.choice or len(self.choice) > MAX_CHOICES:
             _refuse(
                 "structured_outputs",
-                f"choice must hold 1 to {MAX_CHOICES} texts, not {len(self.choice)}",
+                f"choice must have 1 to {MAX_CHOICES} texts; got {len(self.choice)}",
             )
         if any(not isinstance(text, str) or not text for text in self.choice):
-            _refuse("structured_outputs", "choice must hold non-empty strings")
+            _refuse("structured_outputs", "choice must contain only non-empty strings")
         _check_text("choice", "".join(self.choice))
 
 
@@ -91,15 +96,15 @@ def _check_text(name: str, text: Any) -> None:
     if text is None:
         return
     if not isinstance(text, str):
-        _refuse("structured_outputs", f"{name} must be a text, not {type(text).__name__}")
+        _refuse("structured_outputs", f"{name} must be a string, not {type(text).__name__}")
     try:
         num_bytes = len(text.encode())
     except UnicodeEncodeError:
-        _refuse("structured_outputs", f"{name} is not valid Unicode: it has half a surrogate pair")
+        _refuse("structured_outputs", f"{name} is not valid Unicode: it contains a lone surrogate")
     if num_bytes > MAX_GRAMMAR_BYTES:
         _refuse(
             "structured_outputs",
-            f"{name} has {num_bytes} bytes, at most {MAX_GRAMMAR_BYTES} are taken",
+            f"{name} has {num_bytes} bytes, more than the limit of {MAX_GRAMMAR_BYTES}",
         )
 
 
@@ -107,66 +112,73 @@ def _as_json(schema: Mapping[str, Any]) -> str:
     try:
         return json.dumps(schema, ensure_ascii=False)
     except (TypeError, ValueError, RecursionError) as error:
-        _refuse("structured_outputs", f"json is no JSON schema: {error}")
+        _refuse("structured_outputs", f"json is not a JSON schema: {error}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How the tokens of one request are drawn and when it ends."""
+    """How the tokens of one request are sampled, and when generation ends."""
 
     n: int = 1
-    """Answers to the same prompt; they share the prompt's KV blocks."""
+    """Number of answers to generate, 1 to 1024; they share the prompt's KV blocks."""
     presence_penalty: float = 0.0
-    """Subtracted from the logit of each token already generated; -2 to 2."""
+    """Subtracted from the logit of every token that was already generated; -2 to 2."""
     frequency_penalty: float = 0.0
-    """Subtracted once for every time a token was generated; -2 to 2."""
+    """Subtracted from the logit of a token once for each time it was generated; -2 to 2."""
     repetition_penalty: float = 1.0
-    """Divides positive and multiplies negative logits of tokens in prompt or answer; above 0."""
+    """Divides positive and multiplies negative logits of tokens that occur in the prompt or the
+    answer; above 0, where 1 changes nothing."""
     temperature: float = 1.0
-    """Divides the logits; 0 is greedy."""
+    """Divides the logits; at least 0, where 0 always takes the most likely token (greedy)."""
     top_p: float = 1.0
-    """Keep the smallest set of most likely tokens whose probability reaches this; (0, 1]."""
+    """Sample from the smallest set of most likely tokens whose total probability reaches this:
+    above 0, at most 1."""
     top_k: int = 0
-    """Keep the k most likely tokens; 0 (or -1) keeps all."""
+    """Sample from this many most likely tokens; 0 or -1: from all."""
     min_p: float = 0.0
-    """Drop tokens less likely than this share of the most likely one's probability; [0, 1]."""
+    """Exclude tokens with less than this fraction of the highest probability; 0 to 1."""
     seed: int | None = None
-    """Same seed, same tokens: alone, in a batch, after preemption. None draws one."""
+    """Seed of the random numbers: the same seed gives the same tokens, alone or in a batch. None: a
+    seed is chosen."""
     stop: tuple[str, ...] = ()
-    """Texts that end the answer. A single one or any sequence is accepted."""
+    """Texts that end the answer when generated. A single string is accepted."""
     stop_token_ids: tuple[int, ...] = ()
-    """Token ids that end the answer."""
+    """Token ids that end the answer when generated."""
     ignore_eos: bool = False
-    """Go on after the model's end-of-sequence token."""
+    """True: continue after the model's end-of-sequence token."""
     max_tokens: int | None = 16
-    """Most tokens to generate; None means up to the model's context length."""
+    """Maximum number of tokens to generate, at least 1. None: up to the model's context length."""
     min_tokens: int = 0
-    """No end-of-sequence or stop token before this many tokens."""
+    """Number of tokens to generate before end-of-sequence, stop tokens and stop strings count."""
     logprobs: int | None = None
-    """Report this many most likely tokens at each generated position, and the drawn one."""
+    """Number of most likely tokens, 0 to 20, whose log probabilities are returned at each generated
+    position, plus the sampled token. None: return no log probabilities."""
     prompt_logprobs: int | None = None
-    """The same for each prompt token but the first."""
+    """The same as `logprobs` for each prompt token except the first."""
     detokenize: bool = True
-    """False: token ids only, no text (stop strings are refused then)."""
+    """False: return token ids without text; `stop` must be empty."""
     skip_special_tokens: bool = True
-    """Leave special tokens out of the text."""
+    """True: leave special tokens out of the text."""
     spaces_between_special_tokens: bool = True
-    """Put a space between special tokens that are shown."""
+    """True: put a space between special tokens in the text."""
     include_stop_str_in_output: bool = False
-    """Keep the stop string at the end of the text."""
+    """True: keep the stop string, or the text of the stop token, at the end of the text."""
     logit_bias: Mapping[int, float] = field(default_factory=dict)
-    """Added to the logits of these token ids; -100 to 100."""
+    """Values to add to the logits, by token id; -100 to 100 each."""
     allowed_token_ids: tuple[int, ...] | None = None
-    """Only these tokens may be drawn."""
+    """Token ids that may be sampled. None: all."""
     bad_words: tuple[str, ...] = ()
-    """Texts whose last token may not be drawn after the ones before it."""
+    """Texts that must not be generated: the last token of each is not sampled after its other
+    tokens."""
     structured_outputs: StructuredOutputs | None = None
-    """What the answer must look like. A mapping of its fields is accepted."""
+    """Constraint on the answer (a schema, regex, choice or grammar). A mapping of the fields of
+    `StructuredOutputs` is accepted. None: no constraint."""
     logits_processors: Mapping[str, Any] = field(default_factory=dict)
-    """Installed processors (`portalm.logits_processor`) by name, and what each is given."""
+    """Arguments of the logits processors to apply, by the name of an installed processor (see
+    `portalm.logits_processor`)."""
 
     def __post_init__(self) -> None:
-        """Normalise strings and sequences, then reject what cannot work, naming the field."""
+        """Normalize the values, then reject invalid ones; the error names the field."""
         put = object.__setattr__
         put(self, "stop", _as_tuple("stop", self.stop))
         put(self, "stop_token_ids", _as_tuple("stop_token_ids", self.stop_token_ids))
@@ -213,16 +225,16 @@ class SamplingParams:
 
     def _check_sequences(self) -> None:
         if any(not isinstance(s, str) or not s for s in self.stop):
-            _refuse("stop", "must hold non-empty strings")
+            _refuse("stop", "must contain only non-empty strings")
         if self.stop and not self.detokenize:
-            _refuse("stop", "needs detokenize=True: stop strings are found in the text")
+            _refuse("stop", "needs detokenize=True: stop strings are searched in the text")
         if any(not isinstance(s, str) or not s for s in self.bad_words):
-            _refuse("bad_words", "must hold non-empty strings")
+            _refuse("bad_words", "must contain only non-empty strings")
         for token_id in self.stop_token_ids:
             _integer("stop_token_ids", token_id, low=0)
         if self.allowed_token_ids is not None:
             if not self.allowed_token_ids:
-                _refuse("allowed_token_ids", "must not be empty: no token could be drawn")
+                _refuse("allowed_token_ids", "must not be empty: no token could be sampled")
             for token_id in self.allowed_token_ids:
                 _integer("allowed_token_ids", token_id, low=0)
         for token_id, bias in self.logit_bias.items():
@@ -231,12 +243,12 @@ class SamplingParams:
 
     @property
     def is_greedy(self) -> bool:
-        """True if the most likely token is always taken."""
+        """Whether the most likely token is always taken."""
         return self.temperature == 0.0
 
     @property
     def has_penalties(self) -> bool:
-        """True if earlier tokens change the logits."""
+        """Whether earlier tokens change the logits through a penalty."""
         return (
             self.presence_penalty != 0.0
             or self.frequency_penalty != 0.0
@@ -245,7 +257,7 @@ class SamplingParams:
 
     @property
     def needs_history(self) -> bool:
-        """True if a token cannot be drawn before the host knows the one before it."""
+        """Whether the host needs each sampled token before the next one can be sampled."""
         return (
             self.has_penalties
             or bool(self.bad_words or self.logits_processors)
@@ -254,7 +266,7 @@ class SamplingParams:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SamplingParams:
-        """The params that `values` spell; an unknown name is an error, never ignored."""
+        """Build the parameters from a mapping; an unknown name is an error."""
         known = {f.name for f in fields(cls)}
         for name in values:
             if name not in known:
@@ -273,7 +285,7 @@ def _as_structured(values: Mapping[str, Any]) -> StructuredOutputs:
 
 
 def _as_tuple(name: str, value: Any) -> tuple[Any, ...]:
-    """`value`'s items; a text or a number alone counts as one item, None as none."""
+    """Convert to a tuple: a single string or integer becomes one item, None becomes none."""
     if value is None:
         return ()
     if isinstance(value, str | int):
@@ -297,7 +309,7 @@ def _int_keys(bias: Mapping[Any, float]) -> dict[int, float]:
 def _by_name(processors: Any) -> dict[str, Any]:
     if not isinstance(processors, Mapping) or not all(isinstance(k, str) for k in processors):
         raise InvalidRequest(
-            "logits_processors must map names of installed processors to what each is given, "
+            "logits_processors must map names of installed processors to their arguments, "
             'for example {"no_digits": null}',
             param="logits_processors",
         )
@@ -329,7 +341,7 @@ def _number(
             f"at least {low}" if low is not None else f"above {above}" if above is not None else ""
         )
         is_near = high is not None and (high < _MAX_COUNT or value > high)
-        upper = f"at most {high}" if is_near else ""  # nobody who sends 0 needs to know 2**31
+        upper = f"at most {high}" if is_near else ""  # an error about 0 need not name 2**31
         _refuse(name, f"must be {' and '.join(x for x in (lower, upper) if x)}, not {value}")
 
 
@@ -340,7 +352,7 @@ def _integer(name: str, value: object, *, low: int, high: int | None = None) -> 
 
 
 def as_token_ids(values: Sequence[int]) -> list[int]:
-    """`values` as a list of ints; an `InvalidRequest` for anything that is not a token id."""
+    """Return `values` as a list. Raises `InvalidRequest` if one is not an integer."""
     ids = list(values)
     for token_id in ids:
         if isinstance(token_id, bool) or not isinstance(token_id, int):

@@ -1,4 +1,4 @@
-"""Flags of verbs that answer HTTP requests: how the model writes more than content."""
+"""Flags for how the model writes tool calls and reasoning."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ if TYPE_CHECKING:
 
 
 def add_answer_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags."""
+    """Add the flags to a command that answers OpenAI-style requests."""
     parser.add_argument(
         "--tool-call-parser",
         default=None,
         metavar="NAME",
-        help="how the model writes tool calls: hermes, llama3_json, mistral, pythonic, or what a "
-        "package brings; without it the chat template tells",
+        help="format of the model's tool calls: hermes, llama3_json, mistral, pythonic, or the name "
+        "of an installed parser (default: detected from the chat template)",
     )
     parser.add_argument(
         "--enable-auto-tool-choice",
         action="store_true",
-        help="refuse to start where nothing tells how the model writes tool calls",
+        help="refuse to start if the format of the model's tool calls is unknown",
     )
     parser.add_argument(
         "--reasoning-parser",
         default=None,
         metavar="NAME",
-        help="how the model writes its reasoning: deepseek_r1, qwen3, or what a package brings; "
-        "without it reasoning is part of the answer",
+        help="format of the model's reasoning: deepseek_r1, qwen3, or the name of an installed "
+        "parser (default: none, reasoning stays part of the answer)",
     )
 
 
 def answer_format(arguments: argparse.Namespace) -> AnswerFormat:
-    """What the flags say. Raises `ConfigError` for a parser that there is not."""
+    """Build the answer format from the flags. Raises `ConfigError` for an unknown parser."""
     from portalm.server.chat_plan import AnswerFormat
 
     return AnswerFormat(

@@ -12,28 +12,34 @@ if TYPE_CHECKING:
     from portalm.cli.chat_partners import Partner
 
 _HELP = '''\
-/help            this
-/clear           forget the conversation
+/help            show this text
+/clear           clear the conversation
 /system TEXT     set the system message; without TEXT show it; /system - removes it
-/save FILE       write the conversation to FILE, as JSON
-/exit            end (also Ctrl-D)
-Ctrl-C ends an answer. Several lines: end each but the last with \\, or put """ around them.'''
+/save FILE       save the conversation to FILE as JSON
+/exit            quit (also Ctrl-D)
+Ctrl-C stops an answer. Several lines: end each except the last with \\, or put """ around them.'''
 
 
 def add_chat(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """`portalm chat`: talk to a model, in this process or behind a server."""
-    parser = commands.add_parser("chat", help="talk to a model in the terminal")
-    parser.add_argument("--url", default=None, help="of a running server, instead of loading here")
-    parser.add_argument("--api-key", default=None, help="for --url: sent as a bearer token")
-    parser.add_argument("--system", default=None, help="the system message")
-    parser.add_argument("--max-tokens", type=int, default=512, help="most tokens of an answer")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    """Add `portalm chat`: chat with a model in this process or on a server."""
+    parser = commands.add_parser("chat", help="chat with a model in the terminal")
+    parser.add_argument(
+        "--url",
+        default=None,
+        help="URL of a running server to use (default: load the model in this process)",
+    )
+    parser.add_argument("--api-key", default=None, help="API key to send to --url (default: none)")
+    parser.add_argument("--system", default=None, help="system message (default: none)")
+    parser.add_argument("--max-tokens", type=int, default=512, help="maximum tokens per answer")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, help="sampling temperature; 0 is greedy"
+    )
     add_engine_flags(parser)
     parser.set_defaults(run=run_chat)
 
 
 def run_chat(arguments: argparse.Namespace) -> int:
-    """Read messages, stream answers, until the input ends; 1 if one could not be answered."""
+    """Read messages and stream answers until the input ends; return 1 if an answer failed."""
     import sys
 
     partner = _partner(arguments)
@@ -50,29 +56,29 @@ def _partner(arguments: argparse.Namespace) -> Partner:
     answers = {"max_tokens": arguments.max_tokens, "temperature": arguments.temperature}
     if arguments.url is None:
         if arguments.api_key is not None:
-            raise ConfigError("--api-key is for --url: a model in this process asks for none")
+            raise ConfigError("--api-key needs --url: a model in this process uses no key")
         from portalm.llm import LLM
 
         return LocalModel(LLM(**settings), **answers)
     model = settings.pop("model", None)
     if settings:
         raise ConfigError(
-            f"{', '.join(sorted(settings))}: with --url the server has settled that; "
-            f"give it to `portalm serve`"
+            f"{', '.join(sorted(settings))} cannot be set with --url: these are settings of the "
+            f"server, pass them to `portalm serve`"
         )
     return RemoteModel(arguments.url, model=model, api_key=arguments.api_key, **answers)
 
 
 class Chat:
-    """A conversation: what was said, and the commands about it."""
+    """A conversation and its commands."""
 
     def __init__(self, partner: Partner, *, system: str | None, is_terminal: bool) -> None:
-        """Nothing is said yet.
+        """Start an empty conversation.
 
         Args:
-            partner: who answers.
-            system: the system message.
-            is_terminal: a person types; else there are no prompts and no figures.
+            partner: the model that answers.
+            system: system message; None: none.
+            is_terminal: True: show prompts and speed; False: print answers only.
         """
         self._partner = partner
         self._system = system
@@ -87,19 +93,19 @@ class Chat:
         }
 
     def run(self) -> int:
-        """Read and answer until the input ends; the exit status."""
+        """Read and answer until the input ends; return the exit status."""
         import contextlib
 
         if self._is_terminal:
-            with contextlib.suppress(ImportError):  # lines can be edited and called back
+            with contextlib.suppress(ImportError):  # line editing and history
                 import readline
 
-                # pasted lines are one message
+                # several pasted lines are one message
                 readline.parse_and_bind("set enable-bracketed-paste on")
-            print(f"{self._partner.name}. /help says what else there is.")
+            print(f"{self._partner.name}. Type /help for commands.")
         while True:
             try:
-                if not self._obey(read_message(self._ask).strip()):
+                if not self._handle(read_message(self._ask).strip()):
                     return self._status
             except EOFError:
                 if self._is_terminal:
@@ -108,15 +114,15 @@ class Chat:
             except KeyboardInterrupt:
                 print("\nCtrl-D or /exit ends the conversation")
 
-    def _obey(self, message: str) -> bool:
-        """Do what a command says, or answer; False: that was the end."""
+    def _handle(self, message: str) -> bool:
+        """Run a command, or answer a message; return False to quit."""
         command, _, rest = message.partition(" ")
         if command in ("/exit", "/quit"):
             return False
         if command in self._commands:
             self._commands[command](rest.strip())
         elif command.startswith("/") and "\n" not in message:
-            self._complain(f"no command {command}: /help lists them")
+            self._print_error(f"unknown command {command}; /help lists all commands")
         elif message:
             self._answer(message)
         return True
@@ -153,7 +159,7 @@ class Chat:
             print()
         except PortaLMError as error:
             print(end="\n" if text else "")
-            self._complain(str(error))
+            self._print_error(str(error))
         except KeyboardInterrupt:
             end = "stopped"
             print()
@@ -163,9 +169,9 @@ class Chat:
         self._said.append({"role": "assistant", "content": text})
         if self._is_terminal:
             rate = (num_tokens - num_first) / (last - first) if last > first else 0.0
-            note = {"length": ", cut: --max-tokens or the context is full", "stopped": ", stopped"}
+            note = {"length": ", cut off by --max-tokens or the context", "stopped": ", stopped"}
             print(
-                f"[{num_tokens} tokens, {rate:.1f} tokens/s, first after "
+                f"[{num_tokens} tokens, {rate:.1f} tokens/s, first token after "
                 f"{(first - asked) * 1000:.0f} ms{note.get(end or '', '')}]"
             )
 
@@ -179,18 +185,18 @@ class Chat:
         from pathlib import Path
 
         if not name:
-            self._complain("/save needs the name of a file")
+            self._print_error("/save needs a file name, for example /save chat.json")
             return
         try:
             Path(name).expanduser().write_text(
                 json.dumps(self._messages(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
             )
         except OSError as error:
-            self._complain(f"{name} cannot be written: {error.strerror}")
+            self._print_error(f"cannot write {name}: {error.strerror}")
             return
-        print(f"{len(self._messages())} messages in {name}")
+        print(f"saved {len(self._messages())} messages to {name}")
 
-    def _complain(self, text: str) -> None:
+    def _print_error(self, text: str) -> None:
         import sys
 
         self._status = 0 if self._is_terminal else 1
@@ -198,10 +204,10 @@ class Chat:
 
 
 def read_message(ask: Callable[[str], str]) -> str:
-    r"""One message: a line, several that end with \, or all between two \"""\""".
+    r"""Read one message: a line, lines that end with \, or all text between two \"""\""".
 
     Args:
-        ask: reads one line, shown a prompt; raises EOFError at the end.
+        ask: reads one line after showing a prompt; raises EOFError at the end.
     """
     line = ask("> ")
     if line.lstrip().startswith('"""'):

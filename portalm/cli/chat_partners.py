@@ -1,4 +1,4 @@
-"""Who answers in `portalm chat`: a model in this process, or one behind a server."""
+"""Models for `portalm chat`: one in this process, or one on a server."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ Messages = Sequence[Mapping[str, str]]
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Some more of an answer."""
+    """A piece of an answer."""
 
     text: str
     num_tokens: int
-    """Of the answer so far."""
+    """Tokens of the answer so far."""
     finish_reason: str | None = None
 
 
 class Partner(Protocol):
-    """One who answers."""
+    """A model that answers."""
 
     name: str
-    """The model, and where it runs."""
+    """Name of the model and where it runs."""
 
     def answer(self, messages: Messages) -> Generator[Piece, None, None]:
-        """The next message, piece by piece; closing the iterator ends the request.
+        """Yield the next message piece by piece; closing the iterator aborts the request.
 
         Raises:
-            PortaLMError: it cannot be answered; the text says why.
-            KeyboardInterrupt: Ctrl-C, at a moment when it does no harm.
+            PortaLMError: the answer failed.
+            KeyboardInterrupt: after Ctrl-C, between two steps.
         """
 
 
@@ -47,7 +47,7 @@ class LocalModel:
     """A model in this process."""
 
     def __init__(self, llm: LLM, *, max_tokens: int, temperature: float) -> None:
-        """Answer with `llm`, which is loaded."""
+        """Answer with a loaded `llm`."""
         from portalm.sampling_params import SamplingParams
 
         self._llm = llm
@@ -71,7 +71,7 @@ class LocalModel:
 
 @contextlib.contextmanager
 def _held_interrupt() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C inside a step would leave an engine half way: it only sets what is given."""
+    """Delay Ctrl-C, which would interrupt the engine in a step; yield whether it was pressed."""
     is_interrupted = False
 
     def hold(number: int, frame: object) -> None:
@@ -86,7 +86,7 @@ def _held_interrupt() -> Iterator[Callable[[], bool]]:
 
 
 class RemoteModel:
-    """A model behind a server that speaks OpenAI's protocol."""
+    """A model on an OpenAI-compatible server."""
 
     def __init__(
         self,
@@ -97,17 +97,17 @@ class RemoteModel:
         max_tokens: int,
         temperature: float,
     ) -> None:
-        """Ask which models it has.
+        """Connect, and look up the server's models.
 
         Args:
-            url: of the server, with or without its /v1.
-            model: as the server calls it; None: its first.
+            url: base URL of the server, with or without /v1.
+            model: name of the model; None: the server's first.
             api_key: sent as a bearer token.
-            max_tokens: of an answer.
+            max_tokens: maximum tokens per answer.
             temperature: 0 is greedy.
 
         Raises:
-            PortaLMError: it does not answer, or not so.
+            PortaLMError: the server does not answer, or not with a list of models.
         """
         import httpx
 
@@ -155,7 +155,7 @@ class RemoteModel:
                 piece = _piece(chunk, num_tokens)
                 num_tokens = piece.num_tokens
                 yield piece
-        raise RequestFailed(f"{self._url} closed the connection in the middle of the answer")
+        raise RequestFailed(f"{self._url} closed the connection before the end of the answer")
 
     @contextlib.contextmanager
     def _reaching(self) -> Iterator[None]:
@@ -165,13 +165,13 @@ class RemoteModel:
             yield
         except (httpx.HTTPError, ValueError, LookupError) as error:
             raise PortaLMError(
-                f"no answer from {self._url} as OpenAI's protocol has it: "
-                f"{type(error).__name__}: {error}. Is it the right --url, and does it run?"
+                f"no valid answer from {self._url} ({type(error).__name__}: {error}): check that "
+                f"--url is right and that an OpenAI-compatible server runs there"
             ) from error
 
 
 def _piece(chunk: Mapping[str, Any], num_tokens: int) -> Piece:
-    """A chunk as a piece; where the server does not count, a piece of text is a token."""
+    """Convert a chunk; if the server reports no usage, each text chunk counts as one token."""
     choice = chunk["choices"][0] if chunk["choices"] else {}
     text = choice.get("delta", {}).get("content") or ""
     usage = chunk.get("usage") or {}
@@ -184,4 +184,4 @@ def _error_in(response: httpx.Response) -> str:
         message = response.json()["error"]["message"]
     except (ValueError, LookupError, TypeError):
         message = response.text[:200]
-    return f"the server answers {response.status_code}: {message}"
+    return f"the server returned status {response.status_code}: {message}"

@@ -1,4 +1,4 @@
-"""EngineConfig's fields as flags, shared by every verb that runs a model."""
+"""Flags for the fields of `EngineConfig`, shared by all commands that run a model."""
 
 from __future__ import annotations
 
@@ -7,84 +7,133 @@ import json
 from typing import Any
 
 from portalm.backend import SCALED_KV_DTYPES
-from portalm.config import DEFAULT_MODEL, QUANTIZATIONS
+from portalm.config import QUANTIZATIONS
 
 _DTYPES = ("auto", "float32", "float16", "bfloat16")
 
 
 def add_engine_flags(parser: argparse.ArgumentParser) -> None:
-    """One flag for each setting; what is not given keeps the setting's own default."""
+    """Add one flag per setting. A flag that is not given leaves `EngineConfig`'s default."""
     flags = parser.add_argument_group("engine")
 
     def add(name: str, help: str, **options: Any) -> None:
         flags.add_argument(name, help=help, default=argparse.SUPPRESS, **options)
 
     flags.add_argument(
-        "--config", metavar="FILE", help="YAML with any of these flags by name; flags given win"
+        "--config",
+        metavar="FILE",
+        help="YAML file of flags by name; flags on the command line override it (default: none)",
     )
-    add("--model", f"local folder, .gguf file or Hugging Face id (default {DEFAULT_MODEL})")
-    add("--tokenizer", "where the tokenizer is, if not with the model")
-    add("--device", "backend to use, or auto; `portalm devices` lists them")
-    add("--dtype", "of weights and activations", choices=_DTYPES)
+    add("--model", "local folder, .gguf file, or Hugging Face id of the model")
+    add(
+        "--tokenizer",
+        "local folder or Hugging Face id of the tokenizer (default: the model's own)",
+    )
+    add("--device", "backend to run on, or auto for the fastest; see `portalm devices`")
+    add(
+        "--dtype",
+        "data type of weights and activations; auto is the checkpoint's if the device supports it",
+        choices=_DTYPES,
+    )
     add(
         "--quantization",
-        "what weights are computed with: auto is the checkpoint's own few bits where the device "
-        "can, none --dtype; int8, int4 and fp8 round those of more, and activations to 8 bits; "
-        "others are auto for a checkpoint that must be of that scheme",
+        "how weights are computed: auto keeps the checkpoint's quantization where the device "
+        "supports it; none dequantizes to --dtype; int8, int4 and fp8 round weights that have more "
+        "bits, and activations to 8 bits; the name of a scheme is auto, but requires it of the "
+        "checkpoint",
         choices=QUANTIZATIONS,
     )
-    add("--max-model-len", "longest prompt plus answer, for example 4096 or 32k", type=_length)
-    add("--block-size", "tokens per KV block", type=int)
+    add(
+        "--max-model-len",
+        "maximum tokens of a prompt and its answer together, for example 4096 or 32k "
+        "(default: auto, the model's longest context)",
+        type=_length,
+    )
+    add("--block-size", "number of tokens per KV block", type=int)
     flags.add_argument(
         "--gpu-memory-utilization",
         "--device-memory-utilization",
         dest="gpu_memory_utilization",
-        help="share of the device's memory to use, 0 to 1",
+        help="fraction of the device's memory to use, above 0 and at most 1 (default: 0.9 of the "
+        "device's own memory; of memory shared with the host, what --max-num-seqs can use)",
         type=float,
         default=argparse.SUPPRESS,
     )
-    add("--kv-cache-memory-bytes", "size of the KV cache", type=int)
     add(
-        "--kv-cache-dtype",
-        "of keys and values; int8 and fp8 have a scale for each token and head",
-        choices=(*_DTYPES, *SCALED_KV_DTYPES),
-    )
-    add("--num-gpu-blocks-override", "KV blocks to allocate", type=int)
-    add(
-        "--cpu-threads",
-        "threads that compute on the host (default: one for each core it may use)",
+        "--kv-cache-memory-bytes",
+        "size of the KV cache in bytes; overrides --gpu-memory-utilization "
+        "(default: what memory allows)",
         type=int,
     )
-    add("--max-num-seqs", "requests that run at once", type=int)
-    add("--max-num-batched-tokens", "tokens computed in one step", type=int)
+    add(
+        "--kv-cache-dtype",
+        "data type of cached keys and values; auto is --dtype; int8 and fp8 store 8 bits and a scale "
+        "per token and head",
+        choices=(*_DTYPES, *SCALED_KV_DTYPES),
+    )
+    add(
+        "--num-gpu-blocks-override",
+        "number of KV blocks to allocate; overrides every other size (default: what memory allows)",
+        type=int,
+    )
+    add(
+        "--cpu-threads",
+        "number of compute threads on the CPU (default: one per core that the process may use)",
+        type=int,
+    )
+    add("--max-num-seqs", "maximum number of requests in one step", type=int)
+    add("--max-num-batched-tokens", "maximum number of tokens computed in one step", type=int)
     add(
         "--enable-chunked-prefill",
-        "split long prompts over steps",
+        "split long prompts over several steps",
         action=argparse.BooleanOptionalAction,
     )
     add(
         "--enable-prefix-caching",
-        "reuse KV blocks of earlier requests",
+        "reuse KV blocks of earlier requests that began with the same tokens",
         action=argparse.BooleanOptionalAction,
     )
-    add("--scheduling-policy", "order of the queue", choices=("fcfs", "priority"))
+    add(
+        "--scheduling-policy",
+        "order of waiting requests: by arrival, or by priority (lower first)",
+        choices=("fcfs", "priority"),
+    )
     add(
         "--async-scheduling",
-        "plan a step while the one before runs",
+        "plan a step while the previous one runs, if the backend supports it",
         action=argparse.BooleanOptionalAction,
     )
-    add("--load-format", "of the checkpoint", choices=("auto", "safetensors", "gguf", "dummy"))
-    add("--revision", "branch, tag or commit on the hub")
-    add("--trust-remote-code", "let a tokenizer run its own Python code", action="store_true")
-    add("--hf-overrides", "JSON object that replaces values of config.json", type=json.loads)
-    add("--seed", "seeds requests that bring none", type=int)
-    add("--enforce-eager", "do not capture steps (slower; for debugging)", action="store_true")
-    add("--max-logprobs", "most logprobs a request may ask for", type=int)
-    add("--chat-template", "Jinja template, or the path of one")
+    add(
+        "--load-format",
+        "format of the checkpoint; auto detects it, dummy makes random weights for tests",
+        choices=("auto", "safetensors", "gguf", "dummy"),
+    )
+    add(
+        "--revision",
+        "branch, tag or commit on the Hugging Face hub (default: the default branch)",
+    )
+    add(
+        "--trust-remote-code",
+        "let a tokenizer run Python code from its repository",
+        action="store_true",
+    )
+    add(
+        "--hf-overrides",
+        "JSON object of values that replace those of config.json (default: none)",
+        type=json.loads,
+    )
+    add("--seed", "seed of requests that have none", type=int)
+    add(
+        "--enforce-eager",
+        "run steps without capturing them as graphs (slower; for debugging)",
+        action="store_true",
+    )
+    add("--max-logprobs", "maximum value of a request's logprobs and prompt_logprobs", type=int)
+    add("--chat-template", "Jinja chat template, or the path of one (default: the model's own)")
 
 
 def engine_settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The settings that were given, by EngineConfig's names."""
+    """Settings that were given, by the field names of `EngineConfig`."""
     from dataclasses import fields
 
     from portalm.config import EngineConfig
@@ -97,7 +146,7 @@ def engine_settings(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _length(text: str) -> int | None:
-    """4096, 32k (32,768 tokens) or auto."""
+    """Parse a length: 4096, 32k (32,768) or auto (None)."""
     if text == "auto":
         return None
     if text.lower().endswith("k"):

@@ -1,4 +1,4 @@
-"""`portalm run-batch`: a file of requests in, a file of answers out."""
+"""`portalm run-batch`: answer a file of requests."""
 
 from __future__ import annotations
 
@@ -18,18 +18,23 @@ if TYPE_CHECKING:
 
 
 def add_run_batch(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """`portalm run-batch`: answer a file in OpenAI's batch format."""
+    """Add `portalm run-batch`: answer a file in OpenAI's batch format."""
     parser = commands.add_parser("run-batch", help="answer a file of requests, without a server")
-    parser.add_argument("-i", "--input-file", required=True, help="JSON lines; - reads stdin")
     parser.add_argument(
-        "-o", "--output-file", required=True,
-        help="for the answers, in the order in which they come; - writes to stdout",
-    )  # fmt: skip
-    parser.add_argument(
-        "--served-model-name", nargs="+", default=[], help="names that requests may use"
+        "-i", "--input-file", required=True, help="JSON Lines file of requests; - reads stdin"
     )
     parser.add_argument(
-        "--max-concurrency", type=int, default=256, help="requests that are asked at once"
+        "-o", "--output-file", required=True,
+        help="file for the answers, in the order they finish; - writes to stdout",
+    )  # fmt: skip
+    parser.add_argument(
+        "--served-model-name",
+        nargs="+",
+        default=[],
+        help="model names that requests may use (default: the value of --model)",
+    )
+    parser.add_argument(
+        "--max-concurrency", type=int, default=256, help="maximum number of requests in flight"
     )
     add_answer_flags(parser)
     add_engine_flags(parser)
@@ -37,7 +42,7 @@ def add_run_batch(commands: argparse._SubParsersAction[argparse.ArgumentParser])
 
 
 def run_run_batch(arguments: argparse.Namespace) -> int:
-    """Answer every line; the exit status is 1 if one got no answer of status 200."""
+    """Answer every line; return 1 if one did not get status 200."""
     import asyncio
 
     from portalm.cli.engine_flags import engine_settings
@@ -52,7 +57,7 @@ def run_run_batch(arguments: argparse.Namespace) -> int:
             num_good, num_bad = asyncio.run(_answer(arguments, engine, lines, out))
         except asyncio.CancelledError:
             raise KeyboardInterrupt from None  # SIGTERM, as Ctrl-C
-    print(f"{num_good + num_bad} answers, {num_bad} of them errors", file=sys.stderr)
+    print(f"{num_good + num_bad} requests answered, {num_bad} with an error", file=sys.stderr)
     return 1 if num_bad else 0
 
 
@@ -89,7 +94,7 @@ async def _answer(
 
 
 def _count(lines: IO[bytes]) -> int | None:
-    """How many lines ask something; None: known at the end (a pipe)."""
+    """Number of requests in a file; None for a pipe."""
     if not lines.seekable():
         return None
     count = sum(1 for line in lines if line.strip())
@@ -98,7 +103,7 @@ def _count(lines: IO[bytes]) -> int | None:
 
 
 async def _read(lines: IO[bytes]) -> AsyncIterator[bytes]:
-    """The lines; answers go on while a pipe keeps us waiting for the next."""
+    """Yield the lines. Waiting for the next line of a pipe does not block running requests."""
     import asyncio
 
     from portalm.errors import PortaLMError
@@ -115,7 +120,9 @@ async def _read(lines: IO[bytes]) -> AsyncIterator[bytes]:
         while line := await reader.readline():
             yield line
     except ValueError:
-        raise PortaLMError(f"a line has more than {MAX_BODY_BYTES} bytes") from None
+        raise PortaLMError(
+            f"a line of the input is longer than the limit of {MAX_BODY_BYTES} bytes"
+        ) from None
 
 
 @contextlib.contextmanager
@@ -128,14 +135,14 @@ def _input(path: str) -> Iterator[IO[bytes]]:
     try:
         file = open(path, "rb")  # noqa: SIM115 - closed below
     except OSError as error:
-        raise ConfigError(f"--input-file cannot be read: {error}") from None
+        raise ConfigError(f"cannot read --input-file: {error}") from None
     with file:
         yield file
 
 
 @contextlib.contextmanager
 def _output(path: str) -> Iterator[IO[str]]:
-    """A file that is there once it is whole; what was answered before a failure is beside it."""
+    """Open the output. It is renamed to `path` when complete; on a failure `path`.partial stays."""
     from portalm.errors import ConfigError
 
     if path == "-":
@@ -145,13 +152,13 @@ def _output(path: str) -> Iterator[IO[str]]:
     try:
         file = open(partial, "w", buffering=1, encoding="utf-8", errors="backslashreplace")  # noqa: SIM115 - closed below
     except OSError as error:
-        raise ConfigError(f"--output-file cannot be written: {error}") from None
+        raise ConfigError(f"cannot write --output-file: {error}") from None
     with file:
         try:
             yield file
         except BaseException:
             if file.tell():
-                print(f"what was answered so far is in {partial}", file=sys.stderr)
+                print(f"answers up to the failure are in {partial}", file=sys.stderr)
             else:
                 os.remove(partial)
             raise

@@ -9,17 +9,35 @@ from portalm.cli.engine_flags import add_engine_flags
 
 
 def add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """`portalm serve`: an OpenAI-compatible server on one accelerator."""
+    """Add `portalm serve`: an OpenAI-compatible server on one accelerator."""
     parser = commands.add_parser("serve", help="serve a model over HTTP")
-    parser.add_argument("model_name", nargs="?", metavar="MODEL", help="the same as --model")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
-    parser.add_argument("--port", type=int, default=8000, help="port to listen on; 0 takes any")
-    parser.add_argument("--uds", default=None, help="Unix socket to listen on instead")
     parser.add_argument(
-        "--served-model-name", nargs="+", default=[], help="names that clients may use"
+        "model_name",
+        nargs="?",
+        metavar="MODEL",
+        help="the same as --model (default: that of --model)",
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
+    parser.add_argument(
+        "--port", type=int, default=8000, help="port to listen on; 0: any free port"
     )
     parser.add_argument(
-        "--shutdown-timeout", type=float, default=30.0, help="seconds that requests may go on"
+        "--uds",
+        metavar="PATH",
+        default=None,
+        help="Unix socket to listen on instead of --host and --port (default: none)",
+    )
+    parser.add_argument(
+        "--served-model-name",
+        nargs="+",
+        default=[],
+        help="model names that requests may use (default: the value of --model)",
+    )
+    parser.add_argument(
+        "--shutdown-timeout",
+        type=float,
+        default=30.0,
+        help="seconds that running requests may take to finish at shutdown",
     )
     _add_access_flags(parser)
     _add_load_flags(parser)
@@ -30,76 +48,109 @@ def add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 
 
 def _add_access_flags(parser: argparse.ArgumentParser) -> None:
-    flags = parser.add_argument_group("who may ask")
+    flags = parser.add_argument_group("access")
     flags.add_argument(
         "--api-key",
         action="append",
         default=[],
-        help="may be repeated; others on this machine can see it: --api-key-file hides it",
+        help="key that requests must send; may be repeated; other users of this machine can see it "
+        "in the process list, --api-key-file avoids that (default: none, no key is needed)",
     )
     flags.add_argument(
-        "--api-key-file", default=None, help="keys, one a line; read again on SIGHUP"
+        "--api-key-file",
+        metavar="FILE",
+        default=None,
+        help="file of API keys, one per line; reread on SIGHUP (default: none)",
     )
     flags.add_argument(
-        "--allowed-origins", nargs="+", default=[], help="web pages that may ask (CORS); * is all"
+        "--allowed-origins",
+        nargs="+",
+        default=[],
+        help="origins of web pages that may send requests (CORS); * allows all (default: none)",
     )
-    flags.add_argument("--ssl-certfile", default=None, help="certificate: serve HTTPS")
-    flags.add_argument("--ssl-keyfile", default=None, help="its private key")
-    flags.add_argument("--ssl-ca-certs", default=None, help="to check clients' certificates by")
+    flags.add_argument(
+        "--ssl-certfile",
+        metavar="FILE",
+        default=None,
+        help="certificate to serve HTTPS with (default: none, serve HTTP)",
+    )
+    flags.add_argument(
+        "--ssl-keyfile",
+        metavar="FILE",
+        default=None,
+        help="private key of --ssl-certfile (default: the key in that file)",
+    )
+    flags.add_argument(
+        "--ssl-ca-certs",
+        metavar="FILE",
+        default=None,
+        help="CA certificates to verify clients' certificates with (default: none)",
+    )
     flags.add_argument(
         "--ssl-cert-reqs",
         type=int,
         default=0,
         choices=(0, 1, 2),
-        help="clients need a certificate: 0 no, 1 checked if there is one, 2 yes",
+        help="whether clients need a certificate: 0 no, 1 verify it if one is sent, 2 yes",
     )
     flags.add_argument(
         "--trust-request-chat-template",
         action="store_true",
-        help="let requests bring a chat_template; it is a program that may run for ever",
+        help="accept a chat_template in requests; a template is a program that may run forever",
     )
 
 
 def _add_load_flags(parser: argparse.ArgumentParser) -> None:
-    flags = parser.add_argument_group("load")
+    flags = parser.add_argument_group("queue limits")
     flags.add_argument(
-        "--max-num-queued-reqs", type=int, default=None, help="answers that may wait; then 429"
+        "--max-num-queued-reqs",
+        type=int,
+        default=None,
+        help="maximum number of waiting answers; further requests get status 429 "
+        "(default: no limit)",
     )
     flags.add_argument(
         "--max-num-queued-tokens",
         type=int,
         default=None,
-        help="prompt tokens that may wait; then 429",
+        help="maximum number of waiting prompt tokens; further requests get status 429 "
+        "(default: no limit)",
     )
     flags.add_argument(
-        "--queue-timeout", type=float, default=None, help="seconds to wait at most; then 503"
+        "--queue-timeout",
+        type=float,
+        default=None,
+        help="seconds that a request may wait before it gets status 503 (default: no limit)",
     )
 
 
 def _add_watching_flags(parser: argparse.ArgumentParser) -> None:
     flags = parser.add_argument_group("logs and traces")
     flags.add_argument(
-        "--log-format", choices=("text", "json"), default="text", help="of every line on stderr"
+        "--log-format",
+        choices=("text", "json"),
+        default="text",
+        help="format of log lines on stderr",
     )
     flags.add_argument(
         "--log-level",
         choices=("debug", "info", "warning", "error"),
         default="info",
-        help="least to log; info has one line for each request that ended",
+        help="lowest level to log; info logs one line per finished request",
     )
     flags.add_argument(
         "--enable-log-requests",
         action="store_true",
-        help="log prompts and answers too (by default no content is logged)",
+        help="also log prompts and answers",
     )
     flags.add_argument(
-        "--disable-log-stats", action="store_true", help="no line of throughput every 10 s"
+        "--disable-log-stats", action="store_true", help="do not log throughput every 10 s"
     )
     flags.add_argument(
         "--otlp-traces-endpoint",
         metavar="URL",
-        help="send OpenTelemetry traces to this collector, over OTLP/HTTP "
-        "(needs portalm[otel]), for example http://localhost:4318/v1/traces",
+        help="collector to send OpenTelemetry traces to over OTLP/HTTP, for example "
+        "http://localhost:4318/v1/traces; needs portalm[otel] (default: none)",
     )
 
 

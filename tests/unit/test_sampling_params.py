@@ -43,7 +43,7 @@ from portalm.sampling_params import SamplingParams, as_token_ids
         ("stop_token_ids", [-1], "at least 0"),
         ("stop_token_ids", ["a"], "must be an integer"),
         ("bad_words", [""], "non-empty"),
-        ("allowed_token_ids", [], "no token could be drawn"),
+        ("allowed_token_ids", [], "no token could be sampled"),
         ("allowed_token_ids", [1.5], "must be an integer"),
         ("logit_bias", {"a": 1}, "map token ids to numbers"),
         ("logit_bias", [1], "map token ids to numbers"),

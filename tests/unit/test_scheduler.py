@@ -101,7 +101,7 @@ def test_live_id_is_refused_and_a_finished_one_is_free_again() -> None:
 
 
 def test_budget_below_the_number_of_requests_is_refused() -> None:
-    with pytest.raises(ConfigError, match="each running request decodes one token a step"):
+    with pytest.raises(ConfigError, match="each running request decodes one token per step"):
         make_scheduler(max_batch_tokens=3)
 
 
