@@ -15,8 +15,8 @@ def add_answer_flags(parser: argparse.ArgumentParser) -> None:
         "--tool-call-parser",
         default=None,
         metavar="NAME",
-        help="format of the model's tool calls: hermes, llama3_json, mistral, pythonic, or the name "
-        "of an installed parser (default: detected from the chat template)",
+        help="format of the model's tool calls: hermes, llama3_json, mistral, pythonic, or the "
+        "name of an installed parser (default: detected from the chat template)",
     )
     parser.add_argument(
         "--enable-auto-tool-choice",

@@ -1,4 +1,4 @@
-"""`--config FILE.yaml`: flags from a file, under the names that they have on the command line."""
+"""`--config FILE.yaml`: read flags from a file, under their command line names."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from typing import Any
 from portalm.errors import ConfigError
 
 
-class VerbParser(argparse.ArgumentParser):
-    """The parser of a verb: flags of its `--config` file count as if they came first.
+class CommandParser(argparse.ArgumentParser):
+    """Parser of a command that inserts the flags of its `--config` file before all others.
 
-    So what the command line says as well wins, and values are checked by the same rules.
+    So flags on the command line override the file, and the same rules check both.
     """
 
     def parse_known_args(  # type: ignore[override]  # typeshed: a namespace of any type
@@ -23,14 +23,14 @@ class VerbParser(argparse.ArgumentParser):
         args: Sequence[str] | None = None,
         namespace: argparse.Namespace | None = None,
     ) -> tuple[argparse.Namespace, list[str]]:
-        """As argparse does. Raises `ConfigError` for a file that cannot be used."""
+        """Parse the flags. Raises `ConfigError` if the `--config` file is invalid."""
         given = list(sys.argv[1:] if args is None else args)
         if "--config" in self._option_string_actions:
             finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
             finder.add_argument("--config")
             path = finder.parse_known_args(given)[0].config
             if path is not None:
-                # --config again: it ends a list that the file's last flag may have
+                # --config again: it ends the value list of the file's last flag
                 given = [*self._flags_of(path), "--config", path, *given]
         return super().parse_known_args(given, namespace)
 
@@ -40,8 +40,8 @@ class VerbParser(argparse.ArgumentParser):
             flag = "--" + str(name).replace("_", "-")
             action = self._option_string_actions.get(flag)
             if action is None or flag in ("--config", "--help"):
-                raise ConfigError(f"{path}: {name!r} is not a flag of {self.prog}")
-            flags += _spell(f"{path}: {name}", flag, value, action)
+                raise ConfigError(f"{path}: {name!r} is not a flag of `{self.prog}`")
+            flags += _as_arguments(f"{path}: {name}", flag, value, action)
         return flags
 
 
@@ -51,18 +51,18 @@ def _read(path: str) -> dict[Any, Any]:
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config cannot be read: {error}") from None
+        raise ConfigError(f"cannot read --config: {error}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from None
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise ConfigError(f"{path} must map names of flags to values")
+        raise ConfigError(f"{path} must be a mapping from flag names to values")
     return values
 
 
-def _spell(where: str, flag: str, value: Any, action: argparse.Action) -> list[str]:
-    """`value` as it is written on the command line; nothing for null: the flag's default."""
+def _as_arguments(where: str, flag: str, value: Any, action: argparse.Action) -> list[str]:
+    """Convert a value to command line arguments; null gives none and keeps the flag's default."""
     if value is None:
         return []
     if action.nargs == 0:

@@ -1,4 +1,4 @@
-"""`portalm conformance`: check a backend against the reference."""
+"""`portalm conformance`: test a backend against the reference."""
 
 from __future__ import annotations
 
@@ -6,22 +6,35 @@ import argparse
 
 
 def add_conformance(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """`portalm conformance`: run the kit on one backend."""
-    parser = commands.add_parser("conformance", help="check a backend against the reference")
-    parser.add_argument("--device", default="auto", help="backend to check")
+    """Add `portalm conformance`: run the conformance kit on one backend."""
+    parser = commands.add_parser("conformance", help="test a backend against the reference")
+    parser.add_argument("--device", default="auto", help="backend to test")
     parser.add_argument(
         "--level",
         action="append",
         default=[],
-        help="L0 to L4, or claims, operations, laws, models, serving; may be repeated",
+        help="level to run: L0 to L4, or claims, operations, laws, models, serving; may be "
+        "repeated (default: all)",
     )
-    parser.add_argument("-k", dest="pattern", default="", help="only checks whose name has this")
-    parser.add_argument("--json", dest="json_path", default=None, help="file for the results")
+    parser.add_argument(
+        "-k",
+        dest="pattern",
+        metavar="TEXT",
+        default="",
+        help="run only checks whose name contains this text (default: all)",
+    )
+    parser.add_argument(
+        "--json",
+        dest="json_path",
+        metavar="FILE",
+        default=None,
+        help="file to write the results to as JSON (default: none)",
+    )
     parser.set_defaults(run=run_conformance)
 
 
 def run_conformance(arguments: argparse.Namespace) -> int:
-    """Print a table; 1 if a check failed."""
+    """Print a table of results; return 1 if a check failed."""
     from pathlib import Path
 
     from portalm.backend import load_backend

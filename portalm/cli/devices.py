@@ -1,4 +1,4 @@
-"""`portalm devices`, `doctor` and `collect-env`: what is here, what would be used, and why."""
+"""`portalm devices`, `doctor` and `collect-env`: report on the devices and this installation."""
 
 from __future__ import annotations
 
@@ -6,45 +6,47 @@ import argparse
 
 
 def add_devices(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """`portalm devices`: one line a backend."""
-    parser = commands.add_parser("devices", help="list backends: what runs here, and why not")
+    """Add `portalm devices`: one line per backend."""
+    parser = commands.add_parser(
+        "devices", help="list the backends, and why those that cannot run here cannot"
+    )
     parser.set_defaults(run=run_devices)
 
 
 def run_devices(arguments: argparse.Namespace) -> int:
-    """Print every backend; 1 if `auto` would find none."""
+    """Print every backend; return 1 if --device auto finds none."""
     from portalm.backend import choose_backend, report_backends
 
     chosen = choose_backend()
     for name, report in report_backends().items():
         mark = "*" if name == chosen else " "
-        state = "available" if report.is_available else "not here"
-        print(f"{mark} {name:<10} {state:<10} {report.summary}")
+        state = "available" if report.is_available else "unavailable"
+        print(f"{mark} {name:<10} {state:<11} {report.summary}")
     print()
     if chosen is None:
-        print("--device auto finds no device it can use; `portalm doctor` says more")
+        print("--device auto finds no usable device; run `portalm doctor` for details")
         return 1
-    print(f"* is what --device auto uses: {chosen}")
+    print(f"* used by --device auto: {chosen}")
     return 0
 
 
 def add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """`portalm doctor`: versions, devices, the model cache, and a small test of each device."""
-    parser = commands.add_parser("doctor", help="check this installation and say what is wrong")
+    """Add `portalm doctor`: versions, the model cache, and a small test of each device."""
+    parser = commands.add_parser("doctor", help="check this installation and report problems")
     parser.set_defaults(run=run_doctor)
 
 
 def run_doctor(arguments: argparse.Namespace) -> int:
-    """Print what was found and try every device; 1 if something is wrong."""
+    """Print versions and test every device; return 1 if there is a problem."""
     from portalm.backend import choose_backend, load_backend, report_backends
     from portalm.errors import PortaLMError
 
     _print_versions()
     _print_cache()
     chosen = choose_backend()
-    is_well = chosen is not None
+    is_healthy = chosen is not None
     for name, report in report_backends().items():
-        used = " (what --device auto uses)" if name == chosen else ""
+        used = " (used by --device auto)" if name == chosen else ""
         print(f"\ndevice {name}{used}: {report.summary}")
         for key, value in report.details:
             print(f"  {key}: {value}")
@@ -55,21 +57,23 @@ def run_doctor(arguments: argparse.Namespace) -> int:
             backend.probe(timeout_s=10.0)
         except PortaLMError as error:
             print(f"  BROKEN: {error}")
-            is_well = False
+            is_healthy = False
             continue
         memory = backend.memory()
-        where = "shared with the host" if memory.host_shared else "its own"
+        where = "shared with the host" if memory.host_shared else "of its own"
         print(
-            f"  answers; memory {memory.free / 2**30:.1f} of {memory.total / 2**30:.1f} GiB free, "
+            f"  works; {memory.free / 2**30:.1f} of {memory.total / 2**30:.1f} GiB memory free, "
             f"{where}"
         )
-    print(f"\n{'all is well' if is_well else 'something is wrong: see above'}")
-    return 0 if is_well else 1
+    print(f"\n{'no problems found' if is_healthy else 'problems found: see above'}")
+    return 0 if is_healthy else 1
 
 
 def add_collect_env(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """`portalm collect-env`: what a bug report should say of the machine."""
-    parser = commands.add_parser("collect-env", help="print what a bug report should contain")
+    """Add `portalm collect-env`: versions and devices for a bug report."""
+    parser = commands.add_parser(
+        "collect-env", help="print the versions and devices to include in a bug report"
+    )
     parser.set_defaults(run=run_collect_env)
 
 
@@ -109,5 +113,5 @@ def _print_cache() -> None:
 
     found = find_cached(DEFAULT_MODEL)
     print(f"cache folder: {cache_dir()}")
-    state = f"at {found}" if found else "not here yet (`portalm pull` fetches it)"
+    state = f"at {found}" if found else "not downloaded yet (run `portalm pull`)"
     print(f"default model {DEFAULT_MODEL}: {state}")

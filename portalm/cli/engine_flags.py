@@ -67,8 +67,8 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--kv-cache-dtype",
-        "data type of cached keys and values; auto is --dtype; int8 and fp8 store 8 bits and a scale "
-        "per token and head",
+        "data type of cached keys and values; auto is --dtype; int8 and fp8 store 8 bits and a "
+        "scale per token and head",
         choices=(*_DTYPES, *SCALED_KV_DTYPES),
     )
     add(

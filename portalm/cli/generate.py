@@ -1,4 +1,4 @@
-"""`portalm generate`: one prompt, one answer, streamed to the terminal."""
+"""`portalm generate`: answer one prompt in the terminal."""
 
 from __future__ import annotations
 
@@ -8,25 +8,39 @@ DEMO_PROMPT = "Explain in three sentences why the sky is blue."
 
 
 def add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """`portalm generate`: answer a prompt and say how fast it went."""
+    """Add `portalm generate`: answer a prompt and report the speed."""
     from portalm.cli.engine_flags import add_engine_flags
 
     parser = commands.add_parser("generate", help="answer one prompt in the terminal")
-    parser.add_argument("prompt", nargs="?", default=DEMO_PROMPT, help="what to answer")
+    parser.add_argument("prompt", nargs="?", default=DEMO_PROMPT, help="prompt to answer")
     parser.add_argument(
-        "--raw", action="store_true", help="continue the text as it is, without a chat template"
+        "--raw", action="store_true", help="continue the prompt without applying the chat template"
     )
-    parser.add_argument("--max-tokens", type=int, default=256, help="most tokens to generate")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    parser.add_argument("--top-p", type=float, default=1.0, help="nucleus sampling")
-    parser.add_argument("--sampling-seed", type=int, default=None, help="same seed, same answer")
-    parser.add_argument("--quiet", action="store_true", help="print the answer and nothing else")
+    parser.add_argument(
+        "--max-tokens", type=int, default=256, help="maximum number of tokens to generate"
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, help="sampling temperature; 0 is greedy"
+    )
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        help="nucleus sampling: total probability of the tokens to sample from",
+    )
+    parser.add_argument(
+        "--sampling-seed",
+        type=int,
+        default=None,
+        help="seed of the random numbers: the same seed gives the same answer (default: a new one)",
+    )
+    parser.add_argument("--quiet", action="store_true", help="print only the answer")
     add_engine_flags(parser)
     parser.set_defaults(run=run_generate)
 
 
 def run_generate(arguments: argparse.Namespace) -> int:
-    """Stream the answer to stdout; what else there is to say goes to stderr."""
+    """Stream the answer to stdout; progress and speed go to stderr."""
     import sys
     import time
 
@@ -73,7 +87,7 @@ def run_generate(arguments: argparse.Namespace) -> int:
         rate = (num_tokens - 1) / (last - first) if num_tokens > 1 else 0.0
         print(
             f"\n{num_tokens} tokens, {rate:.1f} tokens/s, first token after "
-            f"{(first - asked) * 1000:.0f} ms (and {first - started:.1f} s after the start)",
+            f"{(first - asked) * 1000:.0f} ms ({first - started:.1f} s including loading)",
             file=sys.stderr,
         )
     return 0

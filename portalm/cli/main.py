@@ -1,4 +1,4 @@
-"""`portalm`: finds the verb, runs it, turns a PortaLMError into one line and exit status 2."""
+"""`portalm`: run a command; a PortaLMError becomes one line on stderr and exit status 2."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from typing import Any
 from portalm import __version__
 from portalm.cli.bench.command import add_bench
 from portalm.cli.chat import add_chat
-from portalm.cli.config_file import VerbParser
+from portalm.cli.config_file import CommandParser
 from portalm.cli.conformance import add_conformance
 from portalm.cli.devices import add_collect_env, add_devices, add_doctor
+from portalm.cli.flag_defaults import state_defaults
 from portalm.cli.generate import add_generate
 from portalm.cli.pull import add_pull
 from portalm.cli.run_batch import add_run_batch
@@ -21,13 +22,13 @@ from portalm.errors import PortaLMError
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of all verbs; `run` of what it parses takes the arguments."""
+    """Build the parser of all commands. The parsed arguments have the function to call as `run`."""
     parser = argparse.ArgumentParser(
         prog="portalm", description="LLM inference and serving that runs fast on any accelerator."
     )
     parser.add_argument("--version", action="version", version=f"portalm {__version__}")
     commands: argparse._SubParsersAction[Any] = parser.add_subparsers(
-        title="commands", required=True, metavar="COMMAND", parser_class=VerbParser
+        title="commands", required=True, metavar="COMMAND", parser_class=CommandParser
     )
     for add in (
         add_serve,
@@ -42,11 +43,12 @@ def build_parser() -> argparse.ArgumentParser:
         add_collect_env,
     ):
         add(commands)
+    state_defaults(parser)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit status."""
+    """Run the command line; return the exit status."""
     try:
         arguments = build_parser().parse_args(argv)
         status = arguments.run(arguments)

@@ -16,7 +16,7 @@ import pytest
 from portalm.cli.chat import read_message
 from tests.server.conftest import ENDLESS, RunningServer
 
-FIGURES = r"\[(\d+) tokens, [\d.]+ tokens/s, first after \d+ ms"
+FIGURES = r"\[(\d+) tokens, [\d.]+ tokens/s, first token after \d+ ms"
 
 
 def on_a_terminal(*arguments: str) -> pexpect.spawn:
@@ -78,7 +78,7 @@ def test_ctrl_c_ends_the_answer_and_the_conversation_goes_on(here, tmp_path: Pat
     here.expect(FIGURES + r"\]")
     assert 1 < int(here.match.group(1)) < 1500
     here.sendline(f"/save {tmp_path}/said.json")
-    here.expect("2 messages in")
+    here.expect("saved 2 messages to")
 
     said = json.loads((tmp_path / "said.json").read_text())
     assert [message["role"] for message in said] == ["user", "assistant"]
@@ -99,9 +99,9 @@ def test_a_server_answers_and_ctrl_c_ends_its_request(there, model_server, tmp_p
     there.sendline('"""One line\nand another"""')
     there.expect(FIGURES)
     there.sendline("word " * 2100)  # refused: it is no part of the conversation
-    there.expect("the server answers 400: .*2048")
+    there.expect("the server returned status 400: .*2048")
     there.sendline(f"/save {tmp_path}/said.json")
-    there.expect("3 messages in")
+    there.expect("saved 3 messages to")
     said = json.loads((tmp_path / "said.json").read_text())
     assert said[0] == {"role": "system", "content": "You are a pirate."}
     assert said[1] == {"role": "user", "content": "One line\nand another"}
@@ -109,7 +109,7 @@ def test_a_server_answers_and_ctrl_c_ends_its_request(there, model_server, tmp_p
     there.sendline("/system -")
     there.expect("system message: none")
     there.sendline("/cleer")
-    there.expect("no command /cleer")
+    there.expect("unknown command /cleer")
     there.sendline("/help")
     there.expect("/save FILE")
 
@@ -133,13 +133,13 @@ def test_a_question_that_is_refused_shows_in_the_exit_status(null_server: Runnin
     done = chat_of(null_server.url, "w5\n", "--temperature", "-1")
 
     assert done.returncode == 1
-    assert "the server answers 400: temperature" in done.stderr
+    assert "the server returned status 400: temperature" in done.stderr
 
 
 @pytest.mark.parametrize(
     ("flags", "text"),
     [
-        (("--device", "cpu"), "device: with --url the server has settled that"),
+        (("--device", "cpu"), "device cannot be set with --url"),
         (("--model", "other"), "model 'other' is not served here"),
     ],
     ids=["a setting of the engine", "a model that is not there"],
@@ -155,7 +155,7 @@ def test_no_server_is_one_line() -> None:
     done = chat_of("http://127.0.0.1:9", "hello\n")
 
     assert done.returncode == 2
-    assert done.stderr.startswith("portalm: no answer from http://127.0.0.1:9 ")
+    assert done.stderr.startswith("portalm: no valid answer from http://127.0.0.1:9 ")
     assert done.stderr.count("\n") == 1
 
 

@@ -135,7 +135,7 @@ def test_a_pipe_is_answered_as_it_comes_and_sigterm_keeps_what_there_is(
     [answer] = [json.loads(one) for one in partial.read_text().splitlines()]
     assert answer["custom_id"] == "completion"
     assert status == 130
-    assert f"what was answered so far is in {partial}" in said and "Traceback" not in said
+    assert f"answers up to the failure are in {partial}" in said and "Traceback" not in said
     assert not out.exists()
 
 
@@ -156,4 +156,4 @@ def test_a_file_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[str]
     status = main(["run-batch", "-i", "/nowhere.jsonl", "-o", "/dev/null"])
 
     assert status == 2
-    assert "--input-file cannot be read" in capsys.readouterr().err
+    assert "cannot read --input-file" in capsys.readouterr().err

@@ -10,7 +10,7 @@ import pytest
 
 from portalm.cli.bench import figures
 from portalm.cli.bench import serve as bench
-from portalm.cli.bench.serve import Answered
+from portalm.cli.bench.serve import BenchAnswer
 from portalm.cli.main import build_parser, main
 from portalm.errors import ConfigError
 from tests.server.conftest import make_model_folder, running_server
@@ -28,18 +28,18 @@ def test_the_same_seed_asks_the_same() -> None:
 
 
 def test_lengths_are_spread_around_their_mean() -> None:
-    asked = bench.make_requests(arguments("--num-prompts", "4000"))
-    lengths = [len(one.prompt.split()) for one in asked]
+    planned = bench.make_requests(arguments("--num-prompts", "4000"))
+    lengths = [len(one.prompt.split()) for one in planned]
 
     assert statistics.mean(lengths) == pytest.approx(200, rel=0.05)
     assert statistics.stdev(lengths) > 80
-    assert statistics.mean(one.num_out for one in asked) == pytest.approx(120, rel=0.05)
+    assert statistics.mean(one.num_out for one in planned) == pytest.approx(120, rel=0.05)
 
 
 def test_arrivals_have_the_rate() -> None:
-    asked = bench.make_requests(arguments("--num-prompts", "4000", "--request-rate", "8"))
+    planned = bench.make_requests(arguments("--num-prompts", "4000", "--request-rate", "8"))
 
-    assert asked[-1].start_s == pytest.approx(500, rel=0.1)
+    assert planned[-1].start_s == pytest.approx(500, rel=0.1)
 
 
 def test_percentiles_interpolate() -> None:
@@ -49,12 +49,12 @@ def test_percentiles_interpolate() -> None:
 
 def test_a_summary_counts_only_what_was_answered() -> None:
     answers = [
-        Answered(ttft=0.1, gaps=[0.02, 0.04], e2el=1.0, num_in=10, num_out=3),
-        Answered(ttft=0.3, gaps=[0.06], e2el=3.0, num_in=10, num_out=2),
-        Answered(error="429: full"),
+        BenchAnswer(ttft=0.1, gaps=[0.02, 0.04], e2el=1.0, num_in=10, num_out=3),
+        BenchAnswer(ttft=0.3, gaps=[0.06], e2el=3.0, num_in=10, num_out=2),
+        BenchAnswer(error="429: full"),
     ]
 
-    summary = bench.summarise(answers, 2.0, bench.parse_goodput(["ttft:200", "itl:50"]))
+    summary = bench.summarize(answers, 2.0, bench.parse_goodput(["ttft:200", "itl:50"]))
 
     assert (summary["completed"], summary["failed"], summary["errors"]) == (2, 1, ["429: full"])
     assert summary["output_throughput"] == 2.5

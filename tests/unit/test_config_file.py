@@ -71,10 +71,10 @@ def test_verbs_of_verbs_have_it_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("max-model-length: 5", "'max-model-length' is not a flag of portalm serve"),
+        ("max-model-length: 5", "'max-model-length' is not a flag of `portalm serve`"),
         ("config: other.yaml", "'config' is not a flag"),
         ("enforce-eager: 3", "must be true or false, not 3"),
-        ("- model", "must map names of flags to values"),
+        ("- model", "must be a mapping from flag names to values"),
         ("model: [", "is not valid YAML"),
     ],
 )
@@ -96,4 +96,4 @@ def test_a_file_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[str]
     status = main(["serve", "--config", "/nowhere.yaml"])
 
     assert status == 2
-    assert "portalm: --config cannot be read" in capsys.readouterr().err
+    assert "portalm: cannot read --config" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""`portalm bench`: finds the kind of measurement."""
+"""`portalm bench`: the benchmark commands."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from portalm.cli.bench.throughput import add_bench_throughput
 
 
 def add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """`portalm bench`: measurements."""
-    parser = commands.add_parser("bench", help="measure a server, an engine, or its start")
+    """Add `portalm bench` and its subcommands."""
+    parser = commands.add_parser("bench", help="benchmark a server, an engine, or its startup")
     kinds = parser.add_subparsers(title="kinds", required=True, metavar="KIND")
     for add in (add_bench_serve, add_bench_throughput, add_bench_latency, add_bench_startup):
         add(kinds)

@@ -1,4 +1,4 @@
-"""What all measurements share: lengths, percentiles, the table and the result file."""
+"""Shared by all benchmarks: request lengths, percentiles, the table and the result file."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from typing import Any
 
 PERCENTILES = (50, 90, 99)
 _SPREAD = 0.6
-"""Standard deviation of the logarithm of the lengths: that of conversations, about."""
+"""Standard deviation of the logarithm of the lengths, about that of conversations."""
 
 
-def draw_length(rng: random.Random, mean: int, *, is_fixed: bool) -> int:
-    """`mean`, or a length of a spread whose mean that is."""
+def sample_length(rng: random.Random, mean: int, *, is_fixed: bool) -> int:
+    """Return `mean`, or a length from a log-normal distribution with that mean."""
     if is_fixed:
         return mean
-    # of this logarithm the mean is `mean`
-    drawn = rng.lognormvariate(math.log(mean) - _SPREAD**2 / 2, _SPREAD)
-    return max(1, min(round(drawn), 8 * mean))
+    # exp of a normal variable with this mean and deviation has mean `mean`
+    length = rng.lognormvariate(math.log(mean) - _SPREAD**2 / 2, _SPREAD)
+    return max(1, min(round(length), 8 * mean))
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """By linear interpolation between the two nearest."""
+    """Percentile of `values` by linear interpolation between the two nearest."""
     ordered = sorted(values)
     at = (len(ordered) - 1) * percent / 100
     low = math.floor(at)
@@ -33,7 +33,7 @@ def percentile(values: Sequence[float], percent: float) -> float:
 
 
 def spread_ms(name: str, seconds: Sequence[float]) -> dict[str, float]:
-    """Mean and percentiles in milliseconds, by name; nothing of nothing."""
+    """Mean and percentiles in milliseconds, by name; empty if there are no values."""
     if not seconds:
         return {}
     found = {f"mean_{name}_ms": 1000 * sum(seconds) / len(seconds)}
@@ -43,7 +43,7 @@ def spread_ms(name: str, seconds: Sequence[float]) -> dict[str, float]:
 
 
 def report(figures: Mapping[str, Any], result_json: str | None) -> None:
-    """Print a table; write all figures to a file, where one is named."""
+    """Print a table of figures, and write them to the file `result_json` if given."""
     for name, value in figures.items():
         shown = f"{value:.2f}" if isinstance(value, float) else value
         print(f"{name:24s} {shown}")

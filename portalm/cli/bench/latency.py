@@ -1,4 +1,4 @@
-"""`portalm bench latency`: how long one batch takes."""
+"""`portalm bench latency`: the time one batch takes."""
 
 from __future__ import annotations
 
@@ -8,17 +8,19 @@ from portalm.cli.bench.offline import add_offline_flags
 
 
 def add_bench_latency(kinds: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """`portalm bench latency`: seconds of one batch, without a server."""
-    parser = kinds.add_parser("latency", help="time that one batch takes in this process")
-    parser.add_argument("--batch-size", type=int, default=8, help="requests at once")
-    parser.add_argument("--num-iters-warmup", type=int, default=2, help="batches not counted")
-    parser.add_argument("--num-iters", type=int, default=10, help="batches measured")
+    """Add `portalm bench latency`: time one batch, without a server."""
+    parser = kinds.add_parser("latency", help="time one batch of an engine in this process")
+    parser.add_argument("--batch-size", type=int, default=8, help="requests per batch")
+    parser.add_argument(
+        "--num-iters-warmup", type=int, default=2, help="batches to run before measuring"
+    )
+    parser.add_argument("--num-iters", type=int, default=10, help="batches to measure")
     add_offline_flags(parser, input_len=32, output_len=128)
     parser.set_defaults(run=run_bench_latency)
 
 
 def run_bench_latency(arguments: argparse.Namespace) -> int:
-    """Answer batch after batch of new prompts, print a table."""
+    """Answer batches of new prompts and print a table."""
     import random
     import time
 

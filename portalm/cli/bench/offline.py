@@ -1,4 +1,4 @@
-"""What throughput and latency share: an engine in this process, and prompts for it."""
+"""Shared by bench throughput and latency: an engine in this process, and prompts for it."""
 
 from __future__ import annotations
 
@@ -17,15 +17,27 @@ _FIRST_ID = 3
 
 
 def add_offline_flags(parser: argparse.ArgumentParser, *, input_len: int, output_len: int) -> None:
-    """Lengths, result file, and the engine's flags."""
-    parser.add_argument("--input-len", type=int, default=input_len, help="tokens of a prompt")
-    parser.add_argument("--output-len", type=int, default=output_len, help="tokens of an answer")
-    parser.add_argument("--result-json", default=None, help="file for all figures")
+    """Add flags for lengths, the result file and the engine."""
+    parser.add_argument(
+        "--input-len",
+        type=int,
+        default=input_len,
+        help="tokens per prompt, on average where lengths vary",
+    )
+    parser.add_argument(
+        "--output-len",
+        type=int,
+        default=output_len,
+        help="tokens per answer, on average where lengths vary",
+    )
+    parser.add_argument(
+        "--result-json", default=None, help="file to write all figures to as JSON (default: none)"
+    )
     add_engine_flags(parser)
 
 
 def load(arguments: argparse.Namespace) -> LLM:
-    """The engine, warm. Raises `ConfigError` for lengths that do not fit the model."""
+    """Load and warm up the engine. Raises `ConfigError` if the lengths do not fit the model."""
     from portalm.cli.engine_flags import engine_settings
     from portalm.errors import ConfigError
     from portalm.llm import LLM
@@ -38,27 +50,27 @@ def load(arguments: argparse.Namespace) -> LLM:
     longest = arguments.input_len + arguments.output_len
     if longest > llm.engine.max_model_len:
         raise ConfigError(
-            f"--input-len and --output-len make {longest} tokens, the model takes "
-            f"{llm.engine.max_model_len}"
+            f"--input-len and --output-len add up to {longest} tokens, more than --max-model-len "
+            f"({llm.engine.max_model_len})"
         )
     llm.generate([[_FIRST_ID] * 16], answer_of(4), use_tqdm=False)
     return llm
 
 
 def make_prompt(rng: random.Random, llm: LLM, num_tokens: int) -> list[int]:
-    """So many random tokens: the prefix cache finds none of them."""
+    """Return random token ids, so that the prefix cache has no hits."""
     vocab_size = llm.engine.ready.vocab_size
     return [rng.randrange(_FIRST_ID, vocab_size) for _ in range(num_tokens)]
 
 
 def answer_of(num_tokens: int) -> SamplingParams:
-    """Exactly so many tokens, greedy, without text."""
+    """Parameters of a greedy answer of exactly `num_tokens` tokens, without text."""
     from portalm.sampling_params import SamplingParams
 
     return SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True, detokenize=False)
 
 
 def describe(llm: LLM) -> dict[str, Any]:
-    """What was measured."""
+    """Describe the engine that was measured."""
     ready = llm.engine.ready
     return {"model": ready.model, "device": ready.device, "dtype": ready.dtype}

@@ -1,4 +1,4 @@
-"""`portalm bench serve`: load on a running OpenAI-compatible server, and how it bore it."""
+"""`portalm bench serve`: measure a running OpenAI-compatible server under load."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from portalm.cli.bench.figures import draw_length, report, spread_ms
+from portalm.cli.bench.figures import report, sample_length, spread_ms
 
 if TYPE_CHECKING:
     import httpx
@@ -23,80 +23,98 @@ _WORDS = """
 
 
 def add_bench_serve(kinds: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """`portalm bench serve`: load on any OpenAI-compatible server."""
-    serve = kinds.add_parser("serve", help="requests to an OpenAI-compatible server")
-    serve.add_argument("--base-url", default="http://127.0.0.1:8000", help="of the server")
-    serve.add_argument("--model", default=None, help="as the server calls it (default: its first)")
-    serve.add_argument("--api-key", default=None, help="sent as a bearer token")
-    serve.add_argument("--num-prompts", type=int, default=100, help="requests in all")
-    serve.add_argument("--max-concurrency", type=int, default=32, help="requests at once")
+    """Add `portalm bench serve`: load test of any OpenAI-compatible server."""
+    serve = kinds.add_parser("serve", help="load test of an OpenAI-compatible server")
+    serve.add_argument("--base-url", default="http://127.0.0.1:8000", help="base URL of the server")
+    serve.add_argument(
+        "--model", default=None, help="name of the model (default: the server's first)"
+    )
+    serve.add_argument("--api-key", default=None, help="API key to send (default: none)")
+    serve.add_argument("--num-prompts", type=int, default=100, help="total number of requests")
+    serve.add_argument(
+        "--max-concurrency", type=int, default=32, help="maximum number of requests in flight"
+    )
     serve.add_argument(
         "--request-rate",
         type=float,
         default=math.inf,
-        help="arrivals a second, at random times (Poisson); without it as fast as they end",
+        help="requests per second, arriving at random times (Poisson) "
+        "(default: no limit, all at once)",
     )
-    serve.add_argument("--input-len", type=int, default=200, help="words of a prompt, on average")
-    serve.add_argument("--output-len", type=int, default=120, help="tokens asked for, on average")
+    serve.add_argument("--input-len", type=int, default=200, help="words per prompt, on average")
+    serve.add_argument("--output-len", type=int, default=120, help="tokens per answer, on average")
     serve.add_argument(
-        "--fixed-lengths", action="store_true", help="exactly those; without it they are spread"
+        "--fixed-lengths",
+        action="store_true",
+        help="use exactly these lengths; otherwise lengths vary around them",
     )
-    serve.add_argument("--seed", type=int, default=0, help="of lengths, words and arrivals")
-    serve.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    serve.add_argument(
+        "--seed", type=int, default=0, help="seed of lengths, words and arrival times"
+    )
+    serve.add_argument(
+        "--temperature", type=float, default=0.0, help="sampling temperature; 0 is greedy"
+    )
     serve.add_argument(
         "--goodput",
         nargs="+",
         default=[],
         metavar="NAME:MS",
-        help="what a good answer keeps to, for example ttft:500 itl:50 e2el:10000",
+        help="limits in milliseconds that a good answer meets, for example ttft:500 itl:50 "
+        "e2el:10000; reports the rate of good answers (default: none)",
     )
-    serve.add_argument("--result-json", default=None, help="file for all figures")
-    serve.add_argument("--plot", default=None, help="PNG of the distributions (needs matplotlib)")
+    serve.add_argument(
+        "--result-json", default=None, help="file to write all figures to as JSON (default: none)"
+    )
+    serve.add_argument(
+        "--plot",
+        default=None,
+        help="PNG file to plot the distributions to; needs matplotlib (default: none)",
+    )
     serve.set_defaults(run=run_bench_serve)
 
 
 @dataclass(slots=True)
-class Asked:
-    """One request."""
+class BenchRequest:
+    """One request to send."""
 
     prompt: str
     num_out: int
     start_s: float
-    """When it arrives, in seconds from the first one's arrival."""
+    """Arrival time, in seconds after the first request's."""
 
 
 @dataclass(slots=True)
-class Answered:
-    """What became of it. Seconds."""
+class BenchAnswer:
+    """Measurements of one answer; times in seconds."""
 
     ttft: float | None = None
-    """Until the first piece of text."""
+    """Time to the first text."""
     gaps: list[float] = field(default_factory=list)
-    """Between pieces."""
+    """Times between two pieces of text."""
     e2el: float = 0.0
     num_in: int = 0
     num_out: int = 0
     error: str | None = None
 
 
-def make_requests(arguments: argparse.Namespace) -> list[Asked]:
-    """The same for the same seed: lengths, words, arrivals."""
+def make_requests(arguments: argparse.Namespace) -> list[BenchRequest]:
+    """Generate requests; lengths, words and arrival times depend only on the seed."""
     rng = random.Random(arguments.seed)
 
     def length(mean: int) -> int:
-        return draw_length(rng, mean, is_fixed=arguments.fixed_lengths)
+        return sample_length(rng, mean, is_fixed=arguments.fixed_lengths)
 
-    asked, now = [], 0.0
+    planned, now = [], 0.0
     for _ in range(arguments.num_prompts):
         words = rng.choices(_WORDS, k=length(arguments.input_len))
-        asked.append(Asked(" ".join(words), length(arguments.output_len), now))
+        planned.append(BenchRequest(" ".join(words), length(arguments.output_len), now))
         if math.isfinite(arguments.request_rate):
             now += rng.expovariate(arguments.request_rate)
-    return asked
+    return planned
 
 
 def parse_goodput(limits: Sequence[str]) -> dict[str, float]:
-    """NAME:MS as seconds by name. Raises `ConfigError`."""
+    """Parse NAME:MS limits into seconds by name. Raises `ConfigError`."""
     from portalm.errors import ConfigError
 
     found = {}
@@ -108,15 +126,15 @@ def parse_goodput(limits: Sequence[str]) -> dict[str, float]:
             found[name] = float(milliseconds) / 1000
         except ValueError:
             raise ConfigError(
-                f"--goodput {limit!r} is not NAME:MS with NAME one of ttft, itl, e2el"
+                f"--goodput must be NAME:MS with NAME one of ttft, itl, e2el; got {limit!r}"
             ) from None
     return found
 
 
-def summarise(
-    answers: Sequence[Answered], wall_s: float, limits: dict[str, float]
+def summarize(
+    answers: Sequence[BenchAnswer], wall_s: float, limits: dict[str, float]
 ) -> dict[str, Any]:
-    """Throughput, percentiles in milliseconds, errors, goodput."""
+    """Compute throughput, percentiles in milliseconds, errors and goodput."""
     good = [a for a in answers if a.error is None]
     spans = {
         "ttft": [a.ttft for a in good if a.ttft is not None],
@@ -139,29 +157,31 @@ def summarise(
     return summary
 
 
-def _is_good(answer: Answered, limits: dict[str, float]) -> bool:
+def _is_good(answer: BenchAnswer, limits: dict[str, float]) -> bool:
     mean_gap = sum(answer.gaps) / len(answer.gaps) if answer.gaps else 0.0
     seen = {"ttft": answer.ttft or 0.0, "itl": mean_gap, "e2el": answer.e2el}
     return all(seen[name] <= limit for name, limit in limits.items())
 
 
 def run_bench_serve(arguments: argparse.Namespace) -> int:
-    """Ask, wait, print a table; the exit status is 1 if a request failed."""
+    """Send the requests and print a table; return 1 if a request failed."""
     import asyncio
     import time
 
     limits = parse_goodput(arguments.goodput)
-    asked = make_requests(arguments)
+    planned = make_requests(arguments)
     started = time.perf_counter()
-    answers = asyncio.run(_ask_all(arguments, asked))
-    summary = summarise(answers, time.perf_counter() - started, limits)
+    answers = asyncio.run(_ask_all(arguments, planned))
+    summary = summarize(answers, time.perf_counter() - started, limits)
     report(summary, arguments.result_json)
     if arguments.plot:
         _plot(answers, arguments.plot)
     return 1 if summary["failed"] else 0
 
 
-async def _ask_all(arguments: argparse.Namespace, asked: Sequence[Asked]) -> list[Answered]:
+async def _ask_all(
+    arguments: argparse.Namespace, planned: Sequence[BenchRequest]
+) -> list[BenchAnswer]:
     import asyncio
     import time
 
@@ -179,23 +199,27 @@ async def _ask_all(arguments: argparse.Namespace, asked: Sequence[Asked]) -> lis
             models = await http.get("/v1/models")
             models.raise_for_status()
         except httpx.HTTPError as error:
-            raise PortaLMError(f"no server answers at {arguments.base_url}: {error}") from error
+            raise PortaLMError(
+                f"no server answers at {arguments.base_url} ({error}): check --base-url"
+            ) from error
         model = arguments.model or models.json()["data"][0]["id"]
         room = asyncio.Semaphore(arguments.max_concurrency)
         first = time.perf_counter()
 
-        async def one(request: Asked) -> Answered:
+        async def one(request: BenchRequest) -> BenchAnswer:
             await asyncio.sleep(request.start_s - (time.perf_counter() - first))
             async with room:
                 answer = await _ask(http, model, request, arguments.temperature)
             bar.update()
             return answer
 
-        with ProgressBar("Answering", len(asked), unit="requests") as bar:
-            return await asyncio.gather(*map(one, asked))
+        with ProgressBar("Answering", len(planned), unit="requests") as bar:
+            return await asyncio.gather(*map(one, planned))
 
 
-async def _ask(http: httpx.AsyncClient, model: str, request: Asked, temperature: float) -> Answered:
+async def _ask(
+    http: httpx.AsyncClient, model: str, request: BenchRequest, temperature: float
+) -> BenchAnswer:
     import json
     import time
 
@@ -209,7 +233,7 @@ async def _ask(http: httpx.AsyncClient, model: str, request: Asked, temperature:
         "stream": True,
         "stream_options": {"include_usage": True},
     }
-    answer = Answered()
+    answer = BenchAnswer()
     sent = last = time.perf_counter()
     try:
         async with http.stream("POST", "/v1/completions", json=body) as response:
@@ -242,7 +266,7 @@ async def _ask(http: httpx.AsyncClient, model: str, request: Asked, temperature:
     return answer
 
 
-def _plot(answers: Sequence[Answered], path: str) -> None:
+def _plot(answers: Sequence[BenchAnswer], path: str) -> None:
     from portalm.errors import ConfigError
 
     try:

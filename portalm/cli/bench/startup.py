@@ -1,4 +1,4 @@
-"""`portalm bench startup`: how long a server takes from its start to its first token."""
+"""`portalm bench startup`: time from starting a server to its first token."""
 
 from __future__ import annotations
 
@@ -17,17 +17,21 @@ _LOOK_S = 0.005
 
 
 def add_bench_startup(kinds: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """`portalm bench startup`: seconds until a real server listens, is ready, and answers."""
+    """Add `portalm bench startup`: time until a server listens, is ready and answers."""
     parser = kinds.add_parser("startup", help="time from starting a server to its first token")
-    parser.add_argument("--num-iters", type=int, default=3, help="servers started, one by one")
-    parser.add_argument("--timeout", type=float, default=600.0, help="seconds a start may take")
-    parser.add_argument("--result-json", default=None, help="file for all figures")
+    parser.add_argument(
+        "--num-iters", type=int, default=3, help="number of servers to start, one after another"
+    )
+    parser.add_argument("--timeout", type=float, default=600.0, help="maximum seconds per start")
+    parser.add_argument(
+        "--result-json", default=None, help="file to write all figures to as JSON (default: none)"
+    )
     add_engine_flags(parser)
     parser.set_defaults(run=run_bench_startup)
 
 
 def run_bench_startup(arguments: argparse.Namespace) -> int:
-    """Start servers, print a table."""
+    """Start the servers and print a table."""
     from portalm.cli.bench.figures import percentile, report
     from portalm.errors import ConfigError
     from portalm.progress import ProgressBar
@@ -49,7 +53,7 @@ def run_bench_startup(arguments: argparse.Namespace) -> int:
 
 
 def _start_once(arguments: argparse.Namespace) -> dict[str, float]:
-    """Seconds from the start of a server: listening, ready, first token; and its own phases."""
+    """Seconds from starting a server until it listens, is ready and answers, and its own phases."""
     import subprocess
     import sys
     import tempfile
@@ -96,7 +100,7 @@ def _start_once(arguments: argparse.Namespace) -> dict[str, float]:
 def _wait_for(
     http: httpx.Client, path: str, server: subprocess.Popen[bytes], log: Path, end: float
 ) -> None:
-    """Return once `path` is 200. Raises `PortaLMError` if the server ends, or it takes too long."""
+    """Wait until `path` returns 200. Raises `PortaLMError` if the server exits or is too slow."""
     import contextlib
     import time
 
@@ -109,14 +113,14 @@ def _wait_for(
             if http.get(path).status_code == 200:
                 return
         if server.poll() is not None:
-            raise PortaLMError(f"the server ended: {log.read_text().strip()[-500:]}")
+            raise PortaLMError(f"the server exited: {log.read_text().strip()[-500:]}")
         if time.perf_counter() > end:
-            raise PortaLMError("the server did not start within --timeout")
+            raise PortaLMError("the server did not start within --timeout seconds")
         time.sleep(_LOOK_S)
 
 
 def _phases(http: httpx.Client) -> dict[str, float]:
-    """The engine's own account: seconds by phase."""
+    """Seconds of each startup phase, from the engine's metrics."""
     import re
 
     found = re.findall(

@@ -1,4 +1,4 @@
-"""`portalm bench throughput`: how much an engine does when it is given all at once."""
+"""`portalm bench throughput`: speed of an engine that gets all requests at once."""
 
 from __future__ import annotations
 
@@ -8,22 +8,26 @@ from portalm.cli.bench.offline import add_offline_flags
 
 
 def add_bench_throughput(kinds: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """`portalm bench throughput`: requests and tokens a second, without a server."""
-    parser = kinds.add_parser("throughput", help="tokens a second of an engine in this process")
-    parser.add_argument("--num-prompts", type=int, default=100, help="requests, all given at once")
+    """Add `portalm bench throughput`: requests and tokens per second, without a server."""
+    parser = kinds.add_parser("throughput", help="tokens per second of an engine in this process")
     parser.add_argument(
-        "--fixed-lengths", action="store_true", help="exactly these; without it they are spread"
+        "--num-prompts", type=int, default=100, help="number of requests, all submitted at once"
+    )
+    parser.add_argument(
+        "--fixed-lengths",
+        action="store_true",
+        help="use exactly these lengths; otherwise lengths vary around them",
     )
     add_offline_flags(parser, input_len=200, output_len=120)
     parser.set_defaults(run=run_bench_throughput)
 
 
 def run_bench_throughput(arguments: argparse.Namespace) -> int:
-    """Answer all prompts, print a table."""
+    """Answer all prompts and print a table."""
     import random
     import time
 
-    from portalm.cli.bench.figures import draw_length, report
+    from portalm.cli.bench.figures import report, sample_length
     from portalm.cli.bench.offline import answer_of, describe, load, make_prompt
     from portalm.errors import ConfigError
 
@@ -35,7 +39,7 @@ def run_bench_throughput(arguments: argparse.Namespace) -> int:
     prompts, answers = [], []
     for _ in range(arguments.num_prompts):
         num_in, num_out = (
-            draw_length(rng, mean, is_fixed=arguments.fixed_lengths)
+            sample_length(rng, mean, is_fixed=arguments.fixed_lengths)
             for mean in (arguments.input_len, arguments.output_len)
         )
         num_in = min(num_in, room - 1)
