@@ -190,6 +190,7 @@ class EngineClient:
         cache_salt: str = "",
         tenant: str = "",
         add_special_tokens: bool = True,
+        truncate_prompt_tokens: int | None = None,
     ) -> ProcessedInput:
         """Check a request and prepare it for `generate`. Waits until its grammar is compiled.
 
@@ -203,6 +204,8 @@ class EngineClient:
             cache_salt: cached blocks are shared only between requests with the same salt.
             tenant: name of the tenant that the request belongs to.
             add_special_tokens: add the model's special tokens (BOS, for example) to a text.
+            truncate_prompt_tokens: keep only this many of the prompt's last tokens; -1: as many
+                as leave room for the answer.
 
         Raises:
             InvalidRequest: the request can never be answered.
@@ -225,6 +228,7 @@ class EngineClient:
             tenant=tenant,
             grammar=grammar,
             add_special_tokens=add_special_tokens,
+            truncate_prompt_tokens=truncate_prompt_tokens,
         )
         return await _off_loop(len(prompt), process)
 

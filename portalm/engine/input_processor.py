@@ -52,7 +52,7 @@ class ProcessedInput:
 
     request_id: str
     prompt: str | None
-    """The text, where the caller gave one."""
+    """Text of the prompt; None if it was given as token ids, or truncated."""
     prompt_token_ids: list[int]
     requests: list[AddRequest]
     """One for each answer; the first is the one that the others fork from."""
@@ -98,8 +98,21 @@ class InputProcessor:
         tenant: str = "",
         grammar: CompiledGrammar | None = None,
         add_special_tokens: bool = True,
+        truncate_prompt_tokens: int | None = None,
     ) -> ProcessedInput:
-        """What to ask the engine; `grammar` is `params.structured_outputs`, compiled.
+        """Check a request and convert it to what the engine takes.
+
+        Args:
+            request_id: id of the request.
+            prompt: text or token ids.
+            params: sampling parameters.
+            priority: lower runs first, if the scheduling policy is "priority".
+            cache_salt: cached blocks are shared only between requests with the same salt.
+            tenant: name of the tenant that the request belongs to.
+            grammar: `params.structured_outputs`, compiled.
+            add_special_tokens: add the model's special tokens (BOS, for example) to a text.
+            truncate_prompt_tokens: keep only this many of the prompt's last tokens; -1: as many
+                as leave room for the answer.
 
         Raises:
             InvalidRequest: the request can never be answered; it says why.
@@ -107,7 +120,12 @@ class InputProcessor:
         assert (grammar is None) == (params.structured_outputs is None)
         self.check_task("generate")
         _check_identity(request_id, cache_salt, priority)
-        token_ids = self.check_prompt(prompt, add_special_tokens=add_special_tokens)
+        max_prompt = truncate_prompt_tokens
+        if max_prompt is not None and max_prompt < 0:
+            max_prompt = max(1, self._max_model_len - (params.max_tokens or 1))
+        token_ids = self.check_prompt(
+            prompt, add_special_tokens=add_special_tokens, keep_last=max_prompt
+        )
         self._check_params(params)
         bad_words_ids = self._bad_words_ids(params.bad_words)
         # stop strings are found on this side, grammars go by themselves
@@ -132,17 +150,32 @@ class InputProcessor:
         ]
         return ProcessedInput(
             request_id=request_id,
-            prompt=prompt if isinstance(prompt, str) else None,
+            prompt=prompt if isinstance(prompt, str) and max_prompt is None else None,
             prompt_token_ids=token_ids,
             requests=requests,
             grammar=grammar,
         )
 
     def check_prompt(
-        self, prompt: str | Sequence[int], *, add_special_tokens: bool = True
+        self,
+        prompt: str | Sequence[int],
+        *,
+        add_special_tokens: bool = True,
+        keep_last: int | None = None,
     ) -> list[int]:
-        """The prompt's token ids; `InvalidRequest` if it leaves no room for an answer."""
-        token_ids = self._token_ids(prompt, add_special_tokens=add_special_tokens)
+        """Token ids of a prompt.
+
+        Args:
+            prompt: text or token ids.
+            add_special_tokens: add the model's special tokens (BOS, for example) to a text.
+            keep_last: cut the prompt to this many of its last tokens; None: do not cut it.
+
+        Raises:
+            InvalidRequest: the prompt is malformed, or leaves no room for an answer.
+        """
+        token_ids = self._token_ids(
+            prompt, add_special_tokens=add_special_tokens, keep_last=keep_last
+        )
         self._check_length(token_ids, self._max_model_len - 1)
         return token_ids
 
@@ -231,7 +264,13 @@ class InputProcessor:
                 )
         return tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
-    def _token_ids(self, prompt: str | Sequence[int], *, add_special_tokens: bool) -> list[int]:
+    def _token_ids(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        add_special_tokens: bool,
+        keep_last: int | None = None,
+    ) -> list[int]:
         if not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray):
             raise InvalidRequest(
                 f"a prompt must be a text or a list of token ids, not {type(prompt).__name__}",
@@ -241,6 +280,8 @@ class InputProcessor:
             token_ids = self.encode(prompt, add_special_tokens=add_special_tokens)
         else:
             token_ids = as_token_ids(prompt)
+        if keep_last is not None:
+            token_ids = token_ids[max(0, len(token_ids) - keep_last) :]
         if not token_ids:
             raise InvalidRequest("the prompt is empty: it needs at least one token", param="prompt")
         self._check_ids("prompt", token_ids)

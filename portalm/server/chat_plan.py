@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from portalm.errors import ConfigError, InvalidRequest
 from portalm.sampling_params import SamplingParams, StructuredOutputs
 from portalm.server.schemas.tools import ToolUse
 from portalm.text.answer import AnswerParser
+from portalm.text.chat_template import ChatTemplate, Conversation
 from portalm.text.reasoning_parsers import REASONING_PARSERS
 from portalm.text.reasoning_parsers.base import ReasoningParser
 from portalm.text.tokenizer import Tokenizer
@@ -87,60 +86,37 @@ class ChatPlan:
 
 def plan_chat(
     tokenizer: Tokenizer,
+    template: ChatTemplate,
     form: AnswerFormat,
-    messages: Sequence[Mapping[str, Any]],
+    conversation: Conversation,
     params: SamplingParams,
     tools: ToolUse,
-    *,
-    add_generation_prompt: bool = True,
-    continue_final_message: bool = False,
-    template: str | None = None,
-    variables: Mapping[str, Any] | None = None,
 ) -> ChatPlan:
-    """What to ask the engine, and how to read its answers.
+    """Render the prompt of a conversation, and choose the parsers of its answers.
 
     Args:
         tokenizer: the model's.
-        form: how the model writes calls and reasoning.
-        messages: the conversation, as in chat completions.
-        params: what the request asks of sampling.
-        tools: what it says about tools.
-        add_generation_prompt: as in `Tokenizer.render_chat`.
-        continue_final_message: as in `Tokenizer.render_chat`.
-        template: as in `Tokenizer.render_chat`.
-        variables: more variables for the template.
+        template: the template to render `conversation` with.
+        form: how the model writes tool calls and reasoning.
+        conversation: messages and tools.
+        params: sampling parameters of the request.
+        tools: the request's tools and tool_choice.
 
     Raises:
-        InvalidRequest: it cannot be answered as asked.
+        InvalidRequest: the conversation cannot be answered as asked.
     """
-    messages = [_with_reasoning(message) for message in messages]
-    text = tokenizer.choose_template(template, has_tools=bool(tools.tools))
-    tool_parser = form.tool_parser(text) if tools.tools else None
+    tool_parser = form.tool_parser(template.text) if tools.tools else None
     if tools.tools:
         _check_tools_possible(tools, tool_parser, params)
-
-    def render(*, has_prompt: bool) -> str:
-        return tokenizer.render_chat(
-            messages,
-            add_generation_prompt=has_prompt,
-            continue_final_message=continue_final_message,
-            tools=tools.tools,
-            template=template,
-            **(variables or {}),
-        )
-
-    prompt = render(has_prompt=add_generation_prompt)
+    if tools.is_forced:
+        params = replace(params, structured_outputs=StructuredOutputs(json=tools.forced_schema()))
+    prompt = template.render(conversation)
     begun, reasoning_parser = "", None
     if form.reasoning_parser is not None:
         reasoning_parser = REASONING_PARSERS.get(form.reasoning_parser)
-        if continue_final_message:
-            begun = str(messages[-1].get("content") or "")
-        elif add_generation_prompt:
-            begun = prompt.removeprefix(render(has_prompt=False))
-    if tools.is_forced:
-        params = replace(params, structured_outputs=StructuredOutputs(json=tools.forced_schema()))
-    if params.structured_outputs is not None and reasoning_parser is not None:
-        _check_reasoning_over(reasoning_parser(begun), tools)
+        begun = template.answer_start(conversation, prompt)
+        if params.structured_outputs is not None:
+            _check_reasoning_over(reasoning_parser(begun), tools)
     markers = [
         *(tool_parser.markers if tool_parser and tools.choice == "auto" else ()),
         *(reasoning_parser.markers if reasoning_parser else ()),
@@ -185,10 +161,3 @@ def _check_reasoning_over(parser: ReasoningParser, tools: ToolUse) -> None:
             "neither response_format nor a tool_choice that forces calls",
             param="tool_choice" if tools.is_forced else "response_format",
         )
-
-
-def _with_reasoning(message: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A message whose reasoning has the name that chat templates read."""
-    if isinstance(message, Mapping) and isinstance(message.get("reasoning"), str):
-        return {"reasoning_content": message["reasoning"], **message}
-    return message

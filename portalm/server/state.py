@@ -21,6 +21,7 @@ from portalm.server.chat_plan import AnswerFormat
 from portalm.server.observability.metrics import Metrics
 from portalm.server.observability.watch import RequestObserver, RequestWatch
 from portalm.server.responses_store import ResponseStore
+from portalm.text.chat_template import ChatTemplate
 
 
 class ModelUnknown(InvalidRequest):
@@ -112,33 +113,25 @@ class ServerState:
                     f"{limit}: try again later"
                 )
 
-    def own_template(self, template: str | None) -> str | None:
-        """A request's own chat template, if those are let in: they are programs."""
+    def choose_template(
+        self, template: str | None = None, *, has_tools: bool = False
+    ) -> ChatTemplate:
+        """The chat template of a request: its own, if the server accepts those, or the model's.
+
+        Args:
+            template: Jinja text, or the name of one of the model's templates; None: the default.
+            has_tools: the conversation has tools.
+
+        Raises:
+            InvalidRequest: requests may not bring a template, or the model has none.
+        """
         if template is not None and not self.trust_request_chat_template:
             raise InvalidRequest(
-                "this server takes no chat_template in requests: it would have to be started with "
-                "--trust-request-chat-template",
+                "chat_template is not accepted in requests: a template is a program. Start the "
+                "server with --trust-request-chat-template to accept it",
                 param="chat_template",
             )
-        return template
-
-    async def truncated(
-        self,
-        prompt: str | list[int],
-        params: SamplingParams,
-        limit: int | None,
-        *,
-        add_special_tokens: bool = True,
-    ) -> str | list[int]:
-        """The prompt, or its last `limit` tokens; -1: as many as leave room for the answer."""
-        ready = self.client.ready
-        if limit is None or ready is None:
-            return prompt
-        if limit < 0:
-            limit = max(1, ready.max_model_len - (params.max_tokens or 1))
-        if isinstance(prompt, str):
-            prompt = await self.client.encode(prompt, add_special_tokens=add_special_tokens)
-        return prompt[max(0, len(prompt) - limit) :]
+        return self.client.tokenizer.choose_template(template, has_tools=has_tools)
 
     async def answers(
         self, inputs: Sequence[ProcessedInput], params: SamplingParams

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -46,39 +47,16 @@ class ChatTemplates:
         """The template that is used where none is named."""
         return self._templates.get("default")
 
-    def render(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        *,
-        template: str | None,
-        tools: Sequence[Mapping[str, Any]] | None,
-        add_generation_prompt: bool,
-        continue_final_message: bool,
-        variables: Mapping[str, Any],
-    ) -> str:
-        """A conversation as text; arguments as in `Tokenizer.render_chat`."""
-        plain = check_messages(messages)
-        chosen = self.choose(template, has_tools=bool(tools))
-        plain_tools = _plain(tools, "tools") if tools else None
-        if not takes_tools(chosen):
-            plain = write_tools(plain, plain_tools)
-        if continue_final_message:
-            _check_continue(plain, add_generation_prompt)
-            plain[-1] = {**plain[-1], "content": plain[-1]["content"] + _CUT}
-        text = self._run(
-            chosen,
-            {
-                "documents": None,
-                **variables,
-                "messages": plain,
-                "tools": plain_tools,
-                "add_generation_prompt": add_generation_prompt,
-            },
-        )
-        return _cut_final(text) if continue_final_message else text
-
     def choose(self, template: str | None, *, has_tools: bool) -> str:
-        """The Jinja text that `render` will use. Raises `InvalidRequest` where there is none."""
+        """The Jinja text of a conversation's template.
+
+        Args:
+            template: Jinja text, or the name of one of the templates; None: the default.
+            has_tools: the conversation has tools: prefer the template named tool_use.
+
+        Raises:
+            InvalidRequest: the model has no chat template.
+        """
         if template is not None:
             return self._templates.get(template, template)
         if has_tools and "tool_use" in self._templates:
@@ -91,9 +69,76 @@ class ChatTemplates:
             )
         return self.default
 
-    def _run(self, template: str, variables: Mapping[str, Any]) -> str:
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conversation:
+    """What a chat template turns into a prompt."""
+
+    messages: Sequence[Mapping[str, Any]]
+    """{"role": ..., "content": ...} each; content is a text or a list of parts of type text."""
+    tools: Sequence[Mapping[str, Any]] = ()
+    """Functions that the model may call, as in OpenAI's chat completions."""
+    add_generation_prompt: bool = True
+    """End the prompt where the assistant's answer begins."""
+    continue_final_message: bool = False
+    """End the prompt inside the last message, for the model to continue it."""
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    """Additional variables for the template."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChatTemplate:
+    """One chat template, ready to render conversations."""
+
+    text: str
+    """Jinja source."""
+    special_tokens: Mapping[str, str] = field(default_factory=dict)
+    """Variables that every conversation sees: special tokens by role (bos_token, ...)."""
+
+    def render(self, conversation: Conversation) -> str:
+        """Render a conversation as the prompt that the model was trained on.
+
+        Raises:
+            InvalidRequest: the messages are malformed, or the template refuses them.
+        """
+        messages = check_messages(conversation.messages)
+        tools = _plain(conversation.tools, "tools") if conversation.tools else None
+        if not takes_tools(self.text):
+            messages = write_tools(messages, tools)
+        if conversation.continue_final_message:
+            _check_continue(messages, conversation.add_generation_prompt)
+            messages[-1] = {**messages[-1], "content": messages[-1]["content"] + _CUT}
+        text = self._run(
+            {
+                "documents": None,
+                **self.special_tokens,
+                **conversation.variables,
+                "messages": messages,
+                "tools": tools,
+                "add_generation_prompt": conversation.add_generation_prompt,
+            }
+        )
+        return _cut_final(text) if conversation.continue_final_message else text
+
+    def answer_start(self, conversation: Conversation, prompt: str) -> str:
+        """The part of a rendered prompt that already belongs to the answer.
+
+        Args:
+            conversation: what `prompt` was rendered from.
+            prompt: as `render` returned it.
+
+        Returns:
+            The generation prompt, or the content of the message to continue; may be empty.
+        """
+        if conversation.continue_final_message:
+            return str(conversation.messages[-1].get("content") or "")
+        if not conversation.add_generation_prompt:
+            return ""
+        return prompt.removeprefix(self.render(replace(conversation, add_generation_prompt=False)))
+
+    def _run(self, variables: Mapping[str, Any]) -> str:
         try:
-            return _compile(template).render(variables)
+            return _compile(self.text).render(variables)
         except InvalidRequest:
             raise
         except Exception as error:  # a template is a program: it may raise anything

@@ -7,7 +7,7 @@ from typing import Any
 
 from portalm.errors import InvalidRequest
 from portalm.text.base import Codec, SpecialTokens
-from portalm.text.chat_template import ChatTemplates
+from portalm.text.chat_template import ChatTemplate, ChatTemplates, Conversation
 from portalm.text.detokenizer import Detokenizer, SpelledDetokenizer, WindowDetokenizer
 from portalm.text.spelling import Spelling
 
@@ -196,9 +196,20 @@ class Tokenizer:
         """The model's Jinja template for conversations; None if it has none."""
         return self._templates.default
 
-    def choose_template(self, template: str | None = None, *, has_tools: bool = False) -> str:
-        """The Jinja text that `render_chat` will use. Raises `InvalidRequest`: there is none."""
-        return self._templates.choose(template, has_tools=has_tools)
+    def choose_template(
+        self, template: str | None = None, *, has_tools: bool = False
+    ) -> ChatTemplate:
+        """The template to render a conversation with.
+
+        Args:
+            template: Jinja text, or the name of one of the model's templates; None: its default.
+            has_tools: the conversation has tools: prefer the model's template for those.
+
+        Raises:
+            InvalidRequest: the model has no chat template.
+        """
+        text = self._templates.choose(template, has_tools=has_tools)
+        return ChatTemplate(text, self.special.roles)
 
     def render_chat(
         self,
@@ -225,14 +236,14 @@ class Tokenizer:
         Raises:
             InvalidRequest: the messages are malformed, or the template refuses them.
         """
-        return self._templates.render(
-            messages,
-            template=template,
-            tools=tools,
+        conversation = Conversation(
+            messages=messages,
+            tools=tools or (),
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
-            variables={**self.special.roles, **kwargs},
+            variables=kwargs,
         )
+        return self.choose_template(template, has_tools=bool(tools)).render(conversation)
 
     def apply_chat_template(
         self,

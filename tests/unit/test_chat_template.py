@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from portalm.errors import InvalidRequest
-from portalm.text.chat_template import ChatTemplates, check_messages
+from portalm.text.chat_template import ChatTemplate, ChatTemplates, Conversation, check_messages
 
 CHATML = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}</>{% endfor %}"
@@ -15,15 +15,7 @@ USER = {"role": "user", "content": "hi"}
 
 
 def render(template: str, messages=(USER,), **options):
-    options = {
-        "template": None,
-        "tools": None,
-        "add_generation_prompt": True,
-        "continue_final_message": False,
-        "variables": {},
-        **options,
-    }
-    return ChatTemplates({"default": template}).render(list(messages), **options)
+    return ChatTemplate(template).render(Conversation(messages=list(messages), **options))
 
 
 def test_messages_become_text():
@@ -49,18 +41,11 @@ def test_variables_and_tools_reach_the_template():
 def test_a_template_can_be_chosen_by_text_or_by_name():
     templates = ChatTemplates({"default": "d", "tool_use": "t"})
 
-    def run(template=None, tools=None):
-        return templates.render(
-            [USER],
-            template=template,
-            tools=tools,
-            add_generation_prompt=True,
-            continue_final_message=False,
-            variables={},
-        )
+    def choose(template=None, has_tools=False):
+        return templates.choose(template, has_tools=has_tools)
 
-    assert (run(), run("{{ 1 + 1 }}"), run("tool_use")) == ("d", "2", "t")
-    assert run(tools=[{"type": "function"}]) == "t"
+    assert (choose(), choose("{{ 1 }}"), choose("tool_use")) == ("d", "{{ 1 }}", "t")
+    assert choose(has_tools=True) == "t"
 
 
 # -- what templates expect --------------------------------------------------------------------
@@ -127,14 +112,7 @@ def test_a_template_that_fails_says_why(template, reason):
 
 def test_a_model_without_a_template_says_what_to_do():
     with pytest.raises(InvalidRequest, match="--chat-template"):
-        ChatTemplates({}).render(
-            [USER],
-            template=None,
-            tools=None,
-            add_generation_prompt=True,
-            continue_final_message=False,
-            variables={},
-        )
+        ChatTemplates({}).choose(None, has_tools=False)
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,22 @@ def test_token_ids_are_taken_as_they_are():
     assert (request.priority, request.cache_salt, request.fork_of) == (3, "s", None)
 
 
+@pytest.mark.parametrize("prompt", ["abcdef", [27, 1, 2, 3, 4, 5, 6]])
+def test_a_prompt_is_truncated_to_its_last_tokens(prompt):
+    def left(limit: int, max_tokens: int = 1) -> list[int]:
+        params = SamplingParams(max_tokens=max_tokens)
+        processed = make(letters()).process("r", prompt, params, truncate_prompt_tokens=limit)
+        assert processed.prompt is None  # the text is not the prompt's any more
+        return processed.prompt_token_ids
+
+    assert left(2) == [5, 6]
+    assert left(100)[1:] == [1, 2, 3, 4, 5, 6]
+    assert left(-1, max_tokens=MAX_MODEL_LEN - 3) == [4, 5, 6]
+    assert left(-1, max_tokens=MAX_MODEL_LEN + 1) == [6]
+    with pytest.raises(InvalidRequest, match="empty"):
+        left(0)
+
+
 def test_each_answer_is_a_fork_of_the_first_with_the_next_seed():
     params = SamplingParams(n=3, seed=7, prompt_logprobs=1)
 

@@ -33,26 +33,22 @@ async def chat_completions(
 ) -> Response:
     """The assistant's next message."""
     model = state.check_model(body.model)
-    params = body.params()
+    params, tools = body.params(), body.tool_use()
     beams = body.beams(params.n, params.max_tokens)
     chat_id = new_id("chatcmpl")
     plan = plan_chat(
         state.client.tokenizer,
+        state.choose_template(body.chat_template, has_tools=bool(tools.tools)),
         state.answer_format,
-        body.messages,
+        body.as_conversation(tools),
         params,
-        body.tool_use(),
-        add_generation_prompt=body.add_generation_prompt and not body.continue_final_message,
-        continue_final_message=body.continue_final_message,
-        template=state.own_template(body.chat_template),
-        variables=body.template_variables(),
+        tools,
     )
     processed = await state.client.check(
         body.request_id or chat_id,
-        await state.truncated(
-            plan.prompt, plan.params, body.truncate_prompt_tokens, add_special_tokens=False
-        ),
+        plan.prompt,
         plan.params,
+        truncate_prompt_tokens=body.truncate_prompt_tokens,
         priority=body.priority,
         cache_salt=salt_for(request, body.cache_salt),
         tenant=tenant_of(request),

@@ -38,8 +38,9 @@ async def completions(
     inputs = [
         await state.client.check(
             base_id if len(prompts) == 1 else f"{base_id}-{i}",
-            await state.truncated(prompt, params, body.truncate_prompt_tokens),
+            prompt,
             params,
+            truncate_prompt_tokens=body.truncate_prompt_tokens,
             priority=body.priority,
             cache_salt=salt_for(request, body.cache_salt),
             tenant=tenant_of(request),

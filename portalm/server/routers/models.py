@@ -46,14 +46,9 @@ async def tokenize(body: TokenizeRequest, state: State) -> dict[str, Any]:
         raise InvalidRequest("give either prompt or messages", param="prompt")
     tokenizer = state.client.tokenizer
     if body.messages is not None:
-        text = tokenizer.render_chat(
-            body.messages,
-            add_generation_prompt=body.add_generation_prompt and not body.continue_final_message,
-            continue_final_message=body.continue_final_message,
-            template=state.own_template(body.chat_template),
-            **body.template_variables(),
-        )
-        add_special_tokens = False
+        template = state.choose_template(body.chat_template)
+        text = template.render(body.conversation_of(body.messages))
+        add_special_tokens = False  # the template writes BOS itself
     else:
         text, add_special_tokens = body.prompt or "", body.add_special_tokens
     ids = await state.client.encode(text, add_special_tokens=add_special_tokens)

@@ -22,7 +22,7 @@ from portalm.server.replies.responses_output import Event, ResponseOutput
 from portalm.server.replies.stream import event_stream
 from portalm.server.responses_store import StoredResponse, StoreFull
 from portalm.server.schemas.responses import ResponsesRequest
-from portalm.server.schemas.responses_input import as_items, as_messages
+from portalm.server.schemas.responses_input import as_items
 from portalm.server.state import Draining, Overloaded, ServerState, failure, new_id, state_of
 
 logger = logging.getLogger(__name__)
@@ -64,15 +64,14 @@ async def create_response(body: ResponsesRequest, request: Request, state: State
         items = [*before.items, *before.response["output"]]
     num_earlier = len(items)
     items += as_items(body.input)
-    tokenizer = state.client.tokenizer
-    template = tokenizer.choose_template(has_tools=bool(tools.tools))
+    template = state.choose_template(has_tools=bool(tools.tools))
     plan = plan_chat(
-        tokenizer,
+        state.client.tokenizer,
+        template,
         state.answer_format,
-        as_messages(items, body.instructions),
+        body.as_conversation(items, tools, template.text),
         params,
         tools,
-        variables=body.template_variables(template),
     )
     response = _response(body, model)
     processed = await state.client.check(

@@ -8,12 +8,14 @@ from pydantic import Field
 
 from portalm.errors import InvalidRequest
 from portalm.sampling_params import SamplingParams
-from portalm.server.schemas.common import Messages, checked_variables
+from portalm.server.schemas.common import Messages
+from portalm.server.schemas.conversation import ConversationFields
 from portalm.server.schemas.sampling import SamplingFields
 from portalm.server.schemas.tools import ToolUse, check_tools
+from portalm.text.chat_template import Conversation
 
 
-class ChatRequest(SamplingFields):
+class ChatRequest(SamplingFields, ConversationFields):
     """POST /v1/chat/completions."""
 
     messages: Messages
@@ -23,16 +25,8 @@ class ChatRequest(SamplingFields):
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
-    add_generation_prompt: bool = True
-    continue_final_message: bool = False
-    chat_template: str | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
     return_token_ids: bool = False
     truncate_prompt_tokens: int | None = Field(default=None, ge=-1)
-
-    def template_variables(self) -> dict[str, Any]:
-        """More variables for the chat template. Raises `InvalidRequest` for the server's own."""
-        return checked_variables(self.chat_template_kwargs)
 
     def params(self) -> SamplingParams:
         """The parameters. Raises `InvalidRequest`."""
@@ -46,5 +40,9 @@ class ChatRequest(SamplingFields):
         )
 
     def tool_use(self) -> ToolUse:
-        """What is said about tools. Raises `InvalidRequest`."""
+        """The tools that answers may call. Raises `InvalidRequest`."""
         return check_tools(self.tools, self.tool_choice, is_parallel=self.parallel_tool_calls)
+
+    def as_conversation(self, tools: ToolUse) -> Conversation:
+        """The messages and tools to render. Raises `InvalidRequest`."""
+        return self.conversation_of(self.messages, tools)

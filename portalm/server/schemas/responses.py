@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NoReturn
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from portalm.errors import InvalidRequest
 from portalm.sampling_params import SamplingParams
-from portalm.server.schemas.common import Messages, checked_variables
+from portalm.server.schemas.common import Messages
+from portalm.server.schemas.conversation import checked_variables
 from portalm.server.schemas.formats import JsonSchemaFormat, ResponseFormat
+from portalm.server.schemas.responses_input import as_messages
 from portalm.server.schemas.tools import ToolUse, check_tools
+from portalm.text.chat_template import Conversation
 
 _UNSUPPORTED = {
     "conversation": "send previous_response_id, or the conversation as input",
@@ -159,8 +162,26 @@ class ResponsesRequest(BaseModel):
         tools = [_nested(tool) for tool in self.tools or ()]
         return check_tools(tools, choice, is_parallel=self.parallel_tool_calls)
 
-    def template_variables(self, template: str) -> dict[str, Any]:
-        """Variables for the chat template. Raises `InvalidRequest` for an effort that it lacks."""
+    def as_conversation(
+        self, items: Sequence[Mapping[str, Any]], tools: ToolUse, template: str
+    ) -> Conversation:
+        """The conversation to render.
+
+        Args:
+            items: those of `input`, after those of earlier responses.
+            tools: the tools that answers may call.
+            template: Jinja text of the chat template.
+
+        Raises:
+            InvalidRequest: an item is malformed, or the template cannot set the reasoning effort.
+        """
+        return Conversation(
+            messages=as_messages(items, self.instructions),
+            tools=tools.tools,
+            variables=self._template_variables(template),
+        )
+
+    def _template_variables(self, template: str) -> dict[str, Any]:
         variables = checked_variables(self.chat_template_kwargs)
         effort = self.reasoning.effort if self.reasoning is not None else None
         if effort is None:
