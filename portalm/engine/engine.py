@@ -19,7 +19,7 @@ from portalm.engine.messages import AddRequest, EngineReady, EngineStats, StepOu
 from portalm.engine.setup import EngineSetup, Progress, set_up
 from portalm.errors import BackendError, InvalidRequest
 from portalm.pooling_params import PoolingParams
-from portalm.runner.model_runner import StepInFlight
+from portalm.runner.step_results import DispatchedStep
 from portalm.sampling_params import SamplingParams
 from portalm.structured.grammar import Grammar, Grammars
 from portalm.structured.messages import LoadGrammar
@@ -66,7 +66,7 @@ class Engine:
         self._max_in_flight = (
             self.backend.capabilities.max_steps_in_flight if config.async_scheduling else 1
         )
-        self._in_flight: deque[StepInFlight] = deque()
+        self._in_flight: deque[DispatchedStep] = deque()
         self._num_failures = 0
         """Steps that failed since the last one that did not."""
         self.step_begins: Callable[[int], None] | None = None

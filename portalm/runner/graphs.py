@@ -45,7 +45,7 @@ class StepGraphs:
         max_requests: int,
         max_blocks: int,
         max_scored_rows: int,
-        draws: bool,
+        samples: bool,
         enforce_eager: bool,
     ) -> None:
         """Nothing is captured yet.
@@ -57,14 +57,14 @@ class StepGraphs:
             max_requests: of one step.
             max_blocks: of one request.
             max_scored_rows: prompt tokens of one step whose logprobs are computed.
-            draws: tokens are drawn; False: an encoder.
+            samples: steps sample tokens; False: an encoder.
             enforce_eager: run `step` as it is (padded all the same, where the device needs it).
         """
         self._backend = backend
         self._step = step
         self._enforce_eager = enforce_eager
         self._max_scored_rows = max_scored_rows
-        self._draws = draws
+        self._samples = samples
         self._captured: dict[CaptureKey, StepFn] = {}
         self._sealed = ExitStack()
         buckets = backend.buckets(max_tokens, max_requests, max_blocks)
@@ -76,7 +76,7 @@ class StepGraphs:
         """What a step may be padded to, in ascending order."""
         if self.buckets is not None and self._must_pad:
             self._usable = list(self.buckets)
-        if self.buckets is not None and not enforce_eager and (draws or self._must_pad):
+        if self.buckets is not None and not enforce_eager and (samples or self._must_pad):
             self._uncaptured = list(self.buckets)
 
     def shape(
@@ -122,14 +122,14 @@ class StepGraphs:
 
     def shapes(self, bucket: Bucket) -> list[PaddedShape]:
         """The sizes that steps of `bucket` may have: the usual one first."""
-        shapes = [_usual(bucket)] if self._draws else []
+        shapes = [_usual(bucket)] if self._samples else []
         if bucket.max_query_len > 1 and self._must_pad:
             shapes.append(self._wide(bucket))
         return shapes
 
     def _fitting(self, bucket: Bucket, num_rows: int, num_states: int) -> PaddedShape | None:
         """What of `shapes` holds so many rows of logits and of hidden states."""
-        if self._draws and num_rows <= bucket.num_requests and not num_states:
+        if self._samples and num_rows <= bucket.num_requests and not num_states:
             return _usual(bucket)
         return self._wide(bucket) if bucket.max_query_len > 1 else None
 
@@ -140,7 +140,7 @@ class StepGraphs:
             bucket.num_tokens,
             bucket.num_requests,
             bucket.num_blocks,
-            rows if self._draws else 0,
+            rows if self._samples else 0,
             bucket.num_tokens,
         )
 

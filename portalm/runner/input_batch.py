@@ -97,7 +97,7 @@ class InputBatch:
         """Take over what is new of the plan's requests; their rows, in the plan's order."""
         row_of, known, held = self._row_of, self._num_known, self._num_blocks
         rows: list[int] = []
-        drawn: list[tuple[int, int, int]] = []  # row, place and id of single new tokens
+        sampled: list[tuple[int, int, int]] = []  # row, place and id of single new tokens
         for planned in plan.requests:
             request = planned.request
             row = row_of.get(request.request_id)
@@ -106,7 +106,7 @@ class InputBatch:
             token_ids, num_known = request.token_ids, known[row]
             num_new = len(token_ids) - num_known
             if num_new == 1:
-                drawn.append((row, num_known, token_ids[-1]))
+                sampled.append((row, num_known, token_ids[-1]))
             elif num_new:
                 self.token_ids[row, num_known : num_known + num_new] = token_ids[num_known:]
             known[row] = num_known + num_new
@@ -118,8 +118,8 @@ class InputBatch:
                 held[row] = len(table)
                 self._last_block[row] = table[-1]
             rows.append(row)
-        if drawn:  # all at once: one by one they would be most of the time spent here
-            at_rows, places, values = zip(*drawn, strict=True)
+        if sampled:  # all at once: one by one they would be most of the time spent here
+            at_rows, places, values = zip(*sampled, strict=True)
             self.token_ids[at_rows, places] = values
         return np.array(rows, np.intp)
 
@@ -138,24 +138,24 @@ class InputBatch:
         plan: StepPlan,
         rows: npt.NDArray[np.intp],
         *,
-        drawn_rows: dict[str, int],
+        sampled_rows: dict[str, int],
         pad: PaddedShape | None = None,
-        least_rows: int = 1,
+        min_logits_rows: int = 1,
     ) -> StepArrays:
         """The step's index arrays.
 
         Args:
             plan: not empty; `rows` is what `update` gave for it.
             rows: [S]
-            drawn_rows: by request id, the row of the step before that draws its last token, for
+            sampled_rows: by request id, the row of the step before that draws its last token, for
                 tokens that the host does not know yet.
             pad: sizes to pad to; None: as they are.
-            least_rows: of logits; 0 where the step has other rows that are wanted.
+            min_logits_rows: of logits; 0 where the step has other rows that are wanted.
         """
         buffers = self._buffers[self._step % 2]
         self._step += 1
         if pad is None and plan.num_tokens == len(plan.requests):
-            arrays = self._build_decodes(plan.requests, rows, drawn_rows, buffers)
+            arrays = self._build_decodes(plan.requests, rows, sampled_rows, buffers)
             if arrays is not None:
                 return arrays
         planned = plan.requests
@@ -202,7 +202,9 @@ class InputBatch:
 
         wanted = self._logits_rows(planned, loc.tolist())
         num_rows = len(wanted)
-        wanted += [0] * ((max(least_rows, num_rows) if pad is None else pad.num_rows) - num_rows)
+        wanted += [0] * (
+            (max(min_logits_rows, num_rows) if pad is None else pad.num_rows) - num_rows
+        )
         logits_rows = np.array(wanted, np.int32)
         num_decodes = int(np.count_nonzero(lengths == 1))
         return StepArrays(
@@ -220,7 +222,7 @@ class InputBatch:
             logits_rows=logits_rows,
             max_query_len=int(lengths.max()),
             max_seq_len=int(seq_lens[:num_requests].max()),
-            previous_rows=self._previous_rows(planned, loc, shape.num_tokens, drawn_rows),
+            previous_rows=self._previous_rows(planned, loc, shape.num_tokens, sampled_rows),
         )
 
     def padding(self, pad: PaddedShape) -> StepArrays:
@@ -276,7 +278,7 @@ class InputBatch:
         self,
         planned: list[PlannedRequest],
         rows: npt.NDArray[np.intp],
-        drawn_rows: dict[str, int],
+        sampled_rows: dict[str, int],
         buffers: _Buffers,
     ) -> StepArrays | None:
         """What `build` makes of one token a request that draws the next, in less time.
@@ -319,7 +321,7 @@ class InputBatch:
             logits_rows=loc[:count],
             max_query_len=1,
             max_seq_len=longest,
-            previous_rows=self._previous_rows(planned, loc, count, drawn_rows),
+            previous_rows=self._previous_rows(planned, loc, count, sampled_rows),
         )
 
     def _fill_block_table(
@@ -346,10 +348,10 @@ class InputBatch:
 
     @staticmethod
     def _previous_rows(
-        planned: list[PlannedRequest], loc: IntArray, num_tokens: int, drawn_rows: dict[str, int]
+        planned: list[PlannedRequest], loc: IntArray, num_tokens: int, sampled_rows: dict[str, int]
     ) -> IntArray | None:
         waiting = [
-            (int(loc[i + 1]) - 1, drawn_rows[p.request.request_id])
+            (int(loc[i + 1]) - 1, sampled_rows[p.request.request_id])
             for i, p in enumerate(planned)
             if p.start + p.num_tokens > len(p.request.token_ids)
         ]

@@ -72,8 +72,9 @@ def test_a_device_of_fixed_shapes_captures_all_before_service(tmp_path: Path) ->
     assert backend.captured == captured  # and none in service
     assert backend.eager_steps == 0
     wide = engine.runner._padding(captured[0], engine.runner.graphs.shapes(captured[0])[-1])
+    inputs = engine.runner.executor.inputs(wide)
     with pytest.raises(BackendError, match="sealed"):
-        backend.compile(lambda *args: args, captured[0], wide)
+        backend.compile(lambda *args: args, captured[0], inputs)
 
 
 def test_others_serve_while_they_capture(tmp_path: Path) -> None:

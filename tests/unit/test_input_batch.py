@@ -43,7 +43,7 @@ def make_plan(*planned: tuple[Request, int, int]) -> StepPlan:
 
 def build(batch: InputBatch, plan: StepPlan, **more: object):
     rows = batch.update(plan)
-    return batch.build(plan, rows, **{"drawn_rows": {}, **more})
+    return batch.build(plan, rows, **{"sampled_rows": {}, **more})
 
 
 def test_arrays_equal_plain_loops_over_random_mixed_steps() -> None:
@@ -131,7 +131,7 @@ def test_tokens_still_on_the_device_point_at_the_row_that_draws_them() -> None:
     batch, known, waiting = InputBatch(CONFIG), make_request("a", 3, [1]), make_request("b", 3, [2])
     waiting.num_placeholders = 1
 
-    arrays = build(batch, make_plan((known, 2, 1), (waiting, 3, 1)), drawn_rows={"b": 5})
+    arrays = build(batch, make_plan((known, 2, 1), (waiting, 3, 1)), sampled_rows={"b": 5})
 
     assert arrays.previous_rows is not None
     assert arrays.previous_rows.tolist() == [-1, 5]

@@ -32,7 +32,7 @@ def answers(num_devices):
         max_num_seqs=8, max_num_batched_tokens=64, use_tqdm=False,
     )
     found = [a.outputs[0].token_ids for a in llm.generate(prompts, params, use_tqdm=False)]
-    sharding = llm.engine.runner._kv.layers[0].sharding
+    sharding = llm.engine.runner.executor._kv.layers[0].sharding
     return found, len(sharding.device_set), sharding.is_fully_replicated
 
 one, four = answers(1), answers(4)
