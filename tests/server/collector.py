@@ -1,4 +1,4 @@
-"""A collector of traces in this process: OTLP over HTTP, decoded."""
+"""A trace collector in this process, which receives and decodes OTLP over HTTP."""
 
 from __future__ import annotations
 
@@ -34,28 +34,29 @@ class Collector:
     bodies: list[bytes] = field(default_factory=list)
     num_refused: int = 0
     is_down: bool = False
-    """Answers that it takes nothing."""
+    """Whether it rejects all requests."""
 
     def trace_of(self, request_id: str, seconds: float = 10) -> tuple[Span, dict[str, Span]]:
-        """The span of a request, and those within it by name."""
+        """Wait for a request's span; returns it with its child spans by name."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             for span in self.spans:
                 if span.attributes.get("gen_ai.request.id") == request_id:
-                    within = [one for one in self.spans if one.parent_id == span.span_id]
-                    return span, {one.name: one for one in within}
+                    children = [one for one in self.spans if one.parent_id == span.span_id]
+                    return span, {one.name: one for one in children}
             time.sleep(0.02)
         raise AssertionError(f"no trace of {request_id} among {self.spans}")
 
-    def take(self, body: bytes) -> None:
+    def receive(self, body: bytes) -> None:
+        """Decode the spans of a request."""
         self.bodies.append(body)
         message = ExportTraceServiceRequest.FromString(body)
         found = []
-        for of_resource in message.resource_spans:
-            self.resources.append(_attributes(of_resource.resource.attributes))
-            for of_scope in of_resource.scope_spans:
-                found += [_span(one) for one in of_scope.spans]
-        self.spans += found  # whole batches: a span comes with those within it
+        for resource_spans in message.resource_spans:
+            self.resources.append(_attributes(resource_spans.resource.attributes))
+            for scope_spans in resource_spans.scope_spans:
+                found += [_span(one) for one in scope_spans.spans]
+        self.spans += found  # the whole batch at once, so that a span is never without its children
 
 
 def _span(one: Any) -> Span:
@@ -88,16 +89,16 @@ def running_collector() -> Iterator[Collector]:
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["Content-Length"]))
-            takes_it = (
+            is_accepted = (
                 not collector.is_down
                 and self.path == "/v1/traces"
                 and self.headers["Content-Type"] == "application/x-protobuf"
             )
-            if takes_it:
-                collector.take(body)
+            if is_accepted:
+                collector.receive(body)
             else:
                 collector.num_refused += 1
-            self.send_response(200 if takes_it else 404)
+            self.send_response(200 if is_accepted else 404)
             self.end_headers()
 
         def log_message(self, *_: object) -> None:

@@ -1,4 +1,4 @@
-"""Real servers in processes of their own, on loopback."""
+"""Fixtures: real servers in separate processes, on the loopback interface."""
 
 from __future__ import annotations
 
@@ -21,15 +21,17 @@ from tests.tiny import make_config_folder
 
 START_S = 90
 PLUGINS = Path(__file__).parents[1] / "plugins"
-"""What is installed beside: house_plugins."""
+"""Folder of the test package house_plugins."""
 
-ENDLESS = (  # the default model goes on with it until it may not any more
+ENDLESS = (  # the default model continues this until it reaches the limit
     "Write all numbers from 1 to 1000, separated by commas: 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12,"
 )
 
 
 @dataclass
 class RunningServer:
+    """A server process, its URL and the lines that it has written."""
+
     url: str
     process: subprocess.Popen[str]
     output: list[str]
@@ -38,11 +40,13 @@ class RunningServer:
         return httpx.Client(base_url=self.url, timeout=60, **options)
 
     def metric(self, name: str) -> float:
+        """Current value of the metric `portalm:{name}`, which must have one sample."""
         text = self.client().get("/metrics").text
         [value] = re.findall(rf"^portalm:{name}(?:{{[^}}]*}})? (\S+)$", text, re.MULTILINE)
         return float(value)
 
     def wait_for(self, name: str, value: float, seconds: float = 10) -> None:
+        """Wait until the metric has the value; fails after `seconds`."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             if self.metric(name) == value:
@@ -51,6 +55,7 @@ class RunningServer:
         raise AssertionError(f"{name} is {self.metric(name)}, not {value}")
 
     def engine_pid(self) -> int:
+        """Process id of the server's engine."""
         found = subprocess.run(
             ["pgrep", "-P", str(self.process.pid), "-f", "portalm.engine"],
             capture_output=True, text=True, check=True,
@@ -60,6 +65,7 @@ class RunningServer:
 
 @contextlib.contextmanager
 def running_server(*flags: str) -> Iterator[RunningServer]:
+    """Run `portalm serve` with these flags on a free port."""
     command = [sys.executable, "-m", "portalm.cli.main", "serve", "--port", "0", *flags]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd="/",
@@ -95,7 +101,7 @@ def running_server(*flags: str) -> Iterator[RunningServer]:
 
 
 def make_model_folder(folder: Path) -> Path:
-    """A tiny config and a tokenizer of 512 words, for a device that computes nothing."""
+    """Write a tiny config and a tokenizer of 512 words, for the null device."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     make_config_folder(folder)
@@ -114,7 +120,7 @@ def make_model_folder(folder: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def model_server(default_model: Path) -> Iterator[RunningServer]:
-    """The default model, with room for 2048 tokens."""
+    """A server of the default model with a context of 2048 tokens."""
     with running_server("--max-model-len", "2k", "--served-model-name", "small") as server:
         yield server
 
@@ -128,17 +134,15 @@ def null_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningSer
 
 
 BYTE_0 = 3
-"""In the byte model's vocabulary byte b is token BYTE_0 + b."""
+"""Token id of byte 0 in the byte model's vocabulary: byte b is token BYTE_0 + b."""
 EOS = 2
 
 
 def make_byte_model_folder(folder: Path) -> Path:
-    """A tiny config and a tokenizer whose tokens are bytes and a few words, for a device that
-    computes.
-    """
+    """Write a tiny config and a tokenizer of bytes and a few words, for a device that computes."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-    spelled = _bytes_as_spelled()
+    spelled = _byte_characters()
     words = ["th", "the", "he", "\u0120the", "ll"]
     vocab = {"<unk>": 0, "<s>": 1, "</s>": 2}
     vocab |= {char: BYTE_0 + byte for byte, char in enumerate(spelled)}
@@ -157,16 +161,16 @@ def make_byte_model_folder(folder: Path) -> Path:
     return folder
 
 
-def _bytes_as_spelled() -> list[str]:
-    """How byte-level vocabularies write each byte: as itself where it can be seen."""
-    seen = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+def _byte_characters() -> list[str]:
+    """The character that byte-level vocabularies use for each byte: itself if printable."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(256, 512))
-    return [chr(byte) if byte in seen else chr(next(others)) for byte in range(256)]
+    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
 
 
 @pytest.fixture(scope="session")
 def byte_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
-    """A server whose device computes: what is drawn depends on all that is asked."""
+    """A server on a device that computes, so that sampled tokens depend on the whole request."""
     folder = make_byte_model_folder(tmp_path_factory.mktemp("bytes") / "tiny")
     flags = ("--load-format", "dummy", "--dtype", "float32", "--served-model-name", "bytes")
     with running_server(str(folder), *flags) as server:

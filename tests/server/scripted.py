@@ -1,4 +1,4 @@
-"""A server in this process whose model says what a test told it to: the rest of it is real."""
+"""A server in this process with a scripted model: each test sets its answer, the rest is real."""
 
 from __future__ import annotations
 
@@ -31,16 +31,18 @@ from portalm.text import load_tokenizer
 
 @dataclass
 class ScriptedClient:
-    """Stands where `EngineClient` does; answers are `text`, `piece_size` characters a token."""
+    """Replacement for `EngineClient` that answers `text`, `piece_size` characters per token."""
 
     folder: Path
     text: str = ""
     piece_size: int = 3
     delay_s: float = 0.0
-    """Between two pieces."""
+    """Delay before each piece."""
     finish_reason: str = "stop"
     asked: list[tuple[str, SamplingParams]] = field(default_factory=list)
+    """Prompt and parameters of each request."""
     num_open: int = 0
+    """Answers that are being generated."""
 
     def __post_init__(self) -> None:
         self.tokenizer = load_tokenizer(self.folder)
@@ -107,7 +109,7 @@ class ScriptedClient:
 
     @property
     def prompt(self) -> str:
-        """The latest one."""
+        """The prompt of the last request."""
         return self.asked[-1][0]
 
 
@@ -154,7 +156,7 @@ def scripted_server(folder: Path, **settings: Any) -> Iterator[ScriptedServer]:
 
 
 def make_byte_tokenizer(folder: Path, template: str) -> Path:
-    """A folder with a tokenizer that knows every text, and a chat template."""
+    """Write a tokenizer of bytes, which can encode any text, and a chat template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     folder.mkdir(parents=True, exist_ok=True)

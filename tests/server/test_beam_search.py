@@ -1,4 +1,4 @@
-"""use_beam_search over HTTP: the beams of LLM.beam_search."""
+"""use_beam_search over HTTP gives the same results as LLM.beam_search."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def http(server: RunningServer) -> Iterator[httpx.Client]:
         yield client
 
 
-def test_completions_are_the_likeliest(folder: Path, http: httpx.Client) -> None:
+def test_completions_match_offline_beam_search(folder: Path, http: httpx.Client) -> None:
     body = {**BEAMS, "prompt": PROMPTS, "return_token_ids": True, "length_penalty": 0.5}
     choices = http.post("/v1/completions", json=body).json()["choices"]
 
@@ -50,7 +50,7 @@ def test_completions_are_the_likeliest(folder: Path, http: httpx.Client) -> None
     assert choices[0]["text"] == outputs[0].sequences[0].text
 
 
-def test_a_chat_has_them_too(http: httpx.Client) -> None:
+def test_chat_completions_support_beam_search(http: httpx.Client) -> None:
     body = {**BEAMS, "messages": [{"role": "user", "content": "w5 w6"}]}
     answer = http.post("/v1/chat/completions", json=body).json()
 
@@ -69,7 +69,7 @@ def test_a_search_counts_as_one_request(server: RunningServer, http: httpx.Clien
     before = num_ended()
     http.post("/v1/completions", json={**BEAMS, "prompt": PROMPTS[0]}).raise_for_status()
 
-    assert num_ended() == before + 3  # its answers
+    assert num_ended() == before + 3  # one for each answer
     assert server.metric("kv_blocks_used") == 0
 
 
@@ -84,7 +84,7 @@ def test_a_search_counts_as_one_request(server: RunningServer, http: httpx.Clien
         ({"length_penalty": 11.0}, "length_penalty must be a number from -10 to 10"),
     ],
 )
-def test_what_a_search_does_not_do_is_refused(
+def test_parameters_that_beam_search_does_not_support_are_rejected(
     http: httpx.Client, more: dict[str, object], message: str
 ) -> None:
     answer = http.post("/v1/completions", json={**BEAMS, "prompt": PROMPTS[0], **more})

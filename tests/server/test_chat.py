@@ -40,14 +40,14 @@ def stream(http: httpx.Client, **body: Any) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("num_top", [0, 2])
-def test_so_many_likeliest_tokens_are_shown_as_were_asked_for(http, num_top: int) -> None:
+def test_number_of_top_logprobs_is_the_requested_one(http, num_top: int) -> None:
     [choice] = chat(http, logprobs=True, top_logprobs=num_top)["choices"]
 
     shown = [len(one["top_logprobs"]) for one in choice["logprobs"]["content"]]
     assert shown == [num_top] * 8
 
 
-def test_the_bytes_of_a_token_are_its_own_where_it_is_part_of_a_character(http) -> None:
+def test_logprobs_have_the_bytes_of_partial_characters(http) -> None:
     [choice] = chat(http, logprobs=True, allowed_token_ids=E_ACUTE)["choices"]
 
     found = [one["bytes"] for one in choice["logprobs"]["content"]]
@@ -55,7 +55,7 @@ def test_the_bytes_of_a_token_are_its_own_where_it_is_part_of_a_character(http) 
     assert [0xC3] in found and [0xA9] in found
 
 
-def test_token_ids_come_with_an_answer_whole_or_streamed(http) -> None:
+def test_token_ids_are_the_same_whole_or_streamed(http) -> None:
     whole = chat(http, return_token_ids=True)
     chunks = stream(http, return_token_ids=True)
 
@@ -66,7 +66,7 @@ def test_token_ids_come_with_an_answer_whole_or_streamed(http) -> None:
     assert len(whole["prompt_token_ids"]) == whole["usage"]["prompt_tokens"]
 
 
-def test_logprobs_of_the_prompt_come_once(http) -> None:
+def test_prompt_logprobs_are_sent_once(http) -> None:
     whole = chat(http, prompt_logprobs=1, n=2)
     first, *others = stream(http, prompt_logprobs=1)
 

@@ -1,4 +1,4 @@
-"""`portalm chat` and what `portalm serve` shows while it starts, on a terminal."""
+"""`portalm chat`, and the progress bars of `portalm serve`, on a terminal."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FIGURES = r"\[(\d+) tokens, [\d.]+ tokens/s, first token after \d+ ms"
 
 
 def on_a_terminal(*arguments: str) -> pexpect.spawn:
-    """The command with a terminal; it is ended where the object is not used any more."""
+    """Run the command on a pseudo-terminal; it ends when the returned object is deleted."""
     command = ["-m", "portalm.cli.main", *arguments]
     return pexpect.spawn(
         sys.executable,
@@ -29,14 +29,14 @@ def on_a_terminal(*arguments: str) -> pexpect.spawn:
         encoding="utf-8",
         echo=False,
         dimensions=(24, 200),
-        # where tests run in the background it is ignored, and would be here
+        # background test runs ignore SIGINT, and the child process would inherit that
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
 
 
 @pytest.fixture(scope="module")
-def here(default_model: Path) -> Iterator[pexpect.spawn]:
-    """A conversation with the default model in the command's own process."""
+def local_chat(default_model: Path) -> Iterator[pexpect.spawn]:
+    """A conversation with the default model, which runs in the command's process."""
     chat = on_a_terminal("chat", "--max-model-len", "2k", "--max-tokens", "1500")
     chat.expect(r" on cpu\. /help")
     chat.expect("> ")
@@ -48,7 +48,7 @@ def here(default_model: Path) -> Iterator[pexpect.spawn]:
 
 
 @pytest.fixture
-def there(model_server: RunningServer) -> Iterator[pexpect.spawn]:
+def remote_chat(model_server: RunningServer) -> Iterator[pexpect.spawn]:
     """A conversation with a server."""
     url = f"{model_server.url}/v1"
     chat = on_a_terminal("chat", "--url", url, "--max-tokens", "200")
@@ -62,56 +62,56 @@ def there(model_server: RunningServer) -> Iterator[pexpect.spawn]:
 
 
 @pytest.mark.model
-def test_ctrl_c_ends_the_answer_and_the_conversation_goes_on(here, tmp_path: Path) -> None:
-    here.sendline(ENDLESS)
-    here.expect("13, 14")
-    here.sendintr()
-    here.expect(FIGURES + ", stopped")
-    here.expect("> ")
-    time.sleep(0.5)  # the prompt is shown a moment before it is waited at
-    here.sendintr()
-    here.expect("/exit ends the conversation")
+def test_ctrl_c_ends_the_answer_and_the_conversation_continues(local_chat, tmp_path: Path) -> None:
+    local_chat.sendline(ENDLESS)
+    local_chat.expect("13, 14")
+    local_chat.sendintr()
+    local_chat.expect(FIGURES + ", stopped")
+    local_chat.expect("> ")
+    time.sleep(0.5)  # the prompt appears shortly before the command waits for input
+    local_chat.sendintr()
+    local_chat.expect("/exit ends the conversation")
 
-    here.sendline("/clear")
-    here.sendline("What is the capital of France?")
-    here.expect("Paris")
-    here.expect(FIGURES + r"\]")
-    assert 1 < int(here.match.group(1)) < 1500
-    here.sendline(f"/save {tmp_path}/said.json")
-    here.expect("saved 2 messages to")
+    local_chat.sendline("/clear")
+    local_chat.sendline("What is the capital of France?")
+    local_chat.expect("Paris")
+    local_chat.expect(FIGURES + r"\]")
+    assert 1 < int(local_chat.match.group(1)) < 1500
+    local_chat.sendline(f"/save {tmp_path}/said.json")
+    local_chat.expect("saved 2 messages to")
 
     said = json.loads((tmp_path / "said.json").read_text())
     assert [message["role"] for message in said] == ["user", "assistant"]
 
 
 @pytest.mark.model
-def test_a_server_answers_and_ctrl_c_ends_its_request(there, model_server, tmp_path: Path) -> None:
-    there.sendline(ENDLESS)
-    there.expect("13, 14")
+def test_ctrl_c_aborts_the_request_on_the_server(remote_chat, model_server, tmp_path: Path) -> None:
+    remote_chat.sendline(ENDLESS)
+    remote_chat.expect("13, 14")
     assert model_server.metric("num_requests_running") == 1
-    there.sendintr()
-    there.expect(FIGURES + ", stopped")
+    remote_chat.sendintr()
+    remote_chat.expect(FIGURES + ", stopped")
     model_server.wait_for("num_requests_running", 0)
 
-    there.sendline("/clear")
-    there.sendline("/system You are a pirate.")
-    there.expect("system message: You are a pirate.")
-    there.sendline('"""One line\nand another"""')
-    there.expect(FIGURES)
-    there.sendline("word " * 2100)  # refused: it is no part of the conversation
-    there.expect("the server returned status 400: .*2048")
-    there.sendline(f"/save {tmp_path}/said.json")
-    there.expect("saved 3 messages to")
+    remote_chat.sendline("/clear")
+    remote_chat.sendline("/system You are a pirate.")
+    remote_chat.expect("system message: You are a pirate.")
+    remote_chat.sendline('"""One line\nand another"""')
+    remote_chat.expect(FIGURES)
+    remote_chat.sendline("word " * 2100)  # refused, so not added to the conversation
+    remote_chat.expect("the server returned status 400: .*2048")
+    remote_chat.sendline(f"/save {tmp_path}/said.json")
+    remote_chat.expect("saved 3 messages to")
     said = json.loads((tmp_path / "said.json").read_text())
     assert said[0] == {"role": "system", "content": "You are a pirate."}
     assert said[1] == {"role": "user", "content": "One line\nand another"}
 
-    there.sendline("/system -")
-    there.expect("system message: none")
-    there.sendline("/cleer")
-    there.expect("unknown command /cleer")
-    there.sendline("/help")
-    there.expect("/save FILE")
+    remote_chat.sendline("/system -")
+    remote_chat.expect("system message: none")
+    remote_chat.sendline("/cleer")
+    remote_chat.expect("unknown command /cleer")
+    remote_chat.sendline("/help")
+    remote_chat.expect("/save FILE")
 
 
 def chat_of(url: str, text: str, *flags: str) -> subprocess.CompletedProcess[str]:
@@ -121,7 +121,7 @@ def chat_of(url: str, text: str, *flags: str) -> subprocess.CompletedProcess[str
     )  # fmt: skip
 
 
-def test_from_a_pipe_there_are_answers_and_nothing_else(null_server: RunningServer) -> None:
+def test_with_a_pipe_only_answers_are_printed(null_server: RunningServer) -> None:
     done = chat_of(null_server.url, "w5 w6\nw7\n", "--max-tokens", "3")
 
     assert done.returncode == 0, done.stderr
@@ -129,7 +129,7 @@ def test_from_a_pipe_there_are_answers_and_nothing_else(null_server: RunningServ
     assert done.stderr == ""
 
 
-def test_a_question_that_is_refused_shows_in_the_exit_status(null_server: RunningServer) -> None:
+def test_refused_question_sets_the_exit_status(null_server: RunningServer) -> None:
     done = chat_of(null_server.url, "w5\n", "--temperature", "-1")
 
     assert done.returncode == 1
@@ -142,16 +142,16 @@ def test_a_question_that_is_refused_shows_in_the_exit_status(null_server: Runnin
         (("--device", "cpu"), "device cannot be set with --url"),
         (("--model", "other"), "model 'other' is not served here"),
     ],
-    ids=["a setting of the engine", "a model that is not there"],
+    ids=["engine setting", "unknown model"],
 )
-def test_what_the_server_cannot_honour_is_refused(null_server, flags, text: str) -> None:
+def test_options_that_the_server_cannot_apply_are_rejected(null_server, flags, text: str) -> None:
     done = chat_of(null_server.url, "w5\n", *flags)
 
     assert done.returncode != 0
     assert text in done.stderr
 
 
-def test_no_server_is_one_line() -> None:
+def test_unreachable_server_is_a_one_line_error() -> None:
     done = chat_of("http://127.0.0.1:9", "hello\n")
 
     assert done.returncode == 2
@@ -178,7 +178,7 @@ def test_a_message_may_have_several_lines(lines: list[str], message: str) -> Non
 
 @pytest.mark.slow
 @pytest.mark.model
-def test_a_server_shows_how_far_loading_is_on_a_terminal_alone(
+def test_loading_progress_is_shown_only_on_a_terminal(
     default_model: Path, model_server: RunningServer
 ) -> None:
     server = on_a_terminal("serve", "--port", "0", "--max-model-len", "1k")

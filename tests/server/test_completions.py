@@ -45,7 +45,7 @@ def choices(chunks: list[dict[str, Any]], index: int = 0) -> list[dict[str, Any]
 
 
 def joined(chunks: list[dict[str, Any]], name: str, index: int = 0) -> list[Any]:
-    """One of the parallel lists of logprobs, over the whole stream."""
+    """Concatenate one of the parallel lists of logprobs over the whole stream."""
     found = [one["logprobs"] for one in choices(chunks, index) if one["logprobs"] is not None]
     return [value for one in found for value in one[name]]
 
@@ -53,7 +53,7 @@ def joined(chunks: list[dict[str, Any]], name: str, index: int = 0) -> list[Any]
 # -- prompts ----------------------------------------------------------------------------------
 
 
-def test_texts_and_ids_may_be_given_one_or_several(http) -> None:
+def test_prompts_can_be_texts_or_ids_one_or_several(http) -> None:
     tokens = http.post("/tokenize", json={"prompt": PROMPT}).json()["tokens"]
 
     asked = [PROMPT, [PROMPT], tokens, [tokens], [PROMPT, PROMPT], [tokens, tokens]]
@@ -76,20 +76,20 @@ def test_a_prompt_is_truncated_to_its_last_tokens(http, limit: int, left: int) -
     assert choice["prompt_token_ids"] == [BYTE_0 + ord(c) for c in prompt[-left:]]
 
 
-def test_a_prompt_too_long_is_cut_to_leave_room_for_the_answer(http) -> None:
+def test_long_prompt_is_truncated_to_leave_room_for_the_answer(http) -> None:
     body = complete(http, prompt="x" * 600, truncate_prompt_tokens=-1)
 
     assert body["usage"]["prompt_tokens"] == 512 - 12
     assert body["usage"]["completion_tokens"] == 12
 
 
-def test_tokens_are_shown_as_the_vocabulary_writes_them(http) -> None:
+def test_token_strings_are_those_of_the_vocabulary(http) -> None:
     body = {"prompt": "x the", "return_token_strs": True}
 
     assert http.post("/tokenize", json=body).json()["token_strs"] == ["x", "\u0120the"]
 
 
-def test_special_tokens_and_template_are_told(http) -> None:
+def test_tokenizer_info_has_special_tokens_and_chat_template(http) -> None:
     info = http.get("/tokenizer_info").json()
 
     assert (info["bos_token"], info["eos_token"]) == ("<s>", "</s>")
@@ -99,7 +99,7 @@ def test_special_tokens_and_template_are_told(http) -> None:
 # -- logprobs ---------------------------------------------------------------------------------
 
 
-def test_logprobs_are_parallel_lists_with_the_drawn_token_among_the_top(http) -> None:
+def test_logprobs_are_parallel_lists_and_top_logprobs_include_the_sampled_token(http) -> None:
     [choice] = complete(http, logprobs=2)["choices"]
     logprobs = choice["logprobs"]
 
@@ -111,7 +111,7 @@ def test_logprobs_are_parallel_lists_with_the_drawn_token_among_the_top(http) ->
         assert 2 <= len(top) <= 3
 
 
-def test_offsets_say_where_each_token_begins(http) -> None:
+def test_text_offsets_are_the_starts_of_tokens(http) -> None:
     ids = [BYTE_0 + ord("a"), *E_ACUTE, BYTE_0 + ord("z")]
     [choice] = complete(http, allowed_token_ids=ids, max_tokens=60, logprobs=0)["choices"]
     text, logprobs = choice["text"], choice["logprobs"]
@@ -120,12 +120,12 @@ def test_offsets_say_where_each_token_begins(http) -> None:
     for token, offset in zip(logprobs["tokens"], logprobs["text_offset"], strict=True):
         if not token.startswith("bytes:"):
             assert text[offset] == token
-        elif token == "bytes:\\xa9":  # the second half of a character, or broken by itself
+        elif token == "bytes:\\xa9":  # the second half of a character, or invalid on its own
             assert text[offset] in "\u00e9\ufffd"
 
 
-def test_streamed_logprobs_are_those_of_the_whole(http) -> None:
-    """Also where a stop string holds text back."""
+def test_streamed_logprobs_equal_whole_logprobs(http) -> None:
+    """This includes text that is held back for a stop string."""
     ids = [BYTE_0 + ord(c) for c in "abc"]
     asked = {"allowed_token_ids": ids, "max_tokens": 60, "logprobs": 1, "stop": "acbb", "n": 2}
 
@@ -138,7 +138,7 @@ def test_streamed_logprobs_are_those_of_the_whole(http) -> None:
             assert joined(chunks, name, index) == values, name
 
 
-def test_prompt_logprobs_are_objects_by_token_id(http) -> None:
+def test_prompt_logprobs_are_objects_keyed_by_token_id(http) -> None:
     [choice] = complete(http, prompt_logprobs=1, return_token_ids=True)["choices"]
 
     first, *others = choice["prompt_logprobs"]
@@ -151,7 +151,7 @@ def test_prompt_logprobs_are_objects_by_token_id(http) -> None:
 # -- echo and scoring ------------------------------------------------------------------------
 
 
-def test_echo_with_logprobs_tells_of_the_prompts_tokens(http) -> None:
+def test_echo_with_logprobs_includes_the_prompts_tokens(http) -> None:
     plain = complete(http, logprobs=1)["choices"][0]
 
     [choice] = complete(http, logprobs=1, echo=True)["choices"]
@@ -180,8 +180,8 @@ def test_max_tokens_0_with_echo_scores_the_prompt_alone(http) -> None:
         assert values == with_answer[name][:5]
 
 
-def test_what_lm_eval_sends_scores_token_ids(http) -> None:
-    """Its local-completions reads token_logprobs[context:-1], and whether each was the top."""
+def test_lm_eval_requests_score_token_ids(http) -> None:
+    """Its local-completions reads token_logprobs[context:-1] and compares them with the top."""
     first, second = [BYTE_0 + ord(c) for c in "abcd"], [BYTE_0 + ord(c) for c in "wxyz!"]
     asked = {"temperature": 0, "max_tokens": 1, "logprobs": 1, "echo": True, "seed": 1234}
 
@@ -198,17 +198,17 @@ def test_what_lm_eval_sends_scores_token_ids(http) -> None:
     assert both[1]["logprobs"]["token_logprobs"][1:-1] == pytest.approx(expected, abs=1e-4)
 
 
-def test_a_scored_token_has_the_logprob_that_it_would_be_drawn_with(http) -> None:
-    drawn = complete(http, logprobs=0, return_token_ids=True)["choices"][0]
-    known = [*drawn["prompt_token_ids"], *drawn["token_ids"]]
+def test_scored_token_has_the_logprob_it_was_sampled_with(http) -> None:
+    sampled = complete(http, logprobs=0, return_token_ids=True)["choices"][0]
+    known = [*sampled["prompt_token_ids"], *sampled["token_ids"]]
 
     [scored] = complete(http, prompt=known, echo=True, logprobs=0, max_tokens=0)["choices"]
 
-    expected = drawn["logprobs"]["token_logprobs"]
+    expected = sampled["logprobs"]["token_logprobs"]
     assert scored["logprobs"]["token_logprobs"][5:] == pytest.approx(expected, abs=1e-3)
 
 
-def test_an_echo_streams_first(http) -> None:
+def test_echo_is_streamed_first(http) -> None:
     asked = {"echo": True, "logprobs": 1, "n": 2, "prompt_logprobs": 1}
     whole = complete(http, **asked)["choices"]
 
@@ -223,7 +223,7 @@ def test_an_echo_streams_first(http) -> None:
             assert joined(chunks, name, index) == values, name
 
 
-def test_a_prompt_that_is_only_scored_streams_too(http) -> None:
+def test_scoring_a_prompt_can_be_streamed(http) -> None:
     chunks = stream(http, echo=True, logprobs=1, max_tokens=0)
 
     assert "".join(one["text"] for one in choices(chunks)) == PROMPT
@@ -234,7 +234,7 @@ def test_a_prompt_that_is_only_scored_streams_too(http) -> None:
 # -- best_of ----------------------------------------------------------------------------------
 
 
-def test_best_of_shows_the_likeliest(http) -> None:
+def test_best_of_returns_the_most_likely_answers(http) -> None:
     all_four = complete(http, n=4, logprobs=0)["choices"]
     ranked = sorted(all_four, key=lambda one: -sum(one["logprobs"]["token_logprobs"]))
 
@@ -249,7 +249,7 @@ def test_best_of_shows_the_likeliest(http) -> None:
 @pytest.mark.parametrize(
     "body", [{"n": 2, "best_of": 1}, {"best_of": 2, "stream": True}, {"best_of": 5000}], ids=str
 )
-def test_a_best_of_that_cannot_be_is_refused(http, body: dict[str, Any]) -> None:
+def test_invalid_best_of_is_rejected(http, body: dict[str, Any]) -> None:
     response = ask(http, **body)
 
     assert response.status_code == 400
@@ -272,10 +272,10 @@ def test_no_chunk_ends_inside_a_character(http) -> None:
     assert text == complete(http, **asked)["choices"][0]["text"]
 
 
-def test_a_stop_string_is_not_shown_before_it_is_decided(http) -> None:
+def test_possible_start_of_a_stop_string_is_not_streamed(http) -> None:
     ids = [BYTE_0 + ord(c) for c in "ab"]
     plain = complete(http, allowed_token_ids=ids, max_tokens=200)["choices"][0]["text"]
-    stop = plain[100:112]  # begins many times before it is whole
+    stop = plain[100:112]  # many partial matches come before it
 
     seen = ""
     for one in choices(stream(http, allowed_token_ids=ids, max_tokens=200, stop=[stop])):
@@ -284,7 +284,7 @@ def test_a_stop_string_is_not_shown_before_it_is_decided(http) -> None:
     assert seen == plain[: plain.index(stop)]
 
 
-def test_answers_of_several_prompts_are_told_apart_and_each_ends_once(http) -> None:
+def test_streamed_answers_of_several_prompts_have_their_index_and_end_once(http) -> None:
     asked = {"prompt": ["he", "tell", PROMPT], "n": 2, "logit_bias": {str(EOS): 1}}
     whole = complete(http, **asked)["choices"]
 
@@ -300,7 +300,7 @@ def test_answers_of_several_prompts_are_told_apart_and_each_ends_once(http) -> N
     assert all(chunk["usage"] is None for chunk in chunks[:-1])
 
 
-def test_usage_grows_with_every_chunk_where_asked_for(http) -> None:
+def test_continuous_usage_stats_grow_with_every_chunk(http) -> None:
     options = {"include_usage": True, "continuous_usage_stats": True}
 
     chunks = stream(http, echo=True, stream_options=options)

@@ -1,4 +1,4 @@
-"""The server on the default model, by the openai SDK."""
+"""The server with the default model, called by the openai SDK."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def sdk(default_model: Path) -> Iterator[openai.OpenAI]:
         yield openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
 
 
-def test_a_question_gets_an_answer(sdk: openai.OpenAI) -> None:
+def test_question_is_answered(sdk: openai.OpenAI) -> None:
     answer = sdk.chat.completions.create(
         model=sdk.models.list().data[0].id,
         messages=[{"role": "user", "content": "What is the capital of France?"}],
@@ -49,7 +49,7 @@ def test_the_same_seed_gives_the_same_answer(sdk: openai.OpenAI) -> None:
     assert answers[0] == answers[1]
 
 
-def test_a_common_beginning_is_found_in_the_cache(sdk: openai.OpenAI) -> None:
+def test_common_prefix_is_found_in_the_cache(sdk: openai.OpenAI) -> None:
     model = sdk.models.list().data[0].id
     prompt = list(range(500, 600))
     sdk.completions.create(model=model, prompt=prompt, max_tokens=1)
@@ -76,7 +76,7 @@ def test_an_answer_is_parsed_into_a_pydantic_model(sdk: openai.OpenAI) -> None:
     assert isinstance(answer.choices[0].message.parsed, City)
 
 
-def test_json_mode_needs_no_word_of_json_in_the_prompt(sdk: openai.OpenAI) -> None:
+def test_json_mode_does_not_require_the_word_json_in_the_prompt(sdk: openai.OpenAI) -> None:
     answer = sdk.chat.completions.create(
         model=sdk.models.list().data[0].id,
         messages=[{"role": "user", "content": "Tell me about Paris."}],
@@ -130,7 +130,7 @@ def test_a_forced_call_fits_its_schema(sdk: openai.OpenAI, choice, stream: bool)
     assert reason == "tool_calls"
 
 
-def test_tools_may_be_left_to_the_model(sdk: openai.OpenAI) -> None:
+def test_model_can_choose_whether_to_call_tools(sdk: openai.OpenAI) -> None:
     answer = sdk.chat.completions.create(
         model=sdk.models.list().data[0].id,
         messages=[{"role": "user", "content": "What is the capital of France?"}],
@@ -143,7 +143,7 @@ def test_tools_may_be_left_to_the_model(sdk: openai.OpenAI) -> None:
     assert choice.message.content or choice.message.tool_calls
 
 
-def test_a_response_streams_and_goes_on(sdk: openai.OpenAI) -> None:
+def test_response_streams_and_continues_from_the_previous_one(sdk: openai.OpenAI) -> None:
     model = sdk.models.list().data[0].id
     with sdk.responses.stream(
         model=model, input="What is the capital of France?", max_output_tokens=24, temperature=0

@@ -1,4 +1,4 @@
-"""deploy/ is true: metrics that exist, flags that the command line knows, probes that answer."""
+"""Files in deploy/ use metrics, command line flags and probe endpoints that exist."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ POD = DEPLOYMENT["spec"]["template"]["spec"]
 
 
 def serve(arguments: list[str]) -> Any:
-    """What `portalm serve` makes of these; an unknown flag ends the test."""
+    """Parse arguments of `portalm serve`; an unknown flag fails the test."""
     return build_parser().parse_args(["serve", *arguments])
 
 
@@ -57,7 +57,7 @@ def queries() -> Iterator[str]:
 
 
 @pytest.mark.parametrize("expressions", [rules, queries])
-def test_every_metric_that_is_asked_for_is_there(null_server: RunningServer, expressions) -> None:
+def test_every_metric_in_rules_and_queries_exists(null_server: RunningServer, expressions) -> None:
     with null_server.client() as http:
         body = {"prompt": "w5", "max_tokens": 2, "ignore_eos": True}
         http.post("/v1/completions", json=body).raise_for_status()
@@ -74,7 +74,7 @@ def test_every_metric_that_is_asked_for_is_there(null_server: RunningServer, exp
     assert len(found) > 10
     for name, selector in found:
         assert name in labels, name
-        asked = set(re.findall(r"(\w+)\s*=~?", selector)) - {"instance"}  # the scrape adds that
+        asked = set(re.findall(r"(\w+)\s*=~?", selector)) - {"instance"}  # added by Prometheus
         assert asked <= labels[name], (name, asked)
 
 
@@ -87,17 +87,17 @@ def promtool(*arguments: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_rules_fire_when_they_should() -> None:
-    promtool("check", "config", "prometheus.yml")  # and the rules that it names
+def test_alert_rules_fire_on_test_data() -> None:
+    promtool("check", "config", "prometheus.yml")  # checks the rule files that it names, too
     promtool("test", "rules", "alerts_test.yml")
 
 
-def test_the_dashboards_queries_are_promql(tmp_path: Path) -> None:
+def test_dashboard_queries_are_valid_promql(tmp_path: Path) -> None:
     asked = [q.replace("$__rate_interval", "1m").replace("$__range", "1h") for q in queries()]
     rules = [
         {"record": f"query:{i}", "expr": expression}
         for i, expression in enumerate(asked)
-        if not expression.startswith("label_values(")  # Grafana's own
+        if not expression.startswith("label_values(")  # a Grafana function
     ]
     path = tmp_path / "queries.yml"
     path.write_text(yaml.safe_dump({"groups": [{"name": "dashboard", "rules": rules}]}))
@@ -111,16 +111,16 @@ def test_the_ci_job_has_promtool() -> None:
     assert re.search(r"apt-get install .*\bprometheus\b", matrix["jobs"]["cpu"]["command"])
 
 
-def test_the_images_flags_are_those_of_serve() -> None:
+def test_flags_of_image_and_pod_are_valid() -> None:
     program, verb, *flags = dockerfile("ENTRYPOINT")
-    pod = serve([*flags, *CONTAINER["args"]])  # Kubernetes' args stand behind the entrypoint
+    pod = serve([*flags, *CONTAINER["args"]])  # Kubernetes appends args to the entrypoint
 
     assert (Path(program).name, verb) == ("portalm", "serve")
     assert pod.host == "0.0.0.0"
     assert [port["containerPort"] for port in CONTAINER["ports"]] == [pod.port]
 
 
-def test_the_units_flags_are_those_of_serve() -> None:
+def test_flags_of_the_systemd_unit_are_valid() -> None:
     program, verb, *flags = shlex.split(unit()["ExecStart"])
 
     arguments = serve(flags)
@@ -128,14 +128,14 @@ def test_the_units_flags_are_those_of_serve() -> None:
     assert float(unit()["TimeoutStopSec"]) > arguments.shutdown_timeout
 
 
-def test_there_is_time_to_drain_before_a_pod_is_killed() -> None:
+def test_pod_has_time_to_drain_before_it_is_killed() -> None:
     [_, pause] = CONTAINER["lifecycle"]["preStop"]["exec"]["command"]
     drain = serve(CONTAINER["args"]).shutdown_timeout
 
     assert POD["terminationGracePeriodSeconds"] > drain + float(pause)
 
 
-def test_probes_ask_what_they_should(null_server: RunningServer) -> None:
+def test_probes_use_existing_endpoints(null_server: RunningServer) -> None:
     paths = {
         probe: CONTAINER[f"{probe}Probe"]["httpGet"]["path"]
         for probe in ("startup", "readiness", "liveness")

@@ -1,4 +1,4 @@
-"""Embeddings, scores and rankings over HTTP: a real encoder, a cross-encoder, a pooled decoder."""
+"""Embeddings, scores and rankings over HTTP: an encoder, a cross-encoder, a pooled decoder."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def cosine(a: list[float], b: list[float]) -> float:
 
 
 @pytest.mark.model
-def test_the_openai_sdk_embeds_and_like_is_near_like(encoder: RunningServer) -> None:
+def test_openai_sdk_embeddings_of_similar_texts_are_close(encoder: RunningServer) -> None:
     sdk = openai.OpenAI(base_url=f"{encoder.url}/v1", api_key="none", max_retries=0)
 
     answer = sdk.embeddings.create(model="minilm", input=[FOOD, MEAL, MARKET])  # sent as base64
@@ -61,7 +61,7 @@ def test_the_openai_sdk_embeds_and_like_is_near_like(encoder: RunningServer) -> 
 
 
 @pytest.mark.model
-def test_an_input_may_be_spelled_in_four_ways_and_a_vector_in_two(http: httpx.Client) -> None:
+def test_inputs_have_four_forms_and_vectors_two(http: httpx.Client) -> None:
     ids = http.post("/tokenize", json={"prompt": FOOD}).json()["tokens"]
     bodies: list[dict[str, object]] = [{"input": one} for one in (FOOD, [FOOD], ids, [ids])]
 
@@ -77,7 +77,7 @@ def test_an_input_may_be_spelled_in_four_ways_and_a_vector_in_two(http: httpx.Cl
 
 
 @pytest.mark.model
-def test_a_vector_may_be_cut_and_a_text_too(http: httpx.Client) -> None:
+def test_vectors_and_texts_can_be_truncated(http: httpx.Client) -> None:
     whole = http.post("/v1/embeddings", json={"input": FOOD}).json()["data"][0]["embedding"]
 
     cut = http.post("/v1/embeddings", json={"input": FOOD, "dimensions": 8}).json()
@@ -105,7 +105,7 @@ def test_a_vector_may_be_cut_and_a_text_too(http: httpx.Client) -> None:
     ],
     ids=lambda x: str(x)[:30],
 )
-def test_bad_input_is_refused_by_its_place(
+def test_invalid_input_is_rejected_naming_its_place(
     http: httpx.Client, body: dict[str, object], param: str, message: str
 ) -> None:
     found = error(http.post("/v1/embeddings", json=body))
@@ -115,7 +115,7 @@ def test_bad_input_is_refused_by_its_place(
 
 
 @pytest.mark.model
-def test_an_encoder_does_not_generate(http: httpx.Client) -> None:
+def test_generation_with_an_encoder_is_rejected(http: httpx.Client) -> None:
     chat = {"messages": [{"role": "user", "content": "Hello"}]}
 
     for path, body in (("chat/completions", chat), ("completions", {"prompt": "Hello"})):
@@ -125,7 +125,7 @@ def test_an_encoder_does_not_generate(http: httpx.Client) -> None:
 
 
 @pytest.mark.model
-def test_pairs_are_scored_by_the_cosine_of_their_vectors(http: httpx.Client) -> None:
+def test_pairs_are_scored_by_cosine_similarity(http: httpx.Client) -> None:
     one_to_many = {"text_1": FOOD, "text_2": [MEAL, MARKET]}
     one_to_one = {"queries": [FOOD, FOOD], "documents": [MEAL, MARKET]}
 
@@ -134,7 +134,7 @@ def test_pairs_are_scored_by_the_cosine_of_their_vectors(http: httpx.Client) -> 
     near, far = (one["score"] for one in answer["data"])
     assert near > 0.6 > 0.2 > far
     assert [(one["index"], one["object"]) for one in answer["data"]] == [(0, "score"), (1, "score")]
-    assert answer["usage"]["total_tokens"] == 8 + 8 + 10  # a text that is there twice counts once
+    assert answer["usage"]["total_tokens"] == 8 + 8 + 10  # a repeated text counts once
     for path in ("/score", "/v1/score"):
         again = http.post(path, json=one_to_one).json()["data"]
         assert [one["score"] for one in again] == pytest.approx([near, far], abs=1e-6)
@@ -152,14 +152,14 @@ def test_pairs_are_scored_by_the_cosine_of_their_vectors(http: httpx.Client) -> 
     ],
     ids=lambda x: str(x)[:30],
 )
-def test_texts_that_make_no_pairs_are_refused(
+def test_texts_that_do_not_form_pairs_are_rejected(
     http: httpx.Client, body: dict[str, object], message: str
 ) -> None:
     assert message in error(http.post("/score", json=body))["message"]
 
 
 @pytest.mark.model
-def test_documents_come_back_the_best_first(http: httpx.Client) -> None:
+def test_documents_are_ranked_best_first(http: httpx.Client) -> None:
     body = {"query": FOOD, "documents": [MARKET, {"text": MEAL}, "The weather is fine."]}
 
     for path in ("/rerank", "/v1/rerank"):
@@ -177,8 +177,8 @@ def test_documents_come_back_the_best_first(http: httpx.Client) -> None:
 
 
 @pytest.mark.model
-def test_embeddings_outlive_their_engine(encoder: RunningServer) -> None:
-    texts = [f"{i} " + "word " * 150 for i in range(16)]  # one a step
+def test_embeddings_survive_an_engine_crash(encoder: RunningServer) -> None:
+    texts = [f"{i} " + "word " * 150 for i in range(16)]  # one text per step
     with encoder.client() as http:
         undisturbed = http.post("/v1/embeddings", json={"input": texts}).json()
         restarts = encoder.metric("engine_restarts_total")
@@ -201,7 +201,7 @@ def test_embeddings_outlive_their_engine(encoder: RunningServer) -> None:
 
 
 @pytest.mark.model
-def test_a_client_that_leaves_ends_its_prompts(encoder: RunningServer) -> None:
+def test_client_disconnect_aborts_its_prompts(encoder: RunningServer) -> None:
     texts = [f"{i} " + "word " * 200 for i in range(100)]
     aborted = 'request_success_total{finished_reason="abort",model_name="minilm"}'
     with pytest.raises(httpx.ReadTimeout), encoder.client() as http:
@@ -223,7 +223,7 @@ def test_a_client_that_leaves_ends_its_prompts(encoder: RunningServer) -> None:
 
 @pytest.fixture(scope="module")
 def cross_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny random one over words."""
+    """A tiny cross-encoder with random weights and a tokenizer of words."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import BertConfig, BertForSequenceClassification
@@ -247,7 +247,7 @@ def cross_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_cross_encoder_scores_what_transformers_scores(cross_encoder: Path) -> None:
+def test_cross_encoder_scores_match_transformers(cross_encoder: Path) -> None:
     import torch
     from transformers import BertForSequenceClassification
 
@@ -274,8 +274,8 @@ def test_a_cross_encoder_scores_what_transformers_scores(cross_encoder: Path) ->
     assert "does not embed text; it scores pairs of texts" in refused
 
 
-def test_a_decoders_states_are_pooled_beside_what_it_generates(null_server: RunningServer) -> None:
-    """On the null device a state begins with its token's id and position."""
+def test_decoder_can_embed_as_well_as_generate(null_server: RunningServer) -> None:
+    """The null device's hidden states begin with the token's id and position."""
     with null_server.client() as http:
         body = {"input": ["w5 w7", "w9"], "pooling": "mean", "normalize": False}
 

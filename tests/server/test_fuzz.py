@@ -1,4 +1,4 @@
-"""Whatever a body holds: an answer, or an error that says what is wrong; never a 5xx."""
+"""Random request bodies get an answer or an error that says what is wrong, never a 5xx."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ FIELDS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
 
 @st.composite
 def bodies(draw: st.DrawFn, path: str) -> Any:
-    """A good body of which some fields are left out and some are junk."""
+    """Generate a valid body in which some fields are omitted and some are junk."""
     if draw(st.integers(0, 20)) == 0:
         return draw(JUNK)
     fields = FIELDS[path]
@@ -111,7 +111,7 @@ def check(http: httpx.Client, path: str, content: bytes) -> None:
 
 
 @pytest.mark.parametrize("path", FIELDS)
-def test_any_body_gets_an_answer_or_an_error_that_names_it(
+def test_random_body_gets_an_answer_or_a_client_error(
     null_server: RunningServer, path: str
 ) -> None:
     with null_server.client() as http:
@@ -137,6 +137,8 @@ def test_any_body_gets_an_answer_or_an_error_that_names_it(
     ids=lambda content: content[:16].decode(errors="replace"),
 )  # fmt: skip
 @pytest.mark.parametrize("path", FIELDS)
-def test_bodies_that_are_hardly_json(null_server: RunningServer, path: str, content: bytes) -> None:
+def test_malformed_or_extreme_json_gets_an_answer_or_a_client_error(
+    null_server: RunningServer, path: str, content: bytes
+) -> None:
     with null_server.client() as http:
         check(http, path, content)

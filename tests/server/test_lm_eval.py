@@ -1,4 +1,4 @@
-"""lm-evaluation-harness (local-completions), on the default model: docs/serving.md, Clients."""
+"""lm-evaluation-harness (local-completions) on the default model; docs/serving.md, Clients."""
 
 from __future__ import annotations
 
@@ -35,5 +35,5 @@ def test_a_local_task_is_scored(tmp_path: Path, default_model: Path, batch_size:
 
     [written] = tmp_path.rglob("results*.json")
     results = json.loads(written.read_text())["results"]
-    assert results["capitals"]["acc,none"] >= 0.75  # by chance it is 0.25
+    assert results["capitals"]["acc,none"] >= 0.75  # chance is 0.25
     assert results["capitals_said"]["exact_match,word"] >= 0.5

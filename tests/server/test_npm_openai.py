@@ -1,4 +1,4 @@
-"""The npm openai SDK, on the default model."""
+"""The npm openai SDK with the default model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TOUR = Path(__file__).parent / "npm"
 
 
 @pytest.mark.skipif(shutil.which("npm") is None, reason="needs node 20 or newer and npm")
-def test_the_tour(tmp_path: Path, default_model: Path, default_encoder: Path) -> None:
+def test_npm_sdk_tour(tmp_path: Path, default_model: Path, default_encoder: Path) -> None:
     for name in ("package.json", "package-lock.json", "tour.mjs"):
         shutil.copy(TOUR / name, tmp_path)
     subprocess.run(["npm", "ci", "--no-audit", "--no-fund"], cwd=tmp_path, check=True, timeout=300)
@@ -34,6 +34,6 @@ def test_the_tour(tmp_path: Path, default_model: Path, default_encoder: Path) ->
                 "EMBEDDINGS_BASE_URL": f"{encoder.url}/v1",
             },
         )  # fmt: skip
-        server.wait_for("num_requests_running", 0)  # the cancelled stream, too
+        server.wait_for("num_requests_running", 0)  # includes the canceled stream
 
     assert done.returncode == 0, done.stdout

@@ -1,4 +1,4 @@
-"""What a program of the openai SDK does, on the default model: one tour, twice."""
+"""Typical calls of the openai SDK, sync and async, with the default model."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def ask(sdk: openai.OpenAI, **body: object) -> openai.types.chat.ChatCompletion:
     return sdk.chat.completions.create(model="small", **{**settings, **body})
 
 
-def test_models_are_listed_and_found_by_name(sdk: openai.OpenAI) -> None:
+def test_models_are_listed_and_retrieved_by_name(sdk: openai.OpenAI) -> None:
     assert [one.id for one in sdk.models.list()] == ["small"]
     assert sdk.models.retrieve("small").owned_by == "portalm"
 
 
-def test_a_streamed_chat_is_the_whole_one(sdk: openai.OpenAI) -> None:
+def test_streamed_chat_equals_the_whole_one(sdk: openai.OpenAI) -> None:
     whole = ask(sdk)
 
     chunks = list(ask(sdk, stream=True, stream_options={"include_usage": True}))
@@ -70,7 +70,7 @@ def test_chats_have_logprobs(sdk: openai.OpenAI) -> None:
     assert all(one.logprob == max(top.logprob for top in one.top_logprobs) for one in content)
 
 
-def test_completions_are_numbered_scored_and_streamed(sdk: openai.OpenAI) -> None:
+def test_completions_are_indexed_scored_and_streamed(sdk: openai.OpenAI) -> None:
     asked = {"model": "small", "prompt": ["One, two,", "Red, green,"], "max_tokens": 6, "seed": 1}
 
     whole = sdk.completions.create(**asked, n=2, logprobs=1)
@@ -89,15 +89,15 @@ def test_completions_are_numbered_scored_and_streamed(sdk: openai.OpenAI) -> Non
     assert scored.choices[0].logprobs.token_logprobs[0] is None
 
 
-def test_errors_are_the_sdks_own(sdk: openai.OpenAI, server: RunningServer) -> None:
+def test_errors_raise_the_sdks_exceptions(sdk: openai.OpenAI, server: RunningServer) -> None:
     with pytest.raises(openai.BadRequestError) as refused:
         ask(sdk, temperature=-1)
     with pytest.raises(openai.NotFoundError) as unknown:
         sdk.chat.completions.create(model="other", messages=MESSAGES)
     with pytest.raises(openai.AuthenticationError):
         sdk.with_options(api_key="wrong").models.list()
-    with pytest.raises(openai.BadRequestError, match="unknown field 'colour'"):
-        ask(sdk, extra_body={"colour": "red"})
+    with pytest.raises(openai.BadRequestError, match="unknown field 'color'"):
+        ask(sdk, extra_body={"color": "red"})
     with pytest.raises(openai.APITimeoutError):
         sdk.with_options(timeout=0.2).completions.create(
             model="small", prompt="Once", max_tokens=1500, extra_body={"ignore_eos": True}
@@ -109,9 +109,7 @@ def test_errors_are_the_sdks_own(sdk: openai.OpenAI, server: RunningServer) -> N
     server.wait_for("num_requests_running", 0)
 
 
-def test_a_stream_that_is_closed_ends_its_request(
-    sdk: openai.OpenAI, server: RunningServer
-) -> None:
+def test_closing_a_stream_aborts_its_request(sdk: openai.OpenAI, server: RunningServer) -> None:
     with sdk.completions.create(
         model="small", prompt="Once", max_tokens=1500, stream=True, extra_body={"ignore_eos": True}
     ) as stream:
@@ -121,7 +119,7 @@ def test_a_stream_that_is_closed_ends_its_request(
     server.wait_for("num_requests_running", 0)
 
 
-def test_the_async_sdk_asks_many_at_once_and_cancels(
+def test_async_sdk_sends_concurrent_requests_and_cancels(
     sdk: openai.OpenAI, server: RunningServer
 ) -> None:
     async def tour() -> list[str]:

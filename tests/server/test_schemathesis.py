@@ -1,4 +1,4 @@
-"""The server keeps to its own OpenAPI schema as far as never to fail."""
+"""Requests generated from the server's OpenAPI schema never cause a server error."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.server.conftest import RunningServer
     [("fuzzing", 8), pytest.param("examples,coverage,fuzzing", 100, marks=pytest.mark.slow)],
     ids=["short", "long"],
 )
-def test_no_request_that_the_schema_allows_fails_the_server(
+def test_requests_allowed_by_the_schema_cause_no_server_error(
     null_server: RunningServer, tmp_path: Path, phases: str, num_examples: int
 ) -> None:
     command = [

@@ -1,6 +1,5 @@
-// What a program of the npm openai SDK does, against the server at OPENAI_BASE_URL
-// (the default model, with the API key in OPENAI_API_KEY) and, for embeddings, at
-// EMBEDDINGS_BASE_URL.
+// Typical calls of the npm openai SDK against the server at OPENAI_BASE_URL (the default
+// model, with the API key in OPENAI_API_KEY) and, for embeddings, at EMBEDDINGS_BASE_URL.
 
 import assert from 'node:assert/strict';
 import { test } from 'node:test';
@@ -71,7 +70,7 @@ test('a chat has logprobs', async () => {
   assert.ok(first.top_logprobs.length >= 3 && first.logprob <= 0);
 });
 
-test('an answer is parsed by its schema', async () => {
+test('an answer is parsed into its schema', async () => {
   const City = z.object({ name: z.string().max(20), capital: z.boolean() });
   const format = zodResponseFormat(City, 'city');
 
@@ -111,7 +110,7 @@ test('a required tool call fits its schema, whole and streamed', async () => {
   }
 });
 
-test('a response streams, is kept, and is gone on from', async () => {
+test('a response streams, is stored, and can be continued', async () => {
   const first = await client.responses.stream({
     model, input: 'What is the capital of France?', max_output_tokens: 24, temperature: 0,
   }).finalResponse();
@@ -148,7 +147,7 @@ test('errors are those of the SDK', async () => {
   await assert.rejects(stranger.models.list(), AuthenticationError);
 });
 
-test('a stream may be cancelled', async () => {
+test('a stream can be canceled', async () => {
   const stream = await client.completions.create({
     model, prompt: 'Once', max_tokens: 1500, stream: true,
   });
