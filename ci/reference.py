@@ -1,4 +1,4 @@
-"""Write docs/reference from the code: flags, settings, sampling parameters, endpoints, metrics.
+"""Write docs/reference from the code: flags, settings, endpoints, metrics, backend interface.
 
 python ci/reference.py write    write the pages
 python ci/reference.py check    exit with status 1 and a diff if a page is out of date
@@ -12,6 +12,7 @@ import difflib
 import importlib
 import inspect
 import pkgutil
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -166,6 +167,65 @@ def metrics_page() -> Iterator[str]:
     yield "\n".join(lines + [f"| `{name}` | {kind} | {text} |" for name, kind, text in rows])
 
 
+def backend_page() -> Iterator[str]:
+    """Every member of `Backend`, by the sections of its class, and the fields of `Capabilities`."""
+    from portalm.backend import API_VERSION
+
+    yield "# Backend interface"
+    yield (
+        f"API version {API_VERSION[0]}.{API_VERSION[1]}. [adding-a-backend.md](../adding-a-backend"
+        ".md) explains the rules, portalm/backend/protocol.py has the full descriptions. The "
+        "default of an optional member is what the portable base class does."
+    )
+    section = ""
+    for member in backend_members():
+        if member["section"] != section:
+            section = member["section"]
+            yield f"## {section[0].upper()}{section[1:]}"
+            rows = [m for m in backend_members() if m["section"] == section]
+            lines = ["| member | what it does | default |", "|---|---|---|"]
+            lines += [f"| `{m['name']}` | {m['text']} | {m['default']} |" for m in rows]
+            yield "\n".join(lines)
+    capabilities = settings_page("", "", "portalm.backend.capabilities:Capabilities")
+    yield from [*capabilities()][2:]
+
+
+def backend_members() -> Iterator[dict[str, str]]:
+    """Name, section, first sentence and default (`required` if none) of each `Backend` member."""
+    from portalm.backend import protocol
+
+    source = inspect.getsource(protocol)
+    [backend] = [n for n in ast.parse(source).body if isinstance(n, ast.ClassDef)]
+    sections = {
+        number: match[1]
+        for number, line in enumerate(source.splitlines(), 1)
+        if (match := re.match(r"    # -- (.+?) -+$", line))
+    }
+    texts = {name: text for name, _, _, text in _fields(protocol, backend.name)}
+    for node in backend.body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            name = node.target.id
+        elif isinstance(node, ast.FunctionDef):
+            name = node.name
+            texts[name] = ast.get_docstring(node) or ""
+        else:
+            continue
+        line = max((n for n in sections if n < node.lineno), default=0)
+        text, default = _split_default(" ".join(texts[name].split("\n\n")[0].split()))
+        if not default:
+            default = _split_default(texts[name])[1]
+        yield {"name": name, "section": sections[line], "text": text, "default": default}
+
+
+def _split_default(text: str) -> tuple[str, str]:
+    """A docstring without its last words, and these: `required`, or the default; "" if neither."""
+    found = re.search(r"\s(?:(Required)|Optional: ([^.]+))\.$", text.rstrip(), re.DOTALL)
+    if found is None:
+        return text, ""
+    default = "required" if found[1] else " ".join(found[2].split())
+    return text[: found.start()], default
+
+
 def _sentence(text: str) -> str:
     """The first paragraph of a text on one line."""
     return " ".join(text.strip().split("\n\n")[0].split())
@@ -188,6 +248,7 @@ PAGES: dict[str, Callable[[], Iterator[str]]] = {
     ),
     "endpoints.md": endpoints_page,
     "metrics.md": metrics_page,
+    "backend.md": backend_page,
 }
 
 
