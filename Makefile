@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 # Folders whose tests use one thread each run in parallel; the others start servers, measure time or
 # compute with all cores.
 PARALLEL_TESTS := tests/architecture tests/unit tests/models tests/conformance tests/gpu
-SERIAL_TESTS := tests/engine tests/server tests/xla
+SERIAL_TESTS := tests/docs tests/engine tests/server tests/xla
 PYTEST_PARALLEL := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 NATIVE := $(shell find csrc_cpu csrc_cuda csrc_rocm -type f 2>/dev/null)
 

@@ -20,7 +20,7 @@ in float32 when it is written:
 A scale below 2^-100 becomes 0, and so do its codes. If x contains a NaN or an infinity, the scale
 is NaN, and so is every value read back. Values read back are code * scale, exact in float32;
 written again, they give the same codes and scale. A device may store scales in a wider float than
-bfloat16. docs/adr/0026-scales-of-a-token-and-head.md gives the reasons.
+bfloat16. docs/adr/0026-kv-scale-per-token-and-head.md gives the reasons.
 """
 
 
