@@ -17,8 +17,9 @@ PARALLEL_TESTS := tests/architecture tests/unit tests/models tests/conformance t
 SERIAL_TESTS := tests/docs tests/engine tests/server tests/xla
 PYTEST_PARALLEL := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 NATIVE := $(shell find csrc_cpu csrc_cuda csrc_rocm -type f 2>/dev/null)
+NATIVE_CPU := $(shell find csrc_cpu -type f 2>/dev/null)
 
-.PHONY: demo install install-dev tpu model test-models browser check lint types layers quick test bench bench-cpu bench-xla clean
+.PHONY: demo install install-dev emulated tpu model test-models browser check lint types layers quick test bench bench-cpu bench-xla clean
 
 demo: install model
 	$(BIN)/portalm generate
@@ -47,6 +48,16 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml CMakeLists.txt $(NATIVE)
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+# A second native module, which only tests use and which is not installed: the code for AVX-512 and
+# AMX in plain vectors (csrc_cpu/module.cmake). Built once, and again when csrc_cpu changes.
+emulated: build/emulated/.built
+
+build/emulated/.built: $(VENV)/.installed-dev CMakeLists.txt $(NATIVE_CPU)
+	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/emulated -G Ninja --log-level=WARNING \
+	  -DPORTALM_MODULES=cpu_emulated -DPython_EXECUTABLE="$(abspath $(BIN))/python" $(EMULATED_ARGS)
+	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/emulated -- --quiet
 	@touch $@
 
 # JAX and the TPU compiler; without a TPU the backend runs on XLA's CPU client
@@ -83,11 +94,11 @@ layers: install-dev
 	$(BIN)/lint-imports
 
 # under four minutes on two cores: lint, types, import rules, unit tests, one answer of a real model
-quick: lint types layers model
+quick: lint types layers emulated model
 	$(PYTEST_PARALLEL) -q tests/architecture tests/unit
 	$(BIN)/portalm generate --raw --temperature 0 --max-tokens 8 "The capital of France is" | grep Paris
 
-test: lint types layers test-models browser
+test: lint types layers emulated test-models browser
 	$(PYTEST_PARALLEL) $(PARALLEL_TESTS)
 	$(BIN)/pytest $(SERIAL_TESTS)
 

@@ -8,30 +8,24 @@
 //           rows of one tile, so that each key and value is loaded once for all of them.
 // Bound by: memory in decode (each key and value is read once), multiply-adds in prefill.
 // Meaning:  ReferenceBackend.attend. A row's arithmetic is a function of its position alone: scores
-//           are taken in spans of kSplit tokens from the beginning of the context, each span has its
+//           are taken in spans of kSplitTokens tokens from the beginning of the context, each span has its
 //           own softmax, and spans are merged in order, whether one thread did them all or each
 //           another. So a result does not depend on the batch or on how a prompt was chunked.
-// Needs:    block sizes that divide kSplit; of shared values, keys of whole vectors. Slots past a request's context may hold anything, NaN
+// Needs:    block sizes that divide kSplitTokens; of shared values, keys of whole vectors. Slots past a request's context may hold anything, NaN
 //           too: a token that a row may not see never shows in it.
 #pragma once
 
 #include "kv_cache.h"
-#include "linear.h"
+#include "scratch.h"
 
 namespace portalm::PORTALM_ISA {
 
-constexpr int64_t kSplit = 256;  // SPLIT_TOKENS in backends/cpu/attention.py
-constexpr int64_t kChunk = 64;   // tokens whose scores are held at a time; divides kSplit
+constexpr int64_t kChunk = 64;  // tokens whose scores are held at a time; divides kSplitTokens
 constexpr int64_t kScoreStride = kChunk + kLanes;  // a whole vector may be stored at the last token
-constexpr int kItemFields = 10;
 constexpr int kRowTile = kLanes == 16 ? 8 : 4;  // rows whose sums fit the registers, two vectors each
 constexpr int kSharedRows = kLanes == 16 ? 12 : 6;  // the same over keys that are values
 
-struct Item {
-  int32_t request, first_token, num_tokens, position, begin, end;
-  int32_t partial, tile, first_partial, num_partials;
-};
-static_assert(sizeof(Item) == kItemFields * sizeof(int32_t));
+using Item = AttentionItem;
 
 // Softmax so far: largest score, sum of weights, weighted values.
 struct Running {
@@ -48,7 +42,7 @@ PORTALM_INLINE Running running_at(float* p, int64_t rows, int64_t value_size) {
   return {p, p + rows, p + 2 * rows, row_stride(value_size)};
 }
 PORTALM_INLINE int64_t running_floats(int64_t rows, int64_t value_size) {
-  return rows * (row_stride(value_size) + 2);
+  return partial_floats(rows, value_size, kLanes);
 }
 
 PORTALM_INLINE void clear(Running r, int64_t rows) {
@@ -397,13 +391,13 @@ inline void attend_chunk(const AttentionArgs& a, const Item& item, int64_t head,
   }
 }
 
-// One span, [span, span + kSplit) of the context, of all rows of an item.
+// One span, [span, span + kSplitTokens) of the context, of all rows of an item.
 template <typename K>
 inline void attend_span(const AttentionArgs& a, const Item& item, int64_t head, int64_t group,
                         int64_t span, const float* query, float* scores, Running out) {
   float* largest = scores + item.num_tokens * group * kScoreStride;
   clear(out, item.num_tokens * group);
-  const int64_t end = min_of<int64_t>(item.end, span + kSplit);
+  const int64_t end = min_of<int64_t>(item.end, span + kSplitTokens);
   int64_t start = max_of<int64_t>(item.begin, span) / kChunk * kChunk;
   const bool reads_ahead =
       item.num_tokens * group <= kRowTile || (a.shape.shares_values && item.num_tokens == 1);
@@ -482,7 +476,7 @@ inline void attend_item(const AttentionArgs& a, const Item& item, int64_t head,
   const Running span = running_at(sums, rows, a.value_size);
   const Running total = running_at(sums + running_floats(max_rows, a.value_size), rows, a.value_size);
   load_query(a, item, head, group, query);
-  const int64_t first = item.begin / kSplit * kSplit;
+  const int64_t first = item.begin / kSplitTokens * kSplitTokens;
   if (item.partial >= 0) {
     const int64_t at = item.partial * a.shape.kv_heads + head;
     attend_span<K>(a, item, head, group, first, query, scores,
@@ -495,7 +489,7 @@ inline void attend_item(const AttentionArgs& a, const Item& item, int64_t head,
     return;
   }
   clear(total, rows);
-  for (int64_t at = first; at < item.end; at += kSplit) {
+  for (int64_t at = first; at < item.end; at += kSplitTokens) {
     attend_span<K>(a, item, head, group, at, query, scores, span);
     merge(total, span, rows);
   }

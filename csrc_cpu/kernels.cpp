@@ -30,9 +30,11 @@ void linear_with_tiles(const LinearArgs& a) {
 
 extern const Kernels table;
 const Kernels table = {
-    PORTALM_NAME(PORTALM_ISA), kLanes,   packed_bytes, pack,     pack_codes, linear,  rms_norm,
-    silu_mul,                  moe,       take_rows,   rope,     kv_write,   kv_copy, kv_wire,
-    attention,                 sample,
+    PORTALM_NAME(PORTALM_ISA),
+    kLanes,
+    packed_bytes,
+#define PORTALM_KERNEL(name, Args) name,
+#include "arguments.h"
 };
 
 #if PORTALM_HAS_TILES

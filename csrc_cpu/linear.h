@@ -18,6 +18,7 @@
 #pragma once
 
 #include "parallel.h"
+#include "scratch.h"
 
 namespace portalm::PORTALM_ISA {
 
@@ -267,19 +268,6 @@ inline void rows_by_panels(const LinearArgs& a, const Wide<X>& wide, int64_t num
   const Tiles tiles(num_rows);
   for (int64_t t = 0; t < tiles.count; ++t)
     tile_by_panels<kTileRows, W, X>(a, wide, tiles.first(t), tiles.rows(t), packed, begin, end);
-}
-
-// Scratch of the calling thread, grown when needed; one piece of memory for each `Use`.
-template <int Use = 0>
-inline float* scratch(int64_t floats) {
-  static thread_local float* data = nullptr;
-  static thread_local int64_t size = 0;
-  if (floats > size) {
-    __builtin_free(data);
-    size = floats;
-    data = static_cast<float*>(__builtin_malloc(floats * 4 + 64));
-  }
-  return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(data) + 63) & ~uintptr_t{63});
 }
 
 // A panel in float32, [K][kPanel].

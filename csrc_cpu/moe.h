@@ -14,7 +14,8 @@
 // Tested:   tests/unit/test_cpu_kernels.py; speed: benchmarks/kernels/layers.py
 #pragma once
 
-#include "linear.h"
+#include "parallel.h"
+#include "scratch.h"
 #include "silu_mul.h"
 
 namespace portalm::PORTALM_ISA {

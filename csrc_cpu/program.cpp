@@ -2,7 +2,6 @@
 
 #include <chrono>
 #include <cstdlib>
-#include <cstring>
 #include <new>
 #include <stdexcept>
 
@@ -10,7 +9,7 @@
 #include <sys/mman.h>
 #endif
 
-#include "dispatch.h"
+#include "signatures.h"
 #include "thread_team.h"
 
 namespace portalm {
@@ -19,81 +18,27 @@ namespace {
 constexpr int64_t kAlignment = 64;
 constexpr int64_t kHugePage = 2 << 20;
 
-// Takes a call's arguments one after the other.
-class Reader {
- public:
-  explicit Reader(const int64_t* next) : next_(next) {}
-  int64_t number() { return *next_++; }
-  template <typename T = void>
-  T* at() {
-    return reinterpret_cast<T*>(*next_++);
-  }
-  DType dtype() { return static_cast<DType>(*next_++); }
-  Format format() { return static_cast<Format>(*next_++); }
-  float real() {
-    const auto bits = static_cast<uint32_t>(*next_++);
-    float x;
-    memcpy(&x, &bits, sizeof x);
-    return x;
-  }
-  KVShape kv_shape() {
-    return {dtype(), number(), number(), number(), number(), number() != 0};
-  }
-
- private:
-  const int64_t* next_;
-};
-
-// In the order of the bindings; members of a braced list are evaluated from left to right.
 struct Kernel {
   const char* name;
-  void (*run)(Reader);
+  int num_arguments;
+  void (*run)(const int64_t* words);  // null: the kernel cannot be recorded
 };
+
+template <typename Args>
+constexpr Kernel kernel_of() {
+  return {Signature<Args>::name, kNumArguments<Args>, kIsRecorded<Args> ? run_words<Args> : nullptr};
+}
+
 constexpr Kernel kKernels[] = {
-    {"linear",
-     [](Reader r) {
-       kernels().linear({r.at(), r.dtype(), r.number(), r.number(), r.at(), r.format(), r.number(),
-                         r.number(), r.at(), r.at(), r.dtype(), r.number()});
-     }},
-    {"rms_norm",
-     [](Reader r) {
-       kernels().rms_norm({r.at(), r.at(), r.at(), r.at(), r.at(), r.dtype(), r.number(),
-                           r.number(), r.number(), r.number(), r.real()});
-     }},
-    {"silu_mul",
-     [](Reader r) {
-       kernels().silu_mul({r.at(), r.at(), r.dtype(), r.number(), r.number(), r.number()});
-     }},
-    {"take_rows",
-     [](Reader r) {
-       kernels().take_rows({r.at(), r.at<int32_t>(), r.at(), r.number(), r.number(), r.number(),
-                            r.number()});
-     }},
-    {"rope",
-     [](Reader r) {
-       kernels().rope({r.at(), r.at(), r.at(), r.at(), r.at<int32_t>(), r.at<float>(), r.dtype(),
-                       r.number(), r.number(), r.number(), r.number(), r.number(), r.number(),
-                       r.number(), r.number() != 0});
-     }},
-    {"kv_write",
-     [](Reader r) {
-       kernels().kv_write({r.at(), r.kv_shape(), r.at(), r.at(), r.dtype(), r.number(), r.number(),
-                           r.number(), r.at<int32_t>()});
-     }},
-    {"attention",
-     [](Reader r) {
-       kernels().attention({r.at(), r.at(), r.dtype(), r.number(), r.number(), r.number(), r.at(),
-                            r.kv_shape(), r.at<int32_t>(), r.number(), r.at<int32_t>(), r.number(),
-                            r.at<float>(), r.at<int32_t>(), r.real(), r.real(), r.number(),
-                            r.at<float>(), r.at<float>()});
-     }},
+#define PORTALM_KERNEL(name, Args) kernel_of<Args>(),
+#include "arguments.h"
 };
 constexpr int kNumKernels = sizeof kKernels / sizeof *kKernels;
 
 int kernel_named(const std::string& name) {
   for (int i = 0; i < kNumKernels; ++i)
-    if (name == kKernels[i].name) return i;
-  throw std::invalid_argument("no kernel " + name + " can be recorded");
+    if (name == kKernels[i].name && kKernels[i].run != nullptr) return i;
+  throw std::invalid_argument("a program cannot call a kernel " + name);
 }
 
 double now() {
@@ -111,10 +56,15 @@ int Program::add_slot(int64_t row_bytes, int count) {
 
 void Program::add_call(const std::string& kernel, std::vector<int64_t> arguments,
                        const std::vector<Patch>& patches) {
+  const int index = kernel_named(kernel);
+  const int wanted = kKernels[index].num_arguments, given = static_cast<int>(arguments.size());
+  if (given != wanted)
+    throw std::invalid_argument(kernel + " takes " + std::to_string(wanted) + " arguments; got " +
+                                std::to_string(given));
   for (const Patch& patch : patches)
-    if (patch.argument < 0 || patch.argument >= static_cast<int>(arguments.size()))
+    if (patch.argument < 0 || patch.argument >= wanted)
       throw std::invalid_argument(kernel + " has no argument " + std::to_string(patch.argument));
-  calls_.push_back({kernel_named(kernel), std::move(arguments), patches});
+  calls_.push_back({index, std::move(arguments), patches});
 }
 
 void Program::place_slots(const std::vector<int64_t>& counts) {
@@ -155,11 +105,11 @@ void Program::run(const std::vector<int64_t>& inputs, const std::vector<int64_t>
       call.arguments[patch.argument] = value;
     }
     if (!profile) {
-      kKernels[call.kernel].run(Reader(call.arguments.data()));
+      kKernels[call.kernel].run(call.arguments.data());
       continue;
     }
     const double started = now();
-    kKernels[call.kernel].run(Reader(call.arguments.data()));
+    kKernels[call.kernel].run(call.arguments.data());
     seconds_.resize(kNumKernels);
     seconds_[call.kernel] += now() - started;
   }
@@ -167,7 +117,8 @@ void Program::run(const std::vector<int64_t>& inputs, const std::vector<int64_t>
 
 std::vector<std::pair<std::string, double>> Program::take_seconds() {
   std::vector<std::pair<std::string, double>> taken;
-  for (size_t i = 0; i < seconds_.size(); ++i) taken.emplace_back(kKernels[i].name, seconds_[i]);
+  for (size_t i = 0; i < seconds_.size(); ++i)
+    if (kKernels[i].run != nullptr) taken.emplace_back(kKernels[i].name, seconds_[i]);
   seconds_.clear();
   taken.emplace_back("waiting", ThreadTeam::instance().take_wait_seconds());
   return taken;

@@ -6,8 +6,8 @@
 // Meaning:  portalm_backends.portable.sampling. Philox: Salmon et al., SC 2011.
 #pragma once
 
-#include "linear.h"
 #include "parallel.h"
+#include "scratch.h"
 
 namespace portalm::PORTALM_ISA {
 

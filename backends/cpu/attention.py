@@ -1,36 +1,26 @@
 """Splits one step's attention into work items for the thread team: numpy, outside the step.
 
-An item is a tile of query tokens of one request, against all of its context or one split of it;
-the kernel runs each item once for every KV head. How the work is split never shows in a result:
-a row's arithmetic is a function of its position alone (see csrc_cpu/attention.h).
+An item is a tile of one request's query tokens, against all of its context or one split of it; the
+kernel runs each item once for every KV head. The split never shows in a result: a row's arithmetic
+is a function of its position alone (see csrc_cpu/attention.h). The columns of an item and the
+context of one split are constants of the native module (csrc_cpu/kernels.h).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from portalm.backend import AttentionSpec, StepMeta
 
-SPLIT_TOKENS = 256
-"""Context of one split. Part of a result's meaning: partial softmaxes are merged at multiples of
-it, in order, wherever they were computed."""
-
 _TILE_ROWS = 36
-"""Query rows (tokens times query heads a KV head) of an item: what the L1 cache holds."""
-
-_MOST_LANES = 16
-"""Floats of the widest vector: rows of partial results are made of whole ones."""
+"""Query rows (tokens times query heads per KV head) of an item: what the L1 cache holds."""
 
 _ITEMS_PER_THREAD = 4
-"""An item that takes more than this share of a thread's part is split over its context."""
-
-ITEM_FIELDS = 10
-"""request; first query token; query tokens; position of the first one; first and last + 1 token
-of the context; partial result to write (-1: the item covers its whole context); tile among the
-split ones; that tile's first partial result and their number."""
+"""An item with more than 1 / this of a thread's share of the work is split over its context."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -38,16 +28,13 @@ class AttentionPlan:
     """The work of one step for layers of one kind."""
 
     items: npt.NDArray[np.int32]
-    """[N, ITEM_FIELDS], most work first."""
-    items_ptr: int
-    """Address of `items`."""
-    num_items: int
+    """[N, columns], most work first."""
     partials: npt.NDArray[np.float32]
-    """Room for a partial result of every split of a split tile and KV head."""
-    partials_ptr: int
+    """Space for one partial result per split of each split tile and KV head."""
     counters: npt.NDArray[np.int32]
-    """[split tiles, H_kv]: splits that are done; zero between layers."""
-    counters_ptr: int
+    """[split tiles, H_kv]: finished splits; zero between layers."""
+    arguments: dict[str, int]
+    """The kernel's arguments with the role "plan": addresses of the arrays and their sizes."""
 
     @classmethod
     def of(
@@ -57,62 +44,68 @@ class AttentionPlan:
         partials: npt.NDArray[np.float32],
         counters: npt.NDArray[np.int32],
     ) -> AttentionPlan:
-        """A plan over these arrays, which it keeps."""
-        return cls(
-            items=items,
-            items_ptr=items.ctypes.data,
-            num_items=len(items),
-            partials=partials,
-            partials_ptr=partials.ctypes.data,
-            counters=counters,
-            counters_ptr=counters.ctypes.data,
-        )
+        """A plan that keeps these arrays alive."""
+        arguments = {
+            "items": items.ctypes.data,
+            "num_items": len(items),
+            "partials": partials.ctypes.data,
+            "counters": counters.ctypes.data,
+        }
+        return cls(items=items, partials=partials, counters=counters, arguments=arguments)
 
 
-def plan_attention(meta: StepMeta, spec: AttentionSpec, num_threads: int) -> AttentionPlan:
-    """Items of a step's attention.
+def plan_attention(meta: StepMeta, spec: AttentionSpec, native: Any) -> AttentionPlan:
+    """Cut a step's attention into items.
 
     Args:
-        meta: `host_query_start_loc` and `host_seq_lens` are looked at.
+        meta: only `host_query_start_loc` and `host_seq_lens` are read.
         spec: of the layers.
-        num_threads: how many share the items.
+        native: the native module; its threads share the items.
     """
+    split_tokens = native.SPLIT_TOKENS
     group = spec.num_heads // spec.num_kv_heads
-    if meta.max_query_len == 1 and meta.max_seq_len <= SPLIT_TOKENS and not spec.sliding_window:
-        return _short_decodes(meta)
-    tiles = _tiles(meta, max(1, _TILE_ROWS // group), spec.sliding_window)
-    num_splits = (tiles[:, 5] - 1) // SPLIT_TOKENS - tiles[:, 4] // SPLIT_TOKENS + 1
-    cost = tiles[:, 2].astype(np.int64) * (tiles[:, 5] - tiles[:, 4])
+    if meta.max_query_len == 1 and meta.max_seq_len <= split_tokens and not spec.sliding_window:
+        return _short_decodes(meta, native)
+    column = native.ITEM_COLUMNS
+    tiles = _tiles(meta, max(1, _TILE_ROWS // group), spec.sliding_window, column)
+    num_tokens, begin, end = (tiles[:, column[name]] for name in ("num_tokens", "begin", "end"))
+    num_splits = (end - 1) // split_tokens - begin // split_tokens + 1
+    cost = num_tokens.astype(np.int64) * (end - begin)
     total = int(cost.sum()) * spec.num_kv_heads
-    is_split = (num_splits > 1) & (cost > total // (num_threads * _ITEMS_PER_THREAD))
+    is_split = (num_splits > 1) & (cost > total // (native.num_threads() * _ITEMS_PER_THREAD))
     whole, split = tiles[~is_split], tiles[is_split]
-    whole[:, 6] = -1
+    whole[:, column["partial"]] = -1
     num_splits = num_splits[is_split]
-    items = np.concatenate([_split(split, num_splits), whole]) if len(split) else whole
-    work = items[:, 2].astype(np.int64) * (items[:, 5] - items[:, 4])
+    if len(split):
+        items = np.concatenate([_split(split, num_splits, split_tokens, column), whole])
+    else:
+        items = whole
+    num_tokens, begin, end = (items[:, column[name]] for name in ("num_tokens", "begin", "end"))
+    work = num_tokens.astype(np.int64) * (end - begin)
     items = np.ascontiguousarray(items[np.argsort(-work, kind="stable")])
-    max_rows = int(tiles[:, 2].max(initial=0)) * group
+    max_rows = int(tiles[:, column["num_tokens"]].max(initial=0)) * group
     num_partials = int(num_splits.sum()) * spec.num_kv_heads
-    row_floats = -(-spec.out_size // _MOST_LANES) * _MOST_LANES + 2
+    num_floats = num_partials * native.partial_floats(max_rows, spec.out_size)
     return AttentionPlan.of(
         items,
-        partials=np.empty(num_partials * max_rows * row_floats, np.float32),
+        partials=np.empty(num_floats, np.float32),
         counters=np.zeros(len(split) * spec.num_kv_heads, np.int32),
     )
 
 
-def _short_decodes(meta: StepMeta) -> AttentionPlan:
-    """An item for each request, as `plan_attention` would make them, most work first."""
+def _short_decodes(meta: StepMeta, native: Any) -> AttentionPlan:
+    """One item per request, as `plan_attention` would make them, most work first."""
+    column = native.ITEM_COLUMNS
     lens = meta.host_seq_lens
     order = np.argsort(-lens, kind="stable")
     order = order[: int(np.count_nonzero(lens))]  # pad requests have no context
-    items = np.zeros((len(order), ITEM_FIELDS), np.int32)
-    items[:, 0] = order
-    items[:, 1] = meta.host_query_start_loc[order]
-    items[:, 2] = 1
-    items[:, 3] = lens[order] - 1
-    items[:, 5] = lens[order]
-    items[:, 6] = -1
+    items = np.zeros((len(order), len(column)), np.int32)
+    items[:, column["request"]] = order
+    items[:, column["first_token"]] = meta.host_query_start_loc[order]
+    items[:, column["num_tokens"]] = 1
+    items[:, column["position"]] = lens[order] - 1
+    items[:, column["end"]] = lens[order]
+    items[:, column["partial"]] = -1
     return AttentionPlan.of(items, partials=_NO_PARTIALS, counters=_NO_COUNTERS)
 
 
@@ -120,38 +113,46 @@ _NO_PARTIALS = np.zeros(1, np.float32)
 _NO_COUNTERS = np.zeros(1, np.int32)
 
 
-def _tiles(meta: StepMeta, tile_tokens: int, window: int | None) -> npt.NDArray[np.int32]:
-    """[N, ITEM_FIELDS]: every request's query tokens cut into tiles; pad requests have none."""
+def _tiles(
+    meta: StepMeta, tile_tokens: int, window: int | None, column: dict[str, int]
+) -> npt.NDArray[np.int32]:
+    """[N, columns]: each request's query tokens cut into tiles; pad requests have none."""
     loc = meta.host_query_start_loc
     query_lens = np.diff(loc)
     num_tiles = -(-query_lens // tile_tokens)
     request = np.repeat(np.arange(len(query_lens), dtype=np.int32), num_tiles)
     first_tile = np.cumsum(num_tiles) - num_tiles
     offset = (np.arange(len(request)) - first_tile[request]) * tile_tokens
-    tiles = np.zeros((len(request), ITEM_FIELDS), np.int32)
-    tiles[:, 0] = request
-    tiles[:, 1] = loc[:-1][request] + offset
-    tiles[:, 2] = np.minimum(query_lens[request] - offset, tile_tokens)
-    tiles[:, 3] = (meta.host_seq_lens - query_lens)[request] + offset
+    num_tokens = np.minimum(query_lens[request] - offset, tile_tokens)
+    position = (meta.host_seq_lens - query_lens)[request] + offset
+    tiles = np.zeros((len(request), len(column)), np.int32)
+    tiles[:, column["request"]] = request
+    tiles[:, column["first_token"]] = loc[:-1][request] + offset
+    tiles[:, column["num_tokens"]] = num_tokens
+    tiles[:, column["position"]] = position
     if window is not None:
-        tiles[:, 4] = np.maximum(tiles[:, 3] - (window - 1), 0)
-    tiles[:, 5] = tiles[:, 3] + tiles[:, 2]
+        tiles[:, column["begin"]] = np.maximum(position - (window - 1), 0)
+    tiles[:, column["end"]] = position + num_tokens
     return tiles
 
 
 def _split(
-    tiles: npt.NDArray[np.int32], num_splits: npt.NDArray[np.int32]
+    tiles: npt.NDArray[np.int32],
+    num_splits: npt.NDArray[np.int32],
+    split_tokens: int,
+    column: dict[str, int],
 ) -> npt.NDArray[np.int32]:
-    """One item a split of every tile: [sum of num_splits, ITEM_FIELDS]."""
+    """One item per split of every tile: [sum of num_splits, columns]."""
     tile = np.repeat(np.arange(len(tiles)), num_splits)
     first_partial = np.cumsum(num_splits) - num_splits
-    index = np.arange(len(tile)) - first_partial[tile]  # of the split in its tile
+    index = np.arange(len(tile)) - first_partial[tile]  # of the split within its tile
     items = tiles[tile]
-    begin = (items[:, 4] // SPLIT_TOKENS + index) * SPLIT_TOKENS
-    items[:, 4] = np.maximum(items[:, 4], begin)
-    items[:, 5] = np.minimum(items[:, 5], begin + SPLIT_TOKENS)
-    items[:, 6] = first_partial[tile] + index
-    items[:, 7] = tile
-    items[:, 8] = first_partial[tile]
-    items[:, 9] = num_splits[tile]
+    begin, end = items[:, column["begin"]], items[:, column["end"]]  # views
+    first = (begin // split_tokens + index) * split_tokens
+    np.maximum(begin, first, out=begin, casting="same_kind")
+    np.minimum(end, first + split_tokens, out=end, casting="same_kind")
+    items[:, column["partial"]] = first_partial[tile] + index
+    items[:, column["tile"]] = tile
+    items[:, column["first_partial"]] = first_partial[tile]
+    items[:, column["num_partials"]] = num_splits[tile]
     return items

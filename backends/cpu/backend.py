@@ -1,7 +1,7 @@
-"""CpuBackend: the seam over native kernels, chosen at run time by instruction set.
+"""CpuBackend: the backend over native kernels, chosen at run time by instruction set.
 
-Every kernel of the step is one call into `_cpu` with addresses and sizes: what a call needs to know
-of a tensor is asked once, and nothing in the step runs through torch but the allocation of outputs.
+Every kernel of a step is one call into the native module with addresses and sizes, given by name
+(csrc_cpu/arguments.h); torch only allocates outputs and makes views.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from portalm.backend import (
 )
 from portalm.errors import BackendError
 from portalm_backends.cpu import attention, cache
-from portalm_backends.cpu.cache import CODES, CpuKV
+from portalm_backends.cpu.cache import CpuKV
 from portalm_backends.cpu.memory import Arena
 from portalm_backends.cpu.program import NotRecordable, RecordedStep, Recorder
 from portalm_backends.portable import host_memory, kv_codes, sampling
@@ -41,15 +41,16 @@ from portalm_backends.portable.backend import TorchBackend
 
 _DTYPES = frozenset(cache.DTYPES)
 _EXACT_FORMATS = {
-    "int8": 6, "int4": 7, "int4_min": 8, "int8_g16": 9, "int8_min": 11, "int8_g16_min": 12
-}  # fmt: skip
-"""Numbers of a checkpoint's own codes (Format in csrc_cpu/kernels.h): activations of 15 bits."""
-_ROUNDED_FORMATS = _EXACT_FORMATS | {"int8": 3, "int4": 4, "int4_min": 5}
-"""Numbers of what a weight is rounded to: activations of 8 bits, where that is faster."""
-
-
-_BLOCKS = 10
-"""Number of bfloat16 as integers, where those are faster. Logits decide between tokens: exact."""
+    "int8": "q8_x16",
+    "int4": "q4_x16",
+    "int4_min": "q4_min_x16",
+    "int8_g16": "q8_16_x16",
+    "int8_min": "q8_min_x16",
+    "int8_g16_min": "q8_16_min_x16",
+}
+"""Native formats (csrc_cpu/kernels.h) of a checkpoint's own codes: 15-bit activations."""
+_ROUNDED_FORMATS = _EXACT_FORMATS | {"int8": "q8", "int4": "q4", "int4_min": "q4_min"}
+"""Native formats of weights that are quantized here: 8-bit activations where that is faster."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -58,19 +59,20 @@ class CpuWeight:
 
     data: torch.Tensor
     ptr: int
-    code: int
+    format: int
+    """Number of the native format, `_cpu.FORMATS`."""
     n: int
     k: int
 
 
 class CpuBackend(TorchBackend):
-    """The host's CPU through csrc_cpu."""
+    """The host's CPU, through csrc_cpu."""
 
     name = "cpu"
     rank = 10
     capabilities = Capabilities(
         dtypes=_DTYPES,
-        kv_dtypes=frozenset(cache.KV_CODES),
+        kv_dtypes=cache.KV_DTYPES,
         head_sizes=cache.HEAD_SIZES,
         shared_head_sizes=cache.SHARED_HEAD_SIZES,
         shared_kv_dtypes=frozenset(cache.DTYPES),
@@ -82,7 +84,7 @@ class CpuBackend(TorchBackend):
     )
 
     def __init__(self) -> None:
-        """Raises `BackendError` if PORTALM_CPU_ISA names what this CPU cannot run."""
+        """Raise `BackendError` if this CPU cannot run the instruction set in PORTALM_CPU_ISA."""
         super().__init__()
         self._slopes: dict[tuple[float, ...], npt.NDArray[np.float32]] = {}
         self._experts: WeakKeyDictionary[Experts, npt.NDArray[np.int64]] = WeakKeyDictionary()
@@ -93,11 +95,13 @@ class CpuBackend(TorchBackend):
         except ValueError as error:
             raise BackendError("unsupported", str(error)) from None
         self._native: Any = _cpu
+        self._dtypes = {dtype: _cpu.DTYPES[name] for name, dtype in cache.DTYPES.items()}
+        """Native numbers of dtypes."""
         self._weights = Arena("the weights")
 
     @classmethod
     def find(cls) -> DeviceReport:
-        """Whether the native module loads, and what it found."""
+        """Report whether the native module loads, and the instruction sets it found."""
         try:
             from portalm_backends import _cpu
         except ImportError as error:
@@ -114,8 +118,8 @@ class CpuBackend(TorchBackend):
             is_available=True,
             summary=f"{isa} kernels on {_cpu.num_threads()} cores of {_cpu_name()}",
             details=(
-                ("instruction sets that run here", ", ".join(_cpu.isas())),
-                ("instruction set in use", f"{isa} (PORTALM_CPU_ISA chooses another)"),
+                ("instruction sets available", ", ".join(_cpu.isas())),
+                ("instruction set in use", f"{isa} (set PORTALM_CPU_ISA to use another)"),
                 ("usable cores", str(_cpu.usable_cores())),
             ),
         )
@@ -123,80 +127,80 @@ class CpuBackend(TorchBackend):
     # -- device and memory --------------------------------------------------------------------
 
     def memory(self) -> MemInfo:
-        """The host's, or what its container allows."""
+        """Memory of the host, or what its container allows."""
         return host_memory.memory()
 
     def use_threads(self, num_threads: int) -> None:
-        """The native team's; more than the usable cores would only wait for each other."""
+        """Set the size of the native thread team; at most one thread per usable core."""
         usable = self._native.usable_cores()
         if num_threads > usable:
             raise BackendError(
                 "unsupported",
-                f"{num_threads} threads were asked for and this process may use {usable} cores: "
-                f"leave --cpu-threads out, or give it at most {usable}",
+                f"--cpu-threads is {num_threads}, but this process may use {usable} cores: "
+                f"set it to at most {usable}, or leave it out",
             )
         self._native.set_num_threads(num_threads)
 
     @contextmanager
     def peak(self) -> Iterator[Callable[[], int]]:
-        """Bytes that became resident."""
+        """Yield a function that returns the bytes that became resident."""
         with host_memory.peak() as used:
             yield used
 
     def _empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """Memory for a kernel's result."""
+        """Allocate memory for a kernel's result."""
         out = torch.empty(shape, dtype=dtype)
         if isinstance(self._native, Recorder):
             self._native.keep(out)
         return out
 
     def to_device(self, host: npt.NDArray[np.generic]) -> torch.Tensor:
-        """The array itself: a step is over before the host writes its buffers again."""
+        """Wrap the array without a copy: a step ends before the host reuses its buffers."""
         return torch.from_numpy(host)
 
     # -- KV cache -----------------------------------------------------------------------------
 
     def kv_bytes_per_block(self, spec: KVSpec) -> int:
-        """Keys and values of one block over all layers."""
+        """Bytes of one block's keys and values over all layers, scales included."""
         return kv_codes.bytes_per_block(spec)
 
     def _kv_alloc(self, spec: KVSpec, num_blocks: int) -> CpuKV:
-        """Reserved, not committed, until blocks are written."""
-        return cache.alloc(spec, num_blocks)
+        """Reserve a cache; its memory is committed when blocks are first written."""
+        return cache.alloc(spec, num_blocks, self._native)
 
     def kv_write(
         self, kv: CpuKV, layer: int, key: torch.Tensor, value: torch.Tensor, meta: StepMeta
     ) -> CpuKV:
-        """Scatter [T, H_kv, D] each into their slots; rows may lie apart, heads may not."""
+        """Scatter key and value [T, H_kv, D] into their slots; heads must be contiguous."""
         self._native.kv_write(
-            kv.ptr + layer * kv.layer_bytes,
-            *kv.shape,
-            key.data_ptr(),
-            value.data_ptr(),
-            CODES[key.dtype],
-            key.shape[0],
-            key.stride(0),
-            value.stride(0),
-            meta.slot_mapping.data_ptr(),
+            cache=kv.ptr + layer * kv.layer_bytes,
+            **kv.shape,
+            key=key.data_ptr(),
+            value=value.data_ptr(),
+            dtype=self._dtypes[key.dtype],
+            tokens=key.shape[0],
+            key_stride=key.stride(0),
+            value_stride=value.stride(0),
+            slots=meta.slot_mapping.data_ptr(),
         )
         return kv
 
     def kv_copy(self, kv: CpuKV, src: torch.Tensor, dst: torch.Tensor) -> CpuKV:
-        """Blocks src[i] to dst[i], int32 [N] each, over all layers."""
+        """Copy blocks src[i] to dst[i], int32 [N] each, in all layers."""
         src, dst = src.contiguous(), dst.contiguous()
         self._native.kv_copy(
-            kv.ptr,
-            kv.spec.num_layers,
-            kv.layer_bytes,
-            kv.layer_bytes // kv.num_blocks,
-            len(src),
-            src.data_ptr(),
-            dst.data_ptr(),
+            cache=kv.ptr,
+            num_layers=kv.spec.num_layers,
+            layer_bytes=kv.layer_bytes,
+            block_bytes=kv.layer_bytes // kv.num_blocks,
+            num_copies=len(src),
+            source=src.data_ptr(),
+            destination=dst.data_ptr(),
         )
         return kv
 
     def kv_export(self, kv: CpuKV, blocks: torch.Tensor) -> torch.Tensor:
-        """Blocks int32 [N] as [N, L, P, B, H_kv, D]."""
+        """Copy blocks int32 [N] into a new tensor [N, L, P, B, H_kv, D]."""
         spec = kv.spec
         block = (spec.block_size, spec.num_kv_heads, spec.head_size)
         wire = torch.empty(
@@ -207,7 +211,7 @@ class CpuBackend(TorchBackend):
         return wire
 
     def kv_import(self, kv: CpuKV, blocks: torch.Tensor, wire: torch.Tensor) -> CpuKV:
-        """The inverse of `kv_export`."""
+        """Copy the blocks that `kv_export` returned back into the cache."""
         self._wire(kv, blocks, wire.to(getattr(torch, kv.spec.wire_dtype)), is_export=False)
         return kv
 
@@ -216,23 +220,23 @@ class CpuBackend(TorchBackend):
     ) -> None:
         blocks, wire = blocks.to(torch.int32).contiguous(), wire.contiguous()
         self._native.kv_wire(
-            kv.ptr,
-            *kv.shape,
-            kv.spec.num_layers,
-            kv.layer_bytes,
-            len(blocks),
-            blocks.data_ptr(),
-            wire.data_ptr(),
-            is_export,
+            cache=kv.ptr,
+            **kv.shape,
+            num_layers=kv.spec.num_layers,
+            layer_bytes=kv.layer_bytes,
+            num_wire_blocks=len(blocks),
+            blocks=blocks.data_ptr(),
+            wire=wire.data_ptr(),
+            is_export=is_export,
         )
 
     # -- attention ----------------------------------------------------------------------------
 
     def prepare(self, meta: StepMeta, specs: Sequence[AttentionSpec]) -> StepMeta:
-        """Cut the step's attention into work items, once for every kind of layer."""
-        num_threads = self._native.num_threads()
+        """Cut the step's attention into work items, once per kind of layer."""
+        native = self._native
         for spec in dict.fromkeys(specs):
-            meta.plan[spec] = attention.plan_attention(meta, spec, num_threads)
+            meta.plan[spec] = attention.plan_attention(meta, spec, native)
         return meta
 
     def attend(
@@ -244,36 +248,33 @@ class CpuBackend(TorchBackend):
         spec: AttentionSpec,
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Attention of [T, H, D]; rows of pad tokens are not written."""
+        """Attend with query [T, H, D]: [T, H, out_size]; rows of pad tokens are not written."""
         plan: attention.AttentionPlan | None = meta.plan.get(spec)
         if plan is None:
-            raise BackendError("shape", "attend: the step was not prepared for this attention")
+            raise BackendError("shape", "attend: the step was not prepared for this attention spec")
         out = self._empty((*query.shape[:2], spec.out_size), query.dtype)
         self._native.attention(
-            query.data_ptr(),
-            out.data_ptr(),
-            CODES[query.dtype],
-            query.stride(0),
-            spec.num_heads,
-            spec.out_size,
-            kv.ptr + layer * kv.layer_bytes,
-            *kv.shape,
-            meta.block_table.data_ptr(),
-            meta.block_table.shape[1],
-            plan.items_ptr,
-            plan.num_items,
-            plan.partials_ptr,
-            plan.counters_ptr,
-            spec.scale,
-            spec.soft_cap or 0.0,
-            spec.sliding_window or 0,
-            self._slopes_ptr(spec.alibi_slopes),
-            0 if sinks is None else sinks.data_ptr(),
+            query=query.data_ptr(),
+            out=out.data_ptr(),
+            dtype=self._dtypes[query.dtype],
+            query_stride=query.stride(0),
+            heads=spec.num_heads,
+            value_size=spec.out_size,
+            cache=kv.ptr + layer * kv.layer_bytes,
+            **kv.shape,
+            block_table=meta.block_table.data_ptr(),
+            max_blocks=meta.block_table.shape[1],
+            **plan.arguments,
+            scale=spec.scale,
+            soft_cap=spec.soft_cap or 0.0,
+            window=spec.sliding_window or 0,
+            slopes=self._slopes_ptr(spec.alibi_slopes),
+            sinks=0 if sinks is None else sinks.data_ptr(),
         )
         return out
 
     def _slopes_ptr(self, slopes: tuple[float, ...] | None) -> int:
-        """Address of float32 [H] that stays where it is; 0 for none."""
+        """Address of the slopes as float32 [H], valid as long as the backend; 0 for None."""
         if slopes is None:
             return 0
         if slopes not in self._slopes:
@@ -289,153 +290,165 @@ class CpuBackend(TorchBackend):
         quantization: str | None = None,
         for_logits: bool = False,
     ) -> CpuWeight:
-        """A weight [N, K] in panels; the original may be dropped."""
-        n, k = weight.shape
+        """Pack a weight [N, K] into panels; the original may be freed."""
         if isinstance(weight, QuantizedWeight):
             formats = _EXACT_FORMATS if quantization is None else _ROUNDED_FORMATS
-            packed = self._reserve(formats[weight.format], n, k)
-            self._pack_codes(packed, weight)
-            return packed
+            return self._pack_codes(weight, formats[weight.format])
         weight = weight.contiguous()
-        code = CODES[weight.dtype]
+        dtype = str(weight.dtype).removeprefix("torch.")
         if quantization is not None:
-            packed = self._reserve(_ROUNDED_FORMATS[quantization], n, k)
-        elif weight.dtype == torch.bfloat16 and not for_logits:
-            packed = self._reserve(_BLOCKS, n, k)
-        else:
-            packed = self._reserve(code, n, k)
-        self._native.pack(weight.data_ptr(), code, n, k, packed.ptr, packed.code)
+            packed = self._reserve(_ROUNDED_FORMATS[quantization], *weight.shape)
+        elif dtype == "bfloat16" and not for_logits:
+            packed = self._reserve("blocks", *weight.shape)
+        else:  # logits decide between tokens: exact
+            packed = self._reserve(dtype, *weight.shape)
+        self._native.pack(
+            source=weight.data_ptr(),
+            dtype=self._dtypes[weight.dtype],
+            n=packed.n,
+            k=packed.k,
+            packed=packed.ptr,
+            format=packed.format,
+        )
         return packed
 
-    def _reserve(self, code: int, n: int, k: int) -> CpuWeight:
-        data = self._weights.take(self._native.packed_bytes(code, n, k))
-        return CpuWeight(data, data.data_ptr(), code, n, k)
+    def _reserve(self, format: str, n: int, k: int) -> CpuWeight:
+        """Memory for a weight in a native format."""
+        number = self._native.FORMATS[format]
+        data = self._weights.take(self._native.packed_bytes(number, n, k))
+        return CpuWeight(data, data.data_ptr(), number, n, k)
 
-    def _pack_codes(self, packed: CpuWeight, weight: QuantizedWeight) -> None:
+    def _pack_codes(self, weight: QuantizedWeight, format: str) -> CpuWeight:
+        packed = self._reserve(format, *weight.shape)
         codes, scales = weight.codes.contiguous(), weight.scales.contiguous()
         minimums = None if weight.minimums is None else weight.minimums.contiguous()
         self._native.pack_codes(
-            codes.data_ptr(),
-            scales.data_ptr(),
-            0 if minimums is None else minimums.data_ptr(),
-            packed.n,
-            packed.k,
-            packed.ptr,
-            packed.code,
+            codes=codes.data_ptr(),
+            scales=scales.data_ptr(),
+            minimums=0 if minimums is None else minimums.data_ptr(),
+            n=packed.n,
+            k=packed.k,
+            packed=packed.ptr,
+            format=packed.format,
         )
+        return packed
 
     def linear(
         self, x: torch.Tensor, weight: CpuWeight, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """x [T, K] times the packed [N, K] transposed, plus bias [N]: [T, N]."""
+        """Multiply x [T, K] by the packed [N, K] transposed and add bias [N]: [T, N]."""
         return self._linear(x, weight, bias, x.dtype)
 
     def pack_heads(self, weight: torch.Tensor) -> tuple[CpuWeight, ...]:
-        """Each head's weight [N, K] in panels."""
+        """Pack each head's weight [N, K] of [H, N, K]."""
         return tuple(self.pack(one) for one in weight)
 
     def linear_heads(self, x: torch.Tensor, weight: tuple[CpuWeight, ...]) -> torch.Tensor:
-        """x [T, H, K], head by head, times the packed [N, K] transposed: [T, H, N]."""
+        """Multiply each head of x [T, H, K] by its packed [N, K] transposed: [T, H, N]."""
         num_tokens, num_heads, k = x.shape
         n = weight[0].n
         out = self._empty((num_tokens, num_heads, n), x.dtype)
         self._native.linear_heads(
-            x.data_ptr(),
-            CODES[x.dtype],
-            num_tokens,
-            x.stride(0),
-            x.stride(1),
-            [packed.ptr for packed in weight],
-            weight[0].code,
-            n,
-            k,
-            out.data_ptr(),
+            x=x.data_ptr(),
+            dtype=self._dtypes[x.dtype],
+            rows=num_tokens,
+            x_stride=x.stride(0),
+            head_stride=x.stride(1),
+            packed=[packed.ptr for packed in weight],
+            format=weight[0].format,
+            n=n,
+            k=k,
+            out=out.data_ptr(),
         )
         return out
 
     def logits(self, x: torch.Tensor, weight: CpuWeight) -> torch.Tensor:
-        """x [R, C] times the packed [V, C] transposed: float32 [R, V]."""
+        """Multiply x [R, C] by the packed [V, C] transposed: float32 [R, V]."""
         return self._linear(x, weight, None, torch.float32)
 
     def _linear(
         self, x: torch.Tensor, weight: CpuWeight, bias: torch.Tensor | None, dtype: torch.dtype
     ) -> torch.Tensor:
         if x.shape[1] != weight.k or x.stride(1) != 1:
-            raise BackendError("shape", f"linear: {list(x.shape)} times [{weight.n}, {weight.k}]^T")
+            raise BackendError(
+                "shape",
+                f"linear: x must be [T, {weight.k}] with contiguous rows, not {list(x.shape)} with "
+                f"strides {list(x.stride())}",
+            )
         out = self._empty((x.shape[0], weight.n), dtype)
         self._native.linear(
-            x.data_ptr(),
-            CODES[x.dtype],
-            x.shape[0],
-            x.stride(0),
-            weight.ptr,
-            weight.code,
-            weight.n,
-            weight.k,
-            0 if bias is None else bias.data_ptr(),
-            out.data_ptr(),
-            CODES[dtype],
-            weight.n,
+            x=x.data_ptr(),
+            x_dtype=self._dtypes[x.dtype],
+            rows=x.shape[0],
+            x_stride=x.stride(0),
+            packed=weight.ptr,
+            format=weight.format,
+            n=weight.n,
+            k=weight.k,
+            bias=0 if bias is None else bias.data_ptr(),
+            out=out.data_ptr(),
+            out_dtype=self._dtypes[dtype],
+            out_stride=weight.n,
         )
         return out
 
     def embed(self, token_ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-        """Rows int32 [T] of table [V, C]: [T, C]."""
+        """Gather rows int32 [T] of table [V, C]: [T, C]."""
         return self.take_rows(table, token_ids)
 
     def take_rows(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """Rows int32 [R] of x [T, C]: [R, C]."""
+        """Gather rows int32 [R] of x [T, C]: [R, C]."""
         out = self._empty((len(rows), x.shape[1]), x.dtype)
         size = x.element_size()
         self._native.take_rows(
-            x.data_ptr(),
-            rows.data_ptr(),
-            out.data_ptr(),
-            len(rows),
-            x.shape[0],
-            x.shape[1] * size,
-            x.stride(0) * size,
+            x=x.data_ptr(),
+            rows=rows.data_ptr(),
+            out=out.data_ptr(),
+            num_rows=len(rows),
+            num_source_rows=x.shape[0],
+            row_bytes=x.shape[1] * size,
+            stride_bytes=x.stride(0) * size,
         )
         return out
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        """x / sqrt(mean(x^2) + eps), rounded to x's dtype, times weight."""
+        """Compute x / sqrt(mean(x^2) + eps), rounded to x's dtype, times weight."""
         out = self._empty(x.shape, x.dtype)
         if x.dim() != 2:
             x = x.reshape(-1, x.shape[-1])
         self._native.rms_norm(
-            x.data_ptr(),
-            0,
-            weight.data_ptr(),
-            out.data_ptr(),
-            0,
-            CODES[x.dtype],
-            x.shape[0],
-            x.shape[1],
-            x.stride(0),
-            0,
-            eps,
+            x=x.data_ptr(),
+            residual=0,
+            weight=weight.data_ptr(),
+            out=out.data_ptr(),
+            total=0,
+            dtype=self._dtypes[x.dtype],
+            rows=x.shape[0],
+            columns=x.shape[1],
+            x_stride=x.stride(0),
+            residual_stride=0,
+            eps=eps,
         )
         return out
 
     def add_rms_norm(
         self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(rms_norm(x + residual), x + residual)."""
+        """Return (rms_norm(x + residual), x + residual)."""
         out = self._empty(x.shape, x.dtype)
         total = self._empty(x.shape, x.dtype)
         self._native.rms_norm(
-            x.data_ptr(),
-            residual.data_ptr(),
-            weight.data_ptr(),
-            out.data_ptr(),
-            total.data_ptr(),
-            CODES[x.dtype],
-            x.shape[0],
-            x.shape[1],
-            x.stride(0),
-            residual.stride(0),
-            eps,
+            x=x.data_ptr(),
+            residual=residual.data_ptr(),
+            weight=weight.data_ptr(),
+            out=out.data_ptr(),
+            total=total.data_ptr(),
+            dtype=self._dtypes[x.dtype],
+            rows=x.shape[0],
+            columns=x.shape[1],
+            x_stride=x.stride(0),
+            residual_stride=residual.stride(0),
+            eps=eps,
         )
         return out, total
 
@@ -448,39 +461,39 @@ class CpuBackend(TorchBackend):
         *,
         is_interleaved: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Query [T, H, D] and key [T, H_kv, D] rotated by positions int32 [T]."""
+        """Rotate query [T, H, D] and key [T, H_kv, D] by positions int32 [T]."""
         query_out = self._empty(query.shape, query.dtype)
         key_out = self._empty(key.shape, key.dtype)
         self._native.rope(
-            query.data_ptr(),
-            key.data_ptr(),
-            query_out.data_ptr(),
-            key_out.data_ptr(),
-            positions.data_ptr(),
-            cos_sin.data_ptr(),
-            CODES[query.dtype],
-            query.shape[0],
-            query.shape[1],
-            key.shape[1],
-            query.shape[2],
-            cos_sin.shape[1],
-            query.stride(0),
-            key.stride(0),
-            is_interleaved,
+            query=query.data_ptr(),
+            key=key.data_ptr(),
+            query_out=query_out.data_ptr(),
+            key_out=key_out.data_ptr(),
+            positions=positions.data_ptr(),
+            cos_sin=cos_sin.data_ptr(),
+            dtype=self._dtypes[query.dtype],
+            tokens=query.shape[0],
+            heads=query.shape[1],
+            kv_heads=key.shape[1],
+            head_size=query.shape[2],
+            rotary_dim=cos_sin.shape[1],
+            query_stride=query.stride(0),
+            key_stride=key.stride(0),
+            is_interleaved=is_interleaved,
         )
         return query_out, key_out
 
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
-        """silu(gate) * up of [T, 2 I]: [T, I]."""
+        """Compute silu(gate) * up of gate_up [T, 2 I]: [T, I]."""
         num_rows, width = gate_up.shape
         out = self._empty((num_rows, width // 2), gate_up.dtype)
         self._native.silu_mul(
-            gate_up.data_ptr(),
-            out.data_ptr(),
-            CODES[gate_up.dtype],
-            num_rows,
-            width // 2,
-            gate_up.stride(0),
+            gate_up=gate_up.data_ptr(),
+            out=out.data_ptr(),
+            dtype=self._dtypes[gate_up.dtype],
+            rows=num_rows,
+            columns=width // 2,
+            stride=gate_up.stride(0),
         )
         return out
 
@@ -491,45 +504,46 @@ class CpuBackend(TorchBackend):
         expert_weights: torch.Tensor,
         experts: Experts,
     ) -> torch.Tensor:
-        """Each expert on the tokens that chose it: [T, C]."""
+        """Apply to each token its experts and sum the results by their weights: [T, C]."""
         if isinstance(self._native, Recorder):
-            raise NotRecordable("which experts a token takes is chosen by torch's operations")
+            raise NotRecordable("torch operations choose the experts of each token")
         table = self._experts.get(experts)
         if table is None:
             pairs = zip(experts.gate_up, experts.down, strict=True)
-            table = np.array([(a.ptr, a.code, b.ptr, b.code) for a, b in pairs], np.int64)
+            table = np.array([(a.ptr, a.format, b.ptr, b.format) for a, b in pairs], np.int64)
             self._experts[experts] = table
         expert_ids, expert_weights = expert_ids.contiguous(), expert_weights.contiguous()
-        biases = (experts.gate_up_bias, experts.down_bias)
+        gate_up_bias, down_bias = experts.gate_up_bias, experts.down_bias
         out = self._empty(x.shape, x.dtype)
         self._native.moe(
-            x.data_ptr(),
-            CODES[x.dtype],
-            x.shape[0],
-            x.stride(0),
-            expert_ids.data_ptr(),
-            expert_weights.data_ptr(),
-            expert_ids.shape[1],
-            table.ctypes.data,
-            len(table),
-            x.shape[1],
-            experts.down[0].k,
-            *(0 if bias is None else bias.data_ptr() for bias in biases),
-            experts.swiglu_limit or 0.0,
-            experts.swiglu_alpha,
-            out.data_ptr(),
+            x=x.data_ptr(),
+            dtype=self._dtypes[x.dtype],
+            tokens=x.shape[0],
+            x_stride=x.stride(0),
+            ids=expert_ids.data_ptr(),
+            shares=expert_weights.data_ptr(),
+            top_k=expert_ids.shape[1],
+            experts=table.ctypes.data,
+            num_experts=len(table),
+            hidden=x.shape[1],
+            inner=experts.down[0].k,
+            gate_up_bias=0 if gate_up_bias is None else gate_up_bias.data_ptr(),
+            down_bias=0 if down_bias is None else down_bias.data_ptr(),
+            limit=experts.swiglu_limit or 0.0,
+            alpha=experts.swiglu_alpha,
+            out=out.data_ptr(),
         )
         return out
 
     # -- execution ----------------------------------------------------------------------------
 
     def compile(self, fn: StepFn, bucket: Bucket | None, example: StepInputs | None) -> StepFn:
-        """One native program for steps of all sizes, recorded when `fn` first runs."""
+        """Return a step that is recorded as one native program, for all sizes, when first run."""
         return RecordedStep(self, super().compile(fn, bucket, example))
 
     @contextmanager
     def recording(self, inputs: StepInputs) -> Iterator[Recorder]:
-        """Within it the native calls of the step over `inputs` are written down."""
+        """Record the native calls of the step over `inputs` while the context is open."""
         native = self._native
         recorder = Recorder(native, inputs)
         self._native = recorder
@@ -541,29 +555,29 @@ class CpuBackend(TorchBackend):
     # -- sampling -----------------------------------------------------------------------------
 
     def sample(self, logits: torch.Tensor, params: SampleParams) -> SampleOutput:
-        """One token from each row; penalties, bias and masks change the logits first."""
+        """Sample one token per row, after penalties, bias and masks are applied to the logits."""
         if isinstance(self._native, Recorder):
             self._native.end(logits)
         scores = sampling.adjust(logits, params)
         token_ids = torch.empty(len(logits), dtype=torch.int32)
         self._native.sample(
-            scores.data_ptr(),
-            scores.shape[0],
-            scores.shape[1],
-            scores.stride(0),
-            params.temperature.data_ptr(),
-            params.top_k.data_ptr(),
-            params.top_p.data_ptr(),
-            params.min_p.data_ptr(),
-            params.seed.data_ptr(),
-            params.position.data_ptr(),
-            token_ids.data_ptr(),
+            logits=scores.data_ptr(),
+            rows=scores.shape[0],
+            vocab=scores.shape[1],
+            stride=scores.stride(0),
+            temperature=params.temperature.data_ptr(),
+            top_k=params.top_k.data_ptr(),
+            top_p=params.top_p.data_ptr(),
+            min_p=params.min_p.data_ptr(),
+            seed=params.seed.data_ptr(),
+            position=params.position.data_ptr(),
+            out=token_ids.data_ptr(),
         )
         return sampling.finish(token_ids, logits, params)
 
 
 def _cpu_name() -> str:
-    """The processor's name; its architecture where the system does not tell."""
+    """Model name of the CPU, or its architecture if the system does not report a name."""
     import platform
     from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Memory for weights and keys and values: on huge pages, committed when it is first written."""
+"""Memory for weights and the KV cache: on huge pages, committed when first written."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _CHUNK = 32 << 20
 
 
 def reserve(num_bytes: int, what: str, *, advice: str = "close other programs") -> torch.Tensor:
-    """uint8 [num_bytes], not committed, on huge pages where the system has them.
+    """Reserve uint8 [num_bytes], not committed, on huge pages if the system has them.
 
-    Fewer pages are fewer TLB misses; of less than one a small page's alignment is enough.
+    Huge pages mean fewer TLB misses; less than one huge page is aligned to a cache line only.
     """
     align = _HUGE_PAGE if num_bytes >= _HUGE_PAGE else _LINE
     try:
@@ -34,18 +34,18 @@ def reserve(num_bytes: int, what: str, *, advice: str = "close other programs") 
 
 
 class Arena:
-    """Pieces of larger reservations, so that small weights share huge pages.
+    """Cuts pieces from larger reservations, so that small weights share huge pages.
 
-    A reservation is given back when all of its pieces are gone.
+    A reservation is freed when all of its pieces are freed.
     """
 
     def __init__(self, what: str) -> None:
-        """Of pieces for `what`, as errors name it."""
+        """Create an arena; `what` names its contents in errors."""
         self._what = what
         self._rest = torch.empty(0, dtype=torch.uint8)
 
     def take(self, num_bytes: int) -> torch.Tensor:
-        """uint8 [num_bytes], 64-byte aligned."""
+        """Return uint8 [num_bytes], 64-byte aligned."""
         size = -(-num_bytes // _LINE) * _LINE
         if size > len(self._rest):
             if size > _CHUNK // 2:

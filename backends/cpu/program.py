@@ -1,10 +1,11 @@
-"""One native call a step: recorded while the step runs once, then replayed (csrc_cpu/program.h).
+"""One native call per step: recorded while the step runs once, then replayed (csrc_cpu/program.h).
 
-What is recorded are the calls into the native module. Each argument is an address or a size that is
-the same in every step (weights, cache, widths), or follows the step: an address in its inputs or in
-the result of an earlier call, or a number of rows. In between torch may only make views: what else
-it computes would be missing from the program. Then a kernel reads what no kernel wrote, or the
-program, which is run once for proof, comes to other logits; such a step is not recorded.
+The recording consists of the calls into the native module. Each argument is an address or a number
+that is either the same in every step (weights, cache, widths) or follows from the step: an address
+in its inputs or in the result of an earlier call, or a number of rows. Between the calls, torch may
+only make views: anything else it computes would be missing from the program. In that case either a
+kernel reads memory that no kernel wrote, or the program, which is run once as a check, produces
+different logits. Such a step is not recorded.
 """
 
 from __future__ import annotations
@@ -26,33 +27,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# What an argument of a kernel is.
-_FIXED = "fixed"  # the same in every step
-_IN = "in"  # an address in the step's inputs or in an earlier result, or 0
-_TABLE = "table"  # the same, or (then fixed) an address in the weights
-_OUT = "out"  # address of a result
-_ROWS = "rows"  # as many as the last address before it has
-_SOURCE_ROWS = "source_rows"  # as many as the first address has
-_PLAN = ("items_ptr", "num_items", "partials_ptr", "counters_ptr")  # fields of AttentionPlan
-
-_ARGUMENTS: dict[str, tuple[str, ...]] = {
-    "linear": (_IN, _FIXED, _ROWS, *[_FIXED] * 6, _OUT, _FIXED, _FIXED),
-    "rms_norm": (_IN, _IN, _FIXED, _OUT, _OUT, _FIXED, _ROWS, *[_FIXED] * 4),
-    "silu_mul": (_IN, _OUT, _FIXED, _ROWS, _FIXED, _FIXED),
-    "take_rows": (_TABLE, _IN, _OUT, _ROWS, _SOURCE_ROWS, _FIXED, _FIXED),
-    "rope": (_IN, _IN, _OUT, _OUT, _IN, _FIXED, _FIXED, _ROWS, *[_FIXED] * 7),
-    "kv_write": (*[_FIXED] * 7, _IN, _IN, _FIXED, _ROWS, _FIXED, _FIXED, _IN),
-    "attention": (_IN, _OUT, *[_FIXED] * 11, _IN, "max_blocks", *_PLAN, *[_FIXED] * 5),
-}
-"""In the order of csrc_cpu/bindings.cpp."""
-
-_INPUT, _SLOT, _COUNT = 0, 1, 2  # PatchKind in csrc_cpu/program.h
-_TOKENS, _LOGITS_ROWS = 0, 1  # counts of rows: T and R
-_BLOCK_TABLE, _MAX_BLOCKS, _LOGITS, _FIRST_PLAN = 4, 5, 6, 7  # inputs; 0 to 3 are of _row_inputs
+_TOKENS, _LOGITS_ROWS = 0, 1  # row counts of a step: T and R
+_BLOCK_TABLE, _MAX_BLOCKS, _LOGITS, _FIRST_PLAN = 4, 5, 6, 7  # inputs; 0 to 3: _row_inputs
 
 
 def _row_inputs(inputs: StepInputs) -> tuple[tuple[torch.Tensor, int], ...]:
-    """The inputs that have a number a row, and which count of rows that is."""
+    """The inputs with one number per row, and the row count that each of them has."""
     meta = inputs.meta
     return (
         (inputs.token_ids, _TOKENS),
@@ -64,25 +44,31 @@ def _row_inputs(inputs: StepInputs) -> tuple[tuple[torch.Tensor, int], ...]:
 
 @dataclass(slots=True, eq=False)
 class _Value:
-    """Memory whose address follows the step: an input, or the result of a call."""
+    """Memory whose address changes from step to step: an input, or the result of a call."""
 
     start: int
     end: int
     count: int
+    """Row count: _TOKENS or _LOGITS_ROWS."""
     row_bytes: int
     input: int | None = None
+    """Index among the program's inputs; None for a result."""
     last_use: int = 0
+    """Index of the last call that uses it."""
     slot: int = -1
 
 
 @dataclass(slots=True, eq=False)
 class _Call:
+    """A recorded call; arguments are named by their index in the kernel's list."""
+
     kernel: str
-    arguments: list[Any]
+    words: list[int]
+    """The arguments in the kernel's order, as the program holds them."""
     uses: list[tuple[int, _Value, int]] = field(default_factory=list)
     """(argument, value, offset in bytes)"""
-    numbers: list[tuple[int, int, int]] = field(default_factory=list)
-    """(argument, _INPUT or _COUNT, index)"""
+    numbers: list[tuple[int, str, int]] = field(default_factory=list)
+    """(argument, "input" or "count", index)"""
     results: list[_Value] = field(default_factory=list)
 
 
@@ -91,7 +77,7 @@ class NotRecordable(Exception):
 
 
 class Recorder:
-    """Stands in for the native module while a step runs once, and writes down its calls."""
+    """Stands in for the native module while a step runs once, and records its calls."""
 
     def __init__(self, native: Any, inputs: StepInputs) -> None:
         """Record the calls into `native` of the step over `inputs`."""
@@ -99,6 +85,12 @@ class Recorder:
         self.vocab_size = 0
         self._expected = torch.empty(0)
         self._native = native
+        self._kernels = {
+            kernel: arguments
+            for kernel, arguments in native.ARGUMENTS.items()
+            if arguments[0][1] != "none"
+        }
+        """Name, role and kind of each argument (csrc_cpu/arguments.h) of the recorded kernels."""
         self._calls: list[_Call] = []
         self._alive: dict[int, torch.Tensor] = {}
         """Results by address."""
@@ -112,80 +104,81 @@ class Recorder:
     # -- watching -----------------------------------------------------------------------------
 
     def keep(self, result: torch.Tensor) -> None:
-        """Memory for a kernel's result: its address must not be given out twice."""
+        """Keep a kernel's result alive, so that its address is not allocated again."""
         self._alive[result.data_ptr()] = result
 
     def __getattr__(self, name: str) -> Any:
-        """The native function of this name, recorded if it is a kernel of the step."""
+        """The native attribute of this name; calls are recorded if it is a kernel of a step."""
         function = getattr(self._native, name)
-        if name not in _ARGUMENTS:
+        if name not in self._kernels:
             return function
 
-        def call(*arguments: Any) -> None:
-            function(*arguments)
+        def call(**arguments: Any) -> None:
+            function(**arguments)
             if self.logits is None:
                 self._record(name, arguments)
 
         return call
 
     def end(self, logits: torch.Tensor) -> None:
-        """The step has come to its logits [R, V]: what follows is not recorded."""
+        """End the recording at the step's logits [R, V]."""
         value = self._find(logits.data_ptr())
         if value is None or value.input is not None or value.start != logits.data_ptr():
-            raise NotRecordable("its logits are not what a kernel wrote")
+            raise NotRecordable("its logits are not the result of a kernel")
         self.logits = value
         self.vocab_size = logits.shape[1]
         self._expected = logits.clone()
         value.input = _LOGITS
 
     def is_proven_by(self, logits: torch.Tensor) -> bool:
-        """Whether these, [R, V] of the program, are the logits that the step came to."""
+        """Whether the program's logits [R, V] equal the step's, bit for bit."""
         return logits.numpy().tobytes() == self._expected.numpy().tobytes()
 
-    # -- writing down -------------------------------------------------------------------------
+    # -- recording ----------------------------------------------------------------------------
 
-    def _record(self, kernel: str, arguments: tuple[Any, ...]) -> None:
-        roles = _ARGUMENTS[kernel]
-        call = _Call(kernel, list(arguments))
+    def _record(self, kernel: str, arguments: dict[str, Any]) -> None:
+        signature = self._kernels[kernel]
+        words = [_word(arguments[name], kind) for name, _, kind in signature]
+        call = _Call(kernel, words)
         now = len(self._calls)
-        last: _Value | None = None  # that an address before lies in
-        for i, (role, argument) in enumerate(zip(roles, arguments, strict=True)):
-            if role in (_IN, _TABLE) and argument:
-                value = self._find(argument)
+        last: _Value | None = None  # the last value that an address before this argument lies in
+        for i, (name, role, _) in enumerate(signature):
+            address = words[i]
+            if role in ("input", "table") and address:
+                value = self._find(address)
                 if value is not None:
-                    self._use(call, i, value, argument - value.start, now)
+                    self._use(call, i, value, address - value.start, now)
                     last = last if value is self._table else value
-                elif role == _IN:
+                elif role == "input":
                     raise NotRecordable(
-                        f"{kernel} reads what no kernel of the step wrote: an operation before "
-                        f"it has none"
+                        f"{kernel} reads {name}, which no kernel of the step wrote: an earlier "
+                        f"operation has no kernel"
                     )
-            elif role == _ROWS:
-                call.numbers.append((i, _COUNT, self._count(kernel, last)))
-            elif role == _SOURCE_ROWS:
-                source = self._find(arguments[0])
+            elif role == "rows":
+                call.numbers.append((i, "count", self._count(kernel, last)))
+            elif role == "source_rows":
+                source = self._find(words[0])
                 if source is not None:
-                    call.numbers.append((i, _COUNT, source.count))
+                    call.numbers.append((i, "count", source.count))
             elif role == "max_blocks":
-                call.numbers.append((i, _INPUT, _MAX_BLOCKS))
-            elif role in _PLAN:
-                first = _FIRST_PLAN + self._plan(arguments[roles.index(_PLAN[0])]) * len(_PLAN)
-                call.numbers.append((i, _INPUT, first + _PLAN.index(role)))
-        for i, role in enumerate(roles):
-            if role == _OUT and arguments[i]:
+                call.numbers.append((i, "input", _MAX_BLOCKS))
+            elif role == "plan":
+                call.numbers.append((i, "input", self._plan_input(arguments["items"], name)))
+        for i, (_, role, _) in enumerate(signature):
+            if role == "output" and words[i]:
                 self._add_result(call, i, self._count(kernel, last), now)
         self._calls.append(call)
 
     def _use(self, call: _Call, argument: int, value: _Value, offset: int, now: int) -> None:
         if offset >= value.row_bytes:
-            raise NotRecordable(f"{call.kernel} begins at a row that is not the first")
+            raise NotRecordable(f"{call.kernel} starts at a row other than the first")
         value.last_use = now
         call.uses.append((argument, value, offset))
 
     def _add_result(self, call: _Call, argument: int, count: int, now: int) -> None:
-        tensor = self._alive.get(call.arguments[argument])
+        tensor = self._alive.get(call.words[argument])
         if tensor is None:
-            raise NotRecordable(f"{call.kernel} writes to what was not allocated in the step")
+            raise NotRecordable(f"{call.kernel} writes to memory not allocated in the step")
         value = self._add_value(tensor, count, math.prod(tensor.shape[1:]) * tensor.element_size())
         value.last_use = now
         call.results.append(value)
@@ -194,7 +187,7 @@ class Recorder:
     @staticmethod
     def _count(kernel: str, value: _Value | None) -> int:
         if value is None:
-            raise NotRecordable(f"{kernel} computes nothing that follows from the step")
+            raise NotRecordable(f"{kernel} reads nothing that follows from the step")
         return value.count
 
     def _add_value(self, tensor: torch.Tensor, count: int, row_bytes: int) -> _Value:
@@ -210,33 +203,36 @@ class Recorder:
         value = self._values[i] if i >= 0 else None
         return value if value is not None and address < value.end else None
 
-    def _plan(self, items: int) -> int:
+    def _plan_input(self, items: int, name: str) -> int:
+        """Index of the input that holds `name` of the plan with these items."""
         for i, plan in enumerate(self._plans):
-            if plan.items_ptr == items:
-                return i
-        raise NotRecordable("attention over items that prepare did not make")
+            if plan.arguments["items"] == items:
+                names = list(plan.arguments)
+                return _FIRST_PLAN + i * len(names) + names.index(name)
+        raise NotRecordable("attention uses a plan that prepare did not make")
 
     # -- the program --------------------------------------------------------------------------
 
     def program(self) -> Any:
-        """What was recorded, as a native program."""
+        """The recorded calls as a native program."""
         if self.logits is None:
-            raise NotRecordable("it draws nothing")
+            raise NotRecordable("it samples no token")
+        kinds = self._native.PATCH_KINDS
         program = self._native.Program()
-        for row_bytes, count in self._give_out_slots():
+        for row_bytes, count in self._assign_slots():
             program.add_slot(row_bytes, count)
         for call in self._calls:
-            patches = [(i, kind, index, 0) for i, kind, index in call.numbers]
+            patches = [(i, kinds[kind], index, 0) for i, kind, index in call.numbers]
             for i, value, offset in call.uses:
                 if value.input is None:
-                    patches.append((i, _SLOT, value.slot, offset))
+                    patches.append((i, kinds["slot"], value.slot, offset))
                 else:
-                    patches.append((i, _INPUT, value.input, offset))
-            program.add_call(call.kernel, [_bits(x) for x in call.arguments], patches)
+                    patches.append((i, kinds["input"], value.input, offset))
+            program.add_call(call.kernel, call.words, patches)
         return program
 
-    def _give_out_slots(self) -> list[tuple[int, int]]:
-        """A slot for each result, used again when nobody needs it: (bytes a row, count) each."""
+    def _assign_slots(self) -> list[tuple[int, int]]:
+        """Give each result a slot, reused once nothing needs it: (bytes per row, count) each."""
         slots: list[tuple[int, int]] = []
         free: list[int] = []
         in_use: list[_Value] = []
@@ -266,18 +262,18 @@ class Recorder:
         return slots
 
 
-def _bits(x: float | int) -> int:
-    """An argument as the program holds it: a float32 by its bits."""
-    if isinstance(x, float):
-        return int.from_bytes(struct.pack("<f", x), "little")
-    return int(x)
+def _word(value: float | int, kind: str) -> int:
+    """An argument as the program holds it: a number, or the bits of a float32."""
+    if kind == "real":
+        return int.from_bytes(struct.pack("<f", value), "little")
+    return int(value)
 
 
 class RecordedStep:
-    """A step that runs natively from its second time on."""
+    """A step that runs natively from its second call on."""
 
     def __init__(self, backend: CpuBackend, step: StepFn) -> None:
-        """Record `step` when it is first called."""
+        """Record `step` on its first call."""
         self._backend = backend
         self._step = step
         self._program: Any = None
@@ -287,7 +283,7 @@ class RecordedStep:
         self._logits = torch.empty(0)
 
     def __call__(self, weights: Weights, kv: KV, inputs: StepInputs) -> tuple[KV, SampleOutput]:
-        """As the step itself, with the same result bit for bit."""
+        """Run the step; the result equals that of the recorded function bit for bit."""
         if not self._is_recordable or inputs.previous_ids is not None or inputs.num_states:
             return self._step(weights, kv, inputs)
         if self._program is None or weights is not self._weights or kv is not self._kv:
@@ -296,16 +292,16 @@ class RecordedStep:
         return kv, self._backend.sample(logits, inputs.sample)
 
     def profile(self, is_on: bool) -> None:
-        """Measure from now on where native time goes."""
+        """Turn measuring of native time on or off."""
         self._program.profile = is_on
 
     def take_seconds(self) -> dict[str, float]:
-        """Seconds by kernel since the last call, and of waiting among them."""
+        """Seconds per kernel since the last call; of these, "waiting" for threads."""
         return dict(self._program.take_seconds())
 
     def _record(self, weights: Weights, kv: KV, inputs: StepInputs) -> tuple[KV, SampleOutput]:
         if len(inputs.token_ids) < 2 or len(inputs.meta.logits_rows) == 0:
-            # of a single row torch does not tell how far apart rows lie
+            # torch does not report the row stride of a single row
             return self._step(weights, kv, inputs)
         try:
             with self._backend.recording(inputs) as recorder:
@@ -313,7 +309,7 @@ class RecordedStep:
             self._program = recorder.program()
             self._logits = torch.empty((0, recorder.vocab_size))
             if not recorder.is_proven_by(self._replay(inputs)):
-                raise NotRecordable("something in it changes what kernels wrote")
+                raise NotRecordable("something in it changes the results of kernels")
         except NotRecordable as reason:
             logger.warning("the step runs call by call, not as one native program: %s", reason)
             self._program = None
@@ -328,13 +324,13 @@ class RecordedStep:
         num_rows = len(meta.logits_rows)
         if num_rows > len(self._logits):
             self._logits = torch.empty((num_rows, self._logits.shape[1]))
-        addresses = [tensor.data_ptr() for tensor, _ in _row_inputs(inputs)]
-        addresses += (
+        words = [tensor.data_ptr() for tensor, _ in _row_inputs(inputs)]
+        words += (
             meta.block_table.data_ptr(),
             meta.block_table.shape[1],
             self._logits.data_ptr(),
         )
         for plan in meta.plan.values():
-            addresses += (getattr(plan, name) for name in _PLAN)
-        self._program.run(addresses, [len(inputs.token_ids), num_rows])
+            words += plan.arguments.values()
+        self._program.run(words, [len(inputs.token_ids), num_rows])
         return self._logits[:num_rows]

@@ -15,19 +15,16 @@ from portalm.backend import SCALED_KV_DTYPES, AttentionSpec, Experts, KVSpec, St
 from portalm.errors import BackendError
 from portalm_backends.cpu.backend import CpuBackend
 from portalm_backends.portable import kv_codes
-
-native = pytest.importorskip("portalm_backends._cpu")
+from tests.unit import cpu_isas
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 NMSE = {"float32": 1e-11, "float16": 1e-6, "bfloat16": 1e-4}
 
 
-@pytest.fixture(params=native.isas())
+@pytest.fixture(params=cpu_isas.isas())
 def backend(request) -> Iterator[CpuBackend]:
-    before = native.isa()
-    native.set_isa(request.param)
-    yield CpuBackend()
-    native.set_isa(before)
+    with cpu_isas.backend_on(request.param) as backend:
+        yield backend
 
 
 def rounded(shape, dtype, seed=0, scale=1.0) -> torch.Tensor:
@@ -596,6 +593,7 @@ def test_codes_are_the_same_on_every_instruction_set(backend, dtype, kv_dtype):
 
 
 def test_as_many_threads_as_were_asked_for() -> None:
+    native = cpu_isas.installed()
     backend, before = CpuBackend(), native.num_threads()
     try:
         backend.use_threads(1)
@@ -605,7 +603,7 @@ def test_as_many_threads_as_were_asked_for() -> None:
 
 
 def test_more_threads_than_cores_are_refused() -> None:
-    usable = native.usable_cores()
+    usable = cpu_isas.installed().usable_cores()
 
     with pytest.raises(BackendError, match=f"may use {usable} cores"):
         CpuBackend().use_threads(usable + 1)

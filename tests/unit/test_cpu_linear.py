@@ -10,8 +10,7 @@ import torch
 
 from portalm.backend import QUANTIZED_FORMATS, QuantizedWeight
 from portalm_backends.cpu.backend import CpuBackend
-
-native = pytest.importorskip("portalm_backends._cpu")
+from tests.unit import cpu_isas
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 NMSE = {"float32": 1e-11, "float16": 1e-6, "bfloat16": 1e-4}
@@ -24,12 +23,10 @@ SHAPES = [(96, 64), (70, 41), (33, 577), (1, 32), (256, 160)]
 ROWS = (1, 2, 3, 5, 7, 13, 64, 131)
 
 
-@pytest.fixture(params=native.isas())
+@pytest.fixture(params=cpu_isas.isas())
 def backend(request) -> Iterator[CpuBackend]:
-    before = native.isa()
-    native.set_isa(request.param)
-    yield CpuBackend()
-    native.set_isa(before)
+    with cpu_isas.backend_on(request.param) as backend:
+        yield backend
 
 
 def normal(shape, dtype="float32", seed=0, scale=1.0) -> torch.Tensor:

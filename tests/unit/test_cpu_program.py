@@ -152,8 +152,8 @@ def test_other_weights_are_recorded_anew():
 @pytest.mark.parametrize(
     ("between", "reason"),
     [
-        (lambda x: x * 2, "reads what no kernel of the step wrote"),
-        (lambda x: x.mul_(2), "changes what kernels wrote"),
+        (lambda x: x * 2, "which no kernel of the step wrote"),
+        (lambda x: x.mul_(2), "changes the results of kernels"),
     ],
     ids=["new", "in place"],
 )
