@@ -99,9 +99,9 @@ PORTALM_ARGUMENT(none, int64_t, hidden)          // C
 PORTALM_ARGUMENT(none, int64_t, inner)           // I
 PORTALM_ARGUMENT(none, const void*, gate_up_bias)  // [E, 2 I] in dtype, or null
 PORTALM_ARGUMENT(none, const void*, down_bias)     // [E, C] in dtype, or null
-PORTALM_ARGUMENT(none, float, limit)  // gpt-oss's clamp; 0: plain silu(gate) * up
-PORTALM_ARGUMENT(none, float, alpha)  // gpt-oss's slope; used only with a limit
-PORTALM_ARGUMENT(none, void*, out)    // [T, C], contiguous
+PORTALM_ARGUMENT(none, float, limit)               // gpt-oss's clamp; 0: plain silu(gate) * up
+PORTALM_ARGUMENT(none, float, alpha)               // gpt-oss's slope; used only with a limit
+PORTALM_ARGUMENT(none, void*, out)                 // [T, C], contiguous
 PORTALM_END
 
 // rows of a matrix by index (take_rows.h)
@@ -153,7 +153,7 @@ PORTALM_ARGUMENT(none, char*, cache)  // all layers
 PORTALM_ARGUMENT(none, int64_t, num_layers)
 PORTALM_ARGUMENT(none, int64_t, layer_bytes)
 PORTALM_ARGUMENT(none, int64_t, block_bytes)
-PORTALM_ARGUMENT(none, int64_t, num_copies)            // N
+PORTALM_ARGUMENT(none, int64_t, num_copies)          // N
 PORTALM_ARGUMENT(none, const int32_t*, source)       // [N]
 PORTALM_ARGUMENT(none, const int32_t*, destination)  // [N]
 PORTALM_END
@@ -182,7 +182,8 @@ PORTALM_ARGUMENT(fixed, const void*, cache)   // one layer
 PORTALM_KV_SHAPE(fixed, shape)
 PORTALM_ARGUMENT(input, const int32_t*, block_table)  // [S, max_blocks]
 PORTALM_ARGUMENT(max_blocks, int64_t, max_blocks)
-PORTALM_ARGUMENT(plan, const int32_t*, items)  // [num_items, kItemFields] (backends/cpu/attention.py)
+PORTALM_ARGUMENT(plan, const int32_t*,
+                 items)  // [num_items, kItemFields] (backends/cpu/attention.py)
 PORTALM_ARGUMENT(plan, int64_t, num_items)
 PORTALM_ARGUMENT(plan, float*, partials)    // partial results of split items
 PORTALM_ARGUMENT(plan, int32_t*, counters)  // [split tiles, H_kv], zero before and after

@@ -22,7 +22,8 @@ namespace portalm::PORTALM_ISA {
 
 constexpr int64_t kChunk = 64;  // tokens whose scores are held at a time; divides kSplitTokens
 constexpr int64_t kScoreStride = kChunk + kLanes;  // a whole vector may be stored at the last token
-constexpr int kRowTile = kLanes == 16 ? 8 : 4;  // rows whose sums fit the registers, two vectors each
+constexpr int kRowTile =
+    kLanes == 16 ? 8 : 4;  // rows whose sums fit the registers, two vectors each
 constexpr int kSharedRows = kLanes == 16 ? 12 : 6;  // the same over keys that are values
 
 using Item = AttentionItem;
@@ -196,7 +197,8 @@ PORTALM_INLINE Chunk<K> chunk_at(const AttentionArgs& a, const Item& item, int64
   chunk.num_units = (min_of(end, start + kChunk) - start + chunk.unit - 1) / chunk.unit;
   for (int64_t u = 0; u < chunk.num_units; ++u) {
     const int64_t token = start + u * chunk.unit, offset = token % s.block_size;
-    const K* block = static_cast<const K*>(a.cache) + keys_at<K>(s, table[token / s.block_size], head);
+    const K* block =
+        static_cast<const K*>(a.cache) + keys_at<K>(s, table[token / s.block_size], head);
     chunk.values[u] = block + (num_planes(s) - 1) * head_elements(s) + offset * s.head_size;
     chunk.keys[u] = s.shares_values ? chunk.values[u] : block + offset * kPack<K>;
     chunk.ahead[u] = 0;
@@ -303,7 +305,8 @@ PORTALM_INLINE void weigh(float largest, float* s, Running out, int64_t r) {
   out.weight[r] = out.weight[r] * keep + sum(weight);
   if (keep != 1.0f) {
     float* value = out.value + r * out.stride;
-    for (int64_t d = 0; d < out.stride; d += kLanes) store(value + d, load(value + d) * splat(keep));
+    for (int64_t d = 0; d < out.stride; d += kLanes)
+      store(value + d, load(value + d) * splat(keep));
   }
 }
 
@@ -344,8 +347,8 @@ inline void attend_chunk(const AttentionArgs& a, const Item& item, int64_t head,
       continue;
     }
     for_rows(first * group, last * group, [&]<int R>(int64_t r) {
-      unit_scores<R>(query + r * head_size, head_size, chunk.keys[u], a.shape.block_size, chunk.unit,
-                     chunk.ahead[u], to + r * kScoreStride);
+      unit_scores<R>(query + r * head_size, head_size, chunk.keys[u], a.shape.block_size,
+                     chunk.unit, chunk.ahead[u], to + r * kScoreStride);
     });
   }
   const int64_t tokens = chunk.num_units * chunk.unit;
@@ -359,9 +362,9 @@ inline void attend_chunk(const AttentionArgs& a, const Item& item, int64_t head,
   for (int64_t r = first * group; r < last * group; ++r) {
     const int64_t position = item.position + r / group;
     const float slope = a.slopes ? a.slopes[head * group + r % group] : 0.0f;
-    largest[r] = max_of(out.largest[r],
-                        mask_scores(a, seen_by(a, position, chunk.start), slope,
-                                    chunk.start - position, scores + r * kScoreStride));
+    largest[r] =
+        max_of(out.largest[r], mask_scores(a, seen_by(a, position, chunk.start), slope,
+                                           chunk.start - position, scores + r * kScoreStride));
   }
   for (int64_t r = first * group; r < last * group; ++r)
     weigh(largest[r], scores + r * kScoreStride, out, r);
@@ -434,8 +437,7 @@ inline void store_out(const AttentionArgs& a, const Item& item, int64_t head, in
   with_dtype(a.dtype, [&](auto t) {
     using T = decltype(t);
     for (int64_t i = 0; i < item.num_tokens; ++i) {
-      T* to = static_cast<T*>(a.out) +
-              ((item.first_token + i) * a.heads + head * group) * size;
+      T* to = static_cast<T*>(a.out) + ((item.first_token + i) * a.heads + head * group) * size;
       for (int64_t g = 0; g < group; ++g) {
         const int64_t r = i * group + g;
         float weight = total.weight[r];
@@ -443,8 +445,7 @@ inline void store_out(const AttentionArgs& a, const Item& item, int64_t head, in
         const Vec scale = splat(1.0f / weight);
         const float* value = total.value + r * total.stride;
         int64_t d = 0;
-        for (; d + kLanes <= size; d += kLanes)
-          store(to + g * size + d, load(value + d) * scale);
+        for (; d + kLanes <= size; d += kLanes) store(to + g * size + d, load(value + d) * scale);
         store_part(to + g * size + d, load(value + d) * scale, size - d);
       }
     }
@@ -474,7 +475,8 @@ inline void attend_item(const AttentionArgs& a, const Item& item, int64_t head,
   float* scores = query + max_rows * head_size;
   float* sums = scores + max_rows * (kScoreStride + 1);
   const Running span = running_at(sums, rows, a.value_size);
-  const Running total = running_at(sums + running_floats(max_rows, a.value_size), rows, a.value_size);
+  const Running total =
+      running_at(sums + running_floats(max_rows, a.value_size), rows, a.value_size);
   load_query(a, item, head, group, query);
   const int64_t first = item.begin / kSplitTokens * kSplitTokens;
   if (item.partial >= 0) {

@@ -122,8 +122,7 @@ NB_MODULE(PORTALM_MODULE, m) {
     return partial_floats(rows, value_size, kMaxLanes);
   });
 
-#define PORTALM_KERNEL(name, Args) \
-  define<Args>(m, std::make_index_sequence<kNumArguments<Args>>());
+#define PORTALM_KERNEL(name, Args) define<Args>(m, std::make_index_sequence<kNumArguments<Args>>());
 #include "arguments.h"
   // `linear` for each head's own weight: x [rows, heads, K], out [rows, heads, N]
   m.def("linear_heads", &linear_heads, nb::kw_only(), "x"_a, "dtype"_a, "rows"_a, "x_stride"_a,

@@ -17,7 +17,8 @@
 namespace portalm {
 
 // CMake defines PORTALM_HAS_name for each instruction set that is built in.
-#define PORTALM_TABLE(isa) namespace isa { extern const Kernels table; }
+#define PORTALM_TABLE(isa) \
+  namespace isa { extern const Kernels table; }
 PORTALM_TABLE(baseline)
 PORTALM_TABLE(avx2)
 PORTALM_TABLE(avxvnni)
@@ -63,8 +64,8 @@ std::vector<const Kernels*> runnable_kernels() {
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
                           __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  [[maybe_unused]] const bool has_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16") &&
-                        __builtin_cpu_supports("avx512vnni");
+  [[maybe_unused]] const bool has_bf16 =
+      has_avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
   [[maybe_unused]] const auto add = [&](bool is_runnable, const Kernels& table) {
     if (is_runnable) found.push_back(&table);
   };
@@ -106,8 +107,7 @@ const Kernels* default_kernels() {
   const char* wanted = std::getenv("PORTALM_CPU_ISA");
   if (wanted && *wanted) return kernels_named(wanted);
   const std::vector<const Kernels*> found = runnable_kernels();
-  if (found.empty())
-    throw std::invalid_argument("this build has no kernels that this CPU can run");
+  if (found.empty()) throw std::invalid_argument("this build has no kernels that this CPU can run");
   return found.back();
 }
 

@@ -104,9 +104,7 @@ struct VectorScale {
     return s;
   }
 
-  PORTALM_INLINE void put_code(K* p, float x) const {
-    put(p, inverse == 0 ? 0.0f : x * inverse);
-  }
+  PORTALM_INLINE void put_code(K* p, float x) const { put(p, inverse == 0 ? 0.0f : x * inverse); }
 };
 
 template <typename K, typename T>
@@ -140,7 +138,8 @@ inline void write_token(K* cache, const KVShape& s, const T* key, const T* value
       for (int64_t d = 0; d < s.head_size; ++d) put(keys + key_at<K>(s, d, offset), to_float(k[d]));
     }
     K* values = cache + values_at<K>(s, block, h);
-    for (int64_t d = 0; d < s.head_size; ++d) put(values + value_at<K>(s, offset, d), to_float(v[d]));
+    for (int64_t d = 0; d < s.head_size; ++d)
+      put(values + value_at<K>(s, offset, d), to_float(v[d]));
   }
 }
 
@@ -157,8 +156,7 @@ inline void kv_write(const KVWriteArgs& a) {
           const T* value = static_cast<const T*>(a.value) + token * a.value_stride;
           if constexpr (kIsCode<K>)
             write_codes(static_cast<K*>(a.cache), a.shape, key, value, a.slots[token]);
-          else
-            write_token(static_cast<K*>(a.cache), a.shape, key, value, a.slots[token]);
+          else write_token(static_cast<K*>(a.cache), a.shape, key, value, a.slots[token]);
         }
       });
     });
@@ -231,10 +229,8 @@ inline void kv_wire(const KVWireArgs& a) {
     using K = decltype(c);
     parallel_for(a.num_wire_blocks * a.num_layers, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        if constexpr (kIsCode<K>)
-          wire_codes<K>(a, i / a.num_layers, i % a.num_layers);
-        else
-          wire_block<K>(a, i / a.num_layers, i % a.num_layers);
+        if constexpr (kIsCode<K>) wire_codes<K>(a, i / a.num_layers, i % a.num_layers);
+        else wire_block<K>(a, i / a.num_layers, i % a.num_layers);
       }
     });
   });

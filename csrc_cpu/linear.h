@@ -56,7 +56,9 @@ PORTALM_INLINE Vec dot_pairs(Vec sums, VecU w, VecU x) {
 #endif
 
 // What a tile holds of x: float32, or a pair of bfloat16 for the dot product.
-struct Pair { uint32_t bits; };
+struct Pair {
+  uint32_t bits;
+};
 template <typename X>
 constexpr bool kIsPair = false;
 template <>
@@ -233,12 +235,14 @@ struct Wide {
 // The tile of R rows that begins at row `r` of the block, by panels [begin, end), P at a time.
 // Inlined into its callers it would lose the registers that it needs.
 template <int R, int P, typename W, typename X>
-__attribute__((noinline)) void tile_by_panels_of(const LinearArgs& a, const Wide<X>& wide, int64_t r, const W* packed,
-                              int64_t begin, int64_t end) {
+__attribute__((noinline)) void tile_by_panels_of(const LinearArgs& a, const Wide<X>& wide,
+                                                 int64_t r, const W* packed, int64_t begin,
+                                                 int64_t end) {
   float sums[R * P * kPanel];
   int64_t p = begin;
   for (; p + P <= end; p += P) {
-    tile<R, P>(wide.x + r * wide.k / (kIsPair<X> ? 2 : 1), packed + (p - begin) * wide.k * kPanel, wide.k, sums);
+    tile<R, P>(wide.x + r * wide.k / (kIsPair<X> ? 2 : 1), packed + (p - begin) * wide.k * kPanel,
+               wide.k, sums);
     finish(a, wide.bias, sums, wide.row + r, R, p * kPanel, P * kPanel);
   }
   if constexpr (P > 1) {
@@ -263,8 +267,8 @@ inline void tile_by_panels(const LinearArgs& a, const Wide<X>& wide, int64_t r, 
 
 // All rows of the block by panels [begin, end).
 template <typename W, typename X>
-inline void rows_by_panels(const LinearArgs& a, const Wide<X>& wide, int64_t num_rows, const W* packed,
-                           int64_t begin, int64_t end) {
+inline void rows_by_panels(const LinearArgs& a, const Wide<X>& wide, int64_t num_rows,
+                           const W* packed, int64_t begin, int64_t end) {
   const Tiles tiles(num_rows);
   for (int64_t t = 0; t < tiles.count; ++t)
     tile_by_panels<kTileRows, W, X>(a, wide, tiles.first(t), tiles.rows(t), packed, begin, end);
@@ -364,7 +368,8 @@ inline void linear_over(const LinearArgs& a) {
   float* bias = a.bias ? memory + block * padded : nullptr;
   if (bias)
     with_dtype(a.x_dtype, [&](auto t) {
-      for (int64_t i = 0; i < a.n; ++i) bias[i] = to_float(static_cast<const decltype(t)*>(a.bias)[i]);
+      for (int64_t i = 0; i < a.n; ++i)
+        bias[i] = to_float(static_cast<const decltype(t)*>(a.bias)[i]);
     });
   for (int64_t row = 0; row < a.rows; row += block) {
     const int64_t num_rows = min_of(block, a.rows - row);

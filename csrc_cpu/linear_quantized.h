@@ -106,7 +106,8 @@ struct QuadSums {  // as above
   PORTALM_INLINE void add(VecI w, VecI x) {
     VecI products;
     asm("vpmaddubsw %3, %2, %1\n\tvpaddw %1, %0, %0"
-        : "+x"(sums), "=&x"(products) : "x"(w), "x"(x));
+        : "+x"(sums), "=&x"(products)
+        : "x"(w), "x"(x));
   }
   PORTALM_INLINE VecI total() const {
     return (VecI)_mm256_madd_epi16((__m256i)sums, _mm256_set1_epi16(1));
@@ -132,9 +133,13 @@ struct PairSums {
   PORTALM_INLINE VecI total() const { return sums; }
 };
 template <bool Condition, typename A, typename B>
-struct Choose { using Type = A; };
+struct Choose {
+  using Type = A;
+};
 template <typename A, typename B>
-struct Choose<false, A, B> { using Type = B; };
+struct Choose<false, A, B> {
+  using Type = B;
+};
 
 PORTALM_INLINE VecI splat_bits(int32_t x) { return x - VecI{}; }
 PORTALM_INLINE VecI load_bits(const uint8_t* p) {
@@ -293,8 +298,9 @@ struct QuantizedBlock {
 // The tile of R rows that begins at row `first` of the block, by panels [begin, end), P at a time.
 // Inlined into its callers it would lose the registers that it needs.
 template <int R, int P, Format F>
-__attribute__((noinline)) void quantized_tile_by(const LinearArgs& a, const QuantizedBlock<F>& block,
-                                                 int64_t first, int64_t begin, int64_t end) {
+__attribute__((noinline)) void quantized_tile_by(const LinearArgs& a,
+                                                 const QuantizedBlock<F>& block, int64_t first,
+                                                 int64_t begin, int64_t end) {
   float sums[R * P * kPanel];
   const int64_t at = first * block.groups;
   int64_t p = begin;
@@ -334,7 +340,8 @@ inline void quantized_linear_as(const LinearArgs& a) {
   float* bias = a.bias ? x.scales + 2 * rows * groups : nullptr;
   if (bias)
     with_dtype(a.x_dtype, [&](auto t) {
-      for (int64_t i = 0; i < a.n; ++i) bias[i] = to_float(static_cast<const decltype(t)*>(a.bias)[i]);
+      for (int64_t i = 0; i < a.n; ++i)
+        bias[i] = to_float(static_cast<const decltype(t)*>(a.bias)[i]);
     });
   for (int64_t row = 0; row < a.rows; row += rows) {
     const int64_t num_rows = min_of(rows, a.rows - row);
@@ -352,13 +359,15 @@ inline void quantized_linear_as(const LinearArgs& a) {
     });
     const QuantizedBlock<F> block{x, bias, row, groups};
     const int64_t panels = (a.n + kPanel - 1) / kPanel;
-    parallel_for(panels, panel_grain(panels, groups * kGroupBytes<F>), [&](int64_t begin, int64_t end) {
-      const int64_t at_once = tiles.count > 1 ? 1 : end - begin;
-      for (int64_t p = begin; p < end; p += at_once)  // a panel stays in the cache for all its tiles
-        for (int64_t t = 0; t < tiles.count; ++t)
-          quantized_tile_by_panels<kTileRows, F>(a, block, tiles.first(t), tiles.rows(t), p,
-                                                 p + at_once);
-    });
+    parallel_for(panels, panel_grain(panels, groups * kGroupBytes<F>),
+                 [&](int64_t begin, int64_t end) {
+                   const int64_t at_once = tiles.count > 1 ? 1 : end - begin;
+                   for (int64_t p = begin; p < end;
+                        p += at_once)  // a panel stays in the cache for all its tiles
+                     for (int64_t t = 0; t < tiles.count; ++t)
+                       quantized_tile_by_panels<kTileRows, F>(a, block, tiles.first(t),
+                                                              tiles.rows(t), p, p + at_once);
+                 });
   }
 }
 
@@ -400,7 +409,8 @@ inline int64_t packed_bytes(Format format, int64_t n, int64_t k) {
   if (is_quantized(format))
     with_quantized(format, [&](auto f) { bytes = quantized_bytes<decltype(f)::format>(n, k); });
   else
-    with_dtype(static_cast<DType>(format), [&](auto w) { bytes = packed_bytes_of<decltype(w)>(n, k); });
+    with_dtype(static_cast<DType>(format),
+               [&](auto w) { bytes = packed_bytes_of<decltype(w)>(n, k); });
   return bytes;
 }
 
@@ -410,8 +420,7 @@ inline void pack(const PackArgs& a) {
     with_quantized(format, [&](auto f) {
       with_dtype(a.dtype, [&](auto w) { quantize_as<decltype(f)::format, decltype(w)>(a); });
     });
-  else
-    with_dtype(a.dtype, [&](auto w) { pack_as<decltype(w)>(a); });
+  else with_dtype(a.dtype, [&](auto w) { pack_as<decltype(w)>(a); });
 }
 
 inline void pack_codes(const PackCodesArgs& a) {
@@ -424,10 +433,7 @@ inline void linear(const LinearArgs& a) {
   const Format format = kept_as(a.format);
   if (is_quantized(format))
     with_quantized(format, [&](auto f) { quantized_linear_as<decltype(f)::format>(a); });
-  else
-    with_dtype(static_cast<DType>(format), [&](auto w) {
-      linear_as<decltype(w)>(a);
-    });
+  else with_dtype(static_cast<DType>(format), [&](auto w) { linear_as<decltype(w)>(a); });
 }
 
 }  // namespace portalm::PORTALM_ISA

@@ -21,12 +21,14 @@
 
 namespace portalm::PORTALM_ISA {
 
-constexpr int64_t kTileSide = 16;            // rows, and 32-bit columns
-constexpr int64_t kTileDepth = 32;           // of k
+constexpr int64_t kTileSide = 16;             // rows, and 32-bit columns
+constexpr int64_t kTileDepth = 32;            // of k
 constexpr int64_t kPanelStride = 4 * kPanel;  // bytes from one pair of k to the next
 
 #if defined(PORTALM_EMULATED)
-struct TileFile { uint32_t lanes[8][kTileSide][kTileSide]; };
+struct TileFile {
+  uint32_t lanes[8][kTileSide][kTileSide];
+};
 inline TileFile& tile_file() {
   static thread_local TileFile file;
   return file;
@@ -34,7 +36,9 @@ inline TileFile& tile_file() {
 inline void configure_tiles() { memset(&tile_file(), 0xFF, sizeof(TileFile)); }
 inline void release_tiles() {}
 template <int T>
-inline void zero_tile() { memset(tile_file().lanes[T], 0, sizeof tile_file().lanes[T]); }
+inline void zero_tile() {
+  memset(tile_file().lanes[T], 0, sizeof tile_file().lanes[T]);
+}
 template <int T>
 inline void load_tile(const void* from, int64_t stride) {
   for (int64_t r = 0; r < kTileSide; ++r)
@@ -73,7 +77,9 @@ inline void configure_tiles() {
 }
 inline void release_tiles() { asm volatile("tilerelease"); }
 template <int T>
-inline void zero_tile() { asm volatile("tilezero %%tmm%c0" : : "i"(T)); }
+inline void zero_tile() {
+  asm volatile("tilezero %%tmm%c0" : : "i"(T));
+}
 template <int T>
 inline void load_tile(const void* from, int64_t stride) {
   asm volatile("tileloadd (%1,%2,1), %%tmm%c0" : : "i"(T), "r"(from), "r"(stride) : "memory");
@@ -120,8 +126,8 @@ inline void panel_by_tiles(const bf16* x, int64_t x_stride, const bf16* panel, i
   }
 }
 
-inline void panels_by_tiles(const LinearArgs& a, const bf16* x, int64_t x_stride,
-                            const float* bias, int64_t begin, int64_t end) {
+inline void panels_by_tiles(const LinearArgs& a, const bf16* x, int64_t x_stride, const float* bias,
+                            int64_t begin, int64_t end) {
   alignas(64) float sums[2 * kTileSide * kPanel];
   alignas(64) bf16 rest[kTileDepth * kPanel];
   const int64_t padded = padded_k<bf16>(a.k), num_whole = padded / kTileDepth;
@@ -131,15 +137,15 @@ inline void panels_by_tiles(const LinearArgs& a, const bf16* x, int64_t x_stride
     const bf16* panel = static_cast<const bf16*>(a.packed) + p * padded * kPanel;
     if (left) {
       memset(rest, 0, sizeof rest);
-      memcpy(rest, panel + num_whole * kTileDepth * kPanel, static_cast<size_t>(left) * sizeof(bf16));
+      memcpy(rest, panel + num_whole * kTileDepth * kPanel,
+             static_cast<size_t>(left) * sizeof(bf16));
     }
     for (int64_t row = 0; row < a.rows; row += 2 * kTileSide) {
       const int64_t num_rows = min_of(2 * kTileSide, a.rows - row);
       const bf16* from = x + row * x_stride;
       if (num_rows > kTileSide)
         panel_by_tiles<true>(from, x_stride, panel, num_whole, left ? rest : nullptr, sums);
-      else
-        panel_by_tiles<false>(from, x_stride, panel, num_whole, left ? rest : nullptr, sums);
+      else panel_by_tiles<false>(from, x_stride, panel, num_whole, left ? rest : nullptr, sums);
       finish(a, bias, sums, row, num_rows, p * kPanel, kPanel);
     }
   }

@@ -92,15 +92,15 @@ inline void one_expert(const MoeArgs& a, const MoeMemory& memory, int64_t expert
              a.hidden * sizeof(T));
   });
   kernels().linear({rows, a.dtype, count, a.hidden, reinterpret_cast<const void*>(weights[0]),
-            static_cast<Format>(weights[1]), 2 * a.inner, a.hidden,
-            bias(a.gate_up_bias, 2 * a.inner), memory.wide, DType::f32, 2 * a.inner});
+                    static_cast<Format>(weights[1]), 2 * a.inner, a.hidden,
+                    bias(a.gate_up_bias, 2 * a.inner), memory.wide, DType::f32, 2 * a.inner});
   parallel_for(count, 4, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r)
       activate_row(a, memory.wide + r * 2 * a.inner, rows + r * a.inner);
   });
   kernels().linear({rows, a.dtype, count, a.inner, reinterpret_cast<const void*>(weights[2]),
-            static_cast<Format>(weights[3]), a.hidden, a.inner, bias(a.down_bias, a.hidden),
-            memory.wide, DType::f32, a.hidden});
+                    static_cast<Format>(weights[3]), a.hidden, a.inner, bias(a.down_bias, a.hidden),
+                    memory.wide, DType::f32, a.hidden});
   parallel_for(count, 8, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       float* sum = memory.sums + pairs[r] / a.top_k * a.hidden;

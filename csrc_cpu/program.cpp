@@ -26,7 +26,8 @@ struct Kernel {
 
 template <typename Args>
 constexpr Kernel kernel_of() {
-  return {Signature<Args>::name, kNumArguments<Args>, kIsRecorded<Args> ? run_words<Args> : nullptr};
+  return {Signature<Args>::name, kNumArguments<Args>,
+          kIsRecorded<Args> ? run_words<Args> : nullptr};
 }
 
 constexpr Kernel kKernels[] = {

@@ -62,9 +62,13 @@ constexpr int kCodesInUnit = kUnitBits<F> / kShape<F>.bits;
 // -- the layout ----------------------------------------------------------------------------------
 
 template <Format F>
-struct ScaleOf { using Type = fp16; };
+struct ScaleOf {
+  using Type = fp16;
+};
 template <>
-struct ScaleOf<Format::blocks> { using Type = float; };
+struct ScaleOf<Format::blocks> {
+  using Type = float;
+};
 template <Format F>
 using Scale = typename ScaleOf<F>::Type;
 
@@ -100,7 +104,7 @@ inline void place_row(uint8_t* panel, int64_t j, const Code* codes, const float*
         const Code* at = from + (v + i * vectors) * kStep<F>;
         uint32_t units = 0;
         for (int64_t k = 0; k < kStep<F>; ++k)
-          units |= (static_cast<uint32_t>(at[k]) & ((1u << kUnitBits<F>) - 1)) << (k * kUnitBits<F>);
+          units |= (static_cast<uint32_t>(at[k]) & ((1u << kUnitBits<F>)-1)) << (k * kUnitBits<F>);
         lane |= units << (i * shape.bits);
       }
       memcpy(to + v * kPanel * 4, &lane, 4);
@@ -202,7 +206,8 @@ PORTALM_INLINE float round_group(const Values<G>& w, float scale, float minimum,
 // The scale (and minimum) of a group. Of 8 bits the largest value sets it; of 4 bits a few ranges
 // around that are tried, and the one of the least squared error is taken.
 template <Format F, typename W>
-inline void choose_group(const W* from, int64_t left, uint8_t* codes, float* scale, float* minimum) {
+inline void choose_group(const W* from, int64_t left, uint8_t* codes, float* scale,
+                         float* minimum) {
   constexpr FormatShape shape = kShape<F>;
   constexpr int largest = (1 << shape.bits) - 1;
   const Values<shape.group> w(from, left);
@@ -279,8 +284,7 @@ inline void quantize_as(const PackArgs& a) {
         }
         if constexpr (F == Format::blocks)
           place_row<F>(panel, j, wide_codes, scales, nullptr, groups);
-        else
-          place_row<F>(panel, j, codes, scales, minimums, groups);
+        else place_row<F>(panel, j, codes, scales, minimums, groups);
       }
     }
   });

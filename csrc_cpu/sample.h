@@ -139,10 +139,9 @@ inline int32_t draw(const SampleArgs& a, int64_t row, const float* logits, float
       may_win = may_win || (scaled[i] >= threshold && scaled[i] + kMaxNoise > best);
     }
     if (!may_win) continue;
-    const Philox random =
-        philox(static_cast<uint32_t>(v / 4), 0, static_cast<uint32_t>(position),
-               static_cast<uint32_t>(position >> 32), static_cast<uint32_t>(seed),
-               static_cast<uint32_t>(seed >> 32));
+    const Philox random = philox(static_cast<uint32_t>(v / 4), 0, static_cast<uint32_t>(position),
+                                 static_cast<uint32_t>(position >> 32), static_cast<uint32_t>(seed),
+                                 static_cast<uint32_t>(seed >> 32));
     for (int64_t i = 0; i < count; ++i) {
       if (!(scaled[i] >= threshold)) continue;
       const float noisy = scaled[i] + gumbel(random.word[i]);

@@ -31,10 +31,10 @@ enum class Kind { address, number, real, flag };
 constexpr std::string_view kKindNames[] = {"address", "number", "real", "flag"};
 
 template <typename T>
-constexpr Kind kKindOf = std::is_pointer_v<T>             ? Kind::address
-                         : std::is_same_v<T, bool>        ? Kind::flag
-                         : std::is_floating_point_v<T>    ? Kind::real
-                                                          : Kind::number;
+constexpr Kind kKindOf = std::is_pointer_v<T>          ? Kind::address
+                         : std::is_same_v<T, bool>     ? Kind::flag
+                         : std::is_floating_point_v<T> ? Kind::real
+                                                       : Kind::number;
 
 struct Argument {
   const char* name;
@@ -45,7 +45,8 @@ struct Argument {
 template <typename T>
 T from_word(int64_t word) {
   if constexpr (std::is_pointer_v<T>) return reinterpret_cast<T>(word);
-  else if constexpr (std::is_same_v<T, float>) return std::bit_cast<float>(static_cast<int32_t>(word));
+  else if constexpr (std::is_same_v<T, float>)
+    return std::bit_cast<float>(static_cast<int32_t>(word));
   else return static_cast<T>(word);
 }
 template <typename T>
@@ -76,14 +77,14 @@ struct Signature;
 #undef PORTALM_SHAPE_fixed
 
 #define PORTALM_SHAPE_VISIT(Type, member, name) visitor(member_of.member);
-#define PORTALM_KERNEL(kernel, Args)           \
-  template <typename Visitor>                  \
+#define PORTALM_KERNEL(kernel, Args) \
+  template <typename Visitor>        \
   void visit(Args& args, Visitor&& visitor) {
 #define PORTALM_ARGUMENT(role, Type, name) visitor(args.name);
-#define PORTALM_KV_SHAPE(role, shape)                         \
-  {                                                     \
-    KVShape& member_of = args.shape;                    \
-    PORTALM_KV_SHAPE_MEMBERS(PORTALM_SHAPE_VISIT)       \
+#define PORTALM_KV_SHAPE(role, shape)             \
+  {                                               \
+    KVShape& member_of = args.shape;              \
+    PORTALM_KV_SHAPE_MEMBERS(PORTALM_SHAPE_VISIT) \
   }
 #define PORTALM_END }
 #include "arguments.h"

@@ -31,15 +31,27 @@ typedef __fp16 Half;  // GCC 12 knows _Float16 in C alone there
 typedef _Float16 Half;
 #endif
 
-struct bf16 { uint16_t bits; };
-struct fp16 { uint16_t bits; };
-struct i8 { int8_t code; };
-struct f8 { uint8_t bits; };  // float8 e4m3fn, without its NaN
+struct bf16 {
+  uint16_t bits;
+};
+struct fp16 {
+  uint16_t bits;
+};
+struct i8 {
+  int8_t code;
+};
+struct f8 {
+  uint8_t bits;
+};  // float8 e4m3fn, without its NaN
 
 template <typename T>
-PORTALM_INLINE T min_of(T a, T b) { return b < a ? b : a; }
+PORTALM_INLINE T min_of(T a, T b) {
+  return b < a ? b : a;
+}
 template <typename T>
-PORTALM_INLINE T max_of(T a, T b) { return a < b ? b : a; }
+PORTALM_INLINE T max_of(T a, T b) {
+  return a < b ? b : a;
+}
 
 PORTALM_INLINE Vec splat(float x) { return x - Vec{}; }
 
@@ -217,7 +229,8 @@ PORTALM_INLINE Vec lanes_from(Vec x) {
 #else
   // spelled out: GCC would put a mask that a loop makes together anew each time
 #define PORTALM_FROM(i) ((i) + Width) % kLanes
-#define PORTALM_FROM4(i) PORTALM_FROM(i), PORTALM_FROM(i + 1), PORTALM_FROM(i + 2), PORTALM_FROM(i + 3)
+#define PORTALM_FROM4(i) \
+  PORTALM_FROM(i), PORTALM_FROM(i + 1), PORTALM_FROM(i + 2), PORTALM_FROM(i + 3)
 #if PORTALM_LANES == 4
   constexpr VecI from = {PORTALM_FROM4(0)};
 #elif PORTALM_LANES == 8

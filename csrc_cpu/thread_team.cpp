@@ -17,9 +17,10 @@
 namespace portalm {
 namespace {
 
-constexpr uint64_t kOpen = uint64_t{1} << 31;    // of gate_: this run may be entered
-constexpr uint64_t kInside = kOpen - 1;          // of gate_: workers that are inside
-constexpr int kSpins = 2000;  // some 50 to 100 microseconds; a step's pieces follow each other faster
+constexpr uint64_t kOpen = uint64_t{1} << 31;  // of gate_: this run may be entered
+constexpr uint64_t kInside = kOpen - 1;        // of gate_: workers that are inside
+constexpr int kSpins =
+    2000;  // some 50 to 100 microseconds; a step's pieces follow each other faster
 
 inline void relax() {
 #if defined(__x86_64__)
@@ -193,7 +194,8 @@ void ThreadTeam::run(Work work, void* context) {
   generation_.store(generation, std::memory_order_release);
   generation_.notify_all();
   work(context, 0, size_);
-  const auto ended = profile ? std::chrono::steady_clock::now() : std::chrono::steady_clock::time_point{};
+  const auto ended =
+      profile ? std::chrono::steady_clock::now() : std::chrono::steady_clock::time_point{};
   uint64_t gate = gate_.fetch_and(~kOpen, std::memory_order_acq_rel);
   for (int spin = 0; gate & kInside; ++spin) {
     if (spin < kSpins) relax();
@@ -201,7 +203,8 @@ void ThreadTeam::run(Work work, void* context) {
     gate = gate_.load(std::memory_order_acquire);
   }
   if (profile)
-    wait_seconds_ += std::chrono::duration<double>(std::chrono::steady_clock::now() - ended).count();
+    wait_seconds_ +=
+        std::chrono::duration<double>(std::chrono::steady_clock::now() - ended).count();
   in_use_.clear(std::memory_order_release);
 }
 

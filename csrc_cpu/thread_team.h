@@ -49,7 +49,8 @@ class ThreadTeam {
   std::atomic<bool> stopping_{false};
   double wait_seconds_ = 0;
   alignas(64) std::atomic<uint32_t> generation_{0};  // grows with every run: what workers wait for
-  alignas(64) std::atomic<uint64_t> gate_{0};  // generation, whether it may be entered, who is inside
+  alignas(64) std::atomic<uint64_t> gate_{
+      0};  // generation, whether it may be entered, who is inside
   alignas(64) std::atomic_flag in_use_ = ATOMIC_FLAG_INIT;
 };
 

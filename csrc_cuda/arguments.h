@@ -70,8 +70,8 @@ struct DecodeAttentionArgs {
   const int32_t* block_table;
   const DecodeItem* items;
   const int32_t* seq_lens;
-  float* partials;    // [items, H_kv, group, D + 2] where some request has several items
-  int32_t* counters;  // [requests, H_kv], 0 before and after
+  float* partials;      // [items, H_kv, group, D + 2] where some request has several items
+  int32_t* counters;    // [requests, H_kv], 0 before and after
   const float* slopes;  // [H], or null
   const float* sinks;   // [H], or null
   int64_t query_stride;

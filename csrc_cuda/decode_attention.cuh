@@ -53,8 +53,8 @@ template <typename T, int D>
 struct DecodeAttention {
   static constexpr int G = kDecodeGroup;
   static constexpr int kLanes = D / kVector;
-  static constexpr int kTokens = 4;  // taken at a time by a group of lanes
-  static constexpr int kScores = kTokens * G;          // index: head * kTokens + token
+  static constexpr int kTokens = 4;                           // taken at a time by a group of lanes
+  static constexpr int kScores = kTokens * G;                 // index: head * kTokens + token
   static constexpr int kHeld = at_least_1(kScores / kLanes);  // scores of a lane, all of one head
   static constexpr int kSameHead = kLanes / G;                // lanes of that head, side by side
   static constexpr int kSameScore = kLanes * kHeld / kScores;
@@ -120,8 +120,8 @@ struct DecodeAttention {
     // every lane takes every turn, as shuffles need all of them: tokens past the end count nothing
     for (int base = begin & -kTokens; base < item.end; base += kStep) {
       const int token = base + thread_index() / kLanes * kTokens;  // the first of kTokens
-      const int64_t place = block * a.cache.block_stride +
-                            token % a.cache.block_size * a.cache.token_stride + in_row;
+      const int64_t place =
+          block * a.cache.block_stride + token % a.cache.block_size * a.cache.token_stride + in_row;
       Bytes16 keys[kTokens], values[kTokens];
 #pragma unroll
       for (int t = 0; t < kTokens; ++t) {  // unused memory may hold NaN: it is not looked at
@@ -268,7 +268,7 @@ struct DecodeAttention {
   }
 
   __device__ void run() const {
-    PORTALM_SHARED(float, parts, kWaves* G* kPart);
+    PORTALM_SHARED(float, parts, kWaves * G * kPart);
     PORTALM_SHARED(int32_t, arrived, 1);
     State state = {{}, kMinusInf, 0};
     attend(state);
@@ -287,7 +287,8 @@ struct DecodeAttention {
     block_barrier();
     const int64_t stride = int64_t{a.group_size} * kPart;  // of one item's one KV head
     float* const out_part =
-        item.count == 1 ? nullptr : a.partials + (block_x() * int64_t{a.num_kv_heads} + kv_head) * stride;
+        item.count == 1 ? nullptr
+                        : a.partials + (block_x() * int64_t{a.num_kv_heads} + kv_head) * stride;
     merge(parts, kWaves, G * kPart, item.count == 1, out_part);
     if (item.count == 1) return;
 

@@ -7,9 +7,7 @@
 #include "sample.cuh"
 
 namespace portalm {
-#define PORTALM_KERNEL(name, Args, threads, ...)                              \
-  extern "C" __global__ void PORTALM_BOUNDS(threads) portalm_##name(Args a) { \
-    __VA_ARGS__(a);                                                           \
-  }
+#define PORTALM_KERNEL(name, Args, threads, ...) \
+  extern "C" __global__ void PORTALM_BOUNDS(threads) portalm_##name(Args a) { __VA_ARGS__(a); }
 #include "instances.h"
 }  // namespace portalm

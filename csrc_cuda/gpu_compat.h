@@ -138,9 +138,7 @@ using GlobalWords = __attribute__((address_space(1))) Words;
 __device__ inline Bytes16 load(const Bytes16* p) {
   return bits_as<Bytes16>(*(const GlobalWords*)p);
 }
-__device__ inline void store(Bytes16* p, const Bytes16& x) {
-  *(GlobalWords*)p = bits_as<Words>(x);
-}
+__device__ inline void store(Bytes16* p, const Bytes16& x) { *(GlobalWords*)p = bits_as<Words>(x); }
 __device__ inline Bytes16 load_stream(const Bytes16* p) {
   return bits_as<Bytes16>(__builtin_nontemporal_load((const GlobalWords*)p));
 }

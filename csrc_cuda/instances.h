@@ -7,7 +7,7 @@
 #define PORTALM_WRITE(T) PORTALM_KERNEL(kv_write_##T, KvWriteArgs, kWriteThreads, kv_write<T>)
 #endif
 #ifndef PORTALM_DECODE
-#define PORTALM_DECODE(T, D)                                                        \
+#define PORTALM_DECODE(T, D)                                                      \
   PORTALM_KERNEL(decode_attention_##T##_##D, DecodeAttentionArgs, kDecodeThreads, \
                  decode_attention<T, D>)
 #endif

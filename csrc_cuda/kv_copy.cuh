@@ -14,8 +14,7 @@ namespace portalm {
 
 __device__ inline void kv_copy(const KvCopyArgs& a) {
   char* const piece = a.cache + block_y() * a.piece_stride;
-  const auto* from =
-      reinterpret_cast<const Bytes16*>(piece + a.source[block_x()] * a.block_bytes);
+  const auto* from = reinterpret_cast<const Bytes16*>(piece + a.source[block_x()] * a.block_bytes);
   auto* to = reinterpret_cast<Bytes16*>(piece + a.destination[block_x()] * a.block_bytes);
 
   const int64_t first = int64_t{block_z()} * kCopyVectors * kCopyThreads + thread_index();
@@ -23,7 +22,8 @@ __device__ inline void kv_copy(const KvCopyArgs& a) {
   Bytes16 held[kCopyVectors];
 #pragma unroll
   for (int i = 0; i < kCopyVectors; ++i)
-    if (first + i * kCopyThreads < num_vectors) held[i] = load_stream(from + first + i * kCopyThreads);
+    if (first + i * kCopyThreads < num_vectors)
+      held[i] = load_stream(from + first + i * kCopyThreads);
 #pragma unroll
   for (int i = 0; i < kCopyVectors; ++i)
     if (first + i * kCopyThreads < num_vectors) store(to + first + i * kCopyThreads, held[i]);

@@ -18,8 +18,8 @@ int64_t num_parts(int64_t whole, int64_t part) { return (whole + part - 1) / par
 
 CacheLayer layer_at(int64_t key, int64_t value, int64_t block_stride, int64_t token_stride,
                     int64_t head_stride, int64_t block_size) {
-  return {at<void>(key), at<void>(value), block_stride, token_stride, head_stride,
-          static_cast<int32_t>(block_size)};
+  return {at<void>(key), at<void>(value), block_stride,
+          token_stride,  head_stride,     static_cast<int32_t>(block_size)};
 }
 
 [[noreturn]] void refuse(const std::string& what) {
@@ -38,7 +38,7 @@ Kernel write_kernel(int64_t dtype) {
 Kernel decode_kernel(int64_t dtype, int64_t head_size, int64_t group_size) {
 #define PORTALM_KERNEL(...)
 #define PORTALM_WRITE(...)
-#define PORTALM_DECODE(T, D)                                        \
+#define PORTALM_DECODE(T, D)                                      \
   if (dtype == T && head_size == D && group_size <= kDecodeGroup) \
     return Kernel::decode_attention_##T##_##D;
 #include "instances.h"
@@ -61,12 +61,11 @@ void kv_copy(int64_t stream, int64_t cache, int64_t num_pieces, int64_t piece_st
 }
 
 void kv_write(int64_t stream, int64_t dtype, int64_t key_cache, int64_t value_cache,
-              int64_t block_stride, int64_t token_stride, int64_t head_stride,
-              int64_t block_size, int64_t key, int64_t key_stride, int64_t value,
-              int64_t value_stride, int64_t slots, int64_t num_tokens, int64_t num_kv_heads,
-              int64_t head_size, int64_t query, int64_t query_stride, int64_t query_out,
-              int64_t num_heads, int64_t positions, int64_t cos_sin, int64_t rotary_dim,
-              int64_t is_interleaved) {
+              int64_t block_stride, int64_t token_stride, int64_t head_stride, int64_t block_size,
+              int64_t key, int64_t key_stride, int64_t value, int64_t value_stride, int64_t slots,
+              int64_t num_tokens, int64_t num_kv_heads, int64_t head_size, int64_t query,
+              int64_t query_stride, int64_t query_out, int64_t num_heads, int64_t positions,
+              int64_t cos_sin, int64_t rotary_dim, int64_t is_interleaved) {
   if (num_tokens == 0) return;
   KvWriteArgs args = {};
   args.cache =
@@ -92,12 +91,12 @@ void kv_write(int64_t stream, int64_t dtype, int64_t key_cache, int64_t value_ca
 }
 
 void decode_attention(int64_t stream, int64_t dtype, int64_t key_cache, int64_t value_cache,
-                      int64_t block_stride, int64_t token_stride,
-                      int64_t head_stride, int64_t block_size, int64_t query, int64_t query_stride,
-                      int64_t out, int64_t block_table, int64_t table_stride, int64_t seq_lens,
-                      int64_t items, int64_t num_items, int64_t partials, int64_t counters,
-                      int64_t num_kv_heads, int64_t group_size, int64_t head_size, double scale,
-                      double soft_cap, int64_t window, int64_t slopes, int64_t sinks) {
+                      int64_t block_stride, int64_t token_stride, int64_t head_stride,
+                      int64_t block_size, int64_t query, int64_t query_stride, int64_t out,
+                      int64_t block_table, int64_t table_stride, int64_t seq_lens, int64_t items,
+                      int64_t num_items, int64_t partials, int64_t counters, int64_t num_kv_heads,
+                      int64_t group_size, int64_t head_size, double scale, double soft_cap,
+                      int64_t window, int64_t slopes, int64_t sinks) {
   if (num_items == 0) return;
   DecodeAttentionArgs args = {};
   args.cache =
@@ -118,8 +117,8 @@ void decode_attention(int64_t stream, int64_t dtype, int64_t key_cache, int64_t 
   args.window = static_cast<int32_t>(window);
   args.num_kv_heads = static_cast<int32_t>(num_kv_heads);
   args.group_size = static_cast<int32_t>(group_size);
-  launch(decode_kernel(dtype, head_size, group_size),
-         {num_items, num_kv_heads, 1, kDecodeThreads}, &args, sizeof(args), stream);
+  launch(decode_kernel(dtype, head_size, group_size), {num_items, num_kv_heads, 1, kDecodeThreads},
+         &args, sizeof(args), stream);
 }
 
 void sample(int64_t stream, int64_t logits, int64_t num_rows, int64_t vocab_size, int64_t stride,

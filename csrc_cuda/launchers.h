@@ -36,20 +36,19 @@ void kv_copy(int64_t stream, int64_t cache, int64_t num_pieces, int64_t piece_st
 
 // query, query_out, positions and cos_sin are 0, as num_heads and rotary_dim, without rotation.
 void kv_write(int64_t stream, int64_t dtype, int64_t key_cache, int64_t value_cache,
-              int64_t block_stride, int64_t token_stride, int64_t head_stride,
-              int64_t block_size, int64_t key, int64_t key_stride, int64_t value,
-              int64_t value_stride, int64_t slots, int64_t num_tokens, int64_t num_kv_heads,
-              int64_t head_size, int64_t query, int64_t query_stride, int64_t query_out,
-              int64_t num_heads, int64_t positions, int64_t cos_sin, int64_t rotary_dim,
-              int64_t is_interleaved);
+              int64_t block_stride, int64_t token_stride, int64_t head_stride, int64_t block_size,
+              int64_t key, int64_t key_stride, int64_t value, int64_t value_stride, int64_t slots,
+              int64_t num_tokens, int64_t num_kv_heads, int64_t head_size, int64_t query,
+              int64_t query_stride, int64_t query_out, int64_t num_heads, int64_t positions,
+              int64_t cos_sin, int64_t rotary_dim, int64_t is_interleaved);
 
 void decode_attention(int64_t stream, int64_t dtype, int64_t key_cache, int64_t value_cache,
-                      int64_t block_stride, int64_t token_stride,
-                      int64_t head_stride, int64_t block_size, int64_t query, int64_t query_stride,
-                      int64_t out, int64_t block_table, int64_t table_stride, int64_t seq_lens,
-                      int64_t items, int64_t num_items, int64_t partials, int64_t counters,
-                      int64_t num_kv_heads, int64_t group_size, int64_t head_size, double scale,
-                      double soft_cap, int64_t window, int64_t slopes, int64_t sinks);
+                      int64_t block_stride, int64_t token_stride, int64_t head_stride,
+                      int64_t block_size, int64_t query, int64_t query_stride, int64_t out,
+                      int64_t block_table, int64_t table_stride, int64_t seq_lens, int64_t items,
+                      int64_t num_items, int64_t partials, int64_t counters, int64_t num_kv_heads,
+                      int64_t group_size, int64_t head_size, double scale, double soft_cap,
+                      int64_t window, int64_t slopes, int64_t sinks);
 
 void sample(int64_t stream, int64_t logits, int64_t num_rows, int64_t vocab_size, int64_t stride,
             int64_t temperature, int64_t top_k, int64_t top_p, int64_t min_p, int64_t seed,

@@ -92,8 +92,7 @@ struct Row {
       const Bytes16 v = portalm::load(reinterpret_cast<const Bytes16*>(logits + id));
       for (int i = 0; i < 4; ++i) x[i] = bits_as<float>(v.word[i]) / temperature;
     } else {
-      for (int i = 0; i < 4; ++i)
-        x[i] = id + i < vocab_size ? logits[id + i] / temperature : kNone;
+      for (int i = 0; i < 4; ++i) x[i] = id + i < vocab_size ? logits[id + i] / temperature : kNone;
     }
   }
   __device__ int num_groups() const { return (vocab_size + 3) / 4; }
@@ -144,7 +143,7 @@ __device__ uint32_t smallest_kept(const Row& row, uint32_t floor, const SampleSh
     block_barrier();
     const uint64_t target = shared.above[1];
     const uint64_t above_high = above + before, above_low = above_high + high_weight;
-    const int mine = low_weight && above_low < target    ? low
+    const int mine = low_weight && above_low < target     ? low
                      : high_weight && above_high < target ? high
                                                           : kBins;
     if (mine != kBins) shared_min(shared.found, mine);

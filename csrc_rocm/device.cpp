@@ -66,8 +66,7 @@ void load_code_object(const std::string& path) {
     check(runtime().module_get_function(&functions[i], module, kKernelNames[i]), kKernelNames[i]);
 }
 
-void launch(Kernel kernel, const Grid& grid, const void* arguments, int64_t bytes,
-            int64_t stream) {
+void launch(Kernel kernel, const Grid& grid, const void* arguments, int64_t bytes, int64_t stream) {
   const int index = static_cast<int>(kernel);
   if (!functions[index]) throw std::runtime_error("no code object is loaded");
   size_t size = bytes;

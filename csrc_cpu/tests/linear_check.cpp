@@ -38,8 +38,8 @@ double nmse_of(const Kernels& kernels, Format format, int64_t rows) {
   void* packed = aligned_alloc(64, static_cast<size_t>((bytes + 63) / 64 * 64));
   kernels.pack({w.data(), DType::bf16, n, k, packed, format});
   std::vector<float> out(static_cast<size_t>(rows * n));
-  kernels.linear({x.data(), DType::bf16, rows, k, packed, format, n, k, nullptr, out.data(),
-                  DType::f32, n});
+  kernels.linear(
+      {x.data(), DType::bf16, rows, k, packed, format, n, k, nullptr, out.data(), DType::f32, n});
   double error = 0, size = 0;
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t j = 0; j < n; ++j) {
@@ -57,11 +57,19 @@ double nmse_of(const Kernels& kernels, Format format, int64_t rows) {
 
 int main() {
   ThreadTeam::instance().resize(2);
-  const struct { const char* name; Format format; double most; } cases[] = {
-      {"bf16", Format::bf16, 1e-11},      {"blocks", Format::blocks, 3e-8},
-      {"q8", Format::q8, 1e-4},           {"q4", Format::q4, 2e-2},
-      {"q4_min", Format::q4_min, 1.5e-2}, {"q8_16_x16", Format::q8_16_x16, 1e-4},
-      {"q8_min", Format::q8_min_x16, 1e-4}, {"q8_16_min", Format::q8_16_min_x16, 1e-4},
+  const struct {
+    const char* name;
+    Format format;
+    double most;
+  } cases[] = {
+      {"bf16", Format::bf16, 1e-11},
+      {"blocks", Format::blocks, 3e-8},
+      {"q8", Format::q8, 1e-4},
+      {"q4", Format::q4, 2e-2},
+      {"q4_min", Format::q4_min, 1.5e-2},
+      {"q8_16_x16", Format::q8_16_x16, 1e-4},
+      {"q8_min", Format::q8_min_x16, 1e-4},
+      {"q8_16_min", Format::q8_16_min_x16, 1e-4},
   };
   bool is_right = true;
   for (const auto& one : cases)

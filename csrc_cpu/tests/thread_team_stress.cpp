@@ -23,7 +23,8 @@ void run_once(int pieces) {
   ThreadTeam::instance().run(
       [](void* p, int, int) {
         Work& w = *static_cast<Work*>(p);
-        for (int i; (i = w.next.fetch_add(1, std::memory_order_relaxed)) < static_cast<int>(w.done.size());)
+        for (int i; (i = w.next.fetch_add(1, std::memory_order_relaxed)) <
+                    static_cast<int>(w.done.size());)
           ++w.done[i];
       },
       &work);

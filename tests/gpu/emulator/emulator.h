@@ -10,7 +10,8 @@
 #define __device__
 #define PORTALM_BOUNDS(threads)
 #define PORTALM_SHARED(type, name, count) \
-  type* const name = static_cast<type*>(::portalm::emulator::shared(__LINE__, sizeof(type) * (count)))
+  type* const name =                      \
+      static_cast<type*>(::portalm::emulator::shared(__LINE__, sizeof(type) * (count)))
 
 namespace portalm {
 constexpr int kWave = PORTALM_EMULATED;

@@ -19,7 +19,8 @@ Block block;
 namespace {
 
 constexpr size_t kStackBytes = 64 << 10;
-constexpr size_t kStackStride = kStackBytes + 832;  // at powers of 2 they would share a cache's sets
+constexpr size_t kStackStride =
+    kStackBytes + 832;  // at powers of 2 they would share a cache's sets
 std::vector<char> stacks;
 void* scheduler[5];
 const void* scheduler_stack;
@@ -88,8 +89,9 @@ void describe_wait() {
   message = "divergent barrier in block " + std::to_string(block.x) + ", " +
             std::to_string(block.y) + ", " + std::to_string(block.z) + ": ";
   for (const auto& [wait, count] : waiting)
-    message += std::to_string(count) + " threads in a " + (wait.second ? "collective" : "block barrier") +
-               " at line " + std::to_string(wait.first) + ", ";
+    message += std::to_string(count) + " threads in a " +
+               (wait.second ? "collective" : "block barrier") + " at line " +
+               std::to_string(wait.first) + ", ";
   message += std::to_string(num_done) + " have ended";
 }
 

@@ -18,7 +18,6 @@
 
 namespace portalm::emulator {
 
-
 struct Fiber {
   ucontext_t beginning;
   void* resume_at[5];  // of __builtin_setjmp, once it has begun: swapcontext costs two system calls

@@ -5,16 +5,14 @@
 #include "launchers.h"
 
 namespace portalm {
-namespace {
-bool is_reversed = false;
-}
+namespace { bool is_reversed = false; }
 
 void launch(Kernel kernel, const Grid& grid, const void* arguments, int64_t, int64_t) {
-#define PORTALM_KERNEL(name, Args, threads, ...)                               \
-  if (kernel == Kernel::name) {                                                \
-    const Args args = *static_cast<const Args*>(arguments);                    \
-    emulator::launch(grid.x, grid.y, grid.z, threads, kWave, is_reversed,             \
-                     [&] { portalm_##name(args); });                           \
+#define PORTALM_KERNEL(name, Args, threads, ...)                          \
+  if (kernel == Kernel::name) {                                           \
+    const Args args = *static_cast<const Args*>(arguments);               \
+    emulator::launch(grid.x, grid.y, grid.z, threads, kWave, is_reversed, \
+                     [&] { portalm_##name(args); });                      \
   }
 #include "instances.h"
 }
