@@ -1,6 +1,6 @@
 """PortaLM: LLM inference and serving that runs fast on any accelerator.
 
-Importing this imports no torch: the names below load on first use.
+The names below are imported on first use, so that `import portalm` does not import torch.
 """
 
 from __future__ import annotations

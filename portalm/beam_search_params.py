@@ -1,4 +1,4 @@
-"""What a caller may ask of beam search: checked once, frozen, the same names as in vLLM."""
+"""Parameters of beam search: frozen, checked once, with the names of vLLM."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from portalm.errors import InvalidRequest
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BeamSearchParams:
-    """How the likeliest continuations of a prompt are searched for."""
+    """How to search for the most likely continuations of a prompt."""
 
     beam_width: int
-    """Beams that are followed, and continuations that are given."""
+    """Number of beams to extend at once, and of continuations to return; at least 1."""
     max_tokens: int = 16
-    """Most tokens of a continuation."""
+    """Maximum number of tokens of a continuation, at least 1."""
     ignore_eos: bool = False
-    """Go on after the model's end-of-sequence token."""
+    """True: continue after the model's end-of-sequence token."""
     length_penalty: float = 1.0
-    """A continuation's score is its log probability over its length to this power: above 0
-    favours long ones, below 0 short ones."""
+    """A continuation's score is its log probability divided by its length to this power, -10 to 10:
+    above 0 favors long continuations, below 0 short ones."""
     early_stopping: bool | Literal["never"] = False
-    """True: end as soon as `beam_width` beams have ended. False: when those that go on are worse,
-    by their length now. "never": when they cannot become better at any length."""
+    """When to stop once `beam_width` beams have ended. True: at once. False: when no running beam
+    scores better at its current length. "never": when none can score better at any length."""
 
     def __post_init__(self) -> None:
-        """Reject what cannot work, naming the field."""
+        """Reject invalid values; the error names the field."""
         for name in ("beam_width", "max_tokens"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise InvalidRequest(
-                    f"{name} must be a whole number from 1, not {value!r}", param=name
+                    f"{name} must be an integer of at least 1, not {value!r}", param=name
                 )
         penalty = self.length_penalty
         if isinstance(penalty, bool) or not isinstance(penalty, int | float) or abs(penalty) > 10:

@@ -1,4 +1,7 @@
-"""The tree of errors: each says what happened, with the numbers, and what to do next."""
+"""All errors that PortaLM raises on purpose.
+
+Each message says what is wrong, with the value and the limit, and what to do.
+"""
 
 from __future__ import annotations
 
@@ -9,27 +12,27 @@ BackendErrorKind = Literal["oom", "unsupported", "shape", "kernel", "timeout", "
 
 
 class PortaLMError(Exception):
-    """Anything PortaLM reports on purpose. The CLI prints it as one line and exits 2."""
+    """Base of all errors raised on purpose. The CLI prints the message and exits with status 2."""
 
 
 class ConfigError(PortaLMError, ValueError):
-    """A setting that cannot work; the text names it, why, and the fix."""
+    """An invalid setting."""
 
 
 # -- requests ---------------------------------------------------------------------------------
 
 
 class InvalidRequest(PortaLMError, ValueError):
-    """A request that can never be answered as asked; refused at the door, nothing else affected."""
+    """A request that can never be answered; rejected before it reaches the engine."""
 
     def __init__(self, message: str, *, param: str | None = None) -> None:
         super().__init__(message)
         self.param = param
-        """The field at fault, as the caller spelled it (OpenAI's error object has it too)."""
+        """Name of the invalid field, as in OpenAI's error object; None: no single field."""
 
 
 class RequestTooLarge(InvalidRequest):
-    """A request that could not fit even in an empty engine."""
+    """A request that would not fit even into an idle engine."""
 
 
 # -- models -----------------------------------------------------------------------------------
@@ -40,7 +43,7 @@ class ModelError(PortaLMError):
 
 
 class ModelNotFound(ModelError):
-    """No checkpoint under that name, here or where it could be fetched from."""
+    """No checkpoint of that name, neither local nor downloadable."""
 
 
 class CheckpointError(ModelError):
@@ -53,27 +56,27 @@ class CheckpointError(ModelError):
 
 
 class UnsupportedModel(ModelError):
-    """A well-formed checkpoint of an architecture or format that PortaLM does not run."""
+    """A valid checkpoint of an architecture or format that PortaLM does not support."""
 
 
 # -- backends ---------------------------------------------------------------------------------
 
 
 class BackendUnavailable(PortaLMError):
-    """The asked-for backend cannot run on this machine."""
+    """The requested backend cannot run on this machine."""
 
     def __init__(self, device: str, reason: str, available: Sequence[str]) -> None:
         super().__init__(
             f"device {device!r} cannot run here: {reason}. "
             f"Available on this machine: {', '.join(available) or 'none'}. "
-            f"`portalm devices` explains each one."
+            f"Run `portalm devices` for the reasons."
         )
         self.device = device
         self.reason = reason
 
 
 class BackendError(PortaLMError):
-    """A device operation that failed. Only kind `device_lost` may end an engine."""
+    """A failed device operation. Only the kind "device_lost" ends the engine."""
 
     def __init__(self, kind: BackendErrorKind, message: str) -> None:
         super().__init__(message)
@@ -81,7 +84,7 @@ class BackendError(PortaLMError):
 
 
 class Unsupported(BackendError):
-    """Something the backend does not claim in its `Capabilities`; raised at start-up."""
+    """A feature that the backend does not declare in its `Capabilities`; raised at startup."""
 
     def __init__(self, message: str) -> None:
         super().__init__("unsupported", message)
@@ -91,20 +94,20 @@ class Unsupported(BackendError):
 
 
 class RequestFailed(PortaLMError):
-    """A request that was fine and could not be finished: a fault of the engine or its device."""
+    """A valid request that could not be finished because the engine or its device failed."""
 
 
 class QueueTimeout(PortaLMError):
-    """A request that waited in the queue as long as the server lets one wait."""
+    """A request that waited in the queue longer than the server allows."""
 
 
 class EngineNotReady(PortaLMError):
-    """The model is not loaded yet: a moment later the request may be fine."""
+    """The model is still loading; the request may succeed later."""
 
 
 class CompilersBusy(PortaLMError):
-    """Too many grammars wait to be compiled: a moment later there may be room for another."""
+    """Too many grammars are waiting to be compiled; the request may succeed later."""
 
 
 class EngineDead(PortaLMError):
-    """The engine process has ended; requests in flight cannot be answered by it."""
+    """The engine process has exited, so its requests cannot be answered."""

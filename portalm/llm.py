@@ -1,4 +1,4 @@
-"""The offline API: a model in this process, prompts in, answers out."""
+"""The offline API: run a model in this process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 from portalm.backend import Backend
 from portalm.beam_search_params import BeamSearchParams
 from portalm.config import DEFAULT_MODEL, EngineConfig
-from portalm.engine.beam_search import BeamSearch, likeliest
+from portalm.engine.beam_search import BeamSearch, top_tokens
 from portalm.engine.engine import Engine
 from portalm.engine.grammars import LoadedGrammars, vocabulary_of
 from portalm.engine.input_processor import NO_ANSWER, InputProcessor, ProcessedInput, TextPair
@@ -60,12 +60,12 @@ class LLM:
 
         Args:
             model: a local folder or .gguf file, or a Hugging Face id.
-            backend: a started backend, instead of the one that `device` names.
-            use_tqdm: show how loading goes.
+            backend: a started backend to use instead of the one named by `device`.
+            use_tqdm: show the progress of loading.
             **settings: any of `EngineConfig`'s fields (device, dtype, max_model_len, ...).
 
         Raises:
-            PortaLMError: the model, the device or a setting does not work; the text says why.
+            PortaLMError: the model or the device cannot be used, or a setting is invalid.
         """
         config = EngineConfig.from_dict({"model": model, **settings})
         with LoadingBar(is_shown=use_tqdm) as bar:
@@ -96,16 +96,16 @@ class LLM:
         use_tqdm: bool = True,
         priority: Sequence[int] | None = None,
     ) -> list[RequestOutput]:
-        """The answers to all prompts, in their order.
+        """Generate answers to all prompts, in the order of the prompts.
 
         Args:
-            prompts: a text, token ids, or a list of either.
-            sampling_params: one for all prompts, or one for each; None: the defaults.
+            prompts: a string, token ids, or a list of either.
+            sampling_params: one for all prompts, or one per prompt; None: the defaults.
             use_tqdm: show a progress bar.
-            priority: one for each prompt (lower runs first) where the policy is priority.
+            priority: one per prompt, lower runs first, if the scheduling policy is "priority".
 
         Raises:
-            InvalidRequest: a prompt or its parameters cannot work; nothing was run.
+            InvalidRequest: a prompt or its parameters are invalid; nothing was run.
         """
         self._inputs.check_task("generate")
         many = _as_prompts(prompts)
@@ -127,18 +127,18 @@ class LLM:
         chat_template: str | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
-        """The model's next message in one conversation or in each of several.
+        """Generate the model's next message in one conversation or in each of several.
 
         Args:
-            messages: {"role": ..., "content": ...} each; or a list of such lists.
+            messages: a list of {"role": ..., "content": ...}, or a list of such lists.
             sampling_params: as in `generate`.
             use_tqdm: show a progress bar.
-            add_generation_prompt: end the prompt where the assistant begins to speak.
-            continue_final_message: the last message is the beginning of the answer.
-            chat_template: Jinja text to use instead of the model's.
-            chat_template_kwargs: more variables for the template.
+            add_generation_prompt: end the prompt with the beginning of an assistant message.
+            continue_final_message: continue the last message instead of starting a new one.
+            chat_template: Jinja template to use instead of the model's.
+            chat_template_kwargs: additional variables for the template.
         """
-        self._inputs.check_task("generate")  # before a template is looked for
+        self._inputs.check_task("generate")  # before the lack of a template is reported
         if not messages:
             raise InvalidRequest("messages must not be empty", param="messages")
         conversations = cast(
@@ -160,17 +160,17 @@ class LLM:
     def beam_search(
         self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams
     ) -> list[BeamSearchOutput]:
-        """The likeliest continuations of each prompt, by `params.beam_width` beams.
+        """Find the most likely continuations of each prompt with `params.beam_width` beams.
 
-        Each beam is continued by one request a token; its prompt and tokens are in the prefix cache
-        but for the last block.
+        Each beam is extended by one request per token, whose prompt is in the prefix cache except
+        for the last block.
 
         Args:
-            prompts: a text, token ids, or a list of either.
-            params: how wide and how long.
+            prompts: a string, token ids, or a list of either.
+            params: parameters of the search.
 
         Raises:
-            InvalidRequest: a prompt or a parameter cannot work.
+            InvalidRequest: a prompt or a parameter is invalid.
             RequestFailed: the device failed on a beam.
         """
         self._inputs.check_task("generate")
@@ -218,16 +218,16 @@ class LLM:
         truncate_prompt_tokens: int | None = None,
         use_tqdm: bool = True,
     ) -> list[EmbeddingRequestOutput]:
-        """A vector for each prompt, in their order: of an encoder, or pooled from a decoder.
+        """Embed each prompt as a vector, in the order of the prompts.
 
         Args:
-            prompts: a text, token ids, or a list of either.
-            pooling_params: for all prompts; None: as the model was trained.
-            truncate_prompt_tokens: as in `PoolingParams`, for short.
+            prompts: a string, token ids, or a list of either.
+            pooling_params: parameters for all prompts; None: the model's own pooling.
+            truncate_prompt_tokens: overrides that of `pooling_params`.
             use_tqdm: show a progress bar.
 
         Raises:
-            InvalidRequest: a prompt or the parameters cannot work; nothing was run.
+            InvalidRequest: a prompt or the parameters are invalid; nothing was run.
             RequestFailed: the device failed on a prompt.
         """
         params = pooling_params or PoolingParams()
@@ -251,16 +251,16 @@ class LLM:
         truncate_prompt_tokens: int | None = None,
         use_tqdm: bool = True,
     ) -> list[ScoringRequestOutput]:
-        """How well texts go together: a cross-encoder's score, or the cosine of their vectors.
+        """Score pairs of texts with a cross-encoder, or by the cosine similarity of their vectors.
 
         Args:
-            data_1: one text for all of `data_2`, or as many.
-            data_2: one text, or several.
+            data_1: one text to pair with each of `data_2`, or as many texts.
+            data_2: one text, or a list.
             truncate_prompt_tokens: as in `PoolingParams`.
             use_tqdm: show a progress bar.
 
         Raises:
-            InvalidRequest: the texts do not make pairs, or one cannot work; nothing was run.
+            InvalidRequest: the texts do not form pairs, or one is invalid; nothing was run.
             RequestFailed: the device failed on a pair.
         """
         pairs = as_pairs(data_1, data_2, ("data_1", "data_2"))
@@ -283,7 +283,7 @@ class LLM:
     def stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None
     ) -> Iterator[AnswerDelta]:
-        """The answer to one prompt, piece by piece; closing the iterator aborts the request."""
+        """Yield the answer to one prompt in deltas; closing the iterator aborts the request."""
         [request_id] = self._submit([prompt], [sampling_params or SamplingParams()], [0])
         try:
             while not self._outputs.is_finished(request_id):
@@ -300,15 +300,15 @@ class LLM:
         return self._tokenizer
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """What `generate` uses where nothing is given."""
+        """The parameters that `generate` uses by default."""
         return SamplingParams()
 
     def get_metrics(self) -> EngineStats:
-        """The engine's counters and gauges."""
+        """Return the engine's statistics."""
         return self.engine.stats()
 
     def reset_prefix_cache(self) -> bool:
-        """Forget cached KV blocks."""
+        """Drop cached KV blocks. Returns False, changing nothing, while requests run."""
         return self.engine.reset_prefix_cache()
 
     # -- inside -------------------------------------------------------------------------------
@@ -316,7 +316,7 @@ class LLM:
     def _pool(
         self, prompts: Sequence[Prompt | TextPair], params: PoolingParams, use_tqdm: bool
     ) -> list[tuple[RequestOutput, bytes]]:
-        """Each prompt, and what came of its hidden states."""
+        """Compute each prompt, and return it with its pooled hidden states (float32 bytes)."""
         processed = [
             self._inputs.process_pooling(str(next(self._ids)), prompt, params) for prompt in prompts
         ]
@@ -332,7 +332,7 @@ class LLM:
     def _submit(
         self, prompts: Sequence[Prompt], params: Sequence[SamplingParams], priorities: Sequence[int]
     ) -> list[str]:
-        """All of them or none."""
+        """Check and add all prompts, or none; return their request ids."""
         asked = [p.structured_outputs for p in params]
         compiling = [None if one is None else self._compiler.compile(one) for one in asked]
         processed = [
@@ -402,10 +402,10 @@ class LLM:
 
 
 def _continuation(output: RequestOutput) -> list[tuple[int, float]]:
-    """The likeliest next tokens of a beam."""
+    """Most likely next tokens of a beam."""
     if output.error is not None:
         raise RequestFailed(output.error)
-    return likeliest(output.outputs[0])
+    return top_tokens(output.outputs[0])
 
 
 def _scored(output: RequestOutput, score: float, token_ids: list[int]) -> ScoringRequestOutput:
@@ -413,7 +413,7 @@ def _scored(output: RequestOutput, score: float, token_ids: list[int]) -> Scorin
 
 
 def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """A list of prompts, whatever the spelling: a text, token ids, or a list of either."""
+    """Convert a string, token ids, or a list of either to a list of prompts."""
     if isinstance(prompts, str):
         return [prompts]
     many = list(prompts)
@@ -423,12 +423,12 @@ def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
 
 
 def _spread(name: str, value: Any, count: int) -> list[Any]:
-    """`value` for each of `count` prompts."""
+    """Return `value` as a list with one entry per prompt."""
     if not isinstance(value, Sequence):
         return [value] * count
     if len(value) != count:
         raise InvalidRequest(
-            f"{name} has {len(value)} entries for {count} prompts: give one, or one for each",
+            f"{name} has {len(value)} entries for {count} prompts: pass one, or one per prompt",
             param=name,
         )
     return list(value)

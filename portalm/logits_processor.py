@@ -1,4 +1,4 @@
-"""Logits processors of others: what they may change, and where they are found."""
+"""Logits processors from other packages: their interface, and how they are found."""
 
 from __future__ import annotations
 
@@ -15,62 +15,62 @@ from portalm.plugins import Plugins
 
 
 class ProcessedRow(NamedTuple):
-    """A row of logits that a processor was asked to change."""
+    """A row of logits for a processor to change."""
 
     argument: Any
-    """What the request gave it."""
+    """The request's argument for the processor."""
     prompt_token_ids: Sequence[int]
     output_token_ids: Sequence[int]
-    """Drawn before."""
+    """Tokens generated so far."""
 
 
 class Biases(NamedTuple):
-    """What is added to logits; -inf forbids a token. Entries of the same place add up."""
+    """Values to add to logits; -inf forbids a token. Entries for the same element add up."""
 
     rows: npt.NDArray[np.integer[Any]]
-    """[N]: places in the rows that the processor was given."""
+    """[N]: indices into the rows passed to the processor."""
     token_ids: npt.NDArray[np.integer[Any]]
-    """[N]"""
+    """[N]: columns of the logits."""
     values: npt.NDArray[np.floating[Any]]
     """[N]: finite, or -inf."""
 
 
 class LogitsProcessor(ABC):
-    """Changes the logits of the requests that name it; one object an engine, one call a step.
+    """Changes the logits of the requests that name it. One object per engine, one call per step.
 
-    It runs on the host and says what to add, so that it works on every device and in captured
-    steps; it does not see the logits. It is applied where `logit_bias` is: behind the penalties,
-    before the temperature. What it gives should follow from a row alone: then a request that is
-    computed again (after preemption, in another engine) draws the same tokens.
+    It runs on the host and returns values to add, so that it works on every device and in captured
+    steps; it does not see the logits. Its values are added together with `logit_bias`: after the
+    penalties, before the temperature. They should depend on the row alone: then a request that is
+    computed again (after preemption, or by a restarted engine) samples the same tokens.
     """
 
     def __init__(self, vocab_size: int) -> None:
-        """For logits of `vocab_size` columns."""
+        """Prepare for logits with `vocab_size` columns."""
         self.vocab_size = vocab_size
 
     @classmethod
     def check(cls, argument: Any) -> None:
-        """Raise `ValueError`, saying why, for an argument that a request may not give.
+        """Raise `ValueError` with the reason if a request's argument is invalid.
 
-        This takes none.
+        By default, only None is valid.
         """
         if argument is not None:
-            raise ValueError("it takes no argument: give null")
+            raise ValueError("it takes no argument: pass null")
 
     @abstractmethod
     def biases(self, rows: Sequence[ProcessedRow]) -> Biases:
-        """What to add to the logits of these rows; whatever it raises ends their requests."""
+        """Return the values to add to the logits of `rows`. An exception fails their requests."""
 
 
 LOGITS_PROCESSORS: Plugins[LogitsProcessor] = Plugins(
-    LogitsProcessor,  # type: ignore[type-abstract]  # they are its subclasses
+    LogitsProcessor,  # type: ignore[type-abstract]  # subclasses are concrete
     kind="logits processor",
     group="portalm.logits_processors",
 )
 
 
 def check_logits_processors(asked: Mapping[str, Any]) -> None:
-    """Raise `InvalidRequest` for a name that is not installed or an argument it does not take."""
+    """Raise `InvalidRequest` for a processor that is not installed, or an invalid argument."""
     for name, argument in asked.items():
         try:
             processor = LOGITS_PROCESSORS.get(name)
@@ -80,6 +80,6 @@ def check_logits_processors(asked: Mapping[str, Any]) -> None:
             raise InvalidRequest(str(error), param="logits_processors") from error
         except Exception as error:  # code of another package: it may raise anything
             raise InvalidRequest(
-                f"logits_processors: {name} does not take {argument!r:.100}: {error}",
+                f"logits_processors: {name} does not accept {argument!r:.100}: {error}",
                 param="logits_processors",
             ) from error

@@ -1,4 +1,4 @@
-"""How log lines look: one a record, as text for people or as JSON, the same in every process."""
+"""Format of log lines, the same in every process: one line per record, as text or JSON."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class LogConfig:
     """How a process writes its log."""
 
     format: LogFormat = "text"
-    """text for people; json: one object a line."""
+    """text: for people. json: one object per line."""
     level: LogLevel = "info"
-    """The least of our own records that is written; of libraries' it is warning."""
+    """Lowest level of PortaLM's own records to write; for libraries it is always warning."""
 
     def __post_init__(self) -> None:
-        """Reject what does not exist."""
+        """Reject an unknown format or level."""
         for name, known in (("format", LogFormat), ("level", LogLevel)):
             if getattr(self, name) not in get_args(known):
                 raise ConfigError(
@@ -35,7 +35,7 @@ class LogConfig:
 
 
 def write_logs(process: str, config: LogConfig) -> None:
-    """Write this process's log to stderr from now on; `process` says who speaks, in each line."""
+    """Write this process's log to stderr, with the name `process` in each line."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Json(process) if config.format == "json" else _Text(process))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
@@ -44,7 +44,7 @@ def write_logs(process: str, config: LogConfig) -> None:
 
 
 def with_fields(**fields: Any) -> dict[str, Any]:
-    """`extra` of a log call: values with names, beside the message. None is left out."""
+    """Build `extra` of a log call: named values to log after the message. None is left out."""
     return {"fields": {name: value for name, value in fields.items() if value is not None}}
 
 
@@ -61,13 +61,13 @@ class _Text(logging.Formatter):
         super().__init__(f"%(asctime)s %(levelname)s {process}: %(message)s")
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
-        """The message, then the fields."""
+        """Format the message and then the fields."""
         fields = "".join(f" {name}={_plain(value)}" for name, value in _fields(record).items())
         return super().formatMessage(record) + fields
 
 
 def _plain(value: Any) -> str:
-    """A value as a word; one that could be taken for several words is quoted, as in JSON."""
+    """Format a value as one word, quoted as in JSON if it is not a plain word."""
     if isinstance(value, float):
         return f"{value:.3f}"
     if not isinstance(value, str):
@@ -77,14 +77,14 @@ def _plain(value: Any) -> str:
 
 
 class _Json(logging.Formatter):
-    """One object a line: time (UTC), level, process, logger, message, fields, exception."""
+    """One object per line: time (UTC), level, process, logger, message, fields, exception."""
 
     def __init__(self, process: str) -> None:
         super().__init__()
         self._process = process
 
     def format(self, record: logging.LogRecord) -> str:
-        """The record as JSON; what JSON does not know is written as str() has it."""
+        """Format the record as JSON; values that JSON does not have are written with str()."""
         time = datetime.fromtimestamp(record.created, timezone.utc)
         line: dict[str, Any] = {
             "time": time.isoformat(timespec="milliseconds").replace("+00:00", "Z"),

@@ -1,4 +1,4 @@
-"""What a caller gets back: names as in vLLM."""
+"""Results returned to the caller, with the names of vLLM."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ class Logprob:
 
     logprob: float
     rank: int
-    """1 is the most likely token."""
+    """Rank of the token by probability; 1 is the most likely."""
     decoded_token: str | None = None
 
 
 @dataclass(slots=True)
 class RequestMetrics:
-    """Times of one request, in seconds since the epoch; None: not yet.
+    """Times of one request, in seconds since the epoch; None: has not happened yet.
 
-    Taken from a clock that is never set back: differences are right whatever happens to the date.
+    Measured with a monotonic clock: differences are right even if the system clock is changed.
     """
 
     arrival_time: float
     first_scheduled_time: float | None = None
-    """When the first of its answers was first in a step of the engine."""
+    """When one of its answers was first scheduled in a step."""
     first_token_time: float | None = None
     finished_time: float | None = None
 
@@ -69,7 +69,7 @@ class CompletionOutput:
     token_ids: list[int]
     cumulative_logprob: float | None = None
     logprobs: list[dict[int, Logprob]] | None = None
-    """By position: token id -> Logprob, the drawn token first."""
+    """Per position: token id -> Logprob, with the sampled token first."""
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     lora_request: None = None
@@ -88,36 +88,36 @@ class RequestOutput:
     metrics: RequestMetrics | None = None
     num_cached_tokens: int = 0
     pooled: bytes | None = None
-    """float32 numbers, where the prompt was pooled: its vector, or its score."""
+    """For a pooling request: its vector or score, as float32 bytes."""
     error: str | None = None
-    """Why an answer has finish_reason "error"."""
+    """Error message of an answer with finish_reason "error"."""
 
 
 @dataclass(slots=True)
 class BeamSearchSequence:
-    """One of the likeliest continuations."""
+    """A continuation found by beam search."""
 
     tokens: list[int]
-    """The prompt's, then the continuation's."""
+    """Token ids of the prompt and the continuation."""
     text: str
-    """Of the continuation."""
+    """Text of the continuation."""
     cum_logprob: float
-    """Of the continuation's tokens together."""
+    """Sum of the log probabilities of the continuation's tokens."""
     score: float
-    """By which it is ranked: `cum_logprob` over its length to the power of length_penalty."""
+    """`cum_logprob` divided by the length to the power of length_penalty; higher is better."""
     finish_reason: FinishReason | None = None
 
 
 @dataclass(slots=True)
 class BeamSearchOutput:
-    """A prompt's likeliest continuations, the best first."""
+    """A prompt's most likely continuations, best first."""
 
     sequences: list[BeamSearchSequence]
 
 
 @dataclass(slots=True)
 class EmbeddingOutput:
-    """A vector."""
+    """An embedding vector."""
 
     embedding: list[float]
 
@@ -135,7 +135,7 @@ class EmbeddingRequestOutput:
 
 @dataclass(slots=True)
 class ScoringOutput:
-    """How well two texts go together."""
+    """Score of a pair of texts."""
 
     score: float
 

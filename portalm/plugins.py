@@ -1,4 +1,4 @@
-"""Classes by name: ours, and those that other packages bring as entry points."""
+"""Find plugin classes by name: built-in ones, and entry points of other packages."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ P = TypeVar("P")
 
 
 class Plugins(Generic[P]):
-    """All classes of one kind."""
+    """All plugin classes of one kind."""
 
     def __init__(
         self, base: type[P], *, kind: str, group: str, own: Mapping[str, str] | None = None
     ) -> None:
-        """The classes of a kind.
+        """Define a kind of plugin.
 
         Args:
-            base: what each of them is a subclass of.
-            kind: what errors call them.
-            group: the entry-point group that others join by.
-            own: ours, name -> module:class.
+            base: base class of all of them.
+            kind: name of the kind in errors.
+            group: entry-point group of other packages' classes.
+            own: built-in classes, name -> module:class.
         """
         self._base = base
         self._found: dict[str, type[P]] = {}
@@ -36,29 +36,29 @@ class Plugins(Generic[P]):
         }
 
     def names(self) -> list[str]:
-        """All that are installed."""
+        """Names of all installed classes."""
         return sorted(self._entry_points())
 
     def get(self, name: str) -> type[P]:
-        """The class of that name. Raises `ConfigError`, naming those that there are."""
-        if name in self._found:  # to look through all installed packages takes milliseconds
+        """Return the class of that name. Raises `ConfigError` if there is none."""
+        if name in self._found:  # searching all installed packages takes milliseconds
             return self._found[name]
         entry_point = self._entry_points().get(name)
         if entry_point is None:
             installed = ", ".join(self.names()) or "none"
             raise ConfigError(
                 f"there is no {self._kind} {name!r}; installed: {installed} "
-                f"(packages add more by the entry-point group {self._group!r})"
+                f"(packages add more with the entry-point group {self._group!r})"
             )
         try:
             found = entry_point.load()
         except Exception as error:  # code of another package: it may raise anything
             raise ConfigError(
-                f"the {self._kind} {name!r} does not import: {type(error).__name__}: {error}"
+                f"the {self._kind} {name!r} cannot be imported: {type(error).__name__}: {error}"
             ) from error
         if not isinstance(found, type) or not issubclass(found, self._base):
             raise ConfigError(
-                f"the {self._kind} {name!r} ({entry_point.value}) is no subclass of "
+                f"the {self._kind} {name!r} ({entry_point.value}) is not a subclass of "
                 f"{self._base.__module__}.{self._base.__name__}"
             )
         self._found[name] = found

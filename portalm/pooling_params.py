@@ -1,4 +1,4 @@
-"""What a caller may ask of pooling: how a prompt becomes one vector, or a pair of texts a score."""
+"""Parameters of pooling: how a prompt becomes a vector, or a pair of texts a score."""
 
 from __future__ import annotations
 
@@ -13,23 +13,24 @@ PoolingTask = Literal["embed", "score"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PoolingParams:
-    """What becomes of a prompt's hidden states; names as in vLLM."""
+    """How to pool a prompt's hidden states; names as in vLLM."""
 
     pooling: PoolingName | None = None
-    """mean of all tokens, the first one's (cls) or the last one's; None: the model's own."""
+    """Which hidden states make the vector: mean of all tokens, the first token's (cls), or the last
+    token's. None: the model's own."""
     normalize: bool | None = None
-    """Scale the vector to length 1; None: the model's own."""
+    """True: scale the vector to length 1. None: the model's own."""
     dimensions: int | None = None
-    """Keep so many leading numbers, for models that were trained for it (Kusupati et al.,
-    "Matryoshka representation learning", 2022), before normalising; None: all."""
+    """Number of leading elements to keep, at least 1, before normalization; for models trained for
+    it (Kusupati et al., "Matryoshka representation learning", 2022). None: all."""
     task: PoolingTask = "embed"
-    """embed: a vector; score: what a cross-encoder says of a pair of texts."""
+    """embed: a vector of one text. score: a cross-encoder's score of a pair of texts."""
     truncate_prompt_tokens: int | None = None
-    """Keep so many leading tokens, and what the tokenizer puts behind a text; -1: as many as the
-    model takes; None: a prompt that is too long is refused."""
+    """Truncate the prompt to this many tokens, keeping its beginning and the special tokens at its
+    end. -1: to the model's maximum. None: reject a prompt that is too long."""
 
     def __post_init__(self) -> None:
-        """Refuse values that cannot work, by name."""
+        """Reject invalid values; the error names the field."""
         if self.pooling is not None and self.pooling not in get_args(PoolingName):
             names = ", ".join(get_args(PoolingName))
             _refuse("pooling", f"must be one of {names}, not {self.pooling!r}")
@@ -43,10 +44,12 @@ class PoolingParams:
         if self.task == "score":
             for name in ("pooling", "normalize", "dimensions"):
                 if getattr(self, name) is not None:
-                    _refuse(name, "is for vectors: a cross-encoder gives one number")
+                    _refuse(
+                        name, 'cannot be used with task "score", whose result is a single number'
+                    )
 
     def resolved(self, model: PoolingConfig) -> PoolingParams:
-        """With the model's own for what was left open."""
+        """Return a copy with the model's own pooling for fields that are None."""
         if self.task == "score":
             return self
         return replace(
@@ -57,7 +60,7 @@ class PoolingParams:
 
     @property
     def needs_all_states(self) -> bool:
-        """More is read than the last token's state: no token may come from the prefix cache."""
+        """Whether all hidden states are read, so that no token may come from the prefix cache."""
         return self.pooling != "last"
 
 
@@ -65,7 +68,7 @@ def _count(name: str, value: object) -> None:
     if value is None:
         return
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        _refuse(name, f"must be a whole number of at least 1, not {value!r}")
+        _refuse(name, f"must be an integer of at least 1, not {value!r}")
 
 
 def _refuse(name: str, problem: str) -> NoReturn:

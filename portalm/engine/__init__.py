@@ -1,1 +1,1 @@
-"""Requests in, tokens out: the engine, its process, and the client side of both."""
+"""The engine, its process, and its client: requests in, tokens out."""

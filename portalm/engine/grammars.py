@@ -1,4 +1,4 @@
-"""Grammars between a client and its engine: what to compile for, and what the engine has."""
+"""Grammars between a client and its engine: the vocabulary, and which grammars the engine has."""
 
 from __future__ import annotations
 
@@ -12,41 +12,41 @@ from portalm.structured.messages import CompiledGrammar, LoadGrammar, Vocabulary
 from portalm.text.tokenizer import Tokenizer
 
 _MAX_LOADED_BYTES = 64 << 20
-"""Compiled grammars that an engine keeps, as XGrammar's JSON; loaded they take less."""
+"""Limit of the compiled grammars an engine keeps, in bytes of XGrammar's JSON."""
 
 
 def vocabulary_of(tokenizer: Tokenizer, ready: EngineReady) -> Vocabulary:
-    """What an engine's grammars are compiled for.
+    """The vocabulary to compile an engine's grammars for.
 
     Raises:
-        InvalidRequest: the tokens cannot be known as bytes, or nothing ends an answer.
+        InvalidRequest: the bytes of the tokens are unknown, or there is no end-of-sequence token.
     """
     tokens = tokenizer.vocabulary()
     if tokens is None:
         raise InvalidRequest(
-            "structured_outputs is not possible with this model: its tokenizer does not tell the "
-            "bytes of its tokens",
+            "structured_outputs is not supported with this model: its tokenizer does not provide "
+            "the bytes of its tokens",
             param="structured_outputs",
         )
     eos = [token_id for token_id in ready.eos_token_ids if token_id < ready.vocab_size]
     if not eos:
         raise InvalidRequest(
-            "structured_outputs is not possible with this model: it names no end-of-sequence token",
+            "structured_outputs is not supported with this model: it has no end-of-sequence token",
             param="structured_outputs",
         )
     return Vocabulary(msgspec.msgpack.encode(tokens[: ready.vocab_size]), ready.vocab_size, eos)
 
 
 class LoadedGrammars:
-    """What one engine was given, so that each grammar is sent once."""
+    """Grammars that one engine has, so that each is sent once."""
 
     def __init__(self) -> None:
         self._sizes: OrderedDict[str, int] = OrderedDict()
         self._num_bytes = 0
-        self._knows_vocabulary = False
+        self._has_vocabulary = False
 
     def need(self, grammar: CompiledGrammar, vocabulary: Vocabulary) -> LoadGrammar | None:
-        """What to send before a request with `grammar`; None: the engine has it."""
+        """Return the message to send before a request with `grammar`; None if the engine has it."""
         if grammar.key in self._sizes:
             self._sizes.move_to_end(grammar.key)
             return None
@@ -60,8 +60,8 @@ class LoadedGrammars:
         message = LoadGrammar(
             key=grammar.key,
             data=grammar.data,
-            vocabulary=None if self._knows_vocabulary else vocabulary,
+            vocabulary=None if self._has_vocabulary else vocabulary,
             forget=forget,
         )
-        self._knows_vocabulary = True
+        self._has_vocabulary = True
         return message

@@ -1,4 +1,4 @@
-"""From a caller's prompt and parameters to what an engine is asked; bad input stops here."""
+"""Check a caller's prompt and parameters, and turn them into the engine's requests."""
 
 from __future__ import annotations
 
@@ -16,52 +16,52 @@ from portalm.structured.messages import CompiledGrammar
 from portalm.text.tokenizer import Tokenizer
 
 MAX_LABEL = 256
-"""Characters of a request id or a cache salt."""
+"""Maximum characters of a request id or a cache salt."""
 
 _CHARS_OF_A_TOKEN = 16
-"""Of texts with fewer characters for each token that fits it is not asked how long tokens are."""
+"""A text of up to this many characters per token of context skips the longest-token check."""
 
 MAX_PRIORITY = 2**31 - 1
 
 NO_ANSWER = SamplingParams(temperature=0.0, max_tokens=1, detokenize=False)
-"""What stands for sampling parameters where a prompt is pooled and nothing is generated."""
+"""Placeholder sampling parameters of pooling requests, which generate nothing."""
 
 _ENDPOINTS = {
     "generate": "it generates text: use /v1/completions or /v1/chat/completions",
     "embed": "it embeds text: use /v1/embeddings, /score or /rerank",
     "score": "it scores pairs of texts: use /score or /rerank",
 }
-_DOES = {"generate": "generate text", "embed": "embed text", "score": "score pairs of texts"}
+_TASKS = {"generate": "generate text", "embed": "embed text", "score": "score pairs of texts"}
 
 
 @dataclass(frozen=True, slots=True)
 class TextPair:
-    """What a cross-encoder scores: a query and a document, say."""
+    """A pair of texts for a cross-encoder to score, such as a query and a document."""
 
     first: str
     second: str
 
     def __len__(self) -> int:
-        """Characters of both."""
+        """Characters of both texts."""
         return len(self.first) + len(self.second)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProcessedInput:
-    """A checked request."""
+    """A checked request, ready for the engine."""
 
     request_id: str
     prompt: str | None
     """Text of the prompt; None if it was given as token ids, or truncated."""
     prompt_token_ids: list[int]
     requests: list[AddRequest]
-    """One for each answer; the first is the one that the others fork from."""
+    """One per answer; the others fork from the first."""
     grammar: CompiledGrammar | None = None
-    """What all answers match."""
+    """Grammar that all answers match; None: no constraint."""
 
 
 class InputProcessor:
-    """Tokenises and checks requests for one engine."""
+    """Tokenizes and checks requests for one engine."""
 
     def __init__(
         self,
@@ -71,10 +71,14 @@ class InputProcessor:
         max_logprobs: int,
         default_seed: int,
     ) -> None:
-        """For the engine that said `ready`; without a tokenizer prompts must be token ids.
+        """Set up for one engine.
 
-        Seeds that callers leave out are drawn from `default_seed`, so that a script that runs
-        twice answers the same twice.
+        Args:
+            tokenizer: None: prompts must be token ids.
+            ready: what the engine reported when it had loaded.
+            max_logprobs: maximum of a request's logprobs and prompt_logprobs.
+            default_seed: seed of the seeds for requests that have none, so that a script that runs
+                twice gives the same answers.
         """
         self._tokenizer = tokenizer
         self._vocab_size = ready.vocab_size
@@ -83,9 +87,9 @@ class InputProcessor:
         self._max_logprobs = max_logprobs
         self._seeds = random.Random(default_seed)
         self.tasks: Sequence[Task] = ready.tasks
-        """What may be asked of the model."""
+        """Tasks that the model supports."""
         self._longest_token: int | None = None
-        """Characters of the longest token; counted when first needed."""
+        """Characters of the longest token; computed when first needed."""
 
     def process(
         self,
@@ -100,10 +104,10 @@ class InputProcessor:
         add_special_tokens: bool = True,
         truncate_prompt_tokens: int | None = None,
     ) -> ProcessedInput:
-        """Check a request and convert it to what the engine takes.
+        """Check a request to generate text and convert it to messages for the engine.
 
         Args:
-            request_id: id of the request.
+            request_id: unique among open requests.
             prompt: text or token ids.
             params: sampling parameters.
             priority: lower runs first, if the scheduling policy is "priority".
@@ -115,7 +119,7 @@ class InputProcessor:
                 as leave room for the answer.
 
         Raises:
-            InvalidRequest: the request can never be answered; it says why.
+            InvalidRequest: the request can never be answered.
         """
         assert (grammar is None) == (params.structured_outputs is None)
         self.check_task("generate")
@@ -128,9 +132,9 @@ class InputProcessor:
         )
         self._check_params(params)
         bad_words_ids = self._bad_words_ids(params.bad_words)
-        # stop strings are found on this side, grammars go by themselves
+        # the engine searches no stop strings, and gets grammars in separate messages
         sent = replace(params, n=1, stop=(), structured_outputs=None)
-        fork = replace(sent, prompt_logprobs=None)  # the first answer reports the prompt's
+        fork = replace(sent, prompt_logprobs=None)  # only the first answer reports them
         seed = self._seeds.getrandbits(62) if params.seed is None else params.seed
         ids = [request_id if params.n == 1 else f"{request_id}-{i}" for i in range(params.n)]
         requests = [
@@ -163,7 +167,7 @@ class InputProcessor:
         add_special_tokens: bool = True,
         keep_last: int | None = None,
     ) -> list[int]:
-        """Token ids of a prompt.
+        """Return the token ids of a prompt.
 
         Args:
             prompt: text or token ids.
@@ -189,19 +193,21 @@ class InputProcessor:
         cache_salt: str = "",
         tenant: str = "",
     ) -> ProcessedInput:
-        """What to ask the engine for a prompt's vector, or for the score of a pair of texts.
+        """Check a request for a vector or a score and convert it to a message for the engine.
 
         Raises:
-            InvalidRequest: the request can never be answered; it says why.
+            InvalidRequest: the request can never be answered.
         """
         self.check_task(params.task)
         if isinstance(prompt, TextPair) != (params.task == "score"):
-            raise InvalidRequest("a score is of a pair of texts, and nothing else", param="prompt")
+            raise InvalidRequest(
+                'task "score" needs a pair of texts; other tasks take one text', param="prompt"
+            )
         _check_identity(request_id, cache_salt, priority)
         if params.dimensions is not None and params.dimensions > self._vector_size:
             raise InvalidRequest(
                 f"dimensions ({params.dimensions}) is above the size of the model's vectors "
-                f"({self._vector_size})",
+                f"({self._vector_size}): reduce it",
                 param="dimensions",
             )
         second_text_start = None
@@ -231,10 +237,10 @@ class InputProcessor:
         )
 
     def check_task(self, task: Task) -> None:
-        """Raise `InvalidRequest`, naming the right endpoint, if the model does not do `task`."""
+        """Raise `InvalidRequest` if the model does not support `task`."""
         if task not in self.tasks:
-            does = "; ".join(_ENDPOINTS[other] for other in self.tasks)
-            raise InvalidRequest(f"this model does not {_DOES[task]}; {does}", param="model")
+            supported = "; ".join(_ENDPOINTS[other] for other in self.tasks)
+            raise InvalidRequest(f"this model does not {_TASKS[task]}; {supported}", param="model")
 
     def _truncated(self, token_ids: list[int], max_tokens: int | None) -> list[int]:
         if max_tokens is None:
@@ -245,10 +251,10 @@ class InputProcessor:
         return self._tokenizer.truncate(token_ids, most)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of `text`, which may be longer than a prompt, but not many times as long.
+        """Return the token ids of `text`, which may be somewhat longer than a prompt.
 
         Raises:
-            InvalidRequest: it is, or it is no valid Unicode.
+            InvalidRequest: the text cannot fit the model, or is not valid Unicode.
         """
         tokenizer = self._need_tokenizer("a text prompt", "prompt")
         if len(text) > _CHARS_OF_A_TOKEN * self._max_model_len:
@@ -256,10 +262,10 @@ class InputProcessor:
                 tokens = map(tokenizer.id_to_token, range(tokenizer.vocab_size))
                 self._longest_token = max(len(token or "") for token in tokens)
             most = max(_CHARS_OF_A_TOKEN, self._longest_token) * self._max_model_len
-            if len(text) > most:  # to tokenise it would take long, and it cannot fit
+            if len(text) > most:  # it cannot fit, and tokenizing it would take long
                 raise RequestTooLarge(
-                    f"the text has {len(text)} characters; with a max_model_len of "
-                    f"{self._max_model_len} no text of more than {most} can fit: shorten it",
+                    f"the text has {len(text)} characters; with max_model_len "
+                    f"{self._max_model_len} at most {most} can fit: shorten it",
                     param="prompt",
                 )
         return tokenizer.encode(text, add_special_tokens=add_special_tokens)
@@ -273,7 +279,7 @@ class InputProcessor:
     ) -> list[int]:
         if not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray):
             raise InvalidRequest(
-                f"a prompt must be a text or a list of token ids, not {type(prompt).__name__}",
+                f"a prompt must be a string or a list of token ids, not {type(prompt).__name__}",
                 param="prompt",
             )
         if isinstance(prompt, str):
@@ -289,18 +295,17 @@ class InputProcessor:
 
     def _check_length(self, token_ids: Sequence[int], longest: int) -> None:
         if len(token_ids) > longest:
-            why = ", so that at least one can be generated" if longest < self._max_model_len else ""
+            why = ", which leaves room for one more" if longest < self._max_model_len else ""
             raise RequestTooLarge(
-                f"the prompt has {len(token_ids)} tokens; with a max_model_len of "
-                f"{self._max_model_len} it may have {longest}{why}: shorten it, or raise "
-                f"--max-model-len",
+                f"the prompt has {len(token_ids)} tokens; with max_model_len {self._max_model_len} "
+                f"it may have at most {longest}{why}: shorten it, or raise --max-model-len",
                 param="prompt",
             )
 
     def _need_tokenizer(self, what: str, param: str) -> Tokenizer:
         if self._tokenizer is None:
             raise InvalidRequest(
-                f"{what} needs a tokenizer and this engine has none: use token ids", param=param
+                f"{what} needs a tokenizer, and this engine has none: pass token ids", param=param
             )
         return self._tokenizer
 
@@ -309,7 +314,8 @@ class InputProcessor:
             wanted = getattr(params, name)
             if wanted is not None and wanted > self._max_logprobs:
                 raise InvalidRequest(
-                    f"{name} ({wanted}) is above the engine's max_logprobs ({self._max_logprobs})",
+                    f"{name} ({wanted}) is above the engine's max_logprobs ({self._max_logprobs}): "
+                    f"reduce it, or raise --max-logprobs",
                     param=name,
                 )
         if params.stop:
@@ -325,13 +331,13 @@ class InputProcessor:
         for token_id in (min(token_ids), max(token_ids)):
             if not 0 <= token_id < self._vocab_size:
                 raise InvalidRequest(
-                    f"{name} holds token id {token_id}, outside the vocabulary "
+                    f"{name} contains token id {token_id}, outside the vocabulary "
                     f"(0 to {self._vocab_size - 1})",
                     param=name,
                 )
 
     def _bad_words_ids(self, words: Sequence[str]) -> list[list[int]]:
-        """Each word as it begins a text and as it follows a space."""
+        """Token ids of each word at the beginning of a text and after a space."""
         found: list[list[int]] = []
         for word in words:
             tokenizer = self._need_tokenizer("bad_words", "bad_words")
@@ -344,7 +350,7 @@ class InputProcessor:
 
 
 def _check_identity(request_id: str, cache_salt: str, priority: int) -> None:
-    """Raise `InvalidRequest` for an id, a salt or a priority that could not cross to the engine."""
+    """Raise `InvalidRequest` for an id, salt or priority that cannot be sent to the engine."""
     _check_request_id(request_id)
     _check_label("cache_salt", cache_salt, low=0)
     if not -MAX_PRIORITY <= priority <= MAX_PRIORITY:
@@ -355,17 +361,17 @@ def _check_identity(request_id: str, cache_salt: str, priority: int) -> None:
 
 
 def _check_request_id(request_id: str) -> None:
-    """Raise `InvalidRequest` for an id that would not be one word in a log line or a header."""
+    """Raise `InvalidRequest` for an id that is not a single word in a log line or a header."""
     _check_label("request_id", request_id, low=1)
     if not (request_id.isascii() and request_id.isprintable() and " " not in request_id):
         raise InvalidRequest(
-            "request_id may have ASCII letters, digits and punctuation only, no spaces",
+            "request_id may contain only ASCII letters, digits and punctuation, no spaces",
             param="request_id",
         )
 
 
 def _check_label(name: str, label: str, *, low: int) -> None:
-    """Raise `InvalidRequest` for a text that could not cross to the engine."""
+    """Raise `InvalidRequest` for a text that is too long or not valid Unicode."""
     if not low <= len(label) <= MAX_LABEL:
         raise InvalidRequest(
             f"{name} must have {low} to {MAX_LABEL} characters, not {len(label)}", param=name
@@ -374,10 +380,10 @@ def _check_label(name: str, label: str, *, low: int) -> None:
         label.encode()
     except UnicodeEncodeError:
         raise InvalidRequest(
-            f"{name} is not valid Unicode: it has half of a surrogate pair", param=name
+            f"{name} is not valid Unicode: it contains a lone surrogate", param=name
         ) from None
 
 
 def _as_int64(seed: int) -> int:
-    """`seed` wrapped to 64 bits: the last answers of the largest seed go on with the smallest."""
+    """Wrap a seed to a signed 64-bit integer: after the largest comes the smallest."""
     return (seed + 2**63) % 2**64 - 2**63

@@ -1,4 +1,4 @@
-"""From an engine's tokens to text: detokenised, stopped at stop strings, collected by request."""
+"""Turn an engine's tokens into text: detokenize, find stop strings, collect by request."""
 
 from __future__ import annotations
 
@@ -22,34 +22,34 @@ from portalm.text.tokenizer import Tokenizer
 
 @dataclass(slots=True, kw_only=True)
 class AnswerDelta:
-    """What one step added to one answer."""
+    """What one step added to one answer (or several steps, for a slow reader)."""
 
     request_id: str
-    """As the caller gave it."""
+    """The caller's request id."""
     index: int
-    """Which of the request's n answers."""
+    """Index of the answer among the request's n."""
     text: str
     token_ids: list[int]
     logprobs: list[dict[int, Logprob]] | None = None
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
-    """With the first delta of the first answer, where asked for."""
+    """In the first delta of the first answer, if requested."""
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     error: str | None = None
     is_refused: bool = False
-    """The error is the request's own: it can never be answered as asked."""
+    """True: the request itself is invalid and can never be answered."""
     metrics: RequestMetrics
-    """Times of the request so far; goes on to change until its end."""
+    """Times of the request so far; updated in place until the request ends."""
     final: RequestOutput | None = None
-    """With the last delta of a request: the request and all its answers."""
+    """In the last delta of a request: the request and all its answers."""
 
     @property
     def is_last(self) -> bool:
-        """All answers of the request have ended."""
+        """Whether all answers of the request have ended."""
         return self.final is not None
 
-    def take_up(self, later: AnswerDelta) -> None:
-        """Become one with the delta that comes behind this one, of the same answer."""
+    def merge(self, later: AnswerDelta) -> None:
+        """Append the next delta of the same answer to this one."""
         self.text += later.text
         self.token_ids = self.token_ids + later.token_ids
         if later.logprobs:
@@ -60,18 +60,18 @@ class AnswerDelta:
 
 @dataclass(slots=True)
 class ProcessedOutputs:
-    """What one step's outputs came to."""
+    """Results of one step's outputs."""
 
     deltas: list[AnswerDelta] = field(default_factory=list)
     abort_ids: list[str] = field(default_factory=list)
-    """Engine-side ids of answers that a stop string ended: the engine does not know yet."""
+    """Engine-side ids of answers that ended at a stop string: to be aborted in the engine."""
 
 
 class OutputProcessor:
-    """The live requests of one engine, and the text of their answers so far."""
+    """Open requests of one engine and their answers so far."""
 
     def __init__(self, tokenizer: Tokenizer | None) -> None:
-        """Without a tokenizer answers have token ids and no text."""
+        """Start without requests. Without a tokenizer, answers have token ids and no text."""
         self._tokenizer = tokenizer
         self._requests: dict[str, _Request] = {}
         self._answers: dict[str, _Answer] = {}
@@ -82,18 +82,18 @@ class OutputProcessor:
         """Expect the answers of a request.
 
         Args:
-            processed: what the engine is asked.
-            params: as the caller gave them.
+            processed: the checked request.
+            params: sampling parameters from the caller.
             arrival_time: seconds since the epoch.
 
         Raises:
-            InvalidRequest: an earlier request of that id is not forgotten yet.
+            InvalidRequest: the id of the request, or of one of its answers, is in use.
         """
         ids = [processed.request_id, *(message.request_id for message in processed.requests)]
         for request_id in ids:
             if request_id in self._requests or request_id in self._answers:
                 raise InvalidRequest(
-                    f"request id {request_id!r} is in use: wait for that request, or give another",
+                    f"request id {request_id!r} is in use: use another id, or wait",
                     param="request_id",
                 )
         request = _Request(processed, params, arrival_time)
@@ -104,7 +104,7 @@ class OutputProcessor:
         self._requests[processed.request_id] = request
 
     def process(self, outputs: Sequence[TokenOutput]) -> ProcessedOutputs:
-        """Take over a step's outputs; those of requests that are over are passed by."""
+        """Process a step's outputs; those of requests that have ended are ignored."""
         processed = ProcessedOutputs()
         now = time.monotonic()
         for output in outputs:
@@ -122,14 +122,14 @@ class OutputProcessor:
         return processed
 
     def resumed(self, message: AddRequest) -> AddRequest:
-        """`message`, to go on behind what its answer has."""
+        """Return a copy of `message` that continues after the tokens the answer has."""
         answer = self._answers[message.request_id]
         request, params = answer.request, message.params
         if params.prompt_logprobs is not None and request.prompt_logprobs is not None:
             if len(request.prompt_logprobs) == len(request.prompt_token_ids):
-                params = replace(params, prompt_logprobs=None)  # all there
+                params = replace(params, prompt_logprobs=None)  # complete
             else:
-                del request.prompt_logprobs[1:]  # they come anew, from the first
+                del request.prompt_logprobs[1:]  # the engine sends all of them again
         tokens = [*answer.output.token_ids]
         return msgspec.structs.replace(
             message,
@@ -139,7 +139,7 @@ class OutputProcessor:
         )
 
     def is_finished(self, request_id: str) -> bool:
-        """True once every answer of the request has ended (or if there is no such request)."""
+        """Whether every answer of the request has ended; True if there is no such request."""
         request = self._requests.get(request_id)
         return request is None or request.num_open == 0
 
@@ -150,9 +150,9 @@ class OutputProcessor:
         return [a.engine_id for a in answers if a.output.finish_reason is None]
 
     def abort(self, request_id: str) -> list[str]:
-        """End what is left of a request; the engine-side ids to abort.
+        """End the open answers of a request; return their engine-side ids, to abort.
 
-        The text that was held back is given out: it can be no stop string any more.
+        Text that was held back as the possible start of a stop string becomes part of the answer.
         """
         request, now = self._requests.get(request_id), time.monotonic()
         ended = []
@@ -166,18 +166,18 @@ class OutputProcessor:
         return ended
 
     def snapshot(self, request_id: str) -> RequestOutput:
-        """The request and its answers so far."""
+        """Return a copy of the request and its answers so far."""
         return self._requests[request_id].snapshot()
 
     def forget(self, request_id: str) -> None:
-        """Expect nothing more of a request; later outputs of it are passed by."""
+        """Remove a request; later outputs of it are ignored."""
         request = self._requests.pop(request_id, None)
         for answer in request.answers if request is not None else []:
             self._answers.pop(answer.engine_id, None)
 
 
 class _Request:
-    """A caller's request: what its answers share."""
+    """A caller's request: the state that its answers share."""
 
     def __init__(
         self, processed: ProcessedInput, params: SamplingParams, arrival_time: float
@@ -198,7 +198,7 @@ class _Request:
         )
 
     def note_times(self, output: TokenOutput, now: float) -> None:
-        """Take over when things happened; `now` is of time.monotonic(), as the engine's times."""
+        """Record the times of an output; `now` is from time.monotonic(), as the engine's."""
         metrics = self.metrics
         if output.scheduled_time is not None:
             scheduled, first = self._epoch + output.scheduled_time, metrics.first_scheduled_time
@@ -207,7 +207,7 @@ class _Request:
             metrics.first_token_time = self._epoch + now
 
     def end(self, now: float) -> None:
-        """The last answer ended now."""
+        """Record that the last answer ended at `now`."""
         self.metrics.finished_time = self._epoch + now
 
     def snapshot(self) -> RequestOutput:
@@ -226,7 +226,7 @@ class _Request:
 
 
 class _Answer:
-    """One answer on its way."""
+    """One answer being generated."""
 
     def __init__(
         self, engine_id: str, index: int, request: _Request, tokenizer: Tokenizer | None
@@ -254,13 +254,13 @@ class _Answer:
             )
 
     def snapshot(self) -> CompletionOutput:
-        """A copy of the answer so far: what comes later does not change it."""
+        """Return a copy of the answer so far, which later outputs do not change."""
         now = self.output
         logprobs = None if now.logprobs is None else [*now.logprobs]
         return replace(now, token_ids=[*now.token_ids], logprobs=logprobs)
 
     def take(self, output: TokenOutput, now: float) -> AnswerDelta | None:
-        """What `output` adds; None if nothing that a caller can see."""
+        """Add `output` and return the delta for the caller; None if there is nothing to show."""
         request, answer = self.request, self.output
         request.pooled = output.pooled
         request.num_cached_tokens = max(request.num_cached_tokens, output.num_cached_tokens)
@@ -301,14 +301,14 @@ class _Answer:
         return delta
 
     def _text(self, output: TokenOutput) -> tuple[str, int, str | None]:
-        """New text that may be shown, the tokens used up, and the stop string if one was found.
+        """Return the new text to show, the number of tokens used, and the stop string if found.
 
-        Tokens after the one that completes a stop string are not used.
+        Tokens after the one that completes a stop string are dropped.
         """
         token_ids = output.token_ids
         if self._detokenizer is None:
             return "", len(token_ids), None
-        # the token that ended the answer is not part of the text
+        # the token that ended the answer is hidden
         is_hidden = output.finish_reason == "stop" and not self._params.include_stop_str_in_output
         shown = token_ids[:-1] if is_hidden else token_ids
         text = ""
@@ -326,7 +326,10 @@ class _Answer:
         return text, len(token_ids), None
 
     def _search(self, text: str, num_new_tokens: int) -> StopMatch:
-        """`text`, the last of `num_new_tokens`, as far as it can be no stop string."""
+        """Search the text of the newest token for a stop string.
+
+        Returns the text that cannot be part of one; stop strings do not count up to min_tokens.
+        """
         if self._stops is None:
             return StopMatch(text, None)
         if len(self.output.token_ids) + num_new_tokens <= self._params.min_tokens:
@@ -346,7 +349,7 @@ class _Answer:
         return new
 
     def _logprob(self, entry: TokenLogprobs) -> dict[int, Logprob]:
-        """The drawn token first, then the most likely ones."""
+        """Convert one position: the sampled token first, then the most likely ones."""
         found = {entry.token_id: Logprob(entry.logprob, entry.rank, self._token(entry.token_id))}
         for rank, (token_id, logprob) in enumerate(entry.top, start=1):
             if token_id not in found:

@@ -1,4 +1,4 @@
-"""One engine process: started, spoken to, ended. Its requests are its client's concern."""
+"""One engine process: start it, exchange messages with it, stop it."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from portalm.errors import EngineDead, PortaLMError
 from portalm.logs import LogConfig
 
 _TERMINATE_S = 5.0
-"""Seconds between asking an engine process to end and killing it."""
+"""Seconds to wait after the Shutdown message, and after SIGTERM, before the next signal."""
 
-_LAST_WORDS_S = 0.2
-"""What an engine process said at its end may be on its way this long."""
+_LAST_MESSAGES_S = 0.2
+"""Seconds after the exit of a process in which its last messages may still arrive."""
 
-_MAX_AT_ONCE = 64
-"""Messages that are read before others of the event loop have their turn."""
+_MAX_PER_TURN = 64
+"""Messages to read before other tasks of the event loop run."""
 
 
 class EngineProcess:
-    """An interpreter of its own that runs one engine. All methods belong to one event loop."""
+    """A Python process that runs one engine. All methods belong to one event loop."""
 
     def __init__(
         self,
@@ -45,35 +45,35 @@ class EngineProcess:
         *,
         logs: LogConfig,
     ) -> None:
-        """Nothing runs before `start`.
+        """Bind the socket. Nothing runs before `start`.
 
         Args:
-            context: of the client's sockets.
-            folder: private to the user; the socket lies in it.
-            number: which engine of the client this is.
-            logs: how it writes its log.
+            context: ZeroMQ context of the client.
+            folder: folder for the socket and the pulse file; private to the user.
+            number: number of the process, for the file names.
+            logs: log format and level of the process.
         """
         self._logs = logs
         self._address = f"ipc://{folder}/engine-{number}"
         self._pulse_path = folder / f"pulse-{number}"
         self.pulse = Pulse(self._pulse_path)
         self.progress: EngineProgress | None = None
-        """How far it is; None: it has not said anything yet."""
+        """Latest loading progress; None: none reported yet."""
         self._socket = context.socket(zmq.PAIR)
         self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.setsockopt(zmq.SNDHWM, 0)  # however many requests wait, none is lost
+        self._socket.setsockopt(zmq.SNDHWM, 0)  # no limit: no request may be dropped
         self._socket.bind(self._address)
         (folder / f"engine-{number}").chmod(0o600)
         self._process: asyncio.subprocess.Process | None = None
         self._messages: deque[FromEngine] = deque()
         self._waiter: asyncio.Future[None] | None = None
         self._is_over = False
-        """The process has ended, and all it said was read."""
+        """The process has exited, and all its messages have been read."""
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(FromEngine)
 
     async def start(self, config: EngineConfig) -> None:
-        """Start the process; it loads its model from now on."""
+        """Start the process, which then loads its model."""
         self._process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
@@ -89,16 +89,18 @@ class EngineProcess:
         self._process.stdin.write(msgspec.json.encode(config))
         self._process.stdin.close()
         self._loop = asyncio.get_running_loop()
-        self._loop.add_reader(self._socket.fileno(), self._take)
-        self._take()
+        self._loop.add_reader(self._socket.fileno(), self._read)
+        self._read()
         ended = asyncio.ensure_future(self._process.wait())
-        ended.add_done_callback(lambda _: self._loop.call_later(_LAST_WORDS_S, self._end_reading))
+        ended.add_done_callback(
+            lambda _: self._loop.call_later(_LAST_MESSAGES_S, self._end_reading)
+        )
 
     async def ready(self) -> EngineReady:
         """Wait until the model is loaded.
 
         Raises:
-            EngineDead: the process ended without a word.
+            EngineDead: the process exited without a message.
             PortaLMError: it could not start; the text is the engine's own.
         """
         while isinstance(message := await self.receive(), EngineProgress):
@@ -106,28 +108,32 @@ class EngineProcess:
         if message is None:
             assert self._process is not None
             raise EngineDead(
-                f"the engine process ended with status {self._process.returncode} before its "
-                f"model was loaded; its messages are above"
+                f"the engine process exited with status {self._process.returncode} before its "
+                f"model was loaded; its log above may show why"
             )
         if not isinstance(message, EngineReady):
-            text = message.message if isinstance(message, EngineFailed) else "no word of readiness"
+            text = (
+                message.message
+                if isinstance(message, EngineFailed)
+                else "the engine did not report that it is ready"
+            )
             raise PortaLMError(text)
         return message
 
     @property
     def is_running(self) -> bool:
-        """The process was started and has not ended."""
+        """The process was started and has not exited."""
         return self._process is not None and self._process.returncode is None
 
     def send(self, message: ToEngine) -> None:
-        """Put a message on its way; one to a process that has ended is lost."""
+        """Send a message without waiting; it is lost if the process has exited."""
         with contextlib.suppress(zmq.Again):
             self._socket.send(self._encoder.encode(message), zmq.NOBLOCK)
-        # to send may take note of a message that came: its file descriptor tells nothing of it then
-        self._loop.call_soon(self._take)
+        # sending may clear the event of a received message: the fd does not become readable then
+        self._loop.call_soon(self._read)
 
     async def receive(self) -> FromEngine | None:
-        """The next message; None once the process has ended and all it said was received."""
+        """Wait for the next message; None once the process has exited and all were received."""
         while not self._messages:
             if self._is_over:
                 return None
@@ -135,23 +141,23 @@ class EngineProcess:
             await self._waiter
         return self._messages.popleft()
 
-    def _take(self) -> None:
-        """Read what is there."""
+    def _read(self) -> None:
+        """Read the messages that have arrived."""
         if self._socket.closed:
             return
-        for _ in range(_MAX_AT_ONCE):
+        for _ in range(_MAX_PER_TURN):
             try:
                 data = self._socket.recv(zmq.NOBLOCK)
             except zmq.Again:
                 break
             self._messages.append(self._decoder.decode(data))
         else:
-            self._loop.call_soon(self._take)
+            self._loop.call_soon(self._read)
         if self._messages:
             self._wake()
 
     def _end_reading(self) -> None:
-        self._take()
+        self._read()
         self._is_over = True
         self._wake()
 
@@ -160,15 +166,15 @@ class EngineProcess:
             self._waiter.set_result(None)
 
     def kill(self) -> None:
-        """End the process at once."""
+        """Kill the process."""
         if self._process is not None and self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 self._process.kill()
 
     async def end(self) -> None:
-        """Ask the process to end, then terminate it, then kill it; close the socket.
+        """Stop the process (by message, then SIGTERM, then SIGKILL) and close the socket.
 
-        One that has been ended stays so.
+        Does nothing the second time.
         """
         if self._socket.closed:
             return

@@ -1,8 +1,8 @@
-"""What an engine is doing right now, in memory that its client can look into.
+"""The engine's current activity, in memory shared with its client, to detect a step that hangs.
 
-A message would not do: an engine that hangs in a step sends none. The engine writes numbers to
-a file that both have mapped; the client reads them when it is asked how things are. Times are of
-time.monotonic(), which all processes of a machine share.
+Messages would not work: an engine that hangs in a step sends none. The engine writes a few numbers
+to a file that both processes have mapped. Times are from time.monotonic(), which all processes of a
+machine share.
 """
 
 from __future__ import annotations
@@ -17,41 +17,41 @@ _NUMBERS = struct.Struct("<qdqd")
 _PER_TOKEN_S = 0.02
 _SLOWER_THAN_EVER = 10.0
 DEADLINE_S = 10.0
-"""What every step may take, however small."""
+"""Seconds that a step of any size may take."""
 
 
 @dataclass(frozen=True, slots=True)
-class Sign:
-    """What the engine last wrote."""
+class PulseReading:
+    """The engine's activity when it last wrote."""
 
     num_steps: int
-    """Begun so far."""
+    """Steps begun so far."""
     since: float
-    """When it began what it is doing."""
+    """time.monotonic() when the current step, or the pause after the last step, began."""
     num_tokens: int
-    """Of the step that it is in; 0: it is not in one."""
+    """Tokens of the current step; 0 between steps."""
     deadline_s: float
-    """How long that may take."""
+    """Seconds that the step may take."""
 
     def overdue_s(self, *, work_since: float | None) -> float:
-        """Seconds past its deadline; 0 or less: all is well.
+        """Seconds past the deadline; 0 or less if the engine is in time.
 
         Args:
-            work_since: from when on the engine had work (time.monotonic()); None: it has none.
+            work_since: time.monotonic() since when the engine has requests; None: it has none.
         """
         if self.num_tokens:
             return time.monotonic() - self.since - self.deadline_s
         if work_since is None:
             return 0.0
-        # between two steps, or before the first one
+        # between two steps, or before the first
         return time.monotonic() - max(self.since, work_since) - DEADLINE_S
 
 
 class Pulse:
-    """The mapped file. The engine calls `begin` and `end`, the client `read`."""
+    """The memory-mapped file. The engine calls `begin` and `end`, the client calls `read`."""
 
     def __init__(self, path: Path) -> None:
-        """Map `path`, made if it is not there."""
+        """Map the file `path`, creating it if necessary."""
         path.touch(mode=0o600)
         with path.open("a+b") as file:
             if file.tell() < _NUMBERS.size:
@@ -62,20 +62,22 @@ class Pulse:
         self._slowest = 0.0
 
     def begin(self, num_tokens: int) -> None:
-        """A step of so many tokens begins.
+        """Record that a step of `num_tokens` tokens begins.
 
-        Its deadline grows with its size: by 20 ms a token, or by ten times what a token of the
-        slowest large step took so far, whichever is more.
+        Its deadline grows with its size: by 20 ms per token, or by ten times the time per token of
+        the slowest large step so far, whichever is more.
         """
         per_token = max(_PER_TOKEN_S, _SLOWER_THAN_EVER * self._slowest)
         self._num_steps += 1
         self._write(num_tokens, DEADLINE_S + num_tokens * per_token)
 
     def end(self) -> None:
-        """The step has ended."""
-        sign = self.read()
-        if sign.num_tokens >= 64:  # of small ones the fixed part is most
-            self._slowest = max(self._slowest, (time.monotonic() - sign.since) / sign.num_tokens)
+        """Record that the step has ended."""
+        reading = self.read()
+        if reading.num_tokens >= 64:  # a small step's time is mostly fixed overhead
+            self._slowest = max(
+                self._slowest, (time.monotonic() - reading.since) / reading.num_tokens
+            )
         self._write(0, DEADLINE_S)
 
     def _write(self, num_tokens: int, deadline_s: float) -> None:
@@ -83,6 +85,6 @@ class Pulse:
             self._memory, 0, self._num_steps, time.monotonic(), num_tokens, deadline_s
         )
 
-    def read(self) -> Sign:
-        """What the engine last wrote."""
-        return Sign(*_NUMBERS.unpack_from(self._memory))
+    def read(self) -> PulseReading:
+        """Read what the engine last wrote."""
+        return PulseReading(*_NUMBERS.unpack_from(self._memory))

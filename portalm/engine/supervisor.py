@@ -34,7 +34,7 @@ from portalm.engine.messages import (
     StepOutputs,
 )
 from portalm.engine.process import EngineProcess
-from portalm.engine.pulse import Sign
+from portalm.engine.pulse import PulseReading
 from portalm.engine.suspects import Suspects
 from portalm.errors import EngineDead, PortaLMError
 from portalm.logs import LogConfig
@@ -198,8 +198,8 @@ class Supervisor:
         overdue_s = self._overdue_s() if self.is_alive else 0.0
         if overdue_s > 0:
             return f"the engine's step is {overdue_s:.1f} s past its deadline"
-        sign = self._process.pulse.read()
-        if sign.num_tokens or self._suspects.in_flight:
+        reading = self._process.pulse.read()
+        if reading.num_tokens or self._suspects.in_flight:
             return None
         answered: asyncio.Future[ProbeAnswer] = asyncio.get_running_loop().create_future()
         self._probes.append(answered)
@@ -207,7 +207,7 @@ class Supervisor:
         try:
             answer = await asyncio.wait_for(answered, timeout_s + 1.0)
         except asyncio.TimeoutError:
-            if self._process.pulse.read() != sign:
+            if self._process.pulse.read() != reading:
                 return None  # a step began meanwhile: its own deadline applies
             return f"the idle engine did not answer a probe within {timeout_s:.0f} s"
         return answer.error
@@ -228,7 +228,7 @@ class Supervisor:
             return []
         if not self._suspects.in_flight:
             self._work_since = time.monotonic()
-        return self._suspects.next(request_ids)
+        return self._suspects.admit(request_ids)
 
     def add(self, message: AddRequest) -> None:
         """Send an admitted request to the engine."""
@@ -273,7 +273,7 @@ class Supervisor:
         while True:
             message = await process.receive()
             if message is None:
-                return EngineFailed("the engine process ended")
+                return EngineFailed("the engine process exited")
             if isinstance(message, EngineFailed):
                 return message
             if isinstance(message, ProbeAnswer):
@@ -311,7 +311,7 @@ class Supervisor:
 
     def _fail_suspects(self) -> list[str]:
         """Return the requests that were the only suspect in flight when the engine crashed."""
-        failed_ids = self._suspects.engine_ended()
+        failed_ids = self._suspects.engine_crashed()
         for request_id in failed_ids:
             logger.error(
                 "request %s crashed the engine again, as the only suspect: it is failed", request_id
@@ -347,21 +347,21 @@ class Supervisor:
 
     async def _watch(self) -> None:
         """Kill an engine that hangs in a step; `events` then starts another."""
-        before: Sign | None = None
+        before: PulseReading | None = None
         while True:
             await asyncio.sleep(_WATCH_INTERVAL_S)
             if not self.is_alive or (overdue_s := self._overdue_s()) <= 0:
                 before = None
                 continue
             assert self._process is not None
-            sign, last = self._process.pulse.read(), before
-            before = sign
-            if sign == last:  # read twice: not a torn read
+            reading, last = self._process.pulse.read(), before
+            before = reading
+            if reading == last:  # read twice: not a torn read
                 logger.error(
                     "step %d (%d tokens) is %.1f s past its deadline of %.0f s: killing the engine",
-                    sign.num_steps,
-                    sign.num_tokens,
+                    reading.num_steps,
+                    reading.num_tokens,
                     overdue_s,
-                    sign.deadline_s,
+                    reading.deadline_s,
                 )
                 self._process.kill()

@@ -125,7 +125,7 @@ def test_an_ended_beam_is_only_left_for_a_better_one() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"beam_width": 0}, "beam_width must be a whole number from 1"),
+        ({"beam_width": 0}, "beam_width must be an integer of at least 1"),
         ({"beam_width": 2, "max_tokens": 0}, "max_tokens must be"),
         ({"beam_width": 2, "length_penalty": "x"}, "length_penalty must be a number"),
         ({"beam_width": 2, "early_stopping": "soon"}, "early_stopping must be"),
@@ -137,7 +137,7 @@ def test_what_cannot_work_is_refused(values: dict[str, Any], message: str) -> No
 
 
 def test_more_beams_than_likely_tokens_are_refused(llm: LLM) -> None:
-    with pytest.raises(InvalidRequest, match=r"needs the 22 likeliest tokens .* it may be 10"):
+    with pytest.raises(InvalidRequest, match=r"needs the 22 most likely tokens .* reduce it to 10"):
         llm.beam_search([[5]], BeamSearchParams(beam_width=11))
 
 

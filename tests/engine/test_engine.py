@@ -177,7 +177,7 @@ def test_bad_token_ids_are_refused_and_the_rest_goes_on(tmp_path: Path) -> None:
         InvalidRequest, match=r"token id 512 is outside the vocabulary \(0 to 511\)"
     ):
         ask(engine, "bad", [5, 512])
-    with pytest.raises(InvalidRequest, match="stop_token_ids holds token id 9999"):
+    with pytest.raises(InvalidRequest, match="stop_token_ids contains token id 9999"):
         ask(engine, "bad", [5], stop_token_ids=(9999,))
 
     assert tokens(run(engine)) == {"good": expected_chain([5, 6], 8)}

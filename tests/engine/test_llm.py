@@ -182,7 +182,7 @@ def test_prompt_tokens_found_in_the_cache_are_counted(llm: LLM) -> None:
         ([5, 49152], r"token id 49152, outside the vocabulary \(0 to 49151\)"),
         ([5, -1], "token id -1"),
         ([5, 2.5], "must be integers"),
-        ([7] * 1024, r"has 1024 tokens.*1024.*it may have 1023"),
+        ([7] * 1024, r"has 1024 tokens.*1024.*it may have at most 1023"),
     ],
     ids=["empty text", "no ids", "id too large", "negative id", "no integer", "too long"],
 )

@@ -253,10 +253,10 @@ def test_where_memory_runs_out_all_are_pooled_in_smaller_steps(tmp_path: Path) -
     [
         ({"pooling": "max"}, "pooling must be one of mean, cls, last, not 'max'"),
         ({"normalize": 1}, "normalize must be true or false"),
-        ({"dimensions": 0}, "dimensions must be a whole number of at least 1, not 0"),
-        ({"truncate_prompt_tokens": -2}, "truncate_prompt_tokens must be a whole number"),
+        ({"dimensions": 0}, "dimensions must be an integer of at least 1, not 0"),
+        ({"truncate_prompt_tokens": -2}, "truncate_prompt_tokens must be an integer"),
         ({"task": "classify"}, "task must be one of embed, score"),
-        ({"task": "score", "dimensions": 3}, "dimensions is for vectors"),
+        ({"task": "score", "dimensions": 3}, "dimensions cannot be used with task"),
     ],
     ids=lambda x: str(x)[:40],
 )

@@ -79,7 +79,7 @@ def test_a_search_counts_as_one_request(server: RunningServer, http: httpx.Clien
         ({"stream": True}, "stream does not go with use_beam_search"),
         ({"stop": "x"}, "stop does not go with use_beam_search"),
         ({"temperature": 0.7}, "temperature does not go with use_beam_search"),
-        ({"n": 12}, "it may be 10"),
+        ({"n": 12}, "reduce it to 10"),
         ({"use_beam_search": False, "length_penalty": 2.0}, "goes with use_beam_search: true"),
         ({"length_penalty": 11.0}, "length_penalty must be a number from -10 to 10"),
     ],

@@ -96,7 +96,7 @@ def test_vectors_and_texts_can_be_truncated(http: httpx.Client) -> None:
         ({"input": []}, "input", "1 to 2048 texts, not 0"),
         ({"input": ["a"] * 2049}, "input", "not 2049"),
         ({"input": ["good", "word " * 400]}, "input", r"input[1]: the prompt has 402 tokens"),
-        ({"input": [[5], [40000]]}, "input", "input[1]: prompt holds token id 40000"),
+        ({"input": [[5], [40000]]}, "input", "input[1]: prompt contains token id 40000"),
         ({"input": [[5], []]}, "input", "input[1]: the prompt is empty"),
         ({"input": "a", "dimensions": 385}, "dimensions", "the model's vectors (384)"),
         ({"input": "a", "dimensions": 0}, "dimensions", "at least 1"),

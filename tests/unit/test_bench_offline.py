@@ -68,10 +68,10 @@ def test_startup_is_of_a_real_server(tmp_path: Path, flags: list[str]) -> None:
     ("kind", "more", "problem"),
     [
         ("throughput", ["--num-prompts", "0"], "--num-prompts must be at least 1"),
-        ("throughput", ["--input-len", "500"], "make 620 tokens, the model takes 512"),
+        ("throughput", ["--input-len", "500"], "add up to 620 tokens, more than --max-model-len"),
         ("latency", ["--output-len", "0"], "--output-len must be at least 1"),
         ("startup", ["--num-iters", "0"], "--num-iters must be at least 1"),
-        ("startup", ["--block-size", "0"], "the server ended: portalm: block_size must be"),
+        ("startup", ["--block-size", "0"], "the server exited: portalm: block_size must be"),
     ],
 )
 def test_what_cannot_be_measured_is_one_line(

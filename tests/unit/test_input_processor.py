@@ -142,7 +142,7 @@ def test_bad_words_are_tokenised_as_they_begin_a_text_and_as_they_follow_a_space
         ([1, 2.0], "must be integers"),
         ([1, -1], r"-1, outside the vocabulary \(0 to 31\)"),
         ([VOCAB_SIZE], "32, outside the vocabulary"),
-        (None, "must be a text or a list of token ids, not NoneType"),
+        (None, "must be a string or a list of token ids, not NoneType"),
         ({"prompt": "a"}, "not dict"),
         (b"ab", "not bytes"),
         ("az", "40, outside the vocabulary"),
@@ -168,7 +168,7 @@ def test_an_empty_text_is_refused_where_the_model_has_no_bos():
 def test_a_prompt_must_leave_room_for_one_token():
     make().process("r", [1] * (MAX_MODEL_LEN - 1), SamplingParams())
 
-    with pytest.raises(RequestTooLarge, match=r"16 tokens.*max_model_len of 16.*may have 15"):
+    with pytest.raises(RequestTooLarge, match=r"16 tokens.*max_model_len 16.*at most 15"):
         make().process("r", [1] * MAX_MODEL_LEN, SamplingParams())
 
 
@@ -243,7 +243,9 @@ def test_a_prompt_that_is_pooled_may_be_as_long_as_the_model_takes():
 
     assert request.pooling == params
     assert request.second_text_start is None
-    with pytest.raises(RequestTooLarge, match=r"has 17 tokens; .* it may have 16: shorten it"):
+    with pytest.raises(
+        RequestTooLarge, match=r"has 17 tokens; .* it may have at most 16: shorten it"
+    ):
         processor.process_pooling("r", [5] * (MAX_MODEL_LEN + 1), params)
 
 
@@ -284,8 +286,8 @@ def test_a_pair_of_texts_is_one_prompt_that_knows_where_the_second_begins():
     [
         (("generate",), [5], PoolingParams(), "does not embed text; it generates text: use /v1"),
         (("embed",), [5], PoolingParams(task="score"), "does not score pairs of texts"),
-        (("score",), [5], PoolingParams(task="score"), "of a pair of texts, and nothing else"),
-        (("embed",), TextPair("a", "b"), PoolingParams(), "of a pair of texts, and nothing else"),
+        (("score",), [5], PoolingParams(task="score"), 'task "score" needs a pair of texts'),
+        (("embed",), TextPair("a", "b"), PoolingParams(), 'task "score" needs a pair of texts'),
         (("embed",), [5], PoolingParams(dimensions=7), r"dimensions \(7\) is above .* \(6\)"),
     ],
     ids=lambda x: str(x)[:30],

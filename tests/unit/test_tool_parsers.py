@@ -332,9 +332,9 @@ def test_another_package_can_add_a_format(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.syspath_prepend(str(tmp_path))
 
     assert TOOL_PARSERS.get("shouting").parse("hi", TOOLS) == [Content("hi")]
-    with pytest.raises(ConfigError, match="does not import: ModuleNotFoundError"):
+    with pytest.raises(ConfigError, match="cannot be imported: ModuleNotFoundError"):
         TOOL_PARSERS.get("broken")
-    with pytest.raises(ConfigError, match="is no subclass of"):
+    with pytest.raises(ConfigError, match="is not a subclass of"):
         TOOL_PARSERS.get("wrong")
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from fastapi import Request
 
 from portalm.beam_search_params import BeamSearchParams
-from portalm.engine.beam_search import Beam, BeamSearch, likeliest
+from portalm.engine.beam_search import Beam, BeamSearch, top_tokens
 from portalm.engine.input_processor import ProcessedInput
 from portalm.engine.output_processor import AnswerDelta
 from portalm.outputs import CompletionOutput, RequestMetrics, RequestOutput
@@ -140,6 +140,6 @@ async def _run(state: ServerState, searches: Sequence[_Search]) -> None:
             if (error := failure(delta)) is not None:
                 raise error
             if delta.final is not None:
-                found[delta.request_id] = likeliest(delta.final.outputs[0])
+                found[delta.request_id] = top_tokens(delta.final.outputs[0])
         for one, inputs in zip(open_ones, asked, strict=True):
             one.search.advance([found[beam.request_id] for beam in inputs])
