@@ -1,4 +1,4 @@
-"""CudaBackend: NVIDIA GPUs, by what backends/gpu_common has."""
+"""CudaBackend: NVIDIA GPUs; the implementation is backends/gpu_common."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from portalm_backends.gpu_common.device import Gpu, TorchGpu
 
 
 class CudaBackend(GpuBackend):
-    """The first NVIDIA GPU that this process sees."""
+    """One NVIDIA GPU, by default the first that this process sees."""
 
     name = "cuda"
     rank = 100
@@ -18,16 +18,16 @@ class CudaBackend(GpuBackend):
     native_name = "cuda"
 
     def __init__(self, gpu: Gpu | None = None) -> None:
-        """Starts the device, unless `gpu` stands for one."""
+        """Start the first GPU, or use `gpu`: `TorchGpu(1)` is the second."""
         super().__init__(TorchGpu() if gpu is None else gpu)
 
     @classmethod
     def find(cls) -> DeviceReport:
-        """What is here, without starting it."""
+        """Report the NVIDIA GPUs of this machine without starting them."""
         return find.find(
             maker="NVIDIA",
             has_driver=find.exists("/proc/driver/nvidia/version", "/dev/nvidiactl", "/dev/dxg"),
-            driver_hint="install NVIDIA's driver (nvidia-smi then lists the GPU)",
+            driver_hint="install NVIDIA's driver (nvidia-smi should list the GPU)",
             builds=find.torch_builds(),
             wanted="CUDA",
         )

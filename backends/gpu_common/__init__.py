@@ -1,1 +1,1 @@
-"""What CUDA and ROCm share: one backend, one set of kernels, one way to capture steps."""
+"""Code that the CUDA and ROCm backends share: the backend, the kernels, captured steps."""

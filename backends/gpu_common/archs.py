@@ -1,4 +1,4 @@
-"""What each GPU architecture can do, by the name its maker's compiler has for it."""
+"""The supported GPU architectures, by their compiler names (sm_90, gfx942)."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arch:
-    """One architecture."""
+    """A GPU architecture."""
 
     name: str
-    """sm_90, gfx942, ..."""
+    """Compiler name: sm_90, gfx942, ..."""
     product: str
-    """One that people know."""
+    """Well-known products of this architecture."""
     warp_size: int
-    """Threads that run in step."""
+    """Threads of a warp (AMD: wavefront)."""
 
 
 CUDA = {
@@ -29,7 +29,7 @@ CUDA = {
         Arch(name="sm_120", product="RTX PRO 6000", warp_size=32),
     )
 }
-"""Compute capability 8.0 and newer: older ones have no bfloat16."""
+"""Compute capability 8.0 and newer; older GPUs have no bfloat16."""
 
 ROCM = {
     arch.name: arch

@@ -1,13 +1,13 @@
-"""Attention: work lists for the kernels, made on the host, and their launches.
+"""Attention: work lists for the kernels, planned on the host, and their launches.
 
-Query tokens are cut into tiles. A narrow tile holds a whole request of few new tokens (a decode);
-wide ones are cut out of longer requests. A tile is one item of work, against all of its context, or
-several items, each against a part of it, whose results `merge_kernel` puts together.
+Query tokens are divided into tiles. A narrow tile is a whole request with few new tokens (a
+decode); longer requests are divided into wide tiles. A tile is one work item over its whole
+context, or several items over parts of it, whose results `merge_kernel` merges.
 
-A narrow tile's result does not depend on how it was cut: within an item, too, partial softmaxes
-are merged at the same multiples of tokens and in the same order. A wide tile has no registers
-left for that: its last bits may depend on whether the step around it was large enough to leave
-it whole.
+The result of a narrow tile does not depend on how its context was split: within an item, too,
+partial softmaxes are merged at the same multiples of tokens and in the same order. Wide tiles have
+no registers left for that, so the last bits of their results may depend on whether the step was
+large enough to leave them unsplit.
 """
 
 from __future__ import annotations
@@ -34,29 +34,29 @@ from portalm_backends.gpu_common.kernels.paged_attention import (
 Ints = npt.NDArray[np.int32]
 
 ITEM_FIELDS = 8
-"""request; first query row; query tokens (0: nothing to do); position of the first one; first and
-last + 1 token of the context; partial result to write (-1: the item sees all of its context);
-tokens of one part (a power of 2)."""
+"""Request; first query row; query tokens (0: padding); position of the first one; first token and
+end of the context; index of the partial result (-1: the item covers the whole context); tokens of
+one part (a power of 2)."""
 
 MERGE_FIELDS = 4
-"""First query row; query tokens (0: nothing to do); first partial result; their number."""
+"""First query row; query tokens (0: padding); first partial result; number of partial results."""
 
 _NARROW_ROWS = 16
-"""Query tokens times heads of a KV head in a narrow tile: the least a tensor core's tile has."""
+"""Query tokens times query heads per KV head in a narrow tile: the least for a tensor core."""
 
 _WIDE_ROWS = 128
 
 _PART_TOKENS = 256
-"""Least context of an item that is a part."""
+"""Least number of tokens in a part of a context."""
 
 _MOST_PARTS = 32
-"""Parts of a tile; longer contexts have longer parts."""
+"""Most parts of a tile; longer contexts have longer parts."""
 
 _MOST_PROGRAMS = 2048
-"""What splitting may add to a launch: programs for which a bucket has no work cost time too."""
+"""Most programs that splitting may add to a launch: programs without work cost time, too."""
 
 _SHARED_HEADS = 16
-"""Query heads of a program where values are keys: the sums of more would not fit its registers."""
+"""Most query heads per program if values are part of their keys, to fit the sums in registers."""
 
 _LOG2E = 1.4426950408889634
 
@@ -66,37 +66,38 @@ _LOG2E = 1.4426950408889634
 
 @dataclass(slots=True, frozen=True)
 class Tiles:
-    """The work of one kernel's launch."""
+    """The work of one kernel launch."""
 
     items: torch.Tensor
     """int32 [N, ITEM_FIELDS], most work first."""
     merges: torch.Tensor
     """int32 [M, MERGE_FIELDS]"""
     num_partials: int
-    """Room for results of parts."""
+    """Number of partial results to allocate."""
     tokens: int
-    """Query tokens of a tile, at most."""
+    """Most query tokens of a tile."""
     merge_tokens: int
-    """Query tokens of a tile that is split, at most."""
+    """Most query tokens of a split tile."""
 
 
 @dataclass(slots=True, frozen=True)
 class AttentionPlan:
-    """One step's attention for layers of one kind. All but the tensors' values is one for a bucket.
+    """One step's attention for layers of one kind.
 
-    A captured step is replayed with other work by copying another plan's tensors into its own.
+    In a bucket only the values in the tensors vary. A captured step is replayed with other work by
+    copying another plan's tensors into its own.
     """
 
     narrow: Tiles | None
     wide: Tiles | None
-    stretches: torch.Tensor | None = None
-    """int32 [N, native.ITEM_FIELDS]: the same work as the native kernel has it, in decodes too few
-    to fill the device."""
+    native_items: torch.Tensor | None = None
+    """int32 [N, native.ITEM_FIELDS]: the same work for the native kernel; only for decodes of too
+    few requests to fill the device."""
 
 
 @dataclass(slots=True)
 class _Work:
-    """One kernel's lists on the host, and the sizes that they are padded to."""
+    """Host lists of one kernel launch, see `Tiles`."""
 
     items: Ints
     merges: Ints
@@ -113,17 +114,18 @@ def plan_attention(
     num_programs: int = 264,
     has_native: bool = False,
 ) -> AttentionPlan:
-    """A step's work, on the device.
+    """Plan a step's attention and copy the plan to the device.
 
     Args:
-        meta: its fields on the host are looked at.
-        spec: of the layers.
-        to_device: copies an array there.
-        num_programs: how many fill the device (two for each of its multiprocessors); contexts
-            are split until there are so many.
-        has_native: the native kernels are there: plan for them too what they are the better for.
+        meta: its host fields are read.
+        spec: attention parameters of the layers.
+        to_device: copies an array to the device.
+        num_programs: number of programs that fill the device, two per multiprocessor; contexts
+            are split to reach it.
+        has_native: the native kernels are available: also plan the decodes that they are faster
+            for.
     """
-    spec = _by_program(spec)
+    spec = _spec_of_programs(spec)
     group = spec.num_heads // spec.num_kv_heads
     narrow_tokens, wide_tokens = max(1, _NARROW_ROWS // group), max(1, _WIDE_ROWS // group)
     fill = max(1, num_programs // spec.num_kv_heads)
@@ -139,7 +141,7 @@ def plan_attention(
         others = min(bucket.num_requests, bucket.num_tokens // (narrow_tokens + 1))
         num_wide = bucket.num_tokens // wide_tokens + others
     window = spec.sliding_window
-    # one token or as many as fit: each number is a kernel of its own
+    # one token or the most that fit: each number compiles another kernel
     tokens = 1 if longest == 1 else narrow_tokens
     narrow = _tiles(meta, lengths, np.flatnonzero((lengths > 0) & is_narrow), narrow_tokens, window)
     works: list[_Work | None] = [_split(narrow, fill, most_extra, tokens, num_narrow), None]
@@ -169,18 +171,20 @@ def plan_attention(
             )
         )
         offset = end
-    stretches = flat[offset:].view(-1, native.ITEM_FIELDS) if is_native else None
-    return AttentionPlan(tiles[0], tiles[1], stretches)
+    native_items = flat[offset:].view(-1, native.ITEM_FIELDS) if is_native else None
+    return AttentionPlan(tiles[0], tiles[1], native_items)
 
 
 @functools.cache
-def _by_program(spec: AttentionSpec) -> AttentionSpec:
-    """`spec` with a KV head for each program that shares one: where values are keys."""
+def _spec_of_programs(spec: AttentionSpec) -> AttentionSpec:
+    """`spec` with a KV head per program, where several programs share one (values share keys)."""
     group = spec.num_heads // spec.num_kv_heads
     if spec.value_size is None:
         return spec
     if spec.value_size == spec.head_size:
-        raise Unsupported("the GPU kernels take values that are a part of their keys, not all")
+        raise Unsupported(
+            "the GPU kernels need values that are a part of their keys, smaller than the whole key"
+        )
     heads = next(n for n in range(min(group, _SHARED_HEADS), 0, -1) if group % n == 0)
     return replace(spec, num_kv_heads=spec.num_heads // heads)
 
@@ -192,7 +196,7 @@ def _tiles(
     tokens: int,
     window: int | None,
 ) -> Ints:
-    """[N, ITEM_FIELDS]: the query tokens of `requests` cut into tiles of at most `tokens`."""
+    """Divide the query tokens of `requests` into tiles of at most `tokens`: [N, ITEM_FIELDS]."""
     loc = meta.host_query_start_loc
     counts = -(-lengths[requests] // tokens)
     owner = np.repeat(requests, counts)
@@ -211,7 +215,7 @@ def _tiles(
 
 
 def _part_tokens(context: Ints) -> Ints:
-    """Tokens of a part: a function of the context's length alone, at most _MOST_PARTS of them."""
+    """Tokens per part, for at most _MOST_PARTS parts; a function of the context length only."""
     least = np.maximum(-(-context // _MOST_PARTS), _PART_TOKENS)
     _, exponent = np.frexp((least - 1).astype(np.float64))  # least - 1 < 2^exponent
     parts: Ints = np.left_shift(1, exponent).astype(np.int32)
@@ -219,14 +223,14 @@ def _part_tokens(context: Ints) -> Ints:
 
 
 def _split(tiles: Ints, fill: int, most_extra: int, tokens: int, num_tiles: int | None) -> _Work:
-    """Items of `tiles`, those that would keep the device waiting cut into parts.
+    """Make work items of `tiles`; split the longest contexts so that the device stays busy.
 
     Args:
-        tiles: whole ones.
-        fill: items that keep the device busy.
-        most_extra: items that splitting may add.
-        tokens: of a tile, at most.
-        num_tiles: tiles of the bucket, which the lists are padded for; None: not padded.
+        tiles: the tiles, with whole contexts.
+        fill: number of items that fill the device.
+        most_extra: most items that splitting may add.
+        tokens: most query tokens of a tile.
+        num_tiles: tiles of the bucket, to pad the lists for; None: no padding.
     """
     context = tiles[:, 5] - tiles[:, 4]
     first_part = tiles[:, 4] // tiles[:, 7]
@@ -269,24 +273,24 @@ def _padded(rows: Ints, count: int) -> Ints:
     return out
 
 
-# -- tiles of each target ---------------------------------------------------------------------
+# -- tile sizes of each target ----------------------------------------------------------------
 
 
 @dataclass(slots=True, frozen=True, kw_only=True)
 class TileShape:
-    """How a kernel is cut for a target."""
+    """Tile sizes and launch options of a kernel on a target."""
 
     rows: int
-    """Query tokens times heads."""
+    """Query tokens times query heads per KV head."""
     tile: int
-    """Tokens of keys and values at a time."""
+    """Tokens of keys and values computed at a time."""
     num_warps: int
     num_stages: int
     waves_per_eu: int = 0
-    """AMD: waves of a SIMD that registers are to be kept free for; 0: as the compiler likes."""
+    """AMD: number of waves per SIMD to limit registers for; 0: the compiler's choice."""
 
     def options(self) -> dict[str, int]:
-        """What a launch says beside warps and stages."""
+        """Launch options in addition to warps and stages."""
         return {"waves_per_eu": self.waves_per_eu} if self.waves_per_eu else {}
 
 
@@ -309,18 +313,18 @@ _SHAPES = {
 }
 _SHAPES["rdna4"] = _SHAPES["rdna3"]
 _SHAPES["rdna3"] = _SHAPES["rdna3"] | {
-    # its matrix instructions hold every operand twice: half of the rows for what codes become
+    # its matrix instructions hold every operand twice: decoded codes leave room for half the rows
     "wide codes": TileShape(rows=32, tile=16, num_warps=8, num_stages=1),
 }
 _SHAPES["ampere"] = _SHAPES["nvidia"] | {
-    # its matrix instructions read registers: codes that became floats must fit there
+    # its matrix instructions read from registers, which must hold the decoded codes
     "wide codes": TileShape(rows=64, tile=32, num_warps=4, num_stages=3),
 }
-"""By family of GPUs. `exact` is for float32, whose products no tensor core computes."""
+"""By family of GPUs. `exact` is for float32, which tensor cores do not multiply exactly."""
 
 
 def family_of(arch: str) -> str:
-    """The key of `_SHAPES` for an architecture by its compiler's name (sm_90, gfx942)."""
+    """The key of `_SHAPES` for an architecture's compiler name (sm_90, gfx942)."""
     if arch.startswith("sm_"):
         return "nvidia" if arch in ("sm_90", "sm_100", "sm_103") else "ampere"
     if arch.startswith("gfx9"):
@@ -337,25 +341,25 @@ def tile_shape(
     group: int,
     has_codes: bool = False,
 ) -> TileShape:
-    """How attention is cut.
+    """Choose the tile sizes and launch options of attention.
 
     Args:
         kind: narrow or wide.
-        family: of `family_of`.
+        family: result of `family_of`.
         dtype: of the query.
-        head_size: D.
-        group: query heads of a KV head.
-        has_codes: the cache is one of 8 bits.
+        head_size: D
+        group: query heads per KV head.
+        has_codes: the cache is stored in 8 bits.
     """
     shapes, name = _SHAPES[family], "exact" if dtype == torch.float32 else kind
     shape = shapes.get(f"{name} codes", shapes[name]) if has_codes else shapes[name]
     rows = max(shape.rows, _power_of_2(group))
     tile, num_warps = shape.tile, shape.num_warps
     halvings = 0 if head_size <= 128 else 1 if head_size <= 256 else 2
-    for _ in range(halvings):  # the sums take as many registers with half the rows
+    for _ in range(halvings):  # half the rows, so that larger sums need the same registers
         rows = max(rows // 2, 16, _power_of_2(group))
         tile = max(tile // 2, 16)
-        if family == "rdna3":  # whose matrix instructions hold every operand twice
+        if family == "rdna3":  # its matrix instructions hold every operand twice
             num_warps *= 2
     return TileShape(
         rows=rows,
@@ -386,16 +390,16 @@ def attend(
     """Causal attention of each query token over its request's context.
 
     Args:
-        layer: of the cache; already holds this step.
-        query: [T, H, D]; rows of a token contiguous.
-        meta: `block_table` is looked at.
-        spec: of the layer.
-        plan: of this step for `spec`.
-        sinks: float32 [H] where the spec has them.
-        family: of the GPU (`family_of`).
+        layer: one layer of the cache; it already holds this step's tokens.
+        query: [T, H, D]; contiguous except for the first dimension.
+        meta: its `block_table` is read.
+        spec: attention parameters of the layer.
+        plan: this step's plan for `spec`.
+        sinks: float32 [H] if `spec.has_sinks`.
+        family: of the GPU, see `family_of`.
 
     Returns:
-        [T, H, D], or [T, H, value_size], in the dtype of `query`; rows of pad tokens are not
+        [T, H, D], or [T, H, value_size], in the dtype of `query`; rows of padding tokens are not
         written.
     """
     shape = (*query.shape[:2], spec.out_size)
@@ -417,9 +421,9 @@ def _launch(
     sinks: torch.Tensor | None,
     family: str,
 ) -> None:
-    """One launch over the items, one more where parts are to be merged."""
-    sharing = _by_program(spec).num_kv_heads // spec.num_kv_heads
-    spec = _by_program(spec)
+    """Launch the kernel on the items, and a second one if parts have to be merged."""
+    sharing = _spec_of_programs(spec).num_kv_heads // spec.num_kv_heads
+    spec = _spec_of_programs(spec)
     num_kv_heads, size, value_size = spec.num_kv_heads, spec.head_size, spec.out_size
     numbers, scales, codes = parts(layer)
     group = spec.num_heads // num_kv_heads
@@ -499,7 +503,7 @@ def _launch(
 
 @functools.cache
 def slopes_of(slopes: tuple[float, ...], device: torch.device) -> torch.Tensor:
-    """float32 [H], which stays where it is: captured steps read it."""
+    """ALiBi slopes, float32 [H]; cached, so that captured steps can keep the address."""
     return torch.tensor(slopes, dtype=torch.float32, device=device)
 
 
@@ -515,15 +519,15 @@ def attend_encoder(
     """Attention of each token to all tokens of its request.
 
     Args:
-        query: [T, H, D], whole prompts end to end; rows of a token contiguous.
+        query: [T, H, D], whole prompts end to end; contiguous except for the first dimension.
         key: [T, H_kv, D], likewise.
-        value: the same shape.
-        meta: `query_start_loc` is looked at on the device.
+        value: same shape as `key`.
+        meta: its `query_start_loc` is read on the device.
         spec: scale, heads and window.
-        family: of the GPU (`family_of`).
+        family: of the GPU, see `family_of`.
 
     Returns:
-        [T, H, D], in the dtype of `query`; rows of pad tokens are not written.
+        [T, H, D], in the dtype of `query`; rows of padding tokens are not written.
     """
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     group = spec.num_heads // spec.num_kv_heads

@@ -1,4 +1,4 @@
-"""GpuBackend: the seam over torch and Triton, the same for every maker's GPUs."""
+"""GpuBackend: the backend for GPUs of every maker, built on torch and Triton."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ from portalm_backends.gpu_common.weights import (
     FP8,
     QUANTIZATIONS,
     ExpertWeights,
-    FewBitWeight,
     GpuWeight,
+    PackedQuantized,
+    group_experts,
     pack,
-    together,
 )
 from portalm_backends.portable import kv_codes
 from portalm_backends.portable.backend import TorchBackend
@@ -61,15 +61,19 @@ logger = logging.getLogger(__name__)
 
 
 class GpuBackend(TorchBackend):
-    """One GPU: steps are enqueued, captured as graphs, and answered a step late."""
+    """One GPU: steps run asynchronously, and decodes are captured as graphs."""
 
     archs: dict[str, Arch]
-    """Architectures that this backend knows, by name."""
+    """Supported architectures by name."""
     native_name: str
-    """Of the module with native kernels, where they were built: cuda or rocm."""
+    """Vendor of the native kernels, if they were built: cuda or rocm."""
 
     def __init__(self, gpu: Gpu) -> None:
-        """On `gpu`, which is started. Raises `Unsupported` for one that is not known."""
+        """Use `gpu`, which is already started.
+
+        Raises:
+            Unsupported: its architecture is not in `archs`.
+        """
         super().__init__()
         _import_kernels()
         self.arch = known_arch(gpu.arch, self.archs)
@@ -80,10 +84,10 @@ class GpuBackend(TorchBackend):
         if gpu.runs_native and native.missing(self.native_name, gpu.arch) is None:
             self._native = native.load(self.native_name, gpu.arch)
         self._workspaces: dict[AttentionSpec, tuple[torch.Tensor, torch.Tensor]] = {}
-        """Of the native decode attention: its layers share one, and captured steps read it."""
+        """Workspace of the native decode attention by kind of layer; captured steps use it too."""
         self._experts: WeakKeyDictionary[Experts, tuple[ExpertWeights | None, ...]]
         self._experts = WeakKeyDictionary()
-        """Of each layer, gate and up, then down."""
+        """Grouped weights of each layer's experts: gate and up, then down."""
         self._family = attention.family_of(self.arch.name)
         self._transfers = Transfers(gpu)
         self._graphs = Graphs(gpu, self._transfers, self._sample)
@@ -95,32 +99,32 @@ class GpuBackend(TorchBackend):
         return self._gpu.handle
 
     def memory(self) -> MemInfo:
-        """The GPU's own; waits for it."""
+        """Total and free memory of the GPU; waits until the GPU is idle."""
         return memory.memory(self._gpu)
 
     @contextmanager
     def peak(self) -> Iterator[Callable[[], int]]:
-        """Bytes of live tensors, as torch's allocator counts them."""
+        """Yield a function that returns the peak of live tensors in bytes above the start."""
         with memory.peak(self._gpu) as used:
             yield used
 
     def to_device(self, host: npt.NDArray[np.generic]) -> torch.Tensor:
-        """A copy, in order with the steps; the host may write its own again at once."""
+        """Copy to the device, in order with the steps; the caller may reuse `host` immediately."""
         return self._transfers.upload([host])[0]
 
     def to_device_all(self, hosts: Sequence[npt.NDArray[np.generic]]) -> list[torch.Tensor]:
-        """Copies in one transfer."""
+        """Copy several arrays to the device in one transfer."""
         return self._transfers.upload(hosts)
 
     def to_host(self, x: torch.Tensor) -> HostFuture:
-        """A copy on a stream of its own, behind what is enqueued now."""
+        """Start copying to the host on a separate stream, after the work enqueued so far."""
         return self._transfers.download(x)
 
     @contextmanager
     def device_errors(self) -> Iterator[None]:
-        """Within it what torch raises for the device comes as `BackendError`.
+        """Re-raise device errors of torch inside this context as `BackendError`.
 
-        Where memory ran out, what torch's allocator keeps for later is given back first.
+        On out of memory, the memory that torch's allocator caches is released first.
         """
         try:
             yield
@@ -137,11 +141,11 @@ class GpuBackend(TorchBackend):
     # -- KV cache -----------------------------------------------------------------------------
 
     def kv_bytes_per_block(self, spec: KVSpec) -> int:
-        """Keys and values of one block over all layers."""
+        """Bytes of one block's keys and values over all layers, scales included."""
         return kv_codes.bytes_per_block(spec)
 
     def _kv_alloc(self, spec: KVSpec, num_blocks: int) -> cache.KV:
-        """One tensor, [L, NB, H_kv, 2, B, D], with one of scales beside it for codes."""
+        """Allocate one tensor, [L, NB, H_kv, 2, B, D], and a second for the scales of codes."""
         return cache.allocate(spec, num_blocks, self.device())
 
     def kv_write(
@@ -152,7 +156,7 @@ class GpuBackend(TorchBackend):
         value: torch.Tensor,
         meta: StepMeta,
     ) -> cache.KV:
-        """Scatter [T, H_kv, D] each into their slots; rows may lie apart, heads may not."""
+        """Write key and value, [T, H_kv, D] each, into their slots."""
         if self._native is None or isinstance(kv, cache.ScaledKV) or not len(key):
             return cache.write(kv, layer, key, value, meta)
         if not self._native.writes(kv, key):
@@ -172,14 +176,17 @@ class GpuBackend(TorchBackend):
         *,
         is_interleaved: bool,
     ) -> tuple[cache.KV, torch.Tensor]:
-        """`rope`, then `kv_write`; in one launch but for codes, whose scale is of a whole head."""
+        """Apply `rope` and `kv_write` in one launch.
+
+        8-bit caches take two: a scale needs all values of the rotated head.
+        """
         if isinstance(kv, cache.ScaledKV):
             return super().rope_kv_write(
                 kv, layer, query, key, value, meta, cos_sin, is_interleaved=is_interleaved
             )
         rotary_dim = cos_sin.shape[1]
-        alike = rotary_dim if is_interleaved else rotary_dim // 2
-        if self._native is not None and len(key) and self._native.writes(kv, key, alike):
+        num_rotated = rotary_dim if is_interleaved else rotary_dim // 2
+        if self._native is not None and len(key) and self._native.writes(kv, key, num_rotated):
             rotated = self._native.rope_kv_write(
                 kv[layer], query, key, value, meta.slot_mapping, meta.positions, cos_sin,
                 is_interleaved=is_interleaved,
@@ -191,7 +198,7 @@ class GpuBackend(TorchBackend):
         return kv, rotated
 
     def kv_copy(self, kv: cache.KV, src: torch.Tensor, dst: torch.Tensor) -> cache.KV:
-        """Blocks src[i] to dst[i], int32 [N] each, over all layers, in one launch, or two."""
+        """Copy blocks src[i] to dst[i], int32 [N] each, in all layers, in one or two launches."""
         copy = cache.copy if self._native is None or not len(src) else self._native.kv_copy
         numbers, scales, _ = cache.parts(kv)
         copy(numbers, src, dst)
@@ -200,18 +207,18 @@ class GpuBackend(TorchBackend):
         return kv
 
     def kv_export(self, kv: cache.KV, blocks: torch.Tensor) -> torch.Tensor:
-        """Blocks int32 [N] as [N, L, 2, B, H_kv, D] on the host; waits for it."""
+        """Copy blocks int32 [N] to the host as [N, L, 2, B, H_kv, D]; wait for the copy."""
         wire = cache.export_blocks(kv, blocks)
         return torch.from_numpy(self.to_host(wire.view(torch.uint8)).result()).view(wire.dtype)
 
     def kv_import(self, kv: cache.KV, blocks: torch.Tensor, wire: torch.Tensor) -> cache.KV:
-        """The inverse of `kv_export`; a wire of another dtype is converted."""
+        """Write exported blocks into blocks int32 [N]; another dtype is converted."""
         return cache.import_blocks(kv, blocks, wire)
 
     # -- attention ----------------------------------------------------------------------------
 
     def prepare(self, meta: StepMeta, specs: Sequence[AttentionSpec]) -> StepMeta:
-        """A list of work for each kind of layer, on the device."""
+        """Plan the attention of each kind of layer, and copy the plans to the device."""
         for spec in dict.fromkeys(specs):
             plan = meta.plan[spec] = attention.plan_attention(
                 meta,
@@ -220,8 +227,8 @@ class GpuBackend(TorchBackend):
                 num_programs=self._gpu.num_cores * 2,
                 has_native=self._native is not None,
             )
-            if plan.stretches is not None and spec not in self._workspaces:
-                most = len(plan.stretches)
+            if plan.native_items is not None and spec not in self._workspaces:
+                most = len(plan.native_items)
                 self._workspaces[spec] = native.NativeKernels.decode_workspace(
                     spec, most, most, self.device()
                 )
@@ -236,11 +243,11 @@ class GpuBackend(TorchBackend):
         spec: AttentionSpec,
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Attention of [T, H, D] over each request's context: one launch, or two and a merge."""
+        """Attention of query [T, H, D] over each request's context, in one to four launches."""
         plan = meta.plan[spec]
         if (
             self._native is None
-            or plan.stretches is None
+            or plan.native_items is None
             or isinstance(kv, cache.ScaledKV)
             or not self._native.decodes(kv, query)
         ):
@@ -249,7 +256,7 @@ class GpuBackend(TorchBackend):
         if spec.alibi_slopes is not None:
             slopes = attention.slopes_of(spec.alibi_slopes, query.device)
         return self._native.decode_attention(
-            kv[layer], query, meta.block_table, meta.seq_lens, plan.stretches,
+            kv[layer], query, meta.block_table, meta.seq_lens, plan.native_items,
             self._workspaces[spec], spec, slopes, sinks,
         )  # fmt: skip
 
@@ -261,7 +268,7 @@ class GpuBackend(TorchBackend):
         meta: StepMeta,
         spec: AttentionSpec,
     ) -> torch.Tensor:
-        """Attention of [T, H, D] within each request."""
+        """Attention of query [T, H, D] to all tokens of the same request."""
         return attention.attend_encoder(query, key, value, meta, spec, family=self._family)
 
     # -- layers -------------------------------------------------------------------------------
@@ -285,11 +292,11 @@ class GpuBackend(TorchBackend):
     def linear(
         self, x: torch.Tensor, weight: GpuWeight, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """x [T, K] times the packed [N, K] transposed, plus bias [N]: [T, N]."""
+        """Multiply x [T, K] with the packed [N, K] transposed; add bias [N]: [T, N]."""
         return linear.linear(x, weight, bias)
 
-    def logits(self, x: torch.Tensor, weight: torch.Tensor | FewBitWeight) -> torch.Tensor:
-        """x [R, C] times the packed [V, C] transposed: float32 [R, V]."""
+    def logits(self, x: torch.Tensor, weight: torch.Tensor | PackedQuantized) -> torch.Tensor:
+        """Multiply x [R, C] with the packed [V, C] transposed: float32 [R, V]."""
         return linear.logits(x, weight)
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -317,7 +324,7 @@ class GpuBackend(TorchBackend):
         *,
         is_interleaved: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Query [T, H, D] and key [T, H_kv, D] rotated by positions int32 [T]."""
+        """Rotate query [T, H, D] and key [T, H_kv, D] by positions int32 [T]."""
         return rope.rope(query, key, positions, cos_sin, is_interleaved=is_interleaved)
 
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
@@ -331,37 +338,41 @@ class GpuBackend(TorchBackend):
         expert_weights: torch.Tensor,
         experts: Experts,
     ) -> torch.Tensor:
-        """Each expert on the tokens that chose it, all in four launches, six of float8: [T, C].
+        """Compute each expert on its tokens: [T, C]; four launches, or six in float8.
 
-        Where the experts are packed unlike each other, every expert on every token.
+        If the experts of a layer are packed differently, every expert is computed on every token.
         """
         if experts not in self._experts:
-            self._experts[experts] = self._together(experts)
+            self._experts[experts] = self._group(experts)
         gate_up, down = self._experts[experts]
         if gate_up is None or down is None:
             return super().moe(x, expert_ids, expert_weights, experts)
         return moe.moe(x, expert_ids, expert_weights, experts, gate_up, down, family=self._family)
 
-    def _together(self, experts: Experts) -> tuple[ExpertWeights | None, ...]:
-        found = tuple(together(many, self.to_device) for many in (experts.gate_up, experts.down))
-        if None in found and not any(None in others for others in self._experts.values()):
+    def _group(self, experts: Experts) -> tuple[ExpertWeights | None, ...]:
+        weights = (experts.gate_up, experts.down)
+        grouped = tuple(group_experts(many, self.to_device) for many in weights)
+        if None in grouped and not any(None in others for others in self._experts.values()):
             logger.warning(
-                "a layer's experts differ in how they are packed: every one is computed for every "
-                "token, which is much slower than experts of one kind"
+                "the experts of a layer differ in format, shape or dtype, so every expert is "
+                "computed for every token, which is much slower: quantize all experts of a layer "
+                "in the same way"
             )
-        return found
+        return grouped
 
     # -- execution ----------------------------------------------------------------------------
 
     def buckets(self, max_tokens: int, max_requests: int, max_blocks: int) -> Sequence[Bucket]:
-        """Decodes only: a step with prompts in it computes longer than it takes to enqueue."""
+        """Decodes only: computing a step with prompts takes longer than enqueuing it."""
         return decode_buckets(max_requests, max_blocks)
 
     def compile(self, fn: StepFn, bucket: Bucket | None, example: StepInputs | None) -> StepFn:
-        """A graph for `bucket`, captured by the first call, for every kind of sampling.
+        """Return a graph for `bucket`, captured by its first call, for every kind of sampling.
 
-        Without a bucket, `fn` itself. Raises `BackendError` once sealed, but for a bucket whose
-        graph is there.
+        Without a bucket, return `fn` itself.
+
+        Raises:
+            BackendError: the backend is sealed, and `bucket` has no graph yet.
         """
         if bucket is None:
             self._graphs.require_open(bucket)
@@ -370,7 +381,7 @@ class GpuBackend(TorchBackend):
 
     @contextmanager
     def seal(self) -> Iterator[None]:
-        """Within it nothing is captured."""
+        """Context in which nothing may be captured."""
         self._graphs.is_sealed = True
         try:
             yield
@@ -378,9 +389,9 @@ class GpuBackend(TorchBackend):
             self._graphs.is_sealed = False
 
     def sample(self, logits: torch.Tensor, params: SampleParams) -> SampleOutput:
-        """One token from each row of float32 logits [R, V]."""
-        if self._graphs.draw is not None:
-            return self._graphs.draw(logits)
+        """Sample one token from each row of float32 logits [R, V]."""
+        if self._graphs.sample_override is not None:
+            return self._graphs.sample_override(logits)
         return self._sample(logits, params)
 
     def _sample(self, logits: torch.Tensor, params: SampleParams) -> SampleOutput:
@@ -390,7 +401,7 @@ class GpuBackend(TorchBackend):
 
 
 def _import_kernels() -> None:
-    """Triton is imported when a GPU is started, not where one is only looked for."""
+    """Import Triton only when a GPU is started, not when `find` reports one."""
     global attention, cache, fp8, linear, moe, norms, rope, sampling, silu_mul
     from portalm_backends.gpu_common import attention, cache
     from portalm_backends.gpu_common.kernels import (
@@ -405,15 +416,15 @@ def _import_kernels() -> None:
 
 
 def known_arch(name: str, archs: dict[str, Arch]) -> Arch:
-    """The architecture called so; `Unsupported` with those there are."""
+    """Look up an architecture; raise `Unsupported` with the supported ones if it is unknown."""
     if name not in archs:
         known = ", ".join(f"{arch.name} ({arch.product})" for arch in archs.values())
-        raise Unsupported(f"no kernels for {name}; there are for {known}")
+        raise Unsupported(f"architecture {name} is not supported; supported: {known}")
     return archs[name]
 
 
 def capabilities(arch: Arch, *, has_fp8_products: bool) -> Capabilities:
-    """What this folder's kernels do on any architecture, and torch's products on this one."""
+    """Capabilities of the kernels, which are the same on all architectures, and of torch's fp8."""
     return Capabilities(
         device=f"{arch.name} ({arch.product})",
         dtypes=cache.DTYPES,

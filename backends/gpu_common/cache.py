@@ -1,11 +1,11 @@
 """The KV cache as one tensor: [L, NB, H_kv, 2, B, D].
 
-Within a layer, what one KV head keeps of a block is one piece: its B keys, then its B values. The
-attention kernel reads just that, so its loads are whole rows of memory (8 KiB at B 16, D 128 in 16
-bits) from one entry of the block table; with the head inside the token it would read 256 bytes
-at a time. A block of a layer is one piece too, which a copy moves as it is. The layer is
-outermost so that one layer's attention stays within few pages of the device's address translation.
-Scales of codes of 8 bits lie in a tensor of their own, [L, NB, H_kv, 2, B].
+Within a layer, the part of a block that belongs to one KV head is contiguous: B keys, then B
+values. The attention kernel reads exactly that, so each entry of the block table gives loads of
+whole memory rows (8 KiB with B 16, D 128 and 16-bit elements); with the head inside the token it
+would read 256 bytes at a time. A block of a layer is contiguous too, so a copy moves it in one
+piece. The layer is outermost so that one layer's attention touches few pages of the device's
+address translation. Scales of 8-bit codes are in a separate tensor, [L, NB, H_kv, 2, B].
 """
 
 from __future__ import annotations
@@ -24,33 +24,33 @@ from portalm_backends.gpu_common.kernels.kv_codes import FP8, INT8
 from portalm_backends.portable import kv_codes
 
 DTYPES = frozenset({"float32", "float16", "bfloat16"})
-"""What is computed in, and keys and values may be stored as."""
+"""Dtypes of the model and of unquantized keys and values."""
 
 KV_DTYPES = frozenset({*DTYPES, *SCALED_KV_DTYPES})
-"""On every GPU: kernels take 8-bit floats apart themselves."""
+"""On every GPU: the kernels decode 8-bit floats themselves."""
 
 HEAD_SIZES = frozenset(range(16, 257, 8))
 SHARED_HEAD_SIZES = frozenset(range(32, 577, 16))
-"""Where values are keys."""
+"""Head sizes of caches whose values are part of their keys."""
 BLOCK_SIZES = frozenset({8, 16, 32, 64, 128, 256})
-"""Powers of 2 that divide the part of a context that attention may be split into."""
+"""Powers of 2 that divide the context length at which attention may be split."""
 
 _COPY_WORDS = 4096
 
 
 @dataclass(frozen=True, slots=True)
 class ScaledKV:
-    """A cache, or a layer of one, in codes of 8 bits."""
+    """A cache, or one layer of it, stored as 8-bit codes and scales."""
 
     dtype: str
-    """Of `SCALED_KV_DTYPES`."""
+    """One of `SCALED_KV_DTYPES`."""
     codes: torch.Tensor
-    """int8 [L, NB, H_kv, 2, B, D]: the bits, of fp8 too."""
+    """int8 [L, NB, H_kv, 2, B, D]; the bits of fp8 values if `dtype` is fp8."""
     scales: torch.Tensor
     """bfloat16 [L, NB, H_kv, 2, B]"""
 
     def __getitem__(self, layer: int) -> ScaledKV:
-        """One layer."""
+        """The cache of one layer."""
         return ScaledKV(self.dtype, self.codes[layer], self.scales[layer])
 
 
@@ -58,19 +58,19 @@ KV = torch.Tensor | ScaledKV
 
 
 def parts(kv: KV) -> tuple[torch.Tensor, torch.Tensor | None, int]:
-    """Numbers, their scales and CODES, as kernels take a cache or a layer of one."""
+    """Split a cache, or one layer of it, into kernel arguments: values, scales and CODES."""
     if isinstance(kv, ScaledKV):
         return kv.codes, kv.scales, {"int8": INT8, "fp8": FP8}[kv.dtype]
     return kv, None, 0
 
 
 def allocate(spec: KVSpec, num_blocks: int, device: torch.device) -> KV:
-    """An uninitialised cache, [L, NB, H_kv, P, B, D], with scales where it is of codes.
+    """Allocate an uninitialized cache, [L, NB, H_kv, P, B, D]; for 8-bit dtypes with scales.
 
     Args:
-        spec: its shape and dtype.
-        num_blocks: NB, the null block included.
-        device: where it lives.
+        spec: shape and dtype.
+        num_blocks: NB, including the null block.
+        device: the GPU.
     """
     block = (spec.num_planes, spec.block_size, spec.head_size)
     shape = (spec.num_layers, num_blocks, spec.num_kv_heads, *block)
@@ -82,9 +82,9 @@ def allocate(spec: KVSpec, num_blocks: int, device: torch.device) -> KV:
 
 
 def write(kv: KV, layer: int, key: torch.Tensor, value: torch.Tensor, meta: StepMeta) -> KV:
-    """Put key and value, [T, H_kv, D] each, into the slots of `meta.slot_mapping`.
+    """Write key and value, [T, H_kv, D] each, into the slots of `meta.slot_mapping`.
 
-    Rows of tokens may lie apart, heads may not.
+    The first dimension may have any stride; the others must be contiguous.
     """
     num_tokens, num_kv_heads, size = key.shape
     if num_tokens:
@@ -106,7 +106,7 @@ def write(kv: KV, layer: int, key: torch.Tensor, value: torch.Tensor, meta: Step
             CODES=codes,
             PLANES=numbers.shape[2],
             num_warps=4,
-            enable_fp_fusion=False,  # a code is rounded after its product is
+            enable_fp_fusion=False,  # the product is rounded before the code is
         )
     return kv
 
@@ -122,17 +122,17 @@ def rotate_and_write(
     *,
     is_interleaved: bool,
 ) -> torch.Tensor:
-    """`rope`, then `write`, in one launch.
+    """Apply rope to query and key, and write key and value, in one launch.
 
     Args:
-        kv: of floats; updated in place.
-        layer: of the cache.
-        query: [T, H, D]; rows of tokens may lie apart, heads may not.
-        key: [T, H_kv, D], likewise.
-        value: the same shape.
-        meta: `positions` and `slot_mapping` are looked at.
+        kv: a cache of floats; updated in place.
+        layer: index of the layer in the cache.
+        query: [T, H, D]; the first dimension may have any stride, the others are contiguous.
+        key: [T, H_kv, D], strides likewise.
+        value: same shape and strides rule as `key`.
+        meta: its `positions` and `slot_mapping` are read.
         cos_sin: float32 [max_position, rotary_dim]: cosines, then sines.
-        is_interleaved: pairs are neighbours; else halves of the rotary dimensions.
+        is_interleaved: pairs are adjacent dimensions; else one from each half of rotary_dim.
 
     Returns:
         The rotated query, [T, H, D] in its dtype, contiguous.
@@ -166,15 +166,15 @@ def rotate_and_write(
             BLOCK=kv.shape[4],
             IS_INTERLEAVED=is_interleaved,
             num_warps=min(max(pairs // 512, 1), 8),
-            enable_fp_fusion=False,  # products are rounded one by one, as torch's default does
+            enable_fp_fusion=False,  # round each product, as torch does
         )
     return out
 
 
 def copy(part: torch.Tensor, src: torch.Tensor, dst: torch.Tensor) -> None:
-    """Copy blocks src[i] to dst[i], int32 [N] each, over all layers; the sets are disjoint.
+    """Copy blocks src[i] to dst[i], int32 [N] each, in all layers; the two sets are disjoint.
 
-    `part` [L, NB, ...] is a cache's numbers, or their scales.
+    `part`, [L, NB, ...], is the values of a cache or its scales.
     """
     if len(src):
         words = part.view(part.shape[0], -1).view(torch.int32)
@@ -192,7 +192,7 @@ def copy(part: torch.Tensor, src: torch.Tensor, dst: torch.Tensor) -> None:
 
 
 def export_blocks(kv: KV, blocks: torch.Tensor) -> torch.Tensor:
-    """Blocks int32 [N] in the wire layout, [N, L, P, B, H_kv, D], on the device."""
+    """Copy blocks int32 [N] to the wire layout, [N, L, P, B, H_kv, D], on the device."""
     numbers, scales, _ = parts(kv)
     wire = numbers[:, blocks.long()]
     if isinstance(kv, ScaledKV) and scales is not None:
@@ -202,7 +202,7 @@ def export_blocks(kv: KV, blocks: torch.Tensor) -> torch.Tensor:
 
 
 def import_blocks(kv: KV, blocks: torch.Tensor, wire: torch.Tensor) -> KV:
-    """The inverse of `export_blocks`; a wire of another dtype is converted."""
+    """Write blocks in the wire layout into blocks int32 [N]; another dtype is converted."""
     numbers, scales, _ = parts(kv)
     wire = wire.to(numbers.device).permute(1, 0, 4, 2, 3, 5)  # [L, N, H_kv, 2, B, D]
     if isinstance(kv, ScaledKV) and scales is not None:

@@ -1,7 +1,7 @@
-"""A GPU as the rest of this folder sees it: the few calls of torch's device API that are used.
+"""The part of torch's device API that this folder uses, as the protocol `Gpu`.
 
-Everything that is asynchronous, captured or counted goes through here, so that tests can put a
-device of their own in its place. A ROCm build of torch answers to the same names as a CUDA build.
+Streams, events, graphs and memory counters are used through it only, so that tests can substitute
+a simulated device. ROCm builds of torch have the same API names as CUDA builds.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ _LOST = (
     "memory access fault",
     "device is lost",
 )
-"""What a runtime says when nothing more can be computed in this process."""
+"""Texts of runtime errors after which this process cannot use the device again."""
 
-_OF_THE_DEVICE = (
+_DEVICE_ERRORS = (
     "CUDA error",
     "HIP error",
     "CUBLAS",
@@ -35,69 +35,69 @@ _OF_THE_DEVICE = (
     "CUDA driver error",
     "Triton Error",
 )
-"""What the messages of errors begin with, or hold, that come from below torch."""
+"""Substrings of error messages that come from the layers below torch."""
 
 
 class Event(Protocol):
-    """A mark in a stream."""
+    """A point in a stream's work."""
 
     def query(self) -> bool:
-        """True once the device has come past it."""
+        """True if the device has passed this point."""
         ...
 
     def synchronize(self) -> None:
-        """Wait until it has."""
+        """Wait until the device has passed this point."""
         ...
 
 
 class Stream(Protocol):
-    """Work in order."""
+    """A queue of work that the device runs in order."""
 
     def record_event(self) -> Event:
-        """A mark behind all that was enqueued so far."""
+        """Mark the point after all work enqueued so far."""
         ...
 
     def wait_event(self, event: Any) -> None:
-        """What is enqueued from now on runs behind `event`."""
+        """Run work that is enqueued from now on after `event`."""
         ...
 
     def wait_stream(self, stream: Any) -> None:
-        """The same, behind all that `stream` has now."""
+        """Run work that is enqueued from now on after the present work of `stream`."""
         ...
 
 
 class Graph(Protocol):
-    """Recorded work."""
+    """Work recorded for replay."""
 
     def capture_begin(self, pool: Any, capture_error_mode: str) -> None:
-        """Record what the current stream is given, instead of running it."""
+        """Record work that is enqueued on the current stream instead of running it."""
         ...
 
     def capture_end(self) -> None:
-        """What was recorded can be replayed now."""
+        """Stop recording; the graph can be replayed."""
         ...
 
     def replay(self) -> None:
-        """Enqueue all of it on the current stream."""
+        """Enqueue the recorded work on the current stream."""
         ...
 
 
 class Gpu(Protocol):
-    """One device."""
+    """One GPU."""
 
     handle: torch.device
-    """Where torch puts tensors."""
+    """The device in torch's terms."""
     arch: str
-    """sm_90, gfx942, ..."""
+    """Compiler name of the architecture: sm_90, gfx942, ..."""
     runs_native: bool
-    """Kernels that were compiled beforehand can be launched on it."""
+    """True if it can run kernels that were compiled ahead of time."""
     num_cores: int
-    """Multiprocessors, or compute units."""
+    """Number of multiprocessors (AMD: compute units)."""
     summary: str
-    """Its name and memory, in a line."""
+    """Name, architecture and memory size in one line."""
 
     def memory(self) -> tuple[int, int]:
-        """(free, total) bytes; what torch's allocator keeps for later counts as free."""
+        """(free, total) bytes; memory that torch's allocator caches counts as free."""
         ...
 
     def allocated(self) -> int:
@@ -105,53 +105,53 @@ class Gpu(Protocol):
         ...
 
     def peak_allocated(self) -> int:
-        """The most bytes of live tensors since `reset_peak`."""
+        """Most bytes of live tensors since `reset_peak`."""
         ...
 
     def reset_peak(self) -> None:
-        """Count the peak anew."""
+        """Restart the measurement of the peak."""
         ...
 
     def empty_cache(self) -> None:
-        """Give back what torch's allocator keeps for later."""
+        """Release the memory that torch's allocator caches."""
         ...
 
     def pinned(self, num_bytes: int) -> torch.Tensor:
-        """uint8 on the host, page-locked; reused only when copies from and to it are over."""
+        """Allocate page-locked host memory, uint8; reused only after copies from and to it end."""
         ...
 
     def current_stream(self) -> Stream:
-        """What this thread enqueues work on."""
+        """The stream on which this thread enqueues work."""
         ...
 
     def new_stream(self) -> Stream:
-        """Another one, beside it."""
+        """Create a stream that runs in parallel with the others."""
         ...
 
     def on(self, stream: Any) -> AbstractContextManager[Any]:
-        """Within it `stream` is the current one."""
+        """Context in which `stream` is the current stream."""
         ...
 
     def new_graph(self) -> Graph:
-        """An empty one."""
+        """Create an empty graph."""
         ...
 
     def new_pool(self) -> Any:
-        """Memory that graphs share which never run at the same time."""
+        """Create a memory pool that graphs share which never run at the same time."""
         ...
 
     def synchronize(self) -> None:
-        """Wait for all that was enqueued."""
+        """Wait until all enqueued work is done."""
         ...
 
 
 class TorchGpu:
-    """The device that torch calls `cuda:INDEX`, whoever made it. Making one starts it."""
+    """The device that torch calls `cuda:INDEX`, of any maker."""
 
     runs_native = True
 
     def __init__(self, index: int = 0) -> None:
-        """Raises what torch raises where there is no such device."""
+        """Start the device; raise torch's error if it does not exist."""
         self.handle = torch.device("cuda", index)
         properties = torch.cuda.get_device_properties(index)
         if torch.version.hip is None:
@@ -163,7 +163,7 @@ class TorchGpu:
         torch.cuda.set_device(index)
 
     def memory(self) -> tuple[int, int]:
-        """(free, total) bytes."""
+        """(free, total) bytes; memory that torch's allocator caches is released first."""
         self.empty_cache()
         return torch.cuda.mem_get_info(self.handle)
 
@@ -172,51 +172,51 @@ class TorchGpu:
         return torch.cuda.memory_allocated(self.handle)
 
     def peak_allocated(self) -> int:
-        """The most bytes of live tensors since `reset_peak`."""
+        """Most bytes of live tensors since `reset_peak`."""
         return torch.cuda.max_memory_allocated(self.handle)
 
     def reset_peak(self) -> None:
-        """Count the peak anew."""
+        """Restart the measurement of the peak."""
         torch.cuda.reset_peak_memory_stats(self.handle)
 
     def empty_cache(self) -> None:
-        """Give back what torch's allocator keeps for later."""
+        """Release the memory that torch's allocator caches."""
         torch.cuda.empty_cache()
 
     def pinned(self, num_bytes: int) -> torch.Tensor:
-        """uint8 on the host; torch's own allocator watches the copies."""
+        """Allocate pinned host memory, uint8; torch's allocator reuses it only after its copies."""
         return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
 
     def current_stream(self) -> torch.cuda.Stream:
-        """What this thread enqueues work on."""
+        """The stream on which this thread enqueues work."""
         return torch.cuda.current_stream(self.handle)
 
     def new_stream(self) -> torch.cuda.Stream:
-        """Another one, beside it."""
+        """Create a stream that runs in parallel with the others."""
         return torch.cuda.Stream(self.handle)  # type: ignore[no-untyped-call]
 
     def on(self, stream: torch.cuda.Stream) -> AbstractContextManager[Any]:
-        """Within it `stream` is the current one."""
+        """Context in which `stream` is the current stream."""
         return torch.cuda.stream(stream)
 
     def new_graph(self) -> torch.cuda.CUDAGraph:
-        """An empty one."""
+        """Create an empty graph."""
         return torch.cuda.CUDAGraph()
 
     def new_pool(self) -> Any:
-        """Memory that graphs share."""
+        """Create a memory pool that graphs share."""
         return torch.cuda.graph_pool_handle()
 
     def synchronize(self) -> None:
-        """Wait for all that was enqueued."""
+        """Wait until all enqueued work is done."""
         torch.cuda.synchronize(self.handle)
 
 
 def error_kind(error: RuntimeError) -> BackendErrorKind | None:
-    """What kind of failure of the device this is; None: it is not the device's."""
+    """Classify an error of the device; None if the device did not cause it."""
     text = str(error)
     if isinstance(error, torch.OutOfMemoryError) or "out of memory" in text:
         return "oom"
-    if isinstance(error, torch.AcceleratorError) or any(name in text for name in _OF_THE_DEVICE):
+    if isinstance(error, torch.AcceleratorError) or any(name in text for name in _DEVICE_ERRORS):
         return "device_lost" if any(reason in text for reason in _LOST) else "kernel"
     return None

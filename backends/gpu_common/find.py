@@ -1,4 +1,4 @@
-"""Whether a GPU could be used here, told without starting it."""
+"""Report whether a GPU can be used on this machine, without starting it."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import torch
 
 from portalm.backend import DeviceReport
 
-_INSTALL = "docs/deploy-gpu.md says how to install one"
+_INSTALL = "see docs/deploy-gpu.md for how to install one"
 
 
 def find(
     *, maker: str, has_driver: bool, driver_hint: str, builds: dict[str, str | None], wanted: str
 ) -> DeviceReport:
-    """What is here.
+    """Report the GPUs of one maker, or the first thing that is missing to use them.
 
     Args:
-        maker: of the GPUs, as people say it.
-        has_driver: the kernel's driver is loaded.
-        driver_hint: what to do where it is not.
-        builds: what the installed torch was built for, by platform: a version, or None.
+        maker: of the GPUs, for messages: NVIDIA or AMD.
+        has_driver: the kernel driver is loaded.
+        driver_hint: how to fix a missing driver.
+        builds: for each platform the version that the installed torch was built for, or None.
         wanted: the platform that is needed, a key of `builds`.
     """
     version = builds[wanted]
@@ -29,18 +29,18 @@ def find(
         other = next((name for name, built in builds.items() if built is not None), None)
         kind = "a CPU build" if other is None else f"built for {other}"
         return _missing(
-            f"the installed torch {torch.__version__} is {kind}: a {wanted} build is needed "
+            f"the installed torch {torch.__version__} is {kind}; a {wanted} build is needed "
             f"({_INSTALL})"
         )
     if importlib.util.find_spec("triton") is None:
-        return _missing("the package triton is missing: pip install triton")
+        return _missing("the package triton is not installed: pip install triton")
     if not has_driver:
-        return _missing(f"there is no {maker} driver on this machine: {driver_hint}")
+        return _missing(f"no {maker} driver is loaded on this machine: {driver_hint}")
     count = torch.cuda.device_count()
     if count == 0:
         return _missing(
-            f"the {maker} driver shows no GPU to this process: check its visibility (in a "
-            f"container: that the device is passed in)"
+            f"the {maker} driver reports no GPU to this process: check the visibility settings "
+            f"(in a container: that the device is passed in)"
         )
     return DeviceReport(
         is_available=True,
@@ -51,12 +51,12 @@ def find(
 
 
 def exists(*paths: str) -> bool:
-    """True if one of these is there."""
+    """True if at least one of the paths exists."""
     return any(Path(path).exists() for path in paths)
 
 
 def torch_builds() -> dict[str, str | None]:
-    """What the installed torch was built for."""
+    """For each platform the version that the installed torch was built for, or None."""
     return {"CUDA": torch.version.cuda, "ROCm": torch.version.hip}
 
 

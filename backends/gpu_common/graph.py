@@ -1,8 +1,9 @@
-"""Steps captured as graphs of the device: one forward pass a bucket, and one draw behind it.
+"""Steps captured as device graphs: per bucket one graph of the forward pass and one of sampling.
 
-What a step reads is copied into buffers that never move; then its graph is replayed. The draw that
-is captured covers temperature, greedy rows, top_k, top_p and min_p, told apart on the device. What
-is rarer (penalties, bias, masks, logprobs, targets) replays the forward pass and draws as it is.
+A step's inputs are copied into buffers with fixed addresses; then its graphs are replayed. The
+captured sampling covers temperature, greedy rows, top_k, top_p and min_p, selected per row on the
+device. Rarer parameters (penalties, bias, masks, logprobs, targets) replay the forward pass and
+then sample without a graph.
 """
 
 from __future__ import annotations
@@ -32,40 +33,40 @@ Sample = Callable[[torch.Tensor, SampleParams], SampleOutput]
 
 
 def decode_buckets(max_requests: int, max_blocks: int) -> list[Bucket]:
-    """Steps of one token a request: 1, 2, 4, 8, then by 8 up to `max_requests`, which is one."""
+    """Buckets of one token per request: 1, 2, 4, 8, multiples of 8, and `max_requests` itself."""
     sizes = {n for n in (1, 2, 4) if n < max_requests}
     sizes |= {*range(8, max_requests, 8), max_requests}
     return [Bucket(n, n, max_blocks, 1) for n in sorted(sizes)]
 
 
 class Graphs:
-    """All captured steps of one backend: they share memory, as one runs at a time."""
+    """All captured steps of one backend; they share memory, because only one runs at a time."""
 
     def __init__(self, gpu: Gpu, transfers: Transfers, sample: Sample) -> None:
-        """Nothing is captured.
+        """Start with nothing captured.
 
         Args:
-            gpu: captures and replays.
-            transfers: whose downloads a replay must not overtake.
-            sample: draws.
+            gpu: device to capture and replay on.
+            transfers: a replay waits for its downloads before it overwrites their source.
+            sample: samples outside of graphs, and is captured.
         """
         self.gpu = gpu
         self.transfers = transfers
         self.sample = sample
         self.stream = gpu.new_stream()
-        """What captures are made on: the device's own default stream cannot be captured."""
+        """Stream for captures: the default stream cannot be captured."""
         self.is_sealed = False
-        self.draw: Callable[[torch.Tensor], SampleOutput] | None = None
-        """While a step is captured: what is done with its logits, [R, V]."""
+        self.sample_override: Callable[[torch.Tensor], SampleOutput] | None = None
+        """While a step is captured, the backend's `sample` calls this with the logits [R, V]."""
         self._steps: weakref.WeakValueDictionary[tuple[int, Bucket], CapturedStep]
         self._steps = weakref.WeakValueDictionary()
         self._results: weakref.WeakValueDictionary[int, Results] = weakref.WeakValueDictionary()
 
     def step(self, fn: StepFn, bucket: Bucket) -> CapturedStep:
-        """The captured step of `bucket`, captured when it is first called, for any sampling.
+        """Return the captured step of `bucket`, for any sampling; its first call captures it.
 
         Raises:
-            BackendError: there is none yet, and no more may be captured.
+            BackendError: `bucket` has no captured step yet, and the backend is sealed.
         """
         key = (id(fn), bucket)  # a captured step keeps its function alive
         found = self._steps.get(key)
@@ -75,30 +76,30 @@ class Graphs:
         return found
 
     def require_open(self, bucket: Bucket | None) -> None:
-        """`BackendError` once sealed."""
+        """Raise `BackendError` if the backend is sealed."""
         if self.is_sealed:
             raise BackendError(
                 "unsupported",
-                f"a step of {bucket} was to be captured after all captures were done: service "
-                f"needs a step size that `buckets` does not name",
+                f"cannot capture a step of {bucket} after startup: the scheduler needs a step size "
+                f"that `buckets` does not list",
             )
 
     @contextmanager
-    def drawing_by(self, draw: Callable[[torch.Tensor], SampleOutput]) -> Iterator[None]:
-        """Within it the backend draws by `draw`."""
-        self.draw = draw
+    def sampling_with(self, sample: Callable[[torch.Tensor], SampleOutput]) -> Iterator[None]:
+        """Context in which the backend samples with `sample`."""
+        self.sample_override = sample
         try:
             yield
         finally:
-            self.draw = None
+            self.sample_override = None
 
     def wait_for_downloads(self) -> None:
-        """What is enqueued from now on runs behind all copies to the host."""
+        """Run work that is enqueued from now on after all copies to the host."""
         if self.transfers.last_download is not None:
             self.gpu.current_stream().wait_event(self.transfers.last_download)
 
     def results(self, fn: StepFn, num_rows: int, vocab_size: int) -> Results:
-        """Where captures of `fn` leave logits and ids: the largest comes first, others share it."""
+        """Output buffers for captures of `fn`: made for the largest, which must come first."""
         found = self._results.get(id(fn))
         if found is None or found.logits.shape[1] != vocab_size or len(found.ids) < num_rows:
             handle = self.gpu.handle
@@ -112,21 +113,21 @@ class Graphs:
 
 @dataclasses.dataclass(eq=False)
 class Results:
-    """What every captured step writes, until the next one does."""
+    """Output buffers that all captured steps share; each step overwrites the previous one's."""
 
     logits: torch.Tensor
     """float32 [R, V]"""
     ids: torch.Tensor
-    """int32 [R]: also what the step after reads, without a copy."""
+    """int32 [R]; the next step reads them here without a copy."""
     pool: Any
-    """The memory of the graphs. It goes when they go: one whose graphs are gone takes no others."""
+    """Memory pool of the graphs. It is freed with its last graph and cannot be used afterwards."""
 
 
 class CapturedStep:
-    """One bucket's graphs and the buffers that they read."""
+    """The graphs of one bucket and the buffers that they read."""
 
     def __init__(self, graphs: Graphs, fn: StepFn, bucket: Bucket) -> None:
-        """To be captured by the first call."""
+        """Remember the step; its first call captures it."""
         self._graphs = graphs
         self._fn = fn
         self._bucket = bucket
@@ -134,29 +135,30 @@ class CapturedStep:
         self._static: StepInputs | None = None
         self._results: Results | None = None
         self._forward: Graph | None = None
-        self._draw: Graph | None = None
-        self._given: dict[int, torch.Tensor] = {}
-        """By place in the inputs: the tensor that was copied there last."""
+        self._sampling: Graph | None = None
+        self._copied: dict[int, torch.Tensor] = {}
+        """For each input, by its index in `_leaves`: the tensor that was copied last."""
         self._reads_previous = False
-        """Some row of the buffer for previous_rows is not -1."""
+        """True if a row of the buffer for `previous_rows` may differ from -1."""
 
     def __call__(self, weights: Weights, kv: KV, inputs: StepInputs) -> tuple[KV, SampleOutput]:
-        """The step; ids are in memory that the next captured step writes again."""
-        if inputs.num_states:  # pooled prompts are not decodes: nothing is gained by a capture
+        """Run the step; the next captured step overwrites the ids that this returns."""
+        if inputs.num_states:  # pooled prompts are not decodes: a capture gains nothing
             return self._fn(weights, kv, inputs)
         if self._forward is None:
             self._capture(weights, kv, inputs)
         if not self._holds(inputs):
             return self._fn(weights, kv, inputs)
         if kv is not self._kv:
-            raise BackendError("shape", "a captured step was given another KV cache than before")
-        assert self._forward is not None and self._draw is not None and self._results is not None
-        self._take(inputs)
+            raise BackendError("shape", "a captured step was called with a different KV cache")
+        assert self._forward is not None and self._sampling is not None
+        assert self._results is not None
+        self._copy_inputs(inputs)
         self._forward.replay()
         if not _is_plain(inputs.sample):
             return kv, self._graphs.sample(self._rows(self._results.logits), inputs.sample)
-        self._graphs.wait_for_downloads()  # of the ids that are written over now
-        self._draw.replay()
+        self._graphs.wait_for_downloads()  # this replay overwrites the ids that they read
+        self._sampling.replay()
         return kv, SampleOutput(token_ids=self._rows(self._results.ids))
 
     # -- capturing ----------------------------------------------------------------------------
@@ -173,9 +175,9 @@ class CapturedStep:
                 previous_rows=torch.full_like(inputs.token_ids, -1),
             )
             static.sample = _plain(static.sample)
-            # once as it is: every kernel is compiled and loaded, libraries take their workspaces,
-            # and the number of columns of the logits is known
-            vocab_size = self._rehearse(weights, kv, static)
+            # run once without a graph: this compiles and loads every kernel, lets libraries
+            # allocate their workspaces, and gives the number of columns of the logits
+            vocab_size = self._warm_up(weights, kv, static)
             num_rows = len(static.meta.logits_rows)
             self._results = graphs.results(self._fn, num_rows, vocab_size)
             static.previous_ids = self._results.ids
@@ -184,24 +186,24 @@ class CapturedStep:
             self._kv = kv
         main.wait_stream(graphs.stream)
 
-    def _rehearse(self, weights: Weights, kv: KV, static: StepInputs) -> int:
-        """Run the step as it is; the number of columns of its logits."""
+    def _warm_up(self, weights: Weights, kv: KV, static: StepInputs) -> int:
+        """Run the step without a graph; return the number of columns of its logits."""
         vocab_sizes = []
 
-        def draw(logits: torch.Tensor) -> SampleOutput:
+        def sample(logits: torch.Tensor) -> SampleOutput:
             vocab_sizes.append(logits.shape[1])
             return self._graphs.sample(logits, static.sample)
 
-        with self._graphs.drawing_by(draw):
+        with self._graphs.sampling_with(sample):
             self._fn(weights, kv, static)
         return vocab_sizes[-1]
 
     def _record(self, weights: Weights, kv: KV) -> None:
-        """Run the step once, into two graphs: the second begins where it draws."""
+        """Record the step into two graphs; the second starts where the step samples."""
         assert self._static is not None and self._results is not None
         graphs, static = self._graphs, self._static
         logits, ids = self._rows(self._results.logits), self._rows(self._results.ids)
-        forward, draw = graphs.gpu.new_graph(), graphs.gpu.new_graph()
+        forward, sampling = graphs.gpu.new_graph(), graphs.gpu.new_graph()
         open_graph, pool = forward, self._results.pool
 
         def split(raw: torch.Tensor) -> SampleOutput:
@@ -209,62 +211,61 @@ class CapturedStep:
             if raw.data_ptr() != logits.data_ptr():
                 logits.copy_(raw)
             forward.capture_end()
-            draw.capture_begin(pool, _CAPTURE_MODE)
-            open_graph = draw
+            sampling.capture_begin(pool, _CAPTURE_MODE)
+            open_graph = sampling
             ids.copy_(graphs.sample(logits, static.sample).token_ids)
             return SampleOutput(token_ids=ids)
 
         forward.capture_begin(pool, _CAPTURE_MODE)
         try:
-            with graphs.drawing_by(split):
+            with graphs.sampling_with(split):
                 self._fn(weights, kv, static)
         except BaseException:
-            with suppress(RuntimeError):  # what broke the capture is the better message
+            with suppress(RuntimeError):  # the original error has the better message
                 open_graph.capture_end()
             raise
         open_graph.capture_end()
-        self._forward, self._draw = forward, draw
+        self._forward, self._sampling = forward, sampling
 
     def _rows(self, x: torch.Tensor) -> torch.Tensor:
-        """The share that the bucket has of what all captures write to."""
+        """The bucket's rows of a shared output buffer."""
         assert self._static is not None
         return x[: len(self._static.meta.logits_rows)]
 
     # -- replaying ----------------------------------------------------------------------------
 
     def _holds(self, inputs: StepInputs) -> bool:
-        """True if the graphs can compute this step of their bucket."""
+        """True if the sizes of `inputs` are those that were captured."""
         assert self._static is not None and self._results is not None
-        # prompt logprobs want more rows than there are requests
+        # prompt logprobs need more rows of logits than there are requests
         if inputs.meta.logits_rows.shape != self._static.meta.logits_rows.shape:
             return False
         return inputs.previous_ids is None or len(inputs.previous_ids) <= len(self._results.ids)
 
-    def _take(self, inputs: StepInputs) -> None:
-        """Copy what this step reads to where the graphs read it."""
+    def _copy_inputs(self, inputs: StepInputs) -> None:
+        """Copy the step's inputs into the buffers that the graphs read."""
         assert self._static is not None
-        self._take_previous(inputs)
+        self._copy_previous(inputs)
         targets: dict[torch.dtype, list[torch.Tensor]] = {}
         sources: dict[torch.dtype, list[torch.Tensor]] = {}
         pairs = zip(_leaves(self._static), _leaves(inputs), strict=True)
         for place, (target, source) in enumerate(pairs):
-            if self._given.get(place) is source:
+            if self._copied.get(place) is source:
                 continue
             if target.shape != source.shape or target.dtype != source.dtype:
                 raise BackendError(
                     "shape",
                     f"input {place} of a step of {self._bucket} is {source.dtype} "
-                    f"{list(source.shape)}, it was captured with {target.dtype} "
-                    f"{list(target.shape)}",
+                    f"{list(source.shape)}, but {target.dtype} {list(target.shape)} was captured",
                 )
-            self._given[place] = source
+            self._copied[place] = source
             targets.setdefault(target.dtype, []).append(target)
             sources.setdefault(target.dtype, []).append(source)
         for dtype, many in targets.items():
             torch._foreach_copy_(many, sources[dtype])  # one launch for all of them
 
-    def _take_previous(self, inputs: StepInputs) -> None:
-        """Ids that the step before drew: mostly they are where the graphs read them already."""
+    def _copy_previous(self, inputs: StepInputs) -> None:
+        """Copy the previous step's ids, unless they already are in the buffer of the graphs."""
         assert self._static is not None and self._results is not None
         rows = self._static.previous_rows
         assert rows is not None
@@ -281,25 +282,25 @@ class CapturedStep:
 
 
 _CAPTURE_MODE = "thread_local"
-"""What other threads do meanwhile (a health probe) does not break the capture."""
+"""Calls of other threads (a health probe) do not break the capture."""
 
-_DRAWN_BY = ("temperature", "top_k", "top_p", "min_p", "seed", "position")
+_CAPTURED_PARAMS = ("temperature", "top_k", "top_p", "min_p", "seed", "position")
 
 
 def _is_plain(params: SampleParams) -> bool:
-    """True if the captured draw covers it."""
+    """True if the captured sampling covers `params`."""
     rare = (params.penalties, params.bias, params.allowed, params.targets, params.num_logprobs)
     return all(x is None for x in rare)
 
 
 def _plain(params: SampleParams) -> SampleParams:
-    """The kind of draw that covers all plain ones."""
-    columns = {name: getattr(params, name) for name in _DRAWN_BY}
+    """Parameters to capture sampling with, which cover every plain case."""
+    columns = {name: getattr(params, name) for name in _CAPTURED_PARAMS}
     return SampleParams(**columns, is_greedy=False, has_filters=True)
 
 
 def _copies(inputs: StepInputs) -> StepInputs:
-    """The same, in memory of its own."""
+    """Copy the inputs, with new memory for every tensor."""
     return cast(StepInputs, _with_own_tensors(inputs))
 
 
@@ -317,7 +318,7 @@ def _with_own_tensors(value: Any) -> Any:
 
 
 def _leaves(inputs: StepInputs) -> list[torch.Tensor]:
-    """Every tensor that the graphs read, but for the ids of the step before; in a fixed order."""
+    """Tensors that the graphs read, in a fixed order; without the previous step's ids."""
     meta, sample = inputs.meta, inputs.sample
     leaves = [
         inputs.token_ids,
@@ -328,7 +329,7 @@ def _leaves(inputs: StepInputs) -> list[torch.Tensor]:
         meta.block_table,
         meta.logits_rows,
     ]
-    leaves += [getattr(sample, name) for name in _DRAWN_BY]
+    leaves += [getattr(sample, name) for name in _CAPTURED_PARAMS]
     if meta.token_types is not None:
         leaves.append(meta.token_types)
     leaves.extend(_tensors(meta.plan))
@@ -336,7 +337,7 @@ def _leaves(inputs: StepInputs) -> list[torch.Tensor]:
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    """Those in what `prepare` made, in a fixed order."""
+    """Tensors in the result of `prepare`, in a fixed order."""
     if isinstance(value, torch.Tensor):
         yield value
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):

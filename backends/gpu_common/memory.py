@@ -1,4 +1,4 @@
-"""What is free on the device, and the most that something takes of it."""
+"""Free memory of the device, and the peak use of a piece of work."""
 
 from __future__ import annotations
 
@@ -10,24 +10,27 @@ from portalm_backends.gpu_common.device import Gpu
 
 
 def memory(gpu: Gpu) -> MemInfo:
-    """Bytes of the device's own memory; what torch's allocator keeps for later is free."""
+    """Total and free bytes of the device; memory that torch's allocator caches counts as free."""
     free, total = gpu.memory()
     return MemInfo(total=total, free=free, host_shared=False)
 
 
 @contextmanager
 def peak(gpu: Gpu) -> Iterator[Callable[[], int]]:
-    """Most bytes of live tensors, above the start, by a call of what this yields."""
+    """Yield a function that returns the peak of live tensors, in bytes above the start.
+
+    After the context it returns the peak within the context.
+    """
     start = gpu.allocated()
     gpu.reset_peak()
-    at_the_end: int | None = None
+    final: int | None = None
 
     def used() -> int:
-        if at_the_end is not None:
-            return at_the_end
+        if final is not None:
+            return final
         return max(0, gpu.peak_allocated() - start)
 
     try:
         yield used
     finally:
-        at_the_end = used()
+        final = used()

@@ -1,13 +1,13 @@
-"""The native kernels (csrc_cuda, csrc_rocm) and how they are called.
+"""Launchers of the native kernels (csrc_cuda, csrc_rocm).
 
-They are built into the wheel where a compiler for them was found; without them Triton does it all.
-Where they are there they do what has one launch more in Triton, or costs the host more:
+The wheel contains them if a compiler was found when it was built; otherwise Triton kernels do all
+the work. They are used where Triton needs another launch or costs the host more time:
 
-- blocks are copied in all layers at once, between steps, where nothing hides the host's cost
-- keys are rotated and written: a step that is not captured is spared Triton's launcher
-- decodes too few to fill the device: a context that is split is merged in the same launch; with
-  more requests Triton's tensor cores are the better road
-- tokens are drawn: the search of a threshold by histograms in shared memory, which Triton lacks
+- block copies of all layers at once: they run between steps, where nothing hides the host's time
+- rotating and writing keys: in steps that are not captured, this avoids Triton's launch overhead
+- decodes of too few requests to fill the device: split contexts are merged in the same launch. With
+  more requests, Triton's kernel is faster because it uses tensor cores
+- sampling: thresholds are searched with histograms in shared memory, which Triton does not have
 """
 
 from __future__ import annotations
@@ -25,39 +25,40 @@ from portalm.backend import AttentionSpec, SampleOutput, SampleParams
 from portalm_backends.portable import sampling
 
 DTYPES = {torch.float16: 0, torch.bfloat16: 1}
-"""How the kernels name a dtype (csrc_cuda/arguments.h)."""
+"""The kernels' numbers of dtypes (csrc_cuda/arguments.h)."""
 
 DECODE_HEAD_SIZES = frozenset({64, 128})
 DECODE_GROUP_SIZE = 4
-"""Most query heads of a KV head: with more, products without tensor cores outlast the reads."""
+"""Most query heads per KV head: with more, computing without tensor cores takes longer than
+reading the cache."""
 
 ITEM_FIELDS = 5
-"""Request; first token; end; its request's first item; how many it has, 0: padding
+"""Request; first token; end; first item of the request; number of its items, 0: padding
 (csrc_cuda/arguments.h, DecodeItem)."""
 
 ITEM_ALIGNMENT = 16
-"""Tokens: where a stretch of a context may begin (csrc_cuda/decode_attention.cuh)."""
+"""Items start at multiples of this many tokens (csrc_cuda/decode_attention.cuh)."""
 
 
 def missing(vendor: str, arch: str) -> str | None:
-    """What keeps the native kernels from running on this architecture; None: nothing.
+    """Reason why the native kernels cannot run on this architecture; None if they can.
 
     Args:
         vendor: "cuda" or "rocm".
-        arch: as the vendor's compiler names it: "sm_90", "gfx942".
+        arch: compiler name of the architecture: "sm_90", "gfx942".
     """
     try:
         module = importlib.import_module(f"portalm_backends._{vendor}")
     except ImportError:
         tool = "nvcc" if vendor == "cuda" else "a clang with amdgcn, and lld"
-        return f"they were not built: no {tool} was found when PortaLM was installed"
+        return f"they were not built, because {tool} was not found when PortaLM was installed"
     if vendor == "rocm" and not _code_object(module, arch).exists():
         return f"they were not built for {arch}"
     return None
 
 
 def load(vendor: str, arch: str) -> NativeKernels:
-    """The kernels, ready to be launched; call where `missing` finds nothing."""
+    """Load the kernels; call only if `missing` returns None."""
     module = importlib.import_module(f"portalm_backends._{vendor}")
     if vendor == "rocm":
         module.load(str(_code_object(module, arch)))
@@ -65,12 +66,12 @@ def load(vendor: str, arch: str) -> NativeKernels:
 
 
 def _code_object(module: Any, arch: str) -> Path:
-    """The file for one architecture, beside the module. Names may have features: gfx942:xnack-."""
+    """The kernels' file for an architecture, whose name may have features: gfx942:xnack-."""
     return Path(module.__file__).parent / "_rocm_kernels" / f"{arch.split(':')[0]}.hsaco"
 
 
 def has_decodes(spec: AttentionSpec) -> bool:
-    """Whether there is a decode attention for layers of this kind."""
+    """True if the native decode attention supports layers of this kind."""
     group = spec.num_heads // spec.num_kv_heads
     has_own_values = spec.value_size is None
     return has_own_values and spec.head_size in DECODE_HEAD_SIZES and group <= DECODE_GROUP_SIZE
@@ -83,19 +84,19 @@ def plan_decodes(
     window: int | None = None,
     min_tokens: int = 256,
 ) -> npt.NDArray[np.int32]:
-    """[max_items, ITEM_FIELDS]: stretches of contexts, of about the same length; then padding.
+    """Split contexts into items of about equal length: [max_items, ITEM_FIELDS], then padding.
 
     Args:
-        seq_lens: context length of each request, 0 for pad requests.
-        max_items: rows of the result; at least as many as there are requests.
-        window: tokens that a query sees, itself included; None: all.
-        min_tokens: a stretch shorter than this is not worth its merge.
+        seq_lens: context length of each request, 0 for padding requests.
+        max_items: rows of the result; at least the number of requests.
+        window: window size including the query token itself; None: unlimited.
+        min_tokens: least length of an item; merging shorter ones costs more than it saves.
     """
     first = np.maximum(seq_lens - window, 0) if window else np.zeros_like(seq_lens)
     first = first // ITEM_ALIGNMENT * ITEM_ALIGNMENT
     lengths = np.maximum(seq_lens - first, 0)
     spare = max_items - np.count_nonzero(lengths)
-    # with stretches of this length there are at most `spare` more than one for each request
+    # with items of this length, splitting adds at most `spare` items to one per request
     length = max(int(-(-lengths.sum() // max(spare, 1))), min_tokens)
     length = -(-length // ITEM_ALIGNMENT) * ITEM_ALIGNMENT
     counts = -(-lengths // length)
@@ -118,21 +119,24 @@ def plan_decodes(
 
 
 class NativeKernels:
-    """The launchers, called with tensors. Nothing here waits for the device."""
+    """Launches the native kernels on tensors. No method waits for the device."""
 
     def __init__(self, module: Any, stream: Callable[[], int]) -> None:
-        """`module`: portalm_backends._cuda or ._rocm; `stream` gives the one that torch uses."""
+        """Use `module`, portalm_backends._cuda or ._rocm, and the stream that `stream` returns."""
         self._module = module
         self._stream = stream
 
-    # -- what they take -----------------------------------------------------------------------
+    # -- supported arguments ------------------------------------------------------------------
 
     @staticmethod
     def writes(kv: torch.Tensor, key: torch.Tensor, num_rotated: int = 0) -> bool:
-        """Whether `kv_write` takes keys [T, H_kv, D] and values into this cache.
+        """True if `kv_write` can write keys [T, H_kv, D] and values to this cache.
 
-        `num_rotated`: dimensions that lie side by side and are rotated alike, half of those that
-        are rotated, all where pairs are neighbours.
+        Args:
+            kv: [L, NB, H_kv, 2, B, D]
+            key: [T, H_kv, D]
+            num_rotated: contiguous dimensions that a vector of the rotation may span: rotary_dim
+                if pairs are adjacent, else half of it; 0: no rotation.
         """
         size, has_values = key.shape[2], kv.shape[3] == 2
         is_plain = kv.dtype == key.dtype and key.dtype in DTYPES
@@ -140,14 +144,14 @@ class NativeKernels:
 
     @staticmethod
     def decodes(kv: torch.Tensor, query: torch.Tensor) -> bool:
-        """Whether `decode_attention` takes [S, H, D] over a cache [L, NB, H_kv, 2, B, D]."""
+        """True if `decode_attention` supports query [S, H, D] and cache [L, NB, H_kv, 2, B, D]."""
         is_plain = kv.dtype == query.dtype and query.dtype in DTYPES
         return is_plain and kv.shape[4] % ITEM_ALIGNMENT == 0
 
     # -- operations ---------------------------------------------------------------------------
 
     def kv_copy(self, cache: torch.Tensor, src: torch.Tensor, dst: torch.Tensor) -> None:
-        """Copy blocks src[i] to dst[i], int32 [N], in every layer of cache [L, NB, ...]."""
+        """Copy blocks src[i] to dst[i], int32 [N] each, in every layer of cache [L, NB, ...]."""
         layers = cache.shape[0]
         block_bytes = cache[0, 0].numel() * cache.element_size()
         self._module.kv_copy(
@@ -158,7 +162,7 @@ class NativeKernels:
     def kv_write(
         self, cache: torch.Tensor, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor
     ) -> None:
-        """Put key and value [T, H_kv, D] into slots int32 [T] of a layer [NB, H_kv, 2, B, D]."""
+        """Write key and value [T, H_kv, D] to slots int32 [T] of a layer [NB, H_kv, 2, B, D]."""
         self._module.kv_write(
             self._stream(), *_layer(key, cache), key.data_ptr(), key.stride(0), value.data_ptr(),
             value.stride(0), slots.data_ptr(), *key.shape, 0, 0, 0, 0, 0, 0, 0, 0,
@@ -176,7 +180,7 @@ class NativeKernels:
         *,
         is_interleaved: bool,
     ) -> torch.Tensor:
-        """`Backend.rope` and `Backend.kv_write` at once; the rotated query [T, H, D]."""
+        """Apply `Backend.rope` and `Backend.kv_write`; return the rotated query [T, H, D]."""
         rotated = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         self._module.kv_write(
             self._stream(), *_layer(key, cache), key.data_ptr(), key.stride(0), value.data_ptr(),
@@ -201,18 +205,18 @@ class NativeKernels:
         """Attention of one query token of each request over its context.
 
         Args:
-            cache: one layer, [NB, H_kv, 2, B, D]; it already holds this step.
-            query: [S, H, D], row i of request i.
+            cache: one layer, [NB, H_kv, 2, B, D]; it already holds this step's tokens.
+            query: [S, H, D], row i belongs to request i.
             block_table: int32 [S, MB]
-            seq_lens: int32 [S], 0 for pad requests, whose rows are left as they are.
-            items: int32 [N, 5], `plan_decodes` of these lengths.
-            workspace: of `decode_workspace`, for this many items and requests at least.
-            spec: of the layer.
-            slopes: float32 [H], where `spec` has slopes.
-            sinks: float32 [H], where `spec` has sinks.
+            seq_lens: int32 [S], 0 for padding requests.
+            items: int32 [N, 5], the result of `plan_decodes` for these lengths.
+            workspace: from `decode_workspace`, for at least this many items and requests.
+            spec: attention parameters of the layer.
+            slopes: float32 [H] if `spec` has ALiBi slopes.
+            sinks: float32 [H] if `spec` has sinks.
 
         Returns:
-            [S, H, D] in the dtype of `query`.
+            [S, H, D] in the dtype of `query`; rows of padding requests are not written.
         """
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         partials, counters = workspace
@@ -229,7 +233,7 @@ class NativeKernels:
     def decode_workspace(
         spec: AttentionSpec, max_items: int, max_requests: int, device: torch.device
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Memory for unfinished sums, and counters that are 0 between launches; layers share it."""
+        """Allocate partial sums, and counters that are 0 between launches; layers share both."""
         sums = max_items * spec.num_heads * (spec.head_size + 2)
         return (
             torch.empty(sums, dtype=torch.float32, device=device),
@@ -237,7 +241,7 @@ class NativeKernels:
         )
 
     def sample(self, logits: torch.Tensor, params: SampleParams) -> SampleOutput:
-        """Draw one token from each row of float32 logits [R, V], as `SampleParams` says."""
+        """Sample one token from each row of float32 logits [R, V] by `params`."""
         scores = sampling.adjust(logits, params)
         if scores.stride(1) != 1:
             scores = scores.contiguous()
@@ -252,7 +256,7 @@ class NativeKernels:
 
 
 def _layer(x: torch.Tensor, cache: torch.Tensor) -> tuple[int, ...]:
-    """A layer's cache [NB, H_kv, 2, B, D] as the launchers take it, after the dtype of `x`."""
+    """Launcher arguments for the dtype of `x` and a layer's cache [NB, H_kv, 2, B, D]."""
     ptr = cache.data_ptr()
     block, head, half, token, _ = cache.stride()
     return (

@@ -1,4 +1,4 @@
-"""Copies between host and device that nobody waits for before he must."""
+"""Asynchronous copies between host and device."""
 
 from __future__ import annotations
 
@@ -12,52 +12,59 @@ from portalm.errors import BackendError
 from portalm_backends.gpu_common.device import Event, Gpu, error_kind
 
 _ALIGNMENT = 16
-"""Bytes: where arrays of one transfer begin, so that kernels may read vectors."""
+"""Alignment in bytes of each array in a packed upload, so that kernels can load vectors."""
 
 
 class HostCopy:
-    """A copy to the host under way."""
+    """An asynchronous copy to the host."""
 
     def __init__(self, source: torch.Tensor, host: torch.Tensor, done: Event) -> None:
-        """Of `source`, which lives as long as this does, into pinned `host`, until `done`."""
+        """Track a copy of `source`, which is kept alive, to pinned `host`, complete at `done`."""
         self._source: torch.Tensor | None = source
         self._host = host
         self._done = done
 
     def done(self) -> bool:
-        """True once `result` would not wait, or would raise."""
+        """True if `result` would return or raise without waiting."""
         try:
             return self._done.query()
-        except RuntimeError:  # `result` says what
+        except RuntimeError:  # `result` raises it
             return True
 
     def result(self) -> npt.NDArray[np.generic]:
-        """The values; waits. Raises `BackendError` if the device failed before or in the copy."""
+        """Wait for the copy and return the values.
+
+        Raises:
+            BackendError: the device failed before or during the copy.
+        """
         try:
             self._done.synchronize()
         except RuntimeError as error:
-            # an error that comes late is one of a kernel that ran: the device does not recover
+            # a late error comes from a kernel that already ran: the device does not recover
             raise BackendError(error_kind(error) or "device_lost", str(error)) from error
         self._source = None
         return self._host.numpy()
 
 
 class Transfers:
-    """Uploads in order with the steps, downloads beside them.
+    """Uploads on the stream of the steps, downloads on a stream of their own.
 
-    Uploads are small, and a step cannot begin without them. Downloads run on a stream of their own,
-    behind what was enqueued when they began, while the next step runs.
+    Uploads are small, and a step cannot start without them. A download waits for the work that was
+    enqueued before it, and then runs in parallel with the next step.
     """
 
     def __init__(self, gpu: Gpu) -> None:
-        """Nothing is under way."""
+        """Create the stream for downloads."""
         self._gpu = gpu
         self._downloads = gpu.new_stream()
         self.last_download: Event | None = None
-        """Behind the last one: until then its source must not be written again."""
+        """End of the last download: its source must not be overwritten before."""
 
     def upload(self, arrays: Sequence[npt.NDArray[np.generic]]) -> list[torch.Tensor]:
-        """Each array on the device, in one transfer; the host may write its own again at once."""
+        """Copy the arrays to the device in one transfer.
+
+        The caller may overwrite its arrays immediately.
+        """
         starts, size = [], 0
         for array in arrays:
             starts.append(size)

@@ -16,38 +16,39 @@ from portalm.errors import BackendError
 from portalm_backends.portable.rounding import round_to
 
 QUANTIZATIONS = frozenset(QUANTIZED_FORMATS)
-"""What `pack` takes as it is, or rounds to, on every device."""
+"""Formats that `pack` accepts, or quantizes to, on every device."""
 
 FP8 = "fp8"
-"""What `pack` rounds to where the device multiplies float8 by rows and columns of their own scale
-(`kernels.fp8.dtype_of`)."""
+"""Format that `pack` also quantizes to on devices that multiply float8 with a scale per row and
+per column (`kernels.fp8.dtype_of`)."""
 
 
 @dataclass(slots=True)
-class FewBitWeight:
-    """A weight [N, K] of few bits: kernels/matmul.py multiplies activations as they are with it.
+class PackedQuantized:
+    """A quantized weight [N, K] in the layout of kernels/matmul.py; activations are not quantized.
 
-    Group by group of K, so that the rows of one program lie end to end.
+    The groups of K are the outermost dimension, so that the rows of one program are contiguous.
     """
 
     codes: torch.Tensor
-    """int8 [K / group, N, bytes of a group]: two codes of 4 bits a byte, the first one low; where
-    there are no minimums, two's complement: less the code that stands for 0."""
+    """int8 [K / group, N, bytes per group]. 4-bit codes are two per byte, the first in the low
+    half. Without minimums, codes are signed: the zero point is already subtracted."""
     scales: torch.Tensor
-    """float16 [K / group, N]; float32 where float16 has not all of its values, or not those of
-    the experts it is one of"""
+    """float16 [K / group, N]; float32 if float16 cannot represent all of them, or all of those
+    of another expert in the same layer."""
     minimums: torch.Tensor | None
-    """The same."""
+    """Same shape and rule for the dtype as `scales`; None if the format has no minimums."""
     bits: int
     """4 or 8"""
     group: int
+    """Columns that share a scale."""
     k: int
-    """Columns; the last group may have more, of zeros."""
+    """Columns of the weight; the last group may be padded with zeros beyond them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Fp8Weight:
-    """A weight [N, K] in float8: activations are rounded to float8 as well, row by row."""
+    """A weight [N, K] in float8; activations are quantized to float8 as well, per row."""
 
     values: torch.Tensor
     """[N, K] of a float8 dtype."""
@@ -55,27 +56,27 @@ class Fp8Weight:
     """float32 [1, N]"""
 
 
-GpuWeight = torch.Tensor | FewBitWeight | Fp8Weight
+GpuWeight = torch.Tensor | PackedQuantized | Fp8Weight
 
 
 class Parts(NamedTuple):
-    """What kernels are given of a weight [N, K]."""
+    """A weight [N, K] as the arguments of a kernel."""
 
     values: torch.Tensor
-    """[N, K], or codes of few bits."""
+    """[N, K], or the codes of `PackedQuantized`."""
     scales: torch.Tensor | None
     minimums: torch.Tensor | None
     bits: int
-    """4 or 8 for codes of few bits, 16 for floats of any size."""
+    """4 or 8 for codes, 16 for floats of any size."""
     group: int | None
-    """Columns that share a scale, of few bits."""
+    """Columns that share a scale; None for floats."""
     n: int
     k: int
 
 
 def parts_of(weight: GpuWeight) -> Parts:
-    """A packed weight, taken apart."""
-    if isinstance(weight, FewBitWeight):
+    """Split a packed weight into the arguments of a kernel."""
+    if isinstance(weight, PackedQuantized):
         codes, n = weight.codes, weight.codes.shape[1]
         return Parts(codes, weight.scales, weight.minimums, weight.bits, weight.group, n, weight.k)
     if isinstance(weight, Fp8Weight):
@@ -85,17 +86,17 @@ def parts_of(weight: GpuWeight) -> Parts:
 
 @dataclass(frozen=True, slots=True)
 class ExpertWeights:
-    """One weight [N, K] of each of E experts, alike but for their numbers, for kernels/moe.py.
+    """The weights [N, K] of E experts, equal in format, shape and dtypes, for kernels/moe.py.
 
-    They stay where each was packed: nothing is copied.
+    It holds addresses only: the weights stay in their own tensors.
     """
 
-    places: torch.Tensor
-    """int64 [3, E]: addresses of values, scales and minimums; 0 where there are none."""
+    addresses: torch.Tensor
+    """int64 [3, E]: addresses of values, scales and minimums; 0 if the format has none."""
     first: Parts
-    """The first expert's."""
+    """Weight of the first expert."""
     alignment: int
-    """All addresses are multiples of so many bytes."""
+    """All addresses are multiples of this many bytes."""
 
 
 def pack(
@@ -106,30 +107,30 @@ def pack(
     for_logits: bool = False,
     fp8: torch.dtype | None = None,
 ) -> GpuWeight:
-    """A linear weight [N, K] on `device`, as `Backend.pack` words it.
+    """Copy a linear weight [N, K] to `device` and quantize it if asked to; see `Backend.pack`.
 
     Args:
-        weight: on the host; of few bits, it keeps its codes whatever `quantization` says.
-        device: where it goes; all rounding is done there.
-        quantization: what a tensor is rounded to, one of `QUANTIZATIONS` or `FP8`.
-        for_logits: `logits` reads it: its products are not those of float8.
-        fp8: the device's float8, None if it has none.
+        weight: on the host; a `QuantizedWeight` keeps its codes and ignores `quantization`.
+        device: target; quantization runs there.
+        quantization: format to quantize a tensor to, one of `QUANTIZATIONS` or `FP8`.
+        for_logits: the weight is used by `logits`, which does not support `FP8`.
+        fp8: the device's float8 dtype, None if it cannot multiply float8.
 
     Raises:
-        BackendError: the shape, the device or `for_logits` does not go with `quantization`.
+        BackendError: the shape, the device or `for_logits` rules out `quantization`.
     """
     if isinstance(weight, QuantizedWeight):
-        return few_bits(_on(weight, device))
+        return pack_quantized(_on(weight, device))
     weight = weight.to(device).contiguous()
     if quantization is None:
         return weight
     if quantization == FP8 and not for_logits:
         return _as_fp8(weight, fp8)
     if quantization not in QUANTIZATIONS:
-        raise BackendError("unsupported", f"weights cannot be rounded to {quantization!r}")
+        raise BackendError("unsupported", f"cannot quantize this weight to {quantization!r}")
     columns = weight.shape[1]
-    whole = F.pad(weight, (0, -columns % QUANTIZED_FORMATS[quantization]))  # groups
-    return few_bits(round_to(whole, quantization), columns)
+    padded = F.pad(weight, (0, -columns % QUANTIZED_FORMATS[quantization]))  # to whole groups
+    return pack_quantized(round_to(padded, quantization), columns)
 
 
 def _on(weight: QuantizedWeight, device: torch.device) -> QuantizedWeight:
@@ -142,8 +143,8 @@ def _on(weight: QuantizedWeight, device: torch.device) -> QuantizedWeight:
     )
 
 
-def few_bits(weight: QuantizedWeight, k: int | None = None) -> FewBitWeight:
-    """`weight` in the layout of the kernels, with `k` columns (None: all)."""
+def pack_quantized(weight: QuantizedWeight, k: int | None = None) -> PackedQuantized:
+    """Convert `weight` to the layout of the kernels, with `k` columns (None: all)."""
     rows, columns = weight.codes.shape
     group = QUANTIZED_FORMATS[weight.format]
     bits = 8 if weight.format.startswith("int8") else 4
@@ -151,12 +152,12 @@ def few_bits(weight: QuantizedWeight, k: int | None = None) -> FewBitWeight:
         0, 1
     )  # [K / group, N, group]
     minimums, zero = weight.minimums, weight.zero
-    if bits == 8 and minimums is not None:  # codes have a sign there
+    if bits == 8 and minimums is not None:  # make the codes signed, as int8 is in the kernels
         minimums, zero = minimums + 128 * weight.scales, 128
-    codes = codes - zero  # uint8 wraps around: two's complement
+    codes = codes - zero  # uint8 wraps around, which gives two's complement
     if bits == 4:
         codes = (codes[..., 0::2] & 15) | (codes[..., 1::2] << 4)
-    return FewBitWeight(
+    return PackedQuantized(
         codes=codes.contiguous().view(torch.int8),
         scales=_by_group(weight.scales),
         minimums=None if minimums is None else _by_group(minimums),
@@ -167,53 +168,55 @@ def few_bits(weight: QuantizedWeight, k: int | None = None) -> FewBitWeight:
 
 
 def _by_group(x: torch.Tensor) -> torch.Tensor:
-    """float32 [N, K / group] as [K / group, N]: in float16 where that has all of its values."""
+    """Transpose float32 [N, K / group] to [K / group, N]; in float16 if that is lossless."""
     half = x.half()
     return (half if torch.equal(half.float(), x) else x).t().contiguous()
 
 
 def _as_fp8(weight: torch.Tensor, fp8: torch.dtype | None) -> Fp8Weight:
     if fp8 is None:
-        raise BackendError("unsupported", "this device does not multiply float8 by rows")
+        raise BackendError("unsupported", "this device cannot multiply float8 with a scale per row")
     if weight.dtype != torch.bfloat16:
         raise BackendError(
             "unsupported",
-            f"float8 products are bfloat16, the model is {weight.dtype}: use --dtype bfloat16",
+            f"float8 weights need a bfloat16 model, this one is {weight.dtype}: "
+            f"use --dtype bfloat16",
         )
     if weight.shape[0] % 16 or weight.shape[1] % 16:
         raise BackendError(
             "unsupported",
-            f"a weight {list(weight.shape)} cannot be float8: rows and columns come by 16",
+            f"a weight of shape {list(weight.shape)} cannot be float8: rows and columns must be "
+            f"multiples of 16",
         )
     wide = weight.float()
     scales = (wide.abs().amax(dim=1) / torch.finfo(fp8).max).clamp(min=1e-12)  # [N]
     return Fp8Weight((wide / scales[:, None]).to(fp8), scales[None, :])
 
 
-def together(
+def group_experts(
     weights: Sequence[GpuWeight], put: Callable[[npt.NDArray[np.int64]], torch.Tensor]
 ) -> ExpertWeights | None:
-    """Packed weights of experts as one; None if they are not of one kind and shape.
+    """Group the packed weights of experts for one launch; None if format, shape or dtypes differ.
 
-    They must live as long as what is returned. Of few bits, scales and minimums that are float32 in
-    some become float32 in all, in place: no number changes.
+    The weights must outlive the result. If scales or minimums are float32 in some of the experts,
+    those of the others are converted to float32 in place, which loses nothing.
 
     Args:
-        weights: of each expert.
-        put: a copy on the device.
+        weights: packed weight of each expert.
+        put: copies an array to the device.
     """
-    _widen([weight for weight in weights if isinstance(weight, FewBitWeight)])
+    _match_scale_dtypes([weight for weight in weights if isinstance(weight, PackedQuantized)])
     parts = [parts_of(weight) for weight in weights]
-    if len({_kind(part) for part in parts}) > 1:
+    if len({_signature(part) for part in parts}) > 1:
         return None
-    places = np.array(
+    addresses = np.array(
         [[0 if x is None else x.data_ptr() for x in part[:3]] for part in parts], np.int64
     )
-    alignment = 1 if (places % 16).any() else 16
-    return ExpertWeights(put(np.ascontiguousarray(places.T)), parts[0], alignment)
+    alignment = 1 if (addresses % 16).any() else 16
+    return ExpertWeights(put(np.ascontiguousarray(addresses.T)), parts[0], alignment)
 
 
-def _widen(weights: Sequence[FewBitWeight]) -> None:
+def _match_scale_dtypes(weights: Sequence[PackedQuantized]) -> None:
     if len({weight.scales.dtype for weight in weights}) > 1:
         for weight in weights:
             weight.scales = weight.scales.float()
@@ -222,7 +225,7 @@ def _widen(weights: Sequence[FewBitWeight]) -> None:
             weight.minimums = None if weight.minimums is None else weight.minimums.float()
 
 
-def _kind(part: Parts) -> tuple[Any, ...]:
-    """All that a kernel takes for granted."""
+def _signature(part: Parts) -> tuple[Any, ...]:
+    """Everything about a weight that the kernel assumes to be equal for all experts."""
     tensors = tuple(None if x is None else (x.dtype, x.shape) for x in part[:3])
     return (*tensors, *part[3:])

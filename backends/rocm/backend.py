@@ -1,4 +1,4 @@
-"""RocmBackend: AMD GPUs, by what backends/gpu_common has."""
+"""RocmBackend: AMD GPUs; the implementation is backends/gpu_common."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from portalm_backends.gpu_common.device import Gpu, TorchGpu
 
 
 class RocmBackend(GpuBackend):
-    """The first AMD GPU that this process sees."""
+    """One AMD GPU, by default the first that this process sees."""
 
     name = "rocm"
     rank = 100
@@ -18,16 +18,16 @@ class RocmBackend(GpuBackend):
     native_name = "rocm"
 
     def __init__(self, gpu: Gpu | None = None) -> None:
-        """Starts the device, unless `gpu` stands for one."""
+        """Start the first GPU, or use `gpu`: `TorchGpu(1)` is the second."""
         super().__init__(TorchGpu() if gpu is None else gpu)
 
     @classmethod
     def find(cls) -> DeviceReport:
-        """What is here, without starting it."""
+        """Report the AMD GPUs of this machine without starting them."""
         return find.find(
             maker="AMD",
             has_driver=find.exists("/dev/kfd", "/dev/dxg"),
-            driver_hint="load amdgpu with its compute driver (/dev/kfd is there then)",
+            driver_hint="load amdgpu with its compute driver (/dev/kfd should exist)",
             builds=find.torch_builds(),
             wanted="ROCm",
         )

@@ -62,7 +62,9 @@ def attention(backend: Any, run: Settings, dtype: torch.dtype) -> None:
         taken = seconds(backend, partial(backend.attend, kv, 0, query, meta, spec))
         num_bytes = 2 * count * context * kv_heads * size * dtype.itemsize
         tell(f"decode attention, {count} x {context}", num_bytes / taken / 1e12, "TB/s")
-        if getattr(meta.plan.get(spec), "stretches", None) is not None:  # the native kernel's share
+        if (
+            getattr(meta.plan.get(spec), "native_items", None) is not None
+        ):  # the native kernel's share
             from portalm_backends.gpu_common.attention import attend
 
             plan = meta.plan[spec]

@@ -1,10 +1,10 @@
-"""A GPU that is none: torch on the host, as late and as faulty as a device may be.
+"""A simulated GPU: torch on the host, with the delays and faults that a real device may have.
 
-Every torch operation under `FakeGpu.running()` is put on a stream: what it returns holds NaN until
-the stream gets there. Streams run when the host waits, in an order drawn by chance that only events
-restrict. A graph records operations with the memory they name, and runs them again on that memory.
-So a buffer written too early, an input that stayed behind, a wait that was forgotten and a value
-read too soon all show as wrong numbers.
+Every torch operation under `FakeGpu.running()` is enqueued on a stream, and its result holds NaN
+until the stream runs it. Streams run when the host waits, in a random order that only events
+restrict. A graph records operations with the memory they use, and a replay uses the same memory.
+So a buffer overwritten too early, an input that was not copied, a missing wait and a value read too
+soon all lead to wrong numbers.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 Work = Callable[[], None]
 
 _POISON = {torch.int32: -123_456_789, torch.int64: -123_456_789, torch.bool: True, torch.int8: -77}
-"""What an integer holds before its time; out of range as an index."""
+"""Values of integer results before they are computed; out of range as an index."""
 
 
 class SynchronizesInCapture(RuntimeError):
-    """A value was read on the host, or a shape depends on one, while a graph was captured."""
+    """A value was read on the host during a capture, or a shape depends on a value."""
 
 
 @dataclass(eq=False)
 class FakeEvent:
-    """Done when its stream has come past it."""
+    """An event, done once its stream has passed it."""
 
     gpu: FakeGpu
     is_done: bool = False
@@ -54,12 +54,12 @@ class FakeEvent:
 
 @dataclass(eq=False)
 class FakeStream:
-    """Work in order."""
+    """A queue of work that runs in order."""
 
     gpu: FakeGpu
     name: str
     work: deque[tuple[FakeEvent | None, Work]] = field(default_factory=deque)
-    """What it waits for, and what it does then."""
+    """Pairs of an event to wait for, or None, and the work."""
 
     def record_event(self) -> FakeEvent:
         event = FakeEvent(self.gpu)
@@ -83,26 +83,28 @@ class FakeStream:
 
 
 class FakeGraph:
-    """Operations and the memory they name."""
+    """Recorded operations and the memory they use."""
 
     def __init__(self, gpu: FakeGpu) -> None:
         self.gpu = gpu
         self.recorded: list[Work] = []
         self.num_bytes = 0
-        """Of what its operations return."""
+        """Bytes of the results of its operations."""
         gpu.graphs.add(self)
 
     def capture_begin(self, pool: Any, capture_error_mode: str) -> None:
-        assert self.gpu.recording is None, "a graph is being captured already"
-        assert self.gpu.current_stream() is not self.gpu.default, "the default stream"
-        assert pool.graphs or not pool.was_used, "a pool whose graphs are gone takes no others"
+        assert self.gpu.recording is None, "another graph is being captured"
+        assert self.gpu.current_stream() is not self.gpu.default, (
+            "cannot capture the default stream"
+        )
+        assert pool.graphs or not pool.was_used, "a pool cannot be reused after its last graph"
         pool.was_used = True
         pool.graphs.add(self)
         self.num_bytes = -self.gpu.bytes_made
         self.gpu.recording = self.recorded
 
     def capture_end(self) -> None:
-        assert self.gpu.recording is self.recorded, "another graph is being captured, or none"
+        assert self.gpu.recording is self.recorded, "this graph is not being captured"
         self.gpu.recording = None
         self.num_bytes += self.gpu.bytes_made
         self.gpu.num_captures += 1
@@ -116,7 +118,7 @@ class FakeGraph:
 
 
 class FakePool:
-    """Memory that graphs share, as torch's allocator sees it."""
+    """A memory pool of graphs, with the rules of torch's allocator."""
 
     def __init__(self) -> None:
         self.graphs: weakref.WeakSet[FakeGraph] = weakref.WeakSet()
@@ -124,7 +126,7 @@ class FakePool:
 
 
 class FakeGpu:
-    """What `portalm_backends.gpu_common.device.Gpu` asks for."""
+    """A simulated `portalm_backends.gpu_common.device.Gpu`."""
 
     handle = torch.device("cpu")
     runs_native = False
@@ -143,18 +145,18 @@ class FakeGpu:
         self.num_captures = self.num_replays = self.num_launches = self.num_waits = 0
         self.num_empty_caches = 0
         self.bytes_made = 0
-        """By operations, since `reset_peak`: nothing is ever given back."""
+        """Bytes of results since `reset_peak`; nothing is ever freed."""
         self.fail_launch: Callable[[int], Exception | None] = lambda number: None
-        """What launch of that number raises at once, as an allocator does."""
+        """Error that launch `number` raises immediately, like one of the allocator, or None."""
         self.fail_run: Callable[[int], Exception | None] = lambda number: None
-        """What launch of that number comes to when the device gets there: it is lost then."""
+        """Error of launch `number` when the device runs it, or None; the device is lost then."""
         self.lost: Exception | None = None
         self._shapes: dict[Any, Any] = {}
-        """What operations return, by their arguments without values."""
+        """Results of operations without values, by operation and arguments."""
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Within it torch computes on this device; `cpu()` waits for it, and leaves it."""
+        """Context in which torch computes on this device; `cpu()` waits and copies to the host."""
         cpu, from_numpy = self._cpu, self._from_numpy = torch.Tensor.cpu, torch.from_numpy
 
         def to_host(x: torch.Tensor) -> torch.Tensor:
@@ -172,8 +174,8 @@ class FakeGpu:
             torch.Tensor.cpu, torch.from_numpy = cpu, from_numpy  # type: ignore[method-assign]
 
     @contextmanager
-    def aside(self) -> Iterator[None]:
-        """Within it, inside of `running`, torch computes on the host at once."""
+    def on_host(self) -> Iterator[None]:
+        """Context inside `running` in which torch computes on the host, immediately."""
         cpu, from_numpy = torch.Tensor.cpu, torch.from_numpy
         torch.Tensor.cpu, torch.from_numpy = self._cpu, self._from_numpy  # type: ignore[method-assign]
         try:
@@ -254,7 +256,7 @@ class FakeGpu:
         self._current.work.append((None, run))
 
     def advance(self) -> bool:
-        """Run one piece of work of any stream that can; False if none can."""
+        """Run the next work of a random stream that is ready; False if none is."""
         ready = [stream for stream in self.streams if stream.can_run]
         if not ready:
             return False
@@ -276,14 +278,14 @@ class FakeGpu:
     # -- launching ----------------------------------------------------------------------------
 
     def launch(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Put a torch operation on the current stream; what it will return."""
+        """Enqueue a torch operation on the current stream; return its future result."""
         inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-        if func is torch.ops.aten.index.Tensor:  # a list as an index is a tensor by now
+        if func is torch.ops.aten.index.Tensor:  # torch already converted list indices to tensors
             inputs = inputs[:1]
         if inputs and all(hasattr(x, "is_on_host") for x in inputs):
             return tree_map(_on_host, func(*args, **kwargs))
         if any(x.device.type == "meta" for x in inputs) or _is_meta(kwargs.get("device")):
-            return func(*args, **kwargs)  # shapes alone are on no device
+            return func(*args, **kwargs)  # meta tensors have no values to compute
         if func.is_view or func is torch.ops.aten.lift_fresh.default:
             return func(*args, **kwargs)
         if func._schema.is_mutable:
@@ -293,7 +295,7 @@ class FakeGpu:
             return kwargs["out"] if "out" in kwargs else args[0]
         try:
             out = tree_map(_poisoned, self._on_meta(func, args, kwargs))
-        except RuntimeError as error:  # its shape depends on values: the host waits
+        except RuntimeError as error:  # the result's shape depends on values: the host waits
             if self.is_capturing:
                 raise SynchronizesInCapture(f"{func} in a capture") from error
             self.num_waits += 1
@@ -312,7 +314,7 @@ class FakeGpu:
         return out
 
     def _on_meta(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """What `func` returns, without its values."""
+        """Result of `func` as meta tensors, which have no values."""
         leaves, tree = tree_flatten((args, kwargs))
         key = (func, str(tree), *(_kind(x) for x in leaves))
         if key not in self._shapes:
@@ -322,7 +324,7 @@ class FakeGpu:
 
 
 class _Launches(TorchDispatchMode):
-    """Every operation of torch goes to a device."""
+    """Sends every torch operation to the device."""
 
     def __init__(self, gpu: FakeGpu) -> None:
         super().__init__()
@@ -337,14 +339,14 @@ def _is_meta(device: Any) -> bool:
 
 
 def _on_host(x: Any) -> Any:
-    """`x`, no longer of the device: what is made of it is computed at once."""
+    """Mark `x` as a host tensor: operations on it run immediately."""
     if isinstance(x, torch.Tensor):
         x.is_on_host = True  # type: ignore[attr-defined]
     return x
 
 
 def _kind(x: Any) -> Any:
-    """All of an argument that shapes may depend on."""
+    """Everything about an argument that the result's shape may depend on."""
     if isinstance(x, torch.Tensor):
         return (x.dtype, *x.shape, "/", *x.stride())
     return (type(x), x)

@@ -1,6 +1,7 @@
 """The GPU backends on CPU tensors, with their kernels in Triton's interpreter.
 
-float32 and float16 only: the interpreter multiplies the bits of bfloat16.
+Only float32 and float16: the interpreter computes bfloat16 products wrongly, as if the bits were
+integers.
 """
 
 from __future__ import annotations
@@ -23,18 +24,21 @@ from tests.gpu.fake_device import FakeGpu
 complete = pytest.mark.gpu_interpreted
 
 MODELS = frozenset({"llama", "qwen3", "gemma3", "mixtral", "deepseek v3", "modernbert"})
-"""Of the kit's models those that are interpreted: the kinds of layers. Each takes minutes."""
+"""Models of the kit that are interpreted: one per kind of layer, as each takes minutes."""
 
 
 def some(values: Iterable[Any], is_usual: Callable[[Any], bool]) -> list[Any]:
-    """Parameters of a test: the usual ones in every run, all others under `gpu_interpreted`."""
+    """Mark parameters of a test that are not usual, to run them only under `gpu_interpreted`."""
     return [value if is_usual(value) else pytest.param(value, marks=complete) for value in values]
 
 
 @contextmanager
 def interpreted(gpu: FakeGpu) -> Iterator[None]:
-    """Within it torch and Triton compute on `gpu`: launches are late, recorded and replayed as
-    torch's operations are. What the kit compares with is computed aside."""
+    """Context in which torch and Triton compute on `gpu`.
+
+    Kernel launches are delayed, recorded and replayed like torch operations. The kit's references
+    are computed on the host.
+    """
     launch, references = interpreter.GridExecutor.__call__, (oracle.forward, oracle.encode)
 
     def enqueue(executor: Any, *args: Any, **kwargs: Any) -> None:
@@ -43,7 +47,7 @@ def interpreted(gpu: FakeGpu) -> Iterator[None]:
     def on_host(function: Any) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
             gpu.drain()
-            with gpu.aside():
+            with gpu.on_host():
                 return function(*args, **kwargs)
 
         return call
@@ -59,20 +63,20 @@ def interpreted(gpu: FakeGpu) -> Iterator[None]:
 
 
 def interpreted_backend(gpu: FakeGpu) -> CudaBackend | RocmBackend:
-    """The backend for `gpu.arch`, which claims no more than the interpreter can do."""
+    """The backend for `gpu.arch`, whose capabilities are limited to those of the interpreter."""
     backend = CudaBackend(gpu) if gpu.arch.startswith("sm_") else RocmBackend(gpu)
     backend.capabilities = _interpretable(backend.capabilities)
     return backend
 
 
 class InterpretedBackend(CudaBackend):
-    """Any architecture's kernels, each launch computed at once: what a test of operations needs."""
+    """Kernels for any architecture, each launch computed immediately, for tests of operations."""
 
     name = "interpreted"
     archs = CUDA | ROCM
 
     def __init__(self, arch: str = "sm_90", buckets: Sequence[Bucket] | None = None) -> None:
-        """With the tiles of `arch`, and steps padded to `buckets`."""
+        """Use the tile sizes of `arch`, and pad steps to `buckets`."""
         super().__init__(FakeGpu(arch=arch))
         self.capabilities = _interpretable(self.capabilities)
         self._buckets = buckets
@@ -84,7 +88,7 @@ class InterpretedBackend(CudaBackend):
 
 
 def _interpretable(claims: Capabilities) -> Capabilities:
-    """bfloat16 is not: its bits are multiplied."""
+    """The capabilities without bfloat16, which the interpreter computes wrongly."""
     return replace(
         claims, dtypes=claims.dtypes - {"bfloat16"}, kv_dtypes=claims.kv_dtypes - {"bfloat16"}
     )

@@ -1,7 +1,7 @@
-"""What each GPU kernel takes of each target, and the table of what it may: kernel_budgets.json.
+"""Compile every GPU kernel for every target and compare its resources with kernel_budgets.json.
 
-`python -m tests.gpu.kernel_budgets --write` compiles all and writes the table anew; without
-`--write` it prints what differs and fails. Nothing is run.
+`python -m tests.gpu.kernel_budgets` prints the resources of each kernel and fails if one is over
+its budget; with `--write` it rewrites the table instead. Nothing is run on a GPU.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Budgets = dict[str, dict[str, dict[str, int]]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Launch:
-    """A kernel with the types and constants of one of its launches."""
+    """A kernel with the argument types, constants and options of one launch."""
 
     kernel: Any
     signature: dict[str, str]
@@ -90,7 +90,7 @@ def _attention(
     codes: int = 0,
     has_all: bool = False,
 ) -> Launch:
-    """`attention.attend` of a decode (narrow) or a prompt (wide)."""
+    """`attention.attend` for a decode (narrow) or a prompt (wide)."""
     torch_dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
     family = attention.family_of(target)
     shape = attention.tile_shape(kind, family, torch_dtype, head_size, group, codes != 0)
@@ -143,7 +143,7 @@ def _merge(target: str) -> Launch:
 
 
 def _rows(*names: str) -> dict[str, str]:
-    """Types of tensors whose rows lie apart."""
+    """Types of tensors and their row strides."""
     strides = {f"{name}_stride": "i32:16" for name in names}
     return dict.fromkeys(names, "*bf16") | strides
 
@@ -258,13 +258,13 @@ LAUNCHES: dict[str, Callable[[str], Launch]] = {
     "attention, prefill, fp8 cache": lambda t: _attention(t, "wide", codes=FP8),
     "cache, write codes": lambda t: _write(t, codes=FP8),
 }
-"""By name: how a kernel is launched on a target."""
+"""Functions from a target to the kernel's launch there, by name."""
 
 FP8_TARGETS = ("sm_90", "sm_100", "gfx950")
-"""Targets whose instructions have the 8-bit floats that checkpoints have."""
+"""Targets whose instructions support the 8-bit floats that checkpoints use."""
 
 LATENT = {"head_size": 576, "value_size": 512, "group": 16}
-"""DeepSeek's attention, 16 query heads of 128 in a program."""
+"""DeepSeek's attention: 16 of its 128 query heads per program."""
 
 LATENT_LAUNCHES: dict[str, Callable[[str], Launch]] = {
     "attention, decode, latent": lambda t: _attention(t, "narrow", **LATENT),
@@ -272,11 +272,11 @@ LATENT_LAUNCHES: dict[str, Callable[[str], Launch]] = {
 }
 
 LATENT_TARGETS = ("sm_90", "gfx942")
-"""Where latent attention is measured: one of each maker."""
+"""Targets on which latent attention is compiled: one per maker."""
 
 
 def launches(target: str) -> dict[str, Callable[[str], Launch]]:
-    """All that is measured for a target."""
+    """All launches that are compiled for a target."""
     operations = OPERATIONS | (FP8_OPERATIONS if target in FP8_TARGETS else {})
     found = LAUNCHES | {name: partial(_same, how) for name, how in operations.items()}
     of_experts = EXPERTS | (FP8_EXPERTS if target in FP8_TARGETS else {})
@@ -285,24 +285,24 @@ def launches(target: str) -> dict[str, Callable[[str], Launch]]:
 
 
 def _same(how: dict[str, Any], target: str) -> Launch:
-    """Launched alike on every target."""
+    """A launch that is the same on every target."""
     return Launch(**how)
 
 
 def _experts(how: dict[str, Any], target: str) -> Launch:
-    """A product of experts, in the shape that the target takes."""
+    """A product of experts, with the tile sizes for the target."""
     return Launch(**experts(target, **how))
 
 
 def measure(target: str, name: str) -> dict[str, int]:
-    """Registers, shared bytes, spills and programs a multiprocessor of one kernel."""
+    """Compile one kernel; return registers, shared bytes, spills and occupancy."""
     return dataclasses.asdict(launches(target)[name](target).compile(target).resources)
 
 
 def over_budget(target: str, name: str, taken: dict[str, int]) -> list[str]:
-    """What is more than the table allows: 8 registers and an eighth of shared memory are slack.
+    """Describe each resource above its budget, with a slack of 8 registers and 1/8 shared memory.
 
-    Another release of the compiler allocates a little differently; spills have no slack.
+    The slack allows for other compiler releases; spills have none.
     """
     allowed = json.loads(TABLE.read_text())[name][target]
     limits = {
@@ -318,11 +318,11 @@ def over_budget(target: str, name: str, taken: dict[str, int]) -> list[str]:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--write", action="store_true", help="write the table")
+    parser.add_argument("--write", action="store_true", help="rewrite the table")
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=TARGETS)
-    parser.add_argument("--only", default="", help="kernels whose name contains this")
+    parser.add_argument("--only", default="", help="only kernels whose name contains this")
     arguments = parser.parse_args()
     table: Budgets = json.loads(TABLE.read_text()) if TABLE.exists() else {}
     failures: list[str] = []

@@ -1,4 +1,4 @@
-"""How kernels of operations are launched on a target, as kernel_budgets compiles them."""
+"""Launches of the operations' kernels, which kernel_budgets compiles for each target."""
 
 from __future__ import annotations
 
@@ -164,13 +164,13 @@ VALUES = {
     "fp32": (_FLOAT, torch.float32),
     "fp8": ("*fp8e4nv", torch.float8_e4m3fn),
 }
-"""Of experts: a pointer's type and torch's; others are codes of few bits."""
+"""Types of experts' values, as Triton pointer and torch dtype; all others are quantized codes."""
 
 
 def experts(
     target: str, rows: int, form: str = "bf16", *, is_gated: bool = True, has_all: bool = False
 ) -> dict[str, Any]:
-    """A launch of `moe.product`; `has_all`: gpt-oss' biases and clamped gate."""
+    """A launch of `moe.product`; `has_all`: with the biases and the clamped gate of gpt-oss."""
     pointer, dtype = VALUES.get(form, ("*i8", torch.int8))
     family = attention.family_of(target)
     shape = moe.launch_shape(rows, dtype, family, is_gated=is_gated)
@@ -186,7 +186,7 @@ def experts(
         "values_ptr": pointer,
         "x_ptr": pointer if form == "fp8" else computed,
         "x_scales_ptr": _FLOAT,
-        "places_ptr": _LONG,
+        "addresses_ptr": _LONG,
     }
     constants = {
         "GROUP": shape.columns if is_float else QUANTIZED_FORMATS[form],
@@ -201,7 +201,7 @@ def experts(
         "ROWS": rows,
         "BLOCK_N": shape.block_n,
     }
-    if is_gated:  # a token's row is read for each of its choices
+    if is_gated:  # several choices read the same row of x
         types["choices_per_row"] = "i32"
     else:
         constants["choices_per_row"] = 1
@@ -225,7 +225,7 @@ def _launch(
 
 
 OPERATIONS: dict[str, dict[str, Any]] = _sampling() | _layers() | _products() | _sorting()
-"""By name: what `kernel_budgets.Launch` is made of, the same on every target."""
+"""Arguments of `kernel_budgets.Launch` by name, equal for all targets."""
 
 EXPERTS: dict[str, dict[str, Any]] = {
     **{f"moe, {rows} rows": {"rows": rows} for rows in (16, 64, 128)},
@@ -244,7 +244,7 @@ EXPERTS: dict[str, dict[str, Any]] = {
     "moe, fp32, 16 rows": {"rows": 16, "form": "fp32"},
     "moe, fp32, 128 rows": {"rows": 128, "form": "fp32"},
 }
-"""By name: arguments of `experts`. Those of few bits and without another word: gate and up."""
+"""Arguments of `experts` by name; unless the name says "down", the weights are gate and up."""
 
 FP8_EXPERTS = {f"moe, fp8, {rows} rows": {"rows": rows, "form": "fp8"} for rows in (16, 128)}
 
@@ -261,4 +261,4 @@ FP8_OPERATIONS = {
         8,
     )
 }
-"""Those of targets that have 8-bit floats of the kind in checkpoints."""
+"""Launches for targets with the 8-bit floats that checkpoints use."""

@@ -1,5 +1,4 @@
-"""GpuBackend with attention in plain torch that a graph can hold: quick where a test is not about
-kernels."""
+"""GpuBackend with plain torch operations that a graph can record, for tests not about kernels."""
 
 from __future__ import annotations
 
@@ -20,7 +19,7 @@ from portalm_backends.portable.backend import TorchBackend
 
 
 class PlainGpu(GpuBackend):
-    """Nothing in its steps is read on the host."""
+    """A GPU backend whose steps are fast on the CPU and never read a value on the host."""
 
     name = "plain"
     archs = CUDA
@@ -70,7 +69,7 @@ class PlainGpu(GpuBackend):
         spec: AttentionSpec,
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Every token over all slots of its request's table; what it may not see is left out."""
+        """Attend each token to all slots of its request's table, then mask later positions."""
         num_tokens = len(query)
         token = torch.arange(num_tokens, dtype=torch.int32)
         request = torch.searchsorted(meta.query_start_loc[1:], token, right=True)
@@ -79,8 +78,8 @@ class PlainGpu(GpuBackend):
         key, value = (
             kv[layer, i][tables].flatten(1, 2).float() for i in range(2)
         )  # [T, MB B, H_kv, D]
-        place = torch.arange(key.shape[1], dtype=torch.int32)
-        is_seen = place <= meta.positions[:, None]  # [T, MB B]
+        position = torch.arange(key.shape[1], dtype=torch.int32)
+        is_seen = position <= meta.positions[:, None]  # [T, MB B]
         key, value = (x.masked_fill(~is_seen[:, :, None, None], 0.0) for x in (key, value))
         group = spec.num_heads // spec.num_kv_heads
         key, value = (x.repeat_interleave(group, dim=2) for x in (key, value))

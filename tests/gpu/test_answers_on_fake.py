@@ -1,4 +1,4 @@
-"""Answers that end, or are bound, by their text, while the next step is in flight on a late GPU."""
+"""Stop strings and grammars while the next step is already in flight on a late simulated GPU."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FEW_BLOCKS = {
     "num_gpu_blocks_override": 13,
     "enable_prefix_caching": False,
 }
-"""So that requests are preempted."""
+"""Settings with too few blocks, so that requests are preempted."""
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def sampling(seed: int, **more: Any) -> SamplingParams:
 
 @pytest.fixture(scope="module")
 def asked(folder: Path) -> Iterator[tuple[dict[str, list[SamplingParams]], dict[str, Any]]]:
-    """By kind: what is asked of each prompt, and what the reference answers."""
+    """Sampling parameters of each prompt, and the reference's answers, by kind."""
     llm = make_llm(folder, ReferenceBackend())
 
     def answer(params: list[SamplingParams]) -> list[RequestOutput]:
@@ -56,7 +56,7 @@ def asked(folder: Path) -> Iterator[tuple[dict[str, list[SamplingParams]], dict[
 
     free = [output.outputs[0].text for output in answer([sampling(i) for i in range(4)])]
     kinds = {
-        # every other answer has none: it goes on beside those that end
+        # every other answer has none and continues while the others end
         "stop strings": [
             sampling(i, stop=[text[4 + i : 6 + i]] if i % 2 else None)
             for i, text in enumerate(free)
@@ -66,10 +66,10 @@ def asked(folder: Path) -> Iterator[tuple[dict[str, list[SamplingParams]], dict[
             for i in range(4)
         ],
     }
-    yield kinds, {kind: told(answer(params)) for kind, params in kinds.items()}
+    yield kinds, {kind: summaries(answer(params)) for kind, params in kinds.items()}
 
 
-def told(outputs: list[RequestOutput]) -> list[tuple[Any, ...]]:
+def summaries(outputs: list[RequestOutput]) -> list[tuple[Any, ...]]:
     answers = [output.outputs[0] for output in outputs]
     return [(a.text, a.token_ids, a.finish_reason, a.stop_reason) for a in answers]
 
@@ -80,7 +80,7 @@ def told(outputs: list[RequestOutput]) -> list[tuple[Any, ...]]:
     [{}, pytest.param(FEW_BLOCKS, marks=pytest.mark.gpu_interpreted)],
     ids=["", "preempted"],
 )
-def test_answers_are_those_of_steps_one_by_one(
+def test_answers_match_those_of_synchronous_steps(
     folder: Path, asked: Any, kind: str, settings: dict[str, Any]
 ) -> None:
     kinds, expected = asked
@@ -91,7 +91,7 @@ def test_answers_are_those_of_steps_one_by_one(
         llm.generate("after", sampling(0, stop=None), use_tqdm=False)
         metrics = llm.get_metrics()
 
-    assert told(outputs) == expected[kind]
+    assert summaries(outputs) == expected[kind]
     assert {a[2] for a in expected[kind][1::2]} == {"stop"}
     assert metrics.num_used_blocks == 0
     assert bool(metrics.preemptions_total) == bool(settings)

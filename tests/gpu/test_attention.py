@@ -1,4 +1,4 @@
-"""Attention's kernels, interpreted, against plain loops in float64; and the plans they follow."""
+"""The attention kernels, interpreted and compared with loops in float64, and their plans."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ LAWS = items(
     "export and import",
     "copy",
 )
-"""The interpreter multiplies the bits of bfloat16: what is left is float32 and float16."""
+"""Cases in float32 and float16 only, because the interpreter computes bfloat16 wrongly."""
 
 QUICK = [
     item
@@ -52,7 +52,7 @@ QUICK = [
 
 
 @pytest.mark.parametrize("item", QUICK, ids=lambda item: item.case)
-def test_attention_is_what_it_means(item: Item) -> None:
+def test_attention_matches_the_reference(item: Item) -> None:
     result = item.run(Subject(InterpretedBackend()))
 
     assert result.status == "pass", result.message
@@ -60,13 +60,13 @@ def test_attention_is_what_it_means(item: Item) -> None:
 
 @complete  # without buckets: test_conformance.py
 @pytest.mark.parametrize("item", [*ATTEND, *LAWS], ids=lambda item: item.name)
-def test_all_cases_of_the_kit_in_buckets(item: Item) -> None:
+def test_the_conformance_cases_pass_in_buckets(item: Item) -> None:
     result = item.run(Subject(InterpretedBackend(buckets=BUCKETS)))
 
     assert result.status == "pass", result.message
 
 
-# -- what the kit's short contexts do not reach ------------------------------------------------
+# -- longer contexts than those of the conformance kit -----------------------------------------
 
 SPEC = AttentionSpec(num_heads=4, num_kv_heads=1, head_size=16, scale=0.5)
 BLOCK = 16
@@ -75,11 +75,12 @@ EVERYTHING = dataclasses.replace(
 )
 SINKS = torch.tensor([1.0, -2.0, 0.5, 3.0])
 ALONE, CROWD = 10**6, 1
-"""Programs that fill a device: so many that all is split, so few that nothing is."""
+"""Number of programs that fill the device: so high that every context is split, or so low that
+none is."""
 
 
 class Step:
-    """Random requests over shuffled blocks; slots that hold no token are NaN."""
+    """Random requests over blocks in random order; slots without a token are NaN."""
 
     def __init__(
         self, query_lens: list[int], seq_lens: list[int], bucket: Bucket | None = None
@@ -132,7 +133,7 @@ class Step:
         )
 
     def attend(self, spec: AttentionSpec, plan: AttentionPlan) -> torch.Tensor:
-        """Rows of real tokens."""
+        """Attention of the step's tokens, without padding."""
         sinks = SINKS if spec.has_sinks else None
         out = attention.attend(self.cache, self.query, self.meta, spec, plan, sinks)
         return out[: sum(self.query_lens)]
@@ -149,7 +150,7 @@ class Step:
 
 
 @pytest.mark.parametrize("spec", [SPEC, EVERYTHING], ids=["plain", "everything"])
-def test_a_decode_split_over_programs_gives_the_same_bits_as_whole(spec: AttentionSpec) -> None:
+def test_a_split_decode_is_bit_identical_to_a_whole_one(spec: AttentionSpec) -> None:
     step = Step([1, 3], [600, 513])
 
     split, whole = step.plan(spec, ALONE), step.plan(spec, CROWD)
@@ -162,7 +163,7 @@ def test_a_decode_split_over_programs_gives_the_same_bits_as_whole(spec: Attenti
 
 
 @pytest.mark.parametrize("spec", [SPEC, EVERYTHING], ids=["plain", "everything"])
-def test_a_chunk_behind_a_long_context_is_split(spec: AttentionSpec) -> None:
+def test_a_chunk_after_a_long_context_is_split(spec: AttentionSpec) -> None:
     step = Step([12], [523])
 
     plan = step.plan(spec, ALONE)
@@ -172,7 +173,7 @@ def test_a_chunk_behind_a_long_context_is_split(spec: AttentionSpec) -> None:
     require_close("", actual.numpy(), step.expected(spec), NMSE_BOUND["float32"])
 
 
-def test_a_captured_step_replays_other_work() -> None:
+def test_a_captured_step_can_be_replayed_with_other_work() -> None:
     bucket = Bucket(num_tokens=24, num_requests=4, num_blocks=64, max_query_len=24)
     first, second = Step([1, 20], [40, 20], bucket), Step([1, 1, 11], [300, 20, 280], bucket)
     captured = first.plan(SPEC, 264)
@@ -191,7 +192,7 @@ def test_a_captured_step_replays_other_work() -> None:
 
 
 def seen(step: Step, tiles: Tiles | None) -> list[tuple[int, int, int]]:
-    """(request, query row, token of the context) of all that the items look at."""
+    """(request, query row, context token) of everything that the items cover."""
     pairs = []
     for item in [] if tiles is None else tiles.items.tolist():
         request, row, count, position, begin, end = item[:6]
@@ -202,9 +203,7 @@ def seen(step: Step, tiles: Tiles | None) -> list[tuple[int, int, int]]:
 
 @pytest.mark.parametrize("num_programs", [ALONE, 64, CROWD])
 @pytest.mark.parametrize("bucket", [None, Bucket(256, 8, 128, 256)], ids=["exact", "bucket"])
-def test_every_token_of_every_context_is_seen_once(
-    num_programs: int, bucket: Bucket | None
-) -> None:
+def test_the_items_cover_every_context_token_once(num_programs: int, bucket: Bucket | None) -> None:
     query_lens, seq_lens = [1, 1, 1, 8, 9, 130], [1, 900, 256, 300, 257, 131]
     step = Step(query_lens, seq_lens, bucket)
 
@@ -220,7 +219,7 @@ def test_every_token_of_every_context_is_seen_once(
 
 
 @pytest.mark.parametrize("num_programs", [ALONE, CROWD])
-def test_parts_and_merges_name_each_other(num_programs: int) -> None:
+def test_every_part_is_merged_exactly_once(num_programs: int) -> None:
     plan = Step([1, 1, 40], [1000, 9000, 700]).plan(SPEC, num_programs)
 
     for tiles in (plan.narrow, plan.wide):
@@ -237,7 +236,7 @@ def test_parts_and_merges_name_each_other(num_programs: int) -> None:
             assert {rows[part] for part in range(first, first + number)} == {row}
 
 
-def test_a_buckets_plans_have_one_shape() -> None:
+def test_all_plans_of_a_bucket_have_the_same_shapes() -> None:
     bucket = Bucket(num_tokens=256, num_requests=8, num_blocks=128, max_query_len=256)
     batches = [([1], [1]), ([1] * 8, [2000] * 8), ([256], [256]), ([32] * 8, [900] * 8)]
     plans = [Step(*batch, bucket).plan(SPEC, n) for batch in batches for n in (ALONE, CROWD)]
@@ -250,20 +249,20 @@ def test_a_buckets_plans_have_one_shape() -> None:
     assert len({(shape(plan.narrow), shape(plan.wide)) for plan in plans}) == 1
 
 
-def test_a_bucket_for_decodes_alone_has_no_wide_tiles() -> None:
+def test_a_decode_bucket_has_no_wide_tiles() -> None:
     bucket = Bucket(num_tokens=8, num_requests=8, num_blocks=128, max_query_len=1)
 
     assert Step([1] * 3, [9, 900, 30], bucket).plan(SPEC, 264).wide is None
 
 
-def test_parts_grow_so_that_few_are_merged() -> None:
+def test_long_contexts_have_longer_parts() -> None:
     plan = Step([1], [200_000]).plan(SPEC, ALONE)
 
     assert plan.narrow is not None
     assert plan.narrow.merges.tolist() == [[0, 1, 0, 25]]
 
 
-def test_most_work_comes_first() -> None:
+def test_the_longest_items_come_first() -> None:
     plan = Step([1, 1, 1], [30, 250, 90]).plan(SPEC, CROWD)
 
     assert plan.narrow is not None

@@ -1,4 +1,4 @@
-"""The cache's kernels, interpreted: writes, rotations, copies and the wire."""
+"""The cache kernels, interpreted: writes, rotation, copies, export and import."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def meta(slots: list[int], positions: list[int] | None = None) -> Any:
 
 
 def views(num_tokens: int, *heads: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
-    """Query, key and value as a merged product leaves them: rows lie apart, the rest is NaN."""
+    """Query, key and value as views of a merged projection, with NaN between the rows."""
     generator = torch.Generator().manual_seed(0)
     size = SPEC.head_size
     rows = torch.full((num_tokens, sum(heads) + 1, size), float("nan"))
@@ -40,17 +40,17 @@ def views(num_tokens: int, *heads: int, dtype: torch.dtype = torch.float32) -> l
 
 
 def token(kv: torch.Tensor, layer: int, slot: int) -> torch.Tensor:
-    """[2, H_kv, D]: what one slot of a layer holds."""
+    """Key and value of one slot of a layer, [2, H_kv, D]."""
     return kv[layer, slot // SPEC.block_size, :, :, slot % SPEC.block_size].transpose(0, 1)
 
 
-def test_a_block_takes_the_bytes_that_are_counted() -> None:
+def test_bytes_per_block_match_the_allocation() -> None:
     kv = nan_cache(num_blocks=5)
 
     assert kv.numel() * kv.element_size() == 5 * kv_codes.bytes_per_block(SPEC)
 
 
-def test_a_token_goes_to_its_slot_and_nowhere_else() -> None:
+def test_a_token_is_written_to_its_slot_only() -> None:
     key, value = views(3, 3, 3)
     slots = [17, 39, 8]
 
@@ -64,7 +64,7 @@ def test_a_token_goes_to_its_slot_and_nowhere_else() -> None:
 @pytest.mark.parametrize("is_interleaved", [False, True], ids=["halves", "pairs"])
 @pytest.mark.parametrize("rotary_dim", [40, 24])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_rotation_and_write_in_one_are_both(
+def test_rotate_and_write_equals_rope_followed_by_write(
     is_interleaved: bool, rotary_dim: int, dtype: torch.dtype
 ) -> None:
     query, key, value = views(3, 6, 3, 3, dtype=dtype)
@@ -94,7 +94,7 @@ def test_rotation_and_write_in_one_are_both(
     assert int(torch.isfinite(kv).sum()) == 3 * 2 * key[0].numel()
 
 
-def test_a_copy_moves_whole_blocks_of_all_layers() -> None:
+def test_a_copy_includes_whole_blocks_of_all_layers() -> None:
     kv = torch.arange(nan_cache().numel(), dtype=torch.float32).view(nan_cache().shape).clone()
     before = kv.clone()
 
@@ -105,7 +105,7 @@ def test_a_copy_moves_whole_blocks_of_all_layers() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_wire_is_tokens_then_heads_and_comes_back(dtype: str) -> None:
+def test_imported_blocks_are_exported_unchanged(dtype: str) -> None:
     spec = KVSpec(num_layers=2, num_kv_heads=3, head_size=40, block_size=8, dtype=dtype)
     wire = torch.randn((2, 2, 2, 8, 3, 40)).to(getattr(torch, dtype))
     kv = cache.allocate(spec, 5, torch.device("cpu"))
@@ -121,8 +121,8 @@ def test_the_wire_is_tokens_then_heads_and_comes_back(dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", SCALED_KV_DTYPES)
-def test_codes_and_scales_are_those_of_torch(dtype: str) -> None:
-    """Vectors of all sizes, zeros and what is not finite; rows lie apart."""
+def test_codes_and_scales_match_the_portable_ones(dtype: str) -> None:
+    """For values of all magnitudes, zeros, infinities and NaN, in rows that are not contiguous."""
     spec = KVSpec(num_layers=2, num_kv_heads=3, head_size=40, block_size=8, dtype=dtype)
     kv = cache.allocate(spec, 10, torch.device("cpu"))
     assert isinstance(kv, cache.ScaledKV)

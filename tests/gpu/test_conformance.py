@@ -1,5 +1,7 @@
-"""The kit on the GPU backends: kernels interpreted, on a device that stands for one. Nothing here
-ran on a GPU."""
+"""The conformance kit on the GPU backends, with interpreted kernels on a simulated device.
+
+Nothing here runs on a GPU.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ from tests.gpu.interpreted import MODELS, interpreted, interpreted_backend
 ITEMS = all_items(["L0", "L1", "L2"])
 WHOLE_MODELS = [item for item in all_items(["L3"]) if item.case in MODELS]
 ARCHS = ("sm_90", "gfx942", "gfx1100")
-"""One of each family: they differ in their tiles."""
+"""One architecture per family; families differ in their tile sizes."""
 
 QUICK = {
     "export and import[as computed]",
@@ -31,7 +33,7 @@ QUICK = {
     "sampling alone[mixed]",
     "linear rows alone",
 }
-"""Cases that the default tests have time for, of the first architecture."""
+"""Cases that the default test run includes, for the first architecture only."""
 
 
 def cases() -> list[object]:

@@ -1,4 +1,4 @@
-"""The engine on a GPU that is late: graphs, two steps in flight, faults. Tokens never change."""
+"""The engine on a simulated GPU: graphs, two steps in flight, faults; the tokens never change."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ def answers(engine: Engine, kind: str, **more: Any) -> dict[str, list[int]]:
 
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, list[int]]]:
-    """By kind of sampling, what the reference says."""
+    """Tokens of the reference backend by kind of sampling."""
     engine = make_engine(tmp_path_factory.mktemp("reference"), ReferenceBackend())
     return {kind: answers(engine, kind) for kind in SAMPLING}
 
 
 def captured_engine(gpu: FakeGpu, folder: Path, **settings: Any) -> Engine:
-    """An engine on `gpu` that has captured all it will."""
+    """An engine on `gpu` that has captured all of its steps."""
     engine = make_engine(folder, PlainGpu(gpu), num_gpu_blocks_override=256, **settings)
     while engine.capture_next():
         pass
@@ -77,10 +77,10 @@ def test_kinds_of_sampling_may_be_mixed(
         engine = captured_engine(gpu, tmp_path)
         for i, (kind, prompt) in enumerate(zip(kinds, PROMPTS, strict=False)):
             ask(engine, str(i), prompt, seed=i, **{"max_tokens": 9, **SAMPLING[kind]})
-        drawn = tokens(run(engine))
+        sampled = tokens(run(engine))
 
     for i, kind in enumerate(kinds):
-        assert drawn[str(i)] == expected[kind][f"{kind}-{i}"], kind
+        assert sampled[str(i)] == expected[kind][f"{kind}-{i}"], kind
 
 
 def test_requests_are_served_while_steps_are_captured(
@@ -95,7 +95,7 @@ def test_requests_are_served_while_steps_are_captured(
     assert not engine.has_captures_left
 
 
-def test_a_step_of_decodes_waits_for_nothing(tmp_path: Path) -> None:
+def test_a_decode_step_does_not_wait_for_the_device(tmp_path: Path) -> None:
     gpu = FakeGpu()
     with gpu.running():
         engine = captured_engine(gpu, tmp_path)
@@ -108,16 +108,16 @@ def test_a_step_of_decodes_waits_for_nothing(tmp_path: Path) -> None:
             engine.step()
 
     assert gpu.num_waits == 0
-    assert gpu.num_replays == 20  # the forward pass and the draw
+    assert gpu.num_replays == 20  # forward pass and sampling, 10 steps
     assert len(engine._in_flight) == 1
 
 
-def test_preemption_changes_no_token(
+def test_preemption_does_not_change_tokens(
     tmp_path: Path, expected: dict[str, dict[str, list[int]]]
 ) -> None:
     prompts = [[3 + (7 * i + j) % 500 for j in range(60)] for i in range(3)]
 
-    def drawn(engine: Engine) -> dict[str, list[int]]:
+    def sampled(engine: Engine) -> dict[str, list[int]]:
         for i, prompt in enumerate(prompts):
             ask(engine, str(i), prompt, seed=i, max_tokens=20, temperature=1.0)
         return tokens(run(engine))
@@ -126,15 +126,15 @@ def test_preemption_changes_no_token(
     gpu = FakeGpu(seed=2)
     with gpu.running():
         engine = make_engine(tmp_path / "gpu", PlainGpu(gpu), **few)
-        on_gpu = drawn(engine)
+        on_gpu = sampled(engine)
 
     assert engine.stats().preemptions_total > 0
-    assert on_gpu == drawn(make_engine(tmp_path / "reference", ReferenceBackend()))
+    assert on_gpu == sampled(make_engine(tmp_path / "reference", ReferenceBackend()))
     assert engine.stats().num_used_blocks == 0
 
 
 @pytest.mark.gpu_interpreted
-def test_an_abort_in_flight_changes_no_other_answer(
+def test_an_abort_in_flight_does_not_change_other_answers(
     tmp_path: Path, expected: dict[str, dict[str, list[int]]]
 ) -> None:
     gpu = FakeGpu(seed=3)
@@ -144,10 +144,10 @@ def test_an_abort_in_flight_changes_no_other_answer(
             ask(engine, f"greedy-{i}", prompt, max_tokens=9)
         early = run_steps(engine, 6)
         engine.abort(["greedy-0", "greedy-3"])
-        drawn = merged(early, tokens(run(engine)))
+        sampled = merged(early, tokens(run(engine)))
 
     for i in (1, 2, 4, 5):
-        assert drawn[f"greedy-{i}"] == expected["greedy"][f"greedy-{i}"]
+        assert sampled[f"greedy-{i}"] == expected["greedy"][f"greedy-{i}"]
     assert engine.stats().num_used_blocks == 0
 
 
@@ -160,9 +160,9 @@ def test_a_stop_token_ends_an_answer_whose_next_token_is_in_flight(
     gpu = FakeGpu(seed=4)
     with gpu.running():
         engine = captured_engine(gpu, tmp_path)
-        drawn = answers(engine, "seeded", stop_token_ids=(stop,))
+        sampled = answers(engine, "seeded", stop_token_ids=(stop,))
 
-    assert drawn["seeded-1"] == answer[: answer.index(stop) + 1]
+    assert sampled["seeded-1"] == answer[: answer.index(stop) + 1]
     assert engine.stats().num_used_blocks == 0
 
 
@@ -170,7 +170,7 @@ def test_a_stop_token_ends_an_answer_whose_next_token_is_in_flight(
 
 
 def fail_once(gpu: FakeGpu, make: Callable[[], Exception]) -> Callable[[int], Exception | None]:
-    """The next launch, and no other."""
+    """Make the next launch fail, and no other."""
     at = gpu.num_launches
 
     def fail(number: int) -> Exception | None:
@@ -179,7 +179,7 @@ def fail_once(gpu: FakeGpu, make: Callable[[], Exception]) -> Callable[[int], Ex
     return fail
 
 
-def test_memory_that_runs_out_once_ends_no_request(
+def test_one_out_of_memory_error_fails_no_request(
     tmp_path: Path, expected: dict[str, dict[str, list[int]]]
 ) -> None:
     gpu = FakeGpu()
@@ -189,9 +189,9 @@ def test_memory_that_runs_out_once_ends_no_request(
             ask(engine, f"greedy-{i}", prompt, max_tokens=9)
         early = run_steps(engine, 4)
         gpu.fail_launch = fail_once(gpu, lambda: torch.OutOfMemoryError("no memory"))
-        drawn = merged(early, tokens(run(engine)))
+        sampled = merged(early, tokens(run(engine)))
 
-    assert drawn == expected["greedy"]
+    assert sampled == expected["greedy"]
     assert gpu.num_empty_caches > 0
 
 
@@ -199,7 +199,7 @@ def test_memory_that_runs_out_once_ends_no_request(
 def test_a_step_that_does_not_fit_is_split(
     tmp_path: Path, expected: dict[str, dict[str, list[int]]]
 ) -> None:
-    """Memory for 20 tokens of hidden states a step, and no more."""
+    """The device has memory for the hidden states of 20 tokens per step."""
 
     class Small(PlainGpu):
         def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
@@ -216,7 +216,7 @@ def test_a_step_that_does_not_fit_is_split(
 
 
 @pytest.mark.gpu_interpreted
-def test_memory_that_never_suffices_ends_one_request(tmp_path: Path) -> None:
+def test_a_request_that_never_fits_in_memory_fails_alone(tmp_path: Path) -> None:
     class Broken(PlainGpu):
         def embed(self, token_ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
             if len(token_ids) == 1 and self.is_broken:
@@ -240,7 +240,7 @@ def test_memory_that_never_suffices_ends_one_request(tmp_path: Path) -> None:
     assert len(tokens(after)["after"]) == 8
 
 
-def test_a_fault_of_the_device_that_comes_late_ends_the_engine(tmp_path: Path) -> None:
+def test_a_late_device_error_is_raised_as_device_lost(tmp_path: Path) -> None:
     gpu = FakeGpu()
     with gpu.running():
         engine = captured_engine(gpu, tmp_path)
@@ -256,7 +256,7 @@ def test_a_fault_of_the_device_that_comes_late_ends_the_engine(tmp_path: Path) -
 
 
 @pytest.mark.gpu_interpreted
-def test_a_capture_that_runs_out_of_memory_is_done_without(
+def test_a_capture_that_runs_out_of_memory_is_skipped(
     tmp_path: Path, expected: dict[str, dict[str, list[int]]]
 ) -> None:
     gpu = FakeGpu()
@@ -274,16 +274,16 @@ def test_a_capture_that_runs_out_of_memory_is_done_without(
         assert gpu.recording is None
 
         assert answers(engine, "greedy") == expected["greedy"]
-    assert gpu.num_captures == num_captures + 1  # which was broken off
+    assert gpu.num_captures == num_captures + 1  # the one that failed
     assert gpu.num_replays > 0
 
 
 def run_steps(engine: Engine, count: int) -> dict[str, list[int]]:
-    drawn: dict[str, list[int]] = {}
+    sampled: dict[str, list[int]] = {}
     for _ in range(count):
         for output in engine.step().outputs:
-            drawn.setdefault(output.request_id, []).extend(output.token_ids)
-    return drawn
+            sampled.setdefault(output.request_id, []).extend(output.token_ids)
+    return sampled
 
 
 def merged(first: dict[str, list[int]], then: dict[str, list[int]]) -> dict[str, list[int]]:
@@ -314,6 +314,6 @@ def test_the_pool_leaves_room_for_the_largest_step_and_the_captures(
         made.append(sum(graph.num_bytes for graph in gpu.graphs))
     plain, eager = kept
 
-    assert eager > 64 * 64 * 4  # hidden states of the largest step, at the least
-    assert plain - eager >= made[0] > 0  # what its captures took when they were made
+    assert eager > 64 * 64 * 4  # at least the hidden states of the largest step
+    assert plain - eager >= made[0] > 0  # the memory of the captures
     assert made[1] == 0

@@ -1,4 +1,4 @@
-"""The fake device is as strict as a real one: it shows what tests of the backend rely on."""
+"""The simulated device exposes the faults that the tests of the backend rely on."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_nothing_is_computed_before_the_host_waits() -> None:
     assert y.tolist() == [2, 2, 2]
 
 
-def test_a_buffer_that_is_written_before_its_copy_is_over_shows() -> None:
+def test_overwriting_a_buffer_before_its_copy_is_done_changes_the_copy() -> None:
     gpu = FakeGpu()
     host, device = torch.ones(3), torch.zeros(3)
     with gpu.running():
@@ -31,7 +31,7 @@ def test_a_buffer_that_is_written_before_its_copy_is_over_shows() -> None:
     assert device.tolist() == [5, 5, 5]
 
 
-def test_streams_keep_no_order_but_that_of_events() -> None:
+def test_only_events_order_streams() -> None:
     def last(seed: int, *, waits: bool) -> float:
         gpu = FakeGpu(seed=seed)
         side, x = gpu.new_stream(), torch.zeros(1)
@@ -48,7 +48,7 @@ def test_streams_keep_no_order_but_that_of_events() -> None:
     assert {last(seed, waits=True) for seed in range(20)} == {2}
 
 
-def test_a_graph_runs_again_on_the_memory_it_was_captured_with() -> None:
+def test_a_replay_uses_the_memory_of_the_capture() -> None:
     gpu = FakeGpu()
     x = torch.tensor([1.0])
     graph = gpu.new_graph()
@@ -67,7 +67,7 @@ def test_a_graph_runs_again_on_the_memory_it_was_captured_with() -> None:
     assert y.tolist() == [14]
 
 
-def test_a_value_that_the_host_reads_breaks_a_capture() -> None:
+def test_reading_a_value_on_the_host_breaks_a_capture() -> None:
     gpu = FakeGpu()
     x = torch.tensor([1.0])
     with gpu.running(), gpu.on(gpu.new_stream()):
@@ -76,7 +76,7 @@ def test_a_value_that_the_host_reads_breaks_a_capture() -> None:
             x.item()
 
 
-def test_what_has_left_the_device_is_computed_at_once() -> None:
+def test_tensors_on_the_host_are_computed_immediately() -> None:
     gpu = FakeGpu()
     x = torch.ones(2)
     with gpu.running():

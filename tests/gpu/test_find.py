@@ -1,4 +1,4 @@
-"""`find` says exactly what is missing, and never starts a device."""
+"""`find` names what is missing and never starts a device."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ def test_a_cpu_build_of_torch_is_named() -> None:
 
 
 def test_a_build_for_the_other_maker_is_named() -> None:
-    assert "built for CUDA: a ROCm build is needed" in found(CUDA_BUILD, wanted="ROCm")
+    assert "built for CUDA; a ROCm build is needed" in found(CUDA_BUILD, wanted="ROCm")
 
 
 def test_a_missing_driver_is_named() -> None:
     assert "no NVIDIA driver" in found(CUDA_BUILD, has_driver=False)
 
 
-def test_a_device_that_is_not_passed_in_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_driver_without_a_visible_gpu_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
 
-    assert "shows no GPU to this process" in found(CUDA_BUILD)
+    assert "reports no GPU to this process" in found(CUDA_BUILD)
 
 
-def test_a_device_that_is_here_is_found_and_not_started(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_available_gpu_is_found_but_not_started(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: pytest.fail("it was started"))
     report = find(maker="NVIDIA", has_driver=True, driver_hint="", builds=CUDA_BUILD, wanted="CUDA")
@@ -56,16 +56,16 @@ def test_a_device_that_is_here_is_found_and_not_started(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("backend", [CudaBackend, RocmBackend])
-def test_what_is_missing_on_this_machine_is_said(backend: type[CudaBackend]) -> None:
+def test_the_report_of_this_machine_names_what_is_missing(backend: type[CudaBackend]) -> None:
     report = backend.find()
 
     assert report.is_available or "torch" in report.summary or "driver" in report.summary
 
 
-def test_an_architecture_that_is_not_known_is_refused_by_name() -> None:
-    with pytest.raises(Unsupported, match=r"no kernels for sm_75.*sm_80 \(A100\)"):
+def test_an_unknown_architecture_is_refused_with_its_name() -> None:
+    with pytest.raises(Unsupported, match=r"architecture sm_75 is not supported.*sm_80 \(A100\)"):
         CudaBackend(FakeGpu(arch="sm_75"))
-    with pytest.raises(Unsupported, match=r"no kernels for gfx906.*gfx942"):
+    with pytest.raises(Unsupported, match=r"architecture gfx906 is not supported.*gfx942"):
         RocmBackend(FakeGpu(arch="gfx906"))
 
 
@@ -78,5 +78,5 @@ def test_an_architecture_that_is_not_known_is_refused_by_name() -> None:
         (RuntimeError("shapes cannot be multiplied"), None),
     ],
 )  # fmt: skip
-def test_errors_of_the_device_are_told_from_others(error: RuntimeError, kind: str | None) -> None:
+def test_errors_are_classified_by_their_cause(error: RuntimeError, kind: str | None) -> None:
     assert error_kind(error) == kind

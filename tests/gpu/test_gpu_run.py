@@ -1,4 +1,4 @@
-"""benchmarks/gpu_run.py on a machine without a GPU: the script works; its figures mean nothing."""
+"""benchmarks/gpu_run.py runs on a machine without a GPU; its figures mean nothing there."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ def test_predictions_are_written_before_anything_is_measured(tmp_path: Path) -> 
     assert "'none'" in record["results"][0]["message"]
 
 
-def test_a_stage_ends_at_its_limit(tmp_path: Path) -> None:
+def test_a_stage_is_stopped_at_its_time_limit(tmp_path: Path) -> None:
     done = gpu_run(tmp_path, "--stages", "calib", "--device", "reference", "--tiny", limit=1)
 
     assert done.returncode == 1
     assert "no end within 1 s" in str(results(tmp_path)["FAILED calib"]["message"])
 
 
-def test_the_thousand_requests_have_the_lengths_that_others_published() -> None:
+def test_the_thousand_requests_have_the_published_total_lengths() -> None:
     totals = python(
         "from gpu.engine import lengths_like_sharegpt as f\n"
         "print(*[sum(pair[i] for pair in f(1000)) for i in (0, 1)])"

@@ -1,6 +1,6 @@
-"""Every GPU kernel compiles for every target and takes no more than kernel_budgets.json allows.
+"""Every GPU kernel compiles for every target within the resources of kernel_budgets.json.
 
-Compiled in a process of its own: in this one kernels are interpreted.
+Kernels are compiled in another process, because this one interprets them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ TARGETS = sorted({target for row in TABLE.values() for target in row})
 
 
 def compile_within_budget(target: str, only: str = "") -> str:
-    """What the compiler said; fails with the kernels that take too much."""
+    """Compile the kernels whose name contains `only`; return the output, fail if over budget."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-m", "tests.gpu.kernel_budgets", "--targets", target, "--only", only],
@@ -43,13 +43,13 @@ def test_every_kernel_is_within_its_budget(target: str) -> None:
 
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
-def test_a_few_kernels_are_within_their_budget(target: str) -> None:
+def test_cache_kernels_are_within_their_budget(target: str) -> None:
     assert "cache, write" in compile_within_budget(target, "cache, ")
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx90a", "gfx942", "gfx950", "gfx1201"])
-def test_kernels_that_models_use_spill_no_register(target: str) -> None:
-    rare = ("fp32", "all features")  # the exact one, and windows, caps, slopes and sinks at once
+def test_kernels_of_common_models_spill_no_registers(target: str) -> None:
+    rare = ("fp32", "all features")  # all: windows, caps, slopes and sinks at once
     spilling = [
         name
         for name, row in TABLE.items()

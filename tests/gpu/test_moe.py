@@ -1,4 +1,4 @@
-"""Experts, interpreted on a device whose memory is NaN until it is written, against float64."""
+"""Experts, interpreted on a device whose unwritten memory is NaN, compared with float64."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from portalm.engine.engine import Engine
 from portalm_backends.gpu_common import weights
 from portalm_backends.gpu_common.backend import GpuBackend
 from portalm_backends.gpu_common.kernels import fp8, moe
-from portalm_backends.gpu_common.weights import FewBitWeight, Fp8Weight, GpuWeight
+from portalm_backends.gpu_common.weights import Fp8Weight, GpuWeight, PackedQuantized
 from portalm_backends.reference.backend import ReferenceBackend
 from tests.gpu.fake_device import FakeGpu
 from tests.gpu.interpreted import complete, interpreted, interpreted_backend, some
@@ -53,7 +53,7 @@ def random_shares(ids: torch.Tensor) -> torch.Tensor:
 
 def on_gpu(x: torch.Tensor, ids: torch.Tensor, shares: torch.Tensor, experts: Experts,
            arch: str = "sm_90") -> torch.Tensor:  # fmt: skip
-    """What the backend says, on a device that is late."""
+    """Result of the backend on a simulated device with late streams."""
     gpu = FakeGpu(arch=arch)
     backend = interpreted_backend(gpu)
     with interpreted(gpu):
@@ -101,11 +101,11 @@ CHOICES = {
 
 
 @pytest.mark.parametrize("choice", some(CHOICES, lambda name: "every" not in name))
-def test_tokens_may_choose_as_they_like(choice: str) -> None:
+def test_any_choice_of_experts_matches_the_reference(choice: str) -> None:
     check(torch.tensor(CHOICES[choice], dtype=torch.int32), random_experts(5))
 
 
-def test_there_are_more_tiles_than_share_a_band() -> None:
+def test_more_tiles_than_one_band_match_the_reference() -> None:
     check(random_choice(61, 2, 10), random_experts(10, hidden=72, inner=70))
 
 
@@ -113,14 +113,14 @@ ROWS = {32: 16, 33: 64, 128: 64, 129: 128, 301: 128}
 
 
 @pytest.mark.parametrize("num_tokens", some(ROWS, lambda n: n == 129))
-def test_tiles_are_larger_where_experts_have_more_tokens(num_tokens: int) -> None:
+def test_tiles_grow_with_the_tokens_per_expert(num_tokens: int) -> None:
     ids = random_choice(num_tokens, 1, 2)
 
     assert moe.tile_rows(ids.numel(), 2) == ROWS[num_tokens]
     check(ids, random_experts(2))
 
 
-def test_no_tokens_are_no_work() -> None:
+def test_a_step_without_tokens_returns_an_empty_result() -> None:
     ids = torch.empty(0, 2, dtype=torch.int32)
 
     assert on_gpu(torch.empty(0, HIDDEN), ids, ids.float(), random_experts(3)).shape == (0, HIDDEN)
@@ -128,7 +128,7 @@ def test_no_tokens_are_no_work() -> None:
 
 @pytest.mark.parametrize("num_tokens", some([1, 7, 700], lambda n: n == 700))
 def test_every_choice_is_in_one_tile_of_its_expert(num_tokens: int) -> None:
-    """More of them than a program looks at at once, and experts without any."""
+    """With more choices than a program reads at a time, and experts without tokens."""
     ids = random_choice(num_tokens, 8, 20) * 2
     gpu = FakeGpu()
     with interpreted(gpu):
@@ -142,17 +142,17 @@ def test_every_choice_is_in_one_tile_of_its_expert(num_tokens: int) -> None:
     assert found[found < tiles.num_choices].sort().values.tolist() == list(range(num_tokens * 8))
     assert (found[found >= tiles.num_choices] == tiles.num_choices).all()
     for tile, expert in zip(found, tiles.experts.tolist(), strict=False):
-        mine = tile[tile < tiles.num_choices]
-        assert len(mine) and (ids.flatten()[mine] == expert).all()
-        assert mine.tolist() == sorted(mine.tolist())
+        own = tile[tile < tiles.num_choices]
+        assert len(own) and (ids.flatten()[own] == expert).all()
+        assert own.tolist() == sorted(own.tolist())
 
 
-# -- what they compute ------------------------------------------------------------------------
+# -- numerics ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", some(DTYPES, lambda dtype: dtype == "float16"))
 @pytest.mark.parametrize("num_tokens", some([9, 90], lambda n: n == 9))
-def test_biases_and_clamped_gates(dtype: str, num_tokens: int) -> None:
+def test_biases_and_clamped_gates_match_the_reference(dtype: str, num_tokens: int) -> None:
     experts = replace(
         random_experts(4, dtype),
         gate_up_bias=normal(4, 2 * INNER, dtype=dtype, seed=5) * 2,
@@ -164,7 +164,7 @@ def test_biases_and_clamped_gates(dtype: str, num_tokens: int) -> None:
     check(random_choice(num_tokens, 2, 4), experts, dtype)
 
 
-def test_one_bias_may_be_without_the_other() -> None:
+def test_a_down_bias_needs_no_gate_up_bias() -> None:
     ids, bias = random_choice(5, 2, 4), normal(4, HIDDEN, seed=6)
     experts = random_experts(4)
     none = torch.zeros(4, 2 * INNER)
@@ -176,7 +176,7 @@ def test_one_bias_may_be_without_the_other() -> None:
     assert nmse(actual, expected(x, ids, shares, both)) < 1e-11
 
 
-def test_an_expert_that_was_not_chosen_may_hold_anything() -> None:
+def test_weights_of_experts_that_are_not_chosen_have_no_effect() -> None:
     experts = random_experts(5, "float16")
     experts.gate_up[3].fill_(6e4)
     experts.down[1].fill_(float("nan"))
@@ -184,7 +184,7 @@ def test_an_expert_that_was_not_chosen_may_hold_anything() -> None:
     check(torch.tensor([[0, 2], [4, 2], [2, 4]], dtype=torch.int32), experts, "float16")
 
 
-def test_an_expert_that_counts_for_nothing_may_overflow() -> None:
+def test_an_expert_with_weight_zero_may_overflow() -> None:
     experts = random_experts(3, "float16")
     experts.down[1].fill_(6e4)
     ids = torch.tensor([[0, 1], [2, 1]], dtype=torch.int32)
@@ -193,7 +193,7 @@ def test_an_expert_that_counts_for_nothing_may_overflow() -> None:
     check(ids, experts, "float16", shares)
 
 
-def test_a_token_that_is_not_a_number_spoils_no_other() -> None:
+def test_a_token_with_nan_does_not_affect_other_tokens() -> None:
     ids, experts = random_choice(20, 2, 3), random_experts(3)
     experts = replace(experts, swiglu_limit=1.0)
     x, shares = normal(20, HIDDEN), random_shares(ids)
@@ -207,7 +207,7 @@ def test_a_token_that_is_not_a_number_spoils_no_other() -> None:
     assert after[7].isnan().all()
 
 
-def test_rows_of_x_may_lie_apart() -> None:
+def test_rows_of_x_need_not_be_contiguous() -> None:
     ids, experts = random_choice(6, 2, 3), random_experts(3)
     wide = torch.full((7, HIDDEN + 30), float("nan"))
     x = wide[:6, 10 : 10 + HIDDEN]
@@ -222,8 +222,10 @@ def test_rows_of_x_may_lie_apart() -> None:
 # -- packed weights ---------------------------------------------------------------------------
 
 
-def few_bits(format: str, count: int, inner: int = 64, hidden: int = 96) -> tuple[Experts, Experts]:
-    """Experts in the layout of the kernels, and what they stand for."""
+def quantized_experts(
+    format: str, count: int, inner: int = 64, hidden: int = 96
+) -> tuple[Experts, Experts]:
+    """Quantized experts in the layout of the kernels, and the same dequantized."""
     given = [
         [random_weight(format, *shape, seed=10 * i + shape[0]) for i in range(count)]
         for shape in ((2 * inner, hidden), (hidden, inner))
@@ -236,7 +238,7 @@ def few_bits(format: str, count: int, inner: int = 64, hidden: int = 96) -> tupl
 @pytest.mark.parametrize("num_tokens", some([5, 120], lambda n: n == 5))
 @pytest.mark.parametrize("format", some(QUANTIZED_FORMATS, lambda f: f == "int4_min"))
 def test_codes_are_multiplied_exactly(format: str, num_tokens: int) -> None:
-    packed, plain = few_bits(format, 4)
+    packed, plain = quantized_experts(format, 4)
     ids = random_choice(num_tokens, 2, 4)
     x, shares = normal(num_tokens, 96) * 0.02, random_shares(ids)
 
@@ -245,12 +247,12 @@ def test_codes_are_multiplied_exactly(format: str, num_tokens: int) -> None:
     assert nmse(actual, expected(x, ids, shares, plain)) < 1e-10
 
 
-def test_scales_of_two_widths_become_those_of_the_wider() -> None:
-    packed, plain = few_bits("int4_min", 3)
+def test_float16_scales_become_float32_if_another_expert_needs_it() -> None:
+    packed, plain = quantized_experts("int4_min", 3)
     one = packed.gate_up[1]
-    assert isinstance(one, FewBitWeight)
+    assert isinstance(one, PackedQuantized)
     one.scales, one.minimums = one.scales.float() * 1.0001, one.minimums
-    plain.gate_up[1].copy_(plain_of(one))
+    plain.gate_up[1].copy_(dequantized(one))
     ids = random_choice(5, 2, 3)
     x, shares = normal(5, 96) * 0.02, random_shares(ids)
 
@@ -261,23 +263,23 @@ def test_scales_of_two_widths_become_those_of_the_wider() -> None:
     assert nmse(actual, expected(x, ids, shares, plain)) < 1e-10
 
 
-def plain_of(weight: FewBitWeight) -> torch.Tensor:
-    """[N, K] of int4_min."""
+def dequantized(weight: PackedQuantized) -> torch.Tensor:
+    """Values [N, K] of an int4_min weight."""
     codes = torch.stack([weight.codes & 15, (weight.codes >> 4) & 15], dim=-1).flatten(2)
     assert weight.minimums is not None
     wide = codes.float() * weight.scales.float()[..., None] + weight.minimums.float()[..., None]
     return wide.transpose(0, 1).flatten(1)
 
 
-def test_float8_products_are_exact_but_for_their_rounding() -> None:
+def test_float8_products_are_exact_after_quantization() -> None:
     given = [normal(32, 64, seed=i).bfloat16() for i in range(3)]
     packed = [weights.pack(w, CPU, quantization="fp8", fp8=torch.float8_e4m3fn) for w in given]
     ids, x = random_choice(7, 2, 3), normal(7, 64, dtype="float16", seed=9)
     gpu = FakeGpu()
     with interpreted(gpu):
-        together = weights.together(packed, interpreted_backend(gpu).to_device)
-        assert together is not None
-        actual = moe.product(x, together, moe.sort(ids, 3), None, top_k=2)
+        grouped = weights.group_experts(packed, interpreted_backend(gpu).to_device)
+        assert grouped is not None
+        actual = moe.product(x, grouped, moe.sort(ids, 3), None, top_k=2)
         codes, scales = fp8.quantize(x, torch.float8_e4m3fn)
         gpu.synchronize()
 
@@ -290,7 +292,7 @@ def test_float8_products_are_exact_but_for_their_rounding() -> None:
 
 
 @complete
-def test_float8_experts_lose_what_float8_loses() -> None:
+def test_the_error_of_float8_experts_matches_float8() -> None:
     plain = random_experts(3, hidden=64, inner=32)
 
     def packed(matrices: Sequence[Any]) -> tuple[GpuWeight, ...]:
@@ -304,11 +306,11 @@ def test_float8_experts_lose_what_float8_loses() -> None:
 
     actual = on_gpu(x, ids, shares, Experts(gate_up=packed(plain.gate_up), down=packed(plain.down)))
 
-    # two products, each behind a rounding that the interpreter cuts off
+    # two products, each after a quantization that the interpreter truncates instead of rounding
     assert nmse(actual, expected(x, ids, shares, plain)) < 2e-2
 
 
-def test_experts_unlike_each_other_are_computed_one_by_one_and_it_says_so(
+def test_experts_of_different_formats_are_computed_one_by_one_with_a_warning(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     plain = random_experts(3, hidden=64, inner=32)
@@ -319,20 +321,19 @@ def test_experts_unlike_each_other_are_computed_one_by_one_and_it_says_so(
 
     actual = on_gpu(x, ids, shares, experts)
 
-    assert "experts differ in how they are packed" in caplog.text
+    assert "experts of a layer differ in format" in caplog.text
     assert nmse(actual, expected(x, ids, shares, plain)) < 1e-3
 
 
-def test_weights_may_lie_anywhere() -> None:
-    """Not only at whole vectors of 16 bytes."""
+def test_weights_need_not_be_aligned_to_16_bytes() -> None:
     experts = random_experts(3, "float16")
     memory = torch.empty(3, 2 * INNER * HIDDEN + 1, dtype=torch.float16)
     moved = memory[:, 1:].view(3, 2 * INNER, HIDDEN)
     moved.copy_(torch.stack(experts.gate_up))
     experts = replace(experts, gate_up=tuple(moved.unbind()))
-    together = weights.together(experts.gate_up, torch.from_numpy)
+    grouped = weights.group_experts(experts.gate_up, torch.from_numpy)
 
-    assert together is not None and together.alignment == 1
+    assert grouped is not None and grouped.alignment == 1
     check(random_choice(5, 2, 3), experts, "float16")
 
 
@@ -348,19 +349,19 @@ MIXTRAL = {
 }
 
 
-class PlainButForExperts(PlainGpu):
-    """What a graph holds beside them is quick."""
+class PlainExceptExperts(PlainGpu):
+    """Interprets the kernels of experts only; everything else is fast plain torch."""
 
     moe = GpuBackend.moe
 
 
-def drawn(engine: Engine) -> dict[str, list[int]]:
+def sampled(engine: Engine) -> dict[str, list[int]]:
     for i, prompt in enumerate([[5, 6, 7], [9] * 17]):
         ask(engine, str(i), prompt, max_tokens=5)
     return tokens(run(engine))
 
 
-def test_captured_decodes_draw_the_reference_tokens(tmp_path: Path) -> None:
+def test_captured_decodes_sample_the_reference_tokens(tmp_path: Path) -> None:
     settings = {
         "hf_overrides": MIXTRAL,
         "num_gpu_blocks_override": 64,
@@ -369,11 +370,11 @@ def test_captured_decodes_draw_the_reference_tokens(tmp_path: Path) -> None:
     }
     gpu = FakeGpu(seed=1)
     with interpreted(gpu):
-        engine = make_engine(tmp_path / "gpu", PlainButForExperts(gpu), **settings)
+        engine = make_engine(tmp_path / "gpu", PlainExceptExperts(gpu), **settings)
         while engine.capture_next():
             pass
         gpu.num_replays = 0
-        on_gpu = drawn(engine)
+        on_gpu = sampled(engine)
 
     assert gpu.num_replays >= 4
-    assert on_gpu == drawn(make_engine(tmp_path / "reference", ReferenceBackend(), **settings))
+    assert on_gpu == sampled(make_engine(tmp_path / "reference", ReferenceBackend(), **settings))

@@ -1,4 +1,4 @@
-"""Kernels of the layers' operations, interpreted: the kit's cases, and views that engines pass."""
+"""Kernels of the layer operations, interpreted: cases of the kit, and views that engines pass."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ USUAL = ("logits[float16]", "rms_norm[float16]", "layer_norm[float32]", "silu_mu
 @pytest.mark.parametrize(
     "item", some(kit_items(), lambda item: item.name in USUAL), ids=lambda item: item.name
 )
-def test_the_kits_cases(item: Item) -> None:
+def test_the_kernels_pass_the_conformance_cases(item: Item) -> None:
     result = item.run(SUBJECT)
 
     assert result.status == "pass", result.message
@@ -45,14 +45,14 @@ def normal(*shape: int, dtype: str = "float32", seed: int = 0) -> torch.Tensor:
 
 
 def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    """Both finite, and near by the kit's bound for the dtype."""
+    """Require equal dtypes, finite values and an error within the kit's bound for the dtype."""
     assert actual.dtype == expected.dtype
     name = str(actual.dtype).removeprefix("torch.")
     require_close("", actual.float().numpy(), expected.double().numpy(), NMSE_BOUND[name])
 
 
 def inside_nan(x: torch.Tensor) -> torch.Tensor:
-    """`x` as a view into memory that is NaN elsewhere: wider rows, and one row more."""
+    """Copy `x` into a view of larger memory, with wider rows and an extra row, that is all NaN."""
     wide = torch.full((x.shape[0] + 1, *x.shape[1:-1], x.shape[-1] + 24), float("nan")).to(x.dtype)
     view = wide[: x.shape[0], ..., 8 : 8 + x.shape[-1]]
     view.copy_(x)
@@ -66,7 +66,7 @@ def inside_nan(x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(
     "shape", some([(1, 576), (3, 33), (37, 16), (2, 4100)], lambda s: s == (3, 33)), ids=str
 )
-def test_norms_of_rows_inside_wider_ones(shape: tuple[int, int], dtype: str) -> None:
+def test_norms_of_rows_that_are_not_contiguous(shape: tuple[int, int], dtype: str) -> None:
     x, residual = (inside_nan(normal(*shape, dtype=dtype, seed=i)) for i in (1, 2))
     weight, bias = (normal(shape[1], dtype=dtype, seed=i) for i in (3, 4))
 
@@ -78,7 +78,7 @@ def test_norms_of_rows_inside_wider_ones(shape: tuple[int, int], dtype: str) -> 
     assert torch.equal(total, summed)
 
 
-def test_a_norm_of_each_head_of_a_merged_projection() -> None:
+def test_norms_per_head_of_a_merged_projection() -> None:
     merged = normal(5, 8 * 64, dtype="float16")
     weight = normal(64, dtype="float16", seed=1)
     key = merged.view(5, 8, 64)[:, 4:6]
@@ -86,7 +86,7 @@ def test_a_norm_of_each_head_of_a_merged_projection() -> None:
     close(norms.rms_norm(key, weight, 1e-6), TORCH.rms_norm(key, weight, 1e-6))
 
 
-def test_no_rows_are_no_work() -> None:
+def test_inputs_without_rows_return_empty_results() -> None:
     weight = normal(8)
 
     assert norms.rms_norm(torch.empty(0, 8), weight, 1e-6).shape == (0, 8)
@@ -98,7 +98,7 @@ def test_no_rows_are_no_work() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", some([1, 41, 1024, 1536], lambda w: w == 1536))
-def test_silu_mul_of_rows_inside_wider_ones(width: int, dtype: str) -> None:
+def test_silu_mul_of_rows_that_are_not_contiguous(width: int, dtype: str) -> None:
     gate_up = inside_nan(normal(3, 2 * width, dtype=dtype) * 3)
     expected = reference.silu_mul(gate_up.double().numpy())
 
@@ -128,11 +128,11 @@ def test_rope_of_views_into_a_merged_projection(
         assert torch.equal(one[..., rotary_dim:], other[..., rotary_dim:])
 
 
-# -- a fault in each --------------------------------------------------------------------------
+# -- planted faults ---------------------------------------------------------------------------
 
 
 @complete
-def test_the_kit_catches_wrong_operations() -> None:
+def test_the_conformance_kit_detects_wrong_operations() -> None:
     class Wrong(InterpretedBackend):
         def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
             return super().rms_norm(x, weight, eps * 1000)

@@ -1,4 +1,4 @@
-"""What an architecture lacks is refused when an engine starts, with its name and a way out."""
+"""Features that an architecture lacks are refused at startup, with its name and an alternative."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.tiny import make_engine
 
 ARCHS = CUDA | ROCM
 WITHOUT_FLOAT8 = ("sm_80", "sm_86", "gfx90a", "gfx1100")
-"""Ampere, CDNA 2 and RDNA 3 multiply none."""
+"""Ampere, CDNA 2 and RDNA 3 cannot multiply float8."""
 KV_DTYPES = set(typing.get_args(typing.get_type_hints(EngineConfig)["kv_cache_dtype"])) - {"auto"}
 
 
@@ -34,14 +34,16 @@ class AnyGpu(PlainGpu):
 
 @pytest.fixture(params=ARCHS)
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> AnyGpu:
-    """Of each architecture; torch multiplies float8 there, or not, as its makers say."""
+    """A backend for each architecture, with float8 products only where the hardware has them."""
     name = request.param
     kind = None if name in WITHOUT_FLOAT8 else torch.float8_e4m3fn
     monkeypatch.setattr(fp8, "dtype_of", lambda device: kind)
     return AnyGpu(FakeGpu(arch=name))
 
 
-def test_what_it_lacks_is_refused_by_name(tmp_path: Path, backend: AnyGpu) -> None:
+def test_unsupported_shapes_are_refused_with_the_name_of_the_gpu(
+    tmp_path: Path, backend: AnyGpu
+) -> None:
     arch = backend.arch
     where = rf"on {arch.name} \({arch.product}\)"
     with pytest.raises(
@@ -54,11 +56,11 @@ def test_what_it_lacks_is_refused_by_name(tmp_path: Path, backend: AnyGpu) -> No
         make_engine(tmp_path, backend, block_size=12)
 
 
-def test_keys_and_values_of_8_bits_need_no_float8_of_the_device(backend: AnyGpu) -> None:
+def test_8_bit_kv_caches_need_no_float8_support_of_the_device(backend: AnyGpu) -> None:
     assert backend.capabilities.kv_dtypes >= KV_DTYPES
 
 
-def test_float8_weights_are_taken_where_it_multiplies_them(tmp_path: Path, backend: AnyGpu) -> None:
+def test_float8_weights_need_float8_products(tmp_path: Path, backend: AnyGpu) -> None:
     where = rf"on {backend.arch.name} .*"
     if fp8.dtype_of(backend.device()) is None:
         with pytest.raises(
@@ -86,7 +88,7 @@ def test_float8_weights_are_taken_where_it_multiplies_them(tmp_path: Path, backe
         ),
     ],
 )
-def test_a_cache_that_is_not_claimed_is_refused(
+def test_an_unsupported_cache_is_refused(
     backend: AnyGpu, change: dict[str, Any], message: str
 ) -> None:
     spec = KVSpec(num_layers=1, num_kv_heads=1, head_size=80, block_size=16, dtype="bfloat16")

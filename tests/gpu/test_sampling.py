@@ -1,4 +1,4 @@
-"""The sampling kernels, interpreted, against plain Python and against the torch default."""
+"""The sampling kernels, interpreted, compared with plain Python and with the torch default."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ INF, NAN = math.inf, math.nan
 
 
 @pytest.fixture(autouse=True)
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Vocabularies of many chunks, of which few tokens are kept, without large ones."""
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make small vocabularies have many chunks with few candidates."""
     for module in (sampling, adjust, logprobs):
         monkeypatch.setattr(module, "CHUNK", 64)
     monkeypatch.setattr(sampling, "CANDIDATES", 8)
@@ -42,12 +42,12 @@ def make_row(logits: Any, **options: Any) -> Row:
     return Row(logits=np.array(logits, np.float32).astype(np.float64), **options)
 
 
-def draw(*rows: Row) -> list[int]:
+def sampled(*rows: Row) -> list[int]:
     ids: list[int] = run_sample(SUBJECT, list(rows)).token_ids.tolist()
     return ids
 
 
-# -- the kit ----------------------------------------------------------------------------------
+# -- cases of the conformance kit -------------------------------------------------------------
 
 NAMES = ("sample", "ties", "broken rows", "logprobs")
 
@@ -56,18 +56,18 @@ NAMES = ("sample", "ties", "broken rows", "logprobs")
 @pytest.mark.parametrize(
     "item", [i for c in CHECKS if c.name in NAMES for i in c.items()], ids=lambda item: item.name
 )
-def test_the_kits_cases(item: Item) -> None:
+def test_the_kernels_pass_the_conformance_cases(item: Item) -> None:
     result = item.run(SUBJECT)
 
     assert result.status == "pass", result.message
 
 
-# -- the random numbers -----------------------------------------------------------------------
+# -- random numbers ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", some([0, 1, -1, 2**32, 2**63 - 1, -(2**63)], lambda s: s == -1))
 @pytest.mark.parametrize("position", some([0, 2**32 - 1, 2**40 + 3], lambda p: p == 2**40 + 3))
-def test_noise_is_the_contracts(seed: int, position: int) -> None:
+def test_noise_matches_the_portable_definition(seed: int, position: int) -> None:
     expected = philox.gumbel(torch.tensor([seed]), torch.tensor([position]), 32)[0]
     in_order, one_by_one = torch.empty(32), torch.empty(32)
 
@@ -77,7 +77,7 @@ def test_noise_is_the_contracts(seed: int, position: int) -> None:
     assert torch.equal(in_order, one_by_one)
 
 
-def test_the_logarithm_is_right_where_the_largest_noise_comes_from() -> None:
+def test_the_logarithm_is_accurate_for_the_largest_noise() -> None:
     near_one = 1 - torch.arange(1, 257, dtype=torch.float64) * 2.0**-24
     small_ones = torch.arange(1, 257, dtype=torch.float64) * 2.0**-24
     x = torch.cat((near_one, small_ones, torch.linspace(0.1, 30, 512, dtype=torch.float64))).float()
@@ -88,7 +88,7 @@ def test_the_logarithm_is_right_where_the_largest_noise_comes_from() -> None:
     torch.testing.assert_close(out.double(), x.double().log(), rtol=3e-7, atol=0)
 
 
-def test_order_of_scores_is_order_of_their_integers() -> None:
+def test_integer_keys_have_the_order_of_the_scores() -> None:
     x = torch.tensor([-INF, -3.0, -1e-30, -0.0, 0.0, 1e-30, 2.0, INF])
     out = torch.empty(8, dtype=torch.int32)
 
@@ -100,11 +100,11 @@ def test_order_of_scores_is_order_of_their_integers() -> None:
     assert keys[0] == ordering.NOTHING.value
 
 
-# -- against one number at a time -------------------------------------------------------------
+# -- compared with plain Python ---------------------------------------------------------------
 
 
 def random_row(rng: np.random.Generator, vocab: int, *, is_coarse: bool) -> Row:
-    """Any mixture of options; coarse logits have many ties."""
+    """A row with a random mixture of parameters; coarse logits have many ties."""
 
     def some(value: Any, otherwise: Any) -> Any:
         return value if rng.random() < 0.35 else otherwise
@@ -135,13 +135,13 @@ def random_row(rng: np.random.Generator, vocab: int, *, is_coarse: bool) -> Row:
 
 @pytest.mark.parametrize("is_coarse", [True, False], ids=["ties", "no ties"])
 @pytest.mark.parametrize("vocab", some([2, 33, 64, 130, 700], lambda vocab: vocab == 130))
-def test_draws_what_plain_python_draws(vocab: int, is_coarse: bool) -> None:
+def test_the_sampled_tokens_match_plain_python(vocab: int, is_coarse: bool) -> None:
     rng = np.random.default_rng(vocab)
     rows = [random_row(rng, vocab, is_coarse=is_coarse) for _ in range(10)]
     num_clear = 0
-    for row, token_id in zip(rows, draw(*rows), strict=True):
+    for row, token_id in zip(rows, sampled(*rows), strict=True):
         expected = reference_sampling.draw(row)
-        if expected.margin > 1e-4:  # nearer, and float32 may tip it
+        if expected.margin > 1e-4:  # with less, float32 rounding may decide
             num_clear += 1
             assert token_id == expected.token_id, row
     assert num_clear > (0.6 if vocab < 700 else 0.3) * len(rows)
@@ -158,12 +158,12 @@ def test_a_threshold_below_the_candidates_is_found_in_the_row(options: dict[str,
         make_row(rng.standard_normal(300) * 0.3, seed=i, position=i, **options) for i in range(3)
     ]
 
-    assert draw(*rows) == run_sample(TORCH, rows).token_ids.tolist()
+    assert sampled(*rows) == run_sample(TORCH, rows).token_ids.tolist()
 
 
 @complete
-def test_what_a_row_wants_is_read_on_the_device() -> None:
-    """The flags on the host change nothing: one recorded sequence serves all rows."""
+def test_parameters_of_rows_are_read_on_the_device() -> None:
+    """The host's flags have no effect: one captured sequence serves all rows."""
     rng = np.random.default_rng(2)
     rows = [random_row(rng, 130, is_coarse=False) for _ in range(12)]
     logits = torch.tensor(np.stack([r.logits for r in rows])).float()
@@ -177,15 +177,15 @@ def test_what_a_row_wants_is_read_on_the_device() -> None:
 
 
 @complete
-def test_a_row_draws_the_same_alone_and_in_a_batch() -> None:
+def test_a_row_samples_the_same_token_alone_and_in_a_batch() -> None:
     rng = np.random.default_rng(3)
     rows = [random_row(rng, 130, is_coarse=False) for _ in range(12)]
 
-    assert [draw(row)[0] for row in rows] == draw(*rows)
+    assert [sampled(row)[0] for row in rows] == sampled(*rows)
 
 
 @complete
-def test_logits_may_lie_apart_and_are_not_changed() -> None:
+def test_logits_need_not_be_contiguous_and_are_not_changed() -> None:
     rng = np.random.default_rng(4)
     rows = [random_row(rng, 130, is_coarse=True) for _ in range(6)]
     wide = torch.full((6, 200), NAN)
@@ -204,7 +204,7 @@ def test_logits_may_lie_apart_and_are_not_changed() -> None:
 # -- penalties, bias, mask --------------------------------------------------------------------
 
 
-def test_adjusted_logits_are_bit_for_bit_those_of_the_default() -> None:
+def test_adjusted_logits_are_bit_identical_to_the_default() -> None:
     rng = np.random.default_rng(5)
     rows = [random_row(rng, 130, is_coarse=False) for _ in range(16)]
     logits = torch.tensor(np.stack([r.logits for r in rows])).float()
@@ -218,7 +218,7 @@ def test_adjusted_logits_are_bit_for_bit_those_of_the_default() -> None:
     assert torch.equal(adjust.adjust(logits, params), portable.adjust(logits, params))
 
 
-def test_nothing_to_adjust_is_no_copy() -> None:
+def test_logits_without_adjustments_are_not_copied() -> None:
     logits = torch.zeros(1, 8)
 
     assert adjust.adjust(logits, sample_params(SUBJECT, [make_row(np.zeros(8))])) is logits
@@ -230,7 +230,7 @@ def test_nothing_to_adjust_is_no_copy() -> None:
 @pytest.mark.parametrize(
     "sizes", some([(2, 5), (64, 0), (130, 20), (700, 7)], lambda s: s[0] == 130)
 )
-def test_logprobs_ranks_and_likeliest_tokens_are_those_of_the_default(
+def test_logprobs_ranks_and_most_likely_tokens_match_the_default(
     sizes: tuple[int, int],
 ) -> None:
     vocab, num_top = sizes
@@ -246,7 +246,7 @@ def test_logprobs_ranks_and_likeliest_tokens_are_those_of_the_default(
     torch.testing.assert_close(actual.top_logprobs, expected.top_logprobs, rtol=1e-5, atol=1e-5)
 
 
-# -- rows that are broken, or infinite --------------------------------------------------------
+# -- NaN and infinite logits ------------------------------------------------------------------
 
 
 FILTERS = {"top_k": 2, "top_p": 0.5, "min_p": 0.1}
@@ -255,20 +255,20 @@ FILTERS = {"top_k": 2, "top_p": 0.5, "min_p": 0.1}
 @pytest.mark.parametrize(
     "options", some([{}, {"temperature": 0.0}, FILTERS], lambda o: o == FILTERS), ids=str
 )
-def test_a_broken_row_draws_minus_one_and_spoils_no_other(options: dict[str, Any]) -> None:
+def test_a_broken_row_returns_minus_one_and_does_not_affect_others(options: dict[str, Any]) -> None:
     rng = np.random.default_rng(7)
     others = [make_row(rng.standard_normal(100), position=i, top_p=0.9) for i in range(2)]
     nan = np.zeros(100)
     nan[77] = NAN
     broken = [make_row(nan, **options), make_row(np.full(100, -INF), **options)]
 
-    ids = draw(others[0], *broken, others[1])
+    ids = sampled(others[0], *broken, others[1])
 
     assert ids[1:3] == [-1, -1]
-    assert [ids[0], ids[3]] == draw(*others)
+    assert [ids[0], ids[3]] == sampled(*others)
 
 
-def test_a_logit_of_infinity_wins() -> None:
+def test_an_infinite_logit_is_always_sampled() -> None:
     row = make_row([1.0] * 70 + [INF, 2.0])
 
     for options in (
@@ -277,11 +277,11 @@ def test_a_logit_of_infinity_wins() -> None:
         {"top_k": 2, "top_p": 0.5, "min_p": 0.1},
         {"top_p": 0.9},
     ):
-        assert draw(replace(row, **options)) == [70]
+        assert sampled(replace(row, **options)) == [70]
 
 
 @complete
-def test_a_row_without_logits_is_no_work() -> None:
+def test_a_batch_without_rows_returns_empty_results() -> None:
     params = sample_params(SUBJECT, [make_row([1.0, 2.0])], 2)
     for name in ("temperature", "top_k", "top_p", "min_p", "seed", "position"):
         setattr(params, name, getattr(params, name)[:0])
@@ -292,21 +292,21 @@ def test_a_row_without_logits_is_no_work() -> None:
     assert out.top_ids is not None and out.top_ids.shape == (0, 2)
 
 
-# -- a fault in each --------------------------------------------------------------------------
+# -- planted faults ---------------------------------------------------------------------------
 
 FAULTS = {
     "noise of the next position": ("position", 1),
     "noise of another seed": ("seed", 1),
-    "one token more": ("top_k", 1),
-    "a larger share": ("top_p", 0.05),
-    "a higher floor": ("min_p", 0.05),
-    "hotter": ("temperature", 0.25),
+    "larger top_k": ("top_k", 1),
+    "larger top_p": ("top_p", 0.05),
+    "larger min_p": ("min_p", 0.05),
+    "higher temperature": ("temperature", 0.25),
 }
 
 
 @complete
 @pytest.mark.parametrize("fault", FAULTS)
-def test_the_kit_catches_wrong_draws(fault: str) -> None:
+def test_the_conformance_kit_detects_wrong_sampling(fault: str) -> None:
     field, more = FAULTS[fault]
 
     class Wrong(InterpretedBackend):
@@ -320,7 +320,7 @@ def test_the_kit_catches_wrong_draws(fault: str) -> None:
     assert any(item.run(Subject(Wrong())).status == "fail" for item in kinds)
 
 
-# -- kernels of tests -------------------------------------------------------------------------
+# -- kernels that call the functions under test -----------------------------------------------
 
 
 @triton.jit

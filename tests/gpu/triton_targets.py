@@ -1,7 +1,7 @@
-"""Compiles Triton kernels for GPUs that are not here, and says what they would take of one.
+"""Compile Triton kernels for GPUs that are not present, and report the resources they need.
 
-Nothing is run. `TRITON_INTERPRET` must be off where kernels are compiled: a process either
-interprets kernels or compiles them.
+Nothing is run. `TRITON_INTERPRET` must be off: a process either interprets kernels or compiles
+them.
 """
 
 from __future__ import annotations
@@ -38,22 +38,22 @@ SHARED_LIMIT = {
     "gfx1100": 64 * 1024,
     "gfx1201": 64 * 1024,
 }
-"""Bytes of shared memory (LDS) that one program may have."""
+"""Most bytes of shared memory (LDS) per program."""
 
 
 @dataclass(frozen=True, slots=True)
 class Resources:
-    """What one program of a compiled kernel takes."""
+    """Resources of one program of a compiled kernel."""
 
     registers: int
-    """Of a thread: 32-bit registers; on AMD vector registers, accumulation ones included."""
+    """32-bit registers per thread; on AMD vector registers, including accumulation registers."""
     shared: int
     """Bytes of shared memory (LDS)."""
     spills: int
-    """Registers of a thread that live in memory. Scalar registers of AMD's that live in lanes of
-    vector registers are not counted."""
+    """Registers per thread that are spilled to memory. AMD scalar registers that are spilled to
+    lanes of vector registers are not counted."""
     occupancy: int
-    """Programs that a multiprocessor (CU, or WGP on RDNA) holds at once, by these limits alone."""
+    """Programs that fit on a multiprocessor (CU, or WGP on RDNA) by these limits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,15 +80,15 @@ def compile_for(
     """Compile a Triton kernel for one of `TARGETS`, on a machine without a GPU.
 
     Args:
-        kernel: a function under `triton.jit`.
-        signature: type of each argument that is not constant, in Triton's words ("*bf16", "i32",
-            "fp32"). Pointers count as aligned to 16 bytes, as torch's are; "i32:16" is an
-            integer that is a multiple of 16.
+        kernel: a function decorated with `triton.jit`.
+        signature: Triton type of each argument that is not constant ("*bf16", "i32", "fp32").
+            Pointers are assumed to be aligned to 16 bytes, as torch's are; "i32:16" is an integer
+            that is a multiple of 16.
         constants: values of the `tl.constexpr` arguments, and of others that are None.
-        target: its name.
-        num_warps: warps of a program.
+        target: a key of `TARGETS`.
+        num_warps: warps per program.
         num_stages: depth of software pipelining.
-        options: of the target's compiler (waves_per_eu, maxnreg).
+        options: further options of the target's compiler (waves_per_eu, maxnreg).
     """
     types: dict[str, str] = {}
     aligned: dict[tuple[int], list[list[Any]]] = {}
@@ -122,7 +122,7 @@ def compile_for(
 
 
 def _nvidia(compiled: Any, target: str, num_warps: int, shared: int) -> Compiled:
-    """Resources by cuobjdump, SASS by nvdisasm (both come with Triton)."""
+    """Get resources from cuobjdump and SASS from nvdisasm, which Triton includes."""
     from triton import knobs
 
     with tempfile.TemporaryDirectory() as folder:
@@ -131,7 +131,7 @@ def _nvidia(compiled: Any, target: str, num_warps: int, shared: int) -> Compiled
         usage = _output(knobs.nvidia.cuobjdump.path, "-res-usage", path)
         sass = _output(knobs.nvidia.nvdisasm.path, "-c", path)
     registers = int(re.findall(r"REG:(\d+)", usage)[-1])
-    # spilled registers show as stores to local memory, one line each of 1, 2 or 4 registers
+    # spills are stores to local memory, of 1, 2 or 4 registers per instruction
     widths = re.findall(r"\bSTL(?:\.(64|128))?\b", sass)
     spills = sum(int(width or 32) // 32 for width in widths)
     per_sm = 65536 // (-(-registers // 8) * 8 * 32 * num_warps)
@@ -141,7 +141,7 @@ def _nvidia(compiled: Any, target: str, num_warps: int, shared: int) -> Compiled
 
 
 def _amd(compiled: Any, target: str, num_warps: int, shared: int) -> Compiled:
-    """Resources by the metadata that the assembler reads."""
+    """Get resources from the metadata in the assembly."""
     text = compiled.asm["amdgcn"]
 
     def number(name: str) -> int:
@@ -150,11 +150,10 @@ def _amd(compiled: Any, target: str, num_warps: int, shared: int) -> Compiled:
 
     registers = number("vgpr_count")
     spills = number("vgpr_spill_count")
-    if not target.startswith(
-        "gfx9"
-    ):  # RDNA: a WGP: 4 SIMDs of 1,536 registers of 32 lanes, 128 KiB
+    if not target.startswith("gfx9"):
+        # RDNA: a WGP has 4 SIMDs with 1,536 registers of 32 lanes, and 128 KiB of LDS
         waves, lds = 4 * min(16, 1536 // (-(-registers // 24) * 24)), 128 * 1024
-    else:  # a CU: 4 SIMDs of 512 registers of 64 lanes
+    else:  # CDNA: a CU has 4 SIMDs with 512 registers of 64 lanes
         waves, lds = 4 * min(8, 512 // (-(-registers // 8) * 8)), SHARED_LIMIT[target]
     by_shared = lds // shared if shared else waves
     return Compiled(

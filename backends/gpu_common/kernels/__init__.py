@@ -1,1 +1,1 @@
-"""Triton kernels, one operation a file, each with its launcher."""
+"""Triton kernels with their launchers, one file per operation."""

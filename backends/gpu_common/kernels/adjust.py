@@ -1,9 +1,9 @@
-"""Penalties, bias and allowed mask on logits [R, V], before a token is drawn.
+"""Apply penalties, biases and allowed-token masks to logits [R, V] before sampling.
 
-Mapping:  `_count` has one program for each BLOCK tokens seen before, `_apply` one for each CHUNK
-          of a row, `_add` one for each BLOCK additions.
-Bound by: memory, 8 V R bytes, and 4 more V R where there are penalties.
-Meaning:  backends/portable/sampling.py; additions to one token may be summed in any order.
+Mapping:  `_count` has one program per BLOCK earlier tokens, `_apply` one per CHUNK tokens of a row,
+          `_add` one per BLOCK biases.
+Bound by: memory, 8 V R bytes, plus 4 V R with penalties.
+Meaning:  backends/portable/sampling.py; several biases of one token may be added in any order.
 """
 
 import torch
@@ -15,20 +15,20 @@ from portalm.backend import SampleParams
 CHUNK = 4096
 BLOCK = 1024
 _IN_PROMPT = tl.constexpr(1 << 30)
-"""Bit of a token's count that says it is in the prompt; below are its places in the answer."""
+"""Bit of a token's count: it occurs in the prompt. The lower bits count it in the output."""
 
 
 def adjust(logits: torch.Tensor, params: SampleParams) -> torch.Tensor:
-    """float32 [R, V] after penalties, bias and mask; `logits` itself where there are none."""
+    """Apply penalties, bias and mask: float32 [R, V]; `logits` itself if there are none."""
     penalties, bias, allowed = params.penalties, params.bias, params.allowed
     num_rows, vocab_size = logits.shape
     if (penalties is None and bias is None and allowed is None) or num_rows == 0:
         return logits
     scores = torch.empty((num_rows, vocab_size), dtype=logits.dtype, device=logits.device)
-    counts, knobs = logits, (logits, logits, logits)  # not read where there are no penalties
+    counts, strengths = logits, (logits, logits, logits)  # not read if there are no penalties
     if penalties is not None:
         counts = torch.zeros((num_rows, vocab_size), dtype=torch.int32, device=logits.device)
-        knobs = (penalties.presence, penalties.frequency, penalties.repetition)
+        strengths = (penalties.presence, penalties.frequency, penalties.repetition)
         for ids, is_prompt in ((penalties.prompt_ids, True), (penalties.output_ids, False)):
             width = ids.shape[1]
             if width:
@@ -36,9 +36,9 @@ def adjust(logits: torch.Tensor, params: SampleParams) -> torch.Tensor:
                     ids, counts, width, ids.stride(0), vocab_size, is_prompt, BLOCK
                 )
     masks = logits if allowed is None else allowed
-    # products and sums are rounded one by one, as the seam's torch default rounds them
+    # without fusion, products and sums are rounded one by one, as in the torch default
     _apply[(triton.cdiv(vocab_size, CHUNK), num_rows)](
-        logits, scores, counts, *knobs, masks, vocab_size, logits.stride(0), masks.stride(0),
+        logits, scores, counts, *strengths, masks, vocab_size, logits.stride(0), masks.stride(0),
         penalties is not None, allowed is not None, CHUNK, enable_fp_fusion=False,
     )  # fmt: skip
     if bias is not None and len(bias.rows):
@@ -53,7 +53,7 @@ def adjust(logits: torch.Tensor, params: SampleParams) -> torch.Tensor:
 def _count(
     ids_ptr, counts_ptr, width, row_stride, vocab_size, IS_PROMPT: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """How often each token was seen: int32 [R, V], zero before."""
+    """Count the occurrences of each token in `counts`, int32 [R, V], which starts at zero."""
     row = tl.program_id(1).to(tl.int64)
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     ids = tl.load(ids_ptr + row * row_stride + at, mask=at < width, other=-1)
@@ -66,7 +66,7 @@ def _count(
 
 @triton.jit
 def _is_allowed(masks_ptr, row, ids, mask, mask_stride):
-    """The bits of tokens `ids` in their row's mask."""
+    """True for the tokens `ids` whose bit in their row's mask is set."""
     words = tl.load(masks_ptr + row * mask_stride + ids // 32, mask=mask, other=0)
     return ((words >> (ids % 32)) & 1) != 0
 
@@ -77,7 +77,7 @@ def _apply(
     vocab_size, row_stride, mask_stride,
     HAS_PENALTIES: tl.constexpr, HAS_MASK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Logits after penalties and mask."""
+    """Apply penalties and mask to CHUNK logits of a row."""
     row = tl.program_id(1).to(tl.int64)
     ids = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
     is_token = ids < vocab_size
@@ -87,9 +87,9 @@ def _apply(
         repetition = tl.load(repetition_ptr + row)
         repeated = tl.where(scores > 0, tl.div_rn(scores, repetition), scores * repetition)
         scores = tl.where(counts > 0, repeated, scores)
-        in_answer = (counts & (_IN_PROMPT - 1)).to(tl.float32)
-        scores -= tl.load(frequency_ptr + row) * in_answer
-        scores -= tl.load(presence_ptr + row) * (in_answer > 0).to(tl.float32)
+        in_output = (counts & (_IN_PROMPT - 1)).to(tl.float32)
+        scores -= tl.load(frequency_ptr + row) * in_output
+        scores -= tl.load(presence_ptr + row) * (in_output > 0).to(tl.float32)
     if HAS_MASK:
         is_allowed = _is_allowed(masks_ptr, row, ids, is_token, mask_stride)
         scores = tl.where(is_allowed, scores, float("-inf"))
@@ -101,7 +101,7 @@ def _add(
     rows_ptr, ids_ptr, values_ptr, scores_ptr, masks_ptr, count, vocab_size, mask_stride,
     HAS_MASK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Add values to scores; what the mask forbids stays so."""
+    """Add biases to scores, except for tokens that the mask forbids."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = at < count
     rows = tl.load(rows_ptr + at, mask=mask, other=0).to(tl.int64)

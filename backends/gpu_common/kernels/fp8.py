@@ -1,8 +1,8 @@
-"""Products in float8: activations rounded by rows, weights by theirs.
+"""Products in float8: activations and weights are quantized with one scale per row.
 
-Mapping:  `_quantize` has one program for each row of x, which stays in its registers.
-Bound by: memory, 3 bytes for each value of a 16-bit x; then the tensor cores, by torch._scaled_mm.
-Meaning:  Backend.linear of a weight that was rounded to "fp8".
+Mapping:  `_quantize` has one program per row of x, which stays in registers.
+Bound by: memory, 3 bytes per value of a 16-bit x; then tensor cores, in torch._scaled_mm.
+Meaning:  Backend.linear with a weight that was quantized to "fp8".
 """
 
 import torch
@@ -13,9 +13,9 @@ from portalm_backends.gpu_common.weights import Fp8Weight
 
 
 def dtype_of(device: torch.device) -> torch.dtype | None:
-    """The float8 that the device multiplies with a scale for each row; None if it does not.
+    """The float8 dtype that the device multiplies with a scale per row; None if it cannot.
 
-    Asked by trying: it takes the device, its libraries and torch's build.
+    Found by a trial product, because it depends on the device, its libraries and torch's build.
     """
     for dtype in (torch.float8_e4m3fn, torch.float8_e4m3fnuz):
         x, scale = torch.zeros((16, 16), device=device), torch.ones((16, 1), device=device)
@@ -24,14 +24,14 @@ def dtype_of(device: torch.device) -> torch.dtype | None:
                 x.to(dtype), x.to(dtype).t(), scale, scale.t(), out_dtype=torch.bfloat16
             )
             product.cpu()
-        except (RuntimeError, ValueError):  # whatever it lacks, another one or none is used
+        except (RuntimeError, ValueError):  # not supported, for whatever reason: try the next
             continue
         return dtype
     return None
 
 
 def linear(x: torch.Tensor, weight: Fp8Weight, bias: torch.Tensor | None) -> torch.Tensor:
-    """x [M, K], bfloat16, times weight [N, K] transposed, plus bias [N]: [M, N]."""
+    """Multiply x [M, K], bfloat16, with weight [N, K] transposed; add bias [N]: [M, N]."""
     values, scales = quantize(x, weight.values.dtype)
     out = torch._scaled_mm(
         values, weight.values.t(), scales, weight.scales, out_dtype=x.dtype, use_fast_accum=True
@@ -40,7 +40,7 @@ def linear(x: torch.Tensor, weight: Fp8Weight, bias: torch.Tensor | None) -> tor
 
 
 def quantize(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """x [M, K] rounded to float8 [M, K], and what each row was divided by, float32 [M, 1]."""
+    """Quantize x [M, K] to float8 [M, K] with a scale per row, float32 [M, 1]."""
     rows, width = x.shape
     values = torch.empty((rows, width), dtype=dtype, device=x.device)
     scales = torch.empty((rows, 1), dtype=torch.float32, device=x.device)
@@ -57,7 +57,7 @@ def quantize(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.T
 def _quantize(
     x_ptr, values_ptr, scales_ptr, width, row_stride, LARGEST: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """One row: the largest of its values becomes the largest of float8."""
+    """Quantize one row; its largest magnitude becomes the largest float8."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     mask = columns < width

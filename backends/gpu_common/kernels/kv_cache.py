@@ -1,16 +1,16 @@
-"""Writing to the paged cache, with or without the rotation of keys and queries, and copies in it.
+"""Write to the paged cache, with or without rotating keys and queries, and copy blocks in it.
 
-    cache        [NB, H_kv, 2, B, D]    of one layer, updated in place
-    scales       bfloat16 [NB, H_kv, 2, B]   of codes of 8 bits, likewise
-    query        [T, H, D]              rows of a token contiguous; row strides are given
+    cache        [NB, H_kv, 2, B, D]    one layer, updated in place
+    scales       bfloat16 [NB, H_kv, 2, B]   for 8-bit caches, updated in place
+    query        [T, H, D]              tokens are contiguous; the stride between them is given
     key, value   [T, H_kv, D]           likewise
-    slots        int32 [T]              block * B + offset; padding lands in block 0, never read
+    slots        int32 [T]              block * B + offset; padding goes to block 0, never read
     cos_sin      float32 [max_position, rotary_dim]   cosines, then sines
 
-Mapping:  `write_kernel` has one program for each token, `rotate_write_kernel` for each token and
-          KV head: its key and value and the query heads of its group; `copy_kernel` for each
-          layer, pair of blocks and piece of 16 KiB.
-Bound by: memory, 2 T (H + 2 H_kv) D elements; at few tokens by the launch.
+Mapping:  `write_kernel` has one program per token; `rotate_write_kernel` one per token and KV head,
+          for its key, value and the query heads of its group; `copy_kernel` one per layer, pair
+          of blocks and 16 KiB.
+Bound by: memory, 2 T (H + 2 H_kv) D elements; with few tokens, the launch.
 Meaning:  Backend.rope, then Backend.kv_write; Backend.kv_copy.
 """
 
@@ -26,16 +26,16 @@ def write_kernel(
     NUM_KV_HEADS: tl.constexpr, HEADS_PADDED: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     BLOCK: tl.constexpr, LARGEST: tl.constexpr, CODES: tl.constexpr, PLANES: tl.constexpr,
 ):  # fmt: skip
-    """One token's keys and values into their slot; as codes, whose scales are written too.
+    """Write one token's keys and values into its slot; in 8-bit caches as codes, with scales.
 
-    PLANES is 1 where values are keys, which alone are written then.
+    PLANES is 1 if values are part of their keys; then only keys are written.
     """
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + token)
     head, dim = tl.arange(0, HEADS_PADDED), tl.arange(0, DP)[None, :]
     mask = (head < NUM_KV_HEADS)[:, None] & (dim < D)
     first = (slot // BLOCK).to(tl.int64) * (NUM_KV_HEADS * PLANES * BLOCK) + slot % BLOCK
-    row = first + head * (PLANES * BLOCK)  # of the key; its value is BLOCK further
+    row = first + head * (PLANES * BLOCK)  # of the key; the value's is BLOCK rows later
     places = row[:, None] * D + dim
     sources = head[:, None] * D + dim
     k = tl.load(key + token * key_stride + sources, mask=mask, other=0.0)
@@ -53,10 +53,10 @@ def write_kernel(
 @triton.jit
 def _turn(source, target, cos, sin, row, is_row, pair, R: tl.constexpr, D: tl.constexpr,
           IS_INTERLEAVED: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
-    """Rows [N, D] at `source` + row * D rotated, in float32, to `target` + row * D.
+    """Rotate rows [N, D] at `source` + row * D in float32; write them to `target` + row * D.
 
-    Su et al., "RoFormer", 2021. Rounded to the source's dtype before the cache's, as a rotated
-    key that is kept would be.
+    Su et al., "RoFormer", 2021. Results are rounded to the source's dtype first and then to the
+    cache's, as when rope and write are separate operations.
     """
     if IS_INTERLEAVED:
         first, second = 2 * pair, 2 * pair + 1
@@ -77,7 +77,7 @@ def _turn(source, target, cos, sin, row, is_row, pair, R: tl.constexpr, D: tl.co
 @triton.jit
 def _keep(source, target, row, is_row, FIRST: tl.constexpr, COUNT: tl.constexpr,
           D: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
-    """Dimensions from FIRST on, COUNT or fewer, of rows [N, D] as they are."""
+    """Copy dimensions FIRST to FIRST + COUNT, at most up to D, of rows [N, D] unchanged."""
     dim = FIRST + tl.arange(0, COUNT)
     places = row[:, None] * D + dim[None, :]
     mask = is_row[:, None] & (dim < D)[None, :]
@@ -93,7 +93,7 @@ def rotate_write_kernel(
     D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, HALF_PADDED: tl.constexpr,
     REST_PADDED: tl.constexpr, BLOCK: tl.constexpr, IS_INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
-    """One token's key, rotated, and value of one head into their slot; its queries rotated."""
+    """Rotate one token's key and queries of one KV head; write the key and the value."""
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     slot = tl.load(slots + token)
     place = (slot // BLOCK).to(tl.int64) * NUM_KV_HEADS + head
@@ -122,7 +122,7 @@ def rotate_write_kernel(
 
 @triton.jit
 def copy_kernel(cache, source, destination, layer_words, block_words, WORDS: tl.constexpr):
-    """WORDS 32-bit words of one block of one layer, from source[i] to destination[i]."""
+    """Copy WORDS 32-bit words of one block of one layer, from source[i] to destination[i]."""
     word = tl.program_id(0) * WORDS + tl.arange(0, WORDS)
     pair, layer = tl.program_id(1), tl.program_id(2).to(tl.int64)
     mask = word < block_words

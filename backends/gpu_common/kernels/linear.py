@@ -1,4 +1,4 @@
-"""`Backend.linear` and `Backend.logits` for every packed weight."""
+"""`Backend.linear` and `Backend.logits` for every kind of packed weight."""
 
 import functools
 
@@ -7,21 +7,24 @@ import torch.nn.functional as F
 
 from portalm_backends.gpu_common.kernels import fp8
 from portalm_backends.gpu_common.kernels.matmul import matmul
-from portalm_backends.gpu_common.weights import FewBitWeight, Fp8Weight, GpuWeight
+from portalm_backends.gpu_common.weights import Fp8Weight, GpuWeight, PackedQuantized
 
 
 def linear(x: torch.Tensor, weight: GpuWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x [T, K] times the packed [N, K] transposed, plus bias [N]: [T, N] in x's dtype."""
-    if isinstance(weight, FewBitWeight):
+    """Multiply x [T, K] with the packed [N, K] transposed; add bias [N]: [T, N] in x's dtype."""
+    if isinstance(weight, PackedQuantized):
         return matmul(x, weight, bias, x.dtype)
     if isinstance(weight, Fp8Weight):
         return fp8.linear(x, weight, bias)
     return F.linear(x, weight, bias)
 
 
-def logits(x: torch.Tensor, weight: torch.Tensor | FewBitWeight) -> torch.Tensor:
-    """x [R, C] times the packed [V, C] transposed: float32 [R, V], never rounded to less."""
-    if isinstance(weight, FewBitWeight):
+def logits(x: torch.Tensor, weight: torch.Tensor | PackedQuantized) -> torch.Tensor:
+    """Multiply x [R, C] with the packed [V, C] transposed: float32 [R, V].
+
+    The result is never rounded to a smaller dtype in between.
+    """
+    if isinstance(weight, PackedQuantized):
         return matmul(x, weight, None, torch.float32)
     if x.dtype == torch.float32:
         return F.linear(x, weight)
@@ -32,9 +35,10 @@ def logits(x: torch.Tensor, weight: torch.Tensor | FewBitWeight) -> torch.Tensor
 
 @functools.cache
 def has_wide_product(device: torch.device) -> bool:
-    """True if torch multiplies 16-bit floats into float32 there: CUDA from 2.8, ROCm later.
+    """True if torch can multiply 16-bit floats with a float32 result on `device`.
 
-    Waits for the device: to be asked once before a step is captured.
+    CUDA builds can from torch 2.8 on, ROCm builds only later. Waits for the device, so the first
+    call must come before a capture.
     """
     x = torch.zeros((16, 16), dtype=torch.bfloat16, device=device)
     try:

@@ -1,8 +1,8 @@
-"""Logprob and rank of drawn tokens, and the most likely ones, of raw logits [R, V].
+"""Logprobs and ranks of sampled tokens, and the k most likely tokens, from raw logits [R, V].
 
-Mapping:  `_scan` has one program for each CHUNK tokens of a row, `_merge` one for each row. The k
-          largest are taken one after the other from registers: k is about 20 at most.
-Bound by: memory, 4 V R bytes; latency of 2 k reductions.
+Mapping:  `_scan` has one program per CHUNK tokens of a row, `_merge` one per row. The k largest
+          are extracted from registers one by one, as k is at most about 20.
+Bound by: memory, 4 V R bytes; then the latency of 2 k reductions.
 Meaning:  `add_logprobs` of backends/portable/sampling.py.
 """
 
@@ -18,9 +18,9 @@ _LOWEST = tl.constexpr(-0x7FFFFFFFFFFFFFFF)
 
 
 def add_logprobs(output: SampleOutput, raw: torch.Tensor, num_top: int) -> None:
-    """Logprob and rank of each row's token, and the `num_top` most likely tokens.
+    """Set the logprob and rank of each row's token, and the `num_top` most likely tokens.
 
-    A row without a token gets those of token 0.
+    A row without a token gets the logprob and rank of token 0.
     """
     num_rows, vocab_size = raw.shape
     num_chunks, num_top = triton.cdiv(vocab_size, CHUNK), min(num_top, vocab_size)
@@ -51,7 +51,7 @@ def add_logprobs(output: SampleOutput, raw: torch.Tensor, num_top: int) -> None:
 
 @triton.jit
 def _mass(scores, top):
-    """exp(scores - top), 1 where both are infinite."""
+    """exp(scores - top); 1 where they are equal, also if both are infinite."""
     return tl.where(scores == top, 1.0, tl.exp(scores - top))
 
 
@@ -60,18 +60,18 @@ def _scan(
     raw_ptr, token_ids_ptr, tops_ptr, masses_ptr, ahead_ptr, bests_ptr, vocab_size, row_stride,
     num_top, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """A chunk's maximum, sum of exponentials, tokens ahead of the drawn one, and best tokens."""
+    """Find a chunk's maximum, sum of exponentials, rank of the sampled token, and best tokens."""
     row = tl.program_id(1).to(tl.int64)
     place = row * tl.num_programs(0) + tl.program_id(0)
     ids = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
     row_ptr = raw_ptr + row * row_stride
     is_token = ids < vocab_size
     raw = tl.load(row_ptr + ids, mask=is_token, other=float("-inf"))
-    drawn = tl.load(row_ptr + tl.maximum(tl.load(token_ids_ptr + row), 0))
+    own = tl.load(row_ptr + tl.maximum(tl.load(token_ids_ptr + row), 0))
     top = tl.max(raw, axis=0)
     tl.store(tops_ptr + place, top)
     tl.store(masses_ptr + place, tl.sum(_mass(raw, top), axis=0))
-    tl.store(ahead_ptr + place, tl.sum((raw > drawn).to(tl.int32), axis=0))
+    tl.store(ahead_ptr + place, tl.sum((raw > own).to(tl.int32), axis=0))
     order = tl.where(is_token, numbered(raw, ids), _LOWEST)
     for i in range(num_top):
         best = tl.max(order, axis=0)
@@ -85,16 +85,16 @@ def _merge(
     logprobs_ptr, ranks_ptr, top_ids_ptr, top_logprobs_ptr, row_stride, num_top, num_chunks,
     NUM_CHUNKS: tl.constexpr, NUM_BESTS: tl.constexpr,
 ):  # fmt: skip
-    """One row's results from those of its chunks."""
+    """Combine the results of a row's chunks."""
     row = tl.program_id(0).to(tl.int64)
     chunks = tl.arange(0, NUM_CHUNKS)
     parts, is_chunk = row * num_chunks + chunks, chunks < num_chunks
     tops = tl.load(tops_ptr + parts, mask=is_chunk, other=float("-inf"))
     masses = tl.load(masses_ptr + parts, mask=is_chunk, other=0.0)
     top = tl.max(tops, axis=0)
-    normaliser = top + log(tl.sum(masses * _mass(tops, top), axis=0))
-    drawn = tl.load(raw_ptr + row * row_stride + tl.maximum(tl.load(token_ids_ptr + row), 0))
-    tl.store(logprobs_ptr + row, drawn - normaliser)
+    log_total = top + log(tl.sum(masses * _mass(tops, top), axis=0))
+    own = tl.load(raw_ptr + row * row_stride + tl.maximum(tl.load(token_ids_ptr + row), 0))
+    tl.store(logprobs_ptr + row, own - log_total)
     ahead = tl.load(ahead_ptr + parts, mask=is_chunk, other=0)
     tl.store(ranks_ptr + row, tl.sum(ahead, axis=0) + 1)
     at = tl.arange(0, NUM_BESTS)
@@ -103,5 +103,5 @@ def _merge(
     for i in range(num_top):
         best = tl.max(order, axis=0)
         tl.store(top_ids_ptr + row * num_top + i, id_of(best))
-        tl.store(top_logprobs_ptr + row * num_top + i, score_of(key_of(best)) - normaliser)
+        tl.store(top_logprobs_ptr + row * num_top + i, score_of(key_of(best)) - log_total)
         order = tl.where(order == best, _LOWEST, order)

@@ -1,13 +1,13 @@
-"""x [M, K] times the transpose of a weight [N, K], where torch has no product of that kind.
+"""Multiply x [M, K] with the transpose of a weight [N, K], where torch has no such product.
 
-    x          float32, float16 or bfloat16; rows may lie apart
-    weight     FewBitWeight, or [N, K] in x's dtype whose products are wanted in float32
+    x          float32, float16 or bfloat16; the row stride is given
+    weight     PackedQuantized, or [N, K] in x's dtype if the result shall be float32
 
-Mapping:  one program for each BLOCK_N rows of the weight and BLOCK_M rows of x, and for each part
-          of K where those are few; the parts are then added by `_add_parts`, in a fixed order. The
-          weight is the left operand: its tile is what fills the tensor core's long side, and it is
-          unpacked in registers. Codes are multiplied as they are, exactly, and each group's
-          products are scaled in float32.
+Mapping:  one program per BLOCK_N rows of the weight and BLOCK_M rows of x. If those are too few,
+          K is split into parts too, which `_add_parts` adds in a fixed order. The weight is the
+          left operand, so that its tile fills the long side of the tensor core; it is unpacked in
+          registers. Codes are multiplied exactly, and the sums of each group are scaled in
+          float32.
 Bound by: memory up to about 64 rows: N K bits / 8 + N K / group * 2 bytes.
 Meaning:  QuantizedWeight.dequantize; `Backend.linear` and `Backend.logits`.
 """
@@ -17,28 +17,32 @@ import triton
 import triton.language as tl
 
 from portalm.errors import BackendError
-from portalm_backends.gpu_common.weights import FewBitWeight, parts_of
+from portalm_backends.gpu_common.weights import PackedQuantized, parts_of
 
 _PROGRAMS = 512
-"""K is split until there are so many programs: enough for the largest devices."""
+"""K is split to get this many programs, which is enough for the largest devices."""
 _LEAST = 256
-"""Columns of K that one program has at least."""
+"""Least number of columns of K per program."""
 _PLAIN_GROUP = 64
-"""Columns of K that are multiplied at once where there are no groups."""
+"""Columns of K that are multiplied at once in weights without groups."""
 
 
 def matmul(
     x: torch.Tensor,
-    weight: torch.Tensor | FewBitWeight,
+    weight: torch.Tensor | PackedQuantized,
     bias: torch.Tensor | None,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """x [M, K] times weight [N, K] transposed, plus bias [N], added in float32: `dtype` [M, N]."""
+    """Multiply x [M, K] with weight [N, K] transposed; add bias [N] in float32: `dtype` [M, N]."""
     values, scales, minimums, bits, group, n, k = parts_of(weight)
     group = group or _PLAIN_GROUP
     m = x.shape[0]
     if x.shape[1] != k or x.stride(1) != 1:
-        raise BackendError("shape", f"linear: {list(x.shape)} times [{n}, {k}]^T")
+        raise BackendError(
+            "shape",
+            f"linear: x of shape {list(x.shape)} and strides {list(x.stride())} does not fit a "
+            f"weight [{n}, {k}]; x must be [M, {k}] with contiguous rows",
+        )
     out = torch.empty((m, n), dtype=dtype, device=x.device)
     if m == 0:
         return out
@@ -73,7 +77,7 @@ def _matmul(
     part, GROUP: tl.constexpr, BITS: tl.constexpr, HAS_MINIMUMS: tl.constexpr,
     HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """A tile of the product, over `part` groups of K."""
+    """Compute a tile of the product, over `part` groups of K."""
     of_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     of_m = (tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     first = tl.program_id(2) * part
@@ -106,10 +110,10 @@ def add_group(
     total, x, values_ptr, scales_ptr, minimums_ptr, i, of_n, is_n, n, k,
     GROUP: tl.constexpr, BITS: tl.constexpr, HAS_MINIMUMS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """`total` [BLOCK_N, BLOCK_M] and rows `of_n` of a weight [n, k] times x, both of group i.
+    """Add group i of rows `of_n` of a weight [n, k], times x, to `total` [BLOCK_N, BLOCK_M].
 
-    x is [GROUP, BLOCK_M]. BITS is 16 for a weight of floats of any size: columns i GROUP to
-    (i + 1) GROUP are a group then.
+    x, [GROUP, BLOCK_M], is the same group of activations. BITS is 16 for floats of any size; a
+    group is then columns i * GROUP to (i + 1) * GROUP.
     """
     columns = tl.arange(0, GROUP)
     if BITS == 16:
@@ -146,7 +150,7 @@ def add_group(
 def _add_parts(
     parts_ptr, bias_ptr, out_ptr, m, n, num_parts, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """The sum of float32 [num_parts, M, N], plus bias."""
+    """Add up float32 [num_parts, M, N] over the parts, and add the bias."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < n

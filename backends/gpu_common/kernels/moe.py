@@ -1,23 +1,23 @@
-"""A layer's experts on the tokens that chose them: sorted by expert, multiplied in tiles, added up.
+"""Compute a layer's experts: sort tokens by expert, multiply them in tiles, add up the results.
 
-Choice t k + j is token t and the j-th of its k experts. `_sort` gives each expert tiles of ROWS
-choices, the last of them filled up with choices of nobody; `_product` computes them, gate and up
-with their activation first, then down; `_add_up` adds a token's k results. Launches depend on the
-number of choices alone, never on what was chosen: a step with them can be captured.
+Choice t * k + j is token t with the j-th of its k experts. `_sort` divides the choices of each
+expert into tiles of ROWS and pads the last one; `_product` computes the tiles, first gate and up
+with their activation, then down; `_add_up` adds the k results of each token. The launches depend
+only on the number of choices, not on the chosen experts, so the step can be captured.
 
-    expert_ids    int32 [T, k]              different ones in a row
-    choices       int32 [most tiles, ROWS]  T k: nobody's; tiles behind the last are not written
+    expert_ids    int32 [T, k]              distinct within a row
+    choices       int32 [most tiles, ROWS]  T k is padding; tiles after the last are not written
     tile_experts  int32 [most tiles]
     num_tiles     int32 [1]
-    places        int64 [3, E]              addresses of each expert's values, scales and minimums
-    results       [T k, N]                  in x's dtype; all of it is written
+    addresses     int64 [3, E]              of each expert's values, scales and minimums
+    results       [T k, N]                  in x's dtype; every row is written
 
-Mapping:  `_sort`: one program for each expert, which looks at all ids. `_product`: one program for
-          each tile and BLOCK_N rows of its expert's weight, BAND tiles side by side, so that they
-          read those rows from the cache; programs behind the last tile leave at once. The weight
-          is the left operand, as in matmul.py, whose `add_group` it is.
-Bound by: memory while experts have few tokens each: the weights of those that were chosen.
-Meaning:  TorchBackend.moe, with the activation in float32, rounded once.
+Mapping:  `_sort`: one program per expert, which reads all ids. `_product`: one program per tile and
+          BLOCK_N rows of its expert's weight; programs of BAND tiles are adjacent, so that they
+          read these rows from the cache; programs after the last tile return at once. The weight
+          is the left operand, as in matmul.py, whose `add_group` is used.
+Bound by: memory while experts have few tokens each: the weights of the chosen experts.
+Meaning:  TorchBackend.moe, except that the activation is computed in float32 and rounded once.
 """
 
 from dataclasses import dataclass
@@ -33,25 +33,25 @@ from portalm_backends.gpu_common.kernels.matmul import add_group
 from portalm_backends.gpu_common.weights import ExpertWeights
 
 CHUNK = 4096
-"""Most ids that a program of `_sort` looks at at once."""
+"""Most ids that a program of `_sort` reads at a time."""
 BAND = 8
-"""Tiles whose programs share a weight's rows in the cache."""
+"""Tiles whose programs share the rows of a weight in the cache."""
 _BLOCK = 1024
-"""Columns that are added up at once."""
+"""Columns per program of `_add_up`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
-    """A step's choices, sorted by expert."""
+    """A step's choices, sorted by expert and divided into tiles."""
 
     rows: int
-    """Choices of a tile, those of nobody included."""
+    """Choices per tile, padding included."""
     choices: torch.Tensor
     """int32 [most tiles, rows]"""
     experts: torch.Tensor
-    """int32 [most tiles]"""
+    """int32 [most tiles], expert of each tile."""
     count: torch.Tensor
-    """int32 [1]"""
+    """int32 [1], number of tiles."""
     num_choices: int
     """T k"""
 
@@ -66,9 +66,9 @@ def moe(
     *,
     family: str,
 ) -> torch.Tensor:
-    """`Backend.moe` of x [T, C] by the weights of `experts`, as `together` has them: [T, C].
+    """`Backend.moe` for x [T, C] with the weights of `experts` as `group_experts` returns them.
 
-    `family` is that of the device, of `attention.family_of`.
+    `family` is the result of `attention.family_of` for the device. Returns [T, C].
     """
     top_k = expert_ids.shape[1]
     if not len(x):
@@ -82,7 +82,7 @@ def moe(
 
 
 def sort(expert_ids: torch.Tensor, num_experts: int) -> Tiles:
-    """Choices int32 [T, k], contiguous, in tiles."""
+    """Sort the chosen experts, int32 [T, k] and contiguous, into tiles."""
     num_choices = expert_ids.numel()
     rows = tile_rows(num_choices, num_experts)
     most = (num_choices + min(num_choices, num_experts) * (rows - 1)) // rows
@@ -100,33 +100,33 @@ def sort(expert_ids: torch.Tensor, num_experts: int) -> Tiles:
 
 
 def tile_rows(num_choices: int, num_experts: int) -> int:
-    """What an expert has of `num_choices` on average, up to the next size that tiles have."""
+    """Tile size: the average number of choices per expert, rounded up to a supported size."""
     average = num_choices / num_experts
     return 16 if average <= 16 else 64 if average <= 64 else 128
 
 
 @dataclass(frozen=True, slots=True)
 class LaunchShape:
-    """How `_product` is cut."""
+    """Tile sizes and launch options of `_product`."""
 
     block_n: int
-    """Rows of the weight; of gate and up, so many of either."""
+    """Rows of the weight per program; for gate and up, this many of each."""
     columns: int
-    """Columns that are multiplied at once where there are no groups."""
+    """Columns that are multiplied at once in weights without groups."""
     num_warps: int
     num_stages: int
 
 
 def launch_shape(rows: int, weight: torch.dtype, family: str, *, is_gated: bool) -> LaunchShape:
-    """For tiles of `rows`, values of dtype `weight` and architectures of `family`.
+    """Choose sizes for tiles of `rows`, values of dtype `weight` and GPUs of `family`.
 
-    Few tokens: 64 rows of a weight, so that there are programs for all of a device. Many tokens:
-    128, so that each value that is read takes part in more products.
+    With few tokens a program has 64 rows of a weight, so that enough programs fill the device;
+    with many tokens 128, so that each value read is used in more products.
     """
     has_codes, is_narrow = weight == torch.int8, rows == 16
-    is_half = has_codes and not is_gated  # registers are what codes are short of
+    is_half = has_codes and not is_gated  # decoding codes needs many registers
     num_warps = 8 if rows == 128 or (has_codes and not is_narrow) else 4
-    if family.startswith("rdna") and not is_narrow:  # operands take twice the registers there
+    if family.startswith("rdna") and not is_narrow:  # operands need twice the registers there
         num_warps *= 2
     is_deep = is_narrow or (family in ("nvidia", "ampere") and not is_half)
     block_n = 64 if is_narrow or is_half else 128
@@ -148,20 +148,25 @@ def product(
     gate: Experts | None = None,
     family: str = "nvidia",
 ) -> torch.Tensor:
-    """Each choice's row times its expert's weight, plus the expert's bias: [T k, N].
+    """Multiply each choice's row of x with its expert's weight; add the expert's bias: [T k, N].
 
     Args:
-        x: [T k / top_k, K]: a row for each choice, or for each token's `top_k` choices.
+        x: [T k / top_k, K], a row per choice, or a row per token shared by its `top_k` choices.
         weight: [N, K] of each expert.
-        tiles: choices by expert.
-        bias: [E, N], or none.
-        top_k: choices of a row of x.
-        gate: N is gate and up, and the result, [T k, N / 2], that of the activation it names.
-        family: of the device.
+        tiles: the choices, sorted by expert.
+        bias: [E, N] or None.
+        top_k: number of choices that share a row of x.
+        gate: if given, the weight is gate and up, and its activation is applied: the result is
+            [T k, N / 2].
+        family: of the device, see `attention.family_of`.
     """
     values, scales, minimums, bits, group, n, k = weight.first
     if x.shape[1] != k or x.stride(1) != 1:
-        raise BackendError("shape", f"moe: {list(x.shape)} times [{n}, {k}]^T")
+        raise BackendError(
+            "shape",
+            f"moe: x of shape {list(x.shape)} and strides {list(x.stride())} does not fit weights "
+            f"[{n}, {k}]; x must be [M, {k}] with contiguous rows",
+        )
     dtype, x_scales, is_scaled = x.dtype, x, bits == 16 and scales is not None
     if is_scaled:
         x, x_scales = fp8.quantize(x, values.dtype)
@@ -171,10 +176,10 @@ def product(
     limit = None if gate is None else gate.swiglu_limit
     out = torch.empty((tiles.num_choices, width), dtype=dtype, device=x.device)
     _product[(len(tiles.experts) * triton.cdiv(width, shape.block_n),)](
-        x, x_scales, weight.places, values, values if scales is None else scales,
+        x, x_scales, weight.addresses, values, values if scales is None else scales,
         values if minimums is None else minimums, x if bias is None else bias.contiguous(),
         tiles.choices, tiles.experts, tiles.count, out,
-        tiles.num_choices, weight.places.shape[1], top_k, n, k, x.stride(0),
+        tiles.num_choices, weight.addresses.shape[1], top_k, n, k, x.stride(0),
         triton.cdiv(k, group), 0.0 if limit is None else limit,
         1.0 if gate is None else gate.swiglu_alpha,
         group, bits, minimums is not None, is_scaled, bias is not None, gate is not None,
@@ -189,13 +194,13 @@ def _sort(
     ids_ptr, choices_ptr, tile_experts_ptr, num_tiles_ptr, num_choices, num_experts,
     ROWS: tl.constexpr, BINS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """The tiles of one expert, behind those of all before it; choices in their order."""
+    """Write the tiles of one expert after those of the experts before it; keep choices in order."""
     expert = tl.program_id(0)
     bins, within = tl.arange(0, BINS), tl.arange(0, CHUNK)
     counts = tl.zeros((BINS,), tl.int32)
     for start in range(0, num_choices, CHUNK):
         choices = start + within
-        ids = tl.load(ids_ptr + choices, mask=choices < num_choices, other=BINS - 1)  # nobody's
+        ids = tl.load(ids_ptr + choices, mask=choices < num_choices, other=BINS - 1)  # no expert
         counts += tl.histogram(ids, BINS)
     tiles = (counts + ROWS - 1) // ROWS
     first = tl.sum(tl.where(bins < expert, tiles, 0), axis=0)
@@ -219,17 +224,17 @@ def _sort(
 
 @triton.jit
 def _product(
-    x_ptr, x_scales_ptr, places_ptr, values_ptr, scales_ptr, minimums_ptr, bias_ptr,
+    x_ptr, x_scales_ptr, addresses_ptr, values_ptr, scales_ptr, minimums_ptr, bias_ptr,
     choices_ptr, tile_experts_ptr, num_tiles_ptr, out_ptr,
     num_choices, num_experts, choices_per_row, n, k, x_stride, num_groups, limit, alpha,
     GROUP: tl.constexpr, BITS: tl.constexpr, HAS_MINIMUMS: tl.constexpr, HAS_SCALES: tl.constexpr,
     HAS_BIAS: tl.constexpr, IS_GATED: tl.constexpr, IS_CLAMPED: tl.constexpr,
     ALIGNMENT: tl.constexpr, BAND: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_N columns of one tile's results; of gate and up, both, and the activation.
+    """Compute BLOCK_N columns of one tile's results; with IS_GATED, both halves and the activation.
 
-    `values_ptr`, `scales_ptr` and `minimums_ptr` are the first expert's and say of what type all
-    are. HAS_SCALES: rows of x and of the weight are of float8 and have a scale each.
+    `values_ptr`, `scales_ptr` and `minimums_ptr` are those of the first expert and only give the
+    types. HAS_SCALES: x and the weight are float8 with a scale per row.
     """
     width = n // 2 if IS_GATED else n
     blocks = tl.cdiv(width, BLOCK_N)
@@ -247,14 +252,14 @@ def _product(
     choices = tl.load(choices_ptr + tile * ROWS + tl.arange(0, ROWS))
     is_m = choices < num_choices
     of_m = (choices // choices_per_row).to(tl.int64)
-    mine = places_ptr + expert
-    values = tl.multiple_of(tl.load(mine).to(values_ptr.dtype), ALIGNMENT)
+    own = addresses_ptr + expert
+    values = tl.multiple_of(tl.load(own).to(values_ptr.dtype), ALIGNMENT)
     scales, minimums = values, values
     if HAS_SCALES or BITS < 16:
-        scales = tl.multiple_of(tl.load(mine + num_experts).to(scales_ptr.dtype), ALIGNMENT)
+        scales = tl.multiple_of(tl.load(own + num_experts).to(scales_ptr.dtype), ALIGNMENT)
     if HAS_MINIMUMS:
-        place = tl.load(mine + 2 * num_experts).to(minimums_ptr.dtype)
-        minimums = tl.multiple_of(place, ALIGNMENT)
+        address = tl.load(own + 2 * num_experts).to(minimums_ptr.dtype)
+        minimums = tl.multiple_of(address, ALIGNMENT)
 
     total = tl.zeros((BLOCK_N, ROWS), tl.float32)
     up = tl.zeros((BLOCK_N, ROWS), tl.float32)
@@ -275,14 +280,14 @@ def _product(
                 GROUP, BITS, HAS_MINIMUMS, BLOCK_N,
             )  # fmt: skip
 
-    x_scales = total  # a value that is not looked at
+    x_scales = total  # any value: it is not used
     if HAS_SCALES:
         x_scales = tl.load(x_scales_ptr + of_m, mask=is_m, other=0.0)
     biases = bias_ptr + expert * n
     total = _finish(total, scales, x_scales, biases, of_n, is_n, HAS_SCALES, HAS_BIAS)
     if IS_GATED:
         up = _finish(up, scales, x_scales, biases, of_n + width, is_n, HAS_SCALES, HAS_BIAS)
-        if IS_CLAMPED:  # selected, so that what is not a number stays so
+        if IS_CLAMPED:  # tl.where instead of tl.clamp, so that NaN stays NaN
             total = tl.where(total > limit, limit, total)
             up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
             total = total / (1.0 + tl.exp(-alpha * total)) * (up + 1.0)
@@ -300,7 +305,7 @@ def _finish(
     total, scales_ptr, x_scales, bias_ptr, of_n, is_n,
     HAS_SCALES: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
-    """Sums of products, float32 [BLOCK_N, ROWS], with their rows' scales and bias."""
+    """Apply scales and bias to sums of products, float32 [BLOCK_N, ROWS]."""
     if HAS_SCALES:
         scales = tl.load(scales_ptr + of_n, mask=is_n, other=0.0)
         total = total * scales[:, None] * x_scales[None, :]
@@ -310,7 +315,7 @@ def _finish(
 
 
 def add_up(results: torch.Tensor, expert_weights: torch.Tensor) -> torch.Tensor:
-    """Each token's k rows of [T k, C] by its weights float32 [T, k], in their order: [T, C]."""
+    """Add up each token's k rows of [T k, C], weighted by float32 [T, k], in order: [T, C]."""
     num_tokens, top_k = expert_weights.shape
     width = results.shape[1]
     out = torch.empty((num_tokens, width), dtype=results.dtype, device=results.device)
@@ -322,7 +327,7 @@ def add_up(results: torch.Tensor, expert_weights: torch.Tensor) -> torch.Tensor:
 
 @triton.jit
 def _add_up(results_ptr, weights_ptr, out_ptr, width, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
-    """BLOCK columns of a token."""
+    """Compute BLOCK columns of one token."""
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < width
@@ -331,6 +336,6 @@ def _add_up(results_ptr, weights_ptr, out_ptr, width, TOP_K: tl.constexpr, BLOCK
         choice = token * TOP_K + j
         weight = tl.load(weights_ptr + choice)
         result = tl.load(results_ptr + choice * width + columns, mask=mask, other=0.0)
-        # an expert that counts for nothing may overflow
+        # the result of an expert with weight 0 may be infinite or NaN
         total += tl.where(weight == 0.0, 0.0, result.to(tl.float32) * weight)
     tl.store(out_ptr + token * width + columns, total.to(out_ptr.dtype.element_ty), mask=mask)

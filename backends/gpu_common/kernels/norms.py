@@ -1,10 +1,10 @@
 """RMS norm, with and without a residual, and layer norm over the last dimension.
 
-    x, residual   [..., C]   rows of two or three dimensions, which may lie apart (heads of a merged
-                             projection)
+    x, residual   [..., C]   any strides in up to two outer dimensions (heads of a merged
+                             projection); others are copied
     weight, bias  [C]
 
-Mapping:  a row stays in the registers of one program; several short rows share one.
+Mapping:  a row stays in the registers of one program; several short rows share a program.
 Bound by: memory: each value is read and written once.
 Meaning:  TorchBackend.rms_norm, add_rms_norm and layer_norm.
 """
@@ -14,11 +14,11 @@ import triton
 import triton.language as tl
 
 _PROGRAM = 2048
-"""Values of one program where rows are shorter."""
+"""Values per program if rows are shorter."""
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """x / sqrt(mean(x^2) + eps), rounded to x's dtype, times weight; contiguous, as x is shaped."""
+    """x / sqrt(mean(x^2) + eps), rounded to x's dtype, times weight; in x's shape, contiguous."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     _launch(x, None, weight, None, out, None, eps)
     return out
@@ -69,7 +69,7 @@ def _launch(
 
 
 def _row_strides(x: torch.Tensor) -> tuple[int, int, int]:
-    """Row r begins at r // group * outer + r % group * inner: (outer, inner, group)."""
+    """(outer, inner, group): row r starts at r // group * outer + r % group * inner."""
     if x.dim() > 3 or x.stride(-1) != 1:
         x = x.reshape(-1, x.shape[-1])
     if x.dim() == 3:
@@ -83,7 +83,7 @@ def _norm(
     residual_outer, residual_inner, width, eps,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows, in float32; HAS_BIAS: layer norm."""
+    """Normalize ROWS rows in float32: layer norm with HAS_BIAS, else RMS norm."""
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None].to(tl.int64)
     columns = tl.arange(0, BLOCK)[None, :]
     mask = (rows < num_rows) & (columns < width)

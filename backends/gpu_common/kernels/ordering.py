@@ -1,17 +1,17 @@
-"""Float32 as integers that count upwards: scores and ids that are compared in one step."""
+"""Map float32 scores to integers in the same order, to compare scores and ids in one operation."""
 
 import triton
 import triton.language as tl
 
 NOTHING = tl.constexpr(-2139095041)
-"""`ascending` of -inf: tokens of this or less cannot be drawn."""
+"""`ascending` of -inf: tokens with this key or less cannot be sampled."""
 NOT_A_NUMBER = tl.constexpr(0x7FFFFFFFFFFFFFFF)
-"""Above everything that `numbered` gives: marks a part of a row that holds a NaN."""
+"""Above every result of `numbered`: marks a part of a row that contains a NaN."""
 
 
 @triton.jit
 def ascending(x):
-    """Int32 in the order of float32 `x`; -0.0 and 0.0 are the same."""
+    """Int32 keys in the order of float32 `x`; -0.0 and 0.0 have the same key."""
     bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
     return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
@@ -24,31 +24,31 @@ def score_of(key):
 
 @triton.jit
 def numbered(scores, ids):
-    """Int64 in the order of float32 `scores`, those of a tie in the opposite order of their ids.
+    """Int64 keys in the order of float32 `scores`; among equal scores the lowest id is largest.
 
-    So the largest of them is the argmax with ties to the lowest id, whoever compares in what order.
+    So the maximum is the argmax with ties to the lowest id, in any order of reduction.
     """
     return (ascending(scores).to(tl.int64) << 32) | (0x7FFFFFFF - ids).to(tl.int64)
 
 
 @triton.jit
 def id_of(best):
-    """The int32 id within `numbered`."""
+    """The int32 id in a key of `numbered`."""
     return (0x7FFFFFFF - (best & 0xFFFFFFFF)).to(tl.int32)
 
 
 @triton.jit
 def key_of(best):
-    """The `ascending` of the score within `numbered`."""
+    """The `ascending` key of the score in a key of `numbered`."""
     return (best >> 32).to(tl.int32)
 
 
 @triton.jit
 def log(x):
-    """Natural logarithm of positive, normal float32, good to about a unit in the last place.
+    """Natural logarithm of positive, normal float32, to about one unit in the last place.
 
-    Not the device's own: the fast one's error is absolute, and near 1 nothing of the result would
-    be right. Polynomial: S. L. Moshier, Cephes mathematical library, 1989 (logf).
+    The device's own fast logarithm has an absolute error, which leaves no correct digits near 1.
+    Polynomial: S. L. Moshier, Cephes mathematical library, 1989 (logf).
     """
     bits = x.to(tl.int32, bitcast=True)
     exponent = (bits - 0x3F3504F3) >> 23  # x = m * 2^exponent, m from sqrt(1/2) to sqrt(2)

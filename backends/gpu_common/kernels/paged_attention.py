@@ -1,24 +1,25 @@
 """Attention over the paged cache, and over whole prompts without one.
 
-    query, out   [T, H, D]                  rows of a token contiguous; query's row stride is given
-    cache        [NB, H_kv, 2, B, D]        of one layer (cache.py says why); [.., 1, B, D] where
-                                            values are keys: then out and partials are of V numbers
-    scales       bfloat16 [NB, H_kv, 2, B]  of codes of 8 bits
+    query, out   [T, H, D]                  tokens are contiguous; query's token stride is given
+    cache        [NB, H_kv, 2, B, D]        one layer (cache.py explains the layout). If values are
+                                            the first V numbers of their keys: [.., 1, B, D], and
+                                            out and partials have V instead of D numbers
+    scales       bfloat16 [NB, H_kv, 2, B]  for 8-bit caches
     table        int32 [S, MB]
-    items        int32 [N, 8]               what one program computes (attention.py)
-    partials     float32 [P, H_kv, R, D]    unfinished sums of items that see a part of a context
-    weights      float32 [P, H_kv, R, 2]    their largest score, in powers of 2, and sum of weights
+    items        int32 [N, 8]               the work of a program (attention.py, ITEM_FIELDS)
+    partials     float32 [P, H_kv, R, D]    weighted sums of items that cover part of a context
+    weights      float32 [P, H_kv, R, 2]    their largest score, base 2, and their sum of weights
 
-Mapping:  one program for each item and KV head. Rows of its tile are query tokens times the query
-          heads of that KV head, so that a decode fills as much of a tensor core's tile as there
-          are heads in the group, and keys are read once for all of them. `_merge` has one
-          program for each query token and KV head of what was split.
-Bound by: memory in decodes (2 * context * H_kv * D elements), products in prefills.
+Mapping:  one program per item and KV head. The rows of its tile are query tokens times the query
+          heads of that KV head: a decode fills as many rows of a tensor core's tile as the group
+          has heads, and keys are read once for all of them. `merge_kernel` has one program per
+          query token and KV head of split tiles.
+Bound by: memory in decodes (2 * context * H_kv * D elements), compute in prefills.
 Meaning:  Backend.attend, Backend.attend_encoder. Online softmax: Milakov and Gimelshein, 2018;
           tiles: Dao, "FlashAttention-2", 2023; splits: Dao et al., "FlashDecoding", 2023.
 
-Scores are kept in powers of 2, so that exp is one instruction. Slots that hold no token are never
-loaded (they may hold NaN, which a weight of 0 would let through).
+Scores are multiplied by log2(e) and used as exponents of 2, so that exp is one instruction. Slots
+without a token are never loaded: they may hold NaN, and 0 * NaN is NaN.
 """
 
 import triton
@@ -31,7 +32,7 @@ _LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def _load_rows(rows, is_live, dim, D: tl.constexpr, IS_MASKED: tl.constexpr):
-    """[N, DP] behind pointers [N]; zeros where nothing is live and past D."""
+    """Load rows [N, DP] at pointers [N]; zeros for rows that are not live and past D."""
     pointers = rows[:, None] + dim[None, :]
     if IS_MASKED:
         if dim.shape[0] == D:
@@ -45,8 +46,8 @@ def _load_rows(rows, is_live, dim, D: tl.constexpr, IS_MASKED: tl.constexpr):
 @triton.jit
 def _token_offsets(table, first, token, is_live, D: tl.constexpr, BLOCK: tl.constexpr,
                    BLOCK_STRIDE: tl.constexpr, IS_MASKED: tl.constexpr):  # fmt: skip
-    """Where tokens [N] from `first` on lie in a layer's cache, in elements; int64 [N]."""
-    if token.shape[0] <= BLOCK:  # tiles are aligned, so all of it is in one block
+    """Offsets of tokens [N], the first of which is `first`, in a layer's cache: int64 [N]."""
+    if token.shape[0] <= BLOCK:  # tiles are aligned, so all tokens are in one block
         block = tl.load(table + first // BLOCK).to(tl.int64)
         return block * BLOCK_STRIDE + ((first & (BLOCK - 1)) + (token - first)) * D
     if IS_MASKED:
@@ -58,7 +59,7 @@ def _token_offsets(table, first, token, is_live, D: tl.constexpr, BLOCK: tl.cons
 
 @triton.jit
 def _combine(acc, top, total, part_acc, part_top, part_total):
-    """Two softmaxes over different tokens as one: sums [M, DP], largest scores and weights [M]."""
+    """Merge partial softmaxes of disjoint tokens: sums [M, DP], largest scores and weights [M]."""
     new_top = tl.maximum(top, part_top)
     base = tl.where(new_top == float("-inf"), 0.0, new_top)
     old, new = tl.exp2(top - base), tl.exp2(part_top - base)
@@ -69,10 +70,10 @@ def _combine(acc, top, total, part_acc, part_top, part_total):
 def _update(q, q_rest, key, key_rest, value, key_scales, value_scales, is_seen, bias, score_scale,
             cap, acc, top, total, HAS_CAP: tl.constexpr, HAS_BIAS: tl.constexpr,
             IS_MASKED: tl.constexpr, CODES: tl.constexpr, HAS_REST: tl.constexpr):  # fmt: skip
-    """The online softmax, one tile of keys and values [N, DP] further."""
+    """Add one tile of keys and values [N, DP] to the online softmax."""
     if CODES:
         key = decode(key, q.dtype, CODES)
-        if q.dtype == tl.float16:  # it may not hold a weight times a scale; it holds every value
+        if q.dtype == tl.float16:  # it can hold every value, but not every weight times a scale
             value = decode(value, tl.float32, CODES) * value_scales[:, None]
         else:
             value = decode(value, q.dtype, CODES)
@@ -82,7 +83,7 @@ def _update(q, q_rest, key, key_rest, value, key_scales, value_scales, is_seen, 
         scores = tl.dot(q_rest, rest, scores, input_precision="ieee")
     if CODES:
         scores = scores * key_scales[None, :]
-    if HAS_CAP:  # tanh(x) = 1 - 2 / (exp(2 x) + 1), which is right at both ends
+    if HAS_CAP:  # tanh(x) = 1 - 2 / (exp(2 x) + 1), which is correct for large |x| too
         scores = cap * (1.0 - 2.0 / (tl.exp2(scores * score_scale) + 1.0))
     if HAS_BIAS:
         if not HAS_CAP:
@@ -90,7 +91,7 @@ def _update(q, q_rest, key, key_rest, value, key_scales, value_scales, is_seen, 
         scores = scores + bias
     if IS_MASKED:
         scores = tl.where(is_seen, scores, float("-inf"))
-    # the factor is folded into the exponent where nothing comes between
+    # without cap or bias, the scale is folded into the exponent
     factor = 1.0 if HAS_CAP or HAS_BIAS else score_scale
     new_top = tl.maximum(top, tl.max(scores, 1) * factor)
     base = tl.where(new_top == float("-inf"), 0.0, new_top)
@@ -112,10 +113,10 @@ def _span(q, q_rest, keys, scales, table, start, stop, live_begin, live_end, pos
           BLOCK: tl.constexpr, BLOCK_STRIDE: tl.constexpr, TILE: tl.constexpr,
           HAS_CAP: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_ALIBI: tl.constexpr,
           IS_MASKED: tl.constexpr, MERGES: tl.constexpr, CODES: tl.constexpr):  # fmt: skip
-    """Tiles of tokens from `start`, a multiple of TILE, to `stop`.
+    """Add the tiles of tokens from `start`, a multiple of TILE, to `stop`.
 
-    Unmasked, every row sees every token. With MERGES, what came since a multiple of `split` is
-    put to the rest there, exactly as `_merge` does with what other programs computed.
+    Without IS_MASKED every row attends to every token. With MERGES, partial softmaxes are merged
+    at multiples of `split`, exactly as `merge_kernel` merges the results of other programs.
     """
     dim = tl.arange(0, VP)
     for first in range(start, stop, TILE):
@@ -148,7 +149,7 @@ def _span(q, q_rest, keys, scales, table, start, stop, live_begin, live_end, pos
             q, q_rest, key, key_rest, value, key_scales, value_scales, is_seen, bias, score_scale,
             cap, acc, top, total, HAS_CAP, HAS_ALIBI, IS_MASKED, CODES, REST > 0,
         )  # fmt: skip
-        if MERGES:  # noqa: SIM102 (one is known when compiled, the other is not)
+        if MERGES:  # noqa: SIM102 (a compile-time condition; the next one is not)
             if (first + TILE) % split == 0:
                 all_acc, all_top, all_total = _combine(all_acc, all_top, all_total, acc, top, total)
                 acc, total = tl.zeros_like(acc), tl.zeros_like(total)
@@ -158,7 +159,7 @@ def _span(q, q_rest, keys, scales, table, start, stop, live_begin, live_end, pos
 
 @triton.jit
 def _finish(acc, top, total, sinks, head, is_row, HAS_SINKS: tl.constexpr):
-    """Weighted means [M, DP] of the sums; a sink takes its share and adds nothing."""
+    """Divide the sums [M, DP] by the weights; a sink adds a weight without a value."""
     if HAS_SINKS:
         sink = tl.load(sinks + head, mask=is_row, other=0.0).to(tl.float32) * _LOG2E
         base = tl.maximum(top, sink)
@@ -167,7 +168,7 @@ def _finish(acc, top, total, sinks, head, is_row, HAS_SINKS: tl.constexpr):
     return acc / total[:, None]
 
 
-# numbers that vary from step to step: one kernel for all of them
+# these arguments vary from step to step: do not compile a kernel per value
 @triton.jit(do_not_specialize=["table_stride", "window"])
 def attention_kernel(
     query, cache, scales, out, partials, part_weights, table, items, slopes, sinks,
@@ -179,14 +180,14 @@ def attention_kernel(
     HAS_WINDOW: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_SINKS: tl.constexpr,
     CODES: tl.constexpr,
 ):  # fmt: skip
-    """TOKENS query tokens of one item, with the query heads of one KV head.
+    """Compute TOKENS query tokens of one item, with the query heads of one KV head.
 
-    With REST > 0 values are the first V numbers of keys of D; then SHARING programs take the query
-    heads of one KV head, GROUP each, because sums of V numbers fill the registers.
+    With REST > 0, values are the first V of the D numbers of a key. SHARING programs then divide
+    the query heads of one KV head, GROUP each, because sums of V numbers fill the registers.
 
-    Axes: narrow tiles (few rows, one loop) have heads first, so that long items begin first; wide
-    ones have items first, so that programs that run together read the same keys. The third axis
-    counts parts of ITEM_TOKENS / TOKENS of an item.
+    Grid: for narrow tiles (few rows, one loop) heads are the first axis, so that long items start
+    first; for wide tiles items are, so that programs that run together read the same keys. The
+    third axis divides an item of ITEM_TOKENS into parts of TOKENS.
     """
     if IS_WIDE:
         index, kv_head = tl.program_id(0), tl.program_id(1)
@@ -230,7 +231,7 @@ def attention_kernel(
     total = tl.zeros([ROWS], tl.float32)
     start = begin // TILE * TILE
     if IS_WIDE:
-        # masked tiles at the window's edge, then those that all rows see whole, then the diagonal
+        # masked tiles at the window's edge, then tiles visible to all rows, then the diagonal
         bulk_begin, bulk_end = start, tl.minimum(end, first_position + 1) // TILE * TILE
         if HAS_WINDOW:
             bulk_begin = tl.maximum(begin, last_position - window + 1)
@@ -284,7 +285,7 @@ def merge_kernel(
     GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr, NUM_KV_HEADS: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, ITEM_TOKENS: tl.constexpr, HAS_SINKS: tl.constexpr,
 ):  # fmt: skip
-    """One query token's partial results of one KV head's group, put together in their order."""
+    """Merge the partial results of one query token and one KV head's group, in order."""
     kv_head, token = tl.program_id(0), tl.program_id(2)
     merge = merges + tl.program_id(1) * 4
     if token >= tl.load(merge + 1):
@@ -318,9 +319,10 @@ def encoder_kernel(
     GROUP: tl.constexpr, NUM_KV_HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     TILE: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, HAS_WINDOW: tl.constexpr,
 ):  # fmt: skip
-    """TOKENS query tokens of one prompt against what they see of it: [T, H, D], keys [T, H_kv, D].
+    """Bidirectional attention of TOKENS query tokens within their prompt.
 
-    The lengths are read here, so that a captured step may be replayed with others.
+    Queries are [T, H, D], keys and values [T, H_kv, D]. Lengths are read on the device, so that a
+    captured step can be replayed with other lengths.
     """
     start = tl.load(query_start_loc + tl.program_id(2))
     length = tl.load(query_start_loc + tl.program_id(2) + 1) - start
@@ -339,7 +341,7 @@ def encoder_kernel(
     keys = key + start.to(tl.int64) * key_stride + kv_head * D
     values = value + start.to(tl.int64) * value_stride + kv_head * D
     end = length
-    bulk = length // TILE * TILE  # every row sees all of it
+    bulk = length // TILE * TILE  # whole tiles need no mask
     masked = bulk
     if HAS_WINDOW:
         end = tl.minimum(first_token + TOKENS - 1 + window, length)

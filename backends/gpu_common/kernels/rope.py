@@ -1,11 +1,12 @@
 """Rotary position embedding of queries and keys.
 
-    query, key   [T, H, D], [T, H_kv, D]   rows and heads may lie apart
+    query, key   [T, H, D], [T, H_kv, D]   strides of rows and heads are given
     positions    int32 [T]
     cos_sin      float32 [max_position, rotary_dim]   cosines, then sines
 
-Mapping:  one program for each HEADS heads of a token; those of keys behind those of queries. The
-          halves of a pair are two loads, wherever they lie; dimensions past rotary_dim are copied.
+Mapping:  one program per HEADS heads of a token; programs for keys follow those for queries. The
+          two elements of a pair are two loads, adjacent or not; dimensions past rotary_dim are
+          copied.
 Bound by: memory, 2 T (H + H_kv) D elements.
 Meaning:  TorchBackend.rope.
 """
@@ -15,7 +16,7 @@ import triton
 import triton.language as tl
 
 _PROGRAM = 1024
-"""Values of one program."""
+"""Values per program."""
 
 
 def rope(
@@ -26,7 +27,7 @@ def rope(
     *,
     is_interleaved: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Query [T, H, D] and key [T, H_kv, D] rotated by positions int32 [T]: both contiguous."""
+    """Rotate query [T, H, D] and key [T, H_kv, D] by positions int32 [T]; make both contiguous."""
     num_tokens, num_heads, size = query.shape
     num_kv_heads, rotary_dim = key.shape[1], cos_sin.shape[1]
     query_out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
@@ -53,7 +54,7 @@ def _rope(
     SIZE: tl.constexpr, ROTARY: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
     HEADS: tl.constexpr, IS_INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
-    """HEADS heads of one token's query or key."""
+    """Rotate HEADS heads of one token's query or key."""
     token, program = tl.program_id(0).to(tl.int64), tl.program_id(1)
     position = tl.load(positions_ptr + token).to(tl.int64)
     if program < query_programs:
@@ -76,7 +77,7 @@ def _turn(
     SIZE: tl.constexpr, ROTARY: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
     HEADS: tl.constexpr, IS_INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
-    """Heads from `first_head` on, turned in float32."""
+    """Rotate HEADS heads from `first_head`, in float32."""
     dtype = out_ptr.dtype.element_ty
     heads = first_head + tl.arange(0, HEADS)[:, None]
     pairs = tl.arange(0, HALF)[None, :]

@@ -1,18 +1,19 @@
-"""Drawing tokens without a sort: two launches for the whole batch, whatever its rows ask for.
+"""Sample tokens without a sort: two launches for the whole batch, for any parameters of its rows.
 
-    scores       float32 [R, V]   after penalties, bias and mask; rows may lie apart
+    scores       float32 [R, V]   after penalties, bias and mask; the row stride is given
     temperature, top_k, top_p, min_p, seed, position   [R], as in SampleParams
     targets      int32 [R] or none
 
-Mapping:  `_scan` has one program for each CHUNK tokens of a row, `_choose` one for each row. What
-          a row wants is read on the device, so one recorded sequence serves all rows.
-Method:   `_scan` finishes greedy rows and rows without filters but for the largest over chunks.
-          Of filtered rows it leaves the chunk's best CANDIDATES tokens. Every threshold is the
-          smallest t that less than so many tokens (top_k), or than such a mass (top_p), lie above:
-          `_choose` finds it by bisection, among the candidates where it lies above all that was
-          left out, else over the whole row. Truncation before a pivot search:
-          Park et al., "Qrita", 2026; here it is exact, since what was left out is known.
-Bound by: memory, 4 V R bytes; then latency of some ten steps for each of top_k and top_p.
+Mapping:  `_scan` has one program per CHUNK tokens of a row, `_choose` one per row. A row's
+          parameters are read on the device, so one captured sequence serves all combinations.
+Method:   For greedy rows and rows without filters, `_scan` finds the best token of each chunk and
+          `_choose` the best of the chunks. For filtered rows, `_scan` keeps the CANDIDATES best
+          tokens of each chunk. Each threshold is the smallest score with fewer than k tokens
+          (top_k), or less than p probability mass (top_p), above it. `_choose` finds it by
+          bisection: among the candidates if it lies above all tokens that were left out, else over
+          the whole row. Truncation before a pivot search: Park et al., "Qrita", 2026; here it is
+          exact, because the best token that was left out is known.
+Bound by: memory, 4 V R bytes; then the latency of about ten steps for each of top_k and top_p.
 Meaning:  backends/portable/sampling.py.
 """
 
@@ -35,24 +36,27 @@ from portalm_backends.gpu_common.kernels.ordering import (
 )
 
 CHUNK = 4096
-"""Tokens of one program: fixed, so that a row is computed alike in every batch."""
+"""Tokens per program of `_scan`: fixed, so that a row's result does not depend on the batch."""
 CANDIDATES = 128
 """Tokens of each chunk that are kept for rows with filters."""
 SEARCHED = 2048
-"""Tokens that `_choose` looks at in one step."""
+"""Tokens that `_choose` reads at a time."""
 
 
 def sample(logits: torch.Tensor, params: SampleParams) -> SampleOutput:
-    """One token from each row of float32 logits [R, V], which are not changed; no host sync."""
+    """Sample one token from each row of float32 logits [R, V], without a host sync.
+
+    The logits are not changed.
+    """
     scores = adjust.adjust(logits, params)
-    output = SampleOutput(token_ids=draw(scores, params))
+    output = SampleOutput(token_ids=sample_ids(scores, params))
     if params.num_logprobs is not None:
         logprobs.add_logprobs(output, logits, params.num_logprobs)
     return output
 
 
-def draw(scores: torch.Tensor, params: SampleParams) -> torch.Tensor:
-    """int32 [R]: the token of each row of float32 [R, V]; -1 where none can be drawn."""
+def sample_ids(scores: torch.Tensor, params: SampleParams) -> torch.Tensor:
+    """Sample a token from each row of float32 [R, V]: int32 [R]; -1 if no token can be sampled."""
     num_rows, vocab_size = scores.shape
     num_chunks = triton.cdiv(vocab_size, CHUNK)
 
@@ -99,13 +103,13 @@ def draw(scores: torch.Tensor, params: SampleParams) -> torch.Tensor:
 
 @triton.jit
 def _is_filtered(temperature, top_k, top_p, min_p):
-    """True if a row is drawn from some of its tokens only."""
+    """True if a row has a temperature and a filter (top_k, top_p or min_p)."""
     return (temperature != 0.0) & ((top_k > 0) | (top_p < 1.0) | (min_p > 0.0))
 
 
 @triton.jit
 def _weight(scaled, top):
-    """exp(scaled - top), 1 where both are infinite."""
+    """exp(scaled - top); 1 where they are equal, also if both are infinite."""
     return tl.where(scaled == top, 1.0, tl.exp(scaled - top))
 
 
@@ -115,7 +119,7 @@ def _scan(
     best_ptr, mass_ptr, left_out_ptr, kept_scores_ptr, kept_ids_ptr, vocab_size, row_stride,
     CHUNK: tl.constexpr, CANDIDATES: tl.constexpr,
 ):  # fmt: skip
-    """The best token of each chunk, and what `_choose` needs of those of filtered rows."""
+    """Find the best token of a chunk; for filtered rows, also its mass and its candidates."""
     chunk, row = tl.program_id(0), tl.program_id(1)
     place = row * tl.num_programs(0) + chunk
     temperature = tl.load(temperature_ptr + row)
@@ -153,7 +157,7 @@ def _scan(
 
 @triton.jit
 def _cut(keys, highest, CANDIDATES: tl.constexpr):
-    """An int32 that at most CANDIDATES of `keys` are above, and at least half as many if it can."""
+    """An int32 with at most CANDIDATES of `keys` above it, at least half as many if possible."""
     low = tl.full((), NOTHING, tl.int32)
     high, num_above = highest, 0
     if tl.sum((keys > low).to(tl.int32), axis=0) <= CANDIDATES:
@@ -173,9 +177,9 @@ def _measure(
     values_ptr, num_values, temperature, above, floor, top,
     BY_MASS: tl.constexpr, SEARCHED: tl.constexpr,
 ):  # fmt: skip
-    """How many tokens, or what mass relative to `top`, lie above `above` and not below `floor`.
+    """Count the tokens above `above` and not below `floor`, or add up their mass relative to `top`.
 
-    And the keys of the tokens next to it: the largest up to `above`, the smallest beyond.
+    Also returns the keys next to `above`: the largest up to it, and the smallest beyond it.
     """
     total = tl.zeros((SEARCHED,), tl.float32)
     largest = tl.full((SEARCHED,), NOTHING - 1, tl.int32)
@@ -200,13 +204,15 @@ def _threshold(
     row_ptr, vocab_size, kept_ptr, num_kept, left_out, temperature, target, floor, top,
     BY_MASS: tl.constexpr, SEARCHED: tl.constexpr,
 ):  # fmt: skip
-    """The key of a token, or `floor`: the smallest from there on that less than `target` is above.
+    """Find the smallest key, from `floor` up, with a measure below `target` above it.
 
-    Above `left_out` the candidates are all there is; from there down the row itself is asked. Each
-    step halves the interval, and then shrinks it to the tokens that are in it: as many steps as
-    tokens that lie apart have, not as float32 has bits.
+    The result is the key of a token, or `floor`. Above `left_out` the candidates are all tokens
+    there are; at or below it, the whole row is searched. Each step halves the interval and then
+    shrinks it to the keys of the tokens inside it, so the number of steps depends on how many
+    tokens are close to the threshold, not on the bits of a float32.
     """
-    low, high = floor - 1, ascending(top)  # less than target is above `high`, not above `low`
+    # invariant: the measure above `high` is below target, the measure above `low` is not
+    low, high = floor - 1, ascending(top)
     values_ptr, num_values = row_ptr, vocab_size
     measured, largest, smallest = _measure(
         kept_ptr, num_kept, temperature, left_out, floor, top, BY_MASS, SEARCHED
@@ -236,7 +242,7 @@ def _choose(
     NUM_CHUNKS: tl.constexpr, CANDIDATES: tl.constexpr, SEARCHED: tl.constexpr,
     HAS_TARGETS: tl.constexpr,
 ):  # fmt: skip
-    """The token of each row."""
+    """Choose the token of one row."""
     row = tl.program_id(0)
     chunks = tl.arange(0, NUM_CHUNKS)
     is_chunk = chunks < num_chunks
@@ -281,15 +287,15 @@ def _choose(
                 row_ptr, vocab_size, kept_ptr, num_kept, left_out, temperature,
                 top_p * total, floor, top, True, SEARCHED,
             )  # fmt: skip
-        # noise lies between -2.81 and 16.64: what is further behind cannot win
+        # noise lies between -2.81 and 16.64: tokens further below the top cannot win
         floor = tl.maximum(floor, ascending(top - 19.5))
         seed, position = tl.load(seed_ptr + row), tl.load(position_ptr + row)
         if floor > left_out:
-            best = _draw(
+            best = _best_noisy(
                 kept_ptr, ids_ptr, num_kept, temperature, floor, seed, position, True, SEARCHED
             )
         else:
-            best = _draw(
+            best = _best_noisy(
                 row_ptr, ids_ptr, vocab_size, temperature, floor, seed, position, False, SEARCHED
             )  # fmt: skip
     token_id = tl.where(is_broken, -1, id_of(best))
@@ -300,22 +306,22 @@ def _choose(
 
 
 @triton.jit
-def _draw(
+def _best_noisy(
     values_ptr, ids_ptr, num_values, temperature, floor, seed, position,
     HAS_IDS: tl.constexpr, SEARCHED: tl.constexpr,
 ):  # fmt: skip
-    """The best `numbered` of the tokens from `floor` up, with noise."""
+    """The largest `numbered` key, with noise added to the scores, of the tokens from `floor` up."""
     best = tl.full((SEARCHED,), -0x7FFFFFFFFFFFFFFF, tl.int64)
     for start in range(0, num_values, SEARCHED):
         at = start + tl.arange(0, SEARCHED)
         is_value = at < num_values
         values = tl.load(values_ptr + at, mask=is_value, other=float("-inf"))
         scaled = tl.div_rn(values, temperature)
-        is_drawable = ascending(scaled) >= floor
+        is_eligible = ascending(scaled) >= floor
         ids = at
         if HAS_IDS:
             ids = tl.load(ids_ptr + at, mask=is_value, other=0)
-        if tl.max(is_drawable.to(tl.int32), axis=0) != 0:
-            drawn = numbered(scaled + noise_of(seed, position, ids), ids)
-            best = tl.maximum(best, tl.where(is_drawable, drawn, -0x7FFFFFFFFFFFFFFF))
+        if tl.max(is_eligible.to(tl.int32), axis=0) != 0:
+            noisy = numbered(scaled + noise_of(seed, position, ids), ids)
+            best = tl.maximum(best, tl.where(is_eligible, noisy, -0x7FFFFFFFFFFFFFFF))
     return tl.max(best, axis=0)

@@ -1,11 +1,11 @@
 """silu(gate) * up of a merged projection.
 
-    gate_up  [T, 2 I]   gate first; rows may lie apart
+    gate_up  [T, 2 I]   gate first; any row stride
     out      [T, I]
 
-Mapping:  one program for each BLOCK columns of a row.
+Mapping:  one program per BLOCK columns of a row.
 Bound by: memory, 3 T I elements.
-Meaning:  TorchBackend.silu_mul, rounded once.
+Meaning:  TorchBackend.silu_mul, but rounded only once.
 """
 
 import torch
@@ -16,7 +16,7 @@ _BLOCK = 1024
 
 
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up of [T, 2 I]: [T, I]."""
+    """Compute silu(gate) * up of [T, 2 I]: [T, I]."""
     num_rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty((num_rows, width), dtype=gate_up.dtype, device=gate_up.device)
     if num_rows:
@@ -28,7 +28,7 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
 
 @triton.jit
 def _silu_mul(gate_up_ptr, out_ptr, width, row_stride, BLOCK: tl.constexpr):
-    """BLOCK columns of a row."""
+    """Compute BLOCK columns of a row."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < width
