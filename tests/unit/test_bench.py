@@ -1,4 +1,4 @@
-"""`portalm bench serve`: what it asks and how it counts."""
+"""`portalm bench serve`: its requests and its statistics."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def arguments(*flags: str) -> argparse.Namespace:
     return build_parser().parse_args(["bench", "serve", *flags])
 
 
-def test_the_same_seed_asks_the_same() -> None:
+def test_the_same_seed_gives_the_same_requests() -> None:
     one = bench.make_requests(arguments("--request-rate", "5"))
 
     assert one == bench.make_requests(arguments("--request-rate", "5"))
     assert one != bench.make_requests(arguments("--request-rate", "5", "--seed", "1"))
 
 
-def test_lengths_are_spread_around_their_mean() -> None:
+def test_lengths_vary_around_their_mean() -> None:
     planned = bench.make_requests(arguments("--num-prompts", "4000"))
     lengths = [len(one.prompt.split()) for one in planned]
 
@@ -36,7 +36,7 @@ def test_lengths_are_spread_around_their_mean() -> None:
     assert statistics.mean(one.num_out for one in planned) == pytest.approx(120, rel=0.05)
 
 
-def test_arrivals_have_the_rate() -> None:
+def test_requests_arrive_at_the_given_rate() -> None:
     planned = bench.make_requests(arguments("--num-prompts", "4000", "--request-rate", "8"))
 
     assert planned[-1].start_s == pytest.approx(500, rel=0.1)
@@ -47,7 +47,7 @@ def test_percentiles_interpolate() -> None:
     assert figures.percentile([7.0], 99) == 7.0
 
 
-def test_a_summary_counts_only_what_was_answered() -> None:
+def test_a_summary_counts_only_answered_requests() -> None:
     answers = [
         BenchAnswer(ttft=0.1, gaps=[0.02, 0.04], e2el=1.0, num_in=10, num_out=3),
         BenchAnswer(ttft=0.3, gaps=[0.06], e2el=3.0, num_in=10, num_out=2),
@@ -65,12 +65,12 @@ def test_a_summary_counts_only_what_was_answered() -> None:
 
 
 @pytest.mark.parametrize("limit", ["ttft", "ttft:fast", "speed:3"])
-def test_a_limit_that_is_none_is_refused(limit: str) -> None:
+def test_an_invalid_goodput_limit_is_refused(limit: str) -> None:
     with pytest.raises(ConfigError, match="NAME:MS"):
         bench.parse_goodput([limit])
 
 
-def test_against_a_server(tmp_path, capsys) -> None:
+def test_bench_serve_measures_a_running_server(tmp_path, capsys) -> None:
     folder = make_model_folder(tmp_path / "tiny")
     result = tmp_path / "result.json"
     flags = (
@@ -95,7 +95,7 @@ def test_against_a_server(tmp_path, capsys) -> None:
     assert "p99_ttft_ms" in capsys.readouterr().out
 
 
-def test_no_server_is_one_line(capsys) -> None:
+def test_a_missing_server_is_reported_in_one_line(capsys) -> None:
     status = main(["bench", "serve", "--base-url", "http://127.0.0.1:9", "--num-prompts", "1"])
 
     assert status == 2

@@ -1,4 +1,4 @@
-"""`portalm bench throughput`, `latency` and `startup`: on a device that computes nothing."""
+"""`portalm bench throughput`, `latency` and `startup`: on the null device."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def measure(folder: Path, kind: str, *flags: str) -> dict[str, Any]:
     return json.loads(result.read_text())
 
 
-def test_throughput_counts_the_tokens_that_were_asked_for(tmp_path: Path, flags: list[str]) -> None:
+def test_throughput_counts_the_requested_tokens(tmp_path: Path, flags: list[str]) -> None:
     lengths = ["--num-prompts", "12", "--input-len", "30", "--output-len", "9", "--fixed-lengths"]
 
     figures = measure(tmp_path, "throughput", *lengths, *flags)
@@ -33,7 +33,7 @@ def test_throughput_counts_the_tokens_that_were_asked_for(tmp_path: Path, flags:
     assert figures["output_throughput"] == pytest.approx(12 * 9 / figures["duration_s"])
 
 
-def test_spread_lengths_fit_the_model(tmp_path: Path, flags: list[str]) -> None:
+def test_varying_lengths_fit_the_model(tmp_path: Path, flags: list[str]) -> None:
     lengths = ["--num-prompts", "40", "--input-len", "300", "--output-len", "200"]
 
     figures = measure(tmp_path, "throughput", *lengths, *flags)
@@ -42,7 +42,7 @@ def test_spread_lengths_fit_the_model(tmp_path: Path, flags: list[str]) -> None:
     assert figures["prompt_tokens"] != 40 * 300
 
 
-def test_latency_is_of_whole_batches(tmp_path: Path, flags: list[str]) -> None:
+def test_latency_is_measured_per_batch(tmp_path: Path, flags: list[str]) -> None:
     batch = ["--batch-size", "3", "--num-iters", "4", "--output-len", "10"]
 
     figures = measure(tmp_path, "latency", *batch, *flags)
@@ -52,7 +52,7 @@ def test_latency_is_of_whole_batches(tmp_path: Path, flags: list[str]) -> None:
     assert figures["p50_latency_ms"] <= figures["p99_latency_ms"]
 
 
-def test_startup_is_of_a_real_server(tmp_path: Path, flags: list[str]) -> None:
+def test_startup_measures_a_real_server(tmp_path: Path, flags: list[str]) -> None:
     overrides = ["--hf-overrides", '{"rope_theta": 5.0}']
 
     figures = measure(tmp_path, "startup", "--num-iters", "1", *overrides, *flags)
@@ -74,7 +74,7 @@ def test_startup_is_of_a_real_server(tmp_path: Path, flags: list[str]) -> None:
         ("startup", ["--block-size", "0"], "the server exited: portalm: block_size must be"),
     ],
 )
-def test_what_cannot_be_measured_is_one_line(
+def test_invalid_settings_are_reported_in_one_line(
     flags: list[str], kind: str, more: list[str], problem: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["bench", kind, *flags, *more]) == 2

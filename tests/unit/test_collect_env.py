@@ -1,4 +1,4 @@
-"""`portalm collect-env`: what a bug report needs."""
+"""`portalm collect-env` prints what a bug report needs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from portalm.cli.main import main
 
 
-def test_every_dependency_and_every_device_is_named(
+def test_collect_env_lists_every_dependency_and_device(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_secret")

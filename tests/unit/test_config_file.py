@@ -1,4 +1,4 @@
-"""`--config FILE.yaml`: the names and the rules of the command line."""
+"""`--config FILE.yaml` has the names and the rules of the command line."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def parse(folder: Path, text: str, *flags: str, verb: str = "serve") -> argparse
     return build_parser().parse_args([verb, *flags, "--config", str(folder / "config.yaml")])
 
 
-def test_a_files_names_are_those_of_flags(tmp_path: Path) -> None:
+def test_a_file_uses_the_names_of_flags(tmp_path: Path) -> None:
     text = """
 model: /models/llama
 max-model-len: 32k
@@ -47,18 +47,18 @@ dtype: null
     assert arguments.port == 9000
 
 
-def test_the_command_line_wins_wherever_it_stands(tmp_path: Path) -> None:
+def test_the_command_line_overrides_the_file_in_any_order(tmp_path: Path) -> None:
     assert parse(tmp_path, "port: 9000", "--port", "8000").port == 8000
 
 
-def test_a_positional_model_stays_one(tmp_path: Path) -> None:
+def test_a_positional_model_is_not_taken_for_a_list_value(tmp_path: Path) -> None:
     arguments = parse(tmp_path, "served-model-name: [big]", "folder")
 
     assert arguments.model_name == "folder"
     assert arguments.served_model_name == ["big"]
 
 
-def test_verbs_of_verbs_have_it_too(tmp_path: Path) -> None:
+def test_subcommands_accept_a_config_file(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("input-len: 7")
 
     arguments = build_parser().parse_args(
@@ -78,12 +78,12 @@ def test_verbs_of_verbs_have_it_too(tmp_path: Path) -> None:
         ("model: [", "is not valid YAML"),
     ],
 )
-def test_a_file_that_cannot_be_meant_is_refused(tmp_path: Path, text: str, problem: str) -> None:
+def test_an_invalid_file_is_refused(tmp_path: Path, text: str, problem: str) -> None:
     with pytest.raises(ConfigError, match=problem):
         parse(tmp_path, text)
 
 
-def test_a_value_that_no_flag_takes_is_refused_as_on_the_command_line(
+def test_an_invalid_value_is_refused_as_on_the_command_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):
@@ -92,7 +92,7 @@ def test_a_value_that_no_flag_takes_is_refused_as_on_the_command_line(
     assert "argument --port: invalid int value: 'many'" in capsys.readouterr().err
 
 
-def test_a_file_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_file_is_reported_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     status = main(["serve", "--config", "/nowhere.yaml"])
 
     assert status == 2

@@ -1,4 +1,4 @@
-"""Answers wait for whoever reads them, in order, and take no more room than their text."""
+"""An inbox keeps deltas in order, and merges them for a slow reader."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def delta(number: int, index: int = 0) -> AnswerDelta:
     )
 
 
-def test_who_reads_in_time_gets_every_delta() -> None:
+def test_a_fast_reader_gets_every_delta() -> None:
     async def run() -> list[str]:
         inbox, texts = Inbox(), []
         for number in range(200):
@@ -33,7 +33,7 @@ def test_who_reads_in_time_gets_every_delta() -> None:
     assert asyncio.run(run()) == [f"{number} " for number in range(200)]
 
 
-def test_what_nobody_reads_is_put_together_and_nothing_is_lost() -> None:
+def test_unread_deltas_are_merged_and_nothing_is_lost() -> None:
     async def run() -> tuple[int, list[AnswerDelta]]:
         inbox = Inbox()
         for number in range(1000):
@@ -56,7 +56,7 @@ def test_what_nobody_reads_is_put_together_and_nothing_is_lost() -> None:
     assert reasons == [None] * (len(reasons) - 1) + ["length"]
 
 
-def test_after_a_backlog_deltas_come_one_by_one_again() -> None:
+def test_after_a_backlog_deltas_are_queued_one_by_one_again() -> None:
     async def run() -> list[list[int]]:
         inbox = Inbox()
         for number in range(100):
@@ -70,10 +70,10 @@ def test_after_a_backlog_deltas_come_one_by_one_again() -> None:
     assert asyncio.run(run()) == [[100], [101]]
 
 
-def test_what_was_put_together_stays_in_order_when_there_is_room_again() -> None:
+def test_merged_deltas_stay_in_order_when_the_queue_is_short_again() -> None:
     async def run() -> list[AnswerDelta]:
         inbox = Inbox()
-        for number in range(70):  # from the 65th on they are one
+        for number in range(70):  # from the 65th on they are merged
             inbox.put(delta(number))
         for number in range(70, 73):
             await inbox.get()
@@ -89,7 +89,7 @@ def test_what_was_put_together_stays_in_order_when_there_is_room_again() -> None
     assert [one.finish_reason for one in found].index("length") == len(found) - 1
 
 
-def test_the_end_of_a_request_comes_behind_all_of_its_answers() -> None:
+def test_the_last_delta_of_a_request_comes_after_all_its_answers() -> None:
     async def run() -> list[AnswerDelta]:
         inbox = Inbox()
         for number in range(64):
@@ -110,7 +110,7 @@ def test_the_end_of_a_request_comes_behind_all_of_its_answers() -> None:
     assert [i for one in before for i in one.token_ids] == [*range(64), 65]
 
 
-def test_an_error_comes_behind_what_came_before_it() -> None:
+def test_an_error_comes_after_the_queued_deltas() -> None:
     async def run() -> None:
         inbox = Inbox()
         inbox.put(delta(1))

@@ -1,4 +1,4 @@
-"""From prompts and parameters to what an engine is asked."""
+"""Prompts and parameters are checked and converted to requests for the engine."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ VOCAB_SIZE, MAX_MODEL_LEN = 32, 16
 
 
 def letters() -> Tokenizer:
-    """One token for each small letter; a text begins with <s>; `z` is outside the model."""
+    """One token per lowercase letter; a text begins with <s>; `z` is outside the vocabulary."""
     vocab = {char: i for i, char in enumerate("_abcdefghijklmnopqrstuvwxy")} | {"z": 40}
     rust = RustTokenizer(models.BPE(vocab, []))
     rust.normalizer = normalizers.Replace(" ", "_")
@@ -52,7 +52,7 @@ def make(
     return InputProcessor(tokenizer, ready, max_logprobs=3, default_seed=default_seed)
 
 
-def test_a_text_is_tokenised_with_the_models_special_tokens():
+def test_a_text_is_tokenized_with_the_models_special_tokens():
     tokenizer = letters()
     processed = make(tokenizer).process("r", "ab", SamplingParams())
 
@@ -62,7 +62,7 @@ def test_a_text_is_tokenised_with_the_models_special_tokens():
     assert request.prompt_token_ids == processed.prompt_token_ids == [tokenizer.bos_token_id, 1, 2]
 
 
-def test_token_ids_are_taken_as_they_are():
+def test_token_ids_are_passed_on_unchanged():
     processed = make().process("r", (5, 6), SamplingParams(), priority=3, cache_salt="s")
 
     [request] = processed.requests
@@ -96,7 +96,7 @@ def test_each_answer_is_a_fork_of_the_first_with_the_next_seed():
     assert [first.fork_of, *(r.fork_of for r in forks)] == [None, "r-0", "r-0"]
     assert [first.seed, *(r.seed for r in forks)] == [7, 8, 9]
     assert {r.params.n for r in (first, *forks)} == {1}
-    # the prompt is the same: one answer reports on it
+    # the answers share the prompt: one returns its logprobs
     assert [first.params.prompt_logprobs, *(r.params.prompt_logprobs for r in forks)] == [
         1,
         None,
@@ -104,13 +104,13 @@ def test_each_answer_is_a_fork_of_the_first_with_the_next_seed():
     ]
 
 
-def test_seeds_stay_in_64_bits():
+def test_seeds_wrap_to_64_bits():
     params = SamplingParams(n=2, seed=2**63 - 1)
 
     assert [r.seed for r in make().process("r", [1], params).requests] == [2**63 - 1, -(2**63)]
 
 
-def test_seeds_that_are_left_out_follow_from_the_default_seed():
+def test_missing_seeds_are_derived_from_the_default_seed():
     def seeds(default_seed: int) -> list[int]:
         processor = make(default_seed=default_seed)
         return [processor.process(str(i), [1], SamplingParams()).requests[0].seed for i in range(3)]
@@ -119,7 +119,7 @@ def test_seeds_that_are_left_out_follow_from_the_default_seed():
     assert len({*seeds(1), *seeds(2)}) == 6
 
 
-def test_stop_strings_stay_on_this_side():
+def test_stop_strings_are_not_sent_to_the_engine():
     params = SamplingParams(stop=["x"], stop_token_ids=[3], temperature=0.5)
 
     [request] = make(letters()).process("r", "a", params).requests
@@ -127,7 +127,7 @@ def test_stop_strings_stay_on_this_side():
     assert request.params == SamplingParams(stop_token_ids=[3], temperature=0.5)
 
 
-def test_bad_words_are_tokenised_as_they_begin_a_text_and_as_they_follow_a_space():
+def test_bad_words_are_tokenized_with_and_without_a_leading_space():
     [request] = make(letters()).process("r", "a", SamplingParams(bad_words=["bc", " d"])).requests
 
     assert request.bad_words_ids == [[2, 3], [0, 2, 3], [0, 4]]
@@ -156,7 +156,7 @@ def test_a_prompt_that_cannot_be_answered_is_refused(prompt, reason):
     assert caught.value.param == "prompt"
 
 
-def test_an_empty_text_is_refused_where_the_model_has_no_bos():
+def test_an_empty_text_is_refused_if_the_model_has_no_bos():
     tokenizer = letters()
     rust_without_bos = RustTokenizer(models.BPE({"a": 0}, []))
     assert make(tokenizer).process("r", "", SamplingParams()).prompt_token_ids
@@ -183,7 +183,7 @@ def test_a_prompt_must_leave_room_for_one_token():
         ({"bad_words": ["z"]}, "bad_words", "40, outside"),
     ],
 )
-def test_parameters_beyond_the_engine_are_refused(params, param, reason):
+def test_parameters_beyond_the_engines_limits_are_refused(params, param, reason):
     with pytest.raises(InvalidRequest, match=reason) as caught:
         make(letters()).process("r", [1], SamplingParams(**params))
 
@@ -212,7 +212,7 @@ def test_text_needs_a_tokenizer(prompt, params, param):
         ({"priority": 2**63}, "priority must be from"),
     ],
 )
-def test_what_could_not_cross_to_the_engine_is_refused(label, reason):
+def test_an_invalid_id_salt_or_priority_is_refused(label, reason):
     with pytest.raises(InvalidRequest, match=reason) as caught:
         make().process(label.pop("request_id", "r"), [1], SamplingParams(), **label)
 
@@ -235,7 +235,7 @@ def pairs() -> Tokenizer:
     return wrap(rust, {"bos_token": "<s>", "eos_token": "</s>"}, ChatTemplates({}))
 
 
-def test_a_prompt_that_is_pooled_may_be_as_long_as_the_model_takes():
+def test_a_pooling_prompt_may_use_the_whole_context():
     processor = make(tasks=("embed",))
     params = PoolingParams(pooling="mean")
 
@@ -250,7 +250,7 @@ def test_a_prompt_that_is_pooled_may_be_as_long_as_the_model_takes():
 
 
 @pytest.mark.parametrize(("most", "expected"), [(5, [1, 2, 3]), (3, [1]), (2, [])])
-def test_what_is_cut_keeps_the_end_that_the_model_wants(most: int, expected: list[int]):
+def test_truncation_keeps_the_special_tokens(most: int, expected: list[int]):
     tokenizer = pairs()
     params = PoolingParams(truncate_prompt_tokens=most)
 
@@ -258,10 +258,10 @@ def test_what_is_cut_keeps_the_end_that_the_model_wants(most: int, expected: lis
 
     ends = tokenizer.bos_token_id, tokenizer.eos_token_id
     assert processed.prompt_token_ids == [ends[0], *expected, ends[1]]
-    assert processed.requests[0].pooling == PoolingParams()  # the engine has nothing to cut
+    assert processed.requests[0].pooling == PoolingParams()  # already truncated
 
 
-def test_the_whole_length_of_the_model_is_minus_one():
+def test_truncating_to_minus_one_keeps_the_whole_context():
     params = PoolingParams(truncate_prompt_tokens=-1)
 
     processed = make(tasks=("embed",)).process_pooling("r", [5] * 100, params)
@@ -269,7 +269,7 @@ def test_the_whole_length_of_the_model_is_minus_one():
     assert len(processed.prompt_token_ids) == MAX_MODEL_LEN
 
 
-def test_a_pair_of_texts_is_one_prompt_that_knows_where_the_second_begins():
+def test_a_pair_of_texts_is_one_prompt_with_the_start_of_the_second():
     tokenizer = pairs()
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     params = PoolingParams(task="score")
@@ -292,13 +292,13 @@ def test_a_pair_of_texts_is_one_prompt_that_knows_where_the_second_begins():
     ],
     ids=lambda x: str(x)[:30],
 )
-def test_what_the_model_does_not_do_is_refused(
+def test_a_task_the_model_does_not_support_is_refused(
     tasks: tuple[str, ...], prompt: object, params: PoolingParams, message: str
 ):
     with pytest.raises(InvalidRequest, match=message):
         make(tasks=tasks).process_pooling("r", prompt, params)
 
 
-def test_an_encoder_is_not_asked_for_text():
+def test_an_encoder_refuses_to_generate_text():
     with pytest.raises(InvalidRequest, match="does not generate text; it embeds text: use /v1/emb"):
         make(tasks=("embed",)).process("r", [5], SamplingParams())

@@ -1,4 +1,4 @@
-"""What log lines look like, and what they keep to themselves."""
+"""Format of log lines, and the throughput line."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import contextlib
 import json
 import logging
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
 
 import pytest
 
@@ -21,7 +20,7 @@ Read = Callable[[], str]
 
 @pytest.fixture
 def written(capsys: pytest.CaptureFixture[str]) -> Iterator[Read]:
-    """Gives what was written to stderr; the logging of the test run is put back."""
+    """Return a function that reads stderr; restore the logging of the test run afterwards."""
     root, own, backends = map(logging.getLogger, (None, "portalm", "portalm_backends"))
     handlers, levels = root.handlers[:], [one.level for one in (root, own, backends)]
     text: list[str] = []
@@ -46,7 +45,7 @@ def test_text_has_time_level_process_message_and_fields(written: Read) -> None:
     assert rest == 'INFO server: request ended id="r 1" s=0.250 n=3\n'
 
 
-def test_a_field_cannot_fake_a_line(written: Read) -> None:
+def test_a_field_cannot_forge_a_line(written: Read) -> None:
     write_logs("server", LogConfig())
 
     logging.getLogger("portalm.x").info("request ended", extra=with_fields(id="a\nINFO b=c"))
@@ -54,7 +53,7 @@ def test_a_field_cannot_fake_a_line(written: Read) -> None:
     assert written().count("\n") == 1
 
 
-def test_json_is_one_object_a_line_whatever_is_in_it(written: Read) -> None:
+def test_json_is_one_object_per_line_for_any_content(written: Read) -> None:
     write_logs("engine", LogConfig(format="json"))
     logger = logging.getLogger("portalm.engine.x")
 
@@ -79,7 +78,7 @@ def test_json_is_one_object_a_line_whatever_is_in_it(written: Read) -> None:
     assert "two\nlines" in second["exception"]
 
 
-def test_libraries_are_heard_from_warnings_on(written: Read) -> None:
+def test_libraries_log_from_warning_on(written: Read) -> None:
     write_logs("server", LogConfig(level="error"))
 
     logging.getLogger("httpx").info("GET /")
@@ -97,7 +96,7 @@ def test_an_unknown_format_or_level_is_refused() -> None:
         LogConfig(level="loud")
 
 
-def test_throughput_is_of_the_time_between() -> None:
+def test_throughput_is_computed_between_two_readings() -> None:
     before = EngineStats(generation_tokens_total=100, prefix_queries_total=50, prefix_hits_total=50)
     after = EngineStats(
         num_running=3,
@@ -122,27 +121,37 @@ def test_throughput_is_of_the_time_between() -> None:
     }
 
 
-def test_without_traffic_no_throughput_is_logged(written: Read) -> None:
-    write_logs("server", LogConfig())
-    client = SimpleNamespace(stats=EngineStats())
+class PolledClient:
+    """A client whose statistics change after every third reading."""
 
-    async def watch() -> list[int]:
-        logging_task = asyncio.create_task(log_throughput(client, interval_s=0.01))
-        counts = []
-        for stats in (EngineStats(), EngineStats(num_running=1, steps_total=5), EngineStats()):
-            client.stats = stats
-            await asyncio.sleep(0.1)
-            counts.append(written().count("\n"))
-        await asyncio.sleep(0.1)
-        counts.append(written().count("\n"))
+    def __init__(self, *phases: EngineStats) -> None:
+        self._phases = [stats for stats in phases for _ in range(3)]
+        self.is_exhausted = asyncio.Event()
+
+    @property
+    def stats(self) -> EngineStats:
+        if len(self._phases) == 1:
+            self.is_exhausted.set()
+            return self._phases[0]
+        return self._phases.pop(0)
+
+
+def test_throughput_is_logged_during_traffic_and_once_after_it(written: Read) -> None:
+    write_logs("server", LogConfig())
+    busy, ended = EngineStats(num_running=1, steps_total=5), EngineStats(steps_total=5)
+
+    async def log() -> None:
+        client = PolledClient(EngineStats(), busy, ended)
+        logging_task = asyncio.create_task(log_throughput(client, interval_s=0.001))
+        await asyncio.wait_for(client.is_exhausted.wait(), 60)
         logging_task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await logging_task
-        return counts
 
-    idle, busy, ended, still = asyncio.run(watch())
+    asyncio.run(log())
 
-    assert idle == 0
-    assert busy >= 1
-    assert ended == busy + 1
-    assert still == ended
+    lines = written().splitlines()
+    assert len(lines) == 4
+    assert [f" running={n} " in line for n, line in zip((1, 1, 1, 0), lines, strict=True)] == [
+        True
+    ] * 4

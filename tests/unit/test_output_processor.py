@@ -1,4 +1,4 @@
-"""From an engine's tokens to a caller's text."""
+"""An engine's tokens become the caller's text."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _ALPHABET = byte_level_alphabet()
 
 
 def _make_tokenizer():
-    """A token for each byte, with its value as id; 256 is the end of a text."""
+    """One token per byte, with its value as id; 256 is EOS."""
     by_byte = {byte: char for char, byte in _ALPHABET.items()}
     rust = RustTokenizer(models.BPE({by_byte[byte]: byte for byte in range(256)}, []))
     rust.decoder = decoders.ByteLevel()
@@ -38,7 +38,7 @@ EOS = 256
 
 
 class Caller:
-    """One request, and the engine's news of it."""
+    """One request and the engine's outputs for it."""
 
     def __init__(self, *, tokenizer=TOKENIZER, prompt: str = "Q:", **params: Any) -> None:
         self.params = SamplingParams(**{"max_tokens": 1000, **params})
@@ -57,10 +57,10 @@ class Caller:
         self.outputs.add(self.processed, self.params, arrival_time=5.0)
         self.aborts: list[str] = []
 
-    def send(self, tokens: str | bytes | list[int] = "", *, id: str = "r", **news: Any):
-        """Process one output; its delta, if any."""
+    def send(self, tokens: str | bytes | list[int] = "", *, id: str = "r", **fields: Any):
+        """Process one output; return its delta, if any."""
         ids = list(tokens.encode()) if isinstance(tokens, str) else list(tokens)
-        done = self.outputs.process([TokenOutput(request_id=id, token_ids=ids, **news)])
+        done = self.outputs.process([TokenOutput(request_id=id, token_ids=ids, **fields)])
         self.aborts += done.abort_ids
         assert len(done.deltas) <= 1
         return done.deltas[0] if done.deltas else None
@@ -89,7 +89,7 @@ def test_deltas_add_up_to_the_answer():
     assert deltas[-1].final == caller.outputs.snapshot("r")
 
 
-def test_a_character_is_shown_when_it_is_whole():
+def test_a_character_is_shown_when_it_is_complete():
     caller = Caller()
     first, *rest = "é".encode()
 
@@ -97,17 +97,17 @@ def test_a_character_is_shown_when_it_is_whole():
     assert caller.send(rest).text == "é"
 
 
-def test_a_character_that_never_becomes_whole_shows_in_the_end():
+def test_an_incomplete_character_is_shown_at_the_end():
     assert Caller().send(b"a\xe5", finish_reason="length").text == "a\ufffd"
 
 
-def test_without_detokenizing_there_are_ids_only():
+def test_without_detokenizing_there_are_only_ids():
     delta = Caller(detokenize=False).send("ab", finish_reason="length")
 
     assert (delta.text, delta.token_ids) == ("", [97, 98])
 
 
-def test_without_a_tokenizer_there_are_ids_only():
+def test_without_a_tokenizer_there_are_only_ids():
     delta = Caller(tokenizer=None, logprobs=0).send(
         "a", logprobs=[TokenLogprobs(97, -1.0, 1, [])], finish_reason="length"
     )
@@ -130,7 +130,7 @@ def test_without_a_tokenizer_there_are_ids_only():
         (ord("c"), ord("c"), {"include_stop_str_in_output": True}, "abc"),
     ],
 )
-def test_the_token_that_ends_an_answer_shows_only_when_asked_for(last, stop_reason, params, text):
+def test_the_token_that_ends_an_answer_is_shown_only_on_request(last, stop_reason, params, text):
     caller = Caller(**params)
     caller.send("ab")
 
@@ -142,7 +142,7 @@ def test_the_token_that_ends_an_answer_shows_only_when_asked_for(last, stop_reas
     assert caller.aborts == []
 
 
-def test_an_ignored_end_of_text_is_an_ordinary_token():
+def test_an_ignored_eos_is_an_ordinary_token():
     caller = Caller(ignore_eos=True, skip_special_tokens=False)
 
     assert caller.send([97, EOS, 98]).text == "a</s>b"
@@ -163,7 +163,7 @@ def test_an_error_ends_the_answer_with_its_reason():
 # -- stop strings -----------------------------------------------------------------------------
 
 
-def test_a_stop_string_ends_the_answer_and_is_cut_off():
+def test_a_stop_string_ends_the_answer_and_is_removed():
     caller = Caller(stop=["END"])
 
     deltas = [caller.send(char) for char in "some E"] + [caller.send("ND")]
@@ -174,13 +174,13 @@ def test_a_stop_string_ends_the_answer_and_is_cut_off():
     assert caller.outputs.is_finished("r")
 
 
-def test_a_stop_string_stays_if_asked_for():
+def test_a_stop_string_is_kept_on_request():
     caller = Caller(stop=["END"], include_stop_str_in_output=True)
 
     assert caller.send("some END").text == "some END"
 
 
-def test_what_comes_after_a_stop_string_is_dropped():
+def test_tokens_after_a_stop_string_are_dropped():
     caller = Caller(stop=["b"], logprobs=0)
     logprobs = [TokenLogprobs(ord(c), -1.0, 1, []) for c in "abcd"]
 
@@ -198,10 +198,10 @@ def test_a_stop_string_in_the_last_token_wins_over_the_length():
     delta = caller.send("ab", finish_reason="length")
 
     assert (delta.finish_reason, delta.stop_reason) == ("stop", "b")
-    assert caller.aborts == []  # the engine knows that it is over
+    assert caller.aborts == []  # the engine has already ended it
 
 
-def test_text_held_back_is_shown_when_the_answer_ends():
+def test_held_back_text_is_shown_when_the_answer_ends():
     caller = Caller(stop=["END"])
 
     assert caller.send("an EN").text == "an "
@@ -222,7 +222,7 @@ def test_stop_strings_count_only_after_min_tokens():
     st.lists(st.text(alphabet="abé", min_size=1, max_size=3), min_size=1, max_size=2),
     st.lists(st.integers(1, 5), min_size=40, max_size=40),
 )
-def test_how_many_tokens_come_at_once_makes_no_difference(text, stops, sizes):
+def test_the_number_of_tokens_per_output_makes_no_difference(text, stops, sizes):
     def run(sizes: list[int]):
         caller, data = Caller(stop=stops), text.encode()
         for size in sizes:
@@ -239,7 +239,7 @@ def test_how_many_tokens_come_at_once_makes_no_difference(text, stops, sizes):
 # -- logprobs ---------------------------------------------------------------------------------
 
 
-def test_logprobs_name_the_drawn_token_first():
+def test_logprobs_list_the_sampled_token_first():
     caller = Caller(logprobs=2)
     entry = TokenLogprobs(ord("c"), -3.0, 9, [(ord("a"), -0.5), (0xC3, -1.0)])
 
@@ -256,7 +256,7 @@ def test_logprobs_name_the_drawn_token_first():
     assert caller.answer().cumulative_logprob == -3.0
 
 
-def test_logprobs_of_prompts_come_in_parts_and_begin_with_none():
+def test_prompt_logprobs_arrive_in_parts_and_begin_with_none():
     caller = Caller(prompt="abc", prompt_logprobs=0)
 
     assert caller.send(prompt_logprobs=[TokenLogprobs(98, -1.0, 1, [])]) is None
@@ -269,7 +269,7 @@ def test_logprobs_of_prompts_come_in_parts_and_begin_with_none():
     ]
 
 
-def test_without_asking_there_are_no_logprobs():
+def test_logprobs_are_returned_only_on_request():
     caller = Caller()
 
     assert caller.send("a").logprobs is None
@@ -280,7 +280,7 @@ def test_without_asking_there_are_no_logprobs():
 # -- requests ---------------------------------------------------------------------------------
 
 
-def test_a_request_is_over_when_all_its_answers_are():
+def test_a_request_ends_with_its_last_answer():
     caller = Caller(n=2, stop=["x"])
 
     first = caller.send("ax", id="r-0")
@@ -294,7 +294,7 @@ def test_a_request_is_over_when_all_its_answers_are():
     assert caller.aborts == ["r-0"]
 
 
-def test_aborting_ends_every_answer_and_shows_what_was_held_back():
+def test_aborting_ends_every_answer_and_shows_held_back_text():
     caller = Caller(n=2, stop=["END"])
     caller.send("a EN", id="r-0")
     caller.send("b", id="r-1", finish_reason="length")
@@ -308,7 +308,7 @@ def test_aborting_ends_every_answer_and_shows_what_was_held_back():
     assert caller.outputs.abort("r") == []
 
 
-def test_an_id_in_use_is_refused_until_it_is_forgotten():
+def test_an_id_in_use_is_refused_until_it_is_released():
     caller = Caller()
     with pytest.raises(InvalidRequest, match="'r' is in use"):
         caller.outputs.add(caller.processed, caller.params, arrival_time=0.0)
@@ -319,7 +319,7 @@ def test_an_id_in_use_is_refused_until_it_is_forgotten():
     assert not caller.outputs.is_finished("r")
 
 
-def test_news_of_unknown_requests_is_passed_by():
+def test_outputs_of_unknown_requests_are_ignored():
     caller = Caller()
 
     assert caller.send("a", id="other") is None
@@ -328,7 +328,7 @@ def test_news_of_unknown_requests_is_passed_by():
     caller.outputs.forget("other")
 
 
-def test_a_snapshot_does_not_change_with_what_comes_later():
+def test_a_snapshot_does_not_change_with_later_outputs():
     caller = Caller(logprobs=0, prompt_logprobs=0)
     entry = TokenLogprobs(97, -1.0, 1, [])
     caller.send("a", logprobs=[entry], prompt_logprobs=[entry])
@@ -346,7 +346,7 @@ def test_a_snapshot_does_not_change_with_what_comes_later():
     assert before.metrics.finished_time is None
 
 
-def test_metrics_have_the_times_in_order():
+def test_times_in_metrics_are_in_order():
     caller = Caller()
     caller.send("", num_cached_tokens=16)
     assert caller.outputs.snapshot("r").metrics.first_token_time is None

@@ -1,4 +1,4 @@
-"""What an engine is doing, as its client sees it."""
+"""The client detects an overdue engine from shared memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from portalm.engine.pulse import DEADLINE_S, Pulse
 
 @pytest.fixture
 def pulses(tmp_path: Path) -> tuple[Pulse, Pulse]:
-    """The engine's and the client's."""
+    """The engine's pulse and the client's, of the same file."""
     return Pulse(tmp_path / "pulse"), Pulse(tmp_path / "pulse")
 
 
@@ -22,14 +22,14 @@ class Clock:
         monkeypatch.setattr(time, "monotonic", lambda: self.now)
 
 
-def test_what_one_writes_the_other_reads(pulses, monkeypatch) -> None:
+def test_the_client_reads_what_the_engine_writes(pulses, monkeypatch) -> None:
     engine, client = pulses
     clock = Clock(monkeypatch)
 
     engine.begin(300)
-    sign = client.read()
+    reading = client.read()
 
-    assert (sign.num_steps, sign.since, sign.num_tokens) == (1, clock.now, 300)
+    assert (reading.num_steps, reading.since, reading.num_tokens) == (1, clock.now, 300)
     engine.end()
     assert client.read().num_tokens == 0
 
@@ -43,7 +43,7 @@ def test_an_idle_engine_is_never_overdue(pulses, monkeypatch) -> None:
     clock.now += 10_000
 
     assert client.read().overdue_s(work_since=None) <= 0
-    # work that came just now: it is judged from then on
+    # work that has just arrived: the deadline counts from then
     assert client.read().overdue_s(work_since=clock.now) <= 0
     clock.now += DEADLINE_S + 1
     assert client.read().overdue_s(work_since=clock.now - DEADLINE_S - 1) == pytest.approx(1)
@@ -61,7 +61,7 @@ def test_a_small_step_that_hangs_is_overdue(pulses, monkeypatch) -> None:
     assert 0 < client.read().overdue_s(work_since=1000.0) < 5
 
 
-def test_a_prefill_of_30_s_is_no_false_alarm(pulses, monkeypatch) -> None:
+def test_a_prefill_of_30_s_is_not_overdue(pulses, monkeypatch) -> None:
     engine, client = pulses
     clock = Clock(monkeypatch)
     engine.begin(2048)
@@ -71,11 +71,11 @@ def test_a_prefill_of_30_s_is_no_false_alarm(pulses, monkeypatch) -> None:
     assert client.read().overdue_s(work_since=1000.0) < 0
 
 
-def test_a_slow_device_gets_the_time_it_needs(pulses, monkeypatch) -> None:
+def test_the_deadline_grows_on_a_slow_device(pulses, monkeypatch) -> None:
     engine, client = pulses
     clock = Clock(monkeypatch)
     engine.begin(100)
-    clock.now += 20  # 0.2 s a token
+    clock.now += 20  # 0.2 s per token
     engine.end()
 
     engine.begin(100)

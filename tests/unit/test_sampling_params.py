@@ -1,4 +1,4 @@
-"""What sampling may be asked for, and how what cannot work is refused."""
+"""Sampling parameters are normalized, and invalid ones refused."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ from portalm.sampling_params import SamplingParams, as_token_ids
         ("detokenize", None, "true or false"),
     ],
 )
-def test_what_cannot_work_is_refused_by_name(name, value, reason):
+def test_an_invalid_value_is_refused_by_name(name, value, reason):
     with pytest.raises(InvalidRequest, match=reason) as caught:
         SamplingParams(**{name: value})
 
@@ -62,39 +62,39 @@ def test_what_cannot_work_is_refused_by_name(name, value, reason):
     assert str(caught.value).startswith(name)
 
 
-def test_stop_strings_need_text():
+def test_stop_strings_need_detokenization():
     with pytest.raises(InvalidRequest, match="detokenize"):
         SamplingParams(stop="x", detokenize=False)
 
 
-def test_one_item_counts_as_a_list_of_it():
+def test_a_single_item_is_accepted_for_a_list():
     params = SamplingParams(stop="ab", bad_words="cd", stop_token_ids=7)
 
     assert (params.stop, params.bad_words, params.stop_token_ids) == (("ab",), ("cd",), (7,))
 
 
-def test_none_counts_as_nothing_where_a_list_is_expected():
+def test_none_is_accepted_for_an_empty_list():
     params = SamplingParams(stop=None, bad_words=None, stop_token_ids=None, logit_bias=None)
 
     assert params == SamplingParams()
 
 
-def test_top_k_of_minus_one_is_off_as_in_other_engines():
+def test_top_k_of_minus_one_keeps_all_tokens():
     assert SamplingParams(top_k=-1).top_k == 0
 
 
-def test_logit_bias_takes_the_text_keys_of_json():
+def test_logit_bias_accepts_string_keys_from_json():
     assert SamplingParams(logit_bias={"5": -100}).logit_bias == {5: -100.0}
 
 
-def test_an_unknown_name_is_refused_with_the_known_ones():
+def test_an_unknown_name_is_refused_and_known_ones_listed():
     with pytest.raises(InvalidRequest, match=r"temprature is not .* temperature") as caught:
         SamplingParams.from_dict({"temprature": 1})
 
     assert caught.value.param == "temprature"
 
 
-def test_params_are_not_changed_after_the_check():
+def test_params_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         SamplingParams().temperature = -1
 
@@ -110,11 +110,11 @@ def test_params_are_not_changed_after_the_check():
         ({"logit_bias": {1: 1.0}}, False),
     ],
 )
-def test_history_is_needed_where_earlier_tokens_change_the_draw(changes, needs):
+def test_history_is_needed_if_earlier_tokens_change_the_logits(changes, needs):
     assert SamplingParams(**changes).needs_history is needs
 
 
-def test_params_cross_the_wire_unchanged():
+def test_params_survive_encoding():
     params = SamplingParams(
         n=2, stop=["a"], logit_bias={3: 1.5}, allowed_token_ids=[1, 2], bad_words=["b"], seed=-5
     )

@@ -1,4 +1,4 @@
-"""What may be asked of structured outputs, and which JSON schemas are kept whole."""
+"""Parameters of structured outputs, and the JSON schemas that are supported."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ from portalm.structured.schema import MAX_DEPTH, prepare_schema
         ({"json_object": 1}, "true or false"),
         ({"json": {"a": {1}}}, "not a JSON schema"),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:40],
 )
-def test_what_cannot_work_is_refused(fields: dict[str, Any], problem: str) -> None:
+def test_invalid_fields_are_refused(fields: dict[str, Any], problem: str) -> None:
     with pytest.raises(InvalidRequest, match=problem) as caught:
         StructuredOutputs(**fields)
 
@@ -51,13 +51,13 @@ def test_a_mapping_is_accepted_and_an_unknown_field_refused() -> None:
         SamplingParams(structured_outputs={"lark": "x"})  # type: ignore[arg-type]
 
 
-def test_a_schema_is_kept_as_text_in_the_order_of_its_properties() -> None:
+def test_a_schema_is_stored_as_text_in_property_order() -> None:
     asked = StructuredOutputs(json={"properties": {"b": {}, "a": {}}})
 
     assert asked.json == '{"properties": {"b": {}, "a": {}}}'
 
 
-def test_a_token_waits_for_the_one_before_it() -> None:
+def test_a_grammar_needs_the_history() -> None:
     assert SamplingParams(structured_outputs=StructuredOutputs(regex="a")).needs_history
     request = Request("r", [1], SamplingParams(), seed=0, max_total_tokens=9, grammar=object())
     assert request.needs_history
@@ -112,9 +112,9 @@ def nested(depth: int) -> Any:
         ({"type": "object", "required": ["a"], "additionalProperties": False}, "'a'"),
         (nested(MAX_DEPTH + 1), "nested more than"),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:40],
 )
-def test_a_schema_that_cannot_be_kept_is_refused_by_name(schema: Any, named: str) -> None:
+def test_an_unsupported_schema_is_refused_by_name(schema: Any, named: str) -> None:
     with pytest.raises(InvalidRequest, match=named.replace("$", r"\$")):
         prepare_schema(schema if isinstance(schema, str) else json.dumps(schema))
 
@@ -129,13 +129,13 @@ def test_a_schema_that_cannot_be_kept_is_refused_by_name(schema: Any, named: str
         {"type": "array", "items": INT, "minItems": 1, "x-unknown": 5},
         nested(MAX_DEPTH),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:40],
 )
-def test_a_schema_that_is_kept_stays_as_it_is(schema: Any) -> None:
+def test_a_supported_schema_is_unchanged(schema: Any) -> None:
     assert prepared(schema) == schema
 
 
-def test_definitions_that_nothing_refers_to_do_not_matter() -> None:
+def test_unused_definitions_are_ignored() -> None:
     assert prepared({**INT, "$defs": {"A": {"not": {}}}})["type"] == "integer"
 
 
@@ -145,15 +145,15 @@ def test_a_required_property_without_a_schema_may_be_anything() -> None:
     assert schema["properties"] == {"a": INT, "b": True}
 
 
-def test_an_object_that_names_no_property_may_have_any() -> None:
+def test_an_object_without_listed_properties_may_have_any() -> None:
     assert prepared({"type": "object"})["additionalProperties"] is True
 
 
-def test_lengths_are_said_as_a_pattern() -> None:
+def test_string_lengths_become_a_pattern() -> None:
     assert prepared({"type": "string", "minLength": 2, "maxLength": 5})["pattern"] == "^.{2,5}$"
 
 
-def test_a_union_told_apart_by_a_property_is_any_of_its_schemas() -> None:
+def test_a_union_with_a_distinguishing_property_becomes_any_of() -> None:
     def kind(name: str) -> dict[str, Any]:
         return {
             "type": "object",

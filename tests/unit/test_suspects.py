@@ -1,4 +1,4 @@
-"""A request that ends engines is found, and no other pays for it."""
+"""The request that crashes engines is found, and no other fails."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from portalm.engine.suspects import Suspects
 
 
-def test_after_the_first_end_all_run_again() -> None:
+def test_after_the_first_crash_all_requests_run_again() -> None:
     suspects = Suspects()
     open_ids = [f"r{i}" for i in range(10)]
     suspects.admit(open_ids)
@@ -18,7 +18,7 @@ def test_after_the_first_end_all_run_again() -> None:
     assert suspects.admit(open_ids) == open_ids
 
 
-def test_what_is_in_flight_is_not_sent_twice() -> None:
+def test_a_request_in_flight_is_not_sent_twice() -> None:
     suspects = Suspects()
 
     assert suspects.admit(["a", "b"]) == ["a", "b"]
@@ -26,27 +26,27 @@ def test_what_is_in_flight_is_not_sent_twice() -> None:
 
 
 @pytest.mark.parametrize("num_requests", [1, 2, 7, 100])
-def test_the_one_that_ends_engines_is_found(num_requests: int) -> None:
+def test_the_request_that_crashes_engines_is_found(num_requests: int) -> None:
     suspects = Suspects()
     open_ids = [f"r{i}" for i in range(num_requests)]
-    guilty = random.Random(num_requests).choice(open_ids)
-    blamed: list[str] = []
+    culprit = random.Random(num_requests).choice(open_ids)
+    failed: list[str] = []
     for _ in range(20):
         suspects.admit(open_ids)
-        while guilty not in suspects.in_flight:  # the others end well, and make room
+        while culprit not in suspects.in_flight:  # the others finish and make room
             ended = sorted(suspects.in_flight)[0]
             suspects.ended(ended)
             open_ids.remove(ended)
             suspects.admit(open_ids)
-        blamed = suspects.engine_crashed()
-        if blamed:
+        failed = suspects.engine_crashed()
+        if failed:
             break
 
-    assert blamed == [guilty]
+    assert failed == [culprit]
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_engines_that_are_killed_from_outside_cost_no_request(seed: int) -> None:
+def test_engines_killed_from_outside_fail_no_request(seed: int) -> None:
     rng = random.Random(seed)
     suspects = Suspects()
     open_ids = [f"r{i}" for i in range(100)]
@@ -60,7 +60,7 @@ def test_engines_that_are_killed_from_outside_cost_no_request(seed: int) -> None
         assert suspects.engine_crashed() == []
         suspects.admit(open_ids)
 
-    while open_ids:  # all get their turn
+    while open_ids:  # all requests get to run
         ended = suspects.in_flight.copy()
         assert ended
         for one in ended:
@@ -69,7 +69,7 @@ def test_engines_that_are_killed_from_outside_cost_no_request(seed: int) -> None
         suspects.admit(open_ids)
 
 
-def test_when_the_suspects_are_gone_nothing_is_held_back() -> None:
+def test_without_suspects_no_request_is_held_back() -> None:
     suspects = Suspects()
     for _ in range(2):
         suspects.admit(["a", "b"])
