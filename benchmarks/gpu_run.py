@@ -1,15 +1,15 @@
-"""One run that says what the GPU backends do on a GPU: right first, then how fast.
+"""Check the GPU backends on a GPU in one run: first correctness, then speed.
 
     python benchmarks/gpu_run.py --stages calib,numerics,kernels,engine,serve,profile \
         --limit 540 --out DIR
 
-It runs from the source tree, without an install and without a network, with torch, Triton and what
-transformers brings. What else a stage needs it says (`pip download` elsewhere, then --packages).
-Every stage is a process of its own with its own share of --limit; what it finds is in
-DIR/gpu-run.json at once, behind the predictions, which are written first. Several calls with the
-same DIR add to one file.
+It runs from the source tree without installation or network access, and needs torch, Triton and
+the dependencies of transformers. If a stage needs other packages, it names them (`pip download`
+them elsewhere, then use --packages). Each stage runs in separate processes with a share of --limit.
+Results are saved immediately in DIR/gpu-run.json, after the predictions, which are written first.
+Several calls with the same DIR add to one file.
 
-    python benchmarks/gpu_run.py --device reference --tiny --out DIR    tries the script itself
+    python benchmarks/gpu_run.py --device reference --tiny --out DIR    tests the script itself
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ STAGES: dict[str, list[list[str]]] = {
     "serve": [["gpu.serve"]],
     "profile": [["gpu.profile", "8b"], ["gpu.profile", "1b"]],
 }
-"""Processes of each stage, one behind the other."""
+"""Commands of each stage, run one after another."""
 
 SHARES = {"calib": 0.5, "numerics": 3, "kernels": 2, "engine": 4, "serve": 2, "profile": 1.5}
-"""Of the time, where several stages are asked for."""
+"""Relative share of the time for each stage."""
 
 NEEDS = {
     "calib": ["torch", "triton"],
@@ -64,7 +64,7 @@ NEEDS = {
     ],
     "profile": ["torch", "triton", "msgspec", "tqdm"],
 }
-"""Modules that must be there."""
+"""Modules that each stage imports."""
 
 PREDICTED: dict[str, tuple[float, float, str]] = {
     "8b: decode, 1 x 512": (286, 256, "tok/s"),
@@ -81,14 +81,14 @@ PREDICTED: dict[str, tuple[float, float, str]] = {
     "8b: idle at 256 streams": (0, 1, "%"),
     "1b: idle at 64 streams": (0, 5, "%"),
 }
-"""(limit, goal, unit) on an H200: 4.3 TB/s and 790 TFLOP/s, from its calibration elsewhere."""
+"""(limit, goal, unit) on an H200, from 4.3 TB/s and 790 TFLOP/s measured in a calibration."""
 
 
 class Record:
-    """DIR/gpu-run.json, whole after every change."""
+    """The file DIR/gpu-run.json, which is complete after every change."""
 
     def __init__(self, folder: Path, device: str) -> None:
-        """What is there already, or the predictions."""
+        """Read the existing file, or create one with the predictions."""
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "gpu-run.json"
         self.content: dict[str, Any] = {
@@ -105,7 +105,7 @@ class Record:
         self._write()
 
     def add(self, result: dict[str, Any]) -> None:
-        """One result more."""
+        """Add a result and save the file."""
         self.content["results"].append(result)
         self._write()
 
@@ -115,7 +115,7 @@ class Record:
         whole.replace(self.path)
 
     def table(self) -> str:
-        """Every result in a line, with limit and goal where there are any."""
+        """Format the results, one per line, with goal and limit if there is a prediction."""
         lines = [f"{'':<52}{'measured':>12} {'':<8}{'goal':>10}{'limit':>10}"]
         for result in self.content["results"]:
             value = result["value"]
@@ -123,14 +123,16 @@ class Record:
                 if "message" in result:
                     lines.append(f"{result['name']}: {result['message'][:160]}")
                 continue
-            told = self.content["predictions"].get(result["name"])
-            more = f"{told['goal']:>10,.6g}{told['limit']:>10,.6g}" if told else ""
+            predicted = self.content["predictions"].get(result["name"])
+            more = ""
+            if predicted:
+                more = f"{predicted['goal']:>10,.6g}{predicted['limit']:>10,.6g}"
             lines.append(f"{result['name']:<52}{value:>12,.5g} {result['unit']:<8}{more}")
         return "\n".join(lines)
 
 
 def source_tree() -> Path:
-    """A folder that makes this tree importable as it is when it is installed."""
+    """Create a folder from which this source tree can be imported as if it were installed."""
     folder = Path(tempfile.mkdtemp(prefix="portalm-source-"))
     (folder / "portalm_backends").symlink_to(ROOT / "backends")
     (folder / "portalm").symlink_to(ROOT / "portalm")
@@ -151,7 +153,7 @@ def missing(stage: str) -> list[str]:
 def run_stage(
     stage: str, arguments: argparse.Namespace, limit_s: float, record: Record, path: str
 ) -> None:
-    """All processes of a stage, within `limit_s`."""
+    """Run the commands of a stage within `limit_s`; record its results and failures."""
     until = time.monotonic() + limit_s
     parts = STAGES[stage]
     for i, (module, *rest) in enumerate(parts):
@@ -163,7 +165,7 @@ def run_stage(
             command, left, path, lambda result: record.add({"stage": stage, **result})
         )
         if status != 0:
-            text = f"no end within {left:.0f} s" if status is None else tail
+            text = f"stopped at its time limit of {left:.0f} s" if status is None else tail
             record.add(
                 {
                     "stage": stage,
@@ -177,7 +179,10 @@ def run_stage(
 
 
 def run_part(command: list[str], limit_s: float, path: str, take: Any) -> tuple[int | None, str]:
-    """Its exit status (None: it was ended) and the end of what it printed; results are taken."""
+    """Run a command and pass its results to `take`.
+
+    Returns its exit status (None: stopped at the time limit) and the end of its output.
+    """
     environment = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
     until, lines = time.monotonic() + limit_s, []
     process = subprocess.Popen(
@@ -188,7 +193,7 @@ def run_part(command: list[str], limit_s: float, path: str, take: Any) -> tuple[
         start_new_session=True,
     )
     assert process.stdout is not None
-    with process, ended(process):
+    with process, killed_at_exit(process):
         for line in lines_until(process.stdout.fileno(), until):
             lines.append(line)
             print(line, flush=True)
@@ -200,8 +205,8 @@ def run_part(command: list[str], limit_s: float, path: str, take: Any) -> tuple[
 
 
 @contextlib.contextmanager
-def ended(process: subprocess.Popen[bytes]) -> Iterator[None]:
-    """However it goes, nothing of the process's own session is left."""
+def killed_at_exit(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Kill the process group of `process` when the context ends."""
     try:
         yield
     finally:
@@ -210,7 +215,7 @@ def ended(process: subprocess.Popen[bytes]) -> Iterator[None]:
 
 
 def lines_until(descriptor: int, until: float) -> Iterator[str]:
-    """Lines as they come, until there are no more or it is time."""
+    """Yield lines as they arrive, until the end of the file or the time `until`."""
     rest = b""
     while (left := until - time.monotonic()) > 0:
         if not select.select([descriptor], [], [], left)[0]:
@@ -223,22 +228,26 @@ def lines_until(descriptor: int, until: float) -> Iterator[str]:
 
 
 def main() -> int:
-    """Run the stages that are named; 1 if something failed."""
+    """Run the selected stages; return 1 if anything failed."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--stages", default=",".join(STAGES), help="which, in which order")
-    parser.add_argument("--limit", type=float, default=540, help="seconds for all of them")
-    parser.add_argument("--out", type=Path, required=True, help="folder for gpu-run.json")
-    parser.add_argument("--device", default="cuda", help="backend")
     parser.add_argument(
-        "--packages", default="", help="folder of more packages (pip install --target)"
+        "--stages", default=",".join(STAGES), help="stages to run, in order (default: all)"
     )
-    parser.add_argument("--tiny", action="store_true", help="toy shapes: tries the script itself")
+    parser.add_argument(
+        "--limit", type=float, default=540, help="seconds for all stages together (default: 540)"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder for gpu-run.json")
+    parser.add_argument("--device", default="cuda", help="backend to measure (default: cuda)")
+    parser.add_argument(
+        "--packages", default="", help="folder with more packages (pip install --target)"
+    )
+    parser.add_argument("--tiny", action="store_true", help="toy shapes, to test the script itself")
     arguments = parser.parse_args()
     stages = arguments.stages.split(",")
     if unknown := [stage for stage in stages if stage not in STAGES]:
-        parser.error(f"no stage {', '.join(unknown)}; stages: {', '.join(STAGES)}")
+        parser.error(f"unknown stage {', '.join(unknown)}; stages: {', '.join(STAGES)}")
     record = Record(arguments.out, arguments.device)
     path = os.pathsep.join(
         filter(None, [str(source_tree()), str(ROOT / "benchmarks"), arguments.packages])
@@ -248,7 +257,10 @@ def main() -> int:
     for i, stage in enumerate(stages):
         share = SHARES[stage] / sum(SHARES[s] for s in stages[i:])
         if lacking := missing(stage):
-            text = f"missing packages: {', '.join(lacking)}; carry them, and give --packages"
+            text = (
+                f"missing packages: {', '.join(lacking)}; install them into a folder "
+                f"(pip install --target) and pass it as --packages"
+            )
             record.add(
                 {
                     "stage": stage,

@@ -1,1 +1,1 @@
-"""The stages of gpu_run.py, one file each: `python -m gpu.STAGE SETTINGS` prints its results."""
+"""Stages of gpu_run.py, one file each: `python -m gpu.STAGE SETTINGS` prints results."""

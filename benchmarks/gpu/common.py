@@ -1,4 +1,4 @@
-"""What stages share: models, the device under test, timing, and how results are told."""
+"""Shared by the stages: models, settings, timing, and printing of results."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 MARK = "RESULT "
-"""A line of a stage that begins so is a result: JSON follows."""
+"""Prefix of output lines that contain a result as JSON."""
 
 LLAMA_8B = {
     "architectures": ["LlamaForCausalLM"],
@@ -29,7 +29,7 @@ LLAMA_8B = {
     "tie_word_embeddings": False,
     "torch_dtype": "bfloat16",
 }
-"""Llama-3.1-8B; its rope scaling changes no time."""
+"""Llama-3.1-8B without its rope scaling, which does not affect speed."""
 
 LLAMA_1B = {
     **LLAMA_8B,
@@ -52,48 +52,48 @@ TINY = {
     "head_dim": 16,
     "torch_dtype": "float32",
 }
-"""To try the script itself."""
+"""A toy model, to test the script itself."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How a stage runs."""
+    """Settings of a stage."""
 
     device: str
-    """A backend's name."""
+    """Name of the backend."""
     limit_s: float
-    """When the stage must have ended."""
+    """Time limit of the stage."""
     is_tiny: bool
-    """Shapes of a toy: the figures mean nothing."""
+    """Use toy shapes; the figures mean nothing then."""
 
     def model(self, name: str) -> dict[str, Any]:
-        """The shape called 8b or 1b, or the toy."""
+        """Configuration of the model 8b or 1b; the toy model if `is_tiny`."""
         return TINY if self.is_tiny else {"8b": LLAMA_8B, "1b": LLAMA_1B}[name]
 
     def scaled(self, real: int, tiny: int) -> int:
-        """A size."""
+        """`tiny` if `is_tiny`, else `real`."""
         return tiny if self.is_tiny else real
 
 
 def settings() -> Settings:
-    """What gpu_run.py passed on."""
+    """Read the settings that gpu_run.py passes as the first argument."""
     return Settings(**json.loads(sys.argv[1]))
 
 
-def tell(name: str, value: float | str | None, unit: str = "", **more: Any) -> None:
-    """One result; gpu_run.py writes it down at once."""
+def report(name: str, value: float | str | None, unit: str = "", **more: Any) -> None:
+    """Print one result; gpu_run.py saves it immediately."""
     print(MARK + json.dumps({"name": name, "value": value, "unit": unit, **more}), flush=True)
 
 
 def model_folder(config: dict[str, Any]) -> str:
-    """A folder with a config.json and no weights."""
+    """Create a folder with a config.json and no weights."""
     folder = Path(tempfile.mkdtemp(prefix="gpu-run-"))
     (folder / "config.json").write_text(json.dumps(config))
     return str(folder)
 
 
 def seconds(backend: Any, work: Callable[[], object], *, times: int = 20, warm: int = 3) -> float:
-    """Median seconds of one call of `work`, by the device's own clock where it has one."""
+    """Median seconds per call of `work`, measured with the device's events if it is a GPU."""
     import torch
 
     for _ in range(warm):

@@ -1,6 +1,6 @@
-"""The engine alone, without HTTP: one stream, many streams, prompts, a thousand requests.
+"""The engine without HTTP: one stream, many streams, prompts, a thousand requests.
 
-The second argument chooses a part: 8b, 1b or transformers (the same shapes, in the same run).
+The second argument selects the part: 8b, 1b, or transformers with the shape of the 8B model.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from gpu.common import Settings, model_folder, settings, tell
+from gpu.common import Settings, model_folder, report, settings
 
 
 def make_engine(run: Settings, model: str, **more: Any) -> Any:
-    """An engine of random weights, made on the device, with all captures done."""
+    """Create an engine with random weights, and capture all of its steps."""
     from portalm.config import EngineConfig
     from portalm.engine.engine import Engine
 
@@ -35,16 +35,16 @@ def make_engine(run: Settings, model: str, **more: Any) -> Any:
             }
         )
     )
-    tell(f"{model}: start", time.perf_counter() - begin, "s", **engine.ready.startup_s)
+    report(f"{model}: start", time.perf_counter() - begin, "s", **engine.ready.startup_s)
     begin = time.perf_counter()
     while engine.capture_next():
         pass
-    tell(f"{model}: captures", time.perf_counter() - begin, "s", blocks=engine.ready.num_blocks)
+    report(f"{model}: captures", time.perf_counter() - begin, "s", blocks=engine.ready.num_blocks)
     return engine
 
 
 def ask(engine: Any, name: str, length: int, num_out: int, seed: int = 0) -> None:
-    """A request of random ids that never ends early."""
+    """Add a request with random token ids that generates exactly `num_out` tokens."""
     from portalm.engine.messages import AddRequest
     from portalm.sampling_params import SamplingParams
 
@@ -61,41 +61,41 @@ def ask(engine: Any, name: str, length: int, num_out: int, seed: int = 0) -> Non
 
 
 def finish(engine: Any) -> int:
-    """Run until there is nothing to do; the tokens that came out."""
-    drawn = 0
+    """Run until no work is left; return the number of generated tokens."""
+    num_tokens = 0
     while engine.has_work():
-        drawn += sum(len(output.token_ids) for output in engine.step().outputs)
-    return drawn
+        num_tokens += sum(len(output.token_ids) for output in engine.step().outputs)
+    return num_tokens
 
 
 def decode(engine: Any, run: Settings, model: str, streams: int, context: int) -> None:
-    """Tokens a second when all `streams` decode at about `context` tokens."""
+    """Measure tokens per second while all `streams` decode at about `context` tokens."""
     num_out = run.scaled(160, 12)
     for i in range(streams):
         ask(engine, f"decode-{i}", max(1, context - num_out // 2), num_out)
-    drawn, begin = 0, 0.0
+    num_tokens, begin = 0, 0.0
     while engine.has_work():
         outputs = engine.step().outputs
         count = sum(len(output.token_ids) for output in outputs)
         if count == streams and not begin:  # every prompt is computed
             begin = time.perf_counter()
         elif begin and count == streams:
-            drawn, end = drawn + count, time.perf_counter()
+            num_tokens, end = num_tokens + count, time.perf_counter()
         elif begin:
             break
     finish(engine)
-    if not drawn:
-        tell(
+    if not num_tokens:
+        report(
             f"FAILED {model}: decode, {streams} streams",
             None,
-            message="they never decoded together",
+            message="no step decoded all streams together",
         )
         return
-    tell(f"{model}: decode, {streams} x {context}", drawn / (end - begin), "tok/s")
+    report(f"{model}: decode, {streams} x {context}", num_tokens / (end - begin), "tok/s")
 
 
 def prefill(engine: Any, run: Settings, model: str) -> None:
-    """A prompt alone: time to its first token; several at once: tokens a second."""
+    """Measure the TTFT of single prompts, and tokens per second of several prompts at once."""
     for length in (run.scaled(1024, 32), run.scaled(2048, 64)):
         taken = []
         for i in range(6):
@@ -103,17 +103,17 @@ def prefill(engine: Any, run: Settings, model: str) -> None:
             begin = time.perf_counter()
             finish(engine)
             taken.append(time.perf_counter() - begin)
-        tell(f"{model}: TTFT, {length}", sorted(taken)[2] * 1e3, "ms")
+        report(f"{model}: TTFT, {length}", sorted(taken)[2] * 1e3, "ms")
     length, count = run.scaled(2048, 64), run.scaled(16, 3)
     for i in range(count):
         ask(engine, f"prefill-{i}", length, 1)
     begin = time.perf_counter()
     finish(engine)
-    tell(f"{model}: prefill, {length}", count * length / (time.perf_counter() - begin), "tok/s")
+    report(f"{model}: prefill, {length}", count * length / (time.perf_counter() - begin), "tok/s")
 
 
 def lengths_like_sharegpt(count: int) -> list[tuple[int, int]]:
-    """(prompt, answer) lengths: of 1,000, 215,196 and 198,001 tokens in all."""
+    """(prompt, answer) lengths in tokens; 1,000 pairs have 215,196 and 198,001 in total."""
     rng = random.Random(0)
     pairs = [
         (
@@ -125,7 +125,7 @@ def lengths_like_sharegpt(count: int) -> list[tuple[int, int]]:
     for side, total in ((0, 215_196 * count // 1000), (1, 198_001 * count // 1000)):
         scale = total / sum(pair[side] for pair in pairs)
         scaled = [max(1, round(pair[side] * scale)) for pair in pairs]
-        for i in range(abs(total - sum(scaled))):  # what rounding left over, one by one
+        for i in range(abs(total - sum(scaled))):  # distribute the rounding error
             step = 1 if total > sum(scaled) else -1
             place = i % count
             scaled[place] = max(1, scaled[place] + step)
@@ -137,7 +137,7 @@ def lengths_like_sharegpt(count: int) -> list[tuple[int, int]]:
 
 
 def offline(engine: Any, run: Settings, model: str) -> None:
-    """A thousand requests of mixed lengths, all there at once."""
+    """Measure a thousand requests of mixed lengths, all submitted at once."""
     count = run.scaled(1000, 6)
     pairs = lengths_like_sharegpt(count)
     if run.is_tiny:
@@ -145,21 +145,21 @@ def offline(engine: Any, run: Settings, model: str) -> None:
     for i, (num_in, num_out) in enumerate(pairs):
         ask(engine, f"offline-{i}", num_in, num_out)
     begin = time.perf_counter()
-    drawn = finish(engine)
+    num_tokens = finish(engine)
     taken = time.perf_counter() - begin
     total_in = sum(p for p, _ in pairs)
-    tell(
+    report(
         f"{model}: offline, {count} requests",
-        drawn / taken,
+        num_tokens / taken,
         "tok/s",
         num_in=total_in,
-        num_out=drawn,
+        num_out=num_tokens,
         seconds=taken,
     )
 
 
 def ours(run: Settings, model: str) -> None:
-    """All of it with one engine."""
+    """Measure everything with one engine."""
     engine = make_engine(run, model)
     streams = [(1, 512), (64, 1024), (256, 1024)] if not run.is_tiny else [(1, 32), (4, 32)]
     for count, context in streams:
@@ -170,7 +170,7 @@ def ours(run: Settings, model: str) -> None:
 
 
 def transformers(run: Settings) -> None:
-    """The 8B shape in transformers: a static cache and torch.compile; continuous batching."""
+    """Measure the 8B shape in transformers: a static cache and torch.compile; batching."""
     import transformers as hf
 
     config = hf.LlamaConfig(**{k: v for k, v in run.model("8b").items() if k != "torch_dtype"})
@@ -189,10 +189,10 @@ def transformers(run: Settings) -> None:
         if not run.is_tiny:
             torch.cuda.synchronize()
         taken = time.perf_counter() - begin
-    tell("transformers: one stream, static cache", num_out / taken, "tok/s")
+    report("transformers: one stream, static cache", num_out / taken, "tok/s")
     if run.is_tiny or not hasattr(model, "generate_batch"):
-        text = "not tried: it needs a GPU, and a version that has it"
-        tell("transformers: continuous batching", None, message=text)
+        text = "skipped: it needs a GPU and a version of transformers with generate_batch"
+        report("transformers: continuous batching", None, message=text)
         return
     count = 200
     pairs = lengths_like_sharegpt(1000)[:count]
@@ -204,12 +204,12 @@ def transformers(run: Settings) -> None:
     begin = time.perf_counter()
     answers = model.generate_batch(inputs=prompts, generation_config=settings_)
     taken = time.perf_counter() - begin
-    drawn = sum(len(answer.generated_tokens) for answer in answers.values())
-    tell(f"transformers: continuous batching, {count} requests", drawn / taken, "tok/s")
+    num_tokens = sum(len(answer.generated_tokens) for answer in answers.values())
+    report(f"transformers: continuous batching, {count} requests", num_tokens / taken, "tok/s")
 
 
 def main() -> None:
-    """The part that is named."""
+    """Run the part that the second argument names."""
     run, part = settings(), sys.argv[2]
     if part == "transformers":
         transformers(run)

@@ -1,4 +1,4 @@
-"""Each kernel at the shapes of the 8B model: share of the bytes or products that are possible."""
+"""Each kernel at the shapes of the 8B model, in bytes or operations per second."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from gpu.common import Settings, seconds, settings, tell
+from gpu.common import Settings, report, seconds, settings
 from portalm.backend import AttentionSpec, Experts, KVSpec, SampleParams, StepMeta, load_backend
 
 
 def attention_meta(backend: Any, spec: Any, lengths: list[int], contexts: list[int]) -> StepMeta:
-    """A step of requests with `lengths` new tokens each behind `contexts` in all."""
+    """A step with `lengths` new tokens per request, whose contexts have `contexts` tokens."""
     block = 16
     blocks = -(-max(contexts) // block)
     table = 1 + np.arange(len(lengths) * blocks, dtype=np.int32).reshape(len(lengths), blocks)
@@ -43,7 +43,7 @@ def attention_meta(backend: Any, spec: Any, lengths: list[int], contexts: list[i
 
 
 def attention(backend: Any, run: Settings, dtype: torch.dtype) -> None:
-    """Decodes by bytes read, a prompt by products, beside torch's own attention."""
+    """Measure decodes in bytes per second, and a prompt compared with torch's attention."""
     model = run.model("8b")
     heads, kv_heads, size = (
         model["num_attention_heads"],
@@ -61,17 +61,16 @@ def attention(backend: Any, run: Settings, dtype: torch.dtype) -> None:
         query = torch.randn(count, heads, size, device=backend.device()).to(dtype)
         taken = seconds(backend, partial(backend.attend, kv, 0, query, meta, spec))
         num_bytes = 2 * count * context * kv_heads * size * dtype.itemsize
-        tell(f"decode attention, {count} x {context}", num_bytes / taken / 1e12, "TB/s")
-        if (
-            getattr(meta.plan.get(spec), "native_items", None) is not None
-        ):  # the native kernel's share
+        report(f"decode attention, {count} x {context}", num_bytes / taken / 1e12, "TB/s")
+        # if the native kernel was measured, measure the Triton kernel, too
+        if getattr(meta.plan.get(spec), "native_items", None) is not None:
             from portalm_backends.gpu_common.attention import attend
 
             plan = meta.plan[spec]
             alone = partial(attend, kv[0], query, meta, spec, plan, family=backend._family)
             taken = seconds(backend, alone)
             label = f"decode attention in Triton, {count} x {context}"
-            tell(label, num_bytes / taken / 1e12, "TB/s")
+            report(label, num_bytes / taken / 1e12, "TB/s")
     length = run.scaled(8192, 48)
     kv = backend.kv_alloc(kv_spec, 1 + -(-length // 16))
     kv.normal_()
@@ -86,7 +85,7 @@ def attention(backend: Any, run: Settings, dtype: torch.dtype) -> None:
         times=10,
     )
     flops = 2 * length * length * heads * size
-    tell(f"prefill attention, {length}", flops / ours / 1e12, "TFLOP/s", of_torch=theirs / ours)
+    report(f"prefill attention, {length}", flops / ours / 1e12, "TFLOP/s", of_torch=theirs / ours)
     table = torch.randn(length, size, device=backend.device())
     for tokens in (run.scaled(256, 8), length):
         rows = attention_meta(backend, spec, [tokens], [tokens])
@@ -94,11 +93,13 @@ def attention(backend: Any, run: Settings, dtype: torch.dtype) -> None:
         write = partial(backend.rope_kv_write, kv, 0, *parts, rows, table, is_interleaved=False)
         taken = seconds(backend, write)
         num_bytes = 2 * tokens * (heads + 2 * kv_heads) * size * dtype.itemsize
-        tell(f"rope_kv_write, {tokens} tokens", taken * 1e6, "us", tbytes=num_bytes / taken / 1e12)
+        report(
+            f"rope_kv_write, {tokens} tokens", taken * 1e6, "us", tbytes=num_bytes / taken / 1e12
+        )
 
 
 def linears(backend: Any, run: Settings, dtype: torch.dtype) -> None:
-    """The 8B model's products."""
+    """Measure the linear layers of the 8B model."""
     model = run.model("8b")
     hidden, inner = model["hidden_size"], model["intermediate_size"]
     kv = 2 * model["num_key_value_heads"] * model["head_dim"]
@@ -118,11 +119,11 @@ def linears(backend: Any, run: Settings, dtype: torch.dtype) -> None:
                 taken = seconds(backend, partial(backend.linear, x, packed))
                 label = f"{name}, {quantization or dtype}, {rows} rows"
                 tflops = 2 * rows * n * k / taken / 1e12
-                tell(label, taken * 1e6, "us", tflops=tflops, tbytes=n * k * 2 / taken / 1e12)
+                report(label, taken * 1e6, "us", tflops=tflops, tbytes=n * k * 2 / taken / 1e12)
 
 
 def experts(backend: Any, run: Settings, dtype: torch.dtype) -> None:
-    """A layer of Qwen3-30B-A3B's: decodes by bytes of those chosen, prompts by products."""
+    """Measure the experts of a Qwen3-30B-A3B layer: bytes of chosen experts, or operations."""
     count, top_k = run.scaled(128, 4), run.scaled(8, 2)
     hidden, inner = run.scaled(2048, 64), run.scaled(768, 32)
     device = backend.device()
@@ -141,26 +142,26 @@ def experts(backend: Any, run: Settings, dtype: torch.dtype) -> None:
         tbytes = num_chosen * numbers * dtype.itemsize / taken / 1e12
         tflops = 2 * tokens * top_k * numbers / taken / 1e12
         if tokens <= 256:
-            tell(f"experts, {tokens} tokens", tbytes, "TB/s", us=taken * 1e6, tflops=tflops)
+            report(f"experts, {tokens} tokens", tbytes, "TB/s", us=taken * 1e6, tflops=tflops)
         else:
-            tell(f"experts, {tokens} tokens", tflops, "TFLOP/s", us=taken * 1e6, tbytes=tbytes)
+            report(f"experts, {tokens} tokens", tflops, "TFLOP/s", us=taken * 1e6, tbytes=tbytes)
 
 
-def small_ones(backend: Any, run: Settings, dtype: torch.dtype) -> None:
-    """Norms, activation, rotation, the head and the draw."""
+def small_operations(backend: Any, run: Settings, dtype: torch.dtype) -> None:
+    """Measure the norm, the activation, the logits and sampling."""
     model, device = run.model("8b"), backend.device()
     rows, hidden = run.scaled(256, 4), model["hidden_size"]
     x, residual = (torch.randn(rows, hidden, device=device).to(dtype) for _ in range(2))
     weight = torch.ones(hidden, device=device).to(dtype)
     taken = seconds(backend, lambda: backend.add_rms_norm(x, residual, weight, 1e-5))
-    tell(f"add_rms_norm, {rows} rows", taken * 1e6, "us")
+    report(f"add_rms_norm, {rows} rows", taken * 1e6, "us")
     gate_up = torch.randn(rows, 2 * model["intermediate_size"], device=device).to(dtype)
     taken = seconds(backend, lambda: backend.silu_mul(gate_up))
-    tell(f"silu_mul, {rows} rows", taken * 1e6, "us")
+    report(f"silu_mul, {rows} rows", taken * 1e6, "us")
     vocab = model["vocab_size"]
     head = backend.pack(torch.randn(vocab, hidden).to(dtype), for_logits=True)
     taken = seconds(backend, lambda: backend.logits(x, head))
-    tell(f"logits, {rows} rows", taken * 1e6, "us")
+    report(f"logits, {rows} rows", taken * 1e6, "us")
     logits = torch.randn(rows, vocab, device=device)
 
     def column(value: float, kind: torch.dtype) -> torch.Tensor:
@@ -182,7 +183,7 @@ def small_ones(backend: Any, run: Settings, dtype: torch.dtype) -> None:
             has_filters=True,
         )
         taken = seconds(backend, partial(backend.sample, logits, params))
-        tell(
+        report(
             f"sample, {label}, {rows} rows",
             taken * 1e6,
             "us",
@@ -192,19 +193,19 @@ def small_ones(backend: Any, run: Settings, dtype: torch.dtype) -> None:
             from portalm_backends.gpu_common.kernels import sampling
 
             taken = seconds(backend, partial(sampling.sample, logits, params))
-            tell(f"sample in Triton, {label}, {rows} rows", taken * 1e6, "us")
+            report(f"sample in Triton, {label}, {rows} rows", taken * 1e6, "us")
 
 
 def main() -> None:
-    """Time all of them."""
+    """Measure all kernels."""
     run = settings()
     backend = load_backend(run.device)
     dtype = torch.float32 if run.is_tiny else torch.bfloat16
-    for part in (attention, small_ones, experts, linears):
+    for part in (attention, small_operations, experts, linears):
         try:
             part(backend, run, dtype)
-        except Exception as error:  # one that breaks must not hide the others
-            tell(f"FAILED {part.__name__}", None, message=f"{type(error).__name__}: {error}")
+        except Exception as error:  # a failed part must not hide the results of the others
+            report(f"FAILED {part.__name__}", None, message=f"{type(error).__name__}: {error}")
 
 
 if __name__ == "__main__":

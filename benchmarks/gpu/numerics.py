@@ -1,11 +1,11 @@
-"""The conformance kit on the device, level by level, as long as there is time."""
+"""The conformance kit on the device, level by level, until the time is up."""
 
 from __future__ import annotations
 
 import time
 from dataclasses import asdict
 
-from gpu.common import settings, tell
+from gpu.common import report, settings
 from portalm.backend import load_backend
 from portalm.conformance.kit import all_items
 from portalm.conformance.report import counts
@@ -13,7 +13,7 @@ from portalm.conformance.subject import Subject
 
 
 def main() -> None:
-    """Run the kit; a failure is a result of its own."""
+    """Run the kit; report every failure as a result."""
     run = settings()
     until = time.monotonic() + 0.9 * run.limit_s
     subject = Subject(load_backend(run.device))
@@ -24,12 +24,12 @@ def main() -> None:
             continue
         results.append(item.run(subject))
         if results[-1].status == "fail":
-            tell(f"FAILED {item.level} {item.name}", None, message=results[-1].message)
+            report(f"FAILED {item.level} {item.name}", None, message=results[-1].message)
     for level, count in counts(results).items():
-        tell(f"conformance {level}", count["pass"], "passed", **count)
-    tell("cases that there was no time for", num_left, "cases")
+        report(f"conformance {level}", count["pass"], "passed", **count)
+    report("cases skipped for lack of time", num_left, "cases")
     slowest = sorted(results, key=lambda r: -r.seconds)[:3]
-    tell("slowest cases", None, cases=[asdict(r) for r in slowest])
+    report("slowest cases", None, cases=[asdict(r) for r in slowest])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Where the time of steady decoding goes: how long the device idles, and in which kernels it is."""
+"""Profile steady decoding: the device's idle time, and the time of each kernel."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from gpu.common import Settings, settings, tell
+from gpu.common import Settings, report, settings
 from gpu.engine import ask, finish, make_engine
 
 
 def idle_share(spans: list[tuple[float, float]]) -> float:
-    """Share of the time from first to last in which no (begin, end) runs."""
+    """Fraction of the time from first begin to last end that no (begin, end) span covers."""
     spans.sort()
     busy, until = 0.0, spans[0][0]
     for begin, end in spans:
@@ -23,7 +23,7 @@ def idle_share(spans: list[tuple[float, float]]) -> float:
 
 
 def steady(engine: Any, run: Settings, model: str, streams: int) -> None:
-    """Decode steps under torch's profiler, and without it."""
+    """Measure decode steps with and without torch's profiler."""
     num_steps = run.scaled(40, 2)
     for i in range(streams):
         ask(engine, f"steady-{i}", run.scaled(512, 8), 3 * num_steps + 40)
@@ -50,10 +50,10 @@ def steady(engine: Any, run: Settings, model: str, streams: int) -> None:
             by_name[event.name] = by_name.get(event.name, 0.0) + length
     engine.abort([f"steady-{i}" for i in range(streams)])
     finish(engine)
-    tell(f"{model}: step of {streams} decodes", step_s * 1e3, "ms")
-    tell(f"{model}: idle at {streams} streams", 100 * idle_share(spans), "%")
+    report(f"{model}: step of {streams} decodes", step_s * 1e3, "ms")
+    report(f"{model}: idle at {streams} streams", 100 * idle_share(spans), "%")
     top = sorted(by_name.items(), key=lambda item: -item[1])[:12]
-    tell(
+    report(
         f"{model}: kernels of a step at {streams} streams",
         None,
         us={name[:80]: round(total / num_steps, 2) for name, total in top},
@@ -61,7 +61,7 @@ def steady(engine: Any, run: Settings, model: str, streams: int) -> None:
 
 
 def main() -> None:
-    """The model that is named."""
+    """Profile the model that the second argument names."""
     run, model = settings(), sys.argv[2]
     engine = make_engine(run, model)
     for streams in (64, 256) if not run.is_tiny else (2,):

@@ -1,4 +1,4 @@
-"""The whole house over HTTP: `portalm serve` of the 8B shape, and as many requests as it takes."""
+"""`portalm serve` with the 8B shape over HTTP: startup, a thousand requests at once, TTFT."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from gpu.common import Settings, model_folder, settings, tell
+from gpu.common import Settings, model_folder, report, settings
 from gpu.engine import lengths_like_sharegpt
 
 
 def folder_with_tokenizer(run: Settings) -> str:
-    """The model's config and a tokenizer whose tokens are numbers: prompts are sent as ids."""
+    """Create a folder with the model's config and a dummy tokenizer: prompts are token ids."""
     from tokenizers import Tokenizer, models
 
     config = run.model("8b")
@@ -30,7 +30,7 @@ def folder_with_tokenizer(run: Settings) -> str:
 
 
 async def ask(host: str, port: int, body: dict[str, Any]) -> tuple[float, float, int]:
-    """(seconds to the first token, to the last, tokens) of one streamed completion."""
+    """Stream one completion; return seconds to the first token, to the last, and tokens."""
     begin = time.perf_counter()
     reader, writer = await asyncio.open_connection(host, port)
     content = json.dumps({**body, "stream": True}).encode()
@@ -44,12 +44,12 @@ async def ask(host: str, port: int, body: dict[str, Any]) -> tuple[float, float,
             first = time.perf_counter() - begin
     writer.close()
     if first is None:
-        raise RuntimeError("no answer came")
+        raise RuntimeError("the server sent no token")
     return first, time.perf_counter() - begin, body["max_tokens"]
 
 
 async def ask_all(host: str, port: int, pairs: list[tuple[int, int]], vocab: int) -> list[Any]:
-    """All at once."""
+    """Send all requests at once and wait for their answers."""
     rng = random.Random(1)
     bodies = [
         {
@@ -64,7 +64,7 @@ async def ask_all(host: str, port: int, pairs: list[tuple[int, int]], vocab: int
 
 
 def main() -> None:
-    """Start a server, ask, stop it."""
+    """Start a server, measure requests, stop the server."""
     run = settings()
     config = run.model("8b")
     command = [sys.executable, "-m", "portalm.cli.main", "serve", folder_with_tokenizer(run)]
@@ -82,14 +82,14 @@ def main() -> None:
         host, port = found.group(1), int(found.group(2))
         try:
             asyncio.run(ask_all(host, port, [(8, 1)], config["vocab_size"]))
-            tell("8b: exec to first token", time.perf_counter() - begin, "s")
+            report("8b: exec to first token", time.perf_counter() - begin, "s")
             pairs = lengths_like_sharegpt(1000)[: run.scaled(1000, 4)]
             if run.is_tiny:
                 pairs = [(min(p, 20), min(o, 8)) for p, o in pairs]
             begin = time.perf_counter()
             answers = asyncio.run(ask_all(host, port, pairs, config["vocab_size"]))
             taken = time.perf_counter() - begin
-            tell(
+            report(
                 "8b: served, all at once",
                 sum(a[2] for a in answers) / taken,
                 "tok/s",
@@ -101,7 +101,7 @@ def main() -> None:
                 ][0]
                 for _ in range(5)
             ]
-            tell("8b: TTFT over HTTP, 1k", sorted(alone)[2] * 1e3, "ms")
+            report("8b: TTFT over HTTP, 1k", sorted(alone)[2] * 1e3, "ms")
         finally:
             server.send_signal(signal.SIGTERM)
             server.wait(30)

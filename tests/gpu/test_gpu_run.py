@@ -47,7 +47,7 @@ def test_a_stage_is_stopped_at_its_time_limit(tmp_path: Path) -> None:
     done = gpu_run(tmp_path, "--stages", "calib", "--device", "reference", "--tiny", limit=1)
 
     assert done.returncode == 1
-    assert "no end within 1 s" in str(results(tmp_path)["FAILED calib"]["message"])
+    assert "time limit of 1 s" in str(results(tmp_path)["FAILED calib"]["message"])
 
 
 def test_the_thousand_requests_have_the_published_total_lengths() -> None:

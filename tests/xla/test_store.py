@@ -143,3 +143,13 @@ def test_a_second_start_traces_no_step(tmp_path: Path, monkeypatch: pytest.Monke
     # a setting that is not visible in the weights is part of the key
     with pytest.raises(AssertionError, match="was traced"):
         answers(tmp_path, hf_overrides={"rms_norm_eps": 0.5})
+
+
+def test_the_key_covers_the_code_of_models_and_backend() -> None:
+    files = {"/".join(path.parts[-3:]) for path in store._files()}
+
+    assert {
+        "portalm/models/decoder.py",
+        "portalm/backend/protocol.py",
+        "backends/xla/graph.py",
+    } <= {file.replace("portalm_backends", "backends") for file in files}
