@@ -228,30 +228,9 @@ def _choose_quantization(config: EngineConfig, backend: Backend, dtype: str) -> 
 
 
 def _check_claims(config: EngineConfig, model: Model, backend: Backend) -> None:
-    """Raise `Unsupported` at startup for a KV cache or attention that the backend lacks."""
-    if not model.attention_specs():
-        return
+    """Raise `Unsupported` for attention or a KV cache that the backend lacks."""
     claims = backend.capabilities
-    kv_dtype = _kv_dtype(config, model.dtype)
-    if kv_dtype not in claims.kv_dtypes:
-        raise Unsupported(
-            f"{_describe(backend)} does not support a KV cache of dtype {kv_dtype}; supported: "
-            f"{', '.join(sorted(claims.kv_dtypes))} (choose one with --kv-cache-dtype)"
-        )
-    if claims.block_sizes is not None and config.block_size not in claims.block_sizes:
-        raise Unsupported(
-            f"{_describe(backend)} does not support KV blocks of {config.block_size} tokens; "
-            f"supported: {', '.join(map(str, sorted(claims.block_sizes)))} "
-            f"(choose one with --block-size)"
-        )
     for spec in model.attention_specs():
-        # where values are read from the keys, kv_alloc checks the sizes
-        sizes = claims.head_sizes if spec.value_size is None else None
-        if sizes is not None and spec.head_size not in sizes:
-            raise Unsupported(
-                f"{_describe(backend)} does not support attention with head size "
-                f"{spec.head_size}; supported: {', '.join(map(str, sorted(sizes)))}"
-            )
         for feature, is_wanted in (
             ("sliding_window", spec.sliding_window is not None),
             ("soft_cap", spec.soft_cap is not None),
@@ -263,6 +242,9 @@ def _check_claims(config: EngineConfig, model: Model, backend: Backend) -> None:
                 raise Unsupported(
                     f"the model needs {feature}, which {_describe(backend)} does not support"
                 )
+    kv = model.kv_spec(config.block_size, _kv_dtype(config, model.dtype))
+    if kv is not None and (problem := claims.kv_problem(kv)):
+        raise Unsupported(f"{_describe(backend)}: {problem}")
 
 
 def _describe(backend: Backend) -> str:
