@@ -1,4 +1,4 @@
-"""KV blocks: who holds which, which are free, and which can be found again by their tokens."""
+"""KV blocks: which are held, free or cached, and how cached ones are found by their tokens."""
 
 from __future__ import annotations
 
@@ -6,29 +6,29 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
 NULL_BLOCK = 0
-"""Padding is written here; never allocated."""
+"""The block that padding is written to; never allocated."""
 
 
 class BlockManager:
     """A pool of KV blocks with reference counts and a prefix cache.
 
-    Every block but the null block is in one of three states: held (by one block table or more),
-    cached (held by none, but found by its digest until it is needed) or free. Methods do all they
-    say or change nothing.
+    Every block except the null block is in one of three states: held (by one block table or
+    more), cached (held by none, but found by its digest until it is evicted) or free. Methods
+    either complete or change nothing.
     """
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
-        """All blocks free; `num_blocks` counts the null block."""
+        """Start with all blocks free; `num_blocks` includes the null block."""
         self.block_size = block_size
         self.num_usable = num_blocks - 1
         self._num_holders = [0] * num_blocks
         self._unheld: OrderedDict[int, None] = OrderedDict.fromkeys(range(1, num_blocks))
-        """Free and cached blocks, next to be taken first."""
+        """Free and cached blocks, in the order in which they are taken."""
         self._digest_of: dict[int, bytes] = {}
         self._block_of: dict[bytes, int] = {}
         self._num_cached = 0
 
-    # -- what there is ------------------------------------------------------------------------
+    # -- state ---------------------------------------------------------------------------------
 
     @property
     def num_unheld(self) -> int:
@@ -37,26 +37,26 @@ class BlockManager:
 
     @property
     def num_held(self) -> int:
-        """Blocks that some block table holds."""
+        """Blocks held by at least one block table."""
         return self.num_usable - len(self._unheld)
 
     @property
     def num_cached(self) -> int:
-        """Blocks that nobody holds but that a prefix hit may find."""
+        """Blocks that no block table holds but that a prefix hit can find."""
         return self._num_cached
 
     def num_holders(self, block: int) -> int:
-        """Block tables that hold `block`."""
+        """Number of block tables that hold `block`."""
         return self._num_holders[block]
 
     def num_blocks_for(self, num_tokens: int) -> int:
-        """Blocks that hold `num_tokens` tokens."""
+        """Number of blocks needed for `num_tokens` tokens."""
         return -(-num_tokens // self.block_size)
 
-    # -- taking and giving back ---------------------------------------------------------------
+    # -- allocation ---------------------------------------------------------------------------
 
     def grow(self, table: list[int], num_tokens: int) -> bool:
-        """Extend `table` to hold `num_tokens` in all; False, changing nothing, if it cannot."""
+        """Extend `table` to hold `num_tokens` in total; False, changing nothing, if it cannot."""
         num_new = -(-num_tokens // self.block_size) - len(table)
         if num_new <= 0:
             return True
@@ -74,7 +74,7 @@ class BlockManager:
         return block
 
     def hold(self, blocks: Iterable[int]) -> None:
-        """One more holder for each of `blocks`, which are held or cached."""
+        """Add a holder to each of `blocks`, which are held or cached."""
         for block in blocks:
             if self._num_holders[block] == 0:
                 del self._unheld[block]
@@ -82,10 +82,10 @@ class BlockManager:
             self._num_holders[block] += 1
 
     def release(self, table: list[int]) -> None:
-        """One holder less for each block of `table`, which ends empty.
+        """Remove a holder from each block of `table`, and empty `table`.
 
-        Blocks that can be found again wait at the end of the line, the end of a chain before
-        its beginning, which more requests share; blocks that cannot are taken next.
+        Blocks that become cached go to the end of the order of eviction, the last block of a
+        prefix before the first, which more requests share. Blocks that become free are taken next.
         """
         for block in reversed(table):
             self._num_holders[block] -= 1
@@ -100,7 +100,7 @@ class BlockManager:
     # -- prefix cache -------------------------------------------------------------------------
 
     def find(self, digests: Sequence[bytes]) -> list[int]:
-        """Blocks of the longest beginning of `digests` that can be found; not held yet."""
+        """Return the blocks of the longest cached prefix of `digests`, without holding them."""
         blocks: list[int] = []
         for digest in digests:
             block = self._block_of.get(digest)
@@ -110,17 +110,17 @@ class BlockManager:
         return blocks
 
     def num_unheld_of(self, blocks: Iterable[int]) -> int:
-        """How many of `blocks` nobody holds: holding them takes as many from the pool."""
+        """Number of `blocks` without a holder: holding them takes that many from the pool."""
         return sum(self._num_holders[block] == 0 for block in blocks)
 
     def publish(self, block: int, digest: bytes) -> None:
-        """Let a full, held block be found; the first block of a digest stays its block."""
+        """Add a full, held block to the prefix cache, unless its digest has a block already."""
         if digest not in self._block_of and block not in self._digest_of:
             self._block_of[digest] = block
             self._digest_of[block] = digest
 
     def unpublish(self, blocks: Iterable[int]) -> None:
-        """Held blocks whose contents are not to be trusted are found no more."""
+        """Remove untrusted held blocks from the prefix cache."""
         for block in blocks:
             self._forget(block)
 
@@ -130,23 +130,23 @@ class BlockManager:
             del self._block_of[digest]
 
     def clear_cache(self) -> None:
-        """No block is found any more."""
+        """Empty the prefix cache; cached blocks become free."""
         self._digest_of.clear()
         self._block_of.clear()
         self._num_cached = 0
 
 
 class NoBlocks(BlockManager):
-    """For models that keep no keys and values: every table is empty and long enough."""
+    """The pool of a model without a KV cache: every block table is empty and always fits."""
 
     def __init__(self) -> None:
-        """A pool of nothing."""
+        """Start with a pool of no blocks."""
         super().__init__(num_blocks=1, block_size=1)
 
     def num_blocks_for(self, num_tokens: int) -> int:
-        """None."""
+        """0: no block is needed for any number of tokens."""
         return 0
 
     def grow(self, table: list[int], num_tokens: int) -> bool:
-        """True: there is nothing to take."""
+        """Return True: no block is needed."""
         return True

@@ -1,4 +1,4 @@
-"""Forks: requests with the prompt of another one, whose KV blocks they share."""
+"""Forks: requests that have the same prompt as another request and share its KV blocks."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from portalm.core.request import Request
 
 
 def fork_root(request: Request, live: Mapping[str, Request]) -> str | None:
-    """Id of the request whose blocks `request` shares: its parent, or what that is a fork of.
+    """Id of the request whose blocks `request` shares: its parent, or the parent's own root.
 
-    None makes it an ordinary request: it has no live parent, it needs its own prompt logprobs,
-    or what it says of its parent is not so (and would give it another's context).
+    None, for an ordinary request, if it has no live parent, needs prompt logprobs of its own, or
+    differs from its parent in prompt, salt or priority (another prompt's blocks would give wrong
+    answers).
     """
     parent = None if request.fork_of is None else live.get(request.fork_of)
     if (
@@ -29,8 +30,8 @@ def fork_root(request: Request, live: Mapping[str, Request]) -> str | None:
 def fork_parent(request: Request, live: Mapping[str, Request]) -> Request | None:
     """The request whose blocks `request` may share, now or once they are computed.
 
-    One that came later under the same id is not it. One that was preempted is not waited for:
-    it holds no blocks, or may not for long.
+    A later request that reuses the parent's id does not count. A fork does not wait for a parent
+    that was preempted: it holds no blocks, or may lose them again.
     """
     if request.fork_of is None or request.num_output_tokens or request.num_preemptions:
         return None
@@ -41,10 +42,10 @@ def fork_parent(request: Request, live: Mapping[str, Request]) -> Request | None
 
 
 def is_prompt_computed(parent: Request, plan: StepPlan) -> bool:
-    """True if all that a fork of `parent` shares is in the KV cache before `plan` runs.
+    """True if every token that a fork of `parent` shares is in the KV cache before `plan` runs.
 
-    The plan's copies come first. `parent` ran before: one that this plan admits may have found
-    blocks that this plan computes.
+    The plan's block copies run before anything that it computes. The caller excludes a parent that
+    `plan` itself admits: it may have found cached blocks that `plan` computes.
     """
     num_computed = parent.num_computed_tokens
     for planned in plan.requests:
@@ -54,11 +55,11 @@ def is_prompt_computed(parent: Request, plan: StepPlan) -> bool:
 
 
 def blocks_to_fork(parent: Request, block_size: int) -> tuple[list[int], int, int | None]:
-    """The parent's blocks of all prompt tokens but the last, which draws a fork's first token.
+    """The parent's blocks of all prompt tokens except the last, from which a fork samples.
 
     Returns:
-        Full blocks to share, the tokens computed, and the block to copy, if the last of them is
-        not full: both requests go on writing to it (copy-on-write; a fork writes at once).
+        Full blocks to share, the number of tokens computed, and the last block if it is not full:
+        it must be copied, because both requests continue to write to it (copy-on-write).
     """
     num_computed = parent.num_prompt_tokens - 1
     num_full, rest = divmod(num_computed, block_size)

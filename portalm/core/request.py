@@ -1,4 +1,4 @@
-"""A request as the core sees it: tokens known, tokens computed, blocks held."""
+"""A request in the core: its known tokens, computed tokens and KV blocks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 
 
 class RequestStatus(enum.Enum):
-    """Where a request stands. Blocks are held only while running."""
+    """State of a request. It holds blocks only while running."""
 
     WAITING = "waiting"
     RUNNING = "running"
@@ -23,9 +23,9 @@ class RequestStatus(enum.Enum):
 class Request:
     """One prompt being answered.
 
-    The scheduler owns every field: others read. `num_computed_tokens` runs ahead of the device
-    when steps are planned asynchronously: it counts tokens that a planned step will have put
-    into the KV cache, and `num_placeholders` counts drawn tokens whose ids are still on the
+    Only the scheduler writes its fields. When steps are planned asynchronously,
+    `num_computed_tokens` is ahead of the device: it counts tokens that a planned step will have
+    put into the KV cache. `num_placeholders` counts sampled tokens whose ids are still on the
     device.
     """
 
@@ -80,27 +80,26 @@ class Request:
         second_text_start: int | None = None,
         grammar: object | None = None,
     ) -> None:
-        """A waiting request.
+        """Create a waiting request.
 
         Args:
             request_id: unique among live requests.
             prompt_token_ids: at least one.
-            params: checked already; `n` is not looked at (each answer is its own request).
-            seed: of the random numbers; the same seed gives the same tokens.
-            max_total_tokens: prompt plus answer may not be longer (max_tokens and the model's
-                length, whichever comes first).
-            eos_token_ids: end the answer, unless `params.ignore_eos` (and with a grammar always:
-                they are drawn only where ignore_eos lets them, or where nothing else can follow).
-            priority: lower runs first, where the policy is priority.
-            cache_salt: prefix cache blocks are shared only between requests of equal salt.
-            output_token_ids: generated before (a request that is resumed).
-            fork_of: id of a request with the same prompt whose KV blocks may be shared.
-            bad_words_ids: the last token of each may not be drawn after the ones before it.
-            tenant: whose it is; tenants share the device fairly.
-            pooling: what its hidden states become, with nothing left open; no token is drawn, and
-                it ends when its prompt is computed.
-            second_text_start: where the second text of a pair begins.
-            grammar: what the answer matches; only carried here, the runner knows it.
+            params: already validated; `n` is ignored (each answer is its own request).
+            seed: seed of the noise; the same seed gives the same tokens.
+            max_total_tokens: maximum of prompt plus answer, from max_tokens and max_model_len.
+            eos_token_ids: end the answer, unless `params.ignore_eos`. With a grammar they always
+                do: its mask allows them only if ignore_eos is off or no other token is possible.
+            priority: lower runs first, under the priority policy.
+            cache_salt: only requests with equal salts share prefix cache blocks.
+            output_token_ids: tokens generated before, for a request that is resumed.
+            fork_of: id of a request with the same prompt, whose KV blocks may be shared.
+            bad_words_ids: the last token of each may not be sampled after the tokens before it.
+            tenant: name of the tenant; tenants share the device fairly.
+            pooling: how to pool its hidden states, with every option resolved. The request samples
+                no token and finishes after prefill.
+            second_text_start: index of the first token of the second text of a pair.
+            grammar: grammar that the answer matches; opaque to the core.
         """
         self.request_id = request_id
         self.token_ids: list[int] = [*prompt_token_ids, *output_token_ids]
@@ -120,27 +119,27 @@ class Request:
         self.second_text_start = second_text_start
         self.grammar = grammar
         self.needs_history = params.needs_history or grammar is not None
-        """A token may not be drawn before the host knows the one before it."""
+        """True if sampling a token needs the previous token on the host."""
         self.arrival = 0
-        """Place in the order of arrival; set by the scheduler."""
+        """Number in the order of arrival; set by the scheduler."""
         self.turn: int | None = None
-        """Place in the order in which requests began to run; None: it has not yet."""
+        """Number in the order in which requests first ran; None if it has not run yet."""
         self.status = RequestStatus.WAITING
         self.num_computed_tokens = 0
         self.num_placeholders = 0
         self.block_table: list[int] = []
         self.block_hashes: list[bytes] = []
-        """Chained hash of each full block of known tokens; grown as blocks fill."""
+        """Digest of each full block of known tokens; computed when needed."""
         self.num_published_blocks = 0
-        """Leading blocks that the prefix cache was told of."""
+        """Number of leading blocks already published to the prefix cache."""
         self.num_cached_tokens = 0
         """Prompt tokens found in the prefix cache when it was first admitted."""
         self.num_preemptions = 0
         self.epoch = 0
-        """Grows when the request is preempted: results of steps planned before are dropped."""
+        """Incremented when the request is preempted: outcomes of earlier plans are dropped."""
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | str | None = None
-        """The stop token id or stop string that ended it; None for end of sequence."""
+        """The stop token id that ended it; None for end of sequence."""
 
     @property
     def num_tokens(self) -> int:
@@ -154,7 +153,7 @@ class Request:
 
     @property
     def num_pending_tokens(self) -> int:
-        """Tokens known (or drawn, on the device) but not yet in the KV cache."""
+        """Tokens known, or sampled and still on the device, but not yet in the KV cache."""
         return len(self.token_ids) + self.num_placeholders - self.num_computed_tokens
 
     @property
@@ -164,7 +163,7 @@ class Request:
 
     @property
     def is_finished(self) -> bool:
-        """True once it has ended, for whatever reason."""
+        """True once it has ended, for any reason."""
         return self.status is RequestStatus.FINISHED
 
     def __repr__(self) -> str:

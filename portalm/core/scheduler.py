@@ -1,4 +1,4 @@
-"""Which requests compute how many tokens in the next step, and what became of the last one."""
+"""Plans each step (which requests compute how many tokens) and applies its outcomes."""
 
 from __future__ import annotations
 
@@ -25,42 +25,41 @@ from portalm.core.waiting_queue import Key, WaitingQueue
 from portalm.errors import InvalidRequest, RequestTooLarge
 
 _WATERMARK = 0.01
-"""Share of the pool that admitting a request leaves free, so that it is not preempted at once."""
+"""Share of the pool that stays free when a request is admitted, to avoid preempting it at once."""
 
 
 class Scheduler:
     """Continuous batching over a pool of KV blocks.
 
-    Order. Each tenant's queue is ordered by (priority, arrival), under the fcfs policy by arrival
-    alone; of tenants whose first ones have equal priority, the one with the fewest running is
-    served. Running requests are ordered by (priority, turn), where turn is the order in which they
-    first began to run: arrival would let a tenant's long queue take the blocks of whoever came
-    after it, again and again. When blocks run out, the last running request in that order loses
-    its own. So no request ever loses blocks to one behind it, and the first running one loses
-    them to nobody: it computes at least one token a step (the budget has room for one of each
-    running request), ends, and makes the next one first. What others compute and lose on the way
-    delays it in nothing. That is why requests cannot preempt each other for ever. One that could
-    not run alone is refused at the door.
+    Order. Each tenant's queue is ordered by (priority, arrival), or by arrival alone under the fcfs
+    policy. Among tenants whose first requests have equal priority, the one with the fewest running
+    requests is served. Running requests are ordered by (priority, turn), where turn is the order in
+    which they first ran; with arrival instead, a tenant's long queue could repeatedly take the
+    blocks of requests that arrived after it. When blocks run out, the last running request in
+    that order is preempted. So a request never loses blocks to a later one, and the first one never
+    loses any: it computes at least one token per step (the token budget has room for one of each
+    running request), finishes, and the next one becomes first. Therefore requests cannot preempt
+    each other forever. A request that could not run alone is refused when it is added.
 
-    Running ahead. `schedule` counts tokens as computed when it plans them, so that a step may be
-    planned while the one before runs. Steps run in order on the device, which makes two things
-    safe: blocks of a request that ended are used again at once, since whatever still writes to
-    them runs first; and a full block of known tokens may be found by others as soon as the step
-    that fills it is planned, since whatever reads it runs later, or in the same step, where a
-    layer writes all keys and values before it attends.
+    Running ahead. `schedule` counts tokens as computed when it plans them, so that a step can be
+    planned while the previous one runs. Steps run in order on the device, which makes two things
+    safe. Blocks of a finished request are reused at once, because any step that still writes to
+    them runs before the next one. And a full block of known tokens can be found as soon as the step
+    that fills it is planned: steps that read it run later, or it is the same step, in which a layer
+    writes all keys and values before it attends.
     """
 
     def __init__(self, config: SchedulerConfig) -> None:
-        """An empty scheduler over a pool of `config.num_blocks`."""
+        """Start without requests, over a pool of `config.num_blocks` blocks."""
         self.config = config
         self.blocks = (
             BlockManager(config.num_blocks, config.block_size) if config.keeps_kv else NoBlocks()
         )
         self.running: list[Request] = []
-        """In order; these hold blocks."""
+        """Running requests, in order; only these hold blocks."""
         self._waiting = WaitingQueue()
         self._requests: dict[str, Request] = {}
-        """All that are not finished."""
+        """Unfinished requests by id."""
         self._released: list[str] = []
         self._num_arrivals = 0
         self._num_turns = 0
@@ -71,7 +70,7 @@ class Scheduler:
     # -- requests -----------------------------------------------------------------------------
 
     def add(self, request: Request) -> None:
-        """Queue `request`; `InvalidRequest` for one that can never be answered."""
+        """Queue `request`. Raise `InvalidRequest` if it can never be answered."""
         self.check(request)
         request.fork_of = fork_root(request, self._requests)
         request.arrival = self._num_arrivals
@@ -80,7 +79,7 @@ class Scheduler:
         self._waiting.push(self._key(request), request)
 
     def check(self, request: Request) -> None:
-        """Raise `InvalidRequest` for one that can never be answered."""
+        """Raise `InvalidRequest` if `request` can never be answered."""
         name, config = request.request_id, self.config
         if name in self._requests:
             raise InvalidRequest(f"request id {name!r} is in use", param="request_id")
@@ -89,16 +88,16 @@ class Scheduler:
         if request.max_total_tokens > config.max_model_len:
             raise RequestTooLarge(
                 f"request {name!r} may grow to {request.max_total_tokens} tokens, "
-                f"max_model_len is {config.max_model_len}",
+                f"max_model_len is {config.max_model_len}: lower max_tokens or shorten the prompt",
                 param="max_tokens",
             )
         if request.num_tokens >= request.max_total_tokens and request.pooling is None:
             raise RequestTooLarge(
-                f"request {name!r} has {request.num_tokens} tokens already and may have "
-                f"{request.max_total_tokens}: there is no room for an answer",
+                f"request {name!r} has {request.num_tokens} tokens and its limit is "
+                f"{request.max_total_tokens}: shorten the prompt to leave room for an answer",
                 param="prompt",
             )
-        # the last token of an answer is drawn, but never computed
+        # the last token of an answer is sampled but never computed
         most_computed = request.max_total_tokens - (1 if request.pooling is None else 0)
         needed = self.blocks.num_blocks_for(most_computed)
         if needed > self.blocks.num_usable:
@@ -109,21 +108,21 @@ class Scheduler:
             )
 
     def abort(self, request_id: str) -> Request | None:
-        """End a request at any moment; None if no such request is live."""
+        """End a live request at any time and return it; None if there is none with this id."""
         request = self._requests.get(request_id)
         if request is not None:
             self.finish(request, "abort")
         return request
 
     def finish(self, request: Request, reason: FinishReason) -> None:
-        """End a live request at any moment; what is in flight for it will be ignored."""
+        """End a live request at any time; outcomes of steps in flight are dropped."""
         was_running = request.status is RequestStatus.RUNNING
         self._end(request, reason)
         if was_running:
             self.running.remove(request)
 
     def _end(self, request: Request, reason: FinishReason) -> None:
-        """End a request and free its blocks; the caller takes it off the running list."""
+        """End a request and free its blocks; the caller removes it from `running`."""
         if request.status is RequestStatus.RUNNING:
             self.blocks.release(request.block_table)
             self._waiting.note_running(request, -1)
@@ -136,11 +135,11 @@ class Scheduler:
         del self._requests[request.request_id]
 
     def has_unfinished(self) -> bool:
-        """True while any request waits or runs."""
+        """Return True while any request waits or runs."""
         return bool(self._requests)
 
     def reset_prefix_cache(self) -> bool:
-        """Forget all cached blocks; False, changing nothing, while any request runs."""
+        """Empty the prefix cache; False, changing nothing, while any request runs."""
         if self.running:
             return False
         self.blocks.clear_cache()
@@ -158,7 +157,7 @@ class Scheduler:
     # -- planning -----------------------------------------------------------------------------
 
     def schedule(self) -> StepPlan:
-        """Plan the next step: running requests first, then whoever fits from the queue.
+        """Plan the next step: running requests first, then those from the queue that fit.
 
         Prefill, chunked prefill and decode are one case: a request has pending tokens, and the
         plan says how many of them to compute now.
@@ -167,22 +166,22 @@ class Scheduler:
         self._step_id += 1
         unfinished_prompts = self._plan_decodes(plan)
         self._plan_chunks(unfinished_prompts, plan)
-        if not plan.preempted:  # a pool that just overflowed admits nobody
+        if not plan.preempted:  # the pool has just overflowed: admit nothing
             self._admit_waiting(unfinished_prompts, plan)
         self._decodes_first(plan)
         plan.released, self._released = self._released, []
         return plan
 
     def _plan_decodes(self, plan: StepPlan) -> list[Request]:
-        """One token for each running request that has just one; those that have more, in order.
+        """Plan a token for each running request with one pending token; return the others in order.
 
-        Decodes come first so that no prompt holds them up. The loop is the hot one: 256 times a
-        step it does what `_grant` does.
+        Decodes are planned first so that prompts do not delay them. The body of this hot loop (256
+        iterations per step) inlines `_grant`.
         """
         block_size, requests = self.blocks.block_size, plan.requests
-        new_tuple = tuple.__new__  # a third of the time of the class's own constructor
+        new_tuple = tuple.__new__  # takes a third of the time of PlannedRequest(...)
         unfinished_prompts: list[Request] = []
-        for request in self.running:  # preemption only takes from its end
+        for request in self.running:  # preemption only removes from its end
             start = request.num_computed_tokens
             num_placeholders = request.num_placeholders
             known = len(request.token_ids) + num_placeholders
@@ -190,7 +189,7 @@ class Scheduler:
                 unfinished_prompts.append(request)
                 continue
             if num_placeholders and (request.needs_history or known >= request.max_total_tokens):
-                continue  # the next token must wait for one that is still on the device
+                continue  # the next token depends on one that is still on the device
             if start >= len(request.block_table) * block_size and not self._grow(
                 request, known, plan
             ):
@@ -202,20 +201,20 @@ class Scheduler:
         return unfinished_prompts
 
     def _plan_chunks(self, unfinished_prompts: list[Request], plan: StepPlan) -> None:
-        """Go on with prompts, in order, in what is left of the budget."""
+        """Continue prompts, in order, within the rest of the token budget."""
         for request in unfinished_prompts:
             if request.status is not RequestStatus.RUNNING:
-                break  # preempted for one before it, as are those behind it
+                break  # preempted by a request before it, as are those after it
             num_tokens = self._chunk(request, request.num_pending_tokens, plan)
             total = request.num_computed_tokens + num_tokens
             if num_tokens and self._grow(request, total, plan):
                 self._grant(request, num_tokens, plan)
-        for request in unfinished_prompts:  # not before it is certain that they stay in the plan
+        for request in unfinished_prompts:  # only once it is certain that they stay in the plan
             if request.status is RequestStatus.RUNNING:
                 self._publish(request)
 
     def _chunk(self, request: Request, num_pending: int, plan: StepPlan) -> int:
-        """How many of its `num_pending` tokens `request` may compute in this step."""
+        """Number of its `num_pending` tokens that `request` may compute in this step."""
         left = self.config.max_batch_tokens - plan.num_tokens
         if request.params.prompt_logprobs is not None:
             num_rows = sum(planned.num_prompt_rows for planned in plan.requests)
@@ -225,18 +224,20 @@ class Scheduler:
         return min(num_pending, left)
 
     def _grant(self, request: Request, num_tokens: int, plan: StepPlan) -> None:
-        draws = num_tokens == request.num_pending_tokens and request.pooling is None
+        """Add `request` to the plan with its next `num_tokens` tokens."""
+        samples = num_tokens == request.num_pending_tokens and request.pooling is None
         start = request.num_computed_tokens
-        plan.requests.append(PlannedRequest(request, start, num_tokens, draws, request.epoch))
+        plan.requests.append(PlannedRequest(request, start, num_tokens, samples, request.epoch))
         plan.num_tokens += num_tokens
         request.num_computed_tokens += num_tokens
-        if draws:
+        if samples:
             request.num_placeholders += 1
         elif request.pooling is not None:
             plan.has_pooled = True
 
     @staticmethod
     def _decodes_first(plan: StepPlan) -> None:
+        """Move requests with one token to the front, as backends expect."""
         requests = plan.requests
         if plan.num_tokens > len(requests):
             plan.requests = [p for p in requests if p.num_tokens == 1]
@@ -245,9 +246,9 @@ class Scheduler:
     # -- preemption ---------------------------------------------------------------------------
 
     def _grow(self, request: Request, num_tokens: int, plan: StepPlan) -> bool:
-        """Blocks for `num_tokens` in all, taken from the last in order if there are no others.
+        """Give `request` blocks for `num_tokens` in total, preempting the last requests if needed.
 
-        False if `request` is the last itself: it waits again.
+        Return False if `request` itself was the last, and is preempted.
         """
         while not self.blocks.grow(request.block_table, num_tokens):
             victim = self.running[-1]
@@ -257,7 +258,7 @@ class Scheduler:
         return True
 
     def _preempt(self, victim: Request, plan: StepPlan) -> None:
-        """Take the blocks of the last running request; it waits again in its place."""
+        """Take the blocks of the last running request and put it back into the queue."""
         assert victim is self.running[-1]
         self.running.pop()
         for i, planned in enumerate(plan.requests):
@@ -271,9 +272,9 @@ class Scheduler:
         self._requeue(victim)
 
     def _requeue(self, request: Request) -> None:
-        """Back to the queue, to be computed again; it keeps its tokens, not its blocks.
+        """Put a running request back into the queue; it keeps its tokens but not its blocks.
 
-        Tokens that are still on the device are dropped: drawn again, they are the same.
+        Sampled tokens that are still on the device are dropped: sampled again, they are the same.
         """
         self.blocks.release(request.block_table)
         self._waiting.note_running(request, -1)
@@ -286,17 +287,19 @@ class Scheduler:
         self._waiting.push(self._key(request), request)
 
     def limit_tokens(self, max_batch_tokens: int) -> None:
-        """Plan at most so many tokens a step from now on."""
+        """Plan at most `max_batch_tokens` tokens per step from now on."""
         self.config = replace(self.config, max_batch_tokens=max_batch_tokens)
 
     def rewind(self, failed: dict[str, str]) -> list[RequestUpdate]:
-        """After a step that failed: nothing on the device is trusted, all is computed again.
+        """Recover from a failed step: requeue every running request and empty the prefix cache.
+
+        Nothing on the device is trusted, so requests are computed from their first token.
 
         Args:
-            failed: requests that end with an error, with the reason.
+            failed: ids of requests to end with an error, and the reason for each.
 
         Returns:
-            The news of those.
+            An update for each of those.
         """
         updates = []
         for request_id, reason in failed.items():
@@ -312,7 +315,7 @@ class Scheduler:
     # -- admission ----------------------------------------------------------------------------
 
     def _admit_waiting(self, unfinished_prompts: list[Request], plan: StepPlan) -> None:
-        """Admit from the queue in order; the first that does not fit holds up the rest."""
+        """Admit from the queue in order, up to the first request that does not fit."""
         num_promised = sum(self._num_missing_blocks(r) for r in unfinished_prompts)
         admitted: set[Request] = set()
         forks_to_come: list[Request] = []
@@ -336,17 +339,17 @@ class Scheduler:
             self._waiting.push(self._key(request), request)
 
     def _num_missing_blocks(self, request: Request) -> int:
-        """Blocks that the rest of a prompt will need."""
+        """Number of blocks that the rest of a prompt will need."""
         return self.blocks.num_blocks_for(request.num_tokens) - len(request.block_table)
 
     def _admit(
         self, request: Request, parent: Request | None, num_promised: int, plan: StepPlan
     ) -> bool:
-        """Give the first in the queue its first blocks and tokens; False if they do not fit.
+        """Start the first request of the queue; False, changing nothing, if it does not fit.
 
-        All its known tokens must fit next to the `num_promised` blocks that other prompts are
-        about to take, though it takes only those of its first chunk: half a prompt that is
-        preempted was computed for nothing.
+        All of its known tokens must fit, in addition to the `num_promised` blocks that other
+        prompts will take, although it takes only the blocks of its first chunk: a prompt that is
+        preempted halfway was computed for nothing.
         """
         if parent is None:
             shared, num_computed, copy_from = self._find_cached(request)
@@ -367,7 +370,7 @@ class Scheduler:
             plan.block_copies.append((copy_from, request.block_table[len(shared)]))
         request.num_computed_tokens = num_computed
         request.num_published_blocks = len(shared)
-        if request.epoch == 0:  # not if it is admitted again
+        if request.epoch == 0:  # admitted for the first time
             request.num_cached_tokens = min(num_computed, request.num_prompt_tokens)
             self._count_lookup(request, parent)
             plan.admitted.append(request)
@@ -383,17 +386,18 @@ class Scheduler:
     # -- prefix cache -------------------------------------------------------------------------
 
     def _reads_cache(self, request: Request) -> bool:
+        """True if `request` may use cached blocks; their hidden states and logits are not kept."""
         if request.pooling is not None and request.pooling.needs_all_states:
             return False
         return self.config.enable_prefix_caching and request.params.prompt_logprobs is None
 
     def _find_cached(self, request: Request) -> tuple[list[int], int, None]:
-        """Blocks of the prefix cache; at least the last token is left to compute."""
+        """Cached blocks and the number of tokens in them; at least one token is left to compute."""
         if not self._reads_cache(request):
             return [], 0, None
         self._extend_hashes(request)
-        most = (request.num_tokens - 1) // self.config.block_size
-        found = self.blocks.find(request.block_hashes[:most])
+        max_blocks = (request.num_tokens - 1) // self.config.block_size
+        found = self.blocks.find(request.block_hashes[:max_blocks])
         return found, len(found) * self.config.block_size, None
 
     def _count_lookup(self, request: Request, parent: Request | None) -> None:
@@ -410,7 +414,7 @@ class Scheduler:
         )
 
     def _publish(self, request: Request) -> None:
-        """Let full blocks be found whose tokens are known and whose computing is planned."""
+        """Add full blocks to the prefix cache once their tokens are known and planned."""
         num_known = min(request.num_computed_tokens, len(request.token_ids))
         num_full = num_known // self.config.block_size
         if num_full <= request.num_published_blocks or not self.config.enable_prefix_caching:
@@ -423,7 +427,7 @@ class Scheduler:
     # -- results ------------------------------------------------------------------------------
 
     def update(self, plan: StepPlan, result: StepResult) -> list[RequestUpdate]:
-        """Apply a step's outcomes; return an update for each request with something to report.
+        """Apply a step's outcomes and return an update for each request that changed.
 
         Outcomes of requests that were preempted, aborted or finished since they were planned are
         dropped.
@@ -476,7 +480,7 @@ class Scheduler:
         )
 
     def _end_with(self, request: Request, outcome: Pooled | Failed | Refused) -> RequestUpdate:
-        """End a request that has its pooled output or can have no other token."""
+        """End a request whose outcome is its last: pooled output or an error."""
         if isinstance(outcome, Pooled):
             self._end(request, "stop")
             return RequestUpdate(request, [], "stop", pooled=outcome.values)
@@ -511,13 +515,13 @@ class Scheduler:
     # -- accounting ---------------------------------------------------------------------------
 
     def reset_stats(self) -> None:
-        """Counters back to zero."""
+        """Set the counters to zero."""
         self._num_preemptions = 0
         self._prefix_queries = 0
         self._prefix_hits = 0
 
     def stats(self) -> dict[str, int | float]:
-        """Counters and gauges, named as in `EngineStats`."""
+        """Return counters and gauges, named as in `EngineStats`."""
         return {
             "num_running": len(self.running),
             "num_waiting": len(self._waiting),
@@ -531,7 +535,7 @@ class Scheduler:
         }
 
     def _waste(self) -> float:
-        """Share of the blocks in tables that no token has a slot in."""
+        """Share of held blocks in which no slot is used, 0 to 1."""
         block_size = self.config.block_size
         num_held = num_needed = 0
         for request in self.running:

@@ -14,15 +14,16 @@ Key = tuple[int, int]
 class WaitingQueue:
     """A heap of waiting requests for each tenant: adding and taking cost O(log n).
 
-    Of several tenants' first requests of equal priority, the one whose tenant has the fewest
-    running is served next: a thousand requests of one do not hold up another's single one.
+    Among the first requests of each tenant with equal priority, the one whose tenant has the
+    fewest running requests is served next: a thousand requests of one tenant do not delay a single
+    one of another.
 
-    A request that ends while it waits stays in its heap, where nobody sees it, until it
-    surfaces or until half of what is in the heaps is such requests.
+    A request that ends while it waits stays in its heap, ignored, until it reaches the top or until
+    more than half of the heaps' entries are ended requests.
     """
 
     def __init__(self) -> None:
-        """Nobody waits."""
+        """Start empty."""
         self._heaps: dict[str, list[tuple[Key, Request]]] = {}
         self._num_running: Counter[str] = Counter()
         self._num_queued = 0
@@ -37,7 +38,7 @@ class WaitingQueue:
         self._num_queued += 1
 
     def first(self) -> Request | None:
-        """The request to be served next; None if nobody waits."""
+        """The request to serve next; None if the queue is empty."""
         best: tuple[tuple[int, int, int], Request] | None = None
         for tenant in [*self._heaps]:
             heap = self._heaps[tenant]
@@ -55,18 +56,18 @@ class WaitingQueue:
         return None if best is None else best[1]
 
     def pop(self, request: Request) -> None:
-        """Take out what `first` gave just before."""
+        """Remove `request`, which `first` has just returned."""
         heapq.heappop(self._heaps[request.tenant])
         self._num_queued -= 1
 
     def note_running(self, request: Request, change: int) -> None:
-        """A request of this one's tenant began (1) or ceased (-1) to run."""
+        """Count that a request of this tenant started (1) or stopped (-1) running."""
         self._num_running[request.tenant] += change
         if not self._num_running[request.tenant]:
             del self._num_running[request.tenant]
 
     def note_end(self) -> None:
-        """One of the queued requests has ended."""
+        """Count that a queued request has ended."""
         self._num_ended += 1
         if self._num_ended > self._num_queued // 2:
             for heap in self._heaps.values():

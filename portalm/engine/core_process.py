@@ -2,8 +2,8 @@
 
 `python -m portalm.engine.core_process ADDRESS PULSE LOGS < CONFIG`
 
-A fresh interpreter rather than a fork or multiprocessing: nothing of the server's threads, sockets
-or signal handlers comes along, and what crosses is msgpack on a private socket, never a pickle.
+It is a fresh interpreter rather than a fork or multiprocessing, so it inherits none of the server's
+threads, sockets or signal handlers. Messages are msgpack on a private socket, never pickle.
 """
 
 from __future__ import annotations
@@ -46,16 +46,16 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _IDLE_POLL_MS = 1000
-"""How often an idle engine looks whether its parent is still there."""
+"""How often an idle engine checks that its parent process is alive."""
 
 _decoder = msgspec.msgpack.Decoder(ToEngine)
 _encoder = msgspec.msgpack.Encoder()
 
 
 def run_core(config: EngineConfig, address: str, pulse: Pulse) -> int:
-    """Serve one client at a ZeroMQ address until it says Shutdown or is gone; the exit status.
+    """Serve the client at a ZeroMQ address until it shuts down or exits; return the exit status.
 
-    What the engine is doing is always to be seen in `pulse`.
+    `pulse` always shows what the engine is doing.
     """
     parent = os.getppid()
     context = zmq.Context()
@@ -73,8 +73,8 @@ def run_core(config: EngineConfig, address: str, pulse: Pulse) -> int:
         send(EngineFailed(str(error)))
         return 2
     except Exception as error:
-        logger.exception("the engine ended")
-        send(EngineFailed(f"the engine ended unexpectedly: {type(error).__name__}: {error}"))
+        logger.exception("the engine crashed")
+        send(EngineFailed(f"the engine crashed: {type(error).__name__}: {error}"))
         return 1
     finally:
         socket.close()
@@ -88,8 +88,8 @@ def _serve(
     parent: int,
     pulse: Pulse,
 ) -> int:
-    # what is imported and loaded stays: to look for garbage in it is a tenth of the start, and a
-    # pause later
+    # imported modules and the loaded model are never garbage: collecting during startup would take
+    # a tenth of its time, and freezing them keeps later collections short
     gc.disable()
     from portalm.engine.engine import Engine
 
@@ -115,11 +115,11 @@ def _serve(
         if outputs:
             send(StepOutputs(outputs, engine.stats()))
         if engine.has_work():
-            news = engine.step()
+            step_outputs = engine.step()
             pulse.end()
-            send(news)
+            send(step_outputs)
         elif not engine.capture_next() and os.getppid() != parent:
-            logger.warning("the server is gone: the engine ends")
+            logger.warning("the parent process has exited: shutting down the engine")
             return 0
 
 
@@ -134,7 +134,7 @@ def _probe(engine: Engine, message: Probe) -> ProbeAnswer:
 def _handle(
     engine: Engine, message: AddRequest | LoadGrammar | AbortRequests | ResetPrefixCache
 ) -> list[TokenOutput]:
-    """Outputs that the message causes at once."""
+    """Apply a message; return the outputs that it causes at once."""
     if isinstance(message, AddRequest):
         try:
             engine.add(message)
@@ -159,9 +159,9 @@ def _handle(
 
 
 def main() -> int:
-    """Read the config from stdin and serve."""
+    """Read the config from stdin and run the engine."""
     write_logs("engine", msgspec.json.decode(sys.argv[3], type=LogConfig))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's to handle
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server handles Ctrl-C
     config = msgspec.json.decode(sys.stdin.buffer.read(), type=EngineConfig)
     return run_core(config, sys.argv[1], Pulse(Path(sys.argv[2])))
 

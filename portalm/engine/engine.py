@@ -1,7 +1,6 @@
 """The engine: requests in, tokens out, one step at a time.
 
-The only writer of a request besides the scheduler. It runs in its own process under the server,
-in the caller's under `LLM`.
+It runs in a process of its own under the server, and in the caller's process under `LLM`.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from portalm.structured.messages import LoadGrammar
 logger = logging.getLogger(__name__)
 
 _GRAMMAR_WAIT_S = 0.01
-"""How long a step with nothing to compute waits for a grammar."""
+"""How long a step with nothing to compute waits for a grammar, in seconds."""
 
 _WARM_UP_ID = "portalm-warm-up"
 
@@ -45,9 +44,9 @@ class Engine:
         """Load the model and make the KV cache.
 
         Args:
-            config: what to run, where.
-            backend: a started backend; None: `config.device`'s.
-            progress: told how far loading is.
+            config: the model to run and the settings to run it with.
+            backend: a started backend; None: start the one that `config.device` names.
+            progress: called as the engine loads its model, captures steps and warms up.
 
         Raises:
             PortaLMError: the model, the device or the settings do not work; the text says why.
@@ -72,7 +71,7 @@ class Engine:
         self.step_begins: Callable[[int], None] | None = None
         """Called with the number of tokens of every step, before it is dispatched."""
         self._grammars = Grammars()
-        self._awaiting: dict[str, Request] = {}
+        self._awaiting_grammar: dict[str, Request] = {}
         """Requests whose grammar is not loaded yet."""
         self._num_prompt_logprobs_sent: dict[str, int] = {}
         self._scheduled_times: dict[str, float] = {}
@@ -83,22 +82,22 @@ class Engine:
     # -- requests -----------------------------------------------------------------------------
 
     def add(self, message: AddRequest) -> None:
-        """Take a request. Raises `InvalidRequest` for one that can never be answered."""
+        """Add a request. Raise `InvalidRequest` if it can never be answered."""
         self._check(message)
         params, pooling = message.params, message.pooling
-        most = num_prompt = len(message.prompt_token_ids)
+        num_prompt = len(message.prompt_token_ids)
         if pooling is not None:
-            pooling = pooling.resolved(self.model_config.pooling)
+            pooling, max_total = pooling.resolved(self.model_config.pooling), num_prompt
+        elif params.max_tokens is None:
+            max_total = self.max_model_len
         else:
-            most = (
-                self.max_model_len if params.max_tokens is None else num_prompt + params.max_tokens
-            )
+            max_total = min(num_prompt + params.max_tokens, self.max_model_len)
         request = Request(
             message.request_id,
             message.prompt_token_ids,
             params,
             seed=message.seed,
-            max_total_tokens=most if pooling is not None else min(most, self.max_model_len),
+            max_total_tokens=max_total,
             eos_token_ids=self.model_config.eos_token_ids,
             priority=message.priority,
             cache_salt=message.cache_salt,
@@ -114,17 +113,17 @@ class Engine:
             self.scheduler.add(request)
         else:
             self.scheduler.check(request)
-            self._awaiting[request.request_id] = request
+            self._awaiting_grammar[request.request_id] = request
 
     def load_grammar(self, message: LoadGrammar) -> None:
-        """Begin to load a grammar, beside the steps; requests may name it from now on."""
+        """Start loading a grammar in the background; requests may name it from now on."""
         self._grammars.load(message)
 
     def _admit_loaded(self) -> list[TokenOutput]:
-        """Queue requests whose grammar is loaded; the outputs of those that cannot be."""
+        """Queue requests whose grammar is loaded; return the outputs of those that fail."""
         outputs = []
-        for request in [r for r in self._awaiting.values() if _grammar_of(r).is_loaded]:
-            del self._awaiting[request.request_id]
+        for request in [r for r in self._awaiting_grammar.values() if _grammar_of(r).is_loaded]:
+            del self._awaiting_grammar[request.request_id]
             error: Exception
             try:
                 _grammar_of(request).check()
@@ -132,8 +131,8 @@ class Engine:
                 continue
             except InvalidRequest as refused:
                 error = refused
-            except Exception as failed:  # whatever XGrammar raises
-                logger.exception("a grammar could not be loaded")
+            except Exception as failed:  # XGrammar may raise anything
+                logger.exception("failed to load a grammar")
                 error = failed
             outputs.append(
                 TokenOutput(
@@ -148,11 +147,11 @@ class Engine:
 
     @property
     def max_model_len(self) -> int:
-        """Longest prompt plus answer, in tokens."""
+        """Maximum length of prompt plus answer, in tokens."""
         return self.scheduler.config.max_model_len
 
     def _check(self, message: AddRequest) -> None:
-        """What the device would not survive: everything else is checked where it came in."""
+        """Raise `InvalidRequest` for what could crash the device; the client checks the rest."""
         vocab_size = self.model_config.vocab_size
         for token_id in (*message.prompt_token_ids, *message.output_token_ids):
             if not 0 <= token_id < vocab_size:
@@ -163,7 +162,9 @@ class Engine:
         params = message.params
         task = "generate" if message.pooling is None else message.pooling.task
         if task not in self.tasks:
-            raise InvalidRequest(f"this model does not {task}; it does: {', '.join(self.tasks)}")
+            raise InvalidRequest(
+                f"this model does not support {task}; supported tasks: {', '.join(self.tasks)}"
+            )
         for name, ids in (
             ("logit_bias", params.logit_bias),
             ("allowed_token_ids", params.allowed_token_ids or ()),
@@ -177,10 +178,10 @@ class Engine:
                 )
 
     def abort(self, request_ids: Sequence[str]) -> list[TokenOutput]:
-        """End these requests now; the outputs of those that were live."""
+        """End these requests now; return an output for each one that was live."""
         outputs = []
         for request_id in request_ids:
-            awaiting = self._awaiting.pop(request_id, None)
+            awaiting = self._awaiting_grammar.pop(request_id, None)
             if awaiting is not None or self.scheduler.abort(request_id) is not None:
                 self._num_prompt_logprobs_sent.pop(request_id, None)
                 outputs.append(
@@ -189,27 +190,28 @@ class Engine:
         return outputs
 
     def has_work(self) -> bool:
-        """True while a request is unfinished or a step is on the device."""
-        return bool(self._in_flight or self._awaiting) or self.scheduler.has_unfinished()
+        """Return True while a request is unfinished or a step is on the device."""
+        return bool(self._in_flight or self._awaiting_grammar) or self.scheduler.has_unfinished()
 
     def reset_prefix_cache(self) -> bool:
-        """Forget all cached blocks; False, changing nothing, while any request runs."""
+        """Empty the prefix cache; False, changing nothing, while any request runs."""
         return self.scheduler.reset_prefix_cache()
 
     # -- steps --------------------------------------------------------------------------------
 
     def step(self) -> StepOutputs:
-        """Keep the device busy, wait for its oldest step and give out what it drew.
+        """Dispatch steps, wait for the oldest one and return its outputs.
+
+        Any failure of the device other than its loss ends one request, the one with the most tokens
+        in the step. Where memory ran out, smaller steps are tried first.
 
         Raises:
-            BackendError: of kind device_lost: the engine cannot go on. Any other failure of the
-                device ends one request (the one with the most tokens in the step); where memory
-                ran out, only if smaller steps do not fit either.
+            BackendError: of kind device_lost: the engine cannot continue.
         """
         started = time.perf_counter()
         plan: StepPlan | None = None
-        refused = self._admit_loaded() if self._awaiting else []
-        # a step is captured while none is on the device: until all are, steps do not overlap
+        failed = self._admit_loaded() if self._awaiting_grammar else []
+        # a capture needs an idle device: until all are made, steps do not overlap
         max_in_flight = 1 if self.capture_next() else self._max_in_flight
         try:
             while len(self._in_flight) < max_in_flight:
@@ -224,28 +226,28 @@ class Engine:
                     self.step_begins(plan.num_tokens)
                 self._in_flight.append(self.runner.dispatch(plan))
             if not self._in_flight:
-                if self._awaiting:
-                    _grammar_of(next(iter(self._awaiting.values()))).wait(_GRAMMAR_WAIT_S)
-                return self._outputs([], refused)
+                if self._awaiting_grammar:
+                    _grammar_of(next(iter(self._awaiting_grammar.values()))).wait(_GRAMMAR_WAIT_S)
+                return self._outputs([], failed)
             step = self._in_flight.popleft()
             plan = step.plan
             result = step.result()
         except BackendError as error:
             if error.kind == "device_lost" or plan is None:
                 raise
-            return self._outputs(self._recover(plan, error), refused)
+            return self._outputs(self._recover(plan, error), failed)
         self._num_failures = 0
         updates = self.scheduler.update(plan, result)
         self._count(plan, result, time.perf_counter() - started)
-        return self._outputs(updates, refused)
+        return self._outputs(updates, failed)
 
     @property
     def has_captures_left(self) -> bool:
-        """True while steps are still to be captured: service goes on meanwhile."""
+        """True while buckets remain to be captured; requests are served in the meantime."""
         return self.runner.graphs.next_to_capture() is not None
 
     def capture_next(self) -> bool:
-        """Capture one more step, if one is left and nothing is on the device; True if it was."""
+        """Capture a bucket if one is left and the device is idle; return True if one was tried."""
         if self._in_flight or not self.has_captures_left:
             return False
         try:
@@ -253,33 +255,33 @@ class Engine:
         except BackendError as error:
             if error.kind == "device_lost" or self.backend.capabilities.static_shapes:
                 raise
-            logger.warning("no more steps are captured, others run as they are: %s", error)
+            logger.warning("a capture failed, the remaining steps run uncaptured: %s", error)
             self.runner.graphs.give_up()
         if not self.has_captures_left:
             self.runner.graphs.seal()
         return True
 
     def _recover(self, plan: StepPlan, error: BackendError) -> list[RequestUpdate]:
-        """A step failed: its largest request ends, all others are computed again.
+        """Recover from a failed step: end its largest request and recompute all others.
 
-        Sampling is stateless, so those draw the same tokens as if nothing had happened. Where
-        memory ran out nobody ends before it was tried again with less of it.
+        Sampling is stateless, so the others sample the same tokens as without the failure. Where
+        memory ran out, a retry with less of it comes before any request ends.
         """
         self._num_failures += 1
         failed = {}
-        if not (error.kind == "oom" and self._may_try_again(plan)):
+        if not (error.kind == "oom" and self._can_retry(plan)):
             largest = max(plan.requests, key=lambda p: (p.num_tokens, p.start)).request
             reason = f"the device failed on this request ({error.kind}): {error}"
             failed[largest.request_id] = reason
         logger.error(
-            "step %d failed (%s: %s); %s, %d requests are computed again",
+            "step %d failed (%s: %s); %s, %d requests are recomputed",
             plan.step_id,
             error.kind,
             error,
             f"request {next(iter(failed))} ends" if failed else "no request ends",
             len(plan.requests) - len(failed),
         )
-        for step in self._in_flight:  # planned on top of the failed one: their ids mean nothing
+        for step in self._in_flight:  # planned on top of the failed one: drop their ids
             try:
                 step.result()
             except BackendError as later:
@@ -288,15 +290,15 @@ class Engine:
         self._in_flight.clear()
         return self.scheduler.rewind(failed)
 
-    def _may_try_again(self, plan: StepPlan) -> bool:
-        """Make steps smaller, if this one can be; as it was it is tried only once again."""
+    def _can_retry(self, plan: StepPlan) -> bool:
+        """Halve the token limit and retry; a step that cannot shrink is retried once."""
         config = self.scheduler.config
         limit = max(plan.num_tokens // 2, config.max_batch_requests)
         if plan.num_tokens <= limit or not config.enable_chunked_prefill:
             return self._num_failures == 1
         logger.warning(
-            "steps have at most %d tokens from now on: one of %d did not fit the device's memory "
-            "(--max-num-batched-tokens and --gpu-memory-utilization leave more room)",
+            "limiting steps to %d tokens: one of %d did not fit into the device's memory (lower "
+            "--max-num-batched-tokens or --gpu-memory-utilization to leave more room)",
             limit,
             plan.num_tokens,
         )
@@ -328,7 +330,7 @@ class Engine:
         if self._scheduled_times:
             output.scheduled_time = self._scheduled_times.pop(request.request_id, None)
         if update.prompt_logprobs:
-            # a prompt that is computed again after preemption reports again: once is enough
+            # a prompt that is recomputed after preemption reports them again: send each once
             sent = self._num_prompt_logprobs_sent.get(request.request_id, 0)
             first = update.prompt_logprobs_start
             output.prompt_logprobs = update.prompt_logprobs[max(0, sent - first) :]
@@ -355,10 +357,10 @@ class Engine:
                 stats.prompt_tokens_total += min(prompt_left, planned.num_tokens)
 
     def stats(self) -> EngineStats:
-        """Counters and gauges as of now."""
+        """Return the current counters and gauges."""
         for name, value in self.scheduler.stats().items():
             setattr(self._stats, name, value)
-        self._stats.num_waiting += len(self._awaiting)
+        self._stats.num_waiting += len(self._awaiting_grammar)
         return self._stats
 
     # -- start and end ------------------------------------------------------------------------
@@ -389,7 +391,7 @@ class Engine:
         )
 
     def _warm_up(self) -> None:
-        """Two prompt tokens and what comes of them: a device that cannot compute fails here."""
+        """Run a request of two tokens, so that a device that cannot compute fails at startup."""
         task = self.tasks[0]
         self.add(
             AddRequest(
@@ -404,16 +406,16 @@ class Engine:
         while self.has_work():
             outputs += self.step().outputs
         if outputs[-1].finish_reason == "error":
-            raise BackendError("kernel", f"the first step failed: {outputs[-1].error}")
+            raise BackendError("kernel", f"the warm-up request failed: {outputs[-1].error}")
         self.reset_prefix_cache()
         self._stats = EngineStats()
         self.scheduler.reset_stats()
 
     def close(self) -> None:
-        """Wait for the device; the engine may not be used after."""
+        """Wait for the device; the engine must not be used afterwards."""
         while self._in_flight:
             self._in_flight.popleft().result()
-        self.runner.graphs.unseal()  # the backend may be another engine's next
+        self.runner.graphs.unseal()  # another engine may use the backend next
         self._grammars.close()
 
 

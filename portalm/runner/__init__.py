@@ -1,1 +1,1 @@
-"""From a step plan to drawn ids: buffers, the captured step, sampling parameters."""
+"""From a step plan to its outcomes: host arrays, sampling parameters, captured steps."""

@@ -1,7 +1,8 @@
-"""Captured steps: which bucket a step is padded to, and the capture that runs it.
+"""Captured steps: which bucket a step is padded to, and which capture runs it.
 
-Where every step must be padded (`static_shapes`) all buckets are captured before service. Elsewhere
-they are captured in service, one by one between steps; what no captured bucket holds runs as it is.
+Where every step must be padded (`static_shapes`), all buckets are captured before service.
+Elsewhere they are captured during service, one by one between steps, and a step that fits no
+captured bucket runs uncaptured.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from portalm.runner.input_batch import PaddedShape
 
 @dataclass(frozen=True, slots=True)
 class CaptureKey:
-    """All on the host that may change what a step computes."""
+    """Every host-side property that changes which operations a step runs."""
 
     bucket: Bucket | None
     num_rows: int | None
-    """Rows of logits, where steps are padded."""
+    """Rows of logits, where steps must be padded."""
     is_greedy: bool
     has_filters: bool
     has_penalties: bool
@@ -34,7 +35,7 @@ class CaptureKey:
 
 
 class StepGraphs:
-    """One captured step per bucket and kind of sampling."""
+    """Captured steps, one per bucket and kind of sampling."""
 
     def __init__(
         self,
@@ -48,17 +49,17 @@ class StepGraphs:
         samples: bool,
         enforce_eager: bool,
     ) -> None:
-        """Nothing is captured yet.
+        """Choose the buckets; nothing is captured yet.
 
         Args:
-            backend: captures, if `enforce_eager` is False.
+            backend: captures steps, unless `enforce_eager`.
             step: the whole step as a function.
-            max_tokens: of one step.
-            max_requests: of one step.
-            max_blocks: of one request.
-            max_scored_rows: prompt tokens of one step whose logprobs are computed.
-            samples: steps sample tokens; False: an encoder.
-            enforce_eager: run `step` as it is (padded all the same, where the device needs it).
+            max_tokens: maximum number of tokens in a step.
+            max_requests: maximum number of requests in a step.
+            max_blocks: maximum number of KV blocks of a request.
+            max_scored_rows: maximum number of prompt tokens in a step whose logprobs are computed.
+            samples: False for models that sample no tokens (encoders).
+            enforce_eager: run `step` uncaptured (still padded, where the device needs it).
         """
         self._backend = backend
         self._step = step
@@ -71,9 +72,9 @@ class StepGraphs:
         self.buckets: Sequence[Bucket] | None = None if buckets is None else sorted(buckets)
         self._must_pad = backend.capabilities.static_shapes
         self._uncaptured: list[Bucket] = []
-        """In ascending order."""
+        """Buckets still to be captured, in ascending order."""
         self._usable: list[Bucket] = []
-        """What a step may be padded to, in ascending order."""
+        """Buckets that a step may be padded to, in ascending order."""
         if self.buckets is not None and self._must_pad:
             self._usable = list(self.buckets)
         if self.buckets is not None and not enforce_eager and (samples or self._must_pad):
@@ -89,7 +90,7 @@ class StepGraphs:
         *,
         max_query_len: int,
     ) -> tuple[Bucket | None, PaddedShape | None]:
-        """The smallest usable bucket that holds such a step, what to pad to; None: not padded."""
+        """The smallest usable bucket that holds a step, and its padded shape; None: do not pad."""
         for bucket in self._usable:
             shape = self._fitting(bucket, num_rows, num_states)
             if (
@@ -102,39 +103,39 @@ class StepGraphs:
                 return bucket, shape
         if self._must_pad:
             raise ConfigError(
-                f"no bucket of the backend holds a step of {num_tokens} tokens, {num_requests} "
-                f"requests of at most {max_query_len} tokens and {num_blocks} blocks a request; "
-                f"largest: {self._usable[-1]}"
+                f"no bucket of the backend fits a step of {num_tokens} tokens, {num_requests} "
+                f"requests of at most {max_query_len} tokens and {num_blocks} blocks per request; "
+                f"the largest is {self._usable[-1]}"
             )
         return None, None
 
-    # -- capturing before it is needed --------------------------------------------------------
+    # -- capturing -----------------------------------------------------------------------------
 
     def next_to_capture(self) -> Bucket | None:
-        """The largest bucket that is not captured yet: the others then fit its memory."""
+        """The largest bucket that is not captured yet: smaller ones can then reuse its memory."""
         return self._uncaptured[-1] if self._uncaptured else None
 
     def note_captured(self) -> None:
-        """A step of `next_to_capture()` has run: service may use its bucket from now on."""
+        """Mark the bucket of `next_to_capture()` as captured: steps may use it from now on."""
         bucket = self._uncaptured.pop()
         if not self._must_pad:
             self._usable.insert(0, bucket)
 
     def shapes(self, bucket: Bucket) -> list[PaddedShape]:
-        """The sizes that steps of `bucket` may have: the usual one first."""
+        """The padded shapes that steps of `bucket` may have, the usual one first."""
         shapes = [_usual(bucket)] if self._samples else []
         if bucket.max_query_len > 1 and self._must_pad:
             shapes.append(self._wide(bucket))
         return shapes
 
     def _fitting(self, bucket: Bucket, num_rows: int, num_states: int) -> PaddedShape | None:
-        """What of `shapes` holds so many rows of logits and of hidden states."""
+        """The shape of `bucket` that holds this many rows of logits and of hidden states."""
         if self._samples and num_rows <= bucket.num_requests and not num_states:
             return _usual(bucket)
         return self._wide(bucket) if bucket.max_query_len > 1 else None
 
     def _wide(self, bucket: Bucket) -> PaddedShape:
-        """With rows for tokens of prompts that are scored, and every token's hidden state."""
+        """The shape with rows for prompt logprobs and for the hidden state of every token."""
         rows = bucket.num_requests + min(bucket.num_tokens, self._max_scored_rows)
         return PaddedShape(
             bucket.num_tokens,
@@ -145,11 +146,11 @@ class StepGraphs:
         )
 
     def give_up(self) -> None:
-        """Capture no more: steps that would have used what is missing run as they are."""
+        """Stop capturing: steps that fit no captured bucket run uncaptured."""
         self._uncaptured.clear()
 
     def step_for(self, inputs: StepInputs) -> StepFn:
-        """What runs `inputs`: a capture, or the step as it is."""
+        """The function that runs `inputs`: a capture, made on first use, or the uncaptured step."""
         is_unpadded = self.buckets is not None and inputs.meta.bucket is None
         if self._enforce_eager or is_unpadded:
             return self._step
@@ -161,7 +162,7 @@ class StepGraphs:
         return captured
 
     def seal(self) -> None:
-        """From now on a capture is an error (all that service needs must be captured before)."""
+        """Make any further capture an error: everything that service needs is captured by now."""
         self._sealed.enter_context(self._backend.seal())
 
     def unseal(self) -> None:
@@ -170,18 +171,21 @@ class StepGraphs:
 
 
 def _usual(bucket: Bucket) -> PaddedShape:
-    """A row of logits for each request."""
+    """The shape with one row of logits per request."""
     return PaddedShape(
         bucket.num_tokens, bucket.num_requests, bucket.num_blocks, bucket.num_requests
     )
 
 
 def _key(inputs: StepInputs, *, takes_any_sampling: bool) -> CaptureKey:
-    """Where steps are padded one capture of a size takes all that requests may ask for."""
+    """The capture that `inputs` needs.
+
+    Where steps must be padded, one capture per shape supports every kind of sampling.
+    """
     bucket, sample = inputs.meta.bucket, inputs.sample
     num_rows = len(inputs.meta.logits_rows)
     plain = CaptureKey(None, None, False, False, False, False, False, False, None, False, 0)
-    if bucket is None:  # sizes and kinds of sampling may vary: one capture serves all
+    if bucket is None:  # one capture serves all sizes and kinds of sampling
         return plain
     if takes_any_sampling:
         return replace(plain, bucket=bucket, num_rows=num_rows, num_states=inputs.num_states)

@@ -1,7 +1,7 @@
-"""Rows of the running requests in numpy, and one step's index arrays made of them.
+"""The running requests as rows of numpy arrays, and the index arrays of each step.
 
-Everything that grows with the tokens of a step is one numpy call over all of them; Python loops
-only over the requests of a step, to copy what is new since the step before.
+Work that grows with the number of tokens is one numpy call over all of them; Python loops only over
+the requests of a step, to copy what is new since the previous step.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ IntArray = npt.NDArray[np.int32]
 
 @dataclass(slots=True, kw_only=True)
 class StepArrays:
-    """One step on the host. Views into buffers that the step after the next one reuses.
+    """Index arrays of one step: views into buffers that the step after the next one reuses.
 
-    T, S, MB and R are padded as `pad` asked; `num_tokens`, `num_requests`, `num_rows` are not.
+    T, S, MB and R are padded; `num_tokens`, `num_requests` and `num_rows` are not.
     """
 
     num_tokens: int
@@ -30,7 +30,7 @@ class StepArrays:
     num_rows: int
     num_decodes: int
     rows: npt.NDArray[np.intp]
-    """[S unpadded]: each request's row in the batch."""
+    """[S]: each request's row in the batch; not padded."""
     token_ids: IntArray
     """[T]"""
     positions: IntArray
@@ -44,30 +44,30 @@ class StepArrays:
     block_table: IntArray
     """[S, MB]"""
     logits_rows: IntArray
-    """[R]: pad rows name token 0, one of them where no row at all is wanted of the step."""
+    """[R]: the token of each row of logits; pad rows use token 0."""
     max_query_len: int
     max_seq_len: int
     previous_rows: IntArray | None
-    """[T]: row of the step before that draws this token, or -1; None where no token waits."""
+    """[T]: row of the previous step that samples this token, or -1; None if all are known."""
 
 
 @dataclass(slots=True, frozen=True)
 class PaddedShape:
-    """What T, S, MB and R are padded to."""
+    """The sizes that T, S, MB and R are padded to."""
 
     num_tokens: int
     num_requests: int
     num_blocks: int
     num_rows: int
     num_states: int = 0
-    """Rows whose hidden states are wanted."""
+    """Rows that return hidden states."""
 
 
 class InputBatch:
-    """A row for every request that may be planned, kept from step to step."""
+    """A row for every running request, kept from step to step."""
 
     def __init__(self, config: SchedulerConfig) -> None:
-        """Room for `max_batch_requests` rows (memory is touched as tokens come)."""
+        """Allocate `max_batch_requests` rows; the OS provides the memory as tokens are written."""
         num_rows, max_len = config.max_batch_requests, config.max_model_len
         self.config = config
         self.block_size = config.block_size
@@ -86,7 +86,7 @@ class InputBatch:
         self._step = 0
 
     def forget(self, request_ids: list[str]) -> None:
-        """Free the rows of requests that no longer run; unknown ids are passed over."""
+        """Free the rows of requests that no longer run; unknown ids are ignored."""
         for request_id in request_ids:
             row = self._row_of.pop(request_id, None)
             if row is not None:
@@ -94,10 +94,10 @@ class InputBatch:
                 self._free_rows.append(row)
 
     def update(self, plan: StepPlan) -> npt.NDArray[np.intp]:
-        """Take over what is new of the plan's requests; their rows, in the plan's order."""
+        """Copy the requests' new tokens and blocks; return their rows, [S], in plan order."""
         row_of, known, held = self._row_of, self._num_known, self._num_blocks
         rows: list[int] = []
-        sampled: list[tuple[int, int, int]] = []  # row, place and id of single new tokens
+        sampled: list[tuple[int, int, int]] = []  # row, position and id of single new tokens
         for planned in plan.requests:
             request = planned.request
             row = row_of.get(request.request_id)
@@ -112,13 +112,13 @@ class InputBatch:
             known[row] = num_known + num_new
             table, num_blocks = request.block_table, held[row]
             if num_blocks != len(table) or (num_blocks and table[-1] != self._last_block[row]):
-                # from the last known block on: copy-on-write may have replaced that one
+                # include the last known block: copy-on-write may have replaced it
                 first = max(0, num_blocks - 1)
                 self.block_table[row, first : len(table)] = table[first:]
                 held[row] = len(table)
                 self._last_block[row] = table[-1]
             rows.append(row)
-        if sampled:  # all at once: one by one they would be most of the time spent here
+        if sampled:  # one numpy call: single writes would take most of the time here
             at_rows, places, values = zip(*sampled, strict=True)
             self.token_ids[at_rows, places] = values
         return np.array(rows, np.intp)
@@ -142,15 +142,16 @@ class InputBatch:
         pad: PaddedShape | None = None,
         min_logits_rows: int = 1,
     ) -> StepArrays:
-        """The step's index arrays.
+        """Build the step's index arrays.
 
         Args:
-            plan: not empty; `rows` is what `update` gave for it.
-            rows: [S]
-            sampled_rows: by request id, the row of the step before that draws its last token, for
-                tokens that the host does not know yet.
-            pad: sizes to pad to; None: as they are.
-            min_logits_rows: of logits; 0 where the step has other rows that are wanted.
+            plan: must not be empty.
+            rows: [S], returned by `update` for this plan.
+            sampled_rows: by request id, the row of the previous step that samples its last token,
+                for tokens that the host does not know yet.
+            pad: sizes to pad to; None: do not pad.
+            min_logits_rows: minimum length of `logits_rows` if not padded; 0 where the step also
+                returns hidden states.
         """
         buffers = self._buffers[self._step % 2]
         self._step += 1
@@ -226,7 +227,7 @@ class InputBatch:
         )
 
     def padding(self, pad: PaddedShape) -> StepArrays:
-        """The arrays of a step without a request: pad tokens in the null block."""
+        """The arrays of a step without requests: all tokens are padding in the null block."""
         zeros = np.zeros(max(pad.num_tokens, pad.num_requests, pad.num_rows) + 1, np.int32)
         return StepArrays(
             num_tokens=0,
@@ -247,7 +248,7 @@ class InputBatch:
         )
 
     def largest(self, num_rows: int) -> StepArrays:
-        """The arrays of a step of all the tokens and requests that a step may have, in block 0."""
+        """The arrays of a step with the maximum of tokens and requests, all in the null block."""
         config = self.config
         num_tokens, num_requests = config.max_batch_tokens, config.max_batch_requests
         num_tokens = min(num_tokens, num_requests * config.max_model_len)
@@ -281,9 +282,9 @@ class InputBatch:
         sampled_rows: dict[str, int],
         buffers: _Buffers,
     ) -> StepArrays | None:
-        """What `build` makes of one token a request that draws the next, in less time.
+        """Build the arrays of a step of decodes, faster than `build` does.
 
-        None if some token draws nothing, or is scored.
+        Return None if a token samples nothing or its prompt logprob is requested.
         """
         if any(
             not p.samples_token or p.request.params.prompt_logprobs is not None for p in planned
@@ -327,7 +328,7 @@ class InputBatch:
     def _fill_block_table(
         self, table: IntArray, rows: npt.NDArray[np.intp], seq_lens: IntArray
     ) -> None:
-        """Each request's blocks; 0, the null block, past its context."""
+        """Write each request's blocks to `table`, and 0, the null block, after its context."""
         num_requests = len(rows)
         table[num_requests:] = 0
         num_blocks = -(-seq_lens // self.block_size)
@@ -336,7 +337,7 @@ class InputBatch:
 
     @staticmethod
     def _logits_rows(planned: list[PlannedRequest], loc: list[int]) -> list[int]:
-        """Tokens whose logits are wanted: where one is drawn, and of prompts scored all."""
+        """Tokens whose logits are needed: to sample the next token, or for prompt logprobs."""
         rows: list[int] = []
         for i, p in enumerate(planned):
             wanted = p.num_prompt_rows
@@ -350,6 +351,7 @@ class InputBatch:
     def _previous_rows(
         planned: list[PlannedRequest], loc: IntArray, num_tokens: int, sampled_rows: dict[str, int]
     ) -> IntArray | None:
+        """[T]: where the previous step samples a token that the host does not know yet."""
         waiting = [
             (int(loc[i + 1]) - 1, sampled_rows[p.request.request_id])
             for i, p in enumerate(planned)
@@ -364,7 +366,7 @@ class InputBatch:
 
 
 class _Buffers:
-    """Arrays of the largest step, written anew every other step."""
+    """Arrays with room for the largest step, overwritten every other step."""
 
     def __init__(self, config: SchedulerConfig, max_blocks: int) -> None:
         # a bucket may pad up to the next power of two

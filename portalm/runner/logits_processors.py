@@ -1,4 +1,4 @@
-"""Runs the logits processors that a step's requests name, each over all of its rows at once."""
+"""Runs the logits processors that requests name, each once per step over all of its rows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 class LogitsProcessors:
-    """An object of each processor that was named so far."""
+    """The processors that requests have named so far, created on first use."""
 
     def __init__(self, vocab_size: int) -> None:
         """For logits of `vocab_size` columns."""
@@ -22,17 +22,17 @@ class LogitsProcessors:
         self._made: dict[str, LogitsProcessor] = {}
 
     def biases(self, rows: list[SampledRow]) -> list[Biases]:
-        """What they add, by the places of `rows`; a row that one of them fails says so."""
-        asked: dict[str, list[int]] = {}
+        """Run the processors of `rows`; a row whose processor fails gets a `fault`."""
+        rows_of: dict[str, list[int]] = {}
         for i, row in enumerate(rows):
             if row.target < 0:
                 for name in row.request.params.logits_processors:
-                    asked.setdefault(name, []).append(i)
+                    rows_of.setdefault(name, []).append(i)
         found: list[Biases] = []
-        for name, places in asked.items():
+        for name, places in rows_of.items():
             try:
                 found.append(self._run(name, rows, np.array(places, np.int32)))
-            except Exception as error:  # code of another package: it may raise anything
+            except Exception as error:  # code of another package may raise anything
                 logger.exception("the logits processor %r failed", name)
                 why = f"the logits processor {name!r} failed: {type(error).__name__}: {error}"
                 for i in places:
@@ -47,7 +47,7 @@ class LogitsProcessors:
         inner, token_ids, values = (np.asarray(part) for part in processor.biases(given))
         if not inner.shape == token_ids.shape == values.shape == (inner.size,):
             raise ValueError(
-                "rows, token_ids and values must be of one length, not of shapes "
+                "rows, token_ids and values must be one-dimensional and equally long; got shapes "
                 f"{inner.shape}, {token_ids.shape} and {values.shape}"
             )
         _check_range("rows", inner, len(given))
@@ -69,6 +69,6 @@ def _processed(row: SampledRow, name: str) -> ProcessedRow:
 
 def _check_range(what: str, values: npt.NDArray[np.generic], end: int) -> None:
     if values.size and not np.issubdtype(values.dtype, np.integer):
-        raise ValueError(f"{what} must be integers, not {values.dtype}")
+        raise ValueError(f"{what} must be integers; got {values.dtype}")
     if values.size and not (values.min() >= 0 and values.max() < end):
         raise ValueError(f"{what} must be from 0 to {end - 1}")

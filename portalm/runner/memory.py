@@ -1,4 +1,4 @@
-"""How many KV blocks fit: memory less weights, activations, logits and sampling."""
+"""How many KV blocks fit: memory minus weights, activations, logits and sampling."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from portalm.errors import ConfigError
 from portalm.runner.model_runner import ModelRunner
 
 _OWN_MEMORY_SHARE = 0.9
-"""Of a device's own memory: what weights, activations and KV may take together by default."""
+"""Default share of a device's own memory for weights, activations and KV cache together."""
 
 _HOST_MEMORY_SHARE = 0.5
-"""Of what is free on a host that other programs use too: what KV may take by default."""
+"""Default share of free host memory, which other programs use too, for the KV cache."""
 
 _HOST_KV_LIMIT = 4 << 30
-"""Bytes of KV by default in the host's memory; --kv-cache-memory-bytes asks for more."""
+"""Default limit of the KV cache in host memory, bytes; --kv-cache-memory-bytes overrides it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KVBudget:
-    """The size of the KV pool and of what it had to leave room for."""
+    """The size of the KV pool and of the memory kept free for steps."""
 
     num_blocks: int
-    """The null block included."""
+    """Blocks in the pool, the null block included."""
     block_bytes: int
     activation_bytes: int
     """Activations, logits and sampling of the largest step."""
@@ -35,11 +35,11 @@ class KVBudget:
 def activation_bytes(
     model: ModelConfig, *, dtype_bytes: int, max_tokens: int, max_logits_rows: int
 ) -> int:
-    """Upper bound of what the largest step allocates beside weights and KV, in bytes.
+    """Upper bound of the bytes that the largest step allocates, without weights and KV cache.
 
     A layer holds at most: residual, normed input, qkv, rotated q and k, attention's output,
-    gate-up and its product; logits are float32 and sampling keeps three more arrays like them.
-    Where prompts are pooled every token's state may be wanted: taken, summed and in float32.
+    gate-up and its product. Logits are float32, and sampling keeps three more arrays of their size.
+    Where prompts are pooled, every token's hidden state may be needed, also in float32.
     """
     heads = (2 * model.num_heads + 3 * model.num_kv_heads) * model.head_size
     per_token = 4 * model.hidden_size + 2 * heads + 3 * model.intermediate_size
@@ -51,15 +51,16 @@ def activation_bytes(
 
 
 def measured_bytes(make_runner: Callable[[KV], ModelRunner], backend: Backend, spec: KVSpec) -> int:
-    """What the largest step and all captured steps take beside weights and KV, by trying.
+    """Measure the bytes that the largest step and all captures take, without weights and KV cache.
 
-    Two captures tell what the others will take: the largest one's memory is shared by all, the
-    second one's cost is each one's own.
+    Two captures are measured. All captures share the memory of the first and largest one; the
+    second shows what each further capture adds.
 
     Args:
-        make_runner: of the engine's settings, over a KV cache that has nothing but the null block.
-        backend: measures.
-        spec: the KV cache's shape.
+        make_runner: makes a runner with the engine's settings over the given KV cache, which has
+            only the null block.
+        backend: the device to measure.
+        spec: shape of the KV cache.
     """
     runner = make_runner(backend.kv_alloc(spec, 1))
     with backend.peak() as used:
@@ -84,10 +85,10 @@ def kv_budget(
     weight_bytes: Callable[[], int],
     activations: int,
 ) -> KVBudget:
-    """The KV pool for an engine whose weights are on the device already.
+    """Size the KV pool of an engine whose weights are already on the device.
 
     Raises:
-        ConfigError: not even one request of `max_model_len` tokens fits; with the numbers.
+        ConfigError: the pool cannot hold one request of `max_model_len` tokens.
     """
     block_bytes = backend.kv_bytes_per_block(spec)
     blocks_per_request = -(-max_model_len // spec.block_size)
@@ -95,12 +96,12 @@ def kv_budget(
         num_blocks = config.num_gpu_blocks_override
     else:
         room = _room(config, backend, weight_bytes=weight_bytes, activations=activations)
-        most_useful = config.max_num_seqs * blocks_per_request
-        num_blocks = min(room // block_bytes, most_useful)
+        max_useful = config.max_num_seqs * blocks_per_request
+        num_blocks = min(room // block_bytes, max_useful)
     if num_blocks < blocks_per_request:
         raise ConfigError(
             f"the KV cache has room for {max(0, num_blocks) * spec.block_size} tokens "
-            f"({max(0, num_blocks)} blocks of {block_bytes / 2**10:.0f} KiB), one request of "
+            f"({max(0, num_blocks)} blocks of {block_bytes / 2**10:.0f} KiB), but one request of "
             f"max_model_len={max_model_len} needs {blocks_per_request} blocks "
             f"({blocks_per_request * block_bytes / 2**20:.0f} MiB): lower --max-model-len, raise "
             f"--kv-cache-memory-bytes or --gpu-memory-utilization, or lower "
@@ -114,13 +115,13 @@ def kv_budget(
 def _room(
     config: EngineConfig, backend: Backend, *, weight_bytes: Callable[[], int], activations: int
 ) -> int:
-    """Bytes that the KV pool may take."""
+    """Bytes available to the KV pool."""
     if config.kv_cache_memory_bytes is not None:
         return config.kv_cache_memory_bytes
     memory = backend.memory()
     share = config.gpu_memory_utilization
     if memory.host_shared:
-        # weights are resident already: what is free does not hold them
+        # the weights are loaded already, so free memory does not include them
         if share is None:
             return min(int((memory.free - activations) * _HOST_MEMORY_SHARE), _HOST_KV_LIMIT)
         return min(

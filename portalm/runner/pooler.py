@@ -1,6 +1,6 @@
-"""From hidden states to what a request asked for: one vector, or a score.
+"""Pools hidden states into a request's output: a vector, or the scores of a classifier.
 
-A prompt that is computed in chunks is pooled in chunks: of its states only the sum is kept.
+A prompt that is computed in chunks is pooled in chunks: only the sum of its states is kept.
 """
 
 from __future__ import annotations
@@ -14,26 +14,26 @@ from portalm.core.plan import PlannedRequest, StepPlan
 from portalm.pooling_params import PoolingParams
 
 _SHORTEST = 1e-12
-"""Length below which a vector is not scaled up."""
+"""Lower bound of the norm that a vector is divided by."""
 
 
 @dataclass(frozen=True, slots=True)
 class PooledPart:
-    """The tokens of one request in a step whose hidden states count."""
+    """One request's tokens in a step whose hidden states are pooled."""
 
     index: int
-    """Place in the plan."""
+    """Index in the plan."""
     planned: PlannedRequest
     params: PoolingParams
     first: int
-    """The first of them, from the request's first token in the step."""
+    """Index of the first of them among the request's tokens in the step."""
     num_states: int
     is_last: bool
-    """Its prompt is computed with this step."""
+    """This step computes the last token of the prompt."""
 
 
 def pooled_parts(plan: StepPlan) -> list[PooledPart]:
-    """One for each request of the plan that is pooled, in the plan's order."""
+    """One part for each pooled request of the plan, in plan order."""
     if not plan.has_pooled:
         return []
     return [
@@ -46,7 +46,7 @@ def pooled_parts(plan: StepPlan) -> list[PooledPart]:
 def state_rows(
     parts: list[PooledPart], query_start_loc: npt.NDArray[np.int32]
 ) -> npt.NDArray[np.int32]:
-    """The step's tokens whose hidden states are wanted, int32 [P], in the order of `parts`."""
+    """Tokens of the step whose hidden states are needed, int32 [P], in the order of `parts`."""
     firsts = [int(query_start_loc[part.index]) + part.first for part in parts]
     rows = [
         np.arange(first, first + part.num_states, dtype=np.int32)
@@ -61,20 +61,20 @@ def _part(index: int, planned: PlannedRequest, params: PoolingParams) -> PooledP
         first, count = 0, planned.num_tokens
     elif params.pooling == "last":
         first, count = planned.num_tokens - 1, int(is_last)
-    else:  # the first token's: of a vector, or what a classifier reads
+    else:  # the first token, for "cls" vectors and for classifiers
         first, count = 0, int(planned.start == 0)
     return PooledPart(index, planned, params, first, count, is_last)
 
 
 class Pooler:
-    """Sums of hidden states of the prompts that are not computed yet."""
+    """Running sums of the hidden states of prompts that are computed in chunks."""
 
     def __init__(self) -> None:
-        """No prompt has begun."""
+        """Start without sums."""
         self._sums: dict[str, npt.NDArray[np.float64]] = {}
 
     def forget(self, request_ids: list[str]) -> None:
-        """These do not run any more; what they have is of no use."""
+        """Drop the sums of requests that no longer run."""
         for request_id in request_ids:
             self._sums.pop(request_id, None)
 
@@ -88,14 +88,14 @@ class Pooler:
             request = part.planned.request
             request_id = request.request_id
             if part.planned.start == 0:
-                self._sums.pop(request_id, None)  # of an earlier try
+                self._sums.pop(request_id, None)  # left from before a preemption
             total = self._sums.pop(request_id, None)
             if part.num_states:
                 new = states[start : start + part.num_states].sum(axis=0, dtype=np.float64)
                 total = new if total is None else total + new
                 start += part.num_states
             if total is None:
-                continue  # its first token's turn, or its last one's, is not now
+                continue  # this chunk does not have the token whose state is pooled
             if part.is_last:
                 count = request.num_prompt_tokens if part.params.pooling == "mean" else 1
                 done[part.index] = _finish(total / count, part.params)
@@ -105,7 +105,7 @@ class Pooler:
 
 
 def _finish(vector: npt.NDArray[np.float64], params: PoolingParams) -> npt.NDArray[np.float32]:
-    """Cut to the wanted dimensions, then to length 1."""
+    """Truncate to the requested dimensions, then normalize to length 1 if requested."""
     vector = vector[: params.dimensions]
     if params.normalize:
         vector = vector / max(float(np.linalg.norm(vector)), _SHORTEST)

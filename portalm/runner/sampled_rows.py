@@ -10,23 +10,23 @@ from portalm.core.request import Request
 
 @dataclass(slots=True)
 class SampledRow:
-    """What one row of logits is for."""
+    """The purpose of one row of logits."""
 
     index: int
-    """Place in the plan."""
+    """Index in the plan."""
     request: Request
     position: int
-    """Place of the drawn (or predicted) token in its request."""
+    """Position of the sampled (or predicted) token in its request."""
     target: int
-    """The prompt token whose logprob is wanted, or -1: a token is drawn."""
+    """The prompt token whose logprob is requested, or -1 to sample a token."""
     refusal: str | None = None
-    """Why nothing can be drawn, where the request itself leaves nothing."""
+    """Why no token can be sampled: the request's own parameters forbid all. None: one can be."""
     fault: str | None = None
-    """Why what is drawn is worth nothing, where a logits processor failed."""
+    """Why the sampled token must be dropped: a logits processor failed. None: none did."""
 
     @property
     def forbidden_ids(self) -> list[int]:
-        """Stop tokens before min_tokens, and the ends of bad words."""
+        """Stop tokens before min_tokens, and the last tokens of bad words."""
         request = self.request
         is_early = self.position - request.num_prompt_tokens < request.params.min_tokens
         forbidden = list(request.stop_ids) if is_early else []

@@ -1,4 +1,4 @@
-"""Which tokens each row may draw: allowed_token_ids and grammars as bits."""
+"""Which tokens each row may sample: allowed_token_ids and grammars as bit masks."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from portalm.structured.grammar import Grammar, Matcher, NoTokenFits
 
 
 class TokenMasks:
-    """Masks of a step's rows, and how far each running request has come in its grammar.
+    """Masks of a step's rows, and a grammar matcher for each running request.
 
-    That follows from the request's tokens alone: a request that was preempted, computed again or
-    taken over from another engine gets a new matcher, which reads them from the first.
+    The state of a matcher follows from the request's tokens alone: a request that was preempted,
+    requeued or resumed in another engine gets a new matcher, which reads all of them.
     """
 
     def __init__(self, vocab_size: int) -> None:
@@ -25,20 +25,20 @@ class TokenMasks:
         self._matchers: dict[str, Matcher] = {}
 
     def forget(self, request_ids: list[str]) -> None:
-        """These requests do not run any more."""
+        """Drop the matchers of requests that no longer run."""
         for request_id in request_ids:
             self._matchers.pop(request_id, None)
 
     def everything(self, num_rows: int) -> npt.NDArray[np.int32]:
-        """The mask of [num_rows] rows that may draw any token."""
+        """int32 [num_rows, ceil(V / 32)]: a mask that allows every token."""
         return np.tile(self._full, (num_rows, 1))
 
     def build(self, rows: list[SampledRow], num_rows: int) -> npt.NDArray[np.int32] | None:
-        """int32 [num_rows, ceil(V / 32)], or None where no row is restricted.
+        """Build the mask, int32 [num_rows, ceil(V / 32)]; None if no row is restricted.
 
-        A grammar that may end allows the end of sequence. That gives way to ignore_eos,
-        min_tokens and allowed_token_ids while anything else can follow; where nothing can, the
-        answer ends. A row that nothing can be drawn in says so in its `refusal`.
+        Where a grammar may end it allows end of sequence. ignore_eos, min_tokens and
+        allowed_token_ids forbid that as long as another token is possible; if none is, the answer
+        ends. A row in which no token is allowed gets a `refusal`.
         """
         restricted = [
             i
@@ -78,9 +78,10 @@ class TokenMasks:
             line |= _bits(end, len(line))
             if not end:
                 row.refusal = (
-                    f"no token is left to draw at token {row.position - request.num_prompt_tokens} "
-                    "of the answer: structured_outputs, allowed_token_ids, bad_words and "
-                    "min_tokens together forbid all"
+                    f"no token is left to sample at position "
+                    f"{row.position - request.num_prompt_tokens} of the answer: "
+                    "structured_outputs, allowed_token_ids, bad_words and min_tokens together "
+                    "forbid every token"
                 )
 
     def _matcher(self, request: Request, grammar: Grammar) -> Matcher:
@@ -92,7 +93,7 @@ class TokenMasks:
 
 
 def _bits(token_ids: Sequence[int], num_words: int) -> npt.NDArray[np.int32]:
-    """[num_words]: the bits of `token_ids`."""
+    """int32 [num_words] with the bits of `token_ids` set."""
     words = np.zeros(num_words, np.uint32)
     ids = np.array(token_ids, np.uint32)
     np.bitwise_or.at(words, ids // 32, np.uint32(1) << (ids % 32))
@@ -100,4 +101,5 @@ def _bits(token_ids: Sequence[int], num_words: int) -> npt.NDArray[np.int32]:
 
 
 def _has(line: npt.NDArray[np.int32], token_id: int) -> bool:
+    """True if the bit of `token_id` is set."""
     return bool(line.view(np.uint32)[token_id // 32] >> (token_id % 32) & 1)

@@ -376,5 +376,5 @@ def test_content_is_logged_where_it_is_asked_for_and_a_dead_collector_is_told_on
     assert begun["prompt"] == "w5 w6 w7"
     assert "max_tokens=4" in begun["params"]
     assert ended["answers"] == [answer["choices"][0]["text"]]
-    assert orphan["message"] == "the server is gone: the engine ends"
+    assert orphan["message"] == "the parent process has exited: shutting down the engine"
     assert "".join(server.output).count("traces cannot be sent") == 1
