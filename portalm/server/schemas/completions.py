@@ -25,7 +25,6 @@ class CompletionRequest(SamplingFields):
         ]
     )
     echo: bool = False
-    logprobs: int | None = None
     best_of: int | None = None
     suffix: str | None = None
     return_token_ids: bool = False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -11,6 +11,7 @@ from portalm.errors import InvalidRequest
 from portalm.sampling_params import SamplingParams
 from portalm.server.schemas.common import Messages
 from portalm.server.schemas.conversation import checked_variables
+from portalm.server.schemas.derived import derived_fields, sampling_values
 from portalm.server.schemas.formats import JsonSchemaFormat, ResponseFormat
 from portalm.server.schemas.responses_input import as_messages
 from portalm.server.schemas.tools import ToolUse, check_tools
@@ -75,7 +76,13 @@ class ResponsesStreamOptions(BaseModel):
     include_obfuscation: bool = False
 
 
-class ResponsesRequest(BaseModel):
+if TYPE_CHECKING:
+    _DerivedFields = BaseModel
+else:
+    _DerivedFields = derived_fields("seed", "top_k", "min_p")  # PortaLM's own
+
+
+class ResponsesRequest(_DerivedFields):
     """POST /v1/responses."""
 
     model_config = ConfigDict(extra="forbid")
@@ -115,9 +122,6 @@ class ResponsesRequest(BaseModel):
 
     # ours, as in chat completions
     chat_template_kwargs: dict[str, Any] | None = None
-    seed: int | None = None
-    top_k: int = 0
-    min_p: float = 0.0
     priority: int = 0
     cache_salt: str | None = None
     request_id: str | None = None
@@ -144,14 +148,11 @@ class ResponsesRequest(BaseModel):
     def params(self) -> SamplingParams:
         """The parameters. Raises `InvalidRequest`."""
         form = self.text.format if self.text is not None else None
+        structured = form.response_format().structured_outputs() if form else None
         return SamplingParams(
-            temperature=1.0 if self.temperature is None else self.temperature,
-            top_p=1.0 if self.top_p is None else self.top_p,
-            top_k=self.top_k,
-            min_p=self.min_p,
-            seed=self.seed,
+            **sampling_values(self),
             max_tokens=self.max_output_tokens,
-            structured_outputs=form.response_format().structured_outputs() if form else None,
+            structured_outputs=structured,
         )
 
     def tool_use(self) -> ToolUse:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -10,6 +10,7 @@ from portalm.beam_search_params import BeamSearchParams
 from portalm.errors import InvalidRequest
 from portalm.sampling_params import SamplingParams, StructuredOutputs
 from portalm.server.schemas.common import MAX_PROMPT, StopText, TokenIds
+from portalm.server.schemas.derived import derived_fields, sampling_values
 from portalm.server.schemas.formats import ResponseFormat
 
 _WITH_BEAMS = {
@@ -32,7 +33,21 @@ class StreamOptions(BaseModel):
     continuous_usage_stats: bool = False
 
 
-class SamplingFields(BaseModel):
+if TYPE_CHECKING:
+
+    class _DerivedFields(BaseModel):
+        """Derived fields that code reads by name, for the type checker."""
+
+        n: int
+        logprobs: Any
+        prompt_logprobs: int | None
+        ignore_eos: bool
+
+else:
+    _DerivedFields = derived_fields()
+
+
+class SamplingFields(_DerivedFields):
     """What every endpoint that generates takes: SamplingParams' fields, and whose they are."""
 
     model_config = ConfigDict(extra="forbid")
@@ -44,31 +59,17 @@ class SamplingFields(BaseModel):
     priority: int = 0
     cache_salt: str | None = None
 
-    n: int = 1
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    repetition_penalty: float = 1.0
+    # narrower than in SamplingParams: lists are limited, null stands for the default
     temperature: float | None = None
     top_p: float | None = None
-    top_k: int = 0
-    min_p: float = 0.0
-    seed: int | None = None
     stop: StopText | Annotated[list[StopText], Field(fail_fast=True, max_length=64)] | None = None
     stop_token_ids: Annotated[TokenIds, Field(max_length=1024)] = Field(default_factory=list)
-    ignore_eos: bool = False
     max_tokens: int | None = None
-    min_tokens: int = 0
-    prompt_logprobs: int | None = None
-    detokenize: bool = True
-    skip_special_tokens: bool = True
-    spaces_between_special_tokens: bool = True
-    include_stop_str_in_output: bool = False
     logit_bias: Annotated[dict[str, float], Field(max_length=1024)] | None = None
     allowed_token_ids: Annotated[TokenIds, Field(max_length=1 << 18)] | None = None
     bad_words: Annotated[list[StopText], Field(fail_fast=True, max_length=256)] = Field(
         default_factory=list
     )
-
     logits_processors: Annotated[dict[str, Any], Field(max_length=16)] = Field(default_factory=dict)
 
     # what an answer must look like: at most one of these
@@ -90,51 +91,18 @@ class SamplingFields(BaseModel):
     store: bool | None = None
     service_tier: str | None = None
 
-    def sampling_params(
-        self,
-        *,
-        max_tokens: int | None,
-        logprobs: int | None,
-        prompt_logprobs: int | None = None,
-        n: int | None = None,
-    ) -> SamplingParams:
-        """The parameters; raises `InvalidRequest` for values that cannot work.
+    def sampling_params(self, **replaced: Any) -> SamplingParams:
+        """The sampling parameters of the request.
 
         Args:
-            max_tokens: as the endpoint spells it.
-            logprobs: as the endpoint spells it.
-            prompt_logprobs: instead of the field of that name.
-            n: instead of the field of that name.
+            **replaced: values that replace fields of the same name, where the endpoint defines
+                those differently.
+
+        Raises:
+            InvalidRequest: a value is out of range, or values contradict each other.
         """
-        return SamplingParams(
-            n=self.n if n is None else n,
-            presence_penalty=self.presence_penalty,
-            frequency_penalty=self.frequency_penalty,
-            repetition_penalty=self.repetition_penalty,
-            temperature=1.0 if self.temperature is None else self.temperature,
-            top_p=1.0 if self.top_p is None else self.top_p,
-            top_k=self.top_k,
-            min_p=self.min_p,
-            seed=self.seed,
-            stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
-            stop_token_ids=tuple(self.stop_token_ids),
-            ignore_eos=self.ignore_eos,
-            max_tokens=max_tokens,
-            min_tokens=self.min_tokens,
-            logprobs=logprobs,
-            prompt_logprobs=self.prompt_logprobs if prompt_logprobs is None else prompt_logprobs,
-            detokenize=self.detokenize,
-            skip_special_tokens=self.skip_special_tokens,
-            spaces_between_special_tokens=self.spaces_between_special_tokens,
-            include_stop_str_in_output=self.include_stop_str_in_output,
-            logit_bias=self.logit_bias or {},  # type: ignore[arg-type]  # keys become integers
-            allowed_token_ids=None
-            if self.allowed_token_ids is None
-            else tuple(self.allowed_token_ids),
-            bad_words=tuple(self.bad_words),
-            logits_processors=self.logits_processors,
-            structured_outputs=self._structured_outputs(),  # type: ignore[arg-type]  # a mapping may be
-        )
+        values = {**sampling_values(self), "structured_outputs": self._structured_outputs()}
+        return SamplingParams(**{**values, **replaced})
 
     def beams(self, beam_width: int, max_tokens: int | None) -> BeamSearchParams | None:
         """How to search for the likeliest answers; None: they are drawn.
