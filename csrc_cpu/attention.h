@@ -1,18 +1,21 @@
 // attention: causal attention of this step's query tokens over their requests' paged context.
 //
-//   query        [T, H, D]; out [T, H, V], V <= D; cache as in kv_cache.h; block_table int32 [S, MB]
-//   items        int32 [N, kItemFields], made by backends/cpu/attention.py: a tile of query tokens
-//                of one request against all of its context or one split of it
+//   query        [T, H, D]; out [T, H, V], V <= D
+//   cache        as in kv_cache.h; block_table int32 [S, max_blocks]
+//   items        AttentionItem [N] (kernels.h), made by backends/cpu/attention.py: a tile of query
+//                tokens of one request against all of its context or one split of it
 //
 // Mapping:  the team takes (item, KV head) pairs, most work first. All query heads of a KV head are
 //           rows of one tile, so that each key and value is loaded once for all of them.
 // Bound by: memory in decode (each key and value is read once), multiply-adds in prefill.
 // Meaning:  ReferenceBackend.attend. A row's arithmetic is a function of its position alone: scores
-//           are taken in spans of kSplitTokens tokens from the beginning of the context, each span has its
-//           own softmax, and spans are merged in order, whether one thread did them all or each
-//           another. So a result does not depend on the batch or on how a prompt was chunked.
-// Needs:    block sizes that divide kSplitTokens; of shared values, keys of whole vectors. Slots past a request's context may hold anything, NaN
-//           too: a token that a row may not see never shows in it.
+//           are taken in spans of kSplitTokens tokens from the beginning of the context, each span
+//           has its own softmax, and spans are merged in order, by one thread or by several. So a
+//           result does not depend on the batch or on how a prompt was chunked.
+// Needs:    block sizes that divide kSplitTokens; with shared values, a head size of whole vectors.
+//           Slots past a request's context may hold anything, NaN included: masked tokens do not
+//           affect a row.
+// Tested:   tests/unit/test_cpu_kernels.py; speed: benchmarks/kernels/layers.py
 #pragma once
 
 #include "kv_cache.h"
@@ -52,7 +55,7 @@ PORTALM_INLINE void clear(Running r, int64_t rows) {
   memset(r.value, 0, rows * r.stride * sizeof(float));
 }
 
-// One more span behind those merged before.
+// Merge the next span into the total of the spans before it.
 inline void merge(Running total, Running span, int64_t rows) {
   for (int64_t r = 0; r < rows; ++r) {
     if (span.weight[r] == 0) continue;  // the row saw none of it
@@ -69,7 +72,7 @@ inline void merge(Running total, Running span, int64_t rows) {
   }
 }
 
-// Two neighbours of a vector: dimensions of keys or tokens of values, `stride` apart.
+// A pair of vectors: two dimensions of keys or two tokens of values, `stride` elements apart.
 struct VecPair {
   Vec first, second;
 };
@@ -83,8 +86,9 @@ PORTALM_INLINE VecPair load_pair(const bf16* p, int64_t) {
   return {__builtin_bit_cast(Vec, both << 16), __builtin_bit_cast(Vec, both & 0xFFFF0000)};
 }
 
-// Where the next chunk's tokens lie, in bytes from this one's; 0: there is none. Whoever reads keys
-// or values in decode asks for those of the next chunk at the same place: memory is never idle.
+// Prefetch what `p` will be in the next chunk, `ahead` bytes further on (0: there is no next
+// chunk). In decode every read of keys or values prefetches the next chunk's, so that memory is
+// never idle.
 template <typename K>
 PORTALM_INLINE void read_ahead(const K* p, int64_t ahead, int64_t stride) {
   if (ahead == 0) return;
@@ -122,8 +126,8 @@ PORTALM_INLINE void score_tile(const float* query, int64_t head_size, const K* k
     for (int n = 0; n < N; ++n) store(scores + r * kScoreStride + n * kLanes, acc[r][n]);
 }
 
-// Scores of `tokens` tokens that lie side by side in a block. Where they are fewer than a vector
-// the lanes behind them hold anything: what comes next, or the mask, writes over it.
+// Scores of `tokens` contiguous tokens of a block. If they do not fill a vector, the remaining
+// lanes are undefined: the next unit or the mask overwrites them.
 template <int R, typename K>
 PORTALM_INLINE void unit_scores(const float* query, int64_t head_size, const K* keys,
                                 int64_t block_size, int64_t tokens, int64_t ahead, float* scores) {
@@ -134,8 +138,8 @@ PORTALM_INLINE void unit_scores(const float* query, int64_t head_size, const K* 
     score_tile<R, 1>(query, head_size, keys + b * kPack<K>, block_size, ahead, scores + b);
 }
 
-// The same over keys that lie as values do, a pair of tokens at a time: lanes are dimensions (whole
-// vectors of them), summed at the end.
+// The same over keys in the layout of values (shared values), two tokens at a time: lanes are
+// dimensions, summed at the end.
 template <int R, typename K>
 PORTALM_INLINE void unit_scores_by_rows(const float* query, int64_t head_size, const K* keys,
                                         int64_t tokens, int64_t ahead, float* scores) {
@@ -160,7 +164,7 @@ PORTALM_INLINE void unit_scores_by_rows(const float* query, int64_t head_size, c
   }
 }
 
-// Call body<R>(row) for all rows, Tile at a time and then the rest at once.
+// Call body<R>(row) for rows [row, end), Tile at a time, then once for the remainder.
 template <int R, typename Body>
 PORTALM_INLINE void rest_of_rows(int64_t row, int64_t count, const Body& body) {
   if (count == R) {
@@ -175,15 +179,15 @@ PORTALM_INLINE void for_rows(int64_t row, int64_t end, const Body& body) {
   rest_of_rows<Tile - 1>(row, end - row, body);
 }
 
-// A chunk of the context, [start, start + kChunk), in the units in which its tokens lie side by
-// side: whole blocks, or parts of one.
+// A chunk of the context, tokens [start, start + kChunk), in units of contiguous tokens: whole
+// blocks, or parts of one.
 template <typename K>
 struct Chunk {
   int64_t start, unit, num_units;
   const K* keys[kChunk / 8];
   const K* values[kChunk / 8];
   int64_t ahead[kChunk / 8];
-  const bf16* scales[kChunk / 8];  // of codes: the keys', and `block_size` on those of the values
+  const bf16* scales[kChunk / 8];  // codes only: the keys'; the values' are block_size later
 };
 
 template <typename K>
@@ -228,7 +232,7 @@ PORTALM_INLINE void value_tile(const float* weights, const Chunk<K>& chunk, int6
     for (int n = 0; n < N; ++n) acc[r][n] = load(value + r * stride + n * kLanes);
   for (int64_t u = from / chunk.unit; u * chunk.unit < to; ++u) {
     const int64_t start = u * chunk.unit;
-    // values that are keys were asked for with those
+    // shared values were prefetched as keys
     const int64_t ahead = chunk.values[u] == chunk.keys[u] ? 0 : chunk.ahead[u];
     int64_t t = max_of(from - start, int64_t{0});
     const int64_t until = min_of(to - start, chunk.unit);
@@ -273,8 +277,8 @@ PORTALM_INLINE Seen seen_by(const AttentionArgs& a, int64_t position, int64_t st
   return {max_of<int64_t>(from, 0), min_of<int64_t>(position + 1 - start, kChunk)};
 }
 
-// Tokens that a row may not see get the score -inf, whatever stood there; the largest score of the
-// others is returned. `distance` is the chunk's first token's from the row's, at most 0.
+// Apply soft cap and ALiBi, set the scores of masked tokens to -inf, and return the largest score.
+// `distance`: position of the chunk's first token minus the row's, at most 0.
 PORTALM_INLINE float mask_scores(const AttentionArgs& a, Seen seen, float slope, int64_t distance,
                                  float* s) {
   const float hidden = -__builtin_inff();
@@ -290,8 +294,8 @@ PORTALM_INLINE float mask_scores(const AttentionArgs& a, Seen seen, float slope,
   return max_lane(best);
 }
 
-// A row's scores become weights, what the row holds is scaled to its new largest score. A NaN stays
-// one, and makes the row NaN.
+// Turn a row's scores into weights and rescale its sums to the new largest score. A NaN score makes
+// the row NaN.
 PORTALM_INLINE void weigh(float largest, float* s, Running out, int64_t r) {
   const float base = largest == -__builtin_inff() ? 0.0f : largest;
   Vec weight{};
@@ -310,7 +314,7 @@ PORTALM_INLINE void weigh(float largest, float* s, Running out, int64_t r) {
   }
 }
 
-// What the codes of a chunk's keys (or values, `side` on) are in units of, token by token.
+// The scale of each token's key codes in a chunk (`side` 0) or value codes (`side` block_size).
 template <typename K>
 PORTALM_INLINE void load_scales(const Chunk<K>& chunk, int64_t side, float* scales) {
   for (int64_t u = 0; u < chunk.num_units; ++u)
@@ -318,12 +322,12 @@ PORTALM_INLINE void load_scales(const Chunk<K>& chunk, int64_t side, float* scal
       store(scales + u * chunk.unit + b, load(chunk.scales[u] + side + b) * splat(kUnit<K>));
 }
 
-// row[i] *= scales[i]. A token that the row may not see may have any scale: nobody looks at it.
+// row[i] *= scales[i]. Scales of masked tokens may be anything: their products are not used.
 PORTALM_INLINE void scale_row(float* row, const float* scales, int64_t tokens) {
   for (int64_t i = 0; i < tokens; i += kLanes) store(row + i, load(row + i) * load(scales + i));
 }
 
-// One chunk, for those rows of an item that see some of it.
+// Attend to one chunk, for those rows of an item that see any of its tokens.
 template <typename K>
 inline void attend_chunk(const AttentionArgs& a, const Item& item, int64_t head, int64_t group,
                          const Chunk<K>& chunk, const float* query, float* scores, float* largest,
@@ -358,7 +362,7 @@ inline void attend_chunk(const AttentionArgs& a, const Item& item, int64_t head,
     for (int64_t r = first * group; r < last * group; ++r)
       scale_row(scores + r * kScoreStride, scales, tokens);
   }
-  // two loops: the rows do not wait for each other's largest score
+  // two loops, so that a row does not wait for another row's largest score
   for (int64_t r = first * group; r < last * group; ++r) {
     const int64_t position = item.position + r / group;
     const float slope = a.slopes ? a.slopes[head * group + r % group] : 0.0f;
@@ -394,7 +398,7 @@ inline void attend_chunk(const AttentionArgs& a, const Item& item, int64_t head,
   }
 }
 
-// One span, [span, span + kSplitTokens) of the context, of all rows of an item.
+// Attend to one span, tokens [span, span + kSplitTokens) of the context, for all rows of an item.
 template <typename K>
 inline void attend_span(const AttentionArgs& a, const Item& item, int64_t head, int64_t group,
                         int64_t span, const float* query, float* scores, Running out) {
@@ -416,7 +420,7 @@ inline void attend_span(const AttentionArgs& a, const Item& item, int64_t head, 
   }
 }
 
-// The rows of `item`, scaled, in float32: row t * group + g is head g of token t.
+// The query rows of `item` in float32, scaled: row t * group + g is head g of token t.
 inline void load_query(const AttentionArgs& a, const Item& item, int64_t head, int64_t group,
                        float* query) {
   const int64_t head_size = a.shape.head_size;
@@ -452,7 +456,7 @@ inline void store_out(const AttentionArgs& a, const Item& item, int64_t head, in
   });
 }
 
-// Partial results of a split tile, in order; by the member that finished its last one.
+// Merge the partial results of a split tile in order; called by the thread that finished the last.
 inline void merge_partials(const AttentionArgs& a, const Item& item, int64_t head, int64_t group,
                            int64_t partial_floats, Running total) {
   const int64_t rows = item.num_tokens * group;

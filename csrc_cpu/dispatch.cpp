@@ -31,14 +31,15 @@ namespace {
 
 enum class Register { eax, edx };
 
-// A feature that this compiler's __builtin_cpu_supports does not name.
+// Whether a CPUID bit is set, for features that __builtin_cpu_supports does not name.
 [[maybe_unused]] bool has_bit(unsigned leaf, unsigned part, Register which, int bit) {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   if (!__get_cpuid_count(leaf, part, &eax, &ebx, &ecx, &edx)) return false;
   return (which == Register::eax ? eax : edx) >> bit & 1;
 }
 
-// Tiles are 8 KiB of registers, which the kernel saves only for a process that asks (Linux 5.16).
+// Tiles are 8 KiB of registers that Linux (5.16 and newer) saves only for processes that request
+// it.
 [[maybe_unused]] bool may_use_tiles() {
 #if defined(__linux__)
   constexpr long kRequestPermission = 0x1023, kTileData = 18;

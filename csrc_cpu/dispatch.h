@@ -1,4 +1,4 @@
-// Which kernels this CPU can run.
+// The kernels that this CPU can run, and the choice among them.
 #pragma once
 
 #include <string>
@@ -8,10 +8,10 @@
 
 namespace portalm {
 
-// Of every instruction set that this CPU has, best last.
+// The kernels of every instruction set that was built and that this CPU has, best last.
 std::vector<const Kernels*> runnable_kernels();
 
-// Use the kernels of another one from now on; weights must be packed again (tests do this).
+// Use the kernels of instruction set `name` from now on; weights must be packed again. For tests.
 void set_isa(const std::string& name);
 
 }  // namespace portalm

@@ -1,4 +1,4 @@
-// Every kernel for one instruction set: compiled once for each, with PORTALM_ISA its name.
+// All kernels for one instruction set, named PORTALM_ISA: compiled once for each.
 #include "kernels.h"
 
 #include "attention.h"
@@ -20,7 +20,7 @@
 namespace portalm::PORTALM_ISA {
 
 #if PORTALM_HAS_TILES
-// bfloat16 by tiles, where both sides are; all else as without them
+// uses tiles if weight and x are bfloat16
 void linear_with_tiles(const LinearArgs& a) {
   const bool is_bf16 = a.format == Format::bf16 || a.format == Format::blocks;
   if (is_bf16 && a.x_dtype == DType::bf16) return linear_by_tiles(a);

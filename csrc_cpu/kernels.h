@@ -20,8 +20,8 @@ namespace portalm {
   ENTRY(f8, "fp8")
 
 // How a linear weight is packed: plain elements as in DType, integers of 8 or 4 bits with scales
-// (and minimums) by groups (linear_quantized.h), or `blocks`: bfloat16 as integers, nearly exact and
-// on some CPUs faster. `_x16` formats multiply by activations of 15 bits, the others of 8.
+// (and minimums) by groups (linear_quantized.h), or `blocks`: bfloat16 as integers, nearly exact
+// and on some CPUs faster. `_x16` formats multiply by activations of 15 bits, the others of 8.
 #define PORTALM_FORMATS(ENTRY)    \
   ENTRY(f32, "float32")           \
   ENTRY(bf16, "bfloat16")         \

@@ -1,19 +1,21 @@
-// kv_write, kv_copy, kv_wire: into the paged KV cache, between its blocks, out of it and back.
+// kv_write, kv_copy, kv_wire: write to the paged KV cache, copy its blocks, export and import them.
 //
 //   cache   per layer, block and KV head: keys, then values, of B tokens
 //             float32, float16   keys [D, B]          values [B, D]
 //             bfloat16           keys [D / 2, B, 2]   values [B / 2, D, 2]
-//           Keys are transposed: one load brings the same dimension of many tokens. bfloat16 comes
-//           in pairs that fill a 32-bit lane, which a shift and a mask widen to two vectors.
+//           Keys are transposed: one load reads the same dimension of many tokens. bfloat16 is
+//           stored in pairs that fill a 32-bit lane, which a shift and a mask widen to two vectors.
 //             int8, float8       keys [D, B]          values [B, D]
-//           then the scales of the B keys and of the B values, in bfloat16: what a code is worth
-//           (SCALED_KV_DTYPES in portalm/backend/kv_cache.py).
-//           Where values are keys (no codes then) there is one plane, and it lies as values do.
-//   wire    [N, L, 2, B, H_kv, D], the layout that every backend exchanges; of codes, float32; 1
-//           for one plane
+//           then the scales of the B keys and of the B values, in bfloat16: a number is its code
+//           times its token's scale (SCALED_KV_DTYPES in portalm.backend).
+//           With shared values (floats only) there is one plane, in the layout of values.
+//   wire    [N, L, 2, B, H_kv, D], the layout that all backends exchange, or [N, L, 1, ...] with
+//           shared values; float32 for a cache of codes
 //
 // Mapping:  the team shares tokens, copies, or (block, layer) pairs. Bound by: memory.
 // Needs:    slots and blocks within the cache; padding points into block 0, which is never read.
+// Meaning:  ReferenceBackend.kv_write, kv_copy, kv_export and kv_import.
+// Tested:   tests/unit/test_cpu_kernels.py
 #pragma once
 
 #include "parallel.h"
@@ -25,7 +27,8 @@ PORTALM_INLINE int64_t head_elements(const KVShape& s) { return s.block_size * s
 
 PORTALM_INLINE int64_t num_planes(const KVShape& s) { return s.shares_values ? 1 : 2; }
 
-// Codes, which are worth nothing without their token's scale; what `load` of one is in units of.
+// Whether elements are 8-bit codes with a scale per token; the factor that `load` leaves out of a
+// code's value; the largest value of a code.
 template <typename K>
 constexpr bool kIsCode = false;
 template <>
@@ -41,7 +44,7 @@ constexpr float kLargestCode = 127;
 template <>
 inline constexpr float kLargestCode<f8> = 448;
 
-// Elements from the keys of one block and KV head to the next ones.
+// Element at which the keys, or the values, of a block and KV head begin.
 template <typename K>
 PORTALM_INLINE int64_t keys_at(const KVShape& s, int64_t block, int64_t head) {
   const int64_t scales = kIsCode<K> ? 2 * s.block_size * sizeof(bf16) : 0;
@@ -52,7 +55,7 @@ PORTALM_INLINE int64_t values_at(const KVShape& s, int64_t block, int64_t head) 
   return keys_at<K>(s, block, head) + (num_planes(s) - 1) * head_elements(s);
 }
 
-// The scales of a block's keys, and behind them those of its values.
+// The scales of a block's keys, followed by those of its values.
 template <typename K>
 PORTALM_INLINE bf16* scales_of(K* keys, const KVShape& s) {
   return reinterpret_cast<bf16*>(keys + 2 * head_elements(s));
@@ -62,13 +65,13 @@ PORTALM_INLINE const bf16* scales_of(const K* keys, const KVShape& s) {
   return reinterpret_cast<const bf16*>(keys + 2 * head_elements(s));
 }
 
-// Neighbours that share a 32-bit lane.
+// Adjacent elements that share a 32-bit lane.
 template <typename K>
 constexpr int kPack = 1;
 template <>
 inline constexpr int kPack<bf16> = 2;
 
-// Where dimension `d` of token `b` of a block is among its keys, and among its values.
+// Index of dimension `d` of token `b` within a block's keys, and within its values.
 template <typename K>
 PORTALM_INLINE int64_t key_at(const KVShape& s, int64_t d, int64_t b) {
   return (d / kPack<K> * s.block_size + b) * kPack<K> + d % kPack<K>;
@@ -78,7 +81,7 @@ PORTALM_INLINE int64_t value_at(const KVShape& s, int64_t b, int64_t d) {
   return (b / kPack<K> * s.head_size + d) * kPack<K> + b % kPack<K>;
 }
 
-// The scale of `count` numbers; their codes are what they are times `inverse`, or 0 where that is.
+// The scale of `count` numbers. A code is the number times `inverse`; all are 0 if `inverse` is 0.
 template <typename K>
 struct VectorScale {
   bf16 scale;
@@ -86,7 +89,7 @@ struct VectorScale {
 
   template <typename T>
   PORTALM_INLINE static VectorScale of(const T* x, int64_t count) {
-    VecI most{};  // floats without their sign are in the order of their bits, a NaN above all
+    VecI most{};  // absolute values compare like their bits, with NaN above all
     for (int64_t i = 0; i < count; i += kLanes) {
       const Vec v = i + kLanes <= count ? load(x + i) : load_part(x + i, count - i);
       most = max_of(most, __builtin_bit_cast(VecI, v) & 0x7FFFFFFF);
@@ -150,7 +153,7 @@ inline void kv_write(const KVWriteArgs& a) {
       using T = decltype(t);
       parallel_for(a.tokens, 16, [&](int64_t begin, int64_t end) {
         for (int64_t token = begin; token < end; ++token) {
-          // padding is not written: nobody reads it, and two members would race for its slot
+          // padding is not written: it is never read, and threads would race for its slot
           if (a.slots[token] < a.shape.block_size) continue;
           const T* key = static_cast<const T*>(a.key) + token * a.key_stride;
           const T* value = static_cast<const T*>(a.value) + token * a.value_stride;
@@ -198,7 +201,7 @@ inline void wire_block(const KVWireArgs& a, int64_t index, int64_t layer) {
   }
 }
 
-// The same of codes: out come the numbers that they stand for, what comes in is written as a token.
+// The same for codes: exports the numbers that they represent, and imports numbers like new tokens.
 template <typename K>
 inline void wire_codes(const KVWireArgs& a, int64_t index, int64_t layer) {
   const KVShape& s = a.shape;

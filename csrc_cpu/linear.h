@@ -1,16 +1,17 @@
 // linear: out[r, n] = sum over k of x[r, k] * weight[n, k], plus bias[n]; float32 inside.
 //
-//   weight   [N, K] packed into panels of kPanel rows, so that one load brings the same k of many
-//            rows of the weight, for one row of x and for many: panel p is [K][kPanel]; bfloat16
-//            lies in pairs of k, [K / 2][kPanel][2], which widen by one instruction a vector (and
-//            are what bfloat16 dot products take)
-//   x        [rows, K] float32, bfloat16 or float16, widened once a call into tiles of
-//            [K][rows of the tile]; out [rows, N]
-//   quantised weights: linear_quantized.h
+//   weight   [N, K] packed into panels of kPanel rows, so that one load reads the same k of many
+//            rows of the weight: panel p is [K][kPanel]; bfloat16 is stored in pairs of k,
+//            [K / 2][kPanel][2], which widen with one instruction per vector (and are the operands
+//            of bfloat16 dot products)
+//   x        [rows, K] float32, bfloat16 or float16, widened once per call into tiles of
+//            [K][rows of the tile]
+//   out      [rows, N]
+//   Quantized weights: linear_quantized.h.
 //
 // Mapping:  the team shares the panels; a register tile is kTileRows rows of x by one panel. With
-//           few rows several panels are worked on at once, so that enough sums are in flight; with
-//           many a panel is widened once for all of them.
+//           few rows a tile spans several panels, so that enough sums are in flight; with many rows
+//           a panel is widened once for all of them.
 // Bound by: memory up to about 8 rows (each weight is read once), multiply-adds from about 32 on.
 // Meaning:  every sum runs over k in order in one accumulator, whatever the tile: a row's result
 //           does not depend on how many rows there are, bit for bit.
@@ -24,20 +25,20 @@ namespace portalm::PORTALM_ISA {
 
 constexpr int kPanel = 2 * kLanes;
 #if defined(PORTALM_EMULATED)
-constexpr int kTileRows = 4;  // the same code, compiled sooner
+constexpr int kTileRows = 4;  // the same code, faster to compile
 #else
-constexpr int kTileRows = kLanes == 16 ? 12 : 6;  // 2 accumulators a row, as registers allow
+constexpr int kTileRows = kLanes == 16 ? 12 : 6;  // 2 accumulators per row fill the registers
 #endif
 
-// Elements of one k pair of a panel lie side by side.
+// Whether the two elements of a pair of k are adjacent in a panel.
 template <typename W>
 constexpr bool kInPairs = false;
 template <>
 constexpr bool kInPairs<bf16> = true;
 
-// Whether bfloat16 pairs are multiplied and summed by one instruction, x being bfloat16 as well. The
-// sums are float32, but an instruction rounds (and flushes denormals) as it likes: another result
-// than that of other instruction sets, the same for all tiles.
+// Whether one instruction multiplies and sums bfloat16 pairs, x being bfloat16 as well. The sums
+// are float32, but the instruction has its own rounding (and flushes denormals): results differ
+// from those of other instruction sets, and are the same for all tiles.
 #if defined(__AVX512BF16__) && PORTALM_LANES == 16
 constexpr bool kDotsPairs = true;
 PORTALM_INLINE Vec dot_pairs(Vec sums, VecU w, VecU x) {
@@ -45,7 +46,7 @@ PORTALM_INLINE Vec dot_pairs(Vec sums, VecU w, VecU x) {
 }
 #else
 #if defined(PORTALM_EMULATED)
-constexpr bool kDotsPairs = true;  // so that this path is tested where no CPU has it
+constexpr bool kDotsPairs = true;  // to test this path on CPUs without the instruction
 #else
 constexpr bool kDotsPairs = false;
 #endif
@@ -55,7 +56,7 @@ PORTALM_INLINE Vec dot_pairs(Vec sums, VecU w, VecU x) {
 }
 #endif
 
-// What a tile holds of x: float32, or a pair of bfloat16 for the dot product.
+// An element of a tile of x: float32, or a pair of bfloat16 for the dot product.
 struct Pair {
   uint32_t bits;
 };
@@ -64,10 +65,10 @@ constexpr bool kIsPair = false;
 template <>
 constexpr bool kIsPair<Pair> = true;
 
-// Rows of x that are kept in float32 at a time: what half of a core's second-level cache holds.
+// Floats of x that are widened at a time: half of a core's second-level cache.
 constexpr int64_t kBlockFloats = 64 * 1024;
 
-// Rows cut into as few tiles as can be, of nearly the same size: a small tile would leave the
+// Rows cut into as few tiles as possible, of nearly equal size: a small tile would leave the
 // multipliers idle.
 struct Tiles {
   PORTALM_INLINE explicit Tiles(int64_t num_rows)
@@ -89,7 +90,7 @@ PORTALM_INLINE int64_t padded_k(int64_t k) {
   return kInPairs<W> ? (k + 1) / 2 * 2 : k;
 }
 
-// Where row `j` of a panel has its `k`.
+// Index of column `k` of row `j` within a panel.
 template <typename W>
 PORTALM_INLINE int64_t in_panel(int64_t k, int64_t j) {
   return kInPairs<W> ? (k / 2 * kPanel + j) * 2 + k % 2 : k * kPanel + j;
@@ -117,7 +118,7 @@ inline void pack_as(const PackArgs& a) {
   });
 }
 
-// Both vectors of a panel at one k, or at a pair of them.
+// Both vectors of a panel at one k, or at a pair of k.
 struct PanelRow {
   Vec low, high;
 };
@@ -136,7 +137,7 @@ PORTALM_INLINE PanelPair panel_pair(const bf16* at) {
           {__builtin_bit_cast(Vec, low & 0xFFFF0000), __builtin_bit_cast(Vec, high & 0xFFFF0000)}};
 }
 
-// Sums of a tile of R rows of x, [K][R] (of pairs [K / 2][R]), and P panels: sums[R][P][kPanel].
+// Multiply a tile of R rows of x, [K][R] (pairs: [K / 2][R]), by P panels: sums[R][P][kPanel].
 template <int R, int P, typename W, typename X>
 PORTALM_INLINE void tile(const X* x, const W* panel, int64_t k_size, float* sums) {
   Vec acc[R][P][2];
@@ -180,7 +181,7 @@ PORTALM_INLINE void tile(const X* x, const W* panel, int64_t k_size, float* sums
         const W* at = panel + p * panel_size + k * kPanel;
         __builtin_prefetch(at + (R <= 2 ? 1024 : panel_size), 0, 3);  // R > 2: the next panel
         add(p, panel_pair(at).first, x + k * R);
-        asm volatile("" ::: "memory");  // the second is read again: registers are few
+        asm volatile("" ::: "memory");  // read the second half again: registers are scarce
         add(p, panel_pair(at).second, x + k * R + R);
       }
     }
@@ -203,7 +204,7 @@ PORTALM_INLINE void tile(const X* x, const W* panel, int64_t k_size, float* sums
     }
 }
 
-// A tile's sums, bias added, as out.
+// Add the bias to a tile's sums and store them to out.
 PORTALM_INLINE void finish(const LinearArgs& a, const float* bias, const float* sums, int64_t row,
                            int64_t num_rows, int64_t column, int64_t width) {
   const int64_t count = min_of(width, a.n - column);
@@ -223,7 +224,7 @@ PORTALM_INLINE void finish(const LinearArgs& a, const float* bias, const float* 
   });
 }
 
-// What one linear call works on besides its arguments.
+// What a linear call works on in addition to its arguments.
 template <typename X>
 struct Wide {
   const X* x;         // the tiles of this block
@@ -232,8 +233,8 @@ struct Wide {
   int64_t k;          // padded
 };
 
-// The tile of R rows that begins at row `r` of the block, by panels [begin, end), P at a time.
-// Inlined into its callers it would lose the registers that it needs.
+// Multiply the tile of R rows at row `r` of the block by panels [begin, end), P at a time. Not
+// inlined, as it needs all registers.
 template <int R, int P, typename W, typename X>
 __attribute__((noinline)) void tile_by_panels_of(const LinearArgs& a, const Wide<X>& wide,
                                                  int64_t r, const W* packed, int64_t begin,
@@ -251,10 +252,10 @@ __attribute__((noinline)) void tile_by_panels_of(const LinearArgs& a, const Wide
   }
 }
 
-// Panels at a time, so that about 8 to 12 sums are in flight.
+// Panels per tile, so that about 8 to 12 sums are in flight.
 constexpr int panels_for(int rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
 
-// A tile of `num_rows` rows, 1 to R.
+// Multiply a tile of `num_rows` rows (1 to R) by panels [begin, end).
 template <int R, typename W, typename X>
 inline void tile_by_panels(const LinearArgs& a, const Wide<X>& wide, int64_t r, int64_t num_rows,
                            const W* packed, int64_t begin, int64_t end) {
@@ -265,7 +266,7 @@ inline void tile_by_panels(const LinearArgs& a, const Wide<X>& wide, int64_t r, 
   }
 }
 
-// All rows of the block by panels [begin, end).
+// Multiply all rows of the block by panels [begin, end).
 template <typename W, typename X>
 inline void rows_by_panels(const LinearArgs& a, const Wide<X>& wide, int64_t num_rows,
                            const W* packed, int64_t begin, int64_t end) {
@@ -274,7 +275,7 @@ inline void rows_by_panels(const LinearArgs& a, const Wide<X>& wide, int64_t num
     tile_by_panels<kTileRows, W, X>(a, wide, tiles.first(t), tiles.rows(t), packed, begin, end);
 }
 
-// A panel in float32, [K][kPanel].
+// Widen a panel to float32, [K][kPanel].
 PORTALM_INLINE void widen_panel(const bf16* panel, float* wide, int64_t k_size) {
   for (int64_t k = 0; k < k_size; k += 2) {
     __builtin_prefetch(panel + (k_size + k) * kPanel, 0, 3);  // the next panel
@@ -290,7 +291,7 @@ PORTALM_INLINE void widen_panel(const fp16* panel, float* wide, int64_t k_size) 
 }
 PORTALM_INLINE void widen_panel(const float*, float*, int64_t) {}
 
-// Panels a piece of the team's work: some 64 KiB of weights, small enough to share evenly, large
+// Panels per piece of the team's work: about 64 KiB of weights, small enough to share evenly, large
 // enough to stream.
 PORTALM_INLINE int64_t panel_grain(int64_t panels, int64_t panel_bytes) {
   int64_t grain = max_of<int64_t>(64 * 1024 / max_of<int64_t>(panel_bytes, 1) / 4 * 4, 4);
@@ -323,7 +324,7 @@ inline void linear_block(const LinearArgs& a, const Wide<X>& wide, int64_t num_r
   });
 }
 
-// Rows of x as tiles of [K][R], in float32, zero where K is padded.
+// Widen rows of x into float32 tiles of [K][R], with zeros where K is padded.
 template <typename X>
 inline void widen_rows(const X* x, int64_t stride, int64_t k_size, int64_t padded, int64_t begin,
                        int64_t num_rows, int64_t all_rows, float* tiles) {
@@ -343,7 +344,7 @@ inline void widen_rows(const X* x, int64_t stride, int64_t k_size, int64_t padde
   }
 }
 
-// The same, of bfloat16 x for the dot product: tiles of [K / 2][R].
+// The same for bfloat16 dot products: tiles of pairs, [K / 2][R].
 inline void pair_rows(const bf16* x, int64_t stride, int64_t k_size, int64_t padded, int64_t begin,
                       int64_t num_rows, int64_t all_rows, Pair* tiles) {
   const Tiles shape(all_rows);

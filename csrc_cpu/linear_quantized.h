@@ -1,20 +1,22 @@
-// linear over integers: weight[n, k] = scale[n, g] * (code[n, k] - zero) + minimum[n, g] for groups g
-// of k; products are sums of integers, exact, scaled and added in float32.
+// linear with quantized weights: weight[n, k] = scale[n, g] * (code[n, k] - zero) + minimum[n, g]
+// for groups g of k. Within a group, products are exact integers; they are scaled and added in
+// float32.
 //
-//   weight   as quantized_formats.h lays it out
-//   x        [rows, K], rounded for each row and group by its largest value; once a call
+//   weight   in the layout of quantized_formats.h
+//   x        [rows, K], quantized once per call, for each row and group by its largest value
 //
-// Codes of 8 or 4 bits are a checkpoint's or what a weight is rounded to; x has 8 bits, or 15 (_x16)
-// where the checkpoint's own values shall come out. On CPUs without bfloat16 dot products bfloat16
-// weights are 14-bit integers here (blocks), x 13: a pair of 16-bit products takes two instructions
-// where float32 takes four. Scales are powers of two, so that whatever is not more than 16 times
-// smaller than the largest of its 64 neighbours is exact (docs/adr/0006).
+// Codes of 8 or 4 bits come from a checkpoint, or a weight is rounded to them; x has 8 bits, or 15
+// (_x16) to reproduce the checkpoint's own values. On CPUs without bfloat16 dot products, bfloat16
+// weights are handled as 14-bit integers (blocks) with 13-bit x: two instructions per pair of
+// 16-bit products, where float32 takes four. Their scales are powers of two, so that a value is
+// exact unless it is more than 16 times smaller than the largest of its group of 64
+// (docs/adr/0006).
 //
 // Mapping:  as linear.h: the team shares panels, tiles of up to kTileRows rows share each load.
 // Bound by: memory at few rows, integer products at many.
-// Meaning:  as ReferenceBackend.linear over the dequantised weight, but for the rounding of x. Within
-//           a group sums are exact, groups are added in order: a row's result does not depend on
-//           the batch, and is the same on every instruction set but for how multiply-adds round.
+// Meaning:  ReferenceBackend.linear over the dequantized weight, except for the rounding of x. Sums
+//           within a group are exact and groups are added in order: a row's result does not depend
+//           on the batch, and instruction sets differ only in how multiply-adds round.
 // Tested:   tests/unit/test_cpu_linear.py; speed: benchmarks/kernels/linear.py
 #pragma once
 
@@ -27,8 +29,8 @@ namespace portalm::PORTALM_ISA {
 typedef uint16_t VecH __attribute__((vector_size(4 * kLanes)));
 typedef uint64_t VecL __attribute__((vector_size(4 * kLanes)));
 
-// Sums over lanes' pairs of 16-bit products, added to 32-bit sums. Where registers are few, one piece
-// of assembly keeps the compiler from making all products before it adds the first.
+// Add each lane's pair of 16-bit products to its 32-bit sum. With few registers, inline assembly
+// keeps the compiler from computing all products before the first addition.
 PORTALM_INLINE void add_pairs(VecI& sums, VecI w, VecI x) {
 #if defined(__AVX512VNNI__) && PORTALM_LANES == 16
   sums = (VecI)_mm512_dpwssd_epi32((__m512i)sums, (__m512i)w, (__m512i)x);
@@ -55,7 +57,7 @@ PORTALM_INLINE void add_pairs(VecI& sums, VecI w, VecI x) {
 #endif
 }
 
-// The codes number `i` of a vector's units.
+// The `i`-th code of each unit of a vector.
 template <Format F>
 PORTALM_INLINE VecI codes_of(VecI units, int i) {
   constexpr int bits = kShape<F>.bits, unit = kUnitBits<F>;
@@ -73,7 +75,7 @@ PORTALM_INLINE VecI codes_of(VecI units, int i) {
 }
 
 // Sums over quads of unsigned codes times signed x, for one group: up to 8 quads of 4-bit codes, or
-// (where kHasQuads) of 8-bit ones.
+// of 8-bit codes if kHasQuads.
 #if defined(__AVX512VNNI__) && PORTALM_LANES == 16
 struct QuadSums {
   VecI sums{};
@@ -150,17 +152,17 @@ PORTALM_INLINE VecI load_bits(const uint8_t* p) {
 
 // -- rounding x ----------------------------------------------------------------------------------
 
-// x of a block as tiles: codes [groups][G / step][rows] in 32-bit lanes, and for each group and row
-// the scale and what the codes' sum takes away or adds.
+// The quantized x of a block, in tiles: codes [groups][G / step][rows] in 32-bit lanes, and for
+// each group and row a scale and the correction for the weights' zero or minimum.
 template <Format F>
 struct RoundedTiles {
-  // in 32-bit units, of a whole block of rows
+  // of a whole block of rows, in 32-bit units
   PORTALM_INLINE static int64_t size(int64_t rows, int64_t groups) {
     return rows * groups * (kLanesOfGroup<F> + 2);
   }
-  int32_t* codes;   // of a tile at first * groups * kLanesOfGroup
-  float* scales;    // of a tile at first * groups: [groups][rows]
-  int32_t* offset;  // the same: zero * sum of the codes
+  int32_t* codes;   // a tile begins at first * groups * kLanesOfGroup
+  float* scales;    // a tile begins at first * groups: [groups][rows]
+  int32_t* offset;  // as scales: sum of the codes, times the weight's zero without minimums
 };
 
 template <Format F, typename X>
@@ -204,7 +206,7 @@ inline void round_row(const RoundedTiles<F>& to, const X* x, int64_t k_size, int
               static_cast<int32_t>(pairs[2 * l] | pairs[2 * l + 1] << 16);
       }
     }
-    // a NaN or an infinity has no code: it shows in the scale and so in every product
+    // a NaN or an infinity has no code: a NaN scale makes every product NaN
     const bool is_finite = bits < kInfinityBits;
     scales[g * rows] = is_finite ? scale : __builtin_nanf("");
     int32_t total = 0;
@@ -214,12 +216,12 @@ inline void round_row(const RoundedTiles<F>& to, const X* x, int64_t k_size, int
   }
 }
 
-// Bytes of a panel that are asked for before their turn, where few rows leave memory as the limit.
+// Distance of prefetches in bytes with few rows, when memory is the limit.
 constexpr int64_t kReadAhead = 2048;
 
 // -- products ------------------------------------------------------------------------------------
 
-// Sums of a tile of R rows of x and P panels, into sums[R][P][kPanel].
+// Multiply a tile of R rows of x by P panels: sums[R][P][kPanel].
 template <int R, int P, Format F>
 PORTALM_INLINE void quantized_tile(const int32_t* x, const float* scales, const int32_t* offsets,
                                    const uint8_t* panels, int64_t groups, float* sums) {
@@ -295,8 +297,8 @@ struct QuantizedBlock {
   int64_t row, groups;
 };
 
-// The tile of R rows that begins at row `first` of the block, by panels [begin, end), P at a time.
-// Inlined into its callers it would lose the registers that it needs.
+// Multiply the tile of R rows at row `first` of the block by panels [begin, end), P at a time. Not
+// inlined, as it needs all registers.
 template <int R, int P, Format F>
 __attribute__((noinline)) void quantized_tile_by(const LinearArgs& a,
                                                  const QuantizedBlock<F>& block, int64_t first,
@@ -316,7 +318,7 @@ __attribute__((noinline)) void quantized_tile_by(const LinearArgs& a,
   }
 }
 
-// A tile of `num_rows` rows, 1 to R.
+// Multiply a tile of `num_rows` rows (1 to R) by panels [begin, end).
 template <int R, Format F>
 inline void quantized_tile_by_panels(const LinearArgs& a, const QuantizedBlock<F>& block,
                                      int64_t first, int64_t num_rows, int64_t begin, int64_t end) {
@@ -361,9 +363,9 @@ inline void quantized_linear_as(const LinearArgs& a) {
     const int64_t panels = (a.n + kPanel - 1) / kPanel;
     parallel_for(panels, panel_grain(panels, groups * kGroupBytes<F>),
                  [&](int64_t begin, int64_t end) {
+                   // one panel at a time, so that it stays in the cache for all its tiles
                    const int64_t at_once = tiles.count > 1 ? 1 : end - begin;
-                   for (int64_t p = begin; p < end;
-                        p += at_once)  // a panel stays in the cache for all its tiles
+                   for (int64_t p = begin; p < end; p += at_once)
                      for (int64_t t = 0; t < tiles.count; ++t)
                        quantized_tile_by_panels<kTileRows, F>(a, block, tiles.first(t),
                                                               tiles.rows(t), p, p + at_once);
@@ -377,7 +379,8 @@ template <Format F>
 struct Chosen {
   static constexpr Format format = F;
 };
-// What a format means on this CPU: without products of quads, 8 bits of x save nothing.
+// Call `body` with the format used for `format` on this CPU: without products of quads, 8-bit x
+// saves nothing.
 template <typename Body>
 PORTALM_INLINE void with_quantized(Format format, const Body& body) {
   switch (format) {
@@ -397,7 +400,7 @@ PORTALM_INLINE void with_quantized(Format format, const Body& body) {
   }
 }
 
-// How a weight of this format lies in memory here.
+// The layout of a weight of this format on this CPU.
 PORTALM_INLINE Format kept_as(Format format) {
   return !kAsBlocks && format == Format::blocks ? Format::bf16 : format;
 }

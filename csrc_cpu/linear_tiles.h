@@ -1,17 +1,18 @@
-// linear of bfloat16 by matrix tiles (Intel AMX): out as in linear.h, over the same packed weights.
+// linear for bfloat16 with matrix tiles (Intel AMX): out as in linear.h, over the same packed
+// weights.
 //
-//   weight   panels of 32 rows in pairs of k, [K / 2][32][2]: 16 pairs by 16 rows of it are what the
-//            tile product takes as its right side
-//   x        [rows, K], bfloat16, once a call into rows of zeros behind K, in blocks of 16 rows
+//   weight   panels of 32 rows in pairs of k, [K / 2][32][2]: 16 pairs by 16 rows of it are the
+//            right operand of a tile product
+//   x        [rows, K], bfloat16, copied once per call into rows padded with zeros, in blocks of 16
 //
 // Mapping:  the team shares the panels; two tiles of 16 rows of x by the two halves of a panel, so
-//           that each tile that is loaded is multiplied twice.
-// Bound by: memory up to some 100 rows.
-// Meaning:  every sum runs over k in order in one tile, for one row as for many: a row's result does
-//           not depend on the batch, bit for bit. (It is not bit for bit that of other CPUs.)
-// Tested:   tests/unit/test_cpu_linear.py, by tiles in plain C++ (isa emulated_amx); on a CPU with
-//           AMX the same tests run for isa amx. Source: Intel 64 and IA-32 Architectures SDM,
-//           volume 1, chapter 18.
+//           that each loaded tile is used in two products.
+// Bound by: memory up to about 100 rows.
+// Meaning:  every sum runs over k in order in one tile, whatever the number of rows: a row's result
+//           does not depend on the batch, bit for bit. (Other CPUs differ in the last bits.)
+// Tested:   tests/unit/test_cpu_linear.py, with tiles in plain C++ (isa emulated_amx); on a CPU
+//           with AMX the same tests run for isa amx.
+// Source:   Intel 64 and IA-32 Architectures SDM, volume 1, chapter 18.
 #pragma once
 
 #include "linear.h"
@@ -66,7 +67,7 @@ inline void multiply_tiles() {
       }
 }
 #else
-// assembly: GCC's intrinsics want the tile's number as a literal
+// assembly, as GCC's intrinsics need the tile's number as a literal
 inline void configure_tiles() {
   struct alignas(64) {
     uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -94,8 +95,8 @@ inline void multiply_tiles() {
 }
 #endif
 
-// Sums of 16 rows of x (32 if Two) and a panel, into sums[32][kPanel]. `rest` are the panel's last
-// pairs of k with zeros behind, or null.
+// Multiply 16 rows of x (32 if Two) by a panel: sums[32][kPanel]. `rest` holds the panel's last
+// pairs of k, padded with zeros, or is null.
 template <bool Two>
 inline void panel_by_tiles(const bf16* x, int64_t x_stride, const bf16* panel, int64_t num_whole,
                            const bf16* rest, float* sums) {

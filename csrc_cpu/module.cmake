@@ -1,5 +1,5 @@
-# portalm_backends._cpu; and _cpu_emulated, which only tests use: the code for 16 lanes and for tiles
-# in plain vectors of AVX2, so that its logic can be tested on a CPU without AVX-512. Not installed.
+# portalm_backends._cpu; and _cpu_emulated, which only tests use and which is not installed: the code
+# for 16 lanes and for tiles with AVX2 instructions, to test its logic on a CPU without AVX-512.
 
 # Every kernel is compiled once for each instruction set, in a namespace of its own; dispatch.cpp
 # chooses at run time. contract=fast lets a * b + c become one instruction; nothing else is relaxed.

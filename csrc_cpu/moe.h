@@ -1,16 +1,17 @@
-// moe: each token's experts applied to it and added up by their weights.
+// moe: apply to each token its experts and sum the results by their routing weights.
 //
-//   x          [T, C]; out the same
-//   ids        int32 [T, k], different ones in a row; shares float32 [T, k]
-//   experts    int64 [E, 4]: of each the address and format of [2 I, C], gate rows first, and [C, I]
+//   x, out     [T, C]
+//   ids        int32 [T, k], distinct within a row; shares float32 [T, k], the routing weights
+//   experts    int64 [E, 4]: address and format of gate_up [2 I, C], gate rows first; the same of
+//              down [C, I]
 //   biases     [E, 2 I] and [E, C] in x's dtype, or null
 //
-// Mapping:  tokens are sorted by expert; expert by expert, the rows that chose it are gathered and go
-//           through two linears (the team shares their panels) and the activation between them.
-// Bound by: memory while few rows choose an expert (its weights are read once), multiply-adds beyond.
-// Meaning:  portalm_backends.portable TorchBackend.moe, with float32 between the first product and
-//           the activation and behind the second one. A token's experts are added in their order,
-//           so its result does not depend on the batch.
+// Mapping:  tokens are sorted by expert; for each expert, its rows are gathered and go through two
+//           linears (the team shares their panels) with the activation between them.
+// Bound by: memory with few rows per expert (its weights are read once), multiply-adds with many.
+// Meaning:  TorchBackend.moe of portalm_backends.portable, with both products kept in float32. A
+//           token's experts are added in order of expert, so its result does not depend on the
+//           batch.
 // Tested:   tests/unit/test_cpu_kernels.py; speed: benchmarks/kernels/layers.py
 #pragma once
 
@@ -20,13 +21,13 @@
 
 namespace portalm::PORTALM_ISA {
 
-constexpr int64_t kExpertRows = 512;  // rows of an expert that are worked on at a time
+constexpr int64_t kExpertRows = 512;  // rows of an expert processed at a time
 
-// The memory of one call, cut out of one piece.
+// The memory of one call, from a single allocation.
 struct MoeMemory {
   float* sums;     // [T, C]
-  int32_t* ends;   // [E]: behind the last of an expert's pairs in `order`
-  int32_t* order;  // [T k]: pairs of token and choice, sorted by expert
+  int32_t* ends;   // [E]: end of an expert's pairs in `order`
+  int32_t* order;  // [T k]: (token, choice) pairs, sorted by expert
   char* rows;      // [rows, C], then [rows, I], in x's dtype
   float* wide;     // [rows, 2 I], then [rows, C]
 };
@@ -37,20 +38,20 @@ inline MoeMemory moe_memory(const MoeArgs& a, int64_t rows) {
   const int64_t order = padded(a.tokens * a.top_k);
   const int64_t narrow = padded(rows * max_of(a.hidden, a.inner));
   float* memory = scratch<2>(sums + ends + order + narrow + rows * max_of(2 * a.inner, a.hidden));
-  float* behind = memory + sums + ends + order;
+  float* rest = memory + sums + ends + order;
   return {memory, reinterpret_cast<int32_t*>(memory + sums),
-          reinterpret_cast<int32_t*>(memory + sums + ends), reinterpret_cast<char*>(behind),
-          behind + narrow};
+          reinterpret_cast<int32_t*>(memory + sums + ends), reinterpret_cast<char*>(rest),
+          rest + narrow};
 }
 
-// `ends` and `order`, by counting.
+// Fill `ends` and `order` with a counting sort.
 inline void sort_by_expert(const MoeArgs& a, const MoeMemory& memory) {
   const int64_t pairs = a.tokens * a.top_k;
   int32_t* at = memory.ends;
   memset(at, 0, a.num_experts * sizeof *at);
   for (int64_t i = 0; i < pairs; ++i) ++at[a.ids[i]];
   int32_t begin = 0;
-  for (int64_t e = 0; e < a.num_experts; ++e) {  // where each begins, which then moves to its end
+  for (int64_t e = 0; e < a.num_experts; ++e) {  // begins, which the loop below moves to the ends
     const int32_t count = at[e];
     at[e] = begin;
     begin += count;
@@ -58,14 +59,14 @@ inline void sort_by_expert(const MoeArgs& a, const MoeMemory& memory) {
   for (int64_t i = 0; i < pairs; ++i) memory.order[at[a.ids[i]]++] = static_cast<int32_t>(i);
 }
 
-// What lies between an expert's products, of one row, [2 I] to [I].
+// The activation between an expert's products, for one row: [2 I] to [I].
 template <typename T>
 inline void activate_row(const MoeArgs& a, const float* gate, T* out) {
   const float* up = gate + a.inner;
   const Vec limit = splat(a.limit), alpha = splat(a.alpha);
   const auto inner = [&](Vec g, Vec u) {
     if (a.limit <= 0) return silu(g) * u;
-    g = select(g > limit, limit, g);  // a NaN stays one
+    g = select(g > limit, limit, g);  // keeps NaN
     u = select(u > limit, limit, select(u < -limit, -limit, u));
     return silu(alpha * g) / alpha * (u + splat(1.0f));
   };
@@ -77,7 +78,7 @@ inline void activate_row(const MoeArgs& a, const float* gate, T* out) {
   }
 }
 
-// One expert on the rows that `pairs` [count] name.
+// Apply one expert to the rows of `pairs` [count] and add the results to `sums`.
 template <typename T>
 inline void one_expert(const MoeArgs& a, const MoeMemory& memory, int64_t expert,
                        const int32_t* pairs, int64_t count) {

@@ -1,4 +1,4 @@
-// Loops over the thread team, and dtypes as template arguments.
+// parallel_for: loops shared by the thread team. with_dtype: dtypes as template arguments.
 #pragma once
 
 #include "kernels.h"
@@ -7,8 +7,9 @@
 
 namespace portalm::PORTALM_ISA {
 
-// Call body(begin, end) for pieces of at most `grain` that make up [0, count); members take the
-// next piece when they are done with one. Work of fewer than `serial_below` items stays here.
+// Call body(begin, end) for pieces of at most `grain` that make up [0, count); each thread takes
+// the next piece when it finishes one. Fewer than `serial_below` items run on the calling thread
+// alone.
 template <typename Body>
 PORTALM_INLINE void parallel_for(int64_t count, int64_t grain, const Body& body,
                                  int64_t serial_below = 0) {
@@ -40,11 +41,11 @@ PORTALM_INLINE void with_dtype(DType dtype, const Body& body) {
     case DType::f32: body(float{}); break;
     case DType::bf16: body(bf16{}); break;
     case DType::f16: body(fp16{}); break;
-    default: break;  // codes of a cache are not computed in
+    default: break;  // codes of a cache are not operands
   }
 }
 
-// The same of a cache, which may hold codes.
+// The same for the elements of a cache, which may be codes.
 template <typename Body>
 PORTALM_INLINE void with_kv_dtype(DType dtype, const Body& body) {
   switch (dtype) {

@@ -1,10 +1,11 @@
 // A step as a flat list of kernel calls, recorded once (backends/cpu/program.py) and replayed here
-// without Python: what differs from step to step is patched into each call's arguments.
+// without Python: values that differ from step to step are patched into each call's arguments.
 //
-// Meaning:  the same calls with the same arguments in the same order as were recorded, so the same
-//           results bit for bit; only sizes and addresses follow the step.
-// Memory:   intermediate results lie in slots of one arena. A slot has so many bytes a row, and as
-//           many rows as the step has of its kind; values that do not live at the same time share one.
+// Meaning:  the recorded calls with the same arguments in the same order, so the same results bit
+//           for bit; only sizes and addresses follow the step.
+// Memory:   intermediate results are in slots of one arena. A slot has a fixed number of bytes per
+//           row, and one of the step's row counts; values that are not alive at the same time share
+//           a slot.
 #pragma once
 
 #include <cstdint>
@@ -13,11 +14,11 @@
 
 namespace portalm {
 
-// What a patched argument becomes in a step.
+// The value of a patched argument in a step.
 enum class PatchKind : int {
   input = 0,  // inputs[index], a number or an address
   slot = 1,   // the address of slot `index`, plus `offset` bytes
-  count = 2,  // counts[index]: rows of a kind
+  count = 2,  // counts[index]: a number of rows
 };
 
 struct Patch {
@@ -31,20 +32,21 @@ class Program {
  public:
   ~Program();
 
-  // A slot of `row_bytes` a row and counts[count] rows; its index.
+  // Add a slot of counts[count] rows of `row_bytes` each; returns its index.
   int add_slot(int64_t row_bytes, int count);
 
-  // One more call: `kernel` as the bindings name it, arguments in their order, floats by their bits.
+  // Add a call of `kernel` with its arguments in the order of arguments.h, floats as their bits.
+  // Throws std::invalid_argument for an unknown kernel or a wrong number of arguments.
   void add_call(const std::string& kernel, std::vector<int64_t> arguments,
                 const std::vector<Patch>& patches);
 
-  // All calls in order. Raises std::bad_alloc if the arena cannot grow.
+  // Run all calls in order. Throws std::bad_alloc if the arena cannot grow.
   void run(const std::vector<int64_t>& inputs, const std::vector<int64_t>& counts);
 
   int size() const { return static_cast<int>(calls_.size()); }
 
-  // Seconds by kernel since the last call of this, and under "waiting" those of them in which the
-  // caller waited for other threads; measured only while `profile` is set.
+  // Seconds by kernel since the last call of this, and as "waiting" the part in which the caller
+  // waited for other threads; measured only while `profile` is set.
   std::vector<std::pair<std::string, double>> take_seconds();
   bool profile = false;
 

@@ -1,9 +1,10 @@
-// Weights as integers: their formats, how they lie in memory, and how others are rounded to them.
+// Quantized weights: their formats, their layout in memory, and the rounding of other weights to
+// them.
 //
 //   weight   panels of kPanel rows; for each group the scales of the panel's rows, their minimums
-//            where the format has them, then the codes. A unit of 16 bits (8 where the CPU
-//            multiplies quads of bytes) holds the codes of as many k as fit, and the units of a
-//            pair (quad) of k of one row make up a 32-bit lane: [lanes][kPanel][kStep] units
+//            if the format has them, then the codes. A unit of 16 bits (8 if the format multiplies
+//            quads of bytes) holds as many codes as fit, and the units of a pair (quad) of k of one
+//            row form a 32-bit lane: [lanes][kPanel][kStep] units
 //
 // Products: linear_quantized.h.
 // Tested:   tests/unit/test_cpu_linear.py
@@ -14,11 +15,11 @@
 namespace portalm::PORTALM_ISA {
 
 struct FormatShape {
-  int64_t group;  // values of k with one scale
+  int64_t group;  // consecutive k that share a scale
   int bits;       // of a code
-  int zero;       // code of 0, where there is no minimum
+  int zero;       // code of 0 in formats without a minimum
   bool has_minimum;
-  int x_bits;  // of x's codes, the sign apart
+  int x_bits;  // bits of x's codes, without the sign
 };
 constexpr FormatShape kFormats[] = {
     {32, 8, 128, false, 7},   // Format::q8
@@ -28,7 +29,7 @@ constexpr FormatShape kFormats[] = {
     {32, 4, 8, false, 14},    // Format::q4_x16
     {32, 4, 0, true, 14},     // Format::q4_min_x16
     {16, 8, 128, false, 14},  // Format::q8_16_x16
-    // Format::blocks: 64 * 2^12 * 8160, the largest that bfloat16 gives a code of, is below 2^31
+    // Format::blocks: sums reach 64 * 2^12 * 8160 < 2^31 (8160: the largest code of a bfloat16)
     {64, 16, 0, false, 12},
     {32, 8, 0, true, 14},  // Format::q8_min_x16
     {16, 8, 0, true, 14},  // Format::q8_16_min_x16
@@ -36,7 +37,7 @@ constexpr FormatShape kFormats[] = {
 template <Format F>
 constexpr FormatShape kShape = kFormats[static_cast<int>(F) - static_cast<int>(Format::q8)];
 
-// Whether products of integers are faster than those of bfloat16.
+// Whether integer products are faster than bfloat16 products.
 #if defined(__SSE2__)
 constexpr bool kAsBlocks = !kDotsPairs;
 #else
@@ -85,7 +86,7 @@ PORTALM_INLINE int64_t num_groups(int64_t k) {
   return (k + kShape<F>.group - 1) / kShape<F>.group;
 }
 
-// Row `j` of a panel: its codes, [groups * G], scales and minimums of every group.
+// Store row `j` of a panel: codes [groups * G], scales and minimums [groups].
 template <Format F, typename Code>
 inline void place_row(uint8_t* panel, int64_t j, const Code* codes, const float* scales,
                       const float* minimums, int64_t groups) {
@@ -117,7 +118,7 @@ inline int64_t quantized_bytes(int64_t n, int64_t k) {
   return (n + kPanel - 1) / kPanel * num_groups<F>(k) * kGroupBytes<F>;
 }
 
-// Codes, scales and minimums that a checkpoint came with.
+// Pack a checkpoint's codes, scales and minimums.
 template <Format F>
 inline void pack_codes_as(const PackCodesArgs& a) {
   const int64_t groups = num_groups<F>(a.k), panel_bytes = groups * kGroupBytes<F>;
@@ -142,7 +143,8 @@ PORTALM_INLINE float as_fp16(float x) {
   return to_float(narrow);
 }
 
-// 2 to the power at which `largest` (at least 2^-100) has `bits` bits before the point, and its inverse.
+// The power of two in units of which `largest` (at least 2^-100) has `bits` integer bits; its
+// inverse.
 struct PowerOfTwo {
   PORTALM_INLINE PowerOfTwo(float largest, int bits) {
     const int32_t at = __builtin_bit_cast(int32_t, max_of(largest, 7.9e-31f)) >> 23;
@@ -152,7 +154,7 @@ struct PowerOfTwo {
   float scale, inverse;
 };
 
-// One group of a row in vectors, zeros behind its last column.
+// One group of a row in vectors, padded with zeros after its last column.
 template <int64_t G>
 struct Values {
   static constexpr int64_t count = G / kLanes;
@@ -167,7 +169,7 @@ struct Values {
                          min_of<int64_t>(max_of<int64_t>(left - i * kLanes, 0), kLanes));
     }
   }
-  // The bits of the largest, its sign apart: so they are ordered as the values are.
+  // Bits of the largest absolute value: they are ordered as the values are.
   PORTALM_INLINE int32_t largest_bits() const {
     VecI largest{};
 #pragma GCC unroll 16
@@ -175,7 +177,7 @@ struct Values {
       largest = max_of(largest, __builtin_bit_cast(VecI, v[i]) & 0x7FFFFFFF);
     return max_lane(largest);
   }
-  // Times `inverse`, to the nearest whole number; |v * inverse| < 2^22.
+  // v * inverse, rounded to the nearest integer; |v * inverse| < 2^22.
   PORTALM_INLINE VecI whole(int64_t i, float inverse) const {
     const Vec magic = splat(12582912.0f);
     return __builtin_convertvector((v[i] * splat(inverse) + magic) - magic, VecI);
@@ -184,7 +186,7 @@ struct Values {
 };
 constexpr int32_t kInfinityBits = 0x7F800000;
 
-// Codes of a group for a scale and a minimum, [G] in 32 bits; the sum of the squared errors.
+// Round a group to codes [G] with a scale and a minimum; returns the sum of squared errors.
 template <int64_t G>
 PORTALM_INLINE float round_group(const Values<G>& w, float scale, float minimum, int largest,
                                  int32_t* codes) {
@@ -203,8 +205,9 @@ PORTALM_INLINE float round_group(const Values<G>& w, float scale, float minimum,
   return sum(error);
 }
 
-// The scale (and minimum) of a group. Of 8 bits the largest value sets it; of 4 bits a few ranges
-// around that are tried, and the one of the least squared error is taken.
+// Choose the scale (and minimum) and the codes of a group. With 8 bits the largest value sets the
+// scale; with 4 bits several narrower ranges are tried and the one with the least squared error
+// wins.
 template <Format F, typename W>
 inline void choose_group(const W* from, int64_t left, uint8_t* codes, float* scale,
                          float* minimum) {
@@ -228,7 +231,7 @@ inline void choose_group(const W* from, int64_t left, uint8_t* codes, float* sca
       m = as_fp16(low * shrink);
       s = as_fp16(max_of(high * shrink - m, 0.0f) / largest);
     } else {
-      // codes of 8 bits reach as far down as up
+      // 8-bit codes use a symmetric range
       const float down = static_cast<float>(shape.bits == 8 ? shape.zero - 1 : shape.zero);
       s = as_fp16(max_of(high / (largest - shape.zero), -low / down) * shrink);
       m = -s * static_cast<float>(shape.zero);
@@ -245,8 +248,8 @@ inline void choose_group(const W* from, int64_t left, uint8_t* codes, float* sca
     codes[i] = i < left ? static_cast<uint8_t>(trial[chosen][i]) : uint8_t{0};
 }
 
-// A group as 13 bits and a sign, its scale a power of two; a scale that is not a number if one of
-// the group's values is none.
+// Round a group to 13 bits and a sign, with a power of two as scale; the scale is NaN if a value of
+// the group is not finite.
 template <int64_t G, typename W>
 PORTALM_INLINE void choose_block(const W* w, int64_t left, int16_t* codes, float* scale) {
   const Values<G> values(w, left);

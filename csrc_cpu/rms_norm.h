@@ -1,8 +1,12 @@
-// rms_norm: x / sqrt(mean(x^2) + eps), rounded to the dtype, times weight; with a residual the sum
-// x + residual is rounded to the dtype, stored in total, and normed.
+// rms_norm: x / sqrt(mean(x^2) + eps), rounded to the dtype, times weight. With a residual, the sum
+// x + residual is rounded to the dtype, stored in total, and normalized instead of x.
 //
-// Mapping:  the team shares the rows. Bound by: memory.
-// Meaning:  portalm_backends.portable TorchBackend.rms_norm and add_rms_norm.
+//   x, residual, out, total   [T, C]; weight [C]
+//
+// Mapping:  the team shares the rows.
+// Bound by: memory.
+// Meaning:  TorchBackend.rms_norm and add_rms_norm of portalm_backends.portable.
+// Tested:   tests/unit/test_cpu_kernels.py
 #pragma once
 
 #include "parallel.h"

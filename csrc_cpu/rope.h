@@ -1,7 +1,12 @@
-// rope: rotary position embedding of query and key; float32 inside.
+// rope: rotary position embedding of query and key, computed in float32.
 //
-// Mapping:  the team shares the tokens. Bound by: memory.
-// Meaning:  portalm_backends.portable TorchBackend.rope.
+//   query, key   [T, H, D] and [T, H_kv, D]; outputs contiguous
+//   cos_sin      float32 [max_position, rotary_dim]: cosines, then sines
+//
+// Mapping:  the team shares the tokens.
+// Bound by: memory.
+// Meaning:  TorchBackend.rope of portalm_backends.portable.
+// Tested:   tests/unit/test_cpu_kernels.py
 #pragma once
 
 #include "parallel.h"

@@ -1,9 +1,15 @@
-// sample: one token from each row of logits, as portalm.backend.SampleParams says.
+// sample: sample one token per row of logits by temperature, top_k, top_p and min_p.
 //
-// Mapping:  the team shares the rows. Bound by: memory (one pass if greedy, two or three if not).
-//           No sort: top_k and top_p find their thresholds by partitioning candidates, and noise is
-//           only made for tokens that could still win (Gumbel noise never exceeds kMaxNoise).
-// Meaning:  portalm_backends.portable.sampling. Philox: Salmon et al., SC 2011.
+//   logits   float32 [R, V]; parameters [R] (portalm.backend.SampleParams)
+//   out      int32 [R]; -1 for a row with a NaN, or with -inf only
+//
+// Mapping:  the team shares the rows. No sort: top_k and top_p find their thresholds by
+//           partitioning candidates, and noise is computed only for tokens that could still win
+//           (Gumbel noise never exceeds kMaxNoise).
+// Bound by: memory: one pass over the logits if greedy, two or three otherwise.
+// Meaning:  portalm_backends.portable.sampling.
+// Source:   Philox: Salmon et al., SC 2011.
+// Tested:   tests/unit/test_cpu_kernels.py
 #pragma once
 
 #include "parallel.h"
@@ -35,7 +41,7 @@ inline float gumbel(uint32_t bits) {
   return -__builtin_logf(-__builtin_logf(uniform));
 }
 
-// The k-th largest (from 1) of values[0, count), which are reordered. Hoare's selection.
+// The k-th largest (from 1) of values[0, count), by Hoare's selection; reorders the values.
 inline float kth_largest(float* values, int64_t count, int64_t k) {
   int64_t low = 0, high = count - 1, target = k - 1;
   while (low < high) {
@@ -57,8 +63,8 @@ inline float kth_largest(float* values, int64_t count, int64_t k) {
   return values[target];
 }
 
-// The largest t such that the values above t weigh less than p of all: those of t and above are
-// kept. Weighted selection over values[0, count), which are reordered.
+// The largest t such that the values above t hold less than p of the probability mass: t and above
+// are kept. Weighted selection over values[0, count); reorders the values.
 inline float top_p_threshold(float* values, int64_t count, float largest, float p) {
   double total = 0;
   for (int64_t i = 0; i < count; ++i) total += __builtin_expf(values[i] - largest);
@@ -94,7 +100,7 @@ inline float top_p_threshold(float* values, int64_t count, float largest, float 
   return values[low];
 }
 
-// -inf for rows without a filter.
+// The smallest scaled logit that top_k, top_p and min_p keep; -inf without a filter.
 inline float filter_threshold(const SampleArgs& a, int64_t row, const float* logits,
                               float temperature, float largest, float* candidates) {
   const float none = -__builtin_inff();
@@ -121,8 +127,8 @@ inline float filter_threshold(const SampleArgs& a, int64_t row, const float* log
   return threshold;
 }
 
-inline int32_t draw(const SampleArgs& a, int64_t row, const float* logits, float largest,
-                    float* candidates) {
+inline int32_t sample_row(const SampleArgs& a, int64_t row, const float* logits, float largest,
+                          float* candidates) {
   const float temperature = a.temperature[row];
   largest /= temperature;
   const float threshold = filter_threshold(a, row, logits, temperature, largest, candidates);
@@ -154,13 +160,13 @@ inline int32_t draw(const SampleArgs& a, int64_t row, const float* logits, float
   return token;
 }
 
-// The largest of a row; NaN if any is.
+// The largest logit of a row; NaN if any is NaN.
 inline float row_max(const float* logits, int64_t count) {
   Vec best = splat(-__builtin_inff()), poison{};
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) {
     const Vec x = load(logits + i);
-    poison += x * splat(0.0f);  // infinities too: looked at again below
+    poison += x * splat(0.0f);  // NaN for infinities too: checked again below
     best = max_of(best, x);
   }
   float largest = max_lane(best);
@@ -187,7 +193,7 @@ inline void sample(const SampleArgs& a) {
         while (logits[v] != largest) ++v;
         a.out[row] = static_cast<int32_t>(v);
       } else {
-        a.out[row] = draw(a, row, logits, largest, scratch(a.vocab));
+        a.out[row] = sample_row(a, row, logits, largest, scratch(a.vocab));
       }
     }
   });

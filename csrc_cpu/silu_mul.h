@@ -1,8 +1,11 @@
-// silu_mul: silu(gate) * up of gate_up [T, 2 I], gate first; silu is rounded to the dtype as torch
-// rounds it.
+// silu_mul: silu(gate) * up. silu is rounded to the dtype first, as in torch.
 //
-// Mapping:  the team shares the rows. Bound by: memory.
-// Meaning:  portalm_backends.portable TorchBackend.silu_mul.
+//   gate_up   [T, 2 I], gate first; out [T, I]
+//
+// Mapping:  the team shares the rows.
+// Bound by: memory.
+// Meaning:  TorchBackend.silu_mul of portalm_backends.portable.
+// Tested:   tests/unit/test_cpu_kernels.py
 #pragma once
 
 #include "parallel.h"

@@ -1,9 +1,9 @@
-// Vectors of PORTALM_LANES floats by GCC's and Clang's vector extensions, so that one source serves
-// every instruction set; intrinsics only where the compiler does not find the instruction itself.
+// Vectors of PORTALM_LANES floats with the vector extensions of GCC and Clang, so that one source
+// serves every instruction set; intrinsics only where the compiler does not choose the instruction.
 //
-// Everything lives in a namespace named after the instruction set: the same function compiled with
-// other flags must be another function, or the linker would mix them up. For the same reason
-// kernels use no inline functions of the standard library.
+// Everything is in a namespace named after the instruction set: the same function compiled with
+// other flags must have another name, or the linker would keep only one of them. For the same
+// reason kernels use no inline functions of the standard library.
 #pragma once
 
 #include <cstddef>
@@ -26,7 +26,7 @@ typedef uint32_t VecU __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t Vec16 __attribute__((vector_size(2 * kLanes)));
 
 #if defined(__aarch64__)
-typedef __fp16 Half;  // GCC 12 knows _Float16 in C alone there
+typedef __fp16 Half;  // GCC 12 supports _Float16 only in C there
 #elif !defined(__F16C__)
 typedef _Float16 Half;
 #endif
@@ -41,8 +41,8 @@ struct i8 {
   int8_t code;
 };
 struct f8 {
-  uint8_t bits;
-};  // float8 e4m3fn, without its NaN
+  uint8_t bits;  // float8 e4m3fn, without NaN
+};
 
 template <typename T>
 PORTALM_INLINE T min_of(T a, T b) {
@@ -76,7 +76,7 @@ PORTALM_INLINE float to_float(f8 x) {
 }
 
 PORTALM_INLINE void put(float* p, float x) { *p = x; }
-PORTALM_INLINE void put(bf16* p, float x) {  // to nearest, ties to even; a NaN stays one
+PORTALM_INLINE void put(bf16* p, float x) {  // to nearest, ties to even; keeps NaN
   uint32_t bits = __builtin_bit_cast(uint32_t, x);
   uint32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
   p->bits = static_cast<uint16_t>((bits & 0x7FFFFFFF) > 0x7F800000 ? (bits >> 16) | 0x40 : rounded);
@@ -95,7 +95,7 @@ PORTALM_INLINE void put(i8* p, float x) {  // to nearest, ties to even; |x| < 12
 PORTALM_INLINE void put(f8* p, float x) {  // to nearest, ties to even; |x| < 464
   const uint32_t bits = __builtin_bit_cast(uint32_t, x), size = bits & 0x7FFFFFFF;
   uint32_t code = ((size + 0x7FFFF + ((size >> 20) & 1)) >> 20) - (120 << 3);
-  if (size < 0x3C800000) {  // below 2^-6 steps are 2^-9, as those of floats from 2^14 on
+  if (size < 0x3C800000) {  // below 2^-6 the spacing is 2^-9, as that of floats from 2^14 on
     const float moved = __builtin_bit_cast(float, size) + 0x1p14f;
     code = __builtin_bit_cast(uint32_t, moved) - __builtin_bit_cast(uint32_t, 0x1p14f);
   }
@@ -110,7 +110,7 @@ PORTALM_INLINE Vec load(const float* p) {
   return x;
 }
 PORTALM_INLINE Vec load(const bf16* p) {
-#if defined(__AVX2__) && PORTALM_LANES == 8  // the compiler would widen each half by itself
+#if defined(__AVX2__) && PORTALM_LANES == 8  // the compiler would widen each half separately
   return (Vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
 #elif defined(__AVX512F__) && PORTALM_LANES == 16
   return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
@@ -147,7 +147,7 @@ PORTALM_INLINE Vec load(const i8* p) {
 #endif
 }
 
-// In units of 2^8: the bits behind the sign, moved up, are those of a float16 of another exponent.
+// In units of 2^8: shifted up, the bits after the sign are a float16 with another exponent bias.
 PORTALM_INLINE Vec load(const f8* p) {
 #if defined(__AVX512F__) && PORTALM_LANES == 16
   const __m256i wide = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p));
@@ -193,7 +193,8 @@ PORTALM_INLINE void store(fp16* p, Vec x) {
 #endif
 }
 
-// The first `count` elements, others 0 (not read); the first `count` elements stored.
+// Load the first `count` elements, with 0 for the others, which are not read; store the first
+// `count`.
 template <typename T>
 PORTALM_INLINE Vec load_part(const T* p, int64_t count) {
   Vec x{};
@@ -205,7 +206,7 @@ PORTALM_INLINE void store_part(T* p, Vec x, int64_t count) {
   for (int64_t i = 0; i < count; ++i) put(p + i, x[i]);
 }
 
-// In a register from here on: it is used more than once, and loads are the scarce thing.
+// Keep x in a register: it is used more than once, and loads are the bottleneck.
 PORTALM_INLINE Vec kept(Vec x) {
 #if (defined(__AVX512F__) && PORTALM_LANES == 16) || (defined(__AVX__) && PORTALM_LANES == 8)
   asm("" : "+v"(x));
@@ -219,7 +220,7 @@ PORTALM_INLINE Vec select(VecI mask, Vec yes, Vec no) { return mask ? yes : no; 
 PORTALM_INLINE Vec max_of(Vec a, Vec b) { return select(a < b, b, a); }
 PORTALM_INLINE VecI max_of(VecI a, VecI b) { return a < b ? b : a; }
 
-// Lane i of the result is lane i + Width of x; what wraps around is not looked at.
+// Lane i of the result is lane i + Width of x, wrapping around.
 template <int Width>
 PORTALM_INLINE Vec lanes_from(Vec x) {
 #if defined(__clang__)
@@ -227,7 +228,7 @@ PORTALM_INLINE Vec lanes_from(Vec x) {
   for (int i = 0; i < kLanes; ++i) y[i] = x[(i + Width) % kLanes];
   return y;
 #else
-  // spelled out: GCC would put a mask that a loop makes together anew each time
+  // spelled out: GCC would rebuild a mask that a loop computes on every use
 #define PORTALM_FROM(i) ((i) + Width) % kLanes
 #define PORTALM_FROM4(i) \
   PORTALM_FROM(i), PORTALM_FROM(i + 1), PORTALM_FROM(i + 2), PORTALM_FROM(i + 3)
@@ -244,7 +245,7 @@ PORTALM_INLINE Vec lanes_from(Vec x) {
 #endif
 }
 
-// Sums and maxima over the lanes, always in the same order.
+// Sum and maximum over the lanes, always in the same order.
 template <int Width = kLanes / 2>
 PORTALM_INLINE float sum(Vec x) {
   x += lanes_from<Width>(x);
@@ -265,13 +266,13 @@ PORTALM_INLINE int32_t max_lane(VecI x) {
 }
 
 // e^x within 2 ulp for x <= 0 (and up to 88): Cody and Waite's reduction, a polynomial of degree 6
-// (Cephes expf). Below -87 it is 0; a NaN stays one.
+// (Cephes expf). Below -87 it is 0; keeps NaN.
 PORTALM_INLINE Vec exp_of(Vec x) {
   VecI too_small = x < splat(-87.0f);
   Vec clamped = select(too_small, splat(-87.0f), x);
   clamped = select(clamped > splat(88.0f), splat(88.0f), clamped);
   Vec n = clamped * splat(1.44269504088896341f);
-  // round to nearest: adding and taking away 1.5 * 2^23 leaves a whole number
+  // round to nearest: adding and subtracting 1.5 * 2^23 leaves an integer
   Vec magic = splat(12582912.0f);
   n = (n + magic) - magic;
   Vec r = clamped - n * splat(0.693359375f);

@@ -1,7 +1,12 @@
-// take_rows: rows of a matrix, by index; embeddings and the rows whose logits are wanted.
+// take_rows: gather rows of a matrix by index: embeddings, and the rows that need logits.
 //
-// Mapping:  the team shares the rows. Bound by: memory.
-// Needs:    indices within the matrix; one that is not gives a row of zeros, never a stray read.
+//   x   [T, C]; rows int32 [R]; out [R, C]
+//
+// Mapping:  the team shares the rows.
+// Bound by: memory.
+// Meaning:  TorchBackend.take_rows and embed of portalm_backends.portable; an index outside the
+//           matrix yields a row of zeros, never a stray read.
+// Tested:   tests/unit/test_cpu_kernels.py
 #pragma once
 
 #include "parallel.h"

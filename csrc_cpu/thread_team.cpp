@@ -17,10 +17,9 @@
 namespace portalm {
 namespace {
 
-constexpr uint64_t kOpen = uint64_t{1} << 31;  // of gate_: this run may be entered
-constexpr uint64_t kInside = kOpen - 1;        // of gate_: workers that are inside
-constexpr int kSpins =
-    2000;  // some 50 to 100 microseconds; a step's pieces follow each other faster
+constexpr uint64_t kOpen = uint64_t{1} << 31;  // in gate_: workers may enter this run
+constexpr uint64_t kInside = kOpen - 1;        // in gate_: number of workers inside
+constexpr int kSpins = 2000;  // about 50 to 100 microseconds, more than between a step's runs
 
 inline void relax() {
 #if defined(__x86_64__)
@@ -44,7 +43,7 @@ std::vector<int> allowed_cores() {
   return cores;
 }
 
-// One thread a physical core: siblings share the units that the kernels fill.
+// One core per physical core: hyperthreads share the units that the kernels fill.
 std::vector<int> physical_cores(const std::vector<int>& cores) {
   std::vector<int> first;
   for (int core : cores) {
@@ -59,7 +58,7 @@ std::vector<int> physical_cores(const std::vector<int>& cores) {
   return first.empty() ? cores : first;
 }
 
-double cgroup_quota() {  // cores; 0: none
+double cgroup_quota() {  // in cores; 0: no quota
   std::ifstream v2("/sys/fs/cgroup/cpu.max");
   std::string quota;
   double period = 0;
@@ -101,7 +100,7 @@ ThreadTeam& ThreadTeam::instance() {
   static ThreadTeam* team = nullptr;
 #if defined(__linux__)
   static pid_t owner = 0;
-  if (team != nullptr && owner != getpid()) team = nullptr;  // the parent's threads are not here
+  if (team != nullptr && owner != getpid()) team = nullptr;  // a forked child has no threads
   if (team == nullptr) {
     team = new ThreadTeam(usable_cores());
     owner = getpid();
@@ -132,7 +131,7 @@ void ThreadTeam::start() {
   threads_ = workers;
 }
 
-// A worker that is pinned to the core where the caller runs moves to the one that was free.
+// If a worker is pinned to the core that the caller runs on, move it to the free core.
 void ThreadTeam::leave_callers_core() {
 #if defined(__linux__)
   const int here = sched_getcpu();
@@ -173,7 +172,7 @@ void ThreadTeam::loop(int member, uint32_t generation) {
     bool is_inside = false;
     while (!is_inside && gate >> 32 == generation && (gate & kOpen))
       is_inside = gate_.compare_exchange_weak(gate, gate + 1, std::memory_order_acq_rel);
-    if (!is_inside) continue;  // too late: the caller did it all
+    if (!is_inside) continue;  // too late: the caller finished the work
     work_(context_, member, size_);
     gate_.fetch_sub(1, std::memory_order_release);
   }
@@ -199,7 +198,7 @@ void ThreadTeam::run(Work work, void* context) {
   uint64_t gate = gate_.fetch_and(~kOpen, std::memory_order_acq_rel);
   for (int spin = 0; gate & kInside; ++spin) {
     if (spin < kSpins) relax();
-    else std::this_thread::yield();  // a worker lost its core in the middle of a piece
+    else std::this_thread::yield();  // a worker was descheduled in the middle of a piece
     gate = gate_.load(std::memory_order_acquire);
   }
   if (profile)

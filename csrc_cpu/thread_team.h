@@ -1,7 +1,7 @@
-// A team of threads for the length of a process: spins for the next piece of work for a moment,
-// then sleeps. The caller is a member and runs where the system puts it; workers are pinned, one to
-// each other core of the process's affinity. Were they not, or stayed where the caller is put, two
-// that spin would share a core while another one is idle.
+// A team of threads for the life of the process. Idle workers spin briefly for the next run, then
+// sleep. The caller is a member and runs where the system schedules it; each worker is pinned to
+// one of the other cores in the process's affinity mask. Otherwise two spinning threads could share
+// a core while another core is idle.
 #pragma once
 
 #include <atomic>
@@ -13,23 +13,23 @@ class ThreadTeam {
  public:
   using Work = void (*)(void* context, int member, int num_members);
 
-  // The process's team; started on first use, again after a fork (threads do not survive one).
+  // The process's team; started on first use, and again after a fork, which copies no threads.
   static ThreadTeam& instance();
 
-  // Members, the caller included: the cores that affinity and the container's quota leave.
+  // Number of members, the caller included; initially usable_cores().
   int size() const { return size_; }
 
-  // A team of `size` members from the next run on.
+  // Use `size` members from the next run on.
   void resize(int size);
 
-  // Call work(context, member, size) here and in every worker that is awake in time, and return when
-  // all that began have ended. So `work` shares out pieces by a counter (parallel.h) and must be
-  // complete when the caller's own call returns: on a busy machine a worker may come too late, and
-  // is not waited for. One run at a time; what the caller wrote before is seen by all members, what
-  // they write is seen by the caller.
+  // Call work(context, member, size) on this thread and on every worker that wakes up in time, and
+  // return when all calls that started have returned. The work must be complete when the caller's
+  // own call returns, so `work` takes pieces from a shared counter (parallel.h): on a busy machine
+  // a worker may wake up too late, and is not waited for. One run at a time; members see what the
+  // caller wrote before, and the caller sees what they wrote.
   void run(Work work, void* context);
 
-  // Seconds that callers waited for workers to end, since the last call of this; measured only
+  // Seconds that callers waited for workers to finish, since the last call of this; measured only
   // while `profile` is set.
   double take_wait_seconds();
   bool profile = false;
@@ -42,19 +42,19 @@ class ThreadTeam {
   void leave_callers_core();
 
   int size_;
-  void* threads_ = nullptr;  // a std::vector of Worker, left alone in a forked child
-  int free_core_ = -1;       // the one that no worker is pinned to
+  void* threads_ = nullptr;  // a std::vector of Worker; not touched in a forked child
+  int free_core_ = -1;       // the core that no worker is pinned to
   Work work_ = nullptr;
   void* context_ = nullptr;
   std::atomic<bool> stopping_{false};
   double wait_seconds_ = 0;
-  alignas(64) std::atomic<uint32_t> generation_{0};  // grows with every run: what workers wait for
-  alignas(64) std::atomic<uint64_t> gate_{
-      0};  // generation, whether it may be entered, who is inside
+  alignas(64) std::atomic<uint32_t> generation_{0};  // number of runs: workers wait for a change
+  alignas(64) std::atomic<uint64_t> gate_{0};  // generation, open flag, number of workers inside
   alignas(64) std::atomic_flag in_use_ = ATOMIC_FLAG_INIT;
 };
 
-// Cores this process may use: affinity and the cgroup's CPU quota, whichever is less.
+// Cores that this process may use: the smaller of its affinity mask (physical cores) and its
+// cgroup's CPU quota.
 int usable_cores();
 
 }  // namespace portalm

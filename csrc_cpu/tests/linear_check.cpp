@@ -1,5 +1,5 @@
-// linear in every format against double precision loops, without Python: for machines that a
-// compiler and an emulator stand for (ci/aarch64.sh). Built with PORTALM_ISA=baseline.
+// Checks linear in every format against double precision loops, without Python, for architectures
+// that are only cross-compiled and emulated (ci/aarch64.sh). Built with PORTALM_ISA=baseline.
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -23,7 +23,7 @@ float widened(uint16_t bits) {
   return value;
 }
 
-// bfloat16 of both signs, over four powers of two from `exponent` on.
+// Random bfloat16 values of both signs, over four powers of two from the bits `exponent` on.
 std::vector<uint16_t> random_values(int64_t count, uint16_t exponent) {
   std::vector<uint16_t> values(static_cast<size_t>(count));
   for (uint16_t& value : values)

@@ -1,5 +1,5 @@
-// Many short runs of the team, under ThreadSanitizer (ci/sanitize.sh thread): each run's pieces are
-// done exactly once, what a member wrote is seen by the caller, and a resize in between harms nothing.
+// Many short runs of the team, for ThreadSanitizer (ci/sanitize.sh): each piece of a run is done
+// exactly once, the caller sees what members wrote, and the team can be resized between runs.
 #include "../thread_team.h"
 
 #include <atomic>
@@ -42,7 +42,7 @@ int main() {
     ThreadTeam::instance().resize(size);
     for (int i = 0; i < 3000; ++i) run_once(1 + i % 37);
   }
-  std::vector<std::thread> callers;  // one run at a time: others wait for it
+  std::vector<std::thread> callers;  // concurrent callers wait for each other
   for (int c = 0; c < 3; ++c)
     callers.emplace_back([] {
       for (int i = 0; i < 1000; ++i) run_once(1 + i % 11);
