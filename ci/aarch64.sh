@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The kernels for another architecture: cross-compiled, their linear layers run under an emulator.
+# The kernels for aarch64: cross-compiled, with their linear layers run under an emulator.
 # Needs g++-aarch64-linux-gnu and qemu-user.
 set -euo pipefail
 cd "$(dirname "$0")/.."

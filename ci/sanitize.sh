@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The thread team under ThreadSanitizer; the kernels under AddressSanitizer and UBSan, on every
-# instruction set this machine runs.
+# instruction set that this machine can run.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

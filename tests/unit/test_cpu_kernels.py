@@ -150,7 +150,7 @@ def test_embed_and_take_rows_copy_rows(backend, dtype):
 
 
 def make_experts(backend, dtype, num_experts, hidden, inner, **more) -> tuple[Experts, list, list]:
-    """Experts, and the weights that they are made of."""
+    """Packed experts, and their weights [2 I, C] and [C, I] as tensors."""
     wide = [rounded((2 * inner, hidden), dtype, e, hidden**-0.5) for e in range(num_experts)]
     narrow = [rounded((hidden, inner), dtype, 50 + e, inner**-0.5) for e in range(num_experts)]
     packed = (tuple(backend.pack(w) for w in weights) for weights in (wide, narrow))
@@ -158,7 +158,7 @@ def make_experts(backend, dtype, num_experts, hidden, inner, **more) -> tuple[Ex
 
 
 def choose(num_tokens, num_experts, top_k) -> tuple[torch.Tensor, torch.Tensor]:
-    """Experts of each token, of which the last is nobody's, and their shares."""
+    """Expert ids [T, k] and routing weights [T, k]; no token uses the last expert."""
     rng = np.random.default_rng(num_tokens)
     ids = np.stack([rng.permutation(num_experts - 1)[:top_k] for _ in range(num_tokens)])
     shares = rng.uniform(0.1, 0.9, ids.shape).astype(np.float32)
@@ -197,9 +197,9 @@ def test_experts_equal_plain_loops(backend, num_tokens, is_clamped, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_token_takes_its_experts_alike_alone_and_among_many(backend, dtype):
+def test_expert_output_of_a_token_does_not_depend_on_the_batch(backend, dtype):
     experts, _, _ = make_experts(backend, dtype, 4, 64, 48)
-    x = rounded((700, 64), dtype, 7)  # more of one expert than are worked on at a time
+    x = rounded((700, 64), dtype, 7)  # an expert gets more rows than it processes at a time
     ids, shares = choose(700, 4, 2)
 
     together = backend.moe(x, ids, shares, experts)
@@ -209,7 +209,7 @@ def test_a_token_takes_its_experts_alike_alone_and_among_many(backend, dtype):
         assert torch.equal(backend.moe(x[one], ids[one], shares[one], experts), together[one])
 
 
-def test_a_token_that_is_not_a_number_spoils_no_other(backend):
+def test_nan_in_one_token_does_not_affect_other_tokens_of_its_experts(backend):
     experts, _, _ = make_experts(backend, "bfloat16", 4, 64, 48)
     x = rounded((9, 64), "bfloat16", 7)
     ids, shares = choose(9, 4, 2)
@@ -228,7 +228,7 @@ def test_a_token_that_is_not_a_number_spoils_no_other(backend):
 
 @dataclass
 class Case:
-    """A batch: per request its context [seq_len, H_kv, D] and its last query tokens."""
+    """A batch: the context [seq_len, H_kv, D] of each request and the queries of its last tokens."""
 
     spec: AttentionSpec
     block_size: int
@@ -294,7 +294,7 @@ def make_meta(query_lens, seq_lens, tables, slots) -> StepMeta:
 
 
 def tables_of(seq_lens, block_size, seed=0) -> list[list[int]]:
-    """Blocks in a random order; block 0 and one in three stay unallocated."""
+    """Block tables in random order; block 0 and a third of the blocks stay unused."""
     needed = [-(-n // block_size) for n in seq_lens]
     pool = np.random.default_rng(seed).permutation(np.arange(1, 1 + sum(needed) * 3 // 2 + 1))
     ends = np.cumsum(needed)
@@ -302,7 +302,7 @@ def tables_of(seq_lens, block_size, seed=0) -> list[list[int]]:
 
 
 def run(backend, case: Case, kv_dtype: str, *, num_layers=2, layer=1) -> torch.Tensor:
-    """Write all contexts into a cache full of NaN, then attend."""
+    """Write all contexts to a cache full of NaN, then attend."""
     spec = KVSpec(
         num_layers=num_layers, num_kv_heads=case.spec.num_kv_heads, dtype=kv_dtype,
         head_size=case.spec.head_size, block_size=case.block_size,
@@ -311,7 +311,7 @@ def run(backend, case: Case, kv_dtype: str, *, num_layers=2, layer=1) -> torch.T
     tables = tables_of(case.seq_lens, case.block_size)
     num_blocks = max(max(table, default=0) for table in tables) + 2
     kv = backend.kv_alloc(spec, num_blocks)
-    # of codes: scales that are NaN
+    # 0xFF: NaN as a scale
     kv.data.fill_(0xFF if kv_dtype in SCALED_KV_DTYPES else float("nan"))
     for table, key, value in zip(tables, case.keys, case.values, strict=True):
         token = np.arange(len(key))
@@ -324,7 +324,7 @@ def run(backend, case: Case, kv_dtype: str, *, num_layers=2, layer=1) -> torch.T
 
 
 def stored(x: torch.Tensor, kv_dtype: str) -> np.ndarray:
-    """What a cache makes of keys or values."""
+    """Keys or values as a cache of `kv_dtype` represents them."""
     if kv_dtype in SCALED_KV_DTYPES:
         return f64(kv_codes.dequantize(*kv_codes.quantize(x, kv_dtype)))
     return f64(x.to(DTYPES[kv_dtype]))
@@ -382,13 +382,13 @@ def test_attention_groups_query_heads_over_their_kv_head(backend, heads, kv_dtyp
 
 @pytest.mark.parametrize("kv_dtype", DTYPES)
 @pytest.mark.parametrize("head_size", [8, 24, 64, 80, 96, 120, 128, 256])
-def test_attention_takes_head_sizes_that_are_multiples_of_8(backend, head_size, kv_dtype):
+def test_attention_supports_head_sizes_that_are_multiples_of_8(backend, head_size, kv_dtype):
     check(backend, make_case(*BATCHES["mixed"], head_size=head_size), "float32", kv_dtype)
 
 
 @pytest.mark.parametrize("kv_dtype", DTYPES)
 @pytest.mark.parametrize("block_size", [8, 16, 32, 64, 128, 256])
-def test_attention_takes_block_sizes_that_are_powers_of_2(backend, block_size, kv_dtype):
+def test_attention_supports_block_sizes_that_are_powers_of_2(backend, block_size, kv_dtype):
     check(backend, make_case(*BATCHES["mixed"], block_size=block_size), "float32", kv_dtype)
 
 
@@ -405,9 +405,11 @@ def test_attention_takes_block_sizes_that_are_powers_of_2(backend, block_size, k
     ],
     ids=str,
 )
-def test_codes_of_8_bits_are_attended_to_as_what_they_stand_for(backend, batch, shape, kv_dtype):
+def test_attention_over_8_bit_codes_equals_attention_over_dequantized_values(
+    backend, batch, shape, kv_dtype
+):
     case = make_case(*BATCHES[batch], **shape)
-    for x in (*case.keys, *case.values):  # each token and head of a size of its own
+    for x in (*case.keys, *case.values):  # another scale for each token and head
         x *= torch.exp2(torch.arange(x[..., 0].numel()) % 5 - 2).view(x.shape[:2])[..., None]
 
     check(backend, case, shape.get("dtype", "float32"), kv_dtype)
@@ -416,13 +418,15 @@ def test_codes_of_8_bits_are_attended_to_as_what_they_stand_for(backend, batch, 
 @pytest.mark.parametrize("kv_dtype", DTYPES)
 @pytest.mark.parametrize("window", [1, 2, 7, 16, 63, 64, 300])
 @pytest.mark.parametrize("batch", ["mixed", "long prefill", "long decode"])
-def test_sliding_window_sees_itself_and_those_before(backend, batch, window, kv_dtype):
+def test_sliding_window_includes_the_token_itself_and_the_ones_before_it(
+    backend, batch, window, kv_dtype
+):
     check(backend, make_case(*BATCHES[batch], window=window, dtype=kv_dtype), kv_dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sizes", [(80, 64, 8, 8), (48, 40, 7, 32), (576, 512, 16, 16)], ids=str)
-def test_values_may_be_the_beginning_of_their_keys(backend, sizes, dtype):
+def test_values_can_be_the_first_dimensions_of_their_keys(backend, sizes, dtype):
     head_size, value_size, num_heads, block_size = sizes
     layout = {"heads": (num_heads, 1), "head_size": head_size, "value_size": value_size}
 
@@ -447,7 +451,7 @@ def test_attention_with_huge_scores_stays_finite(backend, dtype):
     check(backend, case, dtype)
 
 
-def test_a_token_of_the_future_never_shows_even_if_it_is_not_a_number(backend):
+def test_future_tokens_do_not_affect_a_row_even_if_they_are_nan(backend):
     case = make_case([40], [40], dtype="float32")
     clean = expected_of(case, "float32")
     case.keys[0][30:], case.values[0][30:] = math.nan, math.inf
@@ -468,7 +472,7 @@ def test_attention_reads_a_query_inside_wider_rows(backend):
     assert torch.equal(run(backend, case, "float32"), plain)
 
 
-# -- laws, bit for bit ------------------------------------------------------------------------
+# -- exact equality ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -480,7 +484,7 @@ def test_attention_reads_a_query_inside_wider_rows(backend):
         (None, "fp8", None),
     ],
 )
-def test_a_request_attends_alike_alone_and_in_a_batch(backend, window, kv_dtype, value_size):
+def test_attention_of_a_request_does_not_depend_on_the_batch(backend, window, kv_dtype, value_size):
     query_lens, seq_lens = [1, 1, 1, 5, 33, 90], [700, 3, 256, 517, 33, 600]
     case = make_case(
         query_lens, seq_lens, heads=(6, 2), window=window, dtype="bfloat16", value_size=value_size
@@ -501,7 +505,7 @@ def test_a_request_attends_alike_alone_and_in_a_batch(backend, window, kv_dtype,
     [*itertools.product([None, 50], DTYPES), (None, "int8"), (50, "fp8")],
 )
 @pytest.mark.parametrize("heads", [(6, 2), (4, 4)], ids=str)
-def test_chunked_prefill_attends_like_whole_prefill(backend, heads, window, kv_dtype):
+def test_chunked_prefill_equals_whole_prefill(backend, heads, window, kv_dtype):
     case = make_case([600], [600], heads=heads, window=window, dtype="bfloat16")
     whole = run(backend, case, kv_dtype)
 
@@ -528,7 +532,7 @@ def filled_cache(backend, dtype, *, block_size=16, num_blocks=7, head_size=24):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("block_size", [8, 16, 32])
-def test_export_gives_what_import_took(backend, block_size, dtype):
+def test_export_returns_what_import_wrote(backend, block_size, dtype):
     kv, wire = filled_cache(backend, dtype, block_size=block_size)
     blocks = torch.tensor([5, 0, 3], dtype=torch.int32)
 
@@ -536,7 +540,7 @@ def test_export_gives_what_import_took(backend, block_size, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_copy_copies_blocks_over_all_layers(backend, dtype):
+def test_copy_copies_blocks_in_all_layers(backend, dtype):
     kv, wire = filled_cache(backend, dtype)
 
     kv = backend.kv_copy(
@@ -550,7 +554,7 @@ def test_copy_copies_blocks_over_all_layers(backend, dtype):
 @pytest.mark.parametrize("kv_dtype", DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("num_tokens", [1, 3, 90])
-def test_write_puts_tokens_into_their_slots_of_one_layer(backend, num_tokens, dtype, kv_dtype):
+def test_write_stores_tokens_in_their_slots_of_one_layer(backend, num_tokens, dtype, kv_dtype):
     kv, wire = filled_cache(backend, kv_dtype)
     slots = 16 + np.random.default_rng(0).permutation(6 * 16)[:num_tokens]
     qkv = rounded((num_tokens, 9, 24), dtype, 3)
@@ -567,7 +571,7 @@ def test_write_puts_tokens_into_their_slots_of_one_layer(backend, num_tokens, dt
 
 @pytest.mark.parametrize("kv_dtype", SCALED_KV_DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_codes_are_the_same_on_every_instruction_set(backend, dtype, kv_dtype):
+def test_codes_equal_the_portable_ones_on_every_instruction_set(backend, dtype, kv_dtype):
     spec = KVSpec(num_layers=2, num_kv_heads=2, head_size=24, block_size=16, dtype=kv_dtype)
     kv = backend.kv_alloc(spec, 8)
     kv.data.fill_(0xFF)
@@ -592,7 +596,7 @@ def test_codes_are_the_same_on_every_instruction_set(backend, dtype, kv_dtype):
 # -- threads ----------------------------------------------------------------------------------
 
 
-def test_as_many_threads_as_were_asked_for() -> None:
+def test_use_threads_sets_the_size_of_the_team() -> None:
     native = cpu_isas.installed()
     backend, before = CpuBackend(), native.num_threads()
     try:
@@ -602,7 +606,7 @@ def test_as_many_threads_as_were_asked_for() -> None:
         native.set_num_threads(before)
 
 
-def test_more_threads_than_cores_are_refused() -> None:
+def test_more_threads_than_usable_cores_are_refused() -> None:
     usable = cpu_isas.installed().usable_cores()
 
     with pytest.raises(BackendError, match=f"may use {usable} cores"):

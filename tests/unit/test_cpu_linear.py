@@ -1,4 +1,4 @@
-"""The CPU's linear layers, plain and of few bits, against float64, on every instruction set."""
+"""The CPU's linear layers, plain and quantized, against float64, on every instruction set."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from tests.unit import cpu_isas
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 NMSE = {"float32": 1e-11, "float16": 1e-6, "bfloat16": 1e-4}
 ROUNDED_X = 1e-4
-"""NMSE of activations rounded to 8 bits by groups: normal values lose about 3e-5."""
+"""NMSE with activations rounded to 8 bits by groups; normal values lose about 3e-5."""
 EXACT_X = 3e-8
-"""The same for 15 bits, which a checkpoint's own codes are multiplied by."""
+"""NMSE with activations of 15 bits, which are used with a checkpoint's own codes."""
 
 SHAPES = [(96, 64), (70, 41), (33, 577), (1, 32), (256, 160)]
 ROWS = (1, 2, 3, 5, 7, 13, 64, 131)
@@ -41,7 +41,7 @@ def nmse(actual: torch.Tensor, expected: np.ndarray) -> float:
 
 
 def random_weight(format: str, n: int, k: int, seed: int = 0) -> QuantizedWeight:
-    """Codes of all values, scales of several sizes."""
+    """A weight [n, k] with random codes over their whole range and random scales."""
     rng = np.random.default_rng(seed)
     groups = k // QUANTIZED_FORMATS[format]
     bits = 8 if format.startswith("int8") else 4
@@ -88,7 +88,7 @@ def test_logits_are_float32(backend, dtype):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_logits_of_any_shape(backend, shape):
+def test_logits_equal_float64_and_do_not_depend_on_the_batch(backend, shape):
     weight = normal(shape, "bfloat16", 1)
     packed = backend.pack(weight, for_logits=True)
     together = normal((131, shape[1]), "bfloat16", 2)
@@ -102,8 +102,8 @@ def test_logits_of_any_shape(backend, shape):
         assert torch.equal(actual, whole[:rows]), rows
 
 
-def test_bfloat16_as_integers_loses_less_than_rounding_does(backend):
-    """The loss that docs/adr/0006 predicts is 1e-8; rounding the result to bfloat16 costs 1e-6."""
+def test_bfloat16_as_integers_loses_less_than_rounding_the_result(backend):
+    """docs/adr/0006 predicts a loss of 1e-8; rounding the result to bfloat16 costs 1e-6."""
     weight, x = normal((100, 640), "bfloat16", 1), normal((9, 640), "bfloat16", 2)
 
     actual = backend.logits(x, backend.pack(weight))
@@ -120,7 +120,7 @@ def test_linear_reads_x_inside_wider_rows(backend):
 
 
 @pytest.mark.parametrize("format", [None, *QUANTIZED_FORMATS])
-def test_a_row_comes_out_alike_alone_and_among_others(backend, format):
+def test_result_of_a_row_does_not_depend_on_the_batch(backend, format):
     weight, x = normal((70, 96), "bfloat16", 1), normal((200, 96), "bfloat16", 2)
     packed = backend.pack(weight, quantization=format)
 
@@ -131,7 +131,7 @@ def test_a_row_comes_out_alike_alone_and_among_others(backend, format):
 
 
 @pytest.mark.parametrize("format", [None, *QUANTIZED_FORMATS])
-def test_a_row_that_is_not_a_number_spoils_no_other(backend, format):
+def test_nan_or_infinity_in_a_row_does_not_affect_other_rows(backend, format):
     weight, x = normal((70, 96), seed=1), normal((9, 96), seed=2)
     packed = backend.pack(weight, quantization=format)
     expected = backend.linear(x, packed)
@@ -144,8 +144,8 @@ def test_a_row_that_is_not_a_number_spoils_no_other(backend, format):
     assert not actual[[3, 6]].isfinite().any()
 
 
-def test_bfloat16_is_exact_where_a_group_spans_few_powers_of_two(backend):
-    """Within 16 times (x) and 32 times (weight) of the group's largest nothing is lost."""
+def test_bfloat16_as_integers_is_exact_if_a_group_spans_few_powers_of_two(backend):
+    """Values within 16 times (x) and 32 times (weight) of the group's largest are exact."""
     generator = torch.Generator().manual_seed(1)
 
     def spread(rows: int, smallest: float) -> torch.Tensor:
@@ -161,7 +161,7 @@ def test_bfloat16_is_exact_where_a_group_spans_few_powers_of_two(backend):
 
 
 @pytest.mark.parametrize("size", [1e-38, 1e-20, 1e20, 1e35])
-def test_bfloat16_weights_of_any_size(backend, size):
+def test_bfloat16_weights_of_any_magnitude(backend, size):
     weight, x = normal((33, 128), "bfloat16", 1, size), normal((3, 128), "bfloat16", 2)
 
     actual = backend.linear(x, backend.pack(weight))
@@ -171,12 +171,12 @@ def test_bfloat16_weights_of_any_size(backend, size):
     assert actual.isfinite().all()
 
 
-# -- weights of few bits ----------------------------------------------------------------------
+# -- quantized weights ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("format", QUANTIZED_FORMATS)
 @pytest.mark.parametrize("shape", [(96, 64), (70, 96), (33, 544), (17, 32)], ids=str)
-def test_given_codes_equal_the_dequantised_weight(backend, shape, format):
+def test_checkpoint_codes_equal_the_dequantized_weight(backend, shape, format):
     weight = random_weight(format, *shape, seed=shape[0])
     packed, exact = backend.pack(weight), weight.dequantize().double()
     for rows in ROWS:
@@ -188,8 +188,8 @@ def test_given_codes_equal_the_dequantised_weight(backend, shape, format):
 
 
 @pytest.mark.parametrize("format", QUANTIZED_FORMATS)
-def test_whole_numbers_come_out_exactly(backend, format):
-    """Activations that 8 bits hold lose nothing: any slip of a code or a group shows."""
+def test_integer_activations_give_exact_results(backend, format):
+    """8 bits represent these activations exactly: any error in a code or group is visible."""
     n, k = 70, 96
     weight = random_weight(format, n, k)
     generator = torch.Generator().manual_seed(3)
@@ -213,7 +213,7 @@ def test_whole_numbers_come_out_exactly(backend, format):
         ("int4_min", 9e-3),
     ],
 )
-def test_rounding_loses_what_its_bits_must(backend, format, most):
+def test_rounding_error_is_in_the_range_expected_of_its_bits(backend, format, most):
     weight, identity = normal((64, 160), seed=1), torch.eye(160)
 
     packed = backend.pack(weight, quantization=format)
@@ -223,7 +223,7 @@ def test_rounding_loses_what_its_bits_must(backend, format, most):
 
 
 @pytest.mark.parametrize("format", QUANTIZED_FORMATS)
-def test_rounding_takes_columns_that_fill_no_group(backend, format):
+def test_rounding_supports_columns_that_do_not_fill_a_group(backend, format):
     weight, x = normal((20, 41), seed=1), normal((3, 41), seed=2)
 
     actual = backend.linear(x, backend.pack(weight, quantization=format))
@@ -231,7 +231,7 @@ def test_rounding_takes_columns_that_fill_no_group(backend, format):
     assert nmse(actual, (x.double() @ weight.double().T).numpy()) < 2e-2
 
 
-def test_values_of_a_4_bit_grid_are_found_again(backend):
+def test_rounding_recovers_values_of_a_4_bit_grid(backend):
     grid = random_weight("int4_min", 32, 64)
     x = normal((4, 64), seed=2)
 
@@ -241,7 +241,7 @@ def test_values_of_a_4_bit_grid_are_found_again(backend):
     assert nmse(backend.linear(x, rounded), exact.numpy()) < 2e-3
 
 
-def test_a_weight_of_zeros_stays_zero(backend):
+def test_a_zero_weight_stays_zero(backend):
     for format in QUANTIZED_FORMATS:
         packed = backend.pack(torch.zeros(20, 64), quantization=format)
         assert (backend.linear(normal((3, 64)), packed) == 0).all()

@@ -1,4 +1,4 @@
-"""Steps recorded as native programs: the same as call by call, or refused."""
+"""Steps recorded as native programs: equal to the step call by call, or not recorded."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def make_weights(backend: CpuBackend) -> dict[str, object]:
 
 
 class Step:
-    """A small model; `between` may do something to the hidden state after each layer."""
+    """A small model; `between` is applied to the hidden state after each layer."""
 
     def __init__(self, backend: CpuBackend, between=lambda x: x) -> None:
         self.backend = backend
@@ -70,7 +70,7 @@ class Step:
 
 
 def make_inputs(backend: CpuBackend, lengths: list[int], start: int = 0) -> StepInputs:
-    """Requests of `lengths` query tokens behind `start` others, four blocks of 16 each."""
+    """Requests of `lengths` query tokens after `start` others, with four blocks of 16 each."""
     total, count = sum(lengths), len(lengths)
     loc = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     positions = np.concatenate([np.arange(start, start + n) for n in lengths]).astype(np.int32)
@@ -124,7 +124,7 @@ def run_all(backend: CpuBackend, step) -> list[torch.Tensor]:
     return results
 
 
-def test_a_program_computes_what_the_step_does_for_all_sizes():
+def test_program_equals_the_step_for_all_sizes():
     backend = CpuBackend()
     step = Step(backend)
     expected = run_all(backend, step)
@@ -137,7 +137,7 @@ def test_a_program_computes_what_the_step_does_for_all_sizes():
     assert step.num_runs == 1, "the step itself ran again"
 
 
-def test_other_weights_are_recorded_anew():
+def test_other_weights_are_recorded_again():
     backend = CpuBackend()
     step = Step(backend)
     recorded = RecordedStep(backend, step)
@@ -157,7 +157,7 @@ def test_other_weights_are_recorded_anew():
     ],
     ids=["new", "in place"],
 )
-def test_a_step_that_torch_computes_in_runs_call_by_call(caplog, between, reason):
+def test_step_with_torch_computation_runs_call_by_call(caplog, between, reason):
     backend = CpuBackend()
     step = Step(backend, between)
     expected = run_all(backend, step)
@@ -166,10 +166,10 @@ def test_a_step_that_torch_computes_in_runs_call_by_call(caplog, between, reason
         actual = run_all(backend, RecordedStep(backend, step))
 
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
-    assert [reason in r.getMessage() for r in caplog.records] == [True], "it says so once"
+    assert [reason in r.getMessage() for r in caplog.records] == [True], "one warning"
 
 
-def test_a_single_row_is_not_recorded_from():
+def test_single_row_is_not_recorded():
     backend = CpuBackend()
     step = Step(backend)
     recorded = RecordedStep(backend, step)
@@ -180,8 +180,8 @@ def test_a_single_row_is_not_recorded_from():
     assert step.num_runs == 3
 
 
-def test_slots_of_results_that_live_at_once_are_apart():
-    """The arena is poisoned before each step: what is read was written in it."""
+def test_results_that_are_alive_at_once_have_separate_slots():
+    """Replays repeat the result, so no slot is overwritten while its result is still needed."""
     backend = CpuBackend()
     recorded = RecordedStep(backend, Step(backend))
     weights, kv = make_weights(backend), make_kv(backend)
@@ -193,7 +193,7 @@ def test_slots_of_results_that_live_at_once_are_apart():
         recorded._logits.fill_(float("nan"))
 
 
-def test_a_plan_for_other_attention_is_refused():
+def test_plan_for_another_attention_spec_is_refused():
     backend = CpuBackend()
     other = dataclasses.replace(SPEC, scale=0.5)
     inputs = make_inputs(backend, [4])
