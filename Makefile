@@ -17,6 +17,7 @@ PARALLEL_TESTS := tests/architecture tests/unit tests/models tests/conformance t
 SERIAL_TESTS := tests/docs tests/engine tests/server tests/xla
 PYTEST_PARALLEL := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 NATIVE := $(shell find csrc_cpu csrc_cuda csrc_rocm -type f 2>/dev/null)
+NATIVE_CODE := $(filter %.h %.cpp %.cuh %.cu %.hip,$(NATIVE) $(wildcard tests/gpu/emulator/*))
 NATIVE_CPU := $(shell find csrc_cpu -type f 2>/dev/null)
 
 .PHONY: demo install install-dev emulated tpu model test-models browser check lint types layers quick test bench bench-cpu bench-xla clean
@@ -85,6 +86,7 @@ check: test
 lint: install-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/clang-format --dry-run --Werror $(NATIVE_CODE)
 
 types: install-dev
 	@mkdir -p build/types && ln -sfn ../../backends build/types/portalm_backends

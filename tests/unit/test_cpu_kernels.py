@@ -228,7 +228,7 @@ def test_nan_in_one_token_does_not_affect_other_tokens_of_its_experts(backend):
 
 @dataclass
 class Case:
-    """A batch: the context [seq_len, H_kv, D] of each request and the queries of its last tokens."""
+    """A batch: each request's context [seq_len, H_kv, D] and the queries of its last tokens."""
 
     spec: AttentionSpec
     block_size: int
