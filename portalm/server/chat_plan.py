@@ -12,7 +12,7 @@ from portalm.text.chat_template import ChatTemplate, Conversation
 from portalm.text.reasoning_parsers import REASONING_PARSERS
 from portalm.text.reasoning_parsers.base import ReasoningParser
 from portalm.text.tokenizer import Tokenizer
-from portalm.text.tool_parsers import TOOL_PARSERS, recognise
+from portalm.text.tool_parsers import TOOL_PARSERS, recognize
 from portalm.text.tool_parsers.base import ToolParser
 from portalm.text.tool_parsers.forced import NamedCallParser, RequiredCallsParser
 
@@ -37,7 +37,7 @@ class AnswerFormat:
 
     def tool_parser(self, template: str) -> type[ToolParser] | None:
         """What reads the calls of a model with that chat template; None: nobody knows."""
-        name = self.tool_call_parser or recognise(template)
+        name = self.tool_call_parser or recognize(template)
         return None if name is None else TOOL_PARSERS.get(name)
 
     def check(self, tokenizer: Tokenizer) -> None:

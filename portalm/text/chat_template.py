@@ -1,7 +1,7 @@
-"""Conversations to text, by the Jinja templates that models ship.
+"""Render conversations as text with the Jinja templates of models.
 
-Templates come with models (and from callers): they run in Jinja's sandbox and see plain data only.
-The environment is the one that Hugging Face templates are written for.
+Templates come from models and from callers, so they run in Jinja's sandbox and get plain data only.
+The environment provides what Hugging Face templates expect.
 """
 
 from __future__ import annotations
@@ -20,19 +20,22 @@ if TYPE_CHECKING:
     from jinja2 import Template
 
 _CUT = "CONTINUE-HERE-7f3a "
-"""Stands behind the final message while it is rendered, to find where it ends. Without the space
-at its end: the template strips messages."""
+"""Appended to the final message while rendering, to find where it ends. If the trailing space is
+missing in the result, the template strips messages."""
 
 
 class ChatTemplates:
-    """The templates of a model, by name."""
+    """A model's chat templates, by name."""
 
     def __init__(self, templates: Mapping[str, str], *, compile_now: bool = False) -> None:
-        """The templates; most models have one, named default.
+        """Keep the templates; most models have only one, named default.
 
         Args:
-            templates: Jinja texts by name.
-            compile_now: raise `ConfigError` for a text that is no template.
+            templates: Jinja source by name.
+            compile_now: check all templates now.
+
+        Raises:
+            ConfigError: `compile_now` is set, and a template is not valid Jinja.
         """
         self._templates = dict(templates)
         if compile_now:
@@ -44,15 +47,15 @@ class ChatTemplates:
 
     @property
     def default(self) -> str | None:
-        """The template that is used where none is named."""
+        """Source of the default template; None if there is none."""
         return self._templates.get("default")
 
     def choose(self, template: str | None, *, has_tools: bool) -> str:
-        """The Jinja text of a conversation's template.
+        """Choose a conversation's template and return its Jinja source.
 
         Args:
-            template: Jinja text, or the name of one of the templates; None: the default.
-            has_tools: the conversation has tools: prefer the template named tool_use.
+            template: Jinja source, or the name of one of the templates; None for the default.
+            has_tools: the conversation has tools, so prefer the template named tool_use.
 
         Raises:
             InvalidRequest: the model has no chat template.
@@ -63,7 +66,7 @@ class ChatTemplates:
             return self._templates["tool_use"]
         if self.default is None:
             raise InvalidRequest(
-                "the model has no chat template: give one with --chat-template (or chat_template "
+                "the model has no chat template; set one with --chat-template (or chat_template "
                 "in the request), or send a text prompt instead of messages",
                 param="messages",
             )
@@ -72,10 +75,10 @@ class ChatTemplates:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conversation:
-    """What a chat template turns into a prompt."""
+    """Input of a chat template."""
 
     messages: Sequence[Mapping[str, Any]]
-    """{"role": ..., "content": ...} each; content is a text or a list of parts of type text."""
+    """Messages {"role": ..., "content": ...}; content is a string or a list of text parts."""
     tools: Sequence[Mapping[str, Any]] = ()
     """Functions that the model may call, as in OpenAI's chat completions."""
     add_generation_prompt: bool = True
@@ -93,13 +96,13 @@ class ChatTemplate:
     text: str
     """Jinja source."""
     special_tokens: Mapping[str, str] = field(default_factory=dict)
-    """Variables that every conversation sees: special tokens by role (bos_token, ...)."""
+    """Special tokens by role (bos_token, ...), available as variables in every conversation."""
 
     def render(self, conversation: Conversation) -> str:
         """Render a conversation as the prompt that the model was trained on.
 
         Raises:
-            InvalidRequest: the messages are malformed, or the template refuses them.
+            InvalidRequest: the messages are malformed, or the template rejects them.
         """
         messages = check_messages(conversation.messages)
         tools = _plain(conversation.tools, "tools") if conversation.tools else None
@@ -121,11 +124,11 @@ class ChatTemplate:
         return _cut_final(text) if conversation.continue_final_message else text
 
     def answer_start(self, conversation: Conversation, prompt: str) -> str:
-        """The part of a rendered prompt that already belongs to the answer.
+        """Return the part of a rendered prompt that already belongs to the answer.
 
         Args:
-            conversation: what `prompt` was rendered from.
-            prompt: as `render` returned it.
+            conversation: the conversation that `prompt` was rendered from.
+            prompt: the result of `render`.
 
         Returns:
             The generation prompt, or the content of the message to continue; may be empty.
@@ -143,7 +146,7 @@ class ChatTemplate:
             raise
         except Exception as error:  # a template is a program: it may raise anything
             raise InvalidRequest(
-                f"the chat template refuses this conversation: {error or type(error).__name__}",
+                f"the chat template rejected the conversation: {error or type(error).__name__}",
                 param="messages",
             ) from error
 
@@ -152,13 +155,13 @@ class ChatTemplate:
 
 
 def check_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """`messages` as plain data that templates expect.
+    """Check messages and convert them to the plain data that templates expect.
 
-    Content becomes a text (parts of type text are joined by newlines, none is empty), arguments
-    of tool calls become objects.
+    Content becomes a string (text parts are joined by newlines, missing content is ""), and the
+    arguments of tool calls become objects.
 
     Raises:
-        InvalidRequest: no messages, or one that is malformed, named by its place.
+        InvalidRequest: there are no messages, or one is malformed; the error names its place.
     """
     if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
         _refuse("must be a list of {'role': ..., 'content': ...} objects")
@@ -172,11 +175,11 @@ def _check_message(message: Any, place: str) -> dict[str, Any]:
         _refuse(f"{place} must be an object with role and content, not {type(message).__name__}")
     role = message.get("role")
     if not isinstance(role, str) or not role:
-        _refuse(f"{place}.role must be a text such as system, user or assistant, not {role!r}")
+        _refuse(f"{place}.role must be a string such as system, user or assistant, not {role!r}")
     plain: dict[str, Any] = _plain(message, "messages")
     has_calls = bool(plain.get("tool_calls"))
     plain["content"] = _flatten(
-        plain.get("content"), f"{place}.content", may_lack=has_calls or role == "assistant"
+        plain.get("content"), f"{place}.content", is_optional=has_calls or role == "assistant"
     )
     if has_calls:
         plain["tool_calls"] = _check_calls(plain["tool_calls"], f"{place}.tool_calls")
@@ -185,13 +188,14 @@ def _check_message(message: Any, place: str) -> dict[str, Any]:
     return plain
 
 
-def _flatten(content: Any, place: str, *, may_lack: bool) -> str:
+def _flatten(content: Any, place: str, *, is_optional: bool) -> str:
+    """Convert a message's content to a string."""
     if isinstance(content, str):
         return content
-    if content is None and may_lack:
+    if content is None and is_optional:
         return ""
     if not isinstance(content, list):
-        _refuse(f"{place} must be a text or a list of parts, not {type(content).__name__}")
+        _refuse(f"{place} must be a string or a list of parts, not {type(content).__name__}")
     texts = []
     for i, part in enumerate(content):
         if isinstance(part, str):
@@ -199,9 +203,9 @@ def _flatten(content: Any, place: str, *, may_lack: bool) -> str:
             continue
         kind = part.get("type") if isinstance(part, dict) else type(part).__name__
         if kind not in ("text", "input_text", "output_text"):
-            _refuse(f"{place}[{i}] is of type {kind!r}: this model reads parts of type text only")
+            _refuse(f"{place}[{i}] has type {kind!r}; this model supports text parts only")
         if not isinstance(part.get("text"), str):
-            _refuse(f"{place}[{i}].text must be a text")
+            _refuse(f"{place}[{i}].text must be a string")
         texts.append(part["text"])
     return "\n".join(texts)
 
@@ -218,12 +222,12 @@ def _check_calls(calls: Any, place: str) -> list[Any]:
             try:
                 function["arguments"] = json.loads(arguments or "{}")
             except ValueError as error:
-                _refuse(f"{place}[{i}].function.arguments is not JSON: {error}")
+                _refuse(f"{place}[{i}].function.arguments is not valid JSON: {error}")
     return calls
 
 
 def _plain(value: Any, param: str) -> Any:
-    """A copy of `value` made of JSON's types alone: templates must not reach methods."""
+    """Copy `value` using JSON types only, so that templates cannot call methods."""
     if value is None or isinstance(value, str | bool | int | float):
         return value
     if isinstance(value, Mapping):
@@ -231,7 +235,7 @@ def _plain(value: Any, param: str) -> Any:
     if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray):
         return [_plain(item, param) for item in value]
     raise InvalidRequest(
-        f"{param} may hold JSON values only, not {type(value).__name__}", param=param
+        f"{param} may contain JSON values only, not {type(value).__name__}", param=param
     )
 
 
@@ -239,29 +243,30 @@ def _refuse(problem: str) -> NoReturn:
     raise InvalidRequest(f"messages{'' if problem[0] == '[' else ' '}{problem}", param="messages")
 
 
-# -- going on with the final message ----------------------------------------------------------
+# -- continuing the final message -------------------------------------------------------------
 
 
 def _check_continue(messages: list[dict[str, Any]], add_generation_prompt: bool) -> None:
     if add_generation_prompt:
         raise InvalidRequest(
-            "continue_final_message and add_generation_prompt exclude each other: the one goes on "
-            "with the last message, the other begins a new one; set one of them to false",
+            "continue_final_message and add_generation_prompt exclude each other: the first continues "
+            "the last message, the second starts a new one; set one of them to false",
             param="continue_final_message",
         )
     if not messages[-1]["content"]:
         raise InvalidRequest(
-            "continue_final_message needs a last message with content to go on with",
+            "continue_final_message needs a last message with content to continue",
             param="continue_final_message",
         )
 
 
 def _cut_final(text: str) -> str:
+    """Cut a rendered prompt at the end of its final message."""
     end = text.rfind(_CUT.rstrip())
     if end < 0:
         raise InvalidRequest(
-            "continue_final_message is not possible: the chat template leaves out or changes the "
-            "last message",
+            "continue_final_message is not possible: the chat template omits or changes the last "
+            "message",
             param="continue_final_message",
         )
     return text[:end] if text.startswith(_CUT, end) else text[:end].rstrip()
@@ -272,7 +277,7 @@ def _cut_final(text: str) -> str:
 
 @lru_cache(maxsize=64)
 def _compile(text: str) -> Template:
-    """The compiled template; `InvalidRequest` with the line for one that is none."""
+    """Compile a template; raises `InvalidRequest`, with the line, if it is not valid Jinja."""
     from jinja2 import TemplateSyntaxError
 
     try:
@@ -287,7 +292,7 @@ def _compile(text: str) -> Template:
 
 @lru_cache(maxsize=64)
 def takes_tools(text: str) -> bool:
-    """Whether a template knows tools: which there are, or how calls of them are written."""
+    """Return True if a template uses the list of tools, or formats tool calls."""
     from jinja2 import TemplateSyntaxError, meta
 
     if "tool_calls" in text:
@@ -295,7 +300,7 @@ def takes_tools(text: str) -> bool:
     try:
         return "tools" in meta.find_undeclared_variables(_environment().parse(text))
     except TemplateSyntaxError:
-        return True  # rendering it says what is wrong
+        return True  # rendering raises the error
 
 
 @lru_cache(maxsize=1)
@@ -305,12 +310,12 @@ def _environment() -> Any:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        """`{% generation %}`: marks the assistant's words for training; here it is nothing."""
+        """`{% generation %}`, which marks the assistant's text for training: ignored here."""
 
         tags = {"generation"}  # noqa: RUF012 - Jinja's own declaration
 
         def parse(self, parser: Any) -> nodes.Node | list[nodes.Node]:
-            """What is inside the tag."""
+            """Return the nodes inside the tag."""
             next(parser.stream)
             body: list[nodes.Node] = parser.parse_statements(
                 ("name:endgeneration",), drop_needle=True
@@ -327,7 +332,7 @@ def _environment() -> Any:
         separators: tuple[str, str] | None = None,
         sort_keys: bool = False,
     ) -> str:
-        """JSON without HTML escapes, which Jinja's own filter makes."""
+        """Format as JSON, without the HTML escapes of Jinja's own filter."""
         return json.dumps(
             value,
             ensure_ascii=ensure_ascii,

@@ -1,4 +1,4 @@
-"""Text to token ids and back, whatever the tokenizer's file format."""
+"""Convert text to token ids and back, for all tokenizer formats."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from portalm.text.spelling import Spelling
 
 
 class Tokenizer:
-    """A model's tokenizer (`load_tokenizer` makes one)."""
+    """A model's tokenizer (created by `load_tokenizer`)."""
 
     def __init__(
         self,
@@ -23,13 +23,13 @@ class Tokenizer:
         special: SpecialTokens,
         templates: ChatTemplates,
     ) -> None:
-        """A tokenizer over a library's.
+        """Wrap a tokenizer library.
 
         Args:
-            codec: does the work.
-            spelling: what bytes its tokens are; None: only `codec.decode` knows.
-            special: the tokens with a role.
-            templates: how the model writes a conversation.
+            codec: the library's tokenizer.
+            spelling: mapping from tokens to bytes; None if only `codec.decode` gives text.
+            special: the special tokens.
+            templates: the model's chat templates.
         """
         self._codec = codec
         self.spelling = spelling
@@ -50,45 +50,45 @@ class Tokenizer:
     # -- text and ids -------------------------------------------------------------------------
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """The token ids of `text`; special tokens written in it are those tokens.
+        """Encode `text` as token ids; special tokens that occur in it become their ids.
 
         Args:
-            text: any text.
-            add_special_tokens: put what the model wants around a text (BOS, say).
+            text: the text to encode.
+            add_special_tokens: add the special tokens that the model expects, such as BOS.
 
         Raises:
-            InvalidRequest: `text` is no valid Unicode (half of a surrogate pair).
+            InvalidRequest: `text` is not valid Unicode (it has a lone surrogate).
         """
         try:
             return self._codec.encode(text, add_special_tokens=add_special_tokens)
-        except (UnicodeEncodeError, TypeError):  # what the libraries say of a lone surrogate
-            _refuse_surrogates(text)
+        except (UnicodeEncodeError, TypeError):  # raised for a lone surrogate
+            _reject_surrogates(text)
             raise
 
     def encode_pair(self, first: str, second: str) -> tuple[list[int], int]:
-        """The ids of two texts as the model wants to see them together.
+        """Encode two texts as one input, in the model's format for pairs.
 
         Args:
-            first: any text, a query say.
-            second: any text, a document say.
+            first: the first text, for example a query.
+            second: the second text, for example a document.
 
         Returns:
-            The ids, and where tokens of type 1 (the second text's) begin: behind the end for a
-            model that does not tell the two apart.
+            The ids, and the index of the first token of type 1 (the second text): `len(ids)` for
+            a model that does not use token types.
 
         Raises:
-            InvalidRequest: a text is no valid Unicode (half of a surrogate pair).
+            InvalidRequest: a text is not valid Unicode (it has a lone surrogate).
         """
         try:
             ids, types = self._codec.encode_pair(first, second)
         except (UnicodeEncodeError, TypeError):
-            _refuse_surrogates(first)
-            _refuse_surrogates(second)
+            _reject_surrogates(first)
+            _reject_surrogates(second)
             raise
         return ids, types.index(1) if 1 in types else len(ids)
 
     def truncate(self, ids: Sequence[int], max_tokens: int) -> list[int]:
-        """The first of `ids`, at most `max_tokens` with the special tokens that end them."""
+        """Truncate `ids` to `max_tokens`, keeping the special tokens at the end."""
         if len(ids) <= max_tokens:
             return list(ids)
         num_end = 0
@@ -104,7 +104,14 @@ class Tokenizer:
         skip_special_tokens: bool = True,
         spaces_between_special_tokens: bool = True,
     ) -> str:
-        """The text of `ids`; broken UTF-8 shows as U+FFFD, unknown ids as nothing."""
+        """Text of `ids`; invalid UTF-8 becomes U+FFFD, unknown ids become empty.
+
+        Args:
+            ids: the token ids.
+            skip_special_tokens: omit special tokens.
+            spaces_between_special_tokens: False removes spaces between consecutive special tokens
+                (byte-level tokenizers never add them).
+        """
         if self.spelling is None:
             if skip_special_tokens or spaces_between_special_tokens:
                 return self._codec.decode(ids, skip_special_tokens=skip_special_tokens)
@@ -126,13 +133,12 @@ class Tokenizer:
         skip_special_tokens: bool = True,
         spaces_between_special_tokens: bool = True,
     ) -> Detokenizer:
-        """A stream of text that goes on from a prompt.
+        """Create a detokenizer for an answer to a prompt.
 
         Args:
-            prompt_token_ids: what the answer goes on from; empty: it begins a text.
-            skip_special_tokens: special tokens have no text.
-            spaces_between_special_tokens: False: no space between special tokens that follow
-                each other (byte-level tokenizers never put one there).
+            prompt_token_ids: the prompt that the text continues; empty at the start of a text.
+            skip_special_tokens: as in `decode`.
+            spaces_between_special_tokens: as in `decode`.
         """
         if self.spelling is not None:
             return SpelledDetokenizer(
@@ -148,15 +154,15 @@ class Tokenizer:
     # -- single tokens ------------------------------------------------------------------------
 
     def id_to_token(self, token_id: int) -> str | None:
-        """The token as the vocabulary writes it ("Ġthe"); None if there is none of that id."""
+        """The token's string in the vocabulary ("Ġthe"); None for an unknown id."""
         return self._codec.id_to_token(token_id) if token_id >= 0 else None
 
     def token_to_id(self, token: str) -> int | None:
-        """The id of a token as the vocabulary writes it; None if there is none."""
+        """The id of a token's string in the vocabulary; None if there is none."""
         return self._codec.token_to_id(token)
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes that the token adds to a text; none for an unknown id."""
+        """Bytes that the token adds to a text; b"" for an unknown id."""
         data = self._bytes.get(token_id)
         if data is None:
             data = self._bytes[token_id] = self._spell(token_id)
@@ -171,9 +177,9 @@ class Tokenizer:
         return self.spelling.token_bytes(token)
 
     def vocabulary(self) -> list[bytes] | None:
-        """By id: the bytes that each token adds to a text, none for special tokens.
+        """Bytes that each token adds to a text, by id; b"" for special tokens.
 
-        None if tokens are not known as bytes (`spelling`).
+        None if the bytes of tokens are not known (`spelling` is None).
         """
         if self.spelling is None:
             return None
@@ -183,7 +189,7 @@ class Tokenizer:
         ]
 
     def id_to_text(self, token_id: int) -> str:
-        """The token's own text, for logprobs; U+FFFD for parts of a character."""
+        """Text of the token on its own, for logprobs; U+FFFD for a part of a character."""
         text = self._texts.get(token_id)
         if text is None:
             text = self._texts[token_id] = self.token_bytes(token_id).decode("utf-8", "replace")
@@ -199,11 +205,11 @@ class Tokenizer:
     def choose_template(
         self, template: str | None = None, *, has_tools: bool = False
     ) -> ChatTemplate:
-        """The template to render a conversation with.
+        """Choose the template for a conversation.
 
         Args:
-            template: Jinja text, or the name of one of the model's templates; None: its default.
-            has_tools: the conversation has tools: prefer the model's template for those.
+            template: Jinja source, or the name of a template of the model; None for its default.
+            has_tools: the conversation has tools, so prefer the template named tool_use.
 
         Raises:
             InvalidRequest: the model has no chat template.
@@ -221,20 +227,20 @@ class Tokenizer:
         template: str | None = None,
         **kwargs: Any,
     ) -> str:
-        """A conversation as the text that the model was trained on.
+        """Render a conversation as a prompt, in the format that the model was trained on.
 
         Args:
-            messages: {"role": ..., "content": ...} each; content is a text or a list of parts of
-                type text.
-            add_generation_prompt: end where the assistant begins to speak.
-            continue_final_message: end inside the last message, for the model to go on with it.
+            messages: messages {"role": ..., "content": ...}; content is a string or a list of
+                text parts.
+            add_generation_prompt: end the prompt where the assistant's answer begins.
+            continue_final_message: end the prompt inside the last message, for the model to
+                continue it.
             tools: functions that the model may call, as in OpenAI's API.
-            template: Jinja text, or the name of one of the model's templates, to use instead of
-                its default one.
-            **kwargs: more variables for the template.
+            template: Jinja source, or the name of a template of the model; None for its default.
+            **kwargs: additional variables for the template.
 
         Raises:
-            InvalidRequest: the messages are malformed, or the template refuses them.
+            InvalidRequest: the messages are malformed, or the template rejects them.
         """
         conversation = Conversation(
             messages=messages,
@@ -255,7 +261,7 @@ class Tokenizer:
         template: str | None = None,
         **kwargs: Any,
     ) -> list[int]:
-        """The token ids of a conversation; arguments and errors as in `render_chat`."""
+        """Encode a conversation as token ids; arguments and errors as in `render_chat`."""
         text = self.render_chat(
             messages,
             add_generation_prompt=add_generation_prompt,
@@ -264,15 +270,15 @@ class Tokenizer:
             template=template,
             **kwargs,
         )
-        return self.encode(text, add_special_tokens=False)  # the template writes BOS itself
+        return self.encode(text, add_special_tokens=False)  # the template adds BOS
 
 
-def _refuse_surrogates(text: str) -> None:
+def _reject_surrogates(text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise InvalidRequest(
-            f"the text is not valid Unicode: character {error.start} is half of a surrogate pair "
-            f"({text[error.start]!a}); send the whole pair",
+            f"the text is not valid Unicode: character {error.start} is a lone surrogate "
+            f"({text[error.start]!a}); send the whole surrogate pair",
             param="prompt",
         ) from None

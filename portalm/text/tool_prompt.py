@@ -1,7 +1,7 @@
-"""Tools for models whose chat template knows none: described, and written, in Hermes' format.
+"""Describe tools to models whose chat template does not support them, in the Hermes format.
 
-The model was not trained on it and may call or not; but what it is shown is how its calls are read
-(portalm.text.tool_parsers.hermes).
+The model was not trained on this format and may or may not call the tools, but its calls are parsed
+in the same format (portalm.text.tool_parsers.hermes).
 """
 
 from __future__ import annotations
@@ -25,7 +25,15 @@ You are then told the result between <tool_response> and </tool_response>."""
 def write_tools(
     messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None
 ) -> list[dict[str, Any]]:
-    """`messages` (as `check_messages` gives them) with tools, calls and results as plain text."""
+    """Write tools, calls and results into the messages as plain text.
+
+    Args:
+        messages: as returned by `check_messages`.
+        tools: functions that the model may call; None or empty adds no description.
+
+    Returns:
+        New messages; the tools are described in the system message.
+    """
     plain = [_write_message(message) for message in messages]
     if not tools:
         return plain

@@ -38,7 +38,7 @@ def on_a_terminal(*arguments: str) -> pexpect.spawn:
 def local_chat(default_model: Path) -> Iterator[pexpect.spawn]:
     """A conversation with the default model, which runs in the command's process."""
     chat = on_a_terminal("chat", "--max-model-len", "2k", "--max-tokens", "1500")
-    chat.expect(r" on cpu\. /help")
+    chat.expect(r" on cpu\. Type /help")
     chat.expect("> ")
     yield chat
     chat.sendline("/exit")

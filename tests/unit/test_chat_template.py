@@ -1,4 +1,4 @@
-"""Chat templates: what they see, what they may do, how they fail."""
+"""Chat templates: the variables they get, the sandbox, and errors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def render(template: str, messages=(USER,), **options):
     return ChatTemplate(template).render(Conversation(messages=list(messages), **options))
 
 
-def test_messages_become_text():
+def test_messages_are_rendered_as_text():
     messages = [USER, {"role": "assistant", "content": "ho"}]
 
     assert render(CHATML, messages) == "<|user|>hi</><|assistant|>ho</><|assistant|>"
@@ -38,7 +38,7 @@ def test_variables_and_tools_reach_the_template():
     assert render(template, tools=tools, variables={"bos_token": "<s>", "date": 1}) == "<s>1look"
 
 
-def test_a_template_can_be_chosen_by_text_or_by_name():
+def test_template_can_be_chosen_by_source_or_name():
     templates = ChatTemplates({"default": "d", "tool_use": "t"})
 
     def choose(template=None, has_tools=False):
@@ -79,11 +79,11 @@ def test_helpers_that_templates_expect(template, text):
     ],
 )
 def test_templates_cannot_leave_the_sandbox(template):
-    with pytest.raises(InvalidRequest, match="refuses"):
+    with pytest.raises(InvalidRequest, match="rejected the conversation"):
         render(template)
 
 
-def test_the_callers_messages_are_not_changed():
+def test_callers_messages_are_not_modified():
     message = {"role": "assistant", "content": None, "tool_calls": [CALL]}
 
     check_messages([message])
@@ -105,12 +105,12 @@ def test_the_callers_messages_are_not_changed():
         ("{% if %}", "not valid Jinja, line 1"),
     ],
 )
-def test_a_template_that_fails_says_why(template, reason):
+def test_template_error_names_the_reason(template, reason):
     with pytest.raises(InvalidRequest, match=reason):
         render(template)
 
 
-def test_a_model_without_a_template_says_what_to_do():
+def test_error_for_a_model_without_a_template_names_the_flag():
     with pytest.raises(InvalidRequest, match="--chat-template"):
         ChatTemplates({}).choose(None, has_tools=False)
 
@@ -123,15 +123,15 @@ def test_a_model_without_a_template_says_what_to_do():
         (USER, "must be a list"),
         (["hi"], r"messages\[0\] must be an object"),
         ([USER, {"content": "x"}], r"messages\[1\]\.role"),
-        ([{"role": "", "content": "x"}], "role must be a text"),
-        ([{"role": "user"}], r"messages\[0\]\.content must be a text"),
-        ([{"role": "user", "content": 3}], "content must be a text"),
-        ([{"role": "user", "content": [{"type": "image_url"}]}], "'image_url'.*text only"),
+        ([{"role": "", "content": "x"}], "role must be a string"),
+        ([{"role": "user"}], r"messages\[0\]\.content must be a string"),
+        ([{"role": "user", "content": 3}], "content must be a string"),
+        ([{"role": "user", "content": [{"type": "image_url"}]}], "'image_url'.*text parts only"),
         ([{"role": "user", "content": [{"type": "text"}]}], r"content\[0\]\.text"),
         ([{"role": "user", "content": "x", "name": object()}], "JSON values only"),
     ],
 )
-def test_malformed_messages_are_named_by_their_place(messages, reason):
+def test_malformed_messages_are_rejected_naming_their_place(messages, reason):
     with pytest.raises(InvalidRequest, match=reason) as caught:
         render(CHATML, messages) if isinstance(messages, list) else check_messages(messages)
 
@@ -143,23 +143,23 @@ def test_malformed_messages_are_named_by_their_place(messages, reason):
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
 
 
-def test_arguments_of_tool_calls_become_objects_and_their_content_may_lack():
+def test_tool_call_arguments_become_objects_and_content_is_optional():
     template = "{{ messages[0].tool_calls[0].function.arguments.x }}[{{ messages[0].content }}]"
 
     assert render(template, [{"role": "assistant", "tool_calls": [CALL]}]) == "1[]"
 
 
 @pytest.mark.parametrize("call", [{}, {"function": {"name": "f", "arguments": "{"}}, "f"])
-def test_malformed_tool_calls_are_refused(call):
+def test_malformed_tool_calls_are_rejected(call):
     with pytest.raises(InvalidRequest, match=r"messages\[0\]\.tool_calls\[0\]"):
         render(CHATML, [{"role": "assistant", "tool_calls": [call]}])
 
 
-# -- going on with the final message ----------------------------------------------------------
+# -- continuing the final message -------------------------------------------------------------
 
 
 @pytest.mark.parametrize("content", ["ho", "ho ", "</>", "hi"])
-def test_the_prompt_ends_inside_the_final_message(content):
+def test_prompt_ends_inside_the_final_message(content):
     messages = [USER, {"role": "assistant", "content": content}]
 
     text = render(CHATML, messages, add_generation_prompt=False, continue_final_message=True)
@@ -167,7 +167,7 @@ def test_the_prompt_ends_inside_the_final_message(content):
     assert text == f"<|user|>hi</><|assistant|>{content}"
 
 
-def test_the_prompt_ends_inside_the_final_message_that_the_template_strips():
+def test_prompt_ends_inside_a_final_message_that_the_template_strips():
     template = "{% for m in messages %}[{{ m.content | trim }}]{% endfor %}"
     messages = [USER, {"role": "assistant", "content": " ho "}]
 
@@ -180,11 +180,11 @@ def test_the_prompt_ends_inside_the_final_message_that_the_template_strips():
     ("template", "content", "generate", "reason"),
     [
         (CHATML, "ho", True, "exclude each other"),
-        (CHATML, "", False, "content to go on with"),
-        ("{{ messages[0].content }}", "ho", False, "leaves out"),
+        (CHATML, "", False, "content to continue"),
+        ("{{ messages[0].content }}", "ho", False, "omits or changes"),
     ],
 )
-def test_a_final_message_that_cannot_be_gone_on_with(template, content, generate, reason):
+def test_final_message_that_cannot_be_continued_is_rejected(template, content, generate, reason):
     messages = [USER, {"role": "assistant", "content": content}]
 
     with pytest.raises(InvalidRequest, match=reason) as caught:
@@ -196,7 +196,7 @@ def test_a_final_message_that_cannot_be_gone_on_with(template, content, generate
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
 
 
-def test_a_template_that_knows_no_tools_gets_them_as_text():
+def test_template_without_tools_gets_them_as_text():
     messages = [
         {"role": "system", "content": "Be kind."},
         USER,
@@ -215,7 +215,7 @@ def test_a_template_that_knows_no_tools_gets_them_as_text():
     assert render(CHATML, [USER], tools=[TOOL]).startswith("<|system|>You may call functions")
 
 
-def test_a_template_that_knows_tools_gets_them_as_they_are():
+def test_template_with_tools_gets_them_unchanged():
     template = "{{ tools[0].function.name }} {{ messages[0].role }}"
 
     assert render(template, [{"role": "tool", "content": "42"}], tools=[TOOL]) == "f tool"

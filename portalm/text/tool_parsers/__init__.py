@@ -27,9 +27,9 @@ TOOL_PARSERS = Plugins(
 
 
 @lru_cache(maxsize=64)
-def recognise(template: str) -> str | None:
+def recognize(template: str) -> str | None:
     """Return the tool call format that a chat template uses; None if none or several match."""
     if not takes_tools(template):
         return "hermes"  # portalm.text.tool_prompt describes the tools in this format
-    found = [name for name in TOOL_PARSERS.names() if TOOL_PARSERS.get(name).recognises(template)]
+    found = [name for name in TOOL_PARSERS.names() if TOOL_PARSERS.get(name).recognizes(template)]
     return found[0] if len(found) == 1 else None

@@ -42,7 +42,7 @@ class ToolParser(CharParser):
         super().__init__()
 
     @classmethod
-    def recognises(cls, template: str) -> bool:
+    def recognizes(cls, template: str) -> bool:
         """Return True if a chat template tells the model to use this format."""
         return False
 

@@ -15,7 +15,7 @@ class HermesToolParser(ToolParser):
     markers = (_BEGIN, _END)
 
     @classmethod
-    def recognises(cls, template: str) -> bool:
+    def recognizes(cls, template: str) -> bool:
         """Return True if a chat template tells the model to use this format."""
         others = ("<function=", "<arg_key>")  # formats with the same tags around other syntax
         return _BEGIN in template and _END in template and not any(o in template for o in others)

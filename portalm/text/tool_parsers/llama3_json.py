@@ -12,7 +12,7 @@ class Llama3JsonToolParser(ToolParser):
     """Parser of answers that consist of calls; only calls of the request's functions count."""
 
     @classmethod
-    def recognises(cls, template: str) -> bool:
+    def recognizes(cls, template: str) -> bool:
         """Return True if a chat template tells the model to use this format."""
         return '{"name": function name, "parameters":' in template
 

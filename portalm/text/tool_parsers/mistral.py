@@ -20,7 +20,7 @@ class MistralToolParser(ToolParser):
     markers = (_BEGIN, _ID, _ARGUMENTS)
 
     @classmethod
-    def recognises(cls, template: str) -> bool:
+    def recognizes(cls, template: str) -> bool:
         """Return True if a chat template tells the model to use this format."""
         return _BEGIN in template
 

@@ -25,7 +25,7 @@ class PythonicToolParser(ToolParser):
     """
 
     @classmethod
-    def recognises(cls, template: str) -> bool:
+    def recognizes(cls, template: str) -> bool:
         """Return True if a chat template tells the model to use this format."""
         return "[func_name1(params_name1=params_value1" in template
 
