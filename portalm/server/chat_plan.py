@@ -12,7 +12,7 @@ from portalm.text.chat_template import ChatTemplate, Conversation
 from portalm.text.reasoning_parsers import REASONING_PARSERS
 from portalm.text.reasoning_parsers.base import ReasoningParser
 from portalm.text.tokenizer import Tokenizer
-from portalm.text.tool_parsers import TOOL_PARSERS, recognize
+from portalm.text.tool_parsers import TOOL_PARSERS, detect_format
 from portalm.text.tool_parsers.base import ToolParser
 from portalm.text.tool_parsers.forced import NamedCallParser, RequiredCallsParser
 
@@ -37,7 +37,7 @@ class AnswerFormat:
 
     def tool_parser(self, template: str) -> type[ToolParser] | None:
         """What reads the calls of a model with that chat template; None: nobody knows."""
-        name = self.tool_call_parser or recognize(template)
+        name = self.tool_call_parser or detect_format(template)
         return None if name is None else TOOL_PARSERS.get(name)
 
     def check(self, tokenizer: Tokenizer) -> None:
@@ -62,13 +62,13 @@ class ChatPlan:
     tools: ToolUse
     tool_parser: type[ToolParser] | None
     reasoning_parser: type[ReasoningParser] | None
-    begun: str
+    answer_start: str
     """What the prompt has of the assistant's message already."""
 
     def new_parser(self) -> AnswerParser:
         """What takes one of the answers apart."""
         return AnswerParser(
-            reasoning=self.reasoning_parser(self.begun) if self.reasoning_parser else None,
+            reasoning=self.reasoning_parser(self.answer_start) if self.reasoning_parser else None,
             tools=self._new_tool_parser(),
             new_call_id=(self.tool_parser or ToolParser).new_call_id,
             max_calls=self.tools.max_calls,
@@ -111,12 +111,12 @@ def plan_chat(
     if tools.is_forced:
         params = replace(params, structured_outputs=StructuredOutputs(json=tools.forced_schema()))
     prompt = template.render(conversation)
-    begun, reasoning_parser = "", None
+    answer_start, reasoning_parser = "", None
     if form.reasoning_parser is not None:
         reasoning_parser = REASONING_PARSERS.get(form.reasoning_parser)
-        begun = template.answer_start(conversation, prompt)
+        answer_start = template.answer_start(conversation, prompt)
         if params.structured_outputs is not None:
-            _check_reasoning_over(reasoning_parser(begun), tools)
+            _check_reasoning_over(reasoning_parser(answer_start), tools)
     markers = [
         *(tool_parser.markers if tool_parser and tools.choice == "auto" else ()),
         *(reasoning_parser.markers if reasoning_parser else ()),
@@ -129,7 +129,7 @@ def plan_chat(
         tools=tools,
         tool_parser=tool_parser,
         reasoning_parser=reasoning_parser,
-        begun=begun,
+        answer_start=answer_start,
     )
 
 

@@ -26,7 +26,7 @@ class CallDelta:
 
     index: int
     """Position of the call among the answer's calls."""
-    begun: ToolCall | None
+    new_call: ToolCall | None
     """The call if this delta starts it, otherwise None."""
     arguments: str = ""
     """Text to append to its arguments."""

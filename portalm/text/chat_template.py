@@ -249,8 +249,8 @@ def _refuse(problem: str) -> NoReturn:
 def _check_continue(messages: list[dict[str, Any]], add_generation_prompt: bool) -> None:
     if add_generation_prompt:
         raise InvalidRequest(
-            "continue_final_message and add_generation_prompt exclude each other: the first continues "
-            "the last message, the second starts a new one; set one of them to false",
+            "continue_final_message and add_generation_prompt exclude each other: the first "
+            "continues the last message, the second starts a new one; set one of them to false",
             param="continue_final_message",
         )
     if not messages[-1]["content"]:

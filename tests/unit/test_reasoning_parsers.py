@@ -26,10 +26,10 @@ CASES = [  # parser, end of the prompt, text, reasoning, content
 ]
 
 
-@pytest.mark.parametrize(("name", "begun", "text", "reasoning", "content"), CASES)
-def test_reasoning_is_separated_from_content(name, begun, text, reasoning, content) -> None:
+@pytest.mark.parametrize(("name", "answer_start", "text", "reasoning", "content"), CASES)
+def test_reasoning_is_separated_from_content(name, answer_start, text, reasoning, content) -> None:
     for texts in ([text], list(text), *([text[:i], text[i:]] for i in range(len(text)))):
-        parser = REASONING_PARSERS.get(name)(begun)
+        parser = REASONING_PARSERS.get(name)(answer_start)
         pieces = [piece for one in texts for piece in parser.push(one)] + parser.finish()
 
         found = "".join(p.text for p in pieces if isinstance(p, Reasoning))
@@ -49,7 +49,7 @@ def test_calls_are_read_only_after_reasoning() -> None:
         assert answer.content == "Let me see."
         assert [(c.name, c.arguments) for c in answer.calls] == [("f", '{"a":1}')] * 2
         deltas = [piece for piece in pieces if isinstance(piece, CallDelta)]
-        assert [d.index for d in deltas if d.begun is not None] == [0, 1]
+        assert [d.index for d in deltas if d.new_call is not None] == [0, 1]
         assert "".join(d.arguments for d in deltas if d.index == 1) == '{"a":1}'
         assert answer.calls[0].id != answer.calls[1].id
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from portalm.errors import ConfigError
 from portalm.text.char_parser import CallArguments, CallBegin, Content, Piece
-from portalm.text.tool_parsers import TOOL_PARSERS, recognize
+from portalm.text.tool_parsers import TOOL_PARSERS, detect_format
 from portalm.text.tool_parsers.base import ToolParser
 from portalm.text.tool_parsers.forced import NamedCallParser, RequiredCallsParser
 
@@ -290,7 +290,7 @@ TEMPLATES = {  # excerpts of the models' own templates
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_format_is_detected_from_the_chat_template(name: str) -> None:
-    assert recognize("{{ tools }}" + TEMPLATES[name]) == name
+    assert detect_format("{{ tools }}" + TEMPLATES[name]) == name
 
 
 @pytest.mark.parametrize(
@@ -303,11 +303,11 @@ def test_format_is_detected_from_the_chat_template(name: str) -> None:
     ids=["none", "unknown", "two"],
 )
 def test_no_format_is_detected_from_an_ambiguous_template(template: str) -> None:
-    assert recognize("{{ tools }}" + template) is None
+    assert detect_format("{{ tools }}" + template) is None
 
 
 def test_template_without_tools_uses_the_hermes_format() -> None:
-    assert recognize("{{ messages }}") == "hermes"
+    assert detect_format("{{ messages }}") == "hermes"
 
 
 def test_mistral_call_ids_are_nine_alphanumeric_characters() -> None:

@@ -40,8 +40,8 @@ class ResponseOutput:
                 events.append(self._text_event("output_text.delta", delta=piece.text, logprobs=[]))
                 self._texts.append(piece.text)
             else:
-                if piece.begun is not None:
-                    events += self._begin(_call_item(piece.begun))
+                if piece.new_call is not None:
+                    events += self._begin(_call_item(piece.new_call))
                     self._kind = type(piece)
                 if piece.arguments:
                     events.append(

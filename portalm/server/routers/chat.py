@@ -203,9 +203,9 @@ def _delta(piece: AnswerPiece) -> dict[str, Any]:
     if isinstance(piece, Reasoning):
         return _reasoning(piece.text)
     call: dict[str, Any] = {"index": piece.index, "function": {"arguments": piece.arguments}}
-    if piece.begun is not None:
-        call |= {"id": piece.begun.id, "type": "function"}
-        call["function"] = {"name": piece.begun.name, "arguments": ""}
+    if piece.new_call is not None:
+        call |= {"id": piece.new_call.id, "type": "function"}
+        call["function"] = {"name": piece.new_call.name, "arguments": ""}
     return {"tool_calls": [call]}
 
 

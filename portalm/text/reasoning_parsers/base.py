@@ -18,23 +18,23 @@ class ReasoningParser(CharParser):
 
     markers = (_BEGIN, _END)
 
-    def __init__(self, begun: str) -> None:
+    def __init__(self, answer_start: str) -> None:
         """Start at the beginning of an answer.
 
         Args:
-            begun: start of the assistant's message that is already in the prompt.
+            answer_start: start of the assistant's message that is already in the prompt.
         """
-        begun = begun.rstrip()
-        self.is_begun = begun.rfind(_BEGIN) > begun.rfind(_END)
+        answer_start = answer_start.rstrip()
+        self.is_begun = answer_start.rfind(_BEGIN) > answer_start.rfind(_END)
         """Whether the prompt opens the reasoning."""
-        self.is_over = begun.endswith(_END)
+        self.is_over = answer_start.endswith(_END)
         """Whether the prompt closes the reasoning, so that the answer has none."""
         super().__init__()
 
     @classmethod
-    def parse(cls, text: str, begun: str = "") -> list[Piece]:
+    def parse(cls, text: str, answer_start: str = "") -> list[Piece]:
         """Parse a whole answer at once."""
-        parser = cls(begun)
+        parser = cls(answer_start)
         return [*parser.push(text), *parser.finish()]
 
     @abstractmethod

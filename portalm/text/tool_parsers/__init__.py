@@ -27,7 +27,7 @@ TOOL_PARSERS = Plugins(
 
 
 @lru_cache(maxsize=64)
-def recognize(template: str) -> str | None:
+def detect_format(template: str) -> str | None:
     """Return the tool call format that a chat template uses; None if none or several match."""
     if not takes_tools(template):
         return "hermes"  # portalm.text.tool_prompt describes the tools in this format
