@@ -59,7 +59,7 @@ def beams_of_transformers(model: Any, prompt: list[int], **settings: Any) -> lis
 
 @pytest.mark.parametrize("early_stopping", [False, True, "never"])
 @pytest.mark.parametrize(("width", "length_penalty"), [(2, 1.0), (5, 1.0), (3, 2.5), (3, -1.0)])
-def test_beams_are_those_of_transformers(
+def test_beams_equal_those_of_transformers(
     llm: LLM, model: tuple[Path, Any], width: int, length_penalty: float, early_stopping: Any
 ) -> None:
     settings = {"length_penalty": length_penalty, "early_stopping": early_stopping}
@@ -88,7 +88,7 @@ def test_one_beam_is_greedy(llm: LLM, model: tuple[Path, Any]) -> None:
     assert only.text == llm.get_tokenizer().decode(only.tokens[3:])
 
 
-def test_the_models_end_may_be_ignored(llm: LLM) -> None:
+def test_end_of_sequence_may_be_ignored(llm: LLM) -> None:
     params = BeamSearchParams(beam_width=3, max_tokens=12, ignore_eos=True)
 
     [output] = llm.beam_search(PROMPTS[1], params)
@@ -97,7 +97,7 @@ def test_the_models_end_may_be_ignored(llm: LLM) -> None:
     assert all(len(s.tokens) == len(PROMPTS[1]) + 12 for s in output.sequences)
 
 
-def test_the_models_longest_text_ends_beams(llm: LLM) -> None:
+def test_max_model_len_ends_beams(llm: LLM) -> None:
     prompt = [5] * 253
     [output] = llm.beam_search(
         [prompt], BeamSearchParams(beam_width=2, max_tokens=50, ignore_eos=True)
@@ -106,14 +106,14 @@ def test_the_models_longest_text_ends_beams(llm: LLM) -> None:
     assert [len(s.tokens) for s in output.sequences] == [256, 256]
 
 
-def test_beams_leave_no_block_behind(llm: LLM) -> None:
+def test_beams_leak_no_blocks(llm: LLM) -> None:
     llm.beam_search(PROMPTS, BeamSearchParams(beam_width=4, max_tokens=20))
 
     assert llm.get_metrics().num_used_blocks == 0
     assert llm.get_metrics().prefix_hits_total > 0
 
 
-def test_an_ended_beam_is_only_left_for_a_better_one() -> None:
+def test_a_finished_beam_is_replaced_only_by_a_better_one() -> None:
     search = BeamSearch(BeamSearchParams(beam_width=2, max_tokens=5), {9}, room=100)
     search.advance([[(9, -0.1), (1, -1.0), (2, -2.0), (3, -3.0)]])
     search.advance([[(9, -0.1), (4, -0.2)], [(5, -9.0), (6, -9.5)]])
@@ -141,5 +141,5 @@ def test_more_beams_than_likely_tokens_are_refused(llm: LLM) -> None:
         llm.beam_search([[5]], BeamSearchParams(beam_width=11))
 
 
-def test_a_search_begins_with_the_prompt_alone() -> None:
+def test_a_search_starts_with_only_the_prompt() -> None:
     assert BeamSearch(BeamSearchParams(beam_width=3), (), room=100).running == [Beam()]

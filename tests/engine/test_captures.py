@@ -59,7 +59,7 @@ def answers(tmp_path: Path, backend: ReferenceBackend) -> dict[str, list[int]]:
     return tokens(run(engine))
 
 
-def test_a_device_of_fixed_shapes_captures_all_before_service(tmp_path: Path) -> None:
+def test_a_device_with_static_shapes_captures_everything_before_service(tmp_path: Path) -> None:
     backend = Capturing(must_pad=True)
     engine = make_engine(tmp_path, backend)
     captured = list(backend.captured)
@@ -77,7 +77,7 @@ def test_a_device_of_fixed_shapes_captures_all_before_service(tmp_path: Path) ->
         backend.compile(lambda *args: args, captured[0], inputs)
 
 
-def test_others_serve_while_they_capture(tmp_path: Path) -> None:
+def test_other_devices_serve_while_they_capture(tmp_path: Path) -> None:
     backend = Capturing(must_pad=False)
     engine = make_engine(tmp_path, backend)
     before = len(backend.captured)
@@ -93,7 +93,7 @@ def test_others_serve_while_they_capture(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("must_pad", [True, False])
-def test_captured_steps_answer_as_others_do(tmp_path: Path, must_pad: bool) -> None:
+def test_captured_steps_give_the_same_answers(tmp_path: Path, must_pad: bool) -> None:
     expected = answers(tmp_path, ReferenceBackend())
     backend = Capturing(must_pad=must_pad)
 
@@ -101,13 +101,13 @@ def test_captured_steps_answer_as_others_do(tmp_path: Path, must_pad: bool) -> N
     assert backend.padded_steps > 10
 
 
-def test_a_capture_that_does_not_fit_is_done_without(tmp_path: Path) -> None:
+def test_a_capture_that_runs_out_of_memory_is_skipped(tmp_path: Path) -> None:
     backend = Capturing(must_pad=False, fails_at=1)
 
     assert answers(tmp_path, backend) == answers(tmp_path, ReferenceBackend())
     assert [b.num_tokens for b in backend.captured] == [8]
 
 
-def test_a_device_of_fixed_shapes_does_not_start_without_its_captures(tmp_path: Path) -> None:
+def test_a_device_with_static_shapes_does_not_start_without_its_captures(tmp_path: Path) -> None:
     with pytest.raises(BackendError, match="no memory"):
         make_engine(tmp_path, Capturing(must_pad=True, fails_at=1))

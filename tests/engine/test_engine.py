@@ -33,7 +33,9 @@ def steps_in_flight(request: pytest.FixtureRequest) -> int:
     return int(request.param)
 
 
-def test_tokens_are_fed_back_in_their_places(tmp_path: Path, steps_in_flight: int) -> None:
+def test_sampled_tokens_are_fed_back_at_their_positions(
+    tmp_path: Path, steps_in_flight: int
+) -> None:
     engine = make_engine(tmp_path, NullBackend(max_steps_in_flight=steps_in_flight))
     prompts = random_prompts(20)
     for i, prompt in enumerate(prompts):
@@ -44,7 +46,7 @@ def test_tokens_are_fed_back_in_their_places(tmp_path: Path, steps_in_flight: in
     assert drawn == {str(i): expected_chain(p, 40) for i, p in enumerate(prompts)}
 
 
-def test_a_step_is_dispatched_while_the_one_before_runs(tmp_path: Path) -> None:
+def test_a_step_is_dispatched_while_the_previous_one_runs(tmp_path: Path) -> None:
     backend = NullBackend(latency_s=0.02, max_steps_in_flight=2)
     engine = make_engine(tmp_path, backend)
     ask(engine, "a", [5, 6, 7], max_tokens=10)
@@ -53,7 +55,7 @@ def test_a_step_is_dispatched_while_the_one_before_runs(tmp_path: Path) -> None:
     assert len(engine._in_flight) == 1
 
 
-def test_the_first_output_says_when_the_request_was_first_in_a_step(
+def test_the_first_output_has_the_time_of_the_requests_first_step(
     tmp_path: Path, steps_in_flight: int
 ) -> None:
     engine = make_engine(
@@ -75,7 +77,7 @@ def test_the_first_output_says_when_the_request_was_first_in_a_step(
         assert all(other.scheduled_time is None for other in others)
 
 
-def test_a_request_says_that_it_runs_before_its_first_token(tmp_path: Path) -> None:
+def test_a_request_is_reported_as_running_before_its_first_token(tmp_path: Path) -> None:
     engine = make_engine(tmp_path, NullBackend(max_steps_in_flight=2))
     ask(engine, "long", [5] * 150)  # of three steps
     ask(engine, "waits", [6] * 50)
@@ -143,7 +145,7 @@ def test_a_failed_step_ends_one_request_and_no_other(tmp_path: Path, steps_in_fl
     assert engine.stats().num_used_blocks == 0
 
 
-def test_a_step_without_memory_is_tried_again_and_ends_no_request(
+def test_a_step_that_runs_out_of_memory_is_retried_and_ends_no_request(
     tmp_path: Path, steps_in_flight: int
 ) -> None:
     backend = NullBackend(max_steps_in_flight=steps_in_flight, fail_at_step=2, fail_kind="oom")
@@ -169,7 +171,7 @@ def test_a_lost_device_ends_the_engine(tmp_path: Path) -> None:
     assert caught.value.kind == "device_lost"
 
 
-def test_bad_token_ids_are_refused_and_the_rest_goes_on(tmp_path: Path) -> None:
+def test_bad_token_ids_are_refused_and_other_requests_continue(tmp_path: Path) -> None:
     engine = make_engine(tmp_path, NullBackend())
     ask(engine, "good", [5, 6])
 
@@ -188,12 +190,12 @@ def test_a_pool_too_small_for_one_request_is_refused_with_the_numbers(tmp_path: 
         make_engine(tmp_path, NullBackend(), num_gpu_blocks_override=10)
 
 
-def test_unclaimed_block_size_is_unsupported(tmp_path: Path) -> None:
+def test_an_unsupported_block_size_is_refused(tmp_path: Path) -> None:
     with pytest.raises(Unsupported, match="--block-size"):
         make_engine(tmp_path, device="cpu", block_size=5)
 
 
-def test_unclaimed_kv_dtype_is_unsupported(tmp_path: Path) -> None:
+def test_an_unsupported_kv_dtype_is_refused(tmp_path: Path) -> None:
     with pytest.raises(Unsupported, match=r"float8_e5m2.*int8.*--kv-cache-dtype"):
         make_engine(tmp_path, NullBackend(), kv_cache_dtype="float8_e5m2")
 
@@ -203,7 +205,7 @@ def test_max_model_len_above_the_models_is_refused(tmp_path: Path) -> None:
         make_engine(tmp_path, NullBackend(), max_model_len=1024)
 
 
-def test_prompt_logprobs_come_once_in_spite_of_preemption(tmp_path: Path) -> None:
+def test_prompt_logprobs_are_reported_once_despite_preemption(tmp_path: Path) -> None:
     engine = make_engine(
         tmp_path, device="reference", num_gpu_blocks_override=32, enable_prefix_caching=False
     )

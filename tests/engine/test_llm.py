@@ -38,7 +38,7 @@ def test_a_prompt_may_be_a_text_token_ids_or_a_list_of_either(llm: LLM) -> None:
     assert both[0].prompt == prompt and both[1].prompt is None
 
 
-def test_an_answer_says_where_its_time_went(llm: LLM) -> None:
+def test_an_answer_reports_its_timing(llm: LLM) -> None:
     [output] = llm.generate("The capital of France is", GREEDY, use_tqdm=False)
 
     times = output.metrics
@@ -46,7 +46,7 @@ def test_an_answer_says_where_its_time_went(llm: LLM) -> None:
     assert min(times.queue_s, times.prefill_s, times.decode_s) > 0
 
 
-def test_streamed_pieces_are_the_answer(llm: LLM) -> None:
+def test_streamed_deltas_add_up_to_the_answer(llm: LLM) -> None:
     prompt = "Write a haiku about the sea, with an emoji 🌊:"
     params = SamplingParams(temperature=0.0, max_tokens=40)
 
@@ -58,7 +58,7 @@ def test_streamed_pieces_are_the_answer(llm: LLM) -> None:
     assert deltas[-1].finish_reason == whole.outputs[0].finish_reason
 
 
-def test_leaving_a_stream_aborts_its_request(llm: LLM) -> None:
+def test_closing_a_stream_aborts_its_request(llm: LLM) -> None:
     stream = llm.stream("Count:", SamplingParams(max_tokens=500, ignore_eos=True))
     next(stream)
     stream.close()
@@ -67,7 +67,7 @@ def test_leaving_a_stream_aborts_its_request(llm: LLM) -> None:
     assert llm.get_metrics().num_used_blocks == 0
 
 
-def test_chat_answers_in_the_models_own_format(llm: LLM) -> None:
+def test_chat_uses_the_models_template(llm: LLM) -> None:
     [output] = llm.chat([{"role": "user", "content": "What is 2 + 2?"}], GREEDY, use_tqdm=False)
 
     assert "answer" in output.outputs[0].text
@@ -117,7 +117,7 @@ def test_a_stop_string_ends_the_text_before_it(llm: LLM) -> None:
     assert not llm.engine.has_work() or llm.engine.step() is not None
 
 
-def test_logprobs_are_of_the_drawn_tokens(llm: LLM) -> None:
+def test_logprobs_are_of_the_sampled_tokens(llm: LLM) -> None:
     params = SamplingParams(temperature=0.0, max_tokens=4, logprobs=3, prompt_logprobs=1)
 
     [output] = llm.generate("One two three four", params, use_tqdm=False)
@@ -135,7 +135,7 @@ def test_logprobs_are_of_the_drawn_tokens(llm: LLM) -> None:
     )
 
 
-def test_forbidden_and_allowed_tokens_are_kept_to(llm: LLM) -> None:
+def test_forbidden_and_allowed_tokens_are_respected(llm: LLM) -> None:
     [free] = llm.generate("The capital of France is", GREEDY, use_tqdm=False)
     first = free.outputs[0].token_ids[0]
     word = llm.get_tokenizer().decode([first]).strip()
@@ -152,7 +152,7 @@ def test_forbidden_and_allowed_tokens_are_kept_to(llm: LLM) -> None:
         assert output.outputs[0].token_ids[0] != first, params
 
 
-def test_min_tokens_puts_off_the_end(llm: LLM) -> None:
+def test_min_tokens_delays_the_end(llm: LLM) -> None:
     messages = [{"role": "user", "content": "Say only: yes"}]
     params = SamplingParams(temperature=0.0, max_tokens=60, min_tokens=50)
 
@@ -161,7 +161,7 @@ def test_min_tokens_puts_off_the_end(llm: LLM) -> None:
     assert len(output.outputs[0].token_ids) >= 50
 
 
-def test_prompt_tokens_found_in_the_cache_are_counted(llm: LLM) -> None:
+def test_cached_prompt_tokens_are_counted(llm: LLM) -> None:
     prompt = list(range(1000, 1100))
     llm.generate(prompt, GREEDY, use_tqdm=False)
 
@@ -223,7 +223,7 @@ def test_bad_sampling_parameters_are_refused_by_name(values: dict, message: str)
     assert caught.value.param in values
 
 
-def test_one_bad_prompt_of_many_runs_none(llm: LLM) -> None:
+def test_one_bad_prompt_refuses_the_whole_batch(llm: LLM) -> None:
     before = llm.get_metrics().steps_total
 
     with pytest.raises(InvalidRequest):
@@ -232,7 +232,7 @@ def test_one_bad_prompt_of_many_runs_none(llm: LLM) -> None:
     assert llm.get_metrics().steps_total == before
 
 
-def test_an_unknown_model_says_where_it_was_looked_for() -> None:
+def test_the_error_for_an_unknown_model_names_the_places_searched() -> None:
     with pytest.raises(ModelNotFound, match="no such file or folder"):
         LLM("./nowhere", use_tqdm=False)
     with pytest.raises(ModelNotFound, match="a Hugging Face id looks like"):
@@ -244,14 +244,14 @@ def test_an_unknown_setting_is_refused_by_name() -> None:
         LLM(gpu_count=3)
 
 
-def test_a_device_that_is_not_here_says_what_is_missing() -> None:
+def test_the_error_for_an_unavailable_device_names_what_is_missing() -> None:
     with pytest.raises(BackendUnavailable, match="a ROCm build is needed") as caught:
         LLM(device="rocm", use_tqdm=False)
 
     assert "Available on this machine: cpu" in str(caught.value)
 
 
-def test_a_device_that_nobody_knows_is_refused_by_name() -> None:
+def test_an_unknown_device_is_refused_by_name() -> None:
     with pytest.raises(
         BackendUnavailable, match="no installed package provides a backend"
     ) as caught:

@@ -61,7 +61,7 @@ def repeats(ids: list[int], last: int) -> bool:
     return any(token_id in ids[max(0, i - last) : i] for i, token_id in enumerate(ids))
 
 
-def test_each_row_gets_what_its_own_request_asked_for(llm: LLM) -> None:
+def test_each_row_gets_the_biases_of_its_own_request(llm: LLM) -> None:
     plain = answers(llm, [greedy({})] * 6)
     assert all(repeats(ids, 8) for ids in plain)  # or the next lines would show nothing
 
@@ -81,11 +81,11 @@ def test_preemption_changes_no_token(folder: Path, llm: LLM) -> None:
     assert small.get_metrics().preemptions_total > 0
 
 
-def test_no_step_is_planned_before_a_processor_has_seen_the_last_token() -> None:
+def test_a_request_with_a_processor_waits_for_its_last_token() -> None:
     assert no_repeats(8).needs_history and not greedy({}).needs_history
 
 
-def test_biases_add_to_those_of_the_request(llm: LLM) -> None:
+def test_biases_are_added_to_logit_bias(llm: LLM) -> None:
     # each alone is not enough to make token 9 the likeliest of all
     careless = {"careless": [[0], [9], [100.0]]}
     ids = answers(llm, [greedy(careless, logit_bias={9: -100.0, 11: 50.0})])[0]
@@ -106,7 +106,7 @@ def test_biases_add_to_those_of_the_request(llm: LLM) -> None:
         ([[0], [1], [float("inf")]], "finite or -inf"),
     ],
 )
-def test_a_processor_that_fails_ends_the_requests_that_named_it(
+def test_a_processor_that_fails_ends_the_requests_that_use_it(
     llm: LLM, given: list[Any], why: str
 ) -> None:
     [untouched] = answers(llm, [greedy({})])
@@ -132,7 +132,7 @@ def test_a_processor_that_fails_ends_the_requests_that_named_it(
         ({1: None}, "must map names"),
     ],
 )
-def test_what_cannot_work_is_refused_with_the_reason(llm: LLM, asked: Any, why: str) -> None:
+def test_invalid_parameters_are_refused_with_the_reason(llm: LLM, asked: Any, why: str) -> None:
     with pytest.raises(InvalidRequest, match=why) as caught:
         llm.generate(PROMPTS[0], SamplingParams(logits_processors=asked, detokenize=False))
 

@@ -82,7 +82,7 @@ def nmse(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("device", ["reference", "cpu"])
-def test_vectors_of_chunked_prompts_beside_generation_equal_transformers(
+def test_vectors_of_chunked_prompts_during_generation_equal_transformers(
     llama: tuple[Path, Any], device: str
 ) -> None:
     folder, model = llama
@@ -136,7 +136,7 @@ def test_a_preempted_prompt_is_pooled_from_its_first_token(llama: tuple[Path, An
     assert nmse(vector(outputs["pooled"]), expected_of(model, PROMPTS["90"], "mean")) < 1e-10
 
 
-def test_a_vector_is_cut_first_and_then_of_length_one(llama: tuple[Path, Any]) -> None:
+def test_a_vector_is_truncated_first_and_then_normalized(llama: tuple[Path, Any]) -> None:
     folder, model = llama
     engine = engine_of(folder, device="cpu")
     pool(engine, "a", PROMPTS["17"], normalize=None, dimensions=10)
@@ -147,7 +147,7 @@ def test_a_vector_is_cut_first_and_then_of_length_one(llama: tuple[Path, Any]) -
     assert nmse(found, cut / cut.norm()) < 1e-10
 
 
-def test_an_aborted_prompt_leaves_nothing_behind(llama: tuple[Path, Any]) -> None:
+def test_an_aborted_prompt_leaves_no_sum(llama: tuple[Path, Any]) -> None:
     folder, model = llama
     engine = engine_of(folder, device="cpu")
     pool(engine, "a", PROMPTS["90"], pooling="mean")
@@ -174,7 +174,7 @@ class PoisonedState(ReferenceBackend):
         return super().embed(token_ids, table)
 
 
-def test_states_that_are_not_numbers_fail_their_own_request(tmp_path: Path) -> None:
+def test_nan_states_fail_only_their_own_request(tmp_path: Path) -> None:
     engine = make_engine(tmp_path, PoisonedState())
     pool(engine, "bad", [9, 5, 9], pooling="mean")
     pool(engine, "good", [5, 6, 7], pooling="mean")
@@ -191,7 +191,7 @@ def test_states_that_are_not_numbers_fail_their_own_request(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("in_flight", [1, 2], ids=["in turn", "ahead"])
-def test_a_device_that_runs_ahead_gives_each_vector_once(tmp_path: Path, in_flight: int) -> None:
+def test_each_vector_is_returned_once_with_steps_in_flight(tmp_path: Path, in_flight: int) -> None:
     engine = make_engine(tmp_path, NullBackend(max_steps_in_flight=in_flight), device="null")
     prompts = {str(n): [3 + (n + i) % 400 for i in range(n)] for n in (1, 5, 64, 65, 200)}
     ask(engine, "generated", [5, 6], max_tokens=30)
@@ -207,7 +207,7 @@ def test_a_device_that_runs_ahead_gives_each_vector_once(tmp_path: Path, in_flig
         assert found[1] == pytest.approx((len(prompt) - 1) / 2)
 
 
-def test_what_a_step_in_flight_adds_to_a_preempted_prompt_does_not_count(tmp_path: Path) -> None:
+def test_states_of_steps_planned_before_a_preemption_are_dropped(tmp_path: Path) -> None:
     settings = {"max_num_batched_tokens": 8, "max_model_len": 128, "num_gpu_blocks_override": 13}
     device = NullBackend(max_steps_in_flight=2)
     engine = make_engine(tmp_path, device, enable_prefix_caching=False, **settings)
@@ -222,7 +222,7 @@ def test_what_a_step_in_flight_adds_to_a_preempted_prompt_does_not_count(tmp_pat
     assert vector(outputs["pooled"])[0] == pytest.approx(sum(prompt) / len(prompt))
 
 
-def test_a_failed_step_pools_the_others_again(tmp_path: Path) -> None:
+def test_other_prompts_are_pooled_again_after_a_failed_step(tmp_path: Path) -> None:
     backend = NullBackend(fail_at_step=2, fail_kind="kernel", max_steps_in_flight=2)
     engine = make_engine(tmp_path, backend)
     pool(engine, "small", [9] * 100, pooling="mean")
@@ -236,7 +236,7 @@ def test_a_failed_step_pools_the_others_again(tmp_path: Path) -> None:
     assert vector(outputs[name])[0] == {"small": 9, "large": 8}[name]
 
 
-def test_where_memory_runs_out_all_are_pooled_in_smaller_steps(tmp_path: Path) -> None:
+def test_prompts_are_pooled_in_smaller_steps_where_memory_runs_out(tmp_path: Path) -> None:
     backend = NullBackend(fail_at_step=2, fail_kind="oom", max_steps_in_flight=2)
     engine = make_engine(tmp_path, backend)
     pool(engine, "small", [9] * 100, pooling="mean")

@@ -21,7 +21,7 @@ def test_the_default_model_answers(quantization: str) -> None:
     assert output.outputs[0].text.startswith(" Paris")
 
 
-def test_the_default_computes_in_the_files_own_bits() -> None:
+def test_quantized_weights_are_kept_by_default() -> None:
     """The same first tokens as from dequantised weights, and nearly the same certainty."""
     params = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, logprobs=0)
     by_dtype = {}
@@ -37,7 +37,7 @@ def test_the_default_computes_in_the_files_own_bits() -> None:
     assert logprob != expected_logprob  # other weights: these were not dequantised
 
 
-def test_keys_and_values_of_8_bits_begin_the_same_answer() -> None:
+def test_an_8_bit_kv_cache_starts_the_same_answer() -> None:
     """The same first tokens as from those of 16 bits, and nearly the same certainty."""
     params = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, logprobs=0)
     answers = {}
@@ -51,11 +51,11 @@ def test_keys_and_values_of_8_bits_begin_the_same_answer() -> None:
     assert rounded.cumulative_logprob != exact.cumulative_logprob
 
 
-def test_a_backend_without_it_says_so() -> None:
+def test_a_backend_without_quantization_refuses_it() -> None:
     with pytest.raises(Unsupported, match="reference"):
         LLM(device="reference", quantization="int8", use_tqdm=False)
 
 
-def test_an_unknown_one_is_refused() -> None:
+def test_an_unknown_quantization_is_refused() -> None:
     with pytest.raises(ConfigError, match="int8"):
         LLM(quantization="int3", use_tqdm=False)

@@ -86,7 +86,7 @@ def alone(llm: LLM) -> list[list[int]]:
     ]
 
 
-def test_every_answer_fits_and_is_the_same_alone_and_in_a_mixed_batch(llm, alone) -> None:
+def test_every_answer_matches_and_is_the_same_alone_and_in_a_mixed_batch(llm, alone) -> None:
     outputs = llm.generate(PROMPTS, [params(*one) for one in MIXED], use_tqdm=False)
 
     for (name, _), output in zip(MIXED, outputs, strict=True):
@@ -123,7 +123,7 @@ def add(llm: LLM, index: int, **changes: Any) -> AddRequest:
     return message
 
 
-def test_an_answer_goes_on_behind_the_tokens_it_has(llm: LLM, alone: list[list[int]]) -> None:
+def test_a_resumed_answer_continues_after_its_tokens(llm: LLM, alone: list[list[int]]) -> None:
     for index in (0, 1, 2):
         for cut in range(1, len(alone[index])):
             add(llm, index, output_token_ids=alone[index][:cut])
@@ -165,7 +165,7 @@ def test_the_end_of_a_grammar_ends_an_answer_that_ignores_eos(llm: LLM) -> None:
     assert answer.finish_reason == "stop"
 
 
-def test_a_request_that_leaves_nothing_to_draw_fails_alone(llm: LLM) -> None:
+def test_a_request_without_an_allowed_token_fails_alone(llm: LLM) -> None:
     impossible = params("regex", 1, allowed_token_ids=[100])
 
     bad, good = llm.generate(["x", "y"], [impossible, params("regex", 1)], use_tqdm=False)
@@ -175,7 +175,7 @@ def test_a_request_that_leaves_nothing_to_draw_fails_alone(llm: LLM) -> None:
     assert re.fullmatch(PHONE, good.outputs[0].text)
 
 
-def test_answers_to_one_prompt_differ_and_all_fit(llm: LLM) -> None:
+def test_answers_to_one_prompt_differ_and_all_match(llm: LLM) -> None:
     [output] = llm.generate("x", params("regex", 7, n=4), use_tqdm=False)
 
     texts = {answer.text for answer in output.outputs}

@@ -1,9 +1,9 @@
-"""A device made of a dictionary, under the real scheduler: what each slot was written with.
+"""The real scheduler over a simulated device that records what each slot was written with.
 
-Every slot remembers the digest of all tokens up to its own, so that reading back what a request
-would attend to shows a wrong block table, a missing copy, a stale or foreign block, and a token
-that was never computed. The model draws a token from that digest and the request's seed, so that
-every answer is known beforehand.
+Every slot stores the digest of all tokens up to its own. Reading the slots that a request attends
+to therefore reveals a wrong block table, a missing copy, a stale or foreign block, and a token that
+was never computed. The model samples a token from that digest and the request's seed, so that every
+answer is known in advance.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Broken(AssertionError):
 
 
 def require(is_so: bool, problem: str, *about: object) -> None:
-    """Raise `Broken` unless `is_so`; a thousand times a second, so texts are made only then."""
+    """Raise `Broken` unless `is_so`. The text is formatted only then: this is called often."""
     if not is_so:
         raise Broken(problem.format(*about))
 
@@ -48,7 +48,7 @@ def require(is_so: bool, problem: str, *about: object) -> None:
 
 
 def root(salt: str) -> int:
-    """What contexts of this salt begin with: other salts may share no slot."""
+    """The digest before the first token: contexts with different salts share no slot."""
     return zlib.crc32(salt.encode())
 
 
@@ -66,13 +66,13 @@ def chain(token_ids: Sequence[int], salt: str) -> list[int]:
 
 
 def next_token(prefix: int, seed: int) -> int:
-    """What the model draws behind a prefix of this digest."""
+    """The token that the model samples after a prefix with this digest."""
     return hash((prefix, seed)) % VOCAB_SIZE
 
 
 @dataclass
 class Ask:
-    """A request as its user sees it."""
+    """A request as its user sends it."""
 
     request_id: str
     prompt: list[int]
@@ -86,12 +86,12 @@ class Ask:
     min_tokens: int = 0
     tenant: str = ""
     num_known: int = 0
-    """Tokens of the answer that the user has already (the request is resumed)."""
+    """Tokens of the answer that the user already has (the request is resumed)."""
     breaks_after: int | None = None
-    """The logits behind this many tokens of the answer are NaN."""
+    """The logits after this many tokens of the answer are NaN."""
 
     def answer(self) -> tuple[list[int], FinishReason]:
-        """What must come out, unless somebody aborts it."""
+        """The expected answer and finish reason, unless it is aborted."""
         known: list[int] = []
         value = chain(self.prompt, self.salt)[-1]
         while True:
@@ -132,25 +132,25 @@ class Ask:
 
 
 class Device:
-    """Runs plans in order, as soon as they are dispatched."""
+    """Runs each plan as soon as it is dispatched."""
 
     def __init__(self, config: SchedulerConfig) -> None:
         self.config = config
         self.memory: dict[int, int] = {}
         self._tokens_before: dict[int, tuple[int, int]] = {}
-        """Digest of a prefix -> digest of the prefix before it, its last token."""
+        """By digest of a prefix: digest of the prefix without its last token, and that token."""
         self._names: dict[int, tuple[bytes, list[int]]] = {}
         self._sampled: dict[str, tuple[Request, int, int]] = {}
-        """What the last step drew: request, position, token. Older ones are not kept."""
+        """By request id: request, position and token that the last step sampled."""
         self._rows: dict[str, tuple[Request, int]] = {}
-        """Requests (and their epoch) that the runner has a row for."""
+        """Requests, and their epoch, for which the runner has a row."""
 
     def run(self, plan: StepPlan, asks: dict[str, Ask]) -> StepResult:
-        self._take_rows(plan)
+        self._assign_rows(plan)
         self._copy(plan.block_copies)
         chains: list[list[int]] = []
         writers: dict[int, Request] = {}
-        for planned in plan.requests:  # all write before any reads, as layers do
+        for planned in plan.requests:  # every request writes before any reads, as in a layer
             ask = asks[planned.request.request_id]
             digests = chain(self._tokens(planned, ask), ask.salt)
             for position in range(planned.start, len(digests)):
@@ -174,14 +174,16 @@ class Device:
         self.memory.clear()
         self._sampled.clear()
 
-    def _take_rows(self, plan: StepPlan) -> None:
-        """The runner keeps a row for each request from plan to plan until told otherwise."""
+    def _assign_rows(self, plan: StepPlan) -> None:
+        """Give each request a row, kept until a plan releases it, as the runner does."""
         self.forget(plan.released)
         for planned in plan.requests:
             row = (planned.request, planned.epoch)
             known = self._rows.setdefault(planned.request.request_id, row)
             require(
-                known == row, "{} left and came back: its row was not released", planned.request
+                known == row,
+                "{} stopped and runs again, but its row was not released",
+                planned.request,
             )
         require(len(self._rows) <= self.config.max_batch_requests, "more rows than may run")
 
@@ -191,7 +193,7 @@ class Device:
 
     def _copy(self, block_copies: list[tuple[int, int]]) -> None:
         size = self.config.block_size
-        before = dict(self.memory)  # all at once, in no order
+        before = dict(self.memory)  # all copies read the state before the step
         for source, destination in block_copies:
             for i in range(size):
                 self._put(destination * size + i, before.get(source * size + i, -1))
@@ -200,7 +202,9 @@ class Device:
         request = planned.request
         if position < len(request.token_ids):
             return request.token_ids[position]
-        require(not request.needs_history, "{} ran ahead of its history", request)
+        require(
+            not request.needs_history, "{} was planned before its last token was known", request
+        )
         sampled = self._sampled.get(request.request_id)
         require(
             sampled is not None and sampled[:2] == (request, position),
@@ -212,11 +216,11 @@ class Device:
         return sampled[2]
 
     def _tokens(self, planned: PlannedRequest, ask: Ask) -> list[int]:
-        """Tokens 0 to the end of what is planned, those still on the device included."""
+        """Tokens 0 to the end of the planned ones, including those still on the device."""
         request, end = planned.request, planned.start + planned.num_tokens
         tokens = [self._token(planned, i) for i in range(min(end, len(request.token_ids) + 1))]
-        require(len(tokens) == end, "{}: computed beyond what is drawn", request)
-        require(end < len(ask.prompt) + ask.max_tokens, "{}: computed beyond its end", request)
+        require(len(tokens) == end, "{}: computed past the sampled tokens", request)
+        require(end < len(ask.prompt) + ask.max_tokens, "{}: computed past its end", request)
         return tokens
 
     def _slot(self, request: Request, position: int) -> int:
@@ -260,17 +264,17 @@ class Device:
             ]
 
     def name_of(self, block: int, salts: dict[int, str]) -> bytes:
-        """The digest under which the prefix cache should know what is in `block`."""
+        """The digest that the prefix cache should have for the contents of `block`."""
         size = self.config.block_size
         found = [self.memory.get(block * size + i, -1) for i in range(size)]
         if found[-1] not in self._names:
             self._names[found[-1]] = self._name_of_prefix(found[-1], salts)
         name, expected = self._names[found[-1]]
-        require(found == expected, "block {} is a mixture", block)
+        require(found == expected, "block {} has tokens of several prefixes", block)
         return name
 
     def _name_of_prefix(self, value: int, salts: dict[int, str]) -> tuple[bytes, list[int]]:
-        """Of the prefix of digest `value`: its name, the digests in its last block."""
+        """The cache digest of the prefix with digest `value`, and the digests in its last block."""
         size = self.config.block_size
         tokens: list[int] = []
         while value not in salts:
@@ -290,7 +294,7 @@ class Device:
 
 @dataclass
 class Simulation:
-    """A scheduler, its device, and steps in flight between them."""
+    """A scheduler, its device, and the steps in flight between them."""
 
     config: SchedulerConfig
     scheduler: Scheduler
@@ -299,14 +303,14 @@ class Simulation:
     finished: dict[str, Request] = field(default_factory=dict)
     in_flight: list[tuple[StepPlan, StepResult]] = field(default_factory=list)
     scored: dict[str, dict[int, int]] = field(default_factory=dict)
-    """By request: place -> prompt token whose logprob came."""
+    """By request id: prompt tokens whose logprobs were reported, by index."""
     num_steps: int = 0
 
     def __post_init__(self) -> None:
         self.device = Device(self.config)
         self.salts = {root(""): ""}
 
-    # -- what happens -------------------------------------------------------------------------
+    # -- events -------------------------------------------------------------------------------
 
     def add(self, ask: Ask) -> None:
         request = ask.request()
@@ -318,9 +322,11 @@ class Simulation:
 
     def abort(self, request_id: str) -> None:
         request = self.scheduler.abort(request_id)
-        require(request is self.live.get(request_id), "{} was not there to abort", request_id)
+        require(
+            request is self.live.get(request_id), "{} was not live when it was aborted", request_id
+        )
         if request is not None:
-            self._take_out(request)
+            self._remove(request)
         self.check()
 
     def dispatch(self) -> bool:
@@ -344,22 +350,22 @@ class Simulation:
         return True
 
     def collect(self) -> None:
-        """The oldest step's result reaches the host."""
+        """Apply the result of the oldest step in flight."""
         plan, result = self.in_flight.pop(0)
         for update in self.scheduler.update(plan, result):
-            self._take_news(update)
+            self._apply(update)
         self.check()
 
     def rewind(self, request_id: str) -> None:
-        """The device failed: all that is in flight is lost."""
+        """Simulate a failure of the device: everything in flight is lost."""
         self.in_flight.clear()
         self.device.lose_all()
         for update in self.scheduler.rewind({request_id: "it broke"}):
-            self._take_out(update.request, broke=True)
+            self._remove(update.request, broke=True)
         self.check()
 
     def finish_all(self, max_in_flight: int = 1) -> None:
-        """Run until nothing is left; a scheduler that makes no progress is found out."""
+        """Run until every request has finished; fail if the scheduler makes no progress."""
         asks = [self.asks[r] for r in self.live]
         limit = self.num_steps + 200 + sum(20 * (len(a.prompt) + a.max_tokens) for a in asks)
         while self.scheduler.has_unfinished() or self.in_flight:
@@ -368,21 +374,26 @@ class Simulation:
             if self.in_flight:
                 self.collect()
             require(self.num_steps <= limit, "no progress: {}", list(self.live.values()))
-        require(not self.live, "never heard of again: {}", self.live)
+        require(not self.live, "never finished: {}", self.live)
         require(self.scheduler.blocks.num_held == 0, "blocks leaked")
-        require(self.scheduler.stats()["num_waiting"] == 0, "a ghost waits")
+        require(
+            self.scheduler.stats()["num_waiting"] == 0,
+            "an ended request is still counted as waiting",
+        )
 
-    def _take_news(self, update: RequestUpdate) -> None:
+    def _apply(self, update: RequestUpdate) -> None:
         request = update.request
-        require(self.live.get(request.request_id) is request, "news of {}, which ended", request)
+        require(
+            self.live.get(request.request_id) is request, "update of {}, which has ended", request
+        )
         scored = self.scored[request.request_id]
         for i, entry in enumerate(update.prompt_logprobs or []):
             scored[update.prompt_logprobs_start + i] = entry.token_id
         if update.finish_reason is not None:
-            require(update.finish_reason == request.finish_reason, "two reasons for one end")
-            self._take_out(request)
+            require(update.finish_reason == request.finish_reason, "two finish reasons")
+            self._remove(request)
 
-    def _take_out(self, request: Request, *, broke: bool = False) -> None:
+    def _remove(self, request: Request, *, broke: bool = False) -> None:
         ask = self.asks[request.request_id]
         del self.live[request.request_id]
         self.finished[request.request_id] = request
@@ -398,7 +409,7 @@ class Simulation:
             expected = dict(enumerate(ask.prompt[1:]))
             require(self.scored[ask.request_id] == expected, "{}: prompt logprobs", request)
 
-    # -- what must hold -----------------------------------------------------------------------
+    # -- invariants ---------------------------------------------------------------------------
 
     def _holders(self) -> Counter[int]:
         return Counter(b for r in self.scheduler.running for b in r.block_table)
@@ -420,9 +431,11 @@ class Simulation:
         require(rows <= config.max_prompt_logprob_rows, "{} rows of prompt logprobs", rows)
         for p in planned:
             require(p.request.status is RequestStatus.RUNNING, "{} is planned", p.request)
-            require(p.request.epoch == p.epoch, "{} is planned in another life", p.request)
+            require(p.request.epoch == p.epoch, "{} is planned with another epoch", p.request)
             end = p.start + p.num_tokens
-            require(p.samples_token == (end >= p.request.num_tokens), "{} draws", p.request)
+            require(
+                p.samples_token == (end >= p.request.num_tokens), "{}: samples_token", p.request
+            )
             is_new = p.epoch == 0 and p.request not in running_before
             if is_new and p.request.num_output_tokens == 0:
                 require(p.request.num_cached_tokens == p.start, "{}: cached tokens", p.request)
@@ -437,12 +450,12 @@ class Simulation:
             require(plan.preempted[-1] is not running_before[0], "the first lost its blocks")
             require(
                 min(map(self._key, plan.preempted)) > self._key(running[-1]),
-                "one that is not the last lost its blocks",
+                "a request that is not the last lost its blocks",
             )
             require(set(running) <= set(running_before), "a step that preempted admitted")
 
     def check(self) -> None:
-        """Every block has as many holders as tables hold it, and none is lost or misnamed."""
+        """Check that holders match block tables, and that no block is lost or misnamed."""
         blocks, config, held = self.scheduler.blocks, self.config, self._holders()
         for block in range(config.num_blocks):
             require(
@@ -457,7 +470,10 @@ class Simulation:
         findable = blocks._block_of
         num_cached = sum(held[b] == 0 for b in findable.values())
         require(
-            num_cached == blocks.num_cached, "{} cached, {} said", num_cached, blocks.num_cached
+            num_cached == blocks.num_cached,
+            "{} blocks are cached, num_cached is {}",
+            num_cached,
+            blocks.num_cached,
         )
         for name, block in findable.items():
             require(self.device.name_of(block, self.salts) == name, "block {} is misnamed", block)
@@ -468,11 +484,11 @@ class Simulation:
             needed = -(-request.num_computed_tokens // config.block_size)
             require(len(table) == needed, "{} needs {} blocks", request, needed)
         stats = self.scheduler.stats()
-        require(len(self.scheduler.running) <= config.max_batch_requests, "too many run")
-        require(stats["num_running"] + stats["num_waiting"] == len(self.live), "one is lost")
+        require(len(self.scheduler.running) <= config.max_batch_requests, "too many requests run")
+        require(stats["num_running"] + stats["num_waiting"] == len(self.live), "a request is lost")
 
 
-# -- random lives -----------------------------------------------------------------------------
+# -- random runs ------------------------------------------------------------------------------
 
 
 def random_config(rng: random.Random) -> SchedulerConfig:
@@ -491,7 +507,7 @@ def random_config(rng: random.Random) -> SchedulerConfig:
 
 
 def random_asks(rng: random.Random, number: int, config: SchedulerConfig) -> list[Ask]:
-    """A prompt that begins as others do, one answer or several."""
+    """One request or several forks, with a prompt that shares a prefix with others."""
     longest = min(60, (config.num_blocks - 1) * config.block_size)
     num_shared = rng.randrange(0, longest - 1)
     kind = rng.randrange(3)
@@ -516,11 +532,11 @@ def random_asks(rng: random.Random, number: int, config: SchedulerConfig) -> lis
             ask.num_known = rng.randrange(max_tokens)
         asks.append(ask)
     if rng.random() < 0.05:
-        asks[0].fork_of = f"{number}-{num_answers - 1}"  # of one that comes later, or itself
+        asks[0].fork_of = f"{number}-{num_answers - 1}"  # a later request, or itself
     return asks
 
 
-def random_life(
+def random_run(
     seed: int,
     *,
     num_events: int,
@@ -528,7 +544,7 @@ def random_life(
     num_tenants: int = 1,
     scheduler_class: type[Scheduler] = Scheduler,
 ) -> Simulation:
-    """Arrivals, aborts, forks, failures and steps at random, then the end of all requests."""
+    """Random arrivals, aborts, forks, failures and steps, then run until all have finished."""
     rng = random.Random(seed)
     config = random_config(rng)
     simulation = Simulation(config, scheduler_class(config))

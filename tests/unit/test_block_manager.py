@@ -1,4 +1,4 @@
-"""One rule of the block manager a test."""
+"""Rules of the block manager, one per test."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def digests(count: int) -> list[bytes]:
     return [bytes([i]) * 16 for i in range(count)]
 
 
-def test_the_null_block_is_never_given_out() -> None:
+def test_the_null_block_is_never_allocated() -> None:
     blocks = make_blocks(4)
 
     table = grown(blocks, 16)
@@ -39,7 +39,7 @@ def test_a_table_grows_by_whole_blocks_and_only_when_needed() -> None:
     assert lengths == [1, 1, 2, 2]
 
 
-def test_a_table_that_cannot_grow_stays_as_it_is() -> None:
+def test_a_table_that_cannot_grow_is_unchanged() -> None:
     blocks = make_blocks(4)
     table = grown(blocks, 4)
 
@@ -48,7 +48,7 @@ def test_a_table_that_cannot_grow_stays_as_it_is() -> None:
     assert blocks.num_unheld == 3
 
 
-def test_a_block_is_free_when_its_last_holder_lets_go() -> None:
+def test_a_block_is_free_when_its_last_holder_releases_it() -> None:
     blocks = make_blocks()
     first = grown(blocks, 8)
     second = list(first)
@@ -61,7 +61,7 @@ def test_a_block_is_free_when_its_last_holder_lets_go() -> None:
     assert (second, blocks.num_held) == ([], 0)
 
 
-def test_the_longest_beginning_that_is_there_is_found() -> None:
+def test_the_longest_cached_prefix_is_found() -> None:
     blocks = make_blocks()
     table = grown(blocks, 12)
     names = digests(4)
@@ -73,7 +73,7 @@ def test_the_longest_beginning_that_is_there_is_found() -> None:
     assert blocks.find(names[2:]) == []
 
 
-def test_cached_blocks_are_taken_after_free_ones_and_found_no_more() -> None:
+def test_cached_blocks_are_evicted_after_free_ones_are_taken() -> None:
     blocks = make_blocks(4)
     table = grown(blocks, 8)
     cached = list(table)
@@ -86,7 +86,7 @@ def test_cached_blocks_are_taken_after_free_ones_and_found_no_more() -> None:
     assert blocks.find(digests(2)) == cached
 
     grown(blocks, 4)
-    assert blocks.find(digests(2)) == cached[:1]  # the end of the chain went first
+    assert blocks.find(digests(2)) == cached[:1]  # the end of the prefix was evicted first
     assert blocks.num_cached == 1
 
 
@@ -120,7 +120,7 @@ def test_a_held_block_is_not_evicted() -> None:
     assert blocks.find(digests(1)) == hit
 
 
-def test_the_first_block_of_a_digest_stays_its_block() -> None:
+def test_a_digest_keeps_its_first_block() -> None:
     blocks = make_blocks()
     first, second = grown(blocks, 4), grown(blocks, 4)
     blocks.publish(first[0], digests(1)[0])
@@ -131,7 +131,7 @@ def test_the_first_block_of_a_digest_stays_its_block() -> None:
     assert blocks.num_cached == 0
 
 
-def test_a_block_that_is_not_to_be_trusted_is_free_when_let_go() -> None:
+def test_an_untrusted_block_is_free_when_released() -> None:
     blocks = make_blocks()
     table = grown(blocks, 4)
     blocks.publish(table[0], digests(1)[0])
@@ -143,7 +143,7 @@ def test_a_block_that_is_not_to_be_trusted_is_free_when_let_go() -> None:
     assert (blocks.num_cached, blocks.num_unheld) == (0, 4)
 
 
-def test_a_cleared_cache_finds_nothing_and_loses_no_block() -> None:
+def test_clearing_the_cache_frees_its_blocks() -> None:
     blocks = make_blocks(4)
     table = grown(blocks, 8)
     for block, name in zip(table, digests(2), strict=True):

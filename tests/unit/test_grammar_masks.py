@@ -1,4 +1,4 @@
-"""Grammars and the masks of the tokens that may come next, against plain checks."""
+"""Grammars and their token masks, compared with plain checks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from portalm.structured.messages import LoadGrammar, Vocabulary
 
 EOS = 2
 TOKENS = [b"", b"", b"", *(bytes([i]) for i in range(256)), b"true", b"12", b'":', b"ab", b"yes"]
-SIZE = 300  # of the logits: more than there are tokens, and no multiple of 32
+SIZE = 300  # columns of the logits: more than there are tokens, and not a multiple of 32
 VOCABULARY = Vocabulary(msgspec.msgpack.encode(TOKENS), SIZE, [EOS])
 
 AMBIGUOUS = "(?:.*.*.*){1,50}x"
@@ -75,11 +75,11 @@ def make(grammar: Grammar, request_id: str = "r", **params: object) -> Request:
     )  # fmt: skip
 
 
-def draw_answer(grammar: Grammar, seed: int, max_tokens: int = 400) -> str | None:
-    """Tokens drawn at random from the masks until the end; None: it did not come."""
+def sample_answer(grammar: Grammar, seed: int, max_tokens: int = 400) -> str | None:
+    """Sample random allowed tokens until the end; None if it is not reached."""
     masks, request, rng = TokenMasks(SIZE), make(grammar), random.Random(seed)
     for _ in range(max_tokens):
-        # XGrammar lets a few sequences of bytes pass that are no character
+        # XGrammar allows a few byte sequences that are not characters
         choices = [i for i in sorted(allowed(masks, request)) if i == EOS or TOKENS[i].isascii()]
         token = EOS if EOS in choices and rng.random() < 0.3 else rng.choice(choices)
         if token == EOS:
@@ -92,7 +92,7 @@ REGEXES = [r"\d{3}-\d{4}", r"(yes|no|true)+x?", r"a{2,5}b*[^a-z\u0080-\uffff]", 
 
 
 @pytest.mark.parametrize("pattern", REGEXES)
-def test_exactly_the_tokens_that_a_regex_lets_follow_are_allowed(load, pattern: str) -> None:
+def test_exactly_the_tokens_that_can_follow_in_a_regex_are_allowed(load, pattern: str) -> None:
     grammar, rng = load(regex=pattern), random.Random(0)
     ascii_ids = [i for i, t in enumerate(TOKENS) if t and t.isascii()]
     for seed in range(4):
@@ -114,7 +114,7 @@ def test_exactly_the_tokens_that_a_regex_lets_follow_are_allowed(load, pattern: 
             text += TOKENS[token].decode()
 
 
-def test_answers_to_a_schema_are_json_that_fits_it(load) -> None:
+def test_answers_with_a_schema_are_json_that_matches_it(load) -> None:
     schema = {
         "type": "object",
         "properties": {
@@ -125,7 +125,7 @@ def test_answers_to_a_schema_are_json_that_fits_it(load) -> None:
         "required": ["name", "age", "tags"],
     }
     grammar = load(json=schema)
-    answers = [draw_answer(grammar, seed) for seed in range(10)]
+    answers = [sample_answer(grammar, seed) for seed in range(10)]
 
     assert None not in answers
     for answer in map(json.loads, filter(None, answers)):
@@ -135,7 +135,7 @@ def test_answers_to_a_schema_are_json_that_fits_it(load) -> None:
         assert len(answer["tags"]) <= 2 and set(answer["tags"]) <= {"a", "b"}
 
 
-def test_a_choice_may_hold_any_character(load) -> None:
+def test_a_choice_may_contain_any_character(load) -> None:
     texts = ["yes", 'a"\\\n\x01 é', "日本 😀", "yes sir", "a]b[-^"]
     grammar = load(choice=texts)
 
@@ -148,7 +148,7 @@ def test_a_choice_may_hold_any_character(load) -> None:
 def test_a_grammar_in_gbnf(load) -> None:
     grammar = load(grammar='root ::= sum\nsum ::= "1" | "1+" sum')
 
-    answer = draw_answer(grammar, 3)
+    answer = sample_answer(grammar, 3)
 
     assert answer is not None and regex.fullmatch(r"1(\+1)*", answer)
 
@@ -157,7 +157,7 @@ def test_a_grammar_in_gbnf(load) -> None:
     ("pattern", "text"),
     [(None, '{"a": 1, "b": 2}'), ("", '{"a":1,"b":2}'), (r"[ \n\r\t]{0,2}", '{ \n"a":1,"b" : 2}')],
 )
-def test_whitespace_is_as_asked(load, pattern: str | None, text: str) -> None:
+def test_whitespace_is_as_requested(load, pattern: str | None, text: str) -> None:
     schema = {"properties": {"a": {"const": 1}, "b": {"const": 2}}, "required": ["a", "b"]}
     grammar = load(json=schema, whitespace_pattern=pattern)
     request = make(grammar)
@@ -166,10 +166,10 @@ def test_whitespace_is_as_asked(load, pattern: str | None, text: str) -> None:
     assert allowed(TokenMasks(SIZE), request) == {EOS}
 
 
-# -- what else a request says -----------------------------------------------------------------
+# -- other parameters -------------------------------------------------------------------------
 
 
-def test_an_answer_whose_grammar_has_ended_ends_whatever_else_was_asked(load) -> None:
+def test_a_finished_grammar_ends_the_answer_despite_other_parameters(load) -> None:
     request = make(
         load(choice=["a"]), ignore_eos=True, min_tokens=5, allowed_token_ids=[3 + ord("a")]
     )
@@ -181,14 +181,14 @@ def test_an_answer_whose_grammar_has_ended_ends_whatever_else_was_asked(load) ->
 
 
 @pytest.mark.parametrize("params", [{"ignore_eos": True}, {"min_tokens": 5}], ids=str)
-def test_a_grammar_that_may_go_on_does_if_the_end_is_not_wanted(load, params) -> None:
+def test_a_grammar_that_can_continue_does_where_the_end_is_forbidden(load, params) -> None:
     request = make(load(regex="1*"), **params)
 
     assert EOS not in allowed(TokenMasks(SIZE), request)
     assert EOS in allowed(TokenMasks(SIZE), make(load(regex="1*")))
 
 
-def test_nothing_left_to_draw_is_said_by_the_row(load) -> None:
+def test_a_row_without_an_allowed_token_is_refused(load) -> None:
     request = make(load(regex="a+"), allowed_token_ids=[3 + ord("b")])
     row = SampledRow(index=0, request=request, position=2, target=-1)
 
@@ -197,7 +197,7 @@ def test_nothing_left_to_draw_is_said_by_the_row(load) -> None:
     assert row.refusal is not None and "allowed_token_ids" in row.refusal
 
 
-def test_tokens_that_do_not_match_are_said_by_the_row(load) -> None:
+def test_a_row_whose_tokens_do_not_match_the_grammar_is_refused(load) -> None:
     request = make(load(regex="a+"))
     request.token_ids.append(3 + ord("b"))
     row = SampledRow(index=0, request=request, position=3, target=-1)
@@ -207,7 +207,7 @@ def test_tokens_that_do_not_match_are_said_by_the_row(load) -> None:
     assert row.refusal is not None and "does not match" in row.refusal
 
 
-def test_a_request_whose_masks_take_long_ends_by_itself(load, monkeypatch) -> None:
+def test_a_request_whose_masks_take_too_long_is_refused(load, monkeypatch) -> None:
     request, masks = make(load(regex="a+")), TokenMasks(SIZE)
     allowed(masks, request)
     monkeypatch.setattr("portalm.structured.grammar._ONCE_S", -1.0)
@@ -218,7 +218,7 @@ def test_a_request_whose_masks_take_long_ends_by_itself(load, monkeypatch) -> No
     assert row.refusal is not None and "too ambiguous" in row.refusal
 
 
-def test_a_matcher_that_was_forgotten_comes_to_the_same_place(load) -> None:
+def test_a_new_matcher_reaches_the_same_state(load) -> None:
     masks, request = TokenMasks(SIZE), make(load(regex=r"\d{3}-\d{4}"))
     for char in "12":
         request.token_ids.append(3 + ord(char))
@@ -238,7 +238,7 @@ def test_a_matcher_that_was_forgotten_comes_to_the_same_place(load) -> None:
         ({"regex": "a(?=b)"}, "Lookahead is not supported"),
         ({"regex": "a^b"}, "is ignored"),
         ({"regex": "(" * 5000 + "a" + ")" * 5000}, "Nest layer"),
-        ({"grammar": "root ::= nobody"}, '"nobody" is not defined'),
+        ({"grammar": "root ::= missing"}, '"missing" is not defined'),
         ({"grammar": "root ::= root"}, "matches no text"),
         ({"regex": AMBIGUOUS}, "too ambiguous"),
         ({"json": {"type": "number", "multipleOf": 0.5}}, "multipleOf is not supported"),
@@ -247,7 +247,7 @@ def test_a_matcher_that_was_forgotten_comes_to_the_same_place(load) -> None:
     ],
     ids=str,
 )
-def test_what_xgrammar_cannot_express_is_refused_by_name(compiler, asked, problem: str) -> None:
+def test_what_xgrammar_does_not_support_is_refused_by_name(compiler, asked, problem: str) -> None:
     with pytest.raises(InvalidRequest, match=problem) as caught:
         compiler.compile(StructuredOutputs(**asked)).result()
 
@@ -255,7 +255,7 @@ def test_what_xgrammar_cannot_express_is_refused_by_name(compiler, asked, proble
     assert "cpp" not in str(caught.value)
 
 
-def test_an_explosive_grammar_is_given_up_while_others_are_compiled(compiler) -> None:
+def test_compiling_an_explosive_grammar_times_out_while_others_are_compiled(compiler) -> None:
     explosive = compiler.compile(StructuredOutputs(json=EXPLOSIVE))
     for i in range(5):
         assert compiler.compile(StructuredOutputs(regex=f"a{{{i}}}b")).result()
@@ -270,9 +270,9 @@ def test_an_explosive_grammar_is_given_up_while_others_are_compiled(compiler) ->
     assert time.monotonic() - started < 0.5
 
 
-def test_a_compiler_that_dies_fails_one_grammar_alone(compiler) -> None:
+def test_a_compiler_that_crashes_fails_only_its_grammar(compiler) -> None:
     compiler.compile(StructuredOutputs(regex="one")).result()
-    compiler._idle[-1]._process.kill()  # the next to be used
+    compiler._idle[-1]._process.kill()  # the next one to be used
 
     with pytest.raises(InvalidRequest, match="memory"):
         compiler.compile(StructuredOutputs(regex="two")).result()

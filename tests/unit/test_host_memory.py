@@ -1,4 +1,4 @@
-"""What a process may use: the machine's memory, or less where a container limits it."""
+"""Memory that a process may use: the machine's, or less where a container limits it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ KIB = 1024
 
 
 class Machine:
-    """A procfs and a tree of control groups, in files."""
+    """A procfs and a cgroup tree, in files."""
 
     def __init__(self, folder: Path) -> None:
         self.proc, self.cgroups = folder / "proc", folder / "cgroup"
@@ -31,7 +31,7 @@ class Machine:
         file.write_text(f"{text}\n")
 
     def gib(self) -> tuple[float, float]:
-        """Total and free, as found."""
+        """Total and free memory, in GiB."""
         info = host_memory.memory(self.proc, self.cgroups)
         assert info.host_shared
         return info.total / GIB, info.free / GIB
@@ -42,11 +42,11 @@ def machine(tmp_path: Path) -> Machine:
     return Machine(tmp_path)
 
 
-def test_without_limits_it_is_the_machines(machine: Machine) -> None:
+def test_without_limits_it_is_the_memory_of_the_machine(machine: Machine) -> None:
     assert machine.gib() == (64, 48)
 
 
-def test_a_limit_of_version_2_counts(machine: Machine) -> None:
+def test_a_cgroup_v2_limit_applies(machine: Machine) -> None:
     machine.write("proc/self/cgroup", "0::/a/b")
     machine.write("cgroup/a/b/memory.max", 8 * GIB)
     machine.write("cgroup/a/b/memory.current", 5 * GIB)
@@ -54,7 +54,7 @@ def test_a_limit_of_version_2_counts(machine: Machine) -> None:
     assert machine.gib() == (8, 3)
 
 
-def test_page_cache_that_can_be_dropped_is_free(machine: Machine) -> None:
+def test_inactive_page_cache_counts_as_free(machine: Machine) -> None:
     machine.write("proc/self/cgroup", "0::/a")
     machine.write("cgroup/a/memory.max", 8 * GIB)
     machine.write("cgroup/a/memory.current", 5 * GIB)
@@ -63,7 +63,7 @@ def test_page_cache_that_can_be_dropped_is_free(machine: Machine) -> None:
     assert machine.gib() == (8, 5)
 
 
-def test_the_tightest_group_around_the_process_counts(machine: Machine) -> None:
+def test_the_lowest_limit_of_the_enclosing_cgroups_applies(machine: Machine) -> None:
     machine.write("proc/self/cgroup", "0::/a/b")
     machine.write("cgroup/a/b/memory.max", "max")
     machine.write("cgroup/a/b/memory.current", GIB)
@@ -75,7 +75,7 @@ def test_the_tightest_group_around_the_process_counts(machine: Machine) -> None:
     assert machine.gib() == (6, 1)
 
 
-def test_inside_a_container_the_root_is_its_own_group(machine: Machine) -> None:
+def test_inside_a_container_the_root_cgroup_applies(machine: Machine) -> None:
     machine.write("proc/self/cgroup", "0::/as/the/host/sees/it")
     machine.write("cgroup/memory.max", 4 * GIB)
     machine.write("cgroup/memory.current", GIB)
@@ -83,7 +83,7 @@ def test_inside_a_container_the_root_is_its_own_group(machine: Machine) -> None:
     assert machine.gib() == (4, 3)
 
 
-def test_a_limit_of_version_1_counts(machine: Machine) -> None:
+def test_a_cgroup_v1_limit_applies(machine: Machine) -> None:
     machine.write("proc/self/cgroup", "5:cpu,cpuacct:/a\n4:memory:/a\n1:name=systemd:/a")
     machine.write("cgroup/memory/a/memory.limit_in_bytes", 8 * GIB)
     machine.write("cgroup/memory/a/memory.usage_in_bytes", 6 * GIB)
@@ -94,7 +94,7 @@ def test_a_limit_of_version_1_counts(machine: Machine) -> None:
     assert machine.gib() == (8, 3)
 
 
-def test_a_limit_above_the_machines_memory_is_none(machine: Machine) -> None:
+def test_a_limit_above_the_machines_memory_is_ignored(machine: Machine) -> None:
     machine.write("proc/self/cgroup", "0::/a")
     machine.write("cgroup/a/memory.max", 640 * GIB)
     machine.write("cgroup/a/memory.current", GIB)
@@ -102,7 +102,7 @@ def test_a_limit_above_the_machines_memory_is_none(machine: Machine) -> None:
     assert machine.gib() == (64, 48)
 
 
-def test_a_group_beyond_its_limit_has_nothing_free(machine: Machine) -> None:
+def test_a_cgroup_above_its_limit_has_nothing_free(machine: Machine) -> None:
     machine.write("proc/self/cgroup", "0::/a")
     machine.write("cgroup/a/memory.max", GIB)
     machine.write("cgroup/a/memory.current", 2 * GIB)
@@ -122,7 +122,7 @@ def test_this_machine_has_memory() -> None:
     assert 0 < info.free <= info.total
 
 
-def test_peak_is_the_most_that_was_resident_at_once() -> None:
+def test_peak_is_the_maximum_of_resident_memory() -> None:
     size = 256 << 20
     with host_memory.peak() as used:
         torch.ones(size // 4)  # freed at once

@@ -1,4 +1,4 @@
-"""Index arrays of a step against plain loops over its requests."""
+"""The index arrays of a step, compared with plain loops over its requests."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_arrays_equal_plain_loops_over_random_mixed_steps() -> None:
             assert not arrays.block_table[i, num_blocks:].any()
 
 
-def test_only_drawing_requests_have_a_row_of_logits() -> None:
+def test_only_requests_that_sample_have_a_row_of_logits() -> None:
     whole, part = make_request("a", 5, [1, 2]), make_request("b", 9, [3, 4, 5])
 
     arrays = build(InputBatch(CONFIG), make_plan((whole, 0, 5), (part, 0, 4)))
@@ -88,24 +88,24 @@ def test_only_drawing_requests_have_a_row_of_logits() -> None:
     assert arrays.num_rows == 1
 
 
-def test_a_step_that_draws_nothing_still_has_a_row() -> None:
+def test_a_step_that_samples_nothing_still_has_a_row() -> None:
     arrays = build(InputBatch(CONFIG), make_plan((make_request("b", 9, [3, 4, 5]), 0, 4)))
 
     assert arrays.logits_rows.tolist() == [0]
     assert arrays.num_rows == 0
 
 
-def test_prompt_logprobs_want_every_row_that_predicts_a_prompt_token() -> None:
+def test_prompt_logprobs_need_every_row_that_predicts_a_prompt_token() -> None:
     request = make_request("a", 6, [1, 2], prompt_logprobs=0)
 
     first = build(InputBatch(CONFIG), make_plan((request, 0, 4)))
     last = build(InputBatch(CONFIG), make_plan((request, 4, 2)))
 
     assert first.logits_rows.tolist() == [0, 1, 2, 3]
-    assert last.logits_rows.tolist() == [0, 1]  # predicts token 5, then draws
+    assert last.logits_rows.tolist() == [0, 1]  # predicts token 5, then samples
 
 
-def test_copy_on_write_of_a_known_block_is_seen() -> None:
+def test_a_known_block_replaced_by_copy_on_write_is_updated() -> None:
     batch, request = InputBatch(CONFIG), make_request("a", 7, [1, 2])
     build(batch, make_plan((request, 0, 6)))
     request.block_table = [1, 9]
@@ -115,7 +115,7 @@ def test_copy_on_write_of_a_known_block_is_seen() -> None:
     assert arrays.slot_mapping.tolist() == [9 * BLOCK_SIZE + 2]
 
 
-def test_a_row_is_forgotten_and_given_to_another_request() -> None:
+def test_a_freed_row_is_reused_by_another_request() -> None:
     batch = InputBatch(CONFIG)
     for name in "abcdefgh":
         build(batch, make_plan((make_request(name, 3, [1]), 0, 3)))
@@ -127,7 +127,7 @@ def test_a_row_is_forgotten_and_given_to_another_request() -> None:
     assert arrays.slot_mapping.tolist() == [28, 29]
 
 
-def test_tokens_still_on_the_device_point_at_the_row_that_draws_them() -> None:
+def test_tokens_still_on_the_device_point_to_the_row_that_samples_them() -> None:
     batch, known, waiting = InputBatch(CONFIG), make_request("a", 3, [1]), make_request("b", 3, [2])
     waiting.num_placeholders = 1
 

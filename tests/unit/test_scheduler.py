@@ -1,4 +1,4 @@
-"""One rule of the scheduler a test."""
+"""Rules of the scheduler, one per test."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def planned(plan: StepPlan) -> dict[str, int]:
     return {p.request.request_id: p.num_tokens for p in plan.requests}
 
 
-# -- at the door ------------------------------------------------------------------------------
+# -- refusals ---------------------------------------------------------------------------------
 
 
 def test_request_that_can_never_fit_is_refused_with_the_numbers() -> None:
@@ -108,7 +108,7 @@ def test_budget_below_the_number_of_requests_is_refused() -> None:
 # -- tenants ----------------------------------------------------------------------------------
 
 
-def test_a_thousand_requests_of_one_tenant_do_not_hold_up_another() -> None:
+def test_a_thousand_requests_of_one_tenant_do_not_delay_another_tenant() -> None:
     scheduler = make_scheduler()
     for i in range(1000):
         scheduler.add(make_request(f"many-{i}", 2, 4, first=4 * i, tenant="many"))
@@ -120,7 +120,7 @@ def test_a_thousand_requests_of_one_tenant_do_not_hold_up_another() -> None:
     assert any("single" in plan for plan in plans)
 
 
-def test_tenants_share_the_running_places() -> None:
+def test_tenants_share_the_running_slots() -> None:
     scheduler = make_scheduler(max_batch_requests=6)
     for i in range(20):
         scheduler.add(make_request(f"a{i}", 2, 4, first=4 * i, tenant="a"))
@@ -130,7 +130,7 @@ def test_tenants_share_the_running_places() -> None:
     assert sorted(planned(step(scheduler))) == ["a0", "a1", "a2", "b0", "b1", "b2"]
 
 
-def test_a_tenants_long_queue_does_not_take_the_blocks_of_whoever_came_after_it() -> None:
+def test_a_tenants_long_queue_does_not_take_the_blocks_of_later_requests() -> None:
     scheduler = make_scheduler(num_blocks=16, enable_prefix_caching=False)
     many = [make_request(f"many{i}", 8, 16, first=4 * i, tenant="many") for i in range(100)]
     for request in many:
@@ -145,7 +145,7 @@ def test_a_tenants_long_queue_does_not_take_the_blocks_of_whoever_came_after_it(
     assert sum(request.is_finished for request in many) <= 8
 
 
-def test_a_lower_priority_value_goes_before_fairness() -> None:
+def test_a_lower_priority_value_overrides_fairness() -> None:
     scheduler = make_scheduler(max_batch_requests=2, policy="priority")
     for name, tenant, priority in (("a", "x", 0), ("b", "x", 0), ("c", "y", 5)):
         scheduler.add(make_request(name, tenant=tenant, priority=priority))
@@ -165,7 +165,7 @@ def test_decodes_and_a_chunk_of_a_prefill_share_one_budget() -> None:
     assert planned(scheduler.schedule()) == {"a": 1, "b": 9}
 
 
-def test_a_long_prompt_does_not_hold_up_decodes() -> None:
+def test_a_long_prompt_does_not_delay_decodes() -> None:
     scheduler = make_scheduler(max_batch_tokens=8)
     scheduler.add(make_request("long", 40))
     step(scheduler)
@@ -185,7 +185,7 @@ def test_without_chunked_prefill_a_prompt_is_computed_whole() -> None:
     assert planned(step(scheduler)) == {"b": 40, "a": 1}
 
 
-def test_a_step_holds_no_more_requests_than_allowed() -> None:
+def test_a_step_has_at_most_max_batch_requests() -> None:
     scheduler = make_scheduler(max_batch_requests=2)
     for name in "abc":
         scheduler.add(make_request(name, first=ord(name)))
@@ -217,7 +217,7 @@ def test_under_fcfs_priority_changes_nothing() -> None:
     assert list(planned(scheduler.schedule())) == ["first"]
 
 
-def test_prompt_logprobs_bound_the_rows_of_a_step() -> None:
+def test_prompt_logprobs_are_limited_to_the_rows_of_a_step() -> None:
     scheduler = make_scheduler(max_prompt_logprob_rows=6)
     params = SamplingParams(max_tokens=4, prompt_logprobs=0)
     scheduler.add(make_request("a", 20, 4, params=params))
@@ -238,7 +238,7 @@ def test_prompt_logprobs_of_all_requests_share_the_rows_of_a_step() -> None:
 # -- blocks -----------------------------------------------------------------------------------
 
 
-def test_the_youngest_loses_its_blocks_and_keeps_its_tokens() -> None:
+def test_the_last_running_request_loses_its_blocks_and_keeps_its_tokens() -> None:
     scheduler = make_scheduler(num_blocks=8, enable_prefix_caching=False)
     old, young = make_request("old", 8, 16), make_request("young", 8, 16, first=50)
     scheduler.add(old)
@@ -253,7 +253,7 @@ def test_the_youngest_loses_its_blocks_and_keeps_its_tokens() -> None:
     assert old.status is RequestStatus.RUNNING
 
 
-def test_a_step_that_preempted_admits_nobody() -> None:
+def test_a_step_that_preempted_admits_no_request() -> None:
     scheduler = make_scheduler(num_blocks=8, enable_prefix_caching=False)
     scheduler.add(make_request("old", 8, 16))
     scheduler.add(make_request("young", 8, 16, first=50))
@@ -265,10 +265,10 @@ def test_a_step_that_preempted_admits_nobody() -> None:
     assert not any(p.request.num_computed_tokens == 1 for p in plan.requests)
 
 
-def test_a_prompt_is_not_admitted_beside_one_that_will_take_its_blocks() -> None:
+def test_a_prompt_is_not_admitted_if_another_prompt_will_take_its_blocks() -> None:
     scheduler = make_scheduler(num_blocks=13, max_batch_tokens=8, enable_prefix_caching=False)
     scheduler.add(make_request("long", 28, 2))  # 7 blocks, in four steps
-    scheduler.add(make_request("next", 20, 2, first=50))  # 5 blocks, one more than is left over
+    scheduler.add(make_request("next", 20, 2, first=50))  # 5 blocks, one more than remain
 
     steps = [planned(step(scheduler)) for _ in range(4)]
 
@@ -278,7 +278,7 @@ def test_a_prompt_is_not_admitted_beside_one_that_will_take_its_blocks() -> None
     assert scheduler.stats()["preemptions_total"] == 0
 
 
-def test_a_preempted_request_is_served_before_those_that_came_later() -> None:
+def test_a_preempted_request_is_served_before_later_requests() -> None:
     scheduler = make_scheduler(num_blocks=8, enable_prefix_caching=False)
     young = make_request("young", 8, 12, first=50)
     scheduler.add(make_request("old", 8, 12))
@@ -294,7 +294,7 @@ def test_a_preempted_request_is_served_before_those_that_came_later() -> None:
     assert [r.request_id for r in scheduler.running] == ["young"]
 
 
-def test_requests_aborted_while_they_wait_are_not_kept() -> None:
+def test_requests_aborted_in_the_queue_are_dropped_from_it() -> None:
     scheduler = make_scheduler(max_batch_requests=1)
     scheduler.add(make_request("runs"))
     step(scheduler)
@@ -307,7 +307,7 @@ def test_requests_aborted_while_they_wait_are_not_kept() -> None:
     assert sum(map(len, scheduler._waiting._heaps.values())) <= 2 * 100
 
 
-def test_kv_waste_is_nothing_beyond_the_last_partial_block() -> None:
+def test_kv_waste_ignores_last_partial_blocks() -> None:
     scheduler = make_scheduler()
     for i in range(4):
         scheduler.add(make_request(str(i), 3 + 5 * i, 10, first=100 * i))
@@ -332,7 +332,7 @@ def test_abort_frees_blocks_at_once_even_with_a_step_in_flight() -> None:
 # -- prefix cache -----------------------------------------------------------------------------
 
 
-def test_the_same_beginning_is_computed_once() -> None:
+def test_a_shared_prefix_is_computed_once() -> None:
     scheduler = make_scheduler()
     scheduler.add(make_request("a", 10))
     step(scheduler)
@@ -343,7 +343,7 @@ def test_the_same_beginning_is_computed_once() -> None:
     assert again.num_cached_tokens == 8
 
 
-def test_requests_of_one_step_share_their_beginning() -> None:
+def test_requests_of_one_step_share_their_prefix() -> None:
     scheduler = make_scheduler()
     scheduler.add(make_request("a", 10))
     scheduler.add(make_request("b", 10))
@@ -360,7 +360,7 @@ def test_the_last_prompt_token_is_always_computed() -> None:
     assert planned(scheduler.schedule())["b"] == 4
 
 
-def test_other_salts_share_nothing() -> None:
+def test_requests_with_different_salts_share_nothing() -> None:
     scheduler = make_scheduler()
     scheduler.add(make_request("a", 10, cache_salt="one"))
     step(scheduler)
@@ -369,7 +369,7 @@ def test_other_salts_share_nothing() -> None:
     assert planned(scheduler.schedule())["b"] == 10
 
 
-def test_generated_tokens_are_found_by_the_next_turn() -> None:
+def test_the_next_turn_finds_generated_tokens_in_the_cache() -> None:
     scheduler = make_scheduler()
     scheduler.add(make_request("a", 4, 9))
     while scheduler.has_unfinished():
@@ -383,7 +383,7 @@ def test_generated_tokens_are_found_by_the_next_turn() -> None:
     assert turn.num_cached_tokens == 12
 
 
-def test_the_block_unused_longest_is_evicted_and_the_end_of_a_chain_before_its_beginning() -> None:
+def test_blocks_are_evicted_by_last_use_and_the_end_of_a_prefix_first() -> None:
     scheduler = make_scheduler(num_blocks=9)
     for name, first in (("a", 0), ("b", 100)):
         scheduler.add(make_request(name, 12, 1, first=first))
@@ -400,7 +400,7 @@ def test_the_block_unused_longest_is_evicted_and_the_end_of_a_chain_before_its_b
     assert found == [2, 3]
 
 
-def test_reset_forgets_cached_blocks_unless_a_request_runs() -> None:
+def test_reset_empties_the_cache_unless_a_request_runs() -> None:
     scheduler = make_scheduler()
     scheduler.add(make_request("a", 10, 2))
     step(scheduler)
@@ -424,7 +424,7 @@ def test_eos_ends_a_request_and_is_part_of_its_tokens() -> None:
     assert request.output_token_ids == [9]
 
 
-def test_a_stop_token_is_the_reason_it_gives() -> None:
+def test_a_stop_token_is_reported_as_the_stop_reason() -> None:
     scheduler = make_scheduler()
     request = make_request("a", params=SamplingParams(max_tokens=8, stop_token_ids=(5,)))
     scheduler.add(request)
@@ -444,7 +444,7 @@ def test_length_ends_a_request_after_exactly_max_tokens() -> None:
     assert request.num_output_tokens == 3
 
 
-def test_one_ahead_never_computes_beyond_the_end() -> None:
+def test_planning_one_step_ahead_never_computes_past_the_end() -> None:
     scheduler = make_scheduler()
     request = make_request("a", 4, 2)
     scheduler.add(request)
@@ -456,7 +456,7 @@ def test_one_ahead_never_computes_beyond_the_end() -> None:
     assert third.is_empty
 
 
-def test_a_request_with_penalties_waits_for_its_own_token() -> None:
+def test_a_request_with_penalties_waits_for_its_last_token() -> None:
     scheduler = make_scheduler()
     params = SamplingParams(max_tokens=8, frequency_penalty=0.5)
     scheduler.add(make_request("a", params=params))
@@ -467,7 +467,7 @@ def test_a_request_with_penalties_waits_for_its_own_token() -> None:
     assert planned(scheduler.schedule()) == {"a": 1}
 
 
-def test_broken_logits_end_their_request_and_nobody_finds_its_blocks() -> None:
+def test_broken_logits_end_their_request_and_uncache_its_blocks() -> None:
     scheduler = make_scheduler()
     scheduler.add(make_request("bad", 9))
     scheduler.add(make_request("good", 9, first=50))
@@ -524,7 +524,7 @@ def test_several_sampled_tokens_are_computed_in_the_next_step() -> None:
     assert planned(scheduler.schedule()) == {"a": 3}
 
 
-def test_blocks_that_broken_logits_have_read_are_found_no_more_even_if_others_hold_them() -> None:
+def test_blocks_of_a_failed_request_are_uncached_even_if_others_hold_them() -> None:
     scheduler = make_scheduler()
     scheduler.add(make_request("good", 9))
     step(scheduler)
@@ -570,7 +570,7 @@ def test_a_fork_recomputes_only_the_last_prompt_token_into_a_copied_block() -> N
     assert plan.block_copies == [(parent.block_table[2], fork.block_table[2])]
 
 
-def test_a_fork_whose_parent_is_gone_is_an_ordinary_request() -> None:
+def test_a_fork_without_a_live_parent_is_an_ordinary_request() -> None:
     scheduler = make_scheduler(enable_prefix_caching=False)
     scheduler.add(make_request("a-0", 10))
     scheduler.add(make_request("a-1", 10, fork_of="a-0"))
@@ -579,7 +579,7 @@ def test_a_fork_whose_parent_is_gone_is_an_ordinary_request() -> None:
     assert planned(scheduler.schedule()) == {"a-1": 10}
 
 
-def test_a_fork_of_a_fork_shares_the_blocks_of_the_first() -> None:
+def test_a_fork_of_a_fork_shares_the_blocks_of_the_first_request() -> None:
     scheduler = make_scheduler()
     first = make_request("a-0", 10)
     scheduler.add(first)
@@ -608,7 +608,7 @@ def test_a_fork_waits_for_a_parent_that_was_admitted_in_the_same_step() -> None:
     [{"first": 1}, {"num_prompt": 11}, {"cache_salt": "other"}],
     ids=["other tokens", "another length", "another salt"],
 )
-def test_nothing_is_shared_with_a_parent_of_another_prompt(difference: dict[str, object]) -> None:
+def test_a_fork_shares_nothing_with_a_parent_that_differs(difference: dict[str, object]) -> None:
     scheduler = make_scheduler(enable_prefix_caching=False)
     scheduler.add(make_request("a-0", 10))
     scheduler.add(make_request("a-1", **{"num_prompt": 10, **difference, "fork_of": "a-0"}))
@@ -616,7 +616,7 @@ def test_nothing_is_shared_with_a_parent_of_another_prompt(difference: dict[str,
     assert planned(scheduler.schedule())["a-1"] >= 10
 
 
-def test_a_parent_that_came_later_under_the_same_id_is_not_waited_for() -> None:
+def test_a_fork_does_not_wait_for_a_later_request_with_the_id_of_its_parent() -> None:
     scheduler = make_scheduler(max_batch_tokens=10, enable_prefix_caching=False)
     scheduler.add(make_request("a-0", 10))
     scheduler.add(make_request("a-1", 10, fork_of="a-0"))
@@ -626,7 +626,7 @@ def test_a_parent_that_came_later_under_the_same_id_is_not_waited_for() -> None:
     assert planned(scheduler.schedule()) == {"a-1": 10}
 
 
-def test_requests_that_are_forks_of_each_other_or_themselves_are_answered() -> None:
+def test_circular_forks_are_answered() -> None:
     scheduler = make_scheduler()
     scheduler.add(make_request("a", fork_of="b"))
     scheduler.add(make_request("b", fork_of="a"))
@@ -658,7 +658,7 @@ def test_planning_and_updating_256_decodes_is_fast() -> None:
         scheduler.update(plan, StepResult(outcomes))
         seconds.append(time.perf_counter() - start)
 
-    # 0.6 ms on an idle machine (benchmarks/engine/scheduler.py); CI machines are not
+    # 0.6 ms on an idle machine (benchmarks/engine/scheduler.py); CI machines are not idle
     assert sorted(seconds)[len(seconds) // 2] < 0.005
 
 
@@ -677,14 +677,14 @@ def make_pooled(request_id: str, num_tokens: int, pooling: str = "mean") -> Requ
 
 
 def pool_step(scheduler: Scheduler) -> StepPlan:
-    """Plan a step and give every prompt that it completes a vector."""
+    """Plan a step and return a vector for every prompt that it completes."""
     plan = scheduler.schedule()
     is_done = [p.request.num_pending_tokens == 0 for p in plan.requests]
     scheduler.update(plan, StepResult([Pooled(b"\0\0\0\0") if done else None for done in is_done]))
     return plan
 
 
-def test_a_pooled_prompt_draws_nothing_and_ends_when_it_is_computed() -> None:
+def test_a_pooled_prompt_samples_nothing_and_ends_when_it_is_computed() -> None:
     scheduler = make_scheduler(max_batch_tokens=8, max_batch_requests=4)
     scheduler.add(make_pooled("a", 17))
 
@@ -715,7 +715,7 @@ def test_a_pooled_prompt_may_fill_the_pool() -> None:
         scheduler.add(make_pooled("b", 9))
 
 
-def test_an_encoders_prompts_are_whole_and_hold_no_blocks() -> None:
+def test_prompts_of_an_encoder_are_computed_whole_and_hold_no_blocks() -> None:
     config = EngineConfig(max_num_batched_tokens=8, max_num_seqs=4)
     scheduler = Scheduler(config.scheduler_config(max_model_len=20, num_blocks=None))
     for name, length in (("a", 12), ("b", 8), ("c", 9)):

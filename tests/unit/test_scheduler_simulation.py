@@ -1,4 +1,4 @@
-"""Thousands of random lives of requests, in turn and one step ahead; and faults that must show."""
+"""Random runs of the scheduler, with one and two steps in flight, and faults they must detect."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from portalm.core.plan import Failed, RequestUpdate, Sampled, StepPlan, StepResu
 from portalm.core.prefix_cache import extend_hashes
 from portalm.core.request import Request
 from portalm.core.scheduler import Scheduler
-from tests.unit.simulation import VOCAB_SIZE, Ask, Broken, Simulation, random_life
+from tests.unit.simulation import VOCAB_SIZE, Ask, Broken, Simulation, random_run
 
 
 @pytest.mark.parametrize("max_in_flight", [1, 2], ids=["in turn", "one ahead"])
-def test_random_lives_end_with_the_right_tokens_and_no_leak(max_in_flight: int) -> None:
+def test_random_runs_end_with_the_right_tokens_and_no_leak(max_in_flight: int) -> None:
     preemptions = hits = forks = 0
     reasons = set()
     for seed in range(50):
-        life = random_life(
+        simulation = random_run(
             seed, num_events=200, max_in_flight=max_in_flight, num_tenants=1 + seed % 2
         )
-        stats = life.scheduler.stats()
+        stats = simulation.scheduler.stats()
         preemptions += int(stats["preemptions_total"])
         hits += int(stats["prefix_hits_total"])
-        ended = life.finished.values()
+        ended = simulation.finished.values()
         forks += sum(r.fork_of is not None and r.num_cached_tokens > 0 for r in ended)
         reasons |= {r.finish_reason for r in ended}
-    # the lives must have met what they are about
+    # the runs must have covered these cases
     assert preemptions > 100
     assert hits > 5000
     assert forks > 300
@@ -42,16 +42,16 @@ def test_random_lives_end_with_the_right_tokens_and_no_leak(max_in_flight: int) 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("max_in_flight", [1, 2], ids=["in turn", "one ahead"])
-def test_many_more_random_lives(max_in_flight: int) -> None:
+def test_many_more_random_runs(max_in_flight: int) -> None:
     for seed in range(1000, 3000):
-        life = random_life(
+        simulation = random_run(
             seed, num_events=300, max_in_flight=max_in_flight, num_tenants=1 + seed % 3
         )
-        assert life.finished
+        assert simulation.finished
 
 
-class Lives(RuleBasedStateMachine):
-    """Hypothesis looks for the shortest life that breaks a rule."""
+class Simulations(RuleBasedStateMachine):
+    """Hypothesis searches for the shortest run that breaks a rule."""
 
     @initialize(
         num_blocks=st.integers(18, 30),
@@ -108,17 +108,17 @@ class Lives(RuleBasedStateMachine):
 
     @precondition(lambda self: self.simulation.live)
     @rule(data=st.data())
-    def leave(self, data: st.DataObject) -> None:
+    def abort(self, data: st.DataObject) -> None:
         self.simulation.abort(data.draw(st.sampled_from(sorted(self.simulation.live))))
 
     @precondition(lambda self: len(self.simulation.in_flight) < 2)
     @rule()
-    def plan(self) -> None:
+    def dispatch(self) -> None:
         self.simulation.dispatch()
 
     @precondition(lambda self: self.simulation.in_flight)
     @rule()
-    def news(self) -> None:
+    def collect(self) -> None:
         self.simulation.collect()
 
     @precondition(lambda self: self.simulation.scheduler.running)
@@ -132,8 +132,8 @@ class Lives(RuleBasedStateMachine):
             self.simulation.finish_all(2)
 
 
-TestLives = Lives.TestCase
-TestLives.settings = settings(
+TestSimulations = Simulations.TestCase
+TestSimulations.settings = settings(
     max_examples=60, stateful_step_count=40, deadline=None, derandomize=True
 )
 
@@ -153,7 +153,7 @@ def forks_write_without_a_copy(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(scheduler_module, "blocks_to_fork", fault)
 
 
-def forks_copy_what_is_not_computed_yet(patch: pytest.MonkeyPatch) -> None:
+def forks_copy_blocks_before_they_are_computed(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(scheduler_module, "is_prompt_computed", lambda parent, plan: parent.block_table)
 
 
@@ -182,7 +182,7 @@ def salts_are_ignored(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Scheduler, "_extend_hashes", fault)
 
 
-def hits_cover_the_token_after_them(patch: pytest.MonkeyPatch) -> None:
+def hits_include_the_token_after_them(patch: pytest.MonkeyPatch) -> None:
     right = Scheduler._find_cached
 
     def fault(self: Scheduler, request: Request) -> tuple[list[int], int, None]:
@@ -214,7 +214,7 @@ def blocks_are_freed_twice(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(BlockManager, "release", fault)
 
 
-def results_of_another_life_are_taken(patch: pytest.MonkeyPatch) -> None:
+def outcomes_of_another_epoch_are_applied(patch: pytest.MonkeyPatch) -> None:
     right = Scheduler._requeue
 
     def fault(self: Scheduler, request: Request) -> None:
@@ -224,7 +224,7 @@ def results_of_another_life_are_taken(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Scheduler, "_requeue", fault)
 
 
-def the_runner_is_not_told_of_preemption(patch: pytest.MonkeyPatch) -> None:
+def rows_of_preempted_requests_are_not_released(patch: pytest.MonkeyPatch) -> None:
     right = Scheduler._requeue
 
     def fault(self: Scheduler, request: Request) -> None:
@@ -234,7 +234,7 @@ def the_runner_is_not_told_of_preemption(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Scheduler, "_requeue", fault)
 
 
-def the_first_loses_its_blocks(patch: pytest.MonkeyPatch) -> None:
+def the_first_request_loses_its_blocks(patch: pytest.MonkeyPatch) -> None:
     right = Scheduler._preempt
 
     def fault(self: Scheduler, victim: Request, plan: object) -> None:
@@ -244,7 +244,7 @@ def the_first_loses_its_blocks(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Scheduler, "_preempt", fault)
 
 
-def broken_logits_are_tokens(patch: pytest.MonkeyPatch) -> None:
+def broken_logits_count_as_tokens(patch: pytest.MonkeyPatch) -> None:
     right = Scheduler.update
 
     def fault(self: Scheduler, plan: StepPlan, result: StepResult) -> list[RequestUpdate]:
@@ -256,24 +256,24 @@ def broken_logits_are_tokens(patch: pytest.MonkeyPatch) -> None:
 
 FAULTS: dict[Fault, str] = {
     forks_write_without_a_copy: "two requests write to one block|wrong token",
-    forks_copy_what_is_not_computed_yet: "wrong token",
-    blocks_are_found_before_they_are_full: "not full|mixture|misnamed",
-    evicted_blocks_are_still_found: "cached|misnamed|mixture",
+    forks_copy_blocks_before_they_are_computed: "wrong token",
+    blocks_are_found_before_they_are_full: "not full|several prefixes|misnamed",
+    evicted_blocks_are_still_found: "cached|misnamed|several prefixes",
     salts_are_ignored: "misnamed|wrong token",
-    hits_cover_the_token_after_them: "wrong token|cached tokens",
+    hits_include_the_token_after_them: "wrong token|cached tokens",
     aborted_requests_keep_their_blocks: "holders",
     blocks_are_freed_twice: "holders",
-    results_of_another_life_are_taken: "answered|expected|draws",
-    the_runner_is_not_told_of_preemption: "row was not released",
-    the_first_loses_its_blocks: "the first lost its blocks",
-    broken_logits_are_tokens: "expected|wrong token",
+    outcomes_of_another_epoch_are_applied: "answered|expected|samples_token",
+    rows_of_preempted_requests_are_not_released: "row was not released",
+    the_first_request_loses_its_blocks: "the first lost its blocks",
+    broken_logits_count_as_tokens: "expected|wrong token",
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__.replace("_", " "))
-def test_a_planted_fault_shows(fault: Fault, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_planted_fault_is_detected(fault: Fault, monkeypatch: pytest.MonkeyPatch) -> None:
     fault(monkeypatch)
 
     with pytest.raises(Broken, match=FAULTS[fault]):
-        for seed in range(36, 80):  # 36: the rarest of them shows soon
-            random_life(seed, num_events=200, max_in_flight=2)
+        for seed in range(36, 80):  # 36: the rarest fault is detected soon
+            random_run(seed, num_events=200, max_in_flight=2)

@@ -1,4 +1,4 @@
-"""When a drawn token ends its request, and why."""
+"""When a sampled token ends its request, and why."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ def make_request(answer: list[int], *, max_tokens: int = 10, **params: object) -
         "only the last token counts",
         "one below max_tokens",
         "max_tokens",
-        "a stop goes before length",
+        "a stop token takes precedence over length",
     ],
 )
-def test_the_last_token_ends_the_answer(
+def test_a_stop_token_or_the_length_ends_the_answer(
     answer: list[int], reason: str | None, stop_reason: int | None
 ) -> None:
     request = make_request(answer)
@@ -53,7 +53,7 @@ def test_the_last_token_ends_the_answer(
     assert request.stop_reason == stop_reason
 
 
-def test_the_prompts_own_tokens_end_nothing() -> None:
+def test_stop_tokens_in_the_prompt_do_not_end_the_answer() -> None:
     request = Request(
         "a", [1, EOS], SamplingParams(), seed=0, max_total_tokens=9, eos_token_ids=[EOS]
     )
@@ -71,15 +71,15 @@ def test_nothing_stops_before_min_tokens(token_id: int) -> None:
     assert finish_reason(after) == "stop"
 
 
-def test_length_ends_an_answer_whatever_min_tokens_says() -> None:
+def test_the_length_ends_an_answer_despite_min_tokens() -> None:
     assert finish_reason(make_request([EOS, EOS], max_tokens=2, min_tokens=2)) == "length"
 
 
-def test_an_ignored_end_of_sequence_ends_nothing() -> None:
+def test_an_ignored_end_of_sequence_does_not_end_the_answer() -> None:
     assert finish_reason(make_request([EOS], ignore_eos=True)) is None
 
 
-def test_a_token_that_is_both_is_reported_as_the_users_stop_token() -> None:
+def test_an_eos_token_that_is_also_a_stop_token_is_reported_as_such() -> None:
     request = Request(
         "a",
         [1],
