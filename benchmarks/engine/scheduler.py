@@ -19,7 +19,7 @@ NUM_STEPS = 300
 
 
 def measure(num_requests: int) -> tuple[float, float]:
-    """Median microseconds of the one and the other over a round of decode steps."""
+    """Median microseconds of `schedule` and of `update` over a round of decode steps."""
     scheduler = Scheduler(
         SchedulerConfig(
             max_batch_requests=num_requests,
@@ -38,16 +38,16 @@ def measure(num_requests: int) -> tuple[float, float]:
         plan = scheduler.schedule()
         planned = time.perf_counter()
         result = StepResult([Sampled([5]) if p.samples_token else None for p in plan.requests])
-        drawn = time.perf_counter()
+        updated_from = time.perf_counter()
         scheduler.update(plan, result)
-        if number >= 50:  # all prompts are computed by then
+        if number >= 50:  # every prompt is computed by now
             planning.append(planned - start)
-            updating.append(time.perf_counter() - drawn)
+            updating.append(time.perf_counter() - updated_from)
     return statistics.median(planning) * 1e6, statistics.median(updating) * 1e6
 
 
 def main() -> None:
-    """Print medians of several rounds."""
+    """Measure several rounds and print their medians."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--requests", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=5)

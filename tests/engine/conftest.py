@@ -1,4 +1,4 @@
-"""transformers' greedy answers to real text, the measure of every parity test."""
+"""The expected answers of parity tests: greedy answers of transformers to real text."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def answers(oracle: Oracle) -> list[Answer]:
     text = (Path(__file__).parents[2] / "LICENSE").read_text()
     ids = oracle.tokenizer(text)["input_ids"]
     assert len(ids) > 2 * LENGTHS[-2]
-    # each starts elsewhere, so that prompts share no beginning by accident
+    # each prompt starts elsewhere, so that they share no prefix by accident
     starts = [(37 * i) % (len(ids) - length) for i, length in enumerate(LENGTHS)]
     return [
         oracle.answer(ids[start : start + length])

@@ -1,4 +1,4 @@
-"""transformers' greedy answers to real text, the measure of every parity test."""
+"""The oracle of parity tests: greedy answers of transformers."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ LENGTHS = (
 
 @dataclass(frozen=True)
 class Answer:
-    """What transformers says to a prompt in float32."""
+    """The answer of transformers to a prompt, in float32."""
 
     prompt: list[int]
     token_ids: list[int]
     margins: list[float]
-    """Logit of the chosen token less that of the second best, at each position."""
+    """Logit of the chosen token minus that of the second best, at each position."""
 
 
 class Oracle:
-    """The default model in transformers, from the same dequantised GGUF weights."""
+    """The default model in transformers, from the same dequantized GGUF weights."""
 
     def __init__(self, path: Path) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -37,7 +37,7 @@ class Oracle:
         }
 
     def answer(self, prompt: list[int]) -> Answer:
-        """64 greedy tokens, end of sequence ignored."""
+        """Generate 64 greedy tokens, ignoring end of sequence."""
         with torch.inference_mode():
             out = self.models[torch.float32].generate(
                 torch.tensor([prompt]),
@@ -59,7 +59,7 @@ class Oracle:
         )
 
     def bf16_noise(self, token_ids: list[int]) -> float:
-        """Largest difference that bfloat16 makes to any logit behind these tokens."""
+        """Maximum difference that bfloat16 makes to a logit after these tokens."""
         ids = torch.tensor([token_ids])
         with torch.inference_mode():
             exact, rough = (

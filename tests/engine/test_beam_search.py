@@ -1,4 +1,4 @@
-"""Beam search against transformers' beams, on a tiny checkpoint that it saved."""
+"""Beam search compared with transformers, on a tiny checkpoint that transformers saved."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PROMPTS = [[5, 6, 7], list(range(10, 50)), [300]]
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
-    """A folder, and the model in transformers: it ends its texts now and then."""
+    """A checkpoint folder and the model in transformers; its answers sometimes end early."""
     import transformers
 
     torch.manual_seed(0)

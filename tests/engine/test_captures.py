@@ -1,4 +1,4 @@
-"""When steps are captured: all before service, or one by one between its steps."""
+"""When steps are captured: all before service, or one by one between steps."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PROMPTS = [[5, 6, 7], [9] * 30, [11, 12]]
 
 
 class Capturing(ReferenceBackend):
-    """Plain torch that wants its decodes padded, to 2 or 8 requests."""
+    """The reference backend with padded decodes, of 2 or 8 requests."""
 
     def __init__(self, *, must_pad: bool, fails_at: int | None = None) -> None:
         super().__init__()
@@ -67,9 +67,9 @@ def test_a_device_with_static_shapes_captures_everything_before_service(tmp_path
     run(engine)
 
     assert len(set(captured)) == 3
-    assert captured.count(captured[0]) == 2  # prompts: as usual, and with all that may be asked
+    assert captured.count(captured[0]) == 2  # prompts: the usual shape, and the one with every row
     assert captured == sorted(captured, reverse=True)
-    assert backend.captured == captured  # and none in service
+    assert backend.captured == captured  # none during service
     assert backend.eager_steps == 0
     wide = engine.runner._padding(captured[0], engine.runner.graphs.shapes(captured[0])[-1])
     inputs = engine.runner.executor.inputs(wide)
@@ -85,7 +85,7 @@ def test_other_devices_serve_while_they_capture(tmp_path: Path) -> None:
     first = engine.step()
     run(engine)
 
-    assert before < 2  # the engine was there before they were
+    assert before < 2  # the engine was ready before they were captured
     assert first.outputs
     assert [b.num_tokens for b in backend.captured] == [8, 2]
     assert backend.padded_steps > 0

@@ -1,4 +1,4 @@
-"""The engine on devices that answer at once, late, wrongly or not at all."""
+"""The engine on simulated devices: fast, slow, failing and lost."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.tiny import VOCAB_SIZE, ask, make_engine, run, tokens
 
 
 def expected_chain(prompt: list[int], num_tokens: int) -> list[int]:
-    """What the null device draws behind `prompt`."""
+    """The tokens that the null device samples after `prompt`."""
     known = list(prompt)
     for _ in range(num_tokens):
         known.append(next_id(known[-1], len(known) - 1, VOCAB_SIZE))
@@ -28,7 +28,7 @@ def random_prompts(count: int, seed: int = 0) -> list[list[int]]:
     ]
 
 
-@pytest.fixture(params=[1, 2], ids=["in turn", "one ahead"])
+@pytest.fixture(params=[1, 2], ids=["one step in flight", "two steps in flight"])
 def steps_in_flight(request: pytest.FixtureRequest) -> int:
     return int(request.param)
 
@@ -41,9 +41,9 @@ def test_sampled_tokens_are_fed_back_at_their_positions(
     for i, prompt in enumerate(prompts):
         ask(engine, str(i), prompt, max_tokens=40)
 
-    drawn = tokens(run(engine))
+    sampled = tokens(run(engine))
 
-    assert drawn == {str(i): expected_chain(p, 40) for i, p in enumerate(prompts)}
+    assert sampled == {str(i): expected_chain(p, 40) for i, p in enumerate(prompts)}
 
 
 def test_a_step_is_dispatched_while_the_previous_one_runs(tmp_path: Path) -> None:
@@ -61,7 +61,7 @@ def test_the_first_output_has_the_time_of_the_requests_first_step(
     engine = make_engine(
         tmp_path,
         NullBackend(max_steps_in_flight=steps_in_flight),
-        num_gpu_blocks_override=34,  # they preempt each other
+        num_gpu_blocks_override=34,  # too few: requests preempt each other
         enable_prefix_caching=False,
     )
     started = time.monotonic()
@@ -79,13 +79,13 @@ def test_the_first_output_has_the_time_of_the_requests_first_step(
 
 def test_a_request_is_reported_as_running_before_its_first_token(tmp_path: Path) -> None:
     engine = make_engine(tmp_path, NullBackend(max_steps_in_flight=2))
-    ask(engine, "long", [5] * 150)  # of three steps
+    ask(engine, "long", [5] * 150)  # takes three steps
     ask(engine, "waits", [6] * 50)
 
-    [news] = engine.step().outputs
+    [output] = engine.step().outputs
 
-    assert (news.request_id, news.token_ids) == ("long", [])
-    assert news.scheduled_time is not None
+    assert (output.request_id, output.token_ids) == ("long", [])
+    assert output.scheduled_time is not None
 
 
 def test_preemption_changes_no_token(tmp_path: Path, steps_in_flight: int) -> None:
@@ -99,10 +99,10 @@ def test_preemption_changes_no_token(tmp_path: Path, steps_in_flight: int) -> No
     for i, prompt in enumerate(prompts):
         ask(engine, str(i), prompt, max_tokens=100)
 
-    drawn = tokens(run(engine))
+    sampled = tokens(run(engine))
 
     assert engine.stats().preemptions_total > 0
-    assert drawn == {str(i): expected_chain(p, 100) for i, p in enumerate(prompts)}
+    assert sampled == {str(i): expected_chain(p, 100) for i, p in enumerate(prompts)}
     assert engine.stats().num_used_blocks == 0
 
 
@@ -116,12 +116,12 @@ def test_abort_in_flight_frees_every_block(tmp_path: Path, steps_in_flight: int)
         engine.step()
 
     ended = engine.abort([str(i) for i in range(0, 8, 2)] + ["unknown"])
-    drawn = tokens(run(engine))
+    sampled = tokens(run(engine))
 
     assert [(o.request_id, o.finish_reason) for o in ended] == [
         (str(i), "abort") for i in range(0, 8, 2)
     ]
-    assert all(len(drawn[str(i)]) <= 100 for i in range(1, 8, 2))
+    assert all(len(sampled[str(i)]) <= 100 for i in range(1, 8, 2))
     assert engine.stats().num_used_blocks == 0
     assert engine.stats().num_running == engine.stats().num_waiting == 0
 
@@ -138,10 +138,10 @@ def test_a_failed_step_ends_one_request_and_no_other(tmp_path: Path, steps_in_fl
     failed = [k for k, many in outputs.items() if many[-1].finish_reason == "error"]
     assert len(failed) == 1
     assert "kernel" in (outputs[failed[0]][-1].error or "")
-    drawn = tokens(outputs)
+    sampled = tokens(outputs)
     for i, prompt in enumerate(prompts):
         if str(i) not in failed:
-            assert drawn[str(i)] == expected_chain(prompt, 20)
+            assert sampled[str(i)] == expected_chain(prompt, 20)
     assert engine.stats().num_used_blocks == 0
 
 
@@ -154,10 +154,10 @@ def test_a_step_that_runs_out_of_memory_is_retried_and_ends_no_request(
     for i, prompt in enumerate(prompts):
         ask(engine, str(i), prompt, max_tokens=20)
 
-    drawn = tokens(run(engine))
+    sampled = tokens(run(engine))
 
-    assert drawn == {str(i): expected_chain(prompt, 20) for i, prompt in enumerate(prompts)}
-    assert engine.scheduler.config.max_batch_tokens == 32  # of 64: the next one may fit
+    assert sampled == {str(i): expected_chain(prompt, 20) for i, prompt in enumerate(prompts)}
+    assert engine.scheduler.config.max_batch_tokens == 32  # half of 64
     assert engine.stats().num_used_blocks == 0
 
 

@@ -1,4 +1,4 @@
-"""The offline API on the default model: what users call, and what they may get wrong."""
+"""The offline API on the default model, including bad input."""
 
 from __future__ import annotations
 
@@ -91,9 +91,9 @@ def test_the_same_seed_gives_the_same_tokens_alone_and_in_a_batch(llm: LLM) -> N
     params = SamplingParams(temperature=0.9, top_p=0.95, top_k=50, seed=11, max_tokens=16)
     others = [SamplingParams(temperature=1.0, max_tokens=16, seed=i) for i in range(5)]
 
-    [alone] = llm.generate("My favourite colour", params, use_tqdm=False)
+    [alone] = llm.generate("My favorite color", params, use_tqdm=False)
     batch = llm.generate(
-        ["My favourite colour", *[f"Story {i}:" for i in range(5)]],
+        ["My favorite color", *[f"Story {i}:" for i in range(5)]],
         [params, *others],
         use_tqdm=False,
     )
@@ -184,7 +184,7 @@ def test_cached_prompt_tokens_are_counted(llm: LLM) -> None:
         ([5, 2.5], "must be integers"),
         ([7] * 1024, r"has 1024 tokens.*1024.*it may have at most 1023"),
     ],
-    ids=["empty text", "no ids", "id too large", "negative id", "no integer", "too long"],
+    ids=["empty text", "no ids", "id too large", "negative id", "not an integer", "too long"],
 )
 def test_a_bad_prompt_is_refused_and_the_others_are_answered(
     llm: LLM, prompt: object, message: str

@@ -1,4 +1,4 @@
-"""Logits processors that another package brings, on random weights."""
+"""Logits processors of another package, on random weights."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def repeats(ids: list[int], last: int) -> bool:
 
 def test_each_row_gets_the_biases_of_its_own_request(llm: LLM) -> None:
     plain = answers(llm, [greedy({})] * 6)
-    assert all(repeats(ids, 8) for ids in plain)  # or the next lines would show nothing
+    assert all(repeats(ids, 8) for ids in plain)  # otherwise the assertions below prove nothing
 
     mixed = answers(llm, MIXED)
 
@@ -86,7 +86,7 @@ def test_a_request_with_a_processor_waits_for_its_last_token() -> None:
 
 
 def test_biases_are_added_to_logit_bias(llm: LLM) -> None:
-    # each alone is not enough to make token 9 the likeliest of all
+    # the two biases on token 9 cancel out, so that the one on token 11 decides
     careless = {"careless": [[0], [9], [100.0]]}
     ids = answers(llm, [greedy(careless, logit_bias={9: -100.0, 11: 50.0})])[0]
 
@@ -97,7 +97,7 @@ def test_biases_are_added_to_logit_bias(llm: LLM) -> None:
     ("given", "why"),
     [
         ([[0], [1]], "TypeError"),
-        ([[0], [1, 2], [0.0]], "one length"),
+        ([[0], [1, 2], [0.0]], "equally long"),
         ([[1], [1], [0.0]], "rows must be from 0 to 0"),
         ([[0], [VOCAB_SIZE], [0.0]], f"token_ids must be from 0 to {VOCAB_SIZE - 1}"),
         ([[0], [-1], [0.0]], "token_ids must be from 0"),
@@ -123,7 +123,7 @@ def test_a_processor_that_fails_ends_the_requests_that_use_it(
 @pytest.mark.parametrize(
     ("asked", "why"),
     [
-        ({"nobody": None}, "no logits processor 'nobody'; installed: careless, missing"),
+        ({"unknown": None}, "no logits processor 'unknown'; installed: careless, missing"),
         ({"missing": None}, "cannot be imported"),
         ({"stranger": None}, "not a subclass of portalm.logits_processor.LogitsProcessor"),
         ({"no_repeats": 3}, 'no_repeats does not accept 3: it is given {"last": N}'),

@@ -1,4 +1,4 @@
-"""Greedy tokens equal to transformers', however the engine schedules them."""
+"""Greedy tokens equal those of transformers, however the engine schedules requests."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_with_a_prefix_hit(answers: list[Answer]) -> None:
 
 
 def test_after_preemption(answers: list[Answer]) -> None:
-    # room for the longest request and little more: the batch cannot hold them all
+    # blocks for little more than the longest request: the whole batch does not fit
     llm = make_llm(num_gpu_blocks_override=130, max_model_len=2048, enable_prefix_caching=False)
 
     actual = generated(llm, answers)
@@ -81,6 +81,6 @@ def test_bfloat16_differs_only_at_near_ties(answers: list[Answer], oracle: Oracl
             num_equal += 1
             continue
         noise = oracle.bf16_noise(answer.prompt + answer.token_ids[:first])
-        # both sides of the comparison may be off by the noise
+        # both logits that are compared may differ by the noise
         assert answer.margins[first] < 2 * noise, (len(answer.prompt), first)
     assert num_equal > 0

@@ -1,4 +1,4 @@
-"""Decoders' hidden states pooled: in chunks, in batches with generation, from the prefix cache."""
+"""Pooling the hidden states of decoders: chunked, during generation, with a prefix cache."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def pool(engine: Engine, request_id: str, prompt: list[int], **options: Any) -> 
 
 
 def vector(outputs: list[TokenOutput]) -> torch.Tensor:
-    *notices, output = outputs  # that it was scheduled may come before
+    *notices, output = outputs  # outputs before it only report that it was scheduled
     assert not any(notice.finish_reason or notice.pooled for notice in notices)
     assert (output.finish_reason, output.token_ids) == ("stop", [])
     return torch.tensor(numbers(output.pooled or b"")).double()
@@ -126,7 +126,7 @@ def test_a_preempted_prompt_is_pooled_from_its_first_token(llama: tuple[Path, An
     folder, model = llama
     settings = {"max_num_batched_tokens": 8, "max_model_len": 128, "num_gpu_blocks_override": 13}
     engine = engine_of(folder, device="cpu", enable_prefix_caching=False, **settings)
-    for name in ("first", "second"):  # three blocks each, soon four: one more than there are
+    for name in ("first", "second"):  # three blocks each, then four: more than the pool has
         ask(engine, name, list(range(40)), max_tokens=40)
     pool(engine, "pooled", PROMPTS["90"], pooling="mean")
 
@@ -187,10 +187,10 @@ def test_nan_states_fail_only_their_own_request(tmp_path: Path) -> None:
     assert torch.isfinite(vector(outputs["good"])).all()
 
 
-# on the null device a state begins with its token's id and position
+# on the null device the first numbers of a hidden state are the token's id and position
 
 
-@pytest.mark.parametrize("in_flight", [1, 2], ids=["in turn", "ahead"])
+@pytest.mark.parametrize("in_flight", [1, 2], ids=["one step in flight", "two steps in flight"])
 def test_each_vector_is_returned_once_with_steps_in_flight(tmp_path: Path, in_flight: int) -> None:
     engine = make_engine(tmp_path, NullBackend(max_steps_in_flight=in_flight), device="null")
     prompts = {str(n): [3 + (n + i) % 400 for i in range(n)] for n in (1, 5, 64, 65, 200)}
@@ -268,7 +268,7 @@ def test_bad_parameters_are_refused_by_name(values: dict[str, Any], message: str
 
 
 def embedder(folder: Path, *, names_prefix: bool, architecture: str) -> Any:
-    """A Qwen3 as embedding models of it are saved: no head, and the pooling in files beside."""
+    """Save a Qwen3 embedding model: no head, and files that configure the pooling."""
     from safetensors.torch import load_file, save_file
     from transformers import Qwen3Config, Qwen3Model
 
@@ -322,5 +322,5 @@ def test_an_embedding_model_needs_no_head(
     for name, prompt in PROMPTS.items():
         expected = torch.nn.functional.normalize(expected_of(model, prompt, "last"), dim=0)
         assert nmse(vector(outputs[name]), expected) < 1e-10
-    with pytest.raises(InvalidRequest, match="does not generate; it does: embed"):
+    with pytest.raises(InvalidRequest, match="does not support generate; supported tasks: embed"):
         ask(engine, "g", [5])

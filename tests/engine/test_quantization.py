@@ -1,4 +1,4 @@
-"""Weights of few bits from the flag to the answer."""
+"""Quantized weights and KV caches, from the flag to the answer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_the_default_model_answers(quantization: str) -> None:
 
 
 def test_quantized_weights_are_kept_by_default() -> None:
-    """The same first tokens as from dequantised weights, and nearly the same certainty."""
+    """The first tokens equal those of dequantized weights, with nearly the same logprobs."""
     params = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, logprobs=0)
     by_dtype = {}
     for quantization in ("auto", "none"):
@@ -34,11 +34,11 @@ def test_quantized_weights_are_kept_by_default() -> None:
     (tokens, logprob), (expected, expected_logprob) = by_dtype["auto"], by_dtype["none"]
     assert tokens == expected
     assert logprob == pytest.approx(expected_logprob, abs=0.1)
-    assert logprob != expected_logprob  # other weights: these were not dequantised
+    assert logprob != expected_logprob  # different, so these weights were not dequantized
 
 
 def test_an_8_bit_kv_cache_starts_the_same_answer() -> None:
-    """The same first tokens as from those of 16 bits, and nearly the same certainty."""
+    """The first tokens equal those of a 16-bit cache, with nearly the same logprobs."""
     params = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, logprobs=0)
     answers = {}
     for dtype in ("bfloat16", "int8"):

@@ -1,4 +1,4 @@
-"""Random weights that must keep to a grammar, whatever becomes of the steps."""
+"""Random weights whose answers must match a grammar, in batches and despite failures."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ PROMPTS = [f"number {i}" for i in range(len(MIXED))]
 
 @pytest.fixture(scope="module")
 def alone(llm: LLM) -> list[list[int]]:
-    """What each of the mixed requests answers when nothing else runs."""
+    """The answer to each of the mixed requests when nothing else runs."""
     return [
         llm.generate(prompt, params(*one), use_tqdm=False)[0].outputs[0].token_ids
         for prompt, one in zip(PROMPTS, MIXED, strict=True)
@@ -94,7 +94,7 @@ def test_every_answer_matches_and_is_the_same_alone_and_in_a_mixed_batch(llm, al
         if name is not None and answer.finish_reason == "stop":
             assert CHECKS[name][1](answer.text), (name, answer.text)
     finished = [o.outputs[0].finish_reason for o, (n, _) in zip(outputs, MIXED, strict=True) if n]
-    assert finished.count("stop") > 0.8 * len(finished)  # a grammar may go on for long
+    assert finished.count("stop") > 0.8 * len(finished)  # a grammar may allow long answers
     assert [output.outputs[0].token_ids for output in outputs] == alone
 
 
@@ -110,7 +110,7 @@ def test_preemption_changes_no_token(folder: Path, llm: LLM, alone: list[list[in
 
 
 def add(llm: LLM, index: int, **changes: Any) -> AddRequest:
-    """Ask the engine for one of the mixed requests, as a client would."""
+    """Add one of the mixed requests to the engine, as a client would."""
     wanted = params(*MIXED[index])
     assert wanted.structured_outputs is not None
     grammar = llm._compiler.compile(wanted.structured_outputs).result()
@@ -149,11 +149,11 @@ def test_a_step_that_fails_changes_no_token_of_the_others(
 
     outputs = run(llm.engine)
 
-    drawn = tokens(outputs)
+    sampled = tokens(outputs)
     failed = [name for name, many in outputs.items() if many[-1].finish_reason == "error"]
     assert len(failed) == 1
-    for name in drawn.keys() - set(failed):
-        assert drawn[name] == alone[int(name)]
+    for name in sampled.keys() - set(failed):
+        assert sampled[name] == alone[int(name)]
 
 
 def test_the_end_of_a_grammar_ends_an_answer_that_ignores_eos(llm: LLM) -> None:

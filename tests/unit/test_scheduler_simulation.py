@@ -19,7 +19,7 @@ from portalm.core.scheduler import Scheduler
 from tests.unit.simulation import VOCAB_SIZE, Ask, Broken, Simulation, random_run
 
 
-@pytest.mark.parametrize("max_in_flight", [1, 2], ids=["in turn", "one ahead"])
+@pytest.mark.parametrize("max_in_flight", [1, 2], ids=["one step in flight", "two steps in flight"])
 def test_random_runs_end_with_the_right_tokens_and_no_leak(max_in_flight: int) -> None:
     preemptions = hits = forks = 0
     reasons = set()
@@ -41,7 +41,7 @@ def test_random_runs_end_with_the_right_tokens_and_no_leak(max_in_flight: int) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("max_in_flight", [1, 2], ids=["in turn", "one ahead"])
+@pytest.mark.parametrize("max_in_flight", [1, 2], ids=["one step in flight", "two steps in flight"])
 def test_many_more_random_runs(max_in_flight: int) -> None:
     for seed in range(1000, 3000):
         simulation = random_run(
