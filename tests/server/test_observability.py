@@ -1,4 +1,4 @@
-"""What an operator sees: metrics that add up, traces, logs without secrets."""
+"""Metrics that add up, traces, and logs without secrets."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def http(server: RunningServer) -> Iterator[httpx.Client]:
 
 
 def log_line(server: RunningServer, **wanted: object) -> dict[str, object]:
-    """The log's line that has these values, once it is there."""
+    """Wait for a log line with these values and return it."""
     end = time.monotonic() + 10
     while time.monotonic() < end:
         for text in list(server.output):
@@ -95,7 +95,7 @@ NAMES = {
 
 
 @pytest.mark.parametrize("prefix", ["portalm:", "vllm:"])
-def test_metrics_have_vllms_names(http: httpx.Client, prefix: str) -> None:
+def test_metrics_have_vllm_names(http: httpx.Client, prefix: str) -> None:
     assert http.post("/v1/completions", json=BODY).status_code == 200
 
     families = text_string_to_metric_families(http.get("/metrics").text)
@@ -123,7 +123,7 @@ def test_metrics_add_up(http: httpx.Client) -> None:
     assert grown["request_params_n_sum"] == 3
     assert grown["request_params_max_tokens_sum"] == 304
     assert grown["iteration_tokens_total_count"] == grown["engine_steps_total"]
-    # a token that is drawn last is never computed
+    # the last sampled token of an answer is never computed
     computed = grown["prompt_tokens_total"] + 2 * (4 - 1) + (300 - 1)
     assert grown["iteration_tokens_total_sum"] == computed
 
@@ -142,25 +142,25 @@ def test_responses_are_counted_by_endpoint_and_status(http: httpx.Client) -> Non
     asked = [("/v1/completions", 400), ("other", 404), ("other", 401)]
     before = [count(*one) for one in asked]
     http.post("/v1/completions", json={**BODY, "n": 0})
-    http.get("/nobody/serves/17")
+    http.get("/no/such/path/17")
     http.get("/v1/models", headers={"Authorization": "Bearer wrong"})
 
     assert [count(*one) for one in asked] == [n + 1 for n in before]
 
 
 def promtool(text: str) -> list[str]:
-    """What `promtool check metrics` has to say."""
+    """Remarks of `promtool check metrics`."""
     path = shutil.which("promtool")
     if path is None:
         pytest.skip("promtool is not installed: it is in Debian's package prometheus")
     done = subprocess.run(
         [path, "check", "metrics"], input=text, capture_output=True, text=True, check=False
     )
-    assert done.returncode in (0, 3), done.stderr  # 3: readable, with remarks on style
+    assert done.returncode in (0, 3), done.stderr  # 3: valid, with remarks about style
     return done.stderr.splitlines()
 
 
-def test_promtool_only_minds_vllms_names(http: httpx.Client) -> None:
+def test_promtool_complains_only_about_vllm_names(http: httpx.Client) -> None:
     http.post("/v1/completions", json=BODY)
     text = http.get("/metrics").text
 
@@ -177,25 +177,25 @@ def test_promtool_only_minds_vllms_names(http: httpx.Client) -> None:
 # -- traces -----------------------------------------------------------------------------------
 
 
-def test_a_request_is_a_span_in_the_callers_trace(http: httpx.Client, collector: Collector) -> None:
+def test_request_is_a_span_in_the_callers_trace(http: httpx.Client, collector: Collector) -> None:
     body = {**BODY, "request_id": "traced", "n": 2, "temperature": 0.5, "max_tokens": 40}
     headers = {"traceparent": f"00-{TRACE_ID}-{PARENT_ID}-01"}
     before = time.time_ns()
     http.post("/v1/completions", json=body, headers=headers).raise_for_status()
 
-    span, within = collector.trace_of("traced")
+    span, children = collector.trace_of("traced")
 
     assert (span.trace_id, span.parent_id) == (TRACE_ID, PARENT_ID)
     assert (span.name, span.kind, span.is_error) == ("text_completion tiny", "SERVER", False)
     times = [span.start_ns]
-    assert list(within) == ["queue", "prefill", "decode"]
-    for phase in within.values():
+    assert list(children) == ["queue", "prefill", "decode"]
+    for phase in children.values():
         assert phase.trace_id == TRACE_ID
         times += [phase.start_ns, phase.end_ns]
     times = [before, *times, span.end_ns, time.time_ns()]
     assert times == sorted(times)
     assert span.attributes["gen_ai.latency.time_in_queue"] == pytest.approx(
-        (within["queue"].end_ns - within["queue"].start_ns) / 1e9, abs=1e-6
+        (children["queue"].end_ns - children["queue"].start_ns) / 1e9, abs=1e-6
     )
     for name, value in {
         "gen_ai.operation.name": "text_completion",
@@ -211,21 +211,19 @@ def test_a_request_is_a_span_in_the_callers_trace(http: httpx.Client, collector:
     assert collector.resources[0]["service.name"] == "portalm"
 
 
-def test_a_chat_without_a_callers_trace_begins_one(
-    http: httpx.Client, collector: Collector
-) -> None:
+def test_chat_without_a_callers_trace_starts_one(http: httpx.Client, collector: Collector) -> None:
     body = {"messages": [{"role": "user", "content": "w9 w8"}], "request_id": "root",
             "max_tokens": 3, "stream": True}  # fmt: skip
     http.post("/v1/chat/completions", json=body).raise_for_status()
 
-    span, within = collector.trace_of("root")
+    span, children = collector.trace_of("root")
 
     assert span.name == "chat tiny"
     assert span.parent_id == ""
-    assert set(within) == {"queue", "prefill", "decode"}
+    assert set(children) == {"queue", "prefill", "decode"}
 
 
-def test_a_trace_that_is_not_sampled_is_not_sent(http: httpx.Client, collector: Collector) -> None:
+def test_unsampled_trace_is_not_sent(http: httpx.Client, collector: Collector) -> None:
     for request_id, sampled in (("unsampled", "00"), ("sampled", "01")):
         headers = {"traceparent": f"00-{TRACE_ID}-{PARENT_ID}-{sampled}"}
         http.post("/v1/completions", json={**BODY, "request_id": request_id}, headers=headers)
@@ -234,24 +232,24 @@ def test_a_trace_that_is_not_sampled_is_not_sent(http: httpx.Client, collector: 
     assert not [s for s in collector.spans if "unsampled" in s.attributes.values()]
 
 
-def test_a_client_that_leaves_is_a_span_that_was_aborted(
+def test_span_of_a_disconnected_client_is_aborted(
     http: httpx.Client, collector: Collector, server: RunningServer
 ) -> None:
     body = {**BODY, "max_tokens": 500, "stream": True, "request_id": "left"}
     with http.stream("POST", "/v1/completions", json=body) as response:
         next(response.iter_lines())
 
-    span, within = collector.trace_of("left")
+    span, children = collector.trace_of("left")
 
     assert span.attributes["gen_ai.response.finish_reasons"] == ["abort"]
-    assert set(within) == {"queue", "prefill", "decode"}
-    assert within["decode"].end_ns == span.end_ns
+    assert set(children) == {"queue", "prefill", "decode"}
+    assert children["decode"].end_ns == span.end_ns
     assert log_line(server, id="left")["finish_reason"] == "abort"
-    # the engine's news of an abort is no step
+    # the engine's report of an abort does not count as a step
     assert server.metric("iteration_tokens_total_count") == server.metric("engine_steps_total")
 
 
-def test_traces_without_the_extra_or_to_no_url_are_refused_at_the_start() -> None:
+def test_traces_without_the_extra_or_with_an_invalid_url_fail_at_startup() -> None:
     def refusal(url: str, *, before: str = "") -> str:
         script = f"import sys\n{before}\nfrom portalm.cli.main import main\nsys.exit(main())"
         done = subprocess.run(
@@ -268,10 +266,10 @@ def test_traces_without_the_extra_or_to_no_url_are_refused_at_the_start() -> Non
     assert "must be an http or https URL, not 'grpc://localhost:4317'" in not_http
 
 
-def test_of_a_collector_that_is_down_there_is_one_warning(
+def test_unreachable_collector_is_warned_about_once(
     collector: Collector, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It is not asked again for a while; when it is back, the log says how much was lost."""
+    """It is not retried for a while; when it is back, the log says how many spans were lost."""
     times = RequestMetrics(1.0, finished_time=2.0)
     record = RequestRecord(
         request_id="x", tenant="", params=SamplingParams(), num_prompt_tokens=1,
@@ -300,15 +298,15 @@ def test_of_a_collector_that_is_down_there_is_one_warning(
     assert send() == [warning]
     collector.is_down = False
     assert send() == [warning, "traces are sent again; 8 spans were lost"]
-    span, within = collector.trace_of("x")
-    assert (list(within), span.end_ns) == (["queue"], 2_000_000_000)
+    span, children = collector.trace_of("x")
+    assert (list(children), span.end_ns) == (["queue"], 2_000_000_000)
     tracer.close()
 
 
 # -- logs -------------------------------------------------------------------------------------
 
 
-def test_a_request_that_ended_is_one_line(http: httpx.Client, server: RunningServer) -> None:
+def test_finished_request_is_one_log_line(http: httpx.Client, server: RunningServer) -> None:
     body = {**BODY, "request_id": "logged"}
     http.post("/v1/completions", json=body).raise_for_status()
 
@@ -338,20 +336,20 @@ def test_neither_keys_nor_content_are_in_logs_or_traces(
     line = log_line(server, id="private")
 
     assert line["tenant"] == span.attributes["portalm.tenant"] != ""
-    told = "".join(server.output).encode() + b"".join(collector.bodies)
+    written = "".join(server.output).encode() + b"".join(collector.bodies)
     assert len(answer) > 8
     for secret in (KEY, "w301", "w303", answer):
-        assert secret.encode() not in told
+        assert secret.encode() not in written
 
 
-def test_content_is_logged_where_it_is_asked_for_and_a_dead_collector_is_told_once(
+def test_content_is_logged_if_enabled_and_an_unreachable_collector_is_warned_about_once(
     tmp_path, monkeypatch: pytest.MonkeyPatch, collector: Collector
 ) -> None:
     monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "50")
     folder = make_model_folder(tmp_path / "tiny")
     flags = (
         "--device", "null", "--load-format", "dummy", "--log-format", "json",
-        "--enable-log-requests", "--otlp-traces-endpoint", f"{collector.url}/nobody",
+        "--enable-log-requests", "--otlp-traces-endpoint", f"{collector.url}/nothing",
     )  # fmt: skip
     with running_server(str(folder), *flags) as server, server.client() as http:
         for i in range(3):

@@ -1,4 +1,4 @@
-"""The page at /: what it may load, and what a person sees in a real browser."""
+"""The page at /: what it may load, and what it shows in a real browser."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ needs_browser = pytest.mark.skipif(
 )
 
 
-# -- what is sent -------------------------------------------------------------------------------
+# -- over HTTP ----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def locked_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningS
         yield server
 
 
-def test_the_page_needs_no_key_and_may_load_nothing_from_elsewhere(locked_server) -> None:
+def test_page_needs_no_key_and_loads_only_its_own_files(locked_server) -> None:
     with locked_server.client() as http:
         page = http.get("/")
         named = re.findall(r'(?:src|href)="([^"]+)"', page.text)
@@ -61,7 +61,7 @@ def test_the_page_needs_no_key_and_may_load_nothing_from_elsewhere(locked_server
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
-def test_no_file_of_the_page_names_another_host(path: Path) -> None:
+def test_files_of_the_page_name_no_other_host(path: Path) -> None:
     assert re.findall(r"https?://(?!www\.w3\.org/2000/svg\")[\w.]+", path.read_text()) == []
     assert "innerHTML" not in path.read_text()
 
@@ -69,18 +69,18 @@ def test_no_file_of_the_page_names_another_host(path: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["none.js", "..%2Fpage.py", "..%5Cpage.py", "%2Fetc%2Fpasswd", "%2e%2e"]
 )
-def test_only_files_of_the_page_are_given_out(null_server: RunningServer, name: str) -> None:
+def test_only_files_of_the_page_are_served(null_server: RunningServer, name: str) -> None:
     with null_server.client() as http:
         assert http.get(f"/static/{name}").status_code == 404
 
 
-def test_status_needs_the_key(locked_server) -> None:
+def test_status_requires_the_api_key(locked_server) -> None:
     with locked_server.client() as http:
         assert http.get("/status").status_code == 401
         assert http.get("/status", headers={"Authorization": f"Bearer {KEY}"}).status_code == 200
 
 
-def test_status_says_what_runs_where(null_server: RunningServer) -> None:
+def test_status_reports_model_device_and_load(null_server: RunningServer) -> None:
     with null_server.client() as http:
         body = {"prompt": "w5 w6", "max_tokens": 4, "ignore_eos": True}
         before = http.get("/status").json()
@@ -94,7 +94,7 @@ def test_status_says_what_runs_where(null_server: RunningServer) -> None:
     assert after["load"]["time_s"] > before["load"]["time_s"]
 
 
-def test_status_says_loading_and_draining(tmp_path: Path) -> None:
+def test_status_reports_loading_and_draining(tmp_path: Path) -> None:
     client = EngineClient(EngineConfig(model=str(make_model_folder(tmp_path / "tiny"))))
     state = ServerState(client=client, metrics=Metrics(client, "tiny"), model_names=("tiny",))
     with TestClient(build_app(state)) as http:
@@ -107,11 +107,11 @@ def test_status_says_loading_and_draining(tmp_path: Path) -> None:
     assert "shuts down" in draining["reason"]
 
 
-# -- what is seen -------------------------------------------------------------------------------
+# -- in a browser -------------------------------------------------------------------------------
 
 
 class Browser:
-    """A tab of a headless Chromium, with what the tests do in it."""
+    """A tab of a headless Chromium, with helpers for the tests."""
 
     def __init__(self, driver: Any) -> None:
         self.driver = driver
@@ -123,7 +123,7 @@ class Browser:
         self.driver.get(server.url)
 
     def text(self, selector: str) -> str:
-        """Of all that match; empty where nothing does."""
+        """Text of all elements that match; "" if none does."""
         script = "return [...document.querySelectorAll(arguments[0])].map(n => n.innerText)"
         return "\n".join(self.run(script, selector))
 
@@ -143,17 +143,17 @@ class Browser:
     def is_enabled(self, selector: str) -> bool:
         return bool(self.driver.find_element("css selector", selector).is_enabled())
 
-    def wait(self, is_so: Callable[[], object], seconds: float = 20) -> None:
+    def wait(self, condition: Callable[[], object], seconds: float = 20) -> None:
         end = time.monotonic() + seconds
-        while not is_so():
-            assert time.monotonic() < end, f"not so; the page: {self.text('body')}"
+        while not condition():
+            assert time.monotonic() < end, f"timed out; the page: {self.text('body')}"
             time.sleep(0.05)
 
     def wait_for_state(self, state: str, seconds: float = 20) -> None:
         self.wait(lambda: self.text("#state") == state, seconds)
 
     def say(self, message: str) -> None:
-        """Type a message; Enter sends it."""
+        """Type a message and send it with Enter."""
         self.type("#prompt", message + "\n")
 
     def wait_for_answer(self) -> None:
@@ -183,7 +183,7 @@ def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 @pytest.fixture
 def browser(chromium: Any) -> Iterator[Browser]:
-    """A new tab; at the end its console must hold nothing but refusals that a test asked for."""
+    """A new tab; afterwards its console must have no messages other than HTTP errors."""
     first = chromium.current_window_handle
     chromium.switch_to.new_window("tab")
     yield Browser(chromium)
@@ -219,18 +219,18 @@ INK = """
     const copy = new OffscreenCanvas(canvas.width, canvas.height).getContext("2d");
     copy.drawImage(canvas, 0, 0);
     const pixels = copy.getImageData(0, 0, canvas.width, canvas.height).data;
-    const colour = getComputedStyle(canvas).getPropertyValue("--plot-a").match(/[0-9a-f]{2}/g);
-    const [r, g, b] = colour.map((hex) => parseInt(hex, 16));
+    const color = getComputedStyle(canvas).getPropertyValue("--plot-a").match(/[0-9a-f]{2}/g);
+    const [r, g, b] = color.map((hex) => parseInt(hex, 16));
     let count = 0;
     for (let i = 0; i < pixels.length; i += 4)
         count += pixels[i] === r && pixels[i + 1] === g && pixels[i + 2] === b;
     return count;
-"""  # pixels of the colour of the line of generated tokens
+"""  # number of pixels in the color of the line of generated tokens
 
 
 @needs_browser
 @pytest.mark.model
-def test_an_answer_streams_in_and_the_plots_move(page: Browser) -> None:
+def test_answer_streams_and_the_plots_are_updated(page: Browser) -> None:
     page.run(WATCH)
     page.type("#temperature", "0")
     page.type("#max-tokens", "200")
@@ -257,7 +257,7 @@ def test_an_answer_streams_in_and_the_plots_move(page: Browser) -> None:
 
 @needs_browser
 @pytest.mark.model
-def test_the_model_is_told_the_conversation_and_the_system_prompt(page: Browser) -> None:
+def test_requests_have_the_conversation_and_the_system_prompt(page: Browser) -> None:
     page.run(WATCH)
     page.type("#system", "Be brief.")
     page.type("#temperature", "0")
@@ -283,7 +283,7 @@ def test_the_model_is_told_the_conversation_and_the_system_prompt(page: Browser)
 
 @needs_browser
 @pytest.mark.model
-def test_stop_ends_the_request_and_keeps_what_was_said(
+def test_stop_aborts_the_request_and_keeps_the_text(
     page: Browser, model_server: RunningServer
 ) -> None:
     page.type("#max-tokens", "1900")
@@ -307,7 +307,7 @@ def test_stop_ends_the_request_and_keeps_what_was_said(
 
 @needs_browser
 @pytest.mark.model
-def test_a_refusal_is_said_in_words_and_the_next_message_works(page: Browser) -> None:
+def test_refused_request_shows_an_error_and_the_next_message_works(page: Browser) -> None:
     page.type("#max-tokens", "4")
     page.run("document.getElementById('prompt').value = 'word '.repeat(2100)")
     page.click("#send")
@@ -321,9 +321,9 @@ def test_a_refusal_is_said_in_words_and_the_next_message_works(page: Browser) ->
 
 @needs_browser
 @pytest.mark.model
-def test_on_a_phone_chat_and_status_take_turns_and_nothing_is_cut(page: Browser) -> None:
+def test_narrow_window_shows_chat_or_status_without_overflow(page: Browser) -> None:
     overflow = "return document.documentElement.scrollWidth - window.innerWidth"
-    page.driver.set_window_size(500, 800)  # Chromium's windows are no narrower
+    page.driver.set_window_size(500, 800)  # the minimum width of Chromium's windows
     try:
         assert page.is_shown("#prompt") and not page.is_shown("#tokens-plot")
         assert page.run(overflow) <= 0
@@ -337,7 +337,7 @@ def test_on_a_phone_chat_and_status_take_turns_and_nothing_is_cut(page: Browser)
 
 
 @needs_browser
-def test_the_key_is_asked_for_and_kept_in_the_tab_alone(
+def test_api_key_is_asked_for_and_kept_only_in_the_tab(
     browser: Browser, locked_server: RunningServer
 ) -> None:
     browser.open(locked_server)
@@ -359,8 +359,8 @@ def test_the_key_is_asked_for_and_kept_in_the_tab_alone(
 
 
 @contextlib.contextmanager
-def server_whose_engine_is_held(folder: Path) -> Iterator[RunningServer]:
-    """Until its engine gets SIGCONT, the server is loading."""
+def server_with_stopped_engine(folder: Path) -> Iterator[RunningServer]:
+    """Run a server that stays loading until its engine gets SIGCONT."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [
@@ -393,8 +393,10 @@ def server_whose_engine_is_held(folder: Path) -> Iterator[RunningServer]:
 
 
 @needs_browser
-def test_the_page_follows_the_server_from_loading_to_gone(browser: Browser, tmp_path: Path) -> None:
-    with server_whose_engine_is_held(make_model_folder(tmp_path / "tiny")) as server:
+def test_page_shows_the_servers_state_from_loading_to_shutdown(
+    browser: Browser, tmp_path: Path
+) -> None:
+    with server_with_stopped_engine(make_model_folder(tmp_path / "tiny")) as server:
         browser.open(server)
         browser.wait_for_state("loading")
         assert "the model is being loaded" in browser.text("#notice")
@@ -422,11 +424,11 @@ REASONING = """
     const fetch = window.fetch;
     window.fetch = (path, options) =>
         options?.body ? Promise.resolve(new Response(stream)) : fetch(path, options);
-"""  # no small model reasons
+"""  # a fake answer, because no small model has reasoning
 
 
 @needs_browser
-def test_what_a_model_thinks_is_shown_apart_from_what_it_says(
+def test_reasoning_is_shown_separately_from_the_answer(
     browser: Browser, null_server: RunningServer
 ) -> None:
     browser.open(null_server)
@@ -481,7 +483,7 @@ MARKDOWN = {
 
 
 @needs_browser
-def test_markdown_of_models_is_shown_and_never_run(
+def test_markdown_is_rendered_and_never_executed(
     browser: Browser, null_server: RunningServer
 ) -> None:
     browser.open(null_server)
@@ -500,7 +502,7 @@ def test_markdown_of_models_is_shown_and_never_run(
 
 
 @needs_browser
-def test_no_text_is_too_strange_to_be_shown_in_time(
+def test_pathological_markdown_is_rendered_in_time(
     browser: Browser, null_server: RunningServer
 ) -> None:
     browser.open(null_server)

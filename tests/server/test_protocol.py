@@ -1,4 +1,4 @@
-"""What the server says over HTTP, on a device that answers at once."""
+"""The HTTP API on the null device, which computes nothing."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def events(response: httpx.Response) -> list[dict]:
 # -- completions ------------------------------------------------------------------------------
 
 
-def test_a_completion_has_openais_shape_and_exact_usage(http) -> None:
+def test_completion_has_openai_shape_and_exact_usage(http) -> None:
     body = complete(http).json()
 
     assert body["object"] == "text_completion"
@@ -55,13 +55,13 @@ def test_a_completion_has_openais_shape_and_exact_usage(http) -> None:
 
 
 @pytest.mark.parametrize("prompt", ["w5 w6", ["w5 w6"], [5, 6], [[5, 6]]], ids=str)
-def test_a_prompt_may_be_spelled_in_four_ways(http, prompt: object) -> None:
+def test_prompt_has_four_forms(http, prompt: object) -> None:
     text = complete(http).json()["choices"][0]["text"]
 
     assert complete(http, prompt=prompt).json()["choices"][0]["text"] == text
 
 
-def test_several_prompts_and_answers_are_numbered(http) -> None:
+def test_choices_of_several_prompts_and_answers_are_indexed(http) -> None:
     body = complete(http, prompt=["w5", "w6 w7"], n=2).json()
 
     assert [c["index"] for c in body["choices"]] == [0, 1, 2, 3]
@@ -75,7 +75,7 @@ def test_echo_puts_the_prompt_before_the_answer(http) -> None:
     assert complete(http, echo=True).json()["choices"][0]["text"] == "w5 w6" + plain
 
 
-def test_streamed_pieces_are_the_whole(http) -> None:
+def test_concatenated_stream_equals_the_whole_answer(http) -> None:
     whole = complete(http, max_tokens=20).json()
 
     chunks = events(
@@ -89,7 +89,7 @@ def test_streamed_pieces_are_the_whole(http) -> None:
     assert chunks[-1]["usage"]["completion_tokens"] == 20
 
 
-def test_usage_may_come_with_every_chunk(http) -> None:
+def test_usage_can_be_sent_with_every_chunk(http) -> None:
     options = {"include_usage": True, "continuous_usage_stats": True}
 
     chunks = events(complete(http, stream=True, stream_options=options))
@@ -97,7 +97,7 @@ def test_usage_may_come_with_every_chunk(http) -> None:
     assert [c["usage"]["completion_tokens"] for c in chunks] == [1, 2, 3, 4, 4]
 
 
-def test_a_stop_string_across_tokens_is_not_shown(http) -> None:
+def test_stop_string_across_tokens_is_not_in_the_text(http) -> None:
     text = complete(http, max_tokens=30).json()["choices"][0]["text"]
     words = text.split("w")
     stop = "w" + words[5] + "w" + words[6][:1]
@@ -118,7 +118,7 @@ def test_a_stop_string_across_tokens_is_not_shown(http) -> None:
 # -- chat -------------------------------------------------------------------------------------
 
 
-def test_the_openai_sdk_talks_and_streams(sdk: openai.OpenAI) -> None:
+def test_openai_sdk_chats_whole_and_streamed(sdk: openai.OpenAI) -> None:
     messages = [{"role": "user", "content": "w5 w6"}]
 
     whole = sdk.chat.completions.create(
@@ -142,7 +142,7 @@ def test_the_openai_sdk_talks_and_streams(sdk: openai.OpenAI) -> None:
     assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
 
 
-def test_content_parts_of_text_are_read(http) -> None:
+def test_text_content_parts_are_accepted(http) -> None:
     parts = [{"type": "text", "text": "w5"}, {"type": "text", "text": "w6"}]
     body = {"messages": [{"role": "user", "content": parts}], "max_completion_tokens": 2}
 
@@ -154,7 +154,7 @@ def test_models_and_aliases_are_listed(sdk: openai.OpenAI) -> None:
     assert sdk.models.retrieve("alias").id == "alias"
 
 
-def test_tokenize_and_detokenize_are_inverse(http) -> None:
+def test_detokenize_inverts_tokenize(http) -> None:
     ids = http.post("/tokenize", json={"prompt": "w5 w6"}).json()["tokens"]
 
     assert ids == [5, 6]
@@ -188,7 +188,7 @@ def test_tokenize_and_detokenize_are_inverse(http) -> None:
     ],
     ids=lambda x: str(x)[:30],
 )
-def test_bad_input_is_an_openai_error_that_names_the_field(http, body, status, param) -> None:
+def test_invalid_input_is_an_openai_error_that_names_the_field(http, body, status, param) -> None:
     response = complete(http, **body)
 
     assert response.status_code == status
@@ -212,14 +212,14 @@ def test_bad_input_is_an_openai_error_that_names_the_field(http, body, status, p
     ],
     ids=["none", "no role", "image", "tools", "json", "top_logprobs alone"],
 )
-def test_bad_chats_are_refused(http, body: dict) -> None:
+def test_invalid_chats_are_rejected(http, body: dict) -> None:
     response = http.post("/v1/chat/completions", json=body)
 
     assert response.status_code == 400
     assert response.json()["error"]["type"] == "invalid_request_error"
 
 
-def test_a_body_that_is_no_json_is_refused(http) -> None:
+def test_body_that_is_not_json_is_rejected(http) -> None:
     response = http.post(
         "/v1/completions", content="{no", headers={"Content-Type": "application/json"}
     )
@@ -249,7 +249,7 @@ def test_64_streams_at_once_have_exact_token_counts(null_server: RunningServer) 
     assert counts == [50 + i for i in range(64)]
 
 
-def test_a_client_that_leaves_frees_its_blocks(null_server: RunningServer) -> None:
+def test_client_disconnect_frees_its_blocks(null_server: RunningServer) -> None:
     body = {"prompt": "w5", "max_tokens": 400, "ignore_eos": True, "stream": True}
     with (
         null_server.client() as http,
@@ -271,12 +271,12 @@ def test_metrics_are_valid_and_have_both_prefixes(http) -> None:
         assert f"portalm:{name}" in names and f"vllm:{name}" in names
 
 
-def test_health_is_true(http) -> None:
+def test_health_endpoints_of_a_ready_server_return_200(http) -> None:
     for path in ("/health", "/health/live", "/health/ready", "/version", "/load"):
         assert http.get(path).status_code == 200, path
 
 
-def test_an_api_key_is_asked_for_and_compared(tmp_path: Path) -> None:
+def test_api_key_is_required_and_checked(tmp_path: Path) -> None:
     folder = make_model_folder(tmp_path / "tiny")
     flags = ("--device", "null", "--load-format", "dummy", "--api-key", "secret")
     with running_server(str(folder), *flags) as server, server.client() as http:
@@ -290,7 +290,7 @@ def test_an_api_key_is_asked_for_and_compared(tmp_path: Path) -> None:
     assert (refused, allowed, health) == ([401, 401], 200, 200)
 
 
-def test_one_key_does_not_find_what_another_computed(tmp_path: Path) -> None:
+def test_prefix_cache_is_not_shared_between_api_keys(tmp_path: Path) -> None:
     folder = make_model_folder(tmp_path / "tiny")
     flags = ("--device", "null", "--load-format", "dummy", "--api-key", "one", "--api-key", "two")
     body = {"prompt": list(range(3, 67)), "max_tokens": 1}
@@ -306,7 +306,7 @@ def test_one_key_does_not_find_what_another_computed(tmp_path: Path) -> None:
     assert cached[2] >= 32
 
 
-def test_an_engine_that_cannot_start_again_is_no_secret(tmp_path: Path) -> None:
+def test_failed_engine_restart_is_reported_by_health_endpoints(tmp_path: Path) -> None:
     folder = make_model_folder(tmp_path / "tiny")
     flags = ("--device", "null", "--load-format", "dummy")
     with running_server(str(folder), *flags) as server, server.client() as http:
@@ -322,7 +322,7 @@ def test_an_engine_that_cannot_start_again_is_no_secret(tmp_path: Path) -> None:
         assert complete(http).status_code == 503
 
 
-def test_sigterm_ends_the_server_and_its_engine(tmp_path: Path) -> None:
+def test_sigterm_shuts_down_the_server_and_its_engine(tmp_path: Path) -> None:
     folder = make_model_folder(tmp_path / "tiny")
     with running_server(str(folder), "--device", "null", "--load-format", "dummy") as server:
         engine = server.engine_pid()
@@ -334,7 +334,7 @@ def test_sigterm_ends_the_server_and_its_engine(tmp_path: Path) -> None:
         os.kill(engine, 0)
 
 
-def test_a_model_that_cannot_start_is_one_line(tmp_path: Path) -> None:
+def test_invalid_model_file_is_a_one_line_error(tmp_path: Path) -> None:
     import subprocess
     import sys
 

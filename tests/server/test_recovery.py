@@ -1,4 +1,4 @@
-"""Engines that are killed or hang under running streams: nothing is lost, nothing is a lie."""
+"""Engines that are killed or hang while streams run: answers are complete and unchanged."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def server() -> Iterator[RunningServer]:
 def stream(
     http: httpx.Client, body: dict[str, object], on_chunk: Callable[[int], object] = lambda _: None
 ) -> str:
-    """The text of a streamed completion; `on_chunk` gets the number of chunks so far."""
+    """Return the text of a streamed completion; `on_chunk` gets the number of chunks so far."""
     text, num_chunks = "", 0
     with http.stream("POST", "/v1/completions", json={**body, "stream": True}) as response:
         assert response.status_code == 200, response.read()
@@ -48,18 +48,18 @@ def stream(
     return text
 
 
-def wait_until(is_so: Callable[[], bool], seconds: float) -> float:
-    """Seconds until it was so."""
+def wait_until(condition: Callable[[], bool], seconds: float) -> float:
+    """Wait until the condition holds; returns how long it took, in seconds."""
     started = time.monotonic()
     while time.monotonic() - started < seconds:
-        if is_so():
+        if condition():
             return time.monotonic() - started
         time.sleep(0.1)
-    raise AssertionError(f"not so within {seconds} s")
+    raise AssertionError(f"condition not met within {seconds} s")
 
 
 @pytest.mark.parametrize("params", [GREEDY, SEEDED], ids=["greedy", "seeded"])
-def test_a_stream_outlives_its_engine(server: RunningServer, params: dict[str, object]) -> None:
+def test_stream_survives_an_engine_crash(server: RunningServer, params: dict[str, object]) -> None:
     body = {"prompt": "Once upon a time there was a fox who", **params}
     with server.client() as http:
         undisturbed = stream(http, body)
@@ -78,7 +78,7 @@ def test_a_stream_outlives_its_engine(server: RunningServer, params: dict[str, o
         assert http.get("/health").status_code == 200
 
 
-def test_several_answers_and_their_logprobs_outlive_it(server: RunningServer) -> None:
+def test_several_answers_and_their_logprobs_survive_an_engine_crash(server: RunningServer) -> None:
     body = {
         "prompt": "The best thing about the sea is",
         "n": 3,
@@ -107,7 +107,7 @@ def test_several_answers_and_their_logprobs_outlive_it(server: RunningServer) ->
     )
 
 
-def test_what_is_asked_while_there_is_no_engine_is_answered(server: RunningServer) -> None:
+def test_request_sent_during_a_restart_is_answered(server: RunningServer) -> None:
     with server.client() as http:
         os.kill(server.engine_pid(), signal.SIGKILL)
         wait_until(lambda: http.get("/health").status_code == 503, 5)
@@ -118,8 +118,8 @@ def test_what_is_asked_while_there_is_no_engine_is_answered(server: RunningServe
         assert http.get("/health/ready").status_code == 200
 
 
-def test_a_request_that_ends_engines_fails_by_its_name(server: RunningServer) -> None:
-    """Three engines end with it in flight, at last with nothing else: it is not tried again."""
+def test_request_that_keeps_crashing_the_engine_fails_by_name(server: RunningServer) -> None:
+    """Three engines crash while it runs, the last with no other request: it is not retried."""
     answers: list[httpx.Response] = []
     body = {"prompt": "Poison:", "request_id": "poison", "max_tokens": 900, "ignore_eos": True}
 
@@ -144,7 +144,7 @@ def test_a_request_that_ends_engines_fails_by_its_name(server: RunningServer) ->
 
 
 @pytest.mark.slow
-def test_an_engine_that_hangs_is_unhealthy_and_replaced(server: RunningServer) -> None:
+def test_hanging_engine_is_unhealthy_and_restarted(server: RunningServer) -> None:
     body = {"prompt": "Once upon a time there was a bear who", **GREEDY}
     with server.client() as http, server.client() as other:
         undisturbed = stream(http, body)
@@ -158,11 +158,11 @@ def test_an_engine_that_hangs_is_unhealthy_and_replaced(server: RunningServer) -
         disturbed = stream(http, body, stop_at_10)
 
     assert disturbed == undisturbed
-    assert 9 < unhealthy[0] < 15  # its deadline is 10 s
+    assert 9 < unhealthy[0] < 15  # the deadline of a step is 10 s
 
 
-def test_a_server_listens_while_it_loads(tmp_path) -> None:
-    """Ready is false before the model is there, and a request is told to try again."""
+def test_server_listens_while_it_loads(tmp_path) -> None:
+    """Until the model is loaded it is not ready, and requests get a 503 to retry later."""
     import re
     import socket
     import subprocess
@@ -202,13 +202,13 @@ def test_a_server_listens_while_it_loads(tmp_path) -> None:
     assert re.search("loaded", first_refusal.json()["error"]["message"])
 
 
-def test_an_engine_that_is_killed_while_it_loads_is_followed_by_another(tmp_path: Path) -> None:
+def test_engine_killed_while_it_loads_is_restarted(tmp_path: Path) -> None:
     folder = make_model_folder(tmp_path / "tiny")
     with running_server(str(folder), "--load-format", "dummy", "--device", "null") as server:
         first = server.engine_pid()
 
         def is_another() -> bool:
-            with contextlib.suppress(subprocess.CalledProcessError):  # there is none just now
+            with contextlib.suppress(subprocess.CalledProcessError):  # no engine is running
                 return server.engine_pid() != first
             return False
 
@@ -224,7 +224,7 @@ def test_an_engine_that_is_killed_while_it_loads_is_followed_by_another(tmp_path
 
 @pytest.mark.chaos
 def test_chaos() -> None:
-    """100 streams, three engines killed, some clients gone: the others get exactly their tokens."""
+    """100 streams, three crashes, some disconnects: all other clients get exactly their tokens."""
     num_streams, num_gone = 100, 12
     rng = random.Random(0)
     bodies = [

@@ -1,4 +1,4 @@
-"""The Responses API, by the openai SDK."""
+"""The Responses API, called by the openai SDK."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ScriptedServer]
 
 
 @pytest.fixture(autouse=True)
-def as_usual(server: ScriptedServer) -> Iterator[None]:
+def reset_script(server: ScriptedServer) -> Iterator[None]:
     yield
     server.client.delay_s, server.client.finish_reason = 0.0, "stop"
 
@@ -52,10 +52,10 @@ def refusal(server: ScriptedServer, **settings) -> tuple[str, str]:
     return caught.value.param, caught.value.body["message"]
 
 
-# -- whole ------------------------------------------------------------------------------------
+# -- not streamed -----------------------------------------------------------------------------
 
 
-def test_a_response_has_openais_shape(server: ScriptedServer) -> None:
+def test_response_has_openai_shape(server: ScriptedServer) -> None:
     response = create(
         server,
         "Hello there.",
@@ -76,7 +76,7 @@ def test_a_response_has_openais_shape(server: ScriptedServer) -> None:
     assert server.client.asked[-1][1].max_tokens == 50
 
 
-def test_calls_and_reasoning_are_items(server: ScriptedServer) -> None:
+def test_calls_and_reasoning_are_output_items(server: ScriptedServer) -> None:
     response = create(server, f"<think>Hm.</think>{TWO_CALLS}", tools=[TOOL, CLOCK])
 
     kinds = [item.type for item in response.output]
@@ -89,7 +89,7 @@ def test_calls_and_reasoning_are_items(server: ScriptedServer) -> None:
     assert 0 < response.usage.output_tokens_details.reasoning_tokens < 10
 
 
-def test_a_conversation_of_items_becomes_messages(server: ScriptedServer) -> None:
+def test_input_items_become_messages(server: ScriptedServer) -> None:
     call = {"name": "get_weather", "arguments": '{"city": "Paris"}', "call_id": "call_1"}
     items = [
         {"role": "developer", "content": "Be kind."},
@@ -108,7 +108,7 @@ def test_a_conversation_of_items_becomes_messages(server: ScriptedServer) -> Non
     )
 
 
-def test_a_response_goes_on_from_the_one_before(server: ScriptedServer) -> None:
+def test_response_continues_the_previous_one(server: ScriptedServer) -> None:
     first = create(server, "I am fine.", instructions="Be kind.")
     second = create(server, "Bye.", input="And you?", previous_response_id=first.id)
 
@@ -119,7 +119,7 @@ def test_a_response_goes_on_from_the_one_before(server: ScriptedServer) -> None:
     assert items.has_more
 
 
-def test_what_is_not_stored_cannot_be_asked_for(server: ScriptedServer) -> None:
+def test_response_that_is_not_stored_cannot_be_retrieved(server: ScriptedServer) -> None:
     kept = create(server, "Hi.")
     server.sdk.responses.delete(kept.id)
     for gone in (create(server, "Hi.", store=False).id, kept.id):
@@ -130,7 +130,7 @@ def test_what_is_not_stored_cannot_be_asked_for(server: ScriptedServer) -> None:
         assert caught.value.param == "previous_response_id"
 
 
-def test_an_answer_that_was_cut_is_incomplete(server: ScriptedServer) -> None:
+def test_truncated_answer_is_incomplete(server: ScriptedServer) -> None:
     server.client.finish_reason = "length"
     response = create(server, "Once upon")
 
@@ -139,7 +139,7 @@ def test_an_answer_that_was_cut_is_incomplete(server: ScriptedServer) -> None:
     assert response.output[0].status == "incomplete"
 
 
-def test_a_schema_is_parsed_by_the_sdk(server: ScriptedServer) -> None:
+def test_sdk_parses_the_answer_into_its_schema(server: ScriptedServer) -> None:
     class City(pydantic.BaseModel):
         name: str
 
@@ -156,7 +156,7 @@ def test_a_schema_is_parsed_by_the_sdk(server: ScriptedServer) -> None:
     assert schema["properties"]["name"]["type"] == "string"
 
 
-def test_a_function_may_be_forced(server: ScriptedServer) -> None:
+def test_function_call_can_be_forced(server: ScriptedServer) -> None:
     response = create(
         server,
         '{"city": "Rome"}',
@@ -171,7 +171,7 @@ def test_a_function_may_be_forced(server: ScriptedServer) -> None:
 # -- streamed ---------------------------------------------------------------------------------
 
 
-def test_a_stream_tells_every_step_in_order(server: ScriptedServer) -> None:
+def test_stream_events_come_in_order(server: ScriptedServer) -> None:
     text = f"<think>Hm.</think>{TWO_CALLS}"
     events = list(create(server, text, tools=[TOOL, CLOCK], stream=True))
 
@@ -210,7 +210,7 @@ def test_a_stream_tells_every_step_in_order(server: ScriptedServer) -> None:
     assert final.usage.output_tokens > 10
 
 
-def test_the_sdks_stream_helper_puts_a_response_together(server: ScriptedServer) -> None:
+def test_sdk_stream_helper_assembles_the_response(server: ScriptedServer) -> None:
     server.client.text = "Hello there."
     with server.sdk.responses.stream(model="scripted", input="Hello?") as stream:
         response = stream.get_final_response()
@@ -219,7 +219,7 @@ def test_the_sdks_stream_helper_puts_a_response_together(server: ScriptedServer)
     assert server.sdk.responses.retrieve(response.id).output_text == "Hello there."
 
 
-def test_a_client_that_leaves_ends_its_response(server: ScriptedServer) -> None:
+def test_client_disconnect_cancels_its_response(server: ScriptedServer) -> None:
     server.client.delay_s = 0.05
     stream = create(server, "word " * 500, stream=True)
     response_id = next(iter(stream)).response.id
@@ -230,7 +230,7 @@ def test_a_client_that_leaves_ends_its_response(server: ScriptedServer) -> None:
     assert server.sdk.responses.retrieve(response_id).status == "cancelled"
 
 
-def test_a_failure_has_a_status_or_is_the_last_event(server: ScriptedServer) -> None:
+def test_failure_is_a_status_or_the_last_event(server: ScriptedServer) -> None:
     server.client.finish_reason = "error"
 
     for stream in (False, True):
@@ -244,7 +244,7 @@ def test_a_failure_has_a_status_or_is_the_last_event(server: ScriptedServer) -> 
     assert events[-1].response.output[0].status == "incomplete"
 
 
-def test_a_failure_in_the_background_is_kept(server: ScriptedServer) -> None:
+def test_failure_of_a_background_response_is_stored(server: ScriptedServer) -> None:
     server.client.finish_reason = "error"
     queued = create(server, "", background=True)
 
@@ -255,14 +255,14 @@ def test_a_failure_in_the_background_is_kept(server: ScriptedServer) -> None:
 # -- in the background ------------------------------------------------------------------------
 
 
-def wait_until(is_so) -> None:
+def wait_until(condition) -> None:
     end = time.monotonic() + 10
-    while not is_so():
-        assert time.monotonic() < end
+    while not condition():
+        assert time.monotonic() < end, "condition not met within 10 s"
         time.sleep(0.02)
 
 
-def test_a_background_response_goes_on_without_its_client(server: ScriptedServer) -> None:
+def test_background_response_continues_without_its_client(server: ScriptedServer) -> None:
     queued = create(server, "Hello there.", background=True)
 
     assert queued.status == "queued" and queued.background
@@ -271,7 +271,7 @@ def test_a_background_response_goes_on_without_its_client(server: ScriptedServer
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_background_response_is_refused_while_the_queue_is_full(
+def test_background_response_is_rejected_while_the_queue_is_full(
     server: ScriptedServer, monkeypatch: pytest.MonkeyPatch, stream: bool
 ) -> None:
     monkeypatch.setattr(server.client, "num_queued", 1, raising=False)
@@ -294,7 +294,7 @@ def test_a_background_response_is_refused_while_the_queue_is_full(
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_request_is_admitted_once(
+def test_request_is_admitted_once(
     server: ScriptedServer, monkeypatch: pytest.MonkeyPatch, path: str, body: dict, stream: bool
 ) -> None:
     admitted: list[tuple[int, int]] = []
@@ -310,7 +310,7 @@ def test_a_request_is_admitted_once(
     assert num_answers == 1 and num_tokens > 0
 
 
-def test_a_background_response_can_be_cancelled(server: ScriptedServer) -> None:
+def test_background_response_can_be_canceled(server: ScriptedServer) -> None:
     server.client.delay_s = 0.05
     queued = create(server, "word " * 500, background=True)
     wait_until(lambda: server.client.num_open == 1)
@@ -324,7 +324,7 @@ def test_a_background_response_can_be_cancelled(server: ScriptedServer) -> None:
     assert server.sdk.responses.cancel(queued.id).status == "cancelled"
 
 
-def test_a_background_stream_can_be_taken_up_again(server: ScriptedServer) -> None:
+def test_background_stream_can_be_resumed(server: ScriptedServer) -> None:
     server.client.delay_s = 0.01
     stream = create(server, "word " * 20, background=True, stream=True)
     seen = [next(iter(stream)) for _ in range(5)]
@@ -337,7 +337,7 @@ def test_a_background_stream_can_be_taken_up_again(server: ScriptedServer) -> No
     assert rest[-1].response.output_text == "word " * 20
 
 
-def test_a_response_with_a_client_cannot_be_cancelled_from_elsewhere(
+def test_only_background_responses_can_be_canceled(
     server: ScriptedServer,
 ) -> None:
     response = create(server, "Hi.")
@@ -373,7 +373,9 @@ def test_a_response_with_a_client_cannot_be_cancelled_from_elsewhere(
     ],
     ids=lambda x: str(x)[:40],
 )
-def test_what_cannot_be_done_is_refused_by_name(server: ScriptedServer, settings, param) -> None:
+def test_unsupported_parameters_are_rejected_by_name(
+    server: ScriptedServer, settings, param
+) -> None:
     assert refusal(server, **settings)[0] == param
 
 
@@ -390,7 +392,7 @@ def kept(store: ResponseStore, tenant: str) -> list[str]:
     return list(store._tenants.get(tenant, {}))
 
 
-def test_a_tenant_sees_its_own_responses_only(server: ScriptedServer) -> None:
+def test_tenant_sees_only_its_own_responses(server: ScriptedServer) -> None:
     store = ResponseStore()
     store.put("a", stored("1"))
 
@@ -400,7 +402,7 @@ def test_a_tenant_sees_its_own_responses_only(server: ScriptedServer) -> None:
             act("b", "1")
 
 
-def test_the_oldest_go_when_there_is_no_room() -> None:
+def test_oldest_responses_are_dropped_when_the_store_is_full() -> None:
     store = ResponseStore(max_responses=6, tenant_share=0.5)
     for name in "1234":
         store.put("a", stored(name))
@@ -413,7 +415,7 @@ def test_the_oldest_go_when_there_is_no_room() -> None:
     assert kept(store, "c") == ["8"]
 
 
-def test_bytes_are_counted_and_one_tenant_may_not_take_all() -> None:
+def test_bytes_are_counted_and_limited_per_tenant() -> None:
     store = ResponseStore(max_bytes=1000, tenant_share=0.5)
     store.put("a", stored("1", size=200))
     store.put("b", stored("2", size=200))
@@ -436,7 +438,7 @@ def test_running_responses_are_not_dropped() -> None:
     assert kept(store, "a") == ["1", "2"]
 
 
-def test_events_have_names_and_no_done(server: ScriptedServer) -> None:
+def test_events_have_names_and_the_stream_has_no_done_marker(server: ScriptedServer) -> None:
     server.client.text = "Hi."
     body = {"input": "Hello?", "stream": True}
     text = httpx.post(f"{server.url}/v1/responses", json=body, timeout=20).text

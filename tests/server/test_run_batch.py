@@ -1,4 +1,4 @@
-"""`portalm run-batch`: OpenAI's batch files."""
+"""`portalm run-batch`, which answers OpenAI batch files."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory, flags: list[str]) -> tuple[int, list[Any]]:
-    """Exit status and answers of a file with all of LINES, no more than four at once."""
+    """Exit status and answers of a file with all of LINES, with at most four in flight."""
     folder = tmp_path_factory.mktemp("files")
     (folder / "in.jsonl").write_text("\n".join([*LINES.values(), "", ""]))
     files = ["-i", str(folder / "in.jsonl"), "-o", str(folder / "out.jsonl")]
@@ -66,7 +66,7 @@ def find(answers: list[Any], custom_id: str) -> Any:
     return found[0]
 
 
-def test_every_line_gets_one_answer_and_errors_show_in_the_status(ran) -> None:
+def test_every_line_gets_one_answer_and_errors_set_the_exit_status(ran) -> None:
     status, answers = ran
 
     assert status == 1
@@ -76,7 +76,7 @@ def test_every_line_gets_one_answer_and_errors_show_in_the_status(ran) -> None:
 
 
 @pytest.mark.parametrize("name", ["completion", "chat", "refused", "unknown model"])
-def test_an_answer_is_what_the_server_says(ran, name: str, null_server: RunningServer) -> None:
+def test_answer_equals_the_servers_response(ran, name: str, null_server: RunningServer) -> None:
     asked = json.loads(LINES[name])
     with null_server.client() as http:
         expected = http.post(asked["url"], json=asked["body"])
@@ -102,7 +102,7 @@ def test_an_answer_is_what_the_server_says(ran, name: str, null_server: RunningS
         ("no body", "line 12: body must be an object"),
     ],
 )
-def test_a_line_that_cannot_be_asked_says_why(ran, name: str, problem: str) -> None:
+def test_invalid_line_gets_an_error_with_its_number(ran, name: str, problem: str) -> None:
     errors = [one for one in ran[1] if one["error"] is not None]
     [error] = [one for one in errors if one["error"]["message"].startswith(problem)]
 
@@ -110,7 +110,7 @@ def test_a_line_that_cannot_be_asked_says_why(ran, name: str, problem: str) -> N
     assert error["error"]["code"] == "invalid_line"
 
 
-def test_a_pipe_is_answered_as_it_comes_and_sigterm_keeps_what_there_is(
+def test_piped_lines_are_answered_at_once_and_sigterm_keeps_the_answers(
     flags: list[str], tmp_path: Path
 ) -> None:
     out = tmp_path / "out.jsonl"
@@ -139,7 +139,7 @@ def test_a_pipe_is_answered_as_it_comes_and_sigterm_keeps_what_there_is(
     assert not out.exists()
 
 
-def test_an_engine_that_cannot_start_leaves_no_file(
+def test_failed_engine_startup_leaves_no_output_file(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "in.jsonl").write_text(LINES["completion"])
@@ -152,7 +152,7 @@ def test_an_engine_that_cannot_start_leaves_no_file(
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
 
 
-def test_a_file_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_input_file_is_a_one_line_error(capsys: pytest.CaptureFixture[str]) -> None:
     status = main(["run-batch", "-i", "/nowhere.jsonl", "-o", "/dev/null"])
 
     assert status == 2

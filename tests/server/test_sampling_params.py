@@ -1,4 +1,4 @@
-"""Every field of SamplingParams, over HTTP: what it does shows in the answer."""
+"""Every field of SamplingParams has its effect over HTTP."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.server.conftest import BYTE_0, EOS, RunningServer
 
 PROMPT = "the well"
 LETTERS = [BYTE_0 + ord(c) for c in "abcdefgh"]
-TO_THE_END = {str(EOS): 100.0}
+END_AT_ONCE = {str(EOS): 100.0}
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def ids(choices: list[dict[str, Any]]) -> list[int]:
 
 
 def ranks(choices: list[dict[str, Any]]) -> list[int]:
-    """The place of each drawn token among those shown: 1 is the likeliest."""
+    """Rank of each sampled token among the top logprobs; 1 is the most likely."""
     logprobs = choices[0]["logprobs"]
     return [
         1 + sum(other > own for other in top.values())
@@ -45,13 +45,13 @@ def ranks(choices: list[dict[str, Any]]) -> list[int]:
 
 
 def most_common(choices: list[dict[str, Any]]) -> int:
-    """How often the token that was drawn most was drawn."""
+    """Number of occurrences of the most frequent token."""
     return Counter(ids(choices)).most_common(1)[0][1]
 
 
 @dataclass
 class Case:
-    """Asked with `base` and with `base` and `field`; `shows` compares."""
+    """One field: `shows` compares the answers to `base` and to `base` with `field`."""
 
     field: dict[str, Any]
     shows: Callable[[Any, Any], bool]
@@ -79,7 +79,7 @@ CASES = {
         frequency_penalty=2,
     ),
     "repetition_penalty": case(
-        # the letters of the prompt count as used
+        # letters in the prompt are penalized too
         lambda before, now: (
             set(before[0]["text"]) & set("efgh") and set(now[0]["text"]) <= set("abcd")
         ),
@@ -131,7 +131,7 @@ CASES = {
     ),
     "ignore_eos": case(
         lambda before, now: ids(before) == [EOS] and ids(now) == [EOS] * 16,
-        base={"logit_bias": TO_THE_END, "ignore_eos": False},
+        base={"logit_bias": END_AT_ONCE, "ignore_eos": False},
         ignore_eos=True,
     ),
     "max_tokens": case(
@@ -140,7 +140,7 @@ CASES = {
     ),
     "min_tokens": case(
         lambda before, now: ids(before) == [EOS] and ids(now).index(EOS) == 5 == len(ids(now)) - 1,
-        base={"logit_bias": TO_THE_END, "ignore_eos": False},
+        base={"logit_bias": END_AT_ONCE, "ignore_eos": False},
         min_tokens=5,
     ),
     "logprobs": case(
@@ -168,7 +168,7 @@ CASES = {
         skip_special_tokens=False,
     ),
     "spaces_between_special_tokens": case(
-        # byte-level tokenizers never put one; tests/unit/test_detokenizer.py has some that do
+        # byte-level tokenizers never add spaces; tests/unit/test_detokenizer.py has one that does
         lambda before, now: now[0]["text"] == before[0]["text"] == "<s>" * 16,
         base={"allowed_token_ids": [1], "skip_special_tokens": False},
         spaces_between_special_tokens=False,
@@ -202,7 +202,7 @@ CASES = {
 
 
 ELSEWHERE = {"structured_outputs"}
-"""Fields with a test file of their own."""
+"""Fields that have their own test file."""
 
 
 def test_every_field_has_a_case() -> None:
@@ -210,7 +210,7 @@ def test_every_field_has_a_case() -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_field_shows_in_the_answer(http: httpx.Client, name: str) -> None:
+def test_field_has_its_effect(http: httpx.Client, name: str) -> None:
     one = CASES[name]
 
     before, now = complete(http, **one.base), complete(http, **{**one.base, **one.field})
@@ -219,7 +219,9 @@ def test_a_field_shows_in_the_answer(http: httpx.Client, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if "logprobs" not in name])
-def test_a_chat_of_the_same_prompt_gets_the_same_answer(http: httpx.Client, name: str) -> None:
+def test_chat_and_completion_of_the_same_prompt_have_the_same_answer(
+    http: httpx.Client, name: str
+) -> None:
     asked = {**CASES[name].base, **CASES[name].field}
     body = {"temperature": 0, "ignore_eos": True, "max_tokens": 16, **asked}
     messages = [{"role": "user", "content": body.pop("prompt", PROMPT)}]
@@ -232,7 +234,7 @@ def test_a_chat_of_the_same_prompt_gets_the_same_answer(http: httpx.Client, name
     assert said == [choice["text"] for choice in complete(http, **asked)]
 
 
-def test_the_same_seed_draws_the_same_alone_and_in_a_batch(http: httpx.Client) -> None:
+def test_same_seed_samples_the_same_tokens_alone_and_in_a_batch(http: httpx.Client) -> None:
     asked = {"temperature": 1, "max_tokens": 32, "seed": 7}
 
     alone = complete(http, **asked)

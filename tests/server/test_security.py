@@ -1,4 +1,4 @@
-"""Who may come in, and by which door."""
+"""API keys, origins, TLS, private sockets, and no unpickling."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def bearer(key: str) -> dict[str, str]:
 # -- keys -------------------------------------------------------------------------------------
 
 
-def test_a_file_of_keys_may_change_and_no_key_is_logged(tmp_path: Path) -> None:
+def test_key_file_is_reloaded_on_sighup_and_no_key_is_logged(tmp_path: Path) -> None:
     folder = make_model_folder(tmp_path / "tiny")
     file = tmp_path / "keys"
     file.write_text("# ours\nfirst-secret\n\nsecond-secret\n")
@@ -56,7 +56,7 @@ def test_a_file_of_keys_may_change_and_no_key_is_logged(tmp_path: Path) -> None:
         while http.get("/v1/models", headers=bearer("third-secret")).status_code != 200:
             assert time.monotonic() < end
         after = statuses()
-        file.write_text("")  # no keys: everybody could come in
+        file.write_text("")  # a file without keys must not open the server to everyone
         server.process.send_signal(signal.SIGHUP)
         while not any("stay as they were" in line for line in server.output):
             assert time.monotonic() < end
@@ -70,7 +70,7 @@ def test_a_file_of_keys_may_change_and_no_key_is_logged(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [None, "", "# nothing\n"])
-def test_a_file_without_keys_opens_no_door(tmp_path: Path, content: str | None) -> None:
+def test_key_file_without_keys_is_rejected(tmp_path: Path, content: str | None) -> None:
     file = tmp_path / "keys"
     if content is not None:
         file.write_text(content)
@@ -79,7 +79,7 @@ def test_a_file_without_keys_opens_no_door(tmp_path: Path, content: str | None) 
         ApiKeys(file=file)
 
 
-def test_tenants_are_not_keys() -> None:
+def test_tenant_names_do_not_reveal_keys() -> None:
     keys = ApiKeys(["one", "two"])
 
     one, two = keys.tenant(b"Bearer one"), keys.tenant(b"bearer two")
@@ -89,13 +89,11 @@ def test_tenants_are_not_keys() -> None:
     assert keys.tenant(b"Basic one") is keys.tenant(b"Bearer on") is keys.tenant(b"") is None
 
 
-# -- other doors ------------------------------------------------------------------------------
+# -- origins, TLS, sockets --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("flags", [(), ("--allowed-origins", "https://ours.example")])
-def test_web_pages_of_other_origins_may_not_ask_unless_told_so(
-    tmp_path: Path, flags: tuple[str, ...]
-) -> None:
+def test_only_allowed_origins_get_cors_headers(tmp_path: Path, flags: tuple[str, ...]) -> None:
     folder = make_model_folder(tmp_path / "tiny")
     asks = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "x"}
     allowed = []
@@ -134,7 +132,7 @@ def test_https_with_a_certificate(tmp_path: Path) -> None:
             http.get("/health")
 
 
-def test_a_certificate_that_cannot_be_used_is_one_line(tmp_path: Path) -> None:
+def test_invalid_certificate_is_a_one_line_error(tmp_path: Path) -> None:
     import sys
 
     folder = make_model_folder(tmp_path / "tiny")
@@ -150,7 +148,7 @@ def test_a_certificate_that_cannot_be_used_is_one_line(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_nobody_else_can_open_the_engines_socket(tmp_path: Path) -> None:
+def test_engine_socket_is_private_to_the_user(tmp_path: Path) -> None:
     client = EngineClient(EngineConfig(model=str(tmp_path)))
     folder = client._supervisor._folder
 
@@ -162,7 +160,7 @@ def test_nobody_else_can_open_the_engines_socket(tmp_path: Path) -> None:
         return found
 
     mode = stat.S_IMODE(folder.stat().st_mode)
-    before = os.umask(0)  # whatever the user's is
+    before = os.umask(0)  # the modes must not depend on the umask
     try:
         files = asyncio.run(open_and_close())
     finally:
@@ -172,12 +170,12 @@ def test_nobody_else_can_open_the_engines_socket(tmp_path: Path) -> None:
     assert files == {"engine-1": 0o600, "pulse-1": 0o600}
 
 
-# -- what is never done -----------------------------------------------------------------------
+# -- untrusted code ---------------------------------------------------------------------------
 
-_RUNS_WHAT_IT_READS = {"pickle", "cPickle", "cloudpickle", "dill", "marshal", "shelve", "joblib"}
+_UNSAFE_MODULES = {"pickle", "cPickle", "cloudpickle", "dill", "marshal", "shelve", "joblib"}
 
 
-def test_nothing_unpickles() -> None:
+def test_no_module_unpickles() -> None:
     root = Path(portalm.__file__).parents[1]
     files = [*(root / "portalm").rglob("*.py"), *(root / "backends").rglob("*.py")]
     found = []
@@ -194,12 +192,12 @@ def test_nothing_unpickles() -> None:
                 names = {"pickle"} if is_bad else set()
             else:
                 continue
-            if names & _RUNS_WHAT_IT_READS:
+            if names & _UNSAFE_MODULES:
                 found.append(f"{file}:{node.lineno}")
 
     assert len(files) > 100
     assert found == []
 
 
-def test_code_of_a_repository_is_not_run_unless_asked_for() -> None:
+def test_remote_code_is_not_trusted_by_default() -> None:
     assert EngineConfig().trust_remote_code is False

@@ -1,4 +1,4 @@
-"""SIGTERM: not ready first, then what runs may end, then what is left ends with what it has."""
+"""SIGTERM: the server is not ready, running requests may finish, the rest return what they have."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.server.conftest import RunningServer, running_server
 from tests.server.test_limits import LONG, NULL, Raw, make_long_model
 
 SOON = {**LONG, "max_tokens": 1500}
-"""Ends by itself in a second or two."""
+"""A request that finishes in a second or two."""
 
 
 @pytest.fixture
@@ -24,8 +24,8 @@ def folder(tmp_path: Path) -> Path:
     return make_long_model(tmp_path / "tiny")
 
 
-class Asked(threading.Thread):
-    """A request on its way."""
+class InFlight(threading.Thread):
+    """A request in flight, sent from a thread."""
 
     def __init__(self, server: RunningServer, body: dict[str, object]) -> None:
         super().__init__()
@@ -47,9 +47,9 @@ class Asked(threading.Thread):
         return [json.loads(line) for line in lines[:-1]]
 
 
-def test_what_runs_ends_and_what_comes_is_refused(folder: Path) -> None:
+def test_running_requests_finish_and_new_ones_are_rejected(folder: Path) -> None:
     with running_server(str(folder), *NULL) as server, server.client() as http:
-        asked = [Asked(server, {**SOON, "stream": stream}) for stream in (False, True)]
+        asked = [InFlight(server, {**SOON, "stream": stream}) for stream in (False, True)]
         server.wait_for("num_requests_running", 2)
 
         server.process.send_signal(signal.SIGTERM)
@@ -70,9 +70,9 @@ def test_what_runs_ends_and_what_comes_is_refused(folder: Path) -> None:
     assert "Traceback" not in "".join(server.output)
 
 
-def test_what_is_cut_off_keeps_what_it_has(folder: Path) -> None:
+def test_aborted_requests_return_their_partial_text(folder: Path) -> None:
     with running_server(str(folder), *NULL, "--shutdown-timeout", "0.5") as server:
-        asked = [Asked(server, {**LONG, "stream": stream}) for stream in (False, True)]
+        asked = [InFlight(server, {**LONG, "stream": stream}) for stream in (False, True)]
         does_not_read = Raw(server, {**LONG, "stream": True}, buffer=4096)
         server.wait_for("num_requests_running", 3)
 
@@ -99,10 +99,10 @@ def test_what_is_cut_off_keeps_what_it_has(folder: Path) -> None:
     assert "Traceback" not in "".join(server.output)
 
 
-def test_a_second_sigterm_ends_at_once(folder: Path) -> None:
+def test_second_sigterm_shuts_down_at_once(folder: Path) -> None:
     with running_server(str(folder), *NULL) as server:
         engine = server.engine_pid()
-        asked = Asked(server, {**LONG, "stream": True})
+        asked = InFlight(server, {**LONG, "stream": True})
         server.wait_for("num_requests_running", 1)
 
         server.process.send_signal(signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""Structured output over HTTP: every spelling, bad ones, and what others notice of it."""
+"""Structured outputs over HTTP: every form, invalid ones, and the effect on other requests."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def is_answer(text: str) -> bool:
     return list(answer) == ["ok", "kind"] and isinstance(answer["ok"], bool)
 
 
-SPELLINGS: dict[str, tuple[dict[str, Any], Any]] = {
+FORMS: dict[str, tuple[dict[str, Any], Any]] = {
     "json_schema": (
         {
             "response_format": {
@@ -83,28 +83,28 @@ SPELLINGS: dict[str, tuple[dict[str, Any], Any]] = {
 }
 
 
-@pytest.mark.parametrize("spelling", SPELLINGS)
-def test_every_spelling_is_kept_to(http: httpx.Client, spelling: str) -> None:
-    body, check = SPELLINGS[spelling]
+@pytest.mark.parametrize("form", FORMS)
+def test_answer_matches_the_constraint_in_every_form(http: httpx.Client, form: str) -> None:
+    body, check = FORMS[form]
 
     assert check(complete(http, **body).json()["choices"][0]["text"])
     assert check(chat(http, **body).json()["choices"][0]["message"]["content"])
 
 
-def test_a_json_object_begins_as_one(http: httpx.Client) -> None:
+def test_json_object_answer_starts_with_a_brace(http: httpx.Client) -> None:
     response = chat(http, response_format={"type": "json_object"}, max_tokens=30)
 
     assert response.json()["choices"][0]["message"]["content"].startswith("{")
 
 
-def test_a_stream_is_kept_to_as_well(http: httpx.Client) -> None:
+def test_streamed_answer_matches_the_constraint(http: httpx.Client) -> None:
     response = complete(http, guided_regex=PHONE, stream=True)
 
     lines = [line[6:] for line in response.text.split("\n") if line.startswith("data: {")]
     assert re.fullmatch(PHONE, "".join(json.loads(line)["choices"][0]["text"] for line in lines))
 
 
-BAD: dict[str, tuple[dict[str, Any], str]] = {
+INVALID: dict[str, tuple[dict[str, Any], str]] = {
     "regex": ({"guided_regex": "(a"}, "parenthesis"),
     "grammar": ({"guided_grammar": "nothing"}, "root"),
     "ambiguous": ({"guided_regex": AMBIGUOUS}, "too ambiguous"),
@@ -120,9 +120,11 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
-@pytest.mark.parametrize("name", BAD)
-def test_bad_ones_get_a_400_that_says_why(http: httpx.Client, name: str, stream: bool) -> None:
-    body, problem = BAD[name]
+@pytest.mark.parametrize("name", INVALID)
+def test_invalid_constraint_is_a_400_that_says_why(
+    http: httpx.Client, name: str, stream: bool
+) -> None:
+    body, problem = INVALID[name]
 
     response = complete(http, stream=stream, **body)
 
@@ -131,14 +133,14 @@ def test_bad_ones_get_a_400_that_says_why(http: httpx.Client, name: str, stream:
     assert complete(http, max_tokens=1).status_code == 200
 
 
-def test_a_request_that_leaves_no_token_to_draw_is_its_own_fault(http: httpx.Client) -> None:
+def test_constraint_that_allows_no_token_fails_only_its_request(http: httpx.Client) -> None:
     response = complete(http, guided_regex="a+", allowed_token_ids=[5])
 
     assert response.status_code == 400
     assert "no token is left" in response.json()["error"]["message"]
 
 
-def test_an_explosive_schema_gets_a_400_in_time_and_holds_nobody_up(server: RunningServer) -> None:
+def test_explosive_schema_is_a_400_in_time_and_does_not_block_others(server: RunningServer) -> None:
     gaps: list[float] = []
     stop = threading.Event()
 
@@ -160,13 +162,13 @@ def test_an_explosive_schema_gets_a_400_in_time_and_holds_nobody_up(server: Runn
         running.result()
 
     assert response.status_code == 400
-    message = response.json()["error"]["message"]  # by whichever bound it meets first
+    message = response.json()["error"]["message"]  # whichever limit is reached first
     assert "more than 10 s" in message or "takes too much memory" in message
-    assert seconds < 60  # the limit, and the start of a second compiler
+    assert seconds < 60  # the limit plus the start of a second compiler
     assert len(gaps) > 20 and max(gaps) < 5
 
 
-def test_an_answer_goes_on_when_its_engine_is_killed(server: RunningServer) -> None:
+def test_structured_answer_survives_an_engine_crash(server: RunningServer) -> None:
     body = {
         "prompt": "x", "max_tokens": 2000, "seed": 5, "stream": True,
         "guided_regex": "([ab]{3}-){400}", "ignore_eos": True,

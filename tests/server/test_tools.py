@@ -1,4 +1,4 @@
-"""Tool calls and reasoning in chat completions, by the openai SDK."""
+"""Tool calls and reasoning in chat completions, called by the openai SDK."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ScriptedServer]
 
 
 @pytest.fixture(scope="module")
-def thinker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ScriptedServer]:
+def reasoning_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ScriptedServer]:
     folder = make_byte_tokenizer(tmp_path_factory.mktemp("scripted") / "model", TEMPLATE)
     with scripted_server(folder, answer_format=AnswerFormat(reasoning_parser="qwen3")) as running:
         yield running
@@ -87,7 +87,7 @@ def test_calls_are_part_of_the_message(server: ScriptedServer) -> None:
     assert server.client.prompt.startswith("[get_weather;get_time;]user: How")
 
 
-def test_streamed_calls_have_openais_chunk_shapes(server: ScriptedServer) -> None:
+def test_streamed_calls_have_openai_chunk_shapes(server: ScriptedServer) -> None:
     chunks = list(chat(server, TWO_CALLS, stream=True))
 
     deltas = [c for chunk in chunks for c in chunk.choices[0].delta.tool_calls or ()]
@@ -105,7 +105,7 @@ def test_streamed_calls_have_openais_chunk_shapes(server: ScriptedServer) -> Non
     assert reasons[-1] == "tool_calls" and not any(reasons[:-1])
 
 
-def test_the_sdks_own_stream_helper_puts_a_message_together(server: ScriptedServer) -> None:
+def test_sdk_stream_helper_assembles_the_message(server: ScriptedServer) -> None:
     class GetWeather(pydantic.BaseModel):
         city: str
 
@@ -120,7 +120,7 @@ def test_the_sdks_own_stream_helper_puts_a_message_together(server: ScriptedServ
     assert call.function.parsed_arguments == GetWeather(city="Paris")
 
 
-def test_n_answers_are_taken_apart_by_themselves(server: ScriptedServer) -> None:
+def test_n_answers_are_parsed_independently(server: ScriptedServer) -> None:
     whole = chat(server, TWO_CALLS, n=2)
     assert [len(choice.message.tool_calls) for choice in whole.choices] == [2, 2]
 
@@ -131,7 +131,7 @@ def test_n_answers_are_taken_apart_by_themselves(server: ScriptedServer) -> None
         assert "".join(call.function.arguments for call in calls) == '{"city":"Paris"}{}'
 
 
-def test_without_parallel_calls_only_the_first_is_given(server: ScriptedServer) -> None:
+def test_without_parallel_calls_only_the_first_is_returned(server: ScriptedServer) -> None:
     [choice] = chat(server, TWO_CALLS, parallel_tool_calls=False).choices
 
     assert [call.function.name for call in choice.message.tool_calls] == ["get_weather"]
@@ -145,7 +145,7 @@ def test_a_malformed_call_is_content(server: ScriptedServer) -> None:
     assert choice.message.content == "<tool_call>get_weather(Paris)"
 
 
-def test_an_answer_that_was_cut_keeps_its_finish_reason(server: ScriptedServer) -> None:
+def test_truncated_answer_keeps_its_finish_reason(server: ScriptedServer) -> None:
     server.client.finish_reason = "length"
     try:
         [choice] = chat(server, TWO_CALLS[:70]).choices
@@ -156,14 +156,14 @@ def test_an_answer_that_was_cut_keeps_its_finish_reason(server: ScriptedServer) 
     assert choice.message.tool_calls[0].function.name == "get_weather"
 
 
-def test_tool_choice_none_hides_the_tools_and_parses_nothing(server: ScriptedServer) -> None:
+def test_tool_choice_none_hides_the_tools_and_disables_parsing(server: ScriptedServer) -> None:
     [choice] = chat(server, TWO_CALLS, tool_choice="none").choices
 
     assert choice.message.content == TWO_CALLS
     assert server.client.prompt.startswith("user: How")
 
 
-def test_calls_and_their_results_are_shown_to_the_model(server: ScriptedServer) -> None:
+def test_calls_and_their_results_are_in_the_prompt(server: ScriptedServer) -> None:
     function = {"name": "get_weather", "arguments": '{"city": "Paris"}'}
     history = [
         *ASK,
@@ -181,7 +181,7 @@ def test_calls_and_their_results_are_shown_to_the_model(server: ScriptedServer) 
     )
 
 
-def test_a_named_function_is_forced_by_its_schema(server: ScriptedServer) -> None:
+def test_named_function_is_forced_by_its_schema(server: ScriptedServer) -> None:
     choice = {"type": "function", "function": {"name": "get_weather"}}
     [answer] = chat(server, '{"city": "Paris"}', tool_choice=choice).choices
 
@@ -210,7 +210,7 @@ def test_required_forces_a_list_of_calls(server: ScriptedServer) -> None:
     assert schema["type"] == "array" and len(schema["items"]["anyOf"]) == 2
 
 
-def test_references_inside_a_schema_go_with_it() -> None:
+def test_references_inside_a_schema_are_rewritten() -> None:
     schema = {
         "type": "object",
         "properties": {"a": {"$ref": "#/$defs/A"}, "b": {"$ref": "#"}},
@@ -227,7 +227,7 @@ def test_references_inside_a_schema_go_with_it() -> None:
 
 # -- refusals ---------------------------------------------------------------------------------
 
-BAD_TOOLS = {  # name: (tools, what the error says)
+BAD_TOOLS = {  # name: (tools, part of the error message)
     "kind": ([{"type": "web_search"}], "tools[0] must be of type 'function'"),
     "no function": ([{"type": "function"}], "tools[0].function must be an object"),
     "name": ([{"type": "function", "function": {"name": "a b"}}], "tools[0].function.name"),
@@ -247,7 +247,7 @@ BAD_TOOLS = {  # name: (tools, what the error says)
 
 
 @pytest.mark.parametrize("name", BAD_TOOLS)
-def test_bad_tools_are_refused(server: ScriptedServer, name: str) -> None:
+def test_invalid_tools_are_rejected(server: ScriptedServer, name: str) -> None:
     tools, text = BAD_TOOLS[name]
 
     param, message = refusal(server, tools=tools)
@@ -264,24 +264,26 @@ def test_bad_tools_are_refused(server: ScriptedServer, name: str) -> None:
     ],
     ids=["word", "name", "kind"],
 )
-def test_a_bad_choice_is_refused(server: ScriptedServer, choice, text: str) -> None:
+def test_invalid_tool_choice_is_rejected(server: ScriptedServer, choice, text: str) -> None:
     param, message = refusal(server, tool_choice=choice)
 
     assert param == "tool_choice" and text in message
 
 
-def test_a_choice_without_tools_is_refused(server: ScriptedServer) -> None:
+def test_tool_choice_without_tools_is_rejected(server: ScriptedServer) -> None:
     assert refusal(server, tools=[], tool_choice="required")[0] == "tool_choice"
 
 
 @pytest.mark.parametrize("choice", ["auto", "required"])
-def test_calls_and_another_form_exclude_each_other(server: ScriptedServer, choice: str) -> None:
+def test_tool_choice_and_response_format_exclude_each_other(
+    server: ScriptedServer, choice: str
+) -> None:
     param, message = refusal(server, tool_choice=choice, response_format={"type": "json_object"})
 
     assert param == "tool_choice" and "response_format" in message
 
 
-def test_a_template_that_tells_no_format_needs_the_flag(server: ScriptedServer) -> None:
+def test_template_with_unknown_call_format_needs_the_flag(server: ScriptedServer) -> None:
     body = {"chat_template": "{{ tools }}{{ messages[0].content }}"}
 
     param, message = refusal(server, extra_body=body)
@@ -289,7 +291,7 @@ def test_a_template_that_tells_no_format_needs_the_flag(server: ScriptedServer) 
     assert param == "tool_choice" and "--tool-call-parser" in message
 
 
-def test_a_template_that_knows_no_tools_is_given_them_as_text(server: ScriptedServer) -> None:
+def test_template_without_tools_gets_them_as_text(server: ScriptedServer) -> None:
     template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     [choice] = chat(server, TWO_CALLS, extra_body={"chat_template": template}).choices
 
@@ -302,8 +304,8 @@ def test_a_template_that_knows_no_tools_is_given_them_as_text(server: ScriptedSe
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_reasoning_has_a_field_of_its_own(thinker: ScriptedServer, stream: bool) -> None:
-    answer = chat(thinker, f"<think>\nHm.\n</think>\n\n{TWO_CALLS}", stream=stream)
+def test_reasoning_has_its_own_field(reasoning_server: ScriptedServer, stream: bool) -> None:
+    answer = chat(reasoning_server, f"<think>\nHm.\n</think>\n\n{TWO_CALLS}", stream=stream)
 
     if stream:
         deltas = [chunk.choices[0].delta.model_dump() for chunk in answer]
@@ -318,33 +320,33 @@ def test_reasoning_has_a_field_of_its_own(thinker: ScriptedServer, stream: bool)
     assert found["content"] == "Let me see."
 
 
-def test_a_prompt_that_closed_reasoning_gets_content_only(thinker: ScriptedServer) -> None:
+def test_prompt_that_closes_the_reasoning_gets_content_only(
+    reasoning_server: ScriptedServer,
+) -> None:
     body = {"chat_template_kwargs": {"enable_thinking": False}}
-    [choice] = chat(thinker, "<think> is a tag.", extra_body=body).choices
+    [choice] = chat(reasoning_server, "<think> is a tag.", extra_body=body).choices
 
     assert choice.message.content == "<think> is a tag."
 
 
-def test_forced_calls_need_reasoning_turned_off(thinker: ScriptedServer) -> None:
-    param, message = refusal(thinker, tool_choice="required")
+def test_forced_calls_need_reasoning_turned_off(reasoning_server: ScriptedServer) -> None:
+    param, message = refusal(reasoning_server, tool_choice="required")
     assert param == "tool_choice" and "enable_thinking" in message
 
     body = {"chat_template_kwargs": {"enable_thinking": False}}
     text = '[{"name": "get_time", "parameters": {}}]'
-    [choice] = chat(thinker, text, tool_choice="required", extra_body=body).choices
+    [choice] = chat(reasoning_server, text, tool_choice="required", extra_body=body).choices
     assert choice.message.tool_calls[0].function.name == "get_time"
 
 
-def test_names_that_there_are_not_are_refused_at_the_start(server: ScriptedServer) -> None:
+def test_unknown_parser_names_are_rejected_at_startup(server: ScriptedServer) -> None:
     with pytest.raises(ConfigError, match="hermes, llama3_json"):
         AnswerFormat(tool_call_parser="hermse")
     with pytest.raises(ConfigError, match="deepseek_r1, qwen3"):
         AnswerFormat(reasoning_parser="other")
 
 
-def test_tool_calls_that_must_work_are_checked_at_the_start(
-    server: ScriptedServer, tmp_path: Path
-) -> None:
+def test_auto_tool_choice_is_checked_at_startup(server: ScriptedServer, tmp_path: Path) -> None:
     must = AnswerFormat(enable_auto_tool_choice=True)
     unclear = load_tokenizer(make_byte_tokenizer(tmp_path / "model", "{{ tools }}"))
 
@@ -354,7 +356,7 @@ def test_tool_calls_that_must_work_are_checked_at_the_start(
     AnswerFormat(enable_auto_tool_choice=True, tool_call_parser="hermes").check(unclear)
 
 
-def test_marks_that_are_special_tokens_are_in_the_text(
+def test_markers_that_are_special_tokens_are_kept_in_the_text(
     server: ScriptedServer, tmp_path: Path
 ) -> None:
     chat(server, "")
