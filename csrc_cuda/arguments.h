@@ -1,31 +1,31 @@
-// What each kernel is given: plain numbers and addresses on the device, passed by value. Device and
-// host code share this file. Strides count elements unless they say bytes; codes name dtypes.
+// The arguments of each kernel: plain numbers and device addresses, passed by value. Device and
+// host code share this file. Strides are in elements unless their name says bytes.
 #pragma once
 
 #include <stdint.h>
 
 namespace portalm {
 
-// Threads of a block, and what one of them does: the grid follows from it.
-constexpr int kVector = 8;  // elements that a thread moves at a time
+// Threads per block and work per thread, from which the grid follows.
+constexpr int kVector = 8;  // elements that a thread loads or stores at a time
 constexpr int kCopyThreads = 256;
-constexpr int kCopyVectors = 4;  // of 16 bytes
+constexpr int kCopyVectors = 4;  // 16-byte vectors per thread
 constexpr int kWriteThreads = 128;
 constexpr int kDecodeThreads = 128;
-constexpr int kDecodeGroup = 4;  // query heads of a KV head, at most
+constexpr int kDecodeGroup = 4;  // maximum number of query heads per KV head
 constexpr int kSampleThreads = 1024;
 
 enum DType : int64_t { kHalf = 0, kBFloat16 = 1 };
 
 struct KvCopyArgs {
   char* cache;
-  int64_t piece_stride;  // bytes from one layer's keys (or values) to the next such piece
-  int64_t block_bytes;   // of one block within a piece, which are contiguous
+  int64_t piece_stride;  // bytes from one piece (keys or values of a layer) to the next
+  int64_t block_bytes;   // bytes of a block within a piece; blocks are contiguous
   const int32_t* source;
   const int32_t* destination;
 };
 
-// One layer of the paged cache: block, token and head of an element's place; D is contiguous.
+// One layer of the paged cache. Each head's D elements are contiguous.
 struct CacheLayer {
   const void* key;
   const void* value;
@@ -37,30 +37,30 @@ struct CacheLayer {
 
 struct KvWriteArgs {
   CacheLayer cache;
-  const void* query;  // rotated into query_out; neither is looked at where num_heads is 0
+  const void* query;  // rotated into query_out; both are ignored if num_heads is 0
   const void* key;
   const void* value;
   void* query_out;
   const int32_t* slots;
   const int32_t* positions;
   const float* cos_sin;  // [max_position, rotary_dim]: cosines, then sines
-  int64_t query_stride;  // of a token
+  int64_t query_stride;  // from one token to the next, as key_stride and value_stride
   int64_t key_stride;
   int64_t value_stride;
   int32_t num_heads;
   int32_t num_kv_heads;
   int32_t head_size;
-  int32_t rotary_dim;  // 0: keys are stored as they are
+  int32_t rotary_dim;  // 0: keys are stored without rotation
   int32_t is_interleaved;
 };
 
-// A stretch of one request's context, int32: what one block of threads attends to.
+// A range of one request's context, int32: the work of one thread block.
 struct DecodeItem {
-  int32_t request;  // its query is the row of this number
+  int32_t request;  // row of its query, block table and output
   int32_t begin;    // tokens [begin, end); begin is a multiple of 16
   int32_t end;
-  int32_t first;  // item of this request that comes first, and how many it has, side by side;
-  int32_t count;  // 0: padding, nothing to do
+  int32_t first;  // index of the request's first item
+  int32_t count;  // number of the request's items, which are consecutive; 0: padding
 };
 
 struct DecodeAttentionArgs {
@@ -70,7 +70,7 @@ struct DecodeAttentionArgs {
   const int32_t* block_table;
   const DecodeItem* items;
   const int32_t* seq_lens;
-  float* partials;      // [items, H_kv, group, D + 2] where some request has several items
+  float* partials;      // [items, H_kv, group, D + 2]; used by requests with several items
   int32_t* counters;    // [requests, H_kv], 0 before and after
   const float* slopes;  // [H], or null
   const float* sinks;   // [H], or null
@@ -78,9 +78,9 @@ struct DecodeAttentionArgs {
   int64_t table_stride;
   float scale;
   float soft_cap;  // 0: none
-  int32_t window;  // tokens seen, itself included; 0: all
+  int32_t window;  // tokens attended to, including the query's own; 0: all
   int32_t num_kv_heads;
-  int32_t group_size;  // query heads of one KV head
+  int32_t group_size;  // query heads per KV head
 };
 
 struct SampleArgs {

@@ -1,5 +1,5 @@
 // portalm_backends._cuda and ._rocm: the launchers as functions of integers. Addresses come from
-// data_ptr(), a stream from torch; the caller keeps what they point to alive.
+// data_ptr(), the stream from torch; the caller keeps the memory alive.
 #include <nanobind/nanobind.h>
 
 #include "launchers.h"

@@ -1,20 +1,27 @@
-// decode_attention: one query token of each request over its paged context, split over thread blocks.
+// decode_attention: attention of one query token per request over its paged context, split over
+// thread blocks.
 //
-//   query, out [requests, H, D]; cache of one layer; items: stretches of contexts (arguments.h)
+//   query, out   [requests, H, D]
+//   cache        one layer (CacheLayer in arguments.h)
+//   items        DecodeItem [items]: ranges of contexts (arguments.h)
 //
-// Mapping:  one thread block per item (x) and KV head (y), for all query heads of its group, so that
-//           keys and values are read once. kLanes = D / 8 lanes hold one token's row, 8 elements
-//           (16 bytes) each, and take kTokens tokens at a time: scores of tokens x heads
-//           are summed over lanes by halving, which leaves one score a lane for the softmax. The
-//           groups of lanes are merged at the end, by shuffles, then in shared memory; an item's
-//           result by whichever block of its request ends last, in the order of the items.
-//           Keys and values go to registers, as no other lane needs them: staging them in shared
+// Mapping:  one thread block per item (x) and KV head (y), for all query heads of the group, so
+//           that keys and values are read once. kLanes = D / 8 lanes hold one token's row, 8
+//           elements (16 bytes) each, and process kTokens tokens at a time: the scores of tokens x
+//           heads are summed over lanes by halving, which leaves one score per lane for the
+//           softmax. Groups of lanes are merged at the end, by shuffles and then in shared memory.
+//           A request's items are merged, in order, by the thread block that finishes last. Keys
+//           and values stay in registers, as no other lane needs them: staging them in shared
 //           memory (cp.async) would only add traffic.
 // Bound by: memory while the group is small: 2 * context * H_kv * D elements; per 8 elements of key
-//           and value it costs some 26 * kDecodeGroup + 20 instructions a lane (no tensor cores).
-// Needs:    H / H_kv up to kDecodeGroup; D 64 or 128; block_size and item.begin in multiples of 16; strides of 8 elements.
-// Meaning:  Backend.attend. Split softmax: Dao et al., "FlashDecoding", 2023; Milakov and
-//           Gimelshein, "Online normalizer calculation for softmax", 2018.
+//           and value it takes about 26 * kDecodeGroup + 20 instructions per lane (no tensor
+//           cores).
+// Needs:    H / H_kv up to kDecodeGroup; D 64 or 128; block_size and item.begin in multiples of 16;
+//           strides in multiples of 8 elements.
+// Meaning:  Backend.attend.
+// Source:   split softmax: Dao et al., "FlashDecoding", 2023; Milakov and Gimelshein, "Online
+//           normalizer calculation for softmax", 2018.
+// Tested:   tests/gpu/test_native.py, test_native_compiled.py
 #pragma once
 
 #include "gpu_compat.h"
@@ -26,9 +33,10 @@ constexpr float kMinusInf = -__builtin_huge_valf();
 
 __device__ constexpr int at_least_1(int x) { return x > 1 ? x : 1; }
 
-// Sums values[0, N) over `Stride * 2` neighbouring lanes. Each step halves what a lane holds, its
-// index's bit choosing the half, so that a lane ends with the sums of N / lanes values, those from
-// lane * N / lanes on; with fewer values than lanes, neighbours end with the same one.
+// Sum values[0, N) over `Stride * 2` adjacent lanes. Each step halves the values that a lane holds,
+// a bit of its index selecting the half, so that a lane ends with the sums of N / lanes values,
+// from index lane * N / lanes on; with fewer values than lanes, adjacent lanes end with the same
+// sum.
 template <int N, int Stride>
 __device__ inline void sum_over_lanes(float* values) {
   if constexpr (Stride > 0) {
@@ -47,24 +55,24 @@ __device__ inline void sum_over_lanes(float* values) {
   }
 }
 
-// T: dtype of all; D: head size. A smaller group than the largest costs
-// the same instructions and no more memory.
+// T: dtype of query, cache and out; D: head size. Groups smaller than kDecodeGroup execute the same
+// instructions but read no more memory.
 template <typename T, int D>
 struct DecodeAttention {
   static constexpr int G = kDecodeGroup;
   static constexpr int kLanes = D / kVector;
-  static constexpr int kTokens = 4;                           // taken at a time by a group of lanes
+  static constexpr int kTokens = 4;                           // of a group of lanes at a time
   static constexpr int kScores = kTokens * G;                 // index: head * kTokens + token
   static constexpr int kHeld = at_least_1(kScores / kLanes);  // scores of a lane, all of one head
-  static constexpr int kSameHead = kLanes / G;                // lanes of that head, side by side
+  static constexpr int kSameHead = kLanes / G;                // adjacent lanes of one head
   static constexpr int kSameScore = kLanes * kHeld / kScores;
   static constexpr int kGroups = kDecodeThreads / kLanes;
   static constexpr int kWaves = kDecodeThreads / kWave;
   static_assert(kLanes <= kWave && kSameHead >= 1 && kHeld <= kTokens);
 
-  // What a stretch of context comes to: for each head the largest score, the sum of 2^(score -
-  // largest), and the values weighed by it. A lane has 8 dimensions of every head in `values`;
-  // `largest` and `sum` are of the head that its scores belong to.
+  // The result of a range of context: for each head the largest score, the sum of 2^(score -
+  // largest), and the values weighted by it. A lane holds 8 dimensions of every head in `values`;
+  // `largest` and `sum` belong to the head of the lane's scores.
   struct State {
     float values[G][kVector];
     float largest;
@@ -77,7 +85,7 @@ struct DecodeAttention {
 
   __device__ static int lane() { return thread_index() % kLanes; }
   __device__ static int my_head() { return lane() / kSameHead; }
-  // A lane's number, of the first one in this group that holds the scores of `head`.
+  // Index of the first lane in this group of lanes that holds scores of `head`.
   __device__ static int lane_of_head(int head) {
     return lane_index() / kLanes * kLanes + head * kSameHead;
   }
@@ -93,7 +101,7 @@ struct DecodeAttention {
     }
   }
 
-  // A score as the softmax wants it, in powers of 2: capped, with its bias; -inf outside.
+  // Apply soft cap and ALiBi to a score and convert it to base 2; -inf outside the item or window.
   __device__ float finish_score(float score, int token, int begin, float slope) const {
     if (a.soft_cap > 0) {  // cap * tanh(score / cap)
       const float e = exp2_of(score * (2 * kLog2E) / a.soft_cap);
@@ -117,20 +125,20 @@ struct DecodeAttention {
     const int first = (begin & -kTokens) + thread_index() / kLanes * kTokens;
     int block = first < item.end ? table[first / a.cache.block_size] : 0;
 
-    // every lane takes every turn, as shuffles need all of them: tokens past the end count nothing
+    // all lanes take part in every iteration, as shuffles need them; tokens past the end get -inf
     for (int base = begin & -kTokens; base < item.end; base += kStep) {
       const int token = base + thread_index() / kLanes * kTokens;  // the first of kTokens
       const int64_t place =
           block * a.cache.block_stride + token % a.cache.block_size * a.cache.token_stride + in_row;
       Bytes16 keys[kTokens], values[kTokens];
 #pragma unroll
-      for (int t = 0; t < kTokens; ++t) {  // unused memory may hold NaN: it is not looked at
+      for (int t = 0; t < kTokens; ++t) {  // unused memory may hold NaN, so it is not read
         const bool is_there = token + t >= begin && token + t < item.end;
         const int64_t at = place + t * a.cache.token_stride;
         keys[t] = is_there ? load_stream(vector_at(a.cache.key, at)) : Bytes16{};
         values[t] = is_there ? load_stream(vector_at(a.cache.value, at)) : Bytes16{};
       }
-      const int next = token + kStep;  // its block's number is under way before it is wanted
+      const int next = token + kStep;  // load its block number ahead of time
       block = next < item.end ? table[next / a.cache.block_size] : 0;
 
       float scores[kScores];
@@ -155,7 +163,7 @@ struct DecodeAttention {
     }
   }
 
-  // Raises `largest` to that of the new scores, and turns those into weights.
+  // Update `largest` with the new scores and turn them into weights.
   __device__ void rescale(State& state, float (&scores)[kScores]) const {
     float largest = state.largest;
     for (int i = 0; i < kHeld; ++i) largest = max_of(largest, scores[i]);
@@ -198,7 +206,7 @@ struct DecodeAttention {
     }
   }
 
-  // Makes the state that of all lanes of the wave; every group of lanes ends with the same.
+  // Merge the states of all lanes of the wave; every group of lanes ends with the result.
   __device__ void merge_wave(State& state) const {
 #pragma unroll
     for (int offset = kSameScore; offset < kSameHead; offset *= 2)
@@ -216,11 +224,11 @@ struct DecodeAttention {
     }
   }
 
-  // A part's numbers for one head: D weighed values, the largest score, the sum.
+  // Floats of one part for one head: D weighted values, the largest score, the sum.
   static constexpr int kPart = D + 2;
 
-  // Merges `count` parts of head `g`, which lie `stride` floats apart, in their order: 8 dimensions
-  // from `index` on of the weighed values.
+  // Merge `count` parts of one head, `stride` floats apart, in order: the largest score, the sum,
+  // and the 8 dimensions of the weighted values at `index`.
   __device__ static void merge_parts(const float* parts, int count, int64_t stride, int index,
                                      float& largest, float& sum, float (&values)[kVector]) {
     for (int i = 0; i < count; ++i) largest = max_of(largest, parts[i * stride + D]);
@@ -232,7 +240,7 @@ struct DecodeAttention {
     }
   }
 
-  // Merges the parts of every head and writes either one part or, where `is_last`, the output.
+  // Merge the parts of every head and write one part or, if `is_last`, the output.
   __device__ void merge(const float* parts, int count, int64_t stride, bool is_last,
                         float* out_part) const {
     for (int vector = thread_index(); vector < G * kLanes; vector += kDecodeThreads) {
@@ -285,7 +293,7 @@ struct DecodeAttention {
       }
     }
     block_barrier();
-    const int64_t stride = int64_t{a.group_size} * kPart;  // of one item's one KV head
+    const int64_t stride = int64_t{a.group_size} * kPart;  // of one item and KV head
     float* const out_part =
         item.count == 1 ? nullptr
                         : a.partials + (block_x() * int64_t{a.num_kv_heads} + kv_head) * stride;

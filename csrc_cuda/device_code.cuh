@@ -1,4 +1,4 @@
-// All device code, and each kernel of instances.h as an entry point under its own name.
+// All device code, and an entry point named portalm_<name> for each kernel of instances.h.
 #pragma once
 
 #include "decode_attention.cuh"

@@ -1,10 +1,10 @@
-// The few things in which NVIDIA's compiler, AMD's and the emulator differ. Device code includes
-// no CUDA, HIP or torch header.
+// The differences between nvcc, clang for AMD GPUs and the emulator. Device code includes no CUDA,
+// HIP or torch header.
 //
-//   kWave           lanes that run in step: 32, on CDNA 64
+//   kWave           lanes per wave (warp): 32, or 64 on CDNA
 //   indices         thread_index(), lane_index(), block_x(), block_y(), block_z()
-//   collectives     block_barrier(), shuffle(), shuffle_xor(), any_lane(): every lane takes part
-//   storage types   Half, BFloat16: bits in memory, float in registers
+//   collectives     block_barrier(), shuffle(), shuffle_xor(), any_lane(): all lanes must take part
+//   storage types   Half, BFloat16: 16 bits in memory, float in registers
 #pragma once
 
 #include <stdint.h>
@@ -14,7 +14,7 @@
 #if defined(PORTALM_EMULATED)
 #include "emulator.h"
 
-#elif defined(__HIP__)  // clang -x hip -nogpuinc: the compiler's builtins, no header of ROCm
+#elif defined(__HIP__)  // clang -x hip -nogpuinc: compiler builtins, no ROCm header
 #define __global__ __attribute__((global))
 #define __device__ __attribute__((device))
 #define __shared__ __attribute__((shared))
@@ -34,7 +34,7 @@ __device__ inline void block_barrier() {
   __builtin_amdgcn_s_barrier();
   __builtin_amdgcn_fence(__ATOMIC_ACQUIRE, "workgroup");
 }
-// Makes this thread's writes seen by the device, and others' writes by this thread.
+// Make this thread's writes visible to the device, and the device's writes to this thread.
 __device__ inline void device_fence() { __builtin_amdgcn_fence(__ATOMIC_SEQ_CST, "agent"); }
 
 __device__ inline uint32_t shuffle(uint32_t value, int source_lane) {
@@ -123,14 +123,15 @@ __device__ constexpr V max_of(V a, V b) {
   return a > b ? a : b;
 }
 
-// -- memory in pieces of 16 bytes -------------------------------------------------------------
+// -- 16-byte memory accesses ------------------------------------------------------------------
 
 struct alignas(16) Bytes16 {
   uint32_t word[4];
 };
 
-// Memory of the device, said to be that and not a block's: AMD's compiler cannot always see it.
-// `load_stream` reads what is read once and written by nobody meanwhile: past the caches' first level.
+// Loads and stores of global memory, declared as such, as clang cannot always infer it for AMD
+// GPUs. `load_stream` bypasses the L1 cache, for memory that is read once and not written
+// meanwhile.
 #if defined(__HIP__)
 using Words = uint32_t __attribute__((ext_vector_type(4)));
 using GlobalWords = __attribute__((address_space(1))) Words;
@@ -159,7 +160,7 @@ __device__ inline Bytes16 load_stream(const Bytes16* p) {
 #endif
 
 // -- numbers ----------------------------------------------------------------------------------
-// Eight of a type are 16 bytes, unpacked to floats and packed from them.
+// Eight elements are 16 bytes, unpacked to floats and packed from floats.
 
 struct BFloat16 {
   __device__ static void unpack(const Bytes16& v, float (&out)[kVector]) {
@@ -196,7 +197,7 @@ struct Half {
     asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
     return x;
 #elif defined(__CUDACC__)
-    return 0;  // nvcc's pass over the host's code, which has no such type
+    return 0;  // nvcc's host pass, which has no such type
 #else
     return static_cast<float>(bits_as<_Float16>(bits));
 #endif

@@ -1,8 +1,8 @@
-// Which kernels are built: the one list, for every device. It is included with these defined:
+// The list of kernels to build, for every device. A file that includes it defines some of
 //
 //   PORTALM_KERNEL(name, Args, threads, ...)   `...`: the device function
-//   PORTALM_WRITE(T)                           dtype of all that it reads and writes
-//   PORTALM_DECODE(T, D)                       and head size
+//   PORTALM_WRITE(T)                           kv_write; T: dtype of its tensors
+//   PORTALM_DECODE(T, D)                       decode_attention; D: head size
 #ifndef PORTALM_WRITE
 #define PORTALM_WRITE(T) PORTALM_KERNEL(kv_write_##T, KvWriteArgs, kWriteThreads, kv_write<T>)
 #endif
@@ -18,7 +18,7 @@ PORTALM_WRITE(BFloat16)
 PORTALM_WRITE(Half)
 PORTALM_DECODE(BFloat16, 128)
 PORTALM_DECODE(BFloat16, 64)
-#if !defined(PORTALM_FEW_KERNELS)  // tests that have no time to compile the rest
+#if !defined(PORTALM_FEW_KERNELS)  // tests that compile only these, to save time
 PORTALM_DECODE(Half, 64)
 PORTALM_DECODE(Half, 128)
 #endif

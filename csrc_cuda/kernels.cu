@@ -1,4 +1,4 @@
-// The kernels for NVIDIA's devices, and how they are launched there.
+// The kernels for NVIDIA GPUs, and their launch through the CUDA runtime.
 #include <stdexcept>
 #include <string>
 

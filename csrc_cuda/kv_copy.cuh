@@ -1,11 +1,16 @@
-// kv_copy: copy blocks source[i] to destination[i] in every layer, keys and values, at once.
+// kv_copy: copy block source[i] to destination[i] in every layer, keys and values, in one launch.
 //
-// Mapping:  one thread block per pair of blocks (x), piece (y: a layer's keys or its values) and
-//           stretch of kCopyVectors * kCopyThreads vectors of 16 bytes (z); neighbours in a wave
-//           touch neighbouring vectors, and each thread has all its reads under way before it writes.
+//   cache                 pieces (a layer's keys or its values) of contiguous blocks
+//   source, destination   int32 [pairs]
+//
+// Mapping:  one thread block per pair (x), piece (y) and range of kCopyVectors * kCopyThreads
+//           16-byte vectors (z). Adjacent lanes access adjacent vectors, and each thread issues all
+//           its reads before its first write.
 // Bound by: memory; moves 2 * pairs * pieces * block_bytes.
-// Needs:    cache, strides and block_bytes in multiples of 16 bytes; the two sets are disjoint.
+// Needs:    cache, strides and block_bytes in multiples of 16 bytes; no block is both a source and
+//           a destination.
 // Meaning:  Backend.kv_copy.
+// Tested:   tests/gpu/test_native.py, test_native_compiled.py
 #pragma once
 
 #include "gpu_compat.h"

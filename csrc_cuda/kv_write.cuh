@@ -1,23 +1,24 @@
-// kv_write: rotate this step's queries and keys by their positions, and put keys and values into
-// their slots of one layer's cache. Without rotation it is the scatter alone.
+// kv_write: rotate a step's queries and keys by their positions and scatter keys and values into
+// their slots of one layer's cache. With rotary_dim 0 it only scatters.
 //
-//   query [T, H, D], key and value [T, H_kv, D]   rows of a token contiguous, its stride given
-//   query_out [T, H, D]                           contiguous, not `query` itself
+//   query [T, H, D], key and value [T, H_kv, D]   the heads of a token contiguous; token stride
+//   given query_out [T, H, D]                           contiguous; must not overlap `query`
 //   slots, positions  int32 [T]                   pad tokens write to block 0, which is never read
 //
-// Mapping:  one thread per vector of 8 elements: token (x), then all vectors of its query heads, its
-//           keys and its values (y). A rotated half needs the other half, which another thread
-//           stores: both read it, so nothing is exchanged and query_out must be elsewhere.
-// Bound by: memory; moves 2 * T * (H + 2 H_kv) * D elements. At one token: by the launch.
+// Mapping:  one thread per vector of 8 elements: token (x), then all vectors of its query heads,
+//           keys and values (y). Rotating one half of a head needs the other half, which another
+//           thread writes: both threads read both halves, so query_out must not overlap query.
+// Bound by: memory: moves 2 * T * (H + 2 H_kv) * D elements. With one token: launch latency.
 // Needs:    D, rotary_dim / 2 (interleaved: rotary_dim) and all strides in multiples of 8 elements.
 // Meaning:  Backend.rope, then Backend.kv_write.
+// Tested:   tests/gpu/test_native.py, test_native_compiled.py
 #pragma once
 
 #include "gpu_compat.h"
 
 namespace portalm {
 
-// Vector `index` (in elements) of one head, rotated: Su et al., "RoFormer", 2021.
+// Load and rotate 8 elements of a head from element `index` on: Su et al., "RoFormer", 2021.
 template <typename T>
 __device__ inline void load_rotated(const KvWriteArgs& a, const void* head, int index,
                                     const float* turns, float (&x)[kVector]) {
@@ -41,7 +42,7 @@ __device__ inline void load_rotated(const KvWriteArgs& a, const void* head, int 
     x[i] = x[i] * turns[i] + other[i] * (is_first ? -turns[half + i] : turns[half + i]);
 }
 
-// T: dtype of all.
+// T: dtype of query, key, value and cache.
 template <typename T>
 __device__ void kv_write(const KvWriteArgs& a) {
   const int64_t token = block_x();

@@ -6,7 +6,7 @@
 namespace portalm {
 namespace {
 
-// What instances.h calls types, as codes.
+// The types that instances.h names, as DType numbers.
 constexpr int64_t Half = kHalf, BFloat16 = kBFloat16;
 
 template <typename T>

@@ -1,7 +1,8 @@
-// From numbers to a launch: which kernel, with which grid. The same for every device; `launch` is the
-// device's own. Addresses are integers, dtypes are codes (arguments.h), strides count elements; the
-// caller keeps memory alive and has checked shapes (backends/gpu_common/native.py). Only int64_t and
-// double cross, so that they can be bound as they are.
+// Launchers: choose the kernel and the grid of an operation. They are the same for every device;
+// `launch` is implemented per device. Addresses are integers, dtypes are DType numbers
+// (arguments.h), strides are in elements; the caller keeps memory alive and has checked shapes
+// (backends/gpu_common/native.py). All parameters are int64_t or double, so that Python can call
+// them without conversion.
 #pragma once
 
 #include "arguments.h"
@@ -24,17 +25,17 @@ struct Grid {
   int threads;
 };
 
-// Enqueues it on `stream`, with a copy of the arguments. Throws std::runtime_error where the device
-// refuses.
+// Enqueue the kernel on `stream` with a copy of the arguments. Throws std::runtime_error if the
+// device reports an error.
 void launch(Kernel kernel, const Grid& grid, const void* arguments, int64_t bytes, int64_t stream);
 
-// Each enqueues one operation on `stream`; nothing where there is nothing to do. They throw
-// std::invalid_argument for a shape that no kernel was built for.
+// Each enqueues one operation on `stream`, or nothing if the operation is empty. They throw
+// std::invalid_argument for a dtype or shape that no kernel was built for.
 extern "C" {
 void kv_copy(int64_t stream, int64_t cache, int64_t num_pieces, int64_t piece_stride_bytes,
              int64_t block_bytes, int64_t count, int64_t source, int64_t destination);
 
-// query, query_out, positions and cos_sin are 0, as num_heads and rotary_dim, without rotation.
+// Without rotation, pass 0 for query, query_out, positions, cos_sin, num_heads and rotary_dim.
 void kv_write(int64_t stream, int64_t dtype, int64_t key_cache, int64_t value_cache,
               int64_t block_stride, int64_t token_stride, int64_t head_stride, int64_t block_size,
               int64_t key, int64_t key_stride, int64_t value, int64_t value_stride, int64_t slots,

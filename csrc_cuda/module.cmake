@@ -1,6 +1,6 @@
-# portalm_backends._cuda, where nvcc is found. It holds code for every architecture that this nvcc
-# knows of those below, and PTX for newer ones; the CUDA runtime is linked in, the driver is found
-# when the module is used: it is built and imported without a GPU.
+# portalm_backends._cuda, if nvcc is found. It holds code for those of the architectures below that
+# this nvcc supports, and PTX for newer ones. The CUDA runtime is linked in and the driver is loaded
+# when the module is used, so that it can be built and imported without a GPU.
 
 find_package(CUDAToolkit QUIET)
 if(NOT CUDAToolkit_NVCC_EXECUTABLE)
@@ -12,7 +12,7 @@ execute_process(COMMAND "${CUDAToolkit_NVCC_EXECUTABLE}" --list-gpu-arch
                 OUTPUT_VARIABLE known OUTPUT_STRIP_TRAILING_WHITESPACE)
 string(REPLACE "\n" ";" known "${known}")
 set(codes)
-foreach(arch 80 90 100) # 80 serves 86 and 89 as well, 100 serves 103
+foreach(arch 80 90 100) # sm_80 code also runs on 86 and 89, sm_100 code on 103
   if("compute_${arch}" IN_LIST known)
     list(APPEND codes -gencode arch=compute_${arch},code=sm_${arch})
   endif()

@@ -1,16 +1,19 @@
-// sample: draw one token from each row of logits by temperature, min_p, top_k, top_p and Gumbel
-// noise, or take the best where the temperature is 0.
+// sample: sample one token per row of logits by temperature, min_p, top_k, top_p and Gumbel noise,
+// or choose the largest logit if the temperature is 0.
 //
-//   logits float32 [R, stride]     out int32 [R], -1 where the row holds a NaN or nothing but -inf
+//   logits   float32 [R, stride]
+//   out      int32 [R]; -1 for a row with a NaN, or with -inf only
 //
-// Mapping:  one thread block a row. No sort: a score's bits, made to count upwards, are searched for
-//           the threshold 11 bits at a time, by histograms in shared memory of how many tokens
-//           (top_k) or how much probability (top_p) lies in each bin. Probability is counted in
-//           integers of 2^-40, so that a sum does not depend on the order of its parts. Noise is made
-//           only for tokens that could still win: it never exceeds kMaxNoise.
+// Mapping:  one thread block per row. No sort: with scores mapped to integers of the same order,
+//           the threshold is searched 11 bits at a time, by histograms in shared memory of the
+//           number of tokens (top_k) or the probability (top_p) in each bin. Probability is counted
+//           in integer units of 2^-40, so that a sum does not depend on the order of its terms.
+//           Noise is computed only for tokens that could still win: it never exceeds kMaxNoise.
 // Bound by: latency of one multiprocessor's reads of the row (the caches hold it): 2 passes, 3 more
 //           for top_k and 3 more for top_p.
-// Meaning:  portalm_backends.portable.sampling; the same integers of Philox (Salmon et al., SC 2011).
+// Meaning:  portalm_backends.portable.sampling, with the same random integers.
+// Source:   Philox: Salmon et al., SC 2011.
+// Tested:   tests/gpu/test_native.py, test_native_compiled.py
 #pragma once
 
 #include "gpu_compat.h"
@@ -48,7 +51,7 @@ __device__ inline float gumbel(uint32_t bits) {
   return -log_of(-log_of(uniform));
 }
 
-// A score as an integer of the same order; -0 counts as 0.
+// Map a score to an integer of the same order; -0 equals 0.
 __device__ inline uint32_t ordered(float x) {
   const uint32_t bits = bits_as<uint32_t>(x + 0.0f);
   return bits >> 31 ? ~bits : bits | 0x80000000u;
@@ -57,7 +60,7 @@ __device__ inline float from_ordered(uint32_t key) {
   return bits_as<float>(key >> 31 ? key & 0x7FFFFFFFu : ~key);
 }
 
-// Larger for a larger score, then for a lower id; the largest of all for NaN.
+// A key that orders tokens by score, then by lower id; NaN comes first of all.
 __device__ inline uint64_t candidate(float score, uint32_t id) {
   return score != score ? ~uint64_t{0} : uint64_t{ordered(score)} << 32 | (0xFFFFFFFFu - id);
 }
@@ -65,7 +68,7 @@ __device__ inline uint64_t candidate(float score, uint32_t id) {
 struct SampleShared {
   uint64_t* bins;   // [kBins]
   uint64_t* waves;  // [kSampleThreads / kWave]
-  uint64_t* above;  // [2]: weight above the bin that was found, and what is wanted
+  uint64_t* above;  // [2]: weight above the bin that was found; target weight
   int32_t* found;   // [1]
 };
 
@@ -79,7 +82,7 @@ __device__ inline uint64_t block_max(uint64_t value, const SampleShared& shared)
   return value;
 }
 
-// The four tokens of one word of noise: ids 4 * group and on; -inf past the end.
+// A row of logits, read in groups of four tokens that share a Philox block; -inf past the end.
 struct Row {
   const float* logits;
   int vocab_size;
@@ -98,8 +101,9 @@ struct Row {
   __device__ int num_groups() const { return (vocab_size + 3) / 4; }
 };
 
-// The smallest score (as `ordered`) from `floor` on, such that those above it weigh less than is
-// wanted. `weigh` gives a score's weight; `wanted` turns the weight of all into what is wanted.
+// The smallest score (as `ordered`), at least `floor`, such that the scores above it weigh less
+// than a target. `weigh` returns the weight of a score; `wanted` turns the total weight into the
+// target.
 template <typename Weigh, typename Wanted>
 __device__ uint32_t smallest_kept(const Row& row, uint32_t floor, const SampleShared& shared,
                                   Weigh weigh, Wanted wanted) {
@@ -123,7 +127,7 @@ __device__ uint32_t smallest_kept(const Row& row, uint32_t floor, const SampleSh
     }
     block_barrier();
 
-    // bins from the highest down, two a thread: the sums of those before, over lanes, then waves
+    // bins from the highest down, two per thread: prefix sums over lanes, then over waves
     const int high = kBins - 1 - 2 * thread, low = high - 1;
     const uint64_t high_weight = shared.bins[high], low_weight = shared.bins[low];
     uint64_t before = high_weight + low_weight;
@@ -151,7 +155,7 @@ __device__ uint32_t smallest_kept(const Row& row, uint32_t floor, const SampleSh
     const int found = *shared.found;
     if (found == mine && mine != kBins) shared.above[0] = mine == low ? above_low : above_high;
     block_barrier();
-    if (found == kBins) return 0xFFFFFFFFu;  // no weight at all: the caller's largest stays
+    if (found == kBins) return 0xFFFFFFFFu;  // no weight at all: the caller uses its largest score
     above = shared.above[0];
     prefix |= static_cast<uint32_t>(found) << shift;
     mask |= (num_bins - 1) << shift;
@@ -176,7 +180,7 @@ __device__ inline uint32_t filter_threshold(const SampleArgs& a, const Row& row,
     floor = max_of(floor, smallest_kept(
                               row, floor, shared,
                               [=](float x) {
-                                const float p = exp_of(x - largest);  // NaN where both are inf
+                                const float p = exp_of(x - largest);  // NaN if both are inf
                                 return p > 0 ? static_cast<uint64_t>(p * 0x1p40f) : uint64_t{0};
                               },
                               [=](uint64_t total) {

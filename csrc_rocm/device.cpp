@@ -6,7 +6,7 @@
 
 #include "launchers.h"
 
-// The few functions of the HIP runtime that are used, as its documentation declares them.
+// The functions of the HIP runtime that are used, as its documentation declares them.
 namespace {
 
 using hipError_t = int;
@@ -22,7 +22,7 @@ struct Runtime {
   const char* (*error_string)(hipError_t);
 };
 
-// The runtime that torch has loaded, or else one that the system finds.
+// The runtime that torch has loaded, or else the system's.
 void* open_runtime() {
   for (const int flags : {RTLD_NOW | RTLD_NOLOAD, RTLD_NOW})
     for (const char* name : {"libamdhip64.so", "libamdhip64.so.7", "libamdhip64.so.6"})

@@ -1,12 +1,12 @@
-// Launching on AMD's devices, through a HIP runtime that is found when it is first needed.
+// Launching on AMD GPUs, through a HIP runtime that is loaded on first use.
 #pragma once
 
 #include <string>
 
 namespace portalm {
 
-// Loads the kernels of this file for the current device. Throws std::runtime_error, saying what is
-// missing, where there is no runtime or it does not take the file.
+// Load the kernels of a code object for the current device. Throws std::runtime_error if there is
+// no HIP runtime or it rejects the file.
 void load_code_object(const std::string& path);
 
 }  // namespace portalm

@@ -1,2 +1,2 @@
-// The kernels for AMD's devices: csrc_cuda's device code, compiled to one code object for each.
+// The kernels for AMD GPUs: csrc_cuda's device code, compiled to one code object per architecture.
 #include "device_code.cuh"

@@ -1,6 +1,6 @@
-# portalm_backends._rocm and a code object for each architecture, where a clang that compiles for AMD's
-# devices is found (ROCm's own, or clang and lld 19 or newer). The HIP runtime is looked for when the
-# module is used: it is built and imported without ROCm.
+# portalm_backends._rocm and a code object per architecture, if a clang that compiles for AMD GPUs is
+# found (ROCm's own, or clang and lld 19 or newer). The HIP runtime is loaded when the module is used,
+# so that it can be built and imported without ROCm.
 
 find_program(PORTALM_AMD_CLANG NAMES clang++ clang-21 clang-20 clang-19
              HINTS /opt/rocm/llvm/bin NO_CACHE)
@@ -20,7 +20,7 @@ if(PORTALM_AMD_CLANG)
   endforeach()
 endif()
 if(NOT archs)
-  message(STATUS "_rocm is not built: no clang that compiles for AMD's devices was found")
+  message(STATUS "_rocm is not built: no clang that compiles for AMD GPUs was found")
   return()
 endif()
 

@@ -1,6 +1,6 @@
-"""Compiles the native kernels for GPUs that are not here, and says what they would take of one.
+"""Compiles the native kernels for GPUs without running them, and reports the resources they use.
 
-Nothing is run. `python -m tests.gpu.native_targets` writes native_budgets.json anew.
+`python -m tests.gpu.native_targets` rewrites native_budgets.json.
 """
 
 from __future__ import annotations
@@ -27,35 +27,35 @@ CUDA_TARGETS = ("sm_80", "sm_90", "sm_100")
 ROCM_TARGETS = ("gfx90a", "gfx942", "gfx1100", "gfx1201")
 
 _SHARED = {"sm_80": 164 << 10, "sm_90": 228 << 10, "sm_100": 228 << 10}
-"""Bytes of shared memory of a multiprocessor; 1 KiB of it goes to each block."""
+"""Bytes of shared memory per multiprocessor; each block uses 1 KiB more than it asks for."""
 
 
 @dataclass(frozen=True, slots=True)
 class Resources:
-    """What a kernel takes of one target."""
+    """The resources that a kernel uses on one target."""
 
     registers: int
-    """Of a thread, 32 bits each; on AMD vector registers."""
+    """32-bit registers per thread; vector registers on AMD."""
     shared: int
-    """Bytes of shared memory (LDS) of a block."""
+    """Bytes of shared memory (LDS) per block."""
     spills: int
-    """Bytes of memory that a thread has for lack of registers."""
+    """Bytes of memory per thread that replace missing registers."""
     waves: int
-    """That a multiprocessor of NVIDIA, or a SIMD of AMD, holds at once, by these limits alone."""
+    """Waves that fit an NVIDIA multiprocessor or an AMD SIMD at once, by these limits alone."""
 
 
 @dataclass(frozen=True, slots=True)
 class Compiled:
-    """All kernels, for one target."""
+    """All kernels, compiled for one target."""
 
     resources: dict[str, Resources]
-    """By kernel."""
+    """By name of kernel."""
     assembly: dict[str, str]
-    """Its instructions, by kernel."""
+    """Instructions, by name of kernel."""
 
 
 def compile_for(target: str) -> Compiled:
-    """The kernels of csrc_cuda or csrc_rocm for one target."""
+    """Compile the kernels of csrc_cuda or csrc_rocm for one target."""
     with tempfile.TemporaryDirectory() as folder:
         if target.startswith("sm_"):
             return _compile_cuda(target, Path(folder) / "kernels.cubin")
@@ -76,7 +76,7 @@ def _compile_cuda(target: str, cubin: Path) -> Compiled:
         resources[name] = Resources(
             registers, shared, spills, _cuda_waves(target, name, registers, shared)
         )
-    sass = _output([knobs.nvidia.cuobjdump.path, "-sass", cubin])  # it comes with Triton
+    sass = _output([knobs.nvidia.cuobjdump.path, "-sass", cubin])  # cuobjdump is part of Triton
     assembly = {
         part.split("\n")[0].strip().removeprefix("portalm_"): part
         for part in sass.split("Function : ")[1:]
@@ -85,7 +85,7 @@ def _compile_cuda(target: str, cubin: Path) -> Compiled:
 
 
 def _cuda_waves(target: str, kernel: str, registers: int, shared: int) -> int:
-    """Waves of a multiprocessor: of 64 Ki registers, given to waves in 256s, of 2,048 threads."""
+    """Waves per multiprocessor: 64 Ki registers, allocated per wave by 256, and 2,048 threads."""
     threads = threads_of(kernel)
     waves = threads // 32
     of_wave = -(-registers * 32 // 256) * 256
@@ -94,7 +94,7 @@ def _cuda_waves(target: str, kernel: str, registers: int, shared: int) -> int:
 
 
 def threads_of(kernel: str) -> int:
-    """Threads of a block (csrc_cuda/arguments.h)."""
+    """Threads per block of a kernel, read from csrc_cuda/arguments.h."""
     header = (ROOT / "csrc_cuda/arguments.h").read_text()
     name = {"kv_copy": "kCopyThreads", "sample": "kSampleThreads"}.get(
         kernel, "kWriteThreads" if kernel.startswith("kv_write") else "kDecodeThreads"
@@ -137,7 +137,7 @@ def _number(pattern: str, text: str) -> int:
 
 
 def main() -> None:
-    """Writes what every kernel takes of every target."""
+    """Write the resources of every kernel on every target."""
     targets = (*CUDA_TARGETS, *ROCM_TARGETS)
     with ThreadPoolExecutor(2) as pool:
         compiled = list(pool.map(compile_for, targets))

@@ -1,4 +1,4 @@
-"""The native kernels' device code, on the emulator, against float64 loops: no GPU is used."""
+"""The device code of the native kernels, on the emulator, against float64 loops: no GPU needed."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from portalm_backends.portable import sampling
 from tests.gpu.emulator import COMPILER, WAVES, Emulator, KernelFault
 from tests.gpu.fake_device import FakeGpu
 
-pytestmark = pytest.mark.skipif(not COMPILER, reason="the emulator is compiled by g++")
+pytestmark = pytest.mark.skipif(not COMPILER, reason="the emulator needs g++")
 
 all_cases = pytest.mark.gpu_compiled
-"""For those that add seconds: the job that compiles all kernels emulates all cases too."""
+"""For cases that add seconds: only the job that compiles all kernels runs them."""
 
 NAN = float("nan")
 BLOCK_SIZE = 16
@@ -50,7 +50,7 @@ def int32(values: Any) -> torch.Tensor:
 # -- the modules ----------------------------------------------------------------------------------
 
 
-def test_what_was_not_built_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_module_is_reported_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "portalm_backends._cuda", None)
     monkeypatch.setitem(sys.modules, "portalm_backends._rocm", None)
 
@@ -58,7 +58,7 @@ def test_what_was_not_built_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "a clang with amdgcn" in str(native.missing("rocm", "gfx942"))
 
 
-def test_an_architecture_without_a_code_object_is_said(
+def test_architecture_without_a_code_object_is_reported(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     module = types.ModuleType("_rocm")
@@ -72,10 +72,10 @@ def test_an_architecture_without_a_code_object_is_said(
 
 
 @pytest.mark.parametrize("vendor", ["cuda", "rocm"])
-def test_a_module_needs_its_device_only_when_it_launches(vendor: str) -> None:
-    module = pytest.importorskip(f"portalm_backends._{vendor}", reason="it was not built here")
+def test_module_needs_its_device_only_for_a_launch(vendor: str) -> None:
+    module = pytest.importorskip(f"portalm_backends._{vendor}", reason="the module was not built")
     if torch.cuda.is_available():
-        pytest.skip("there is a device")
+        pytest.skip("this machine has a device")
 
     with pytest.raises(RuntimeError, match=r"portalm_kv_copy: .*driver|no code object is loaded"):
         module.kv_copy(0, 16, 1, 16, 16, 1, 16, 16)
@@ -87,23 +87,23 @@ def test_a_module_needs_its_device_only_when_it_launches(vendor: str) -> None:
 # -- the emulator itself --------------------------------------------------------------------------
 
 
-def test_a_barrier_that_only_some_reach_is_an_error(emulator: Emulator) -> None:
+def test_divergent_barrier_is_an_error(emulator: Emulator) -> None:
     with pytest.raises(KernelFault, match="divergent barrier in block 0, 0, 0"):
         emulator.launch("divergent_barrier")
 
 
-def test_a_shuffle_without_all_lanes_is_an_error(emulator: Emulator) -> None:
+def test_shuffle_without_all_lanes_is_an_error(emulator: Emulator) -> None:
     with pytest.raises(KernelFault, match="threads in a collective at line"):
         emulator.launch("half_a_shuffle")
 
 
-def test_shared_memory_ends_where_it_ends(emulator: Emulator) -> None:
+def test_access_past_shared_memory_is_an_error(emulator: Emulator) -> None:
     with pytest.raises(KernelFault, match="heap-buffer-overflow"):
         emulator.launch("past_shared_memory")
 
 
-def test_a_missing_barrier_shows_in_the_order_of_threads(emulator: Emulator) -> None:
-    with pytest.raises(KernelFault, match="order of threads"):
+def test_missing_barrier_is_detected_by_the_order_of_threads(emulator: Emulator) -> None:
+    with pytest.raises(KernelFault, match="depends on the order of threads"):
         emulator.launch("missing_barrier", torch.zeros(64, dtype=torch.int32), 64)
 
 
@@ -113,13 +113,15 @@ def test_a_missing_barrier_shows_in_the_order_of_threads(emulator: Emulator) -> 
 def poisoned_cache(
     num_blocks: int, kv_heads: int, head_size: int, dtype: torch.dtype = torch.bfloat16
 ) -> torch.Tensor:
-    """One layer, [NB, H_kv, 2, B, D], of NaN."""
+    """One layer of a cache, [NB, H_kv, 2, B, D], filled with NaN."""
     cache = torch.full((num_blocks, kv_heads, 2, BLOCK_SIZE, head_size), NAN)
     return cache.to(dtype)
 
 
-def test_copied_blocks_are_those_of_every_layer_and_no_others(emulator: Emulator) -> None:
-    cache = torch.randn(3, 7, 1, 2, BLOCK_SIZE, 264).bfloat16()  # 16.5 KiB: more than one stretch
+def test_copy_copies_the_given_blocks_of_every_layer_and_no_others(emulator: Emulator) -> None:
+    cache = torch.randn(
+        3, 7, 1, 2, BLOCK_SIZE, 264
+    ).bfloat16()  # 16.5 KiB per block: more than one thread block copies
     expected = cache.clone()
     expected[:, [5, 3]] = expected[:, [0, 6]]
 
@@ -129,7 +131,7 @@ def test_copied_blocks_are_those_of_every_layer_and_no_others(emulator: Emulator
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_keys_and_values_go_to_their_slots(emulator: Emulator, dtype: torch.dtype) -> None:
+def test_keys_and_values_are_written_to_their_slots(emulator: Emulator, dtype: torch.dtype) -> None:
     key, value = torch.randn(2, 5, 2, 80).to(dtype) * 100
     slots = [17, 16, 40, 47, 3]
     cache = poisoned_cache(3, 2, 80, dtype)
@@ -147,7 +149,7 @@ def test_keys_and_values_go_to_their_slots(emulator: Emulator, dtype: torch.dtyp
     ("rotary_dim", "is_interleaved"),
     [(64, False), (32, True), pytest.param(32, False, marks=all_cases)],
 )
-def test_rotation_is_that_of_the_pairs_positions(
+def test_queries_and_keys_are_rotated_by_their_positions(
     emulator: Emulator, rotary_dim: int, is_interleaved: bool
 ) -> None:
     num_tokens, heads, kv_heads, head_size = 3, 4, 2, 64
@@ -174,7 +176,7 @@ def test_rotation_is_that_of_the_pairs_positions(
 
 
 def rotate(x: np.ndarray, angles: np.ndarray, is_interleaved: bool) -> np.ndarray:
-    """x [T, H, D] with pair i turned by angles[:, i]."""
+    """Rotate pair i of x [T, H, D] by angles[:, i]."""
     out = x.copy()
     half = angles.shape[1]
     for i in range(half):
@@ -191,7 +193,7 @@ def rotate(x: np.ndarray, angles: np.ndarray, is_interleaved: bool) -> np.ndarra
 def attend(
     query: np.ndarray, key: np.ndarray, value: np.ndarray, spec: AttentionSpec, sinks: Any = None
 ) -> np.ndarray:
-    """One request's last token in float64: query [H, D], keys and values [N, H_kv, D]."""
+    """Attention of a request's last token in float64: query [H, D], key and value [N, H_kv, D]."""
     out = np.zeros_like(query)
     last = len(key) - 1
     for h in range(spec.num_heads):
@@ -234,7 +236,7 @@ def check_decode(
     dtype: torch.dtype = torch.bfloat16,
     sinks: torch.Tensor | None = None,
 ) -> None:
-    """Decode requests of these lengths, 0 for padding, in a cache whose free slots are NaN."""
+    """Decode requests of `seq_lens` tokens (0: padding) with a cache whose unused slots are NaN."""
     torch.manual_seed(0)
     max_blocks = -(-max(seq_lens) // BLOCK_SIZE)
     num_blocks = 1 + len(seq_lens) * max_blocks
@@ -275,13 +277,13 @@ def check_decode(
 
 
 def some_of(cases: dict[str, Any], *names: str) -> list[Any]:
-    """All cases; those of other names are left to the job that has the time."""
+    """All cases, of which only those in `names` run outside the gpu_compiled job."""
     return [name if name in names else pytest.param(name, marks=all_cases) for name in cases]
 
 
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "a group that is not whole": {"group": 3},
+    "group of three": {"group": 3},
     "window": {"sliding_window": 37},
     "window of one": {"sliding_window": 1},
     "cap": {"soft_cap": 2.0, "scale": 0.3},
@@ -291,18 +293,18 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("kind", some_of(KINDS, "window", "alibi"))
-def test_decode_attention_is_that_of_the_loops(emulator: Emulator, kind: str) -> None:
+def test_decode_attention_equals_plain_loops(emulator: Emulator, kind: str) -> None:
     check_decode(emulator, spec_of(**KINDS[kind]), [70, 0, 1, 16, 161])
 
 
-def test_sinks_count_once_however_a_context_is_split(emulator: Emulator) -> None:
+def test_sinks_count_once_however_the_context_is_split(emulator: Emulator) -> None:
     sinks = torch.linspace(-2, 6, 8)
 
     check_decode(emulator, spec_of(has_sinks=True), [161, 5], sinks=sinks)
     check_decode(emulator, spec_of(has_sinks=True), [161, 5], sinks=sinks, max_items=2)
 
 
-def test_decode_attention_of_one_head_a_group(emulator: Emulator) -> None:
+def test_decode_attention_with_one_query_head_per_kv_head(emulator: Emulator) -> None:
     check_decode(emulator, spec_of(group=1, head_size=64), [9, 130])
 
 
@@ -310,7 +312,7 @@ def test_decode_attention_of_one_head_a_group(emulator: Emulator) -> None:
 @pytest.mark.parametrize("group", [1, 2, 4])
 @pytest.mark.parametrize("head_size", [64, 128])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_every_decode_kernel_is_that_of_the_loops(
+def test_every_decode_kernel_equals_plain_loops(
     emulator: Emulator, dtype: torch.dtype, head_size: int, group: int
 ) -> None:
     spec = spec_of(group=group, head_size=head_size, soft_cap=30.0, sliding_window=100)
@@ -319,7 +321,7 @@ def test_every_decode_kernel_is_that_of_the_loops(
 
 
 @pytest.mark.parametrize("window", [None, 100])
-def test_a_plan_covers_what_is_seen_once_and_fits(window: int | None) -> None:
+def test_plan_covers_every_visible_token_once_within_max_items(window: int | None) -> None:
     random = np.random.default_rng(0)
     for _ in range(200):
         seq_lens = random.integers(0, 5000, random.integers(1, 40))
@@ -341,7 +343,7 @@ def test_a_plan_covers_what_is_seen_once_and_fits(window: int | None) -> None:
                 assert (items[own, 4] == len(own)).all()
 
 
-# -- behind the seam ------------------------------------------------------------------------------
+# -- the backend ----------------------------------------------------------------------------------
 
 
 class Emulated(NativeKernels):
@@ -359,7 +361,7 @@ class Emulated(NativeKernels):
 
 
 def with_native(emulator: Emulator) -> tuple[CudaBackend, Emulated]:
-    """The backend as it is where the wheel has native kernels."""
+    """A CUDA backend with native kernels, which are emulated."""
     backend = CudaBackend(FakeGpu())
     backend._native = kernels = Emulated(emulator)
     return backend, kernels
@@ -377,7 +379,7 @@ def kit_item(check: str, case: str) -> Item:
         pytest.param("one token, gqa, bfloat16", marks=all_cases),
     ],
 )
-def test_decodes_take_the_native_road_and_mean_the_same(emulator: Emulator, case: str) -> None:
+def test_decodes_use_native_kernels_and_pass_conformance(emulator: Emulator, case: str) -> None:
     backend, kernels = with_native(emulator)
 
     result = kit_item("attend", case).run(Subject(backend))
@@ -388,7 +390,9 @@ def test_decodes_take_the_native_road_and_mean_the_same(emulator: Emulator, case
 
 
 @pytest.mark.parametrize("case", ["bfloat16, 64 of 64, halves", "bfloat16, 32 of 64, interleaved"])
-def test_rotated_keys_take_the_native_road(emulator: Emulator, case: str) -> None:
+def test_rotated_keys_use_the_native_kernel_and_pass_conformance(
+    emulator: Emulator, case: str
+) -> None:
     backend, kernels = with_native(emulator)
 
     result = kit_item("rope_kv_write", case).run(Subject(backend))
@@ -397,17 +401,17 @@ def test_rotated_keys_take_the_native_road(emulator: Emulator, case: str) -> Non
     assert kernels.calls == {"rope_kv_write": 1}
 
 
-def test_what_native_kernels_do_not_take_is_left_to_triton() -> None:
+def test_unsupported_shapes_are_left_to_triton() -> None:
     kv = torch.empty(1, 2, 1, 2, 16, 64, dtype=torch.bfloat16)
     key = torch.empty(3, 1, 64, dtype=torch.bfloat16)
 
     assert NativeKernels.writes(kv, key, 32)
-    assert not NativeKernels.writes(kv, key, 20)  # rotated dimensions by 8
+    assert not NativeKernels.writes(kv, key, 20)  # num_rotated must be a multiple of 8
     assert not NativeKernels.writes(kv.float(), key.float())
     assert not NativeKernels.writes(kv.to(torch.float8_e4m3fn), key)
     assert NativeKernels.decodes(kv, key)
     assert not NativeKernels.decodes(kv.half(), key)
-    assert not NativeKernels.decodes(kv[:, :, :, :, :8], key)  # blocks of 8
+    assert not NativeKernels.decodes(kv[:, :, :, :, :8], key)  # block size 8
     assert native.has_decodes(spec_of(group=4, head_size=64))
     assert not native.has_decodes(spec_of(group=8, head_size=64))
     assert not native.has_decodes(spec_of(group=4, head_size=96))
@@ -433,7 +437,7 @@ def params(num_rows: int, **kind: Any) -> SampleParams:
     )
 
 
-DRAWS: dict[str, dict[str, Any]] = {
+SAMPLING: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0},
     "temperature": {"temperature": 1.7},
     "top_k": {"top_k": 5},
@@ -452,29 +456,33 @@ DRAWS: dict[str, dict[str, Any]] = {
     "vocab_size",
     [130, pytest.param(5003, marks=all_cases), pytest.param(3, marks=all_cases)],
 )
-@pytest.mark.parametrize("kind", some_of(DRAWS, "all, row by row"))
-def test_drawn_ids_are_the_portable_ones(emulator: Emulator, kind: str, vocab_size: int) -> None:
+@pytest.mark.parametrize("kind", some_of(SAMPLING, "all, row by row"))
+def test_sampled_ids_equal_the_portable_ones(
+    emulator: Emulator, kind: str, vocab_size: int
+) -> None:
     torch.manual_seed(vocab_size)
     logits = torch.randn(6, vocab_size) * 3
     logits[:, 2] = -math.inf
 
-    actual = emulator.native("sample", logits, params(6, **DRAWS[kind]))
+    actual = emulator.native("sample", logits, params(6, **SAMPLING[kind]))
 
-    assert actual.token_ids.equal(sampling.sample(logits, params(6, **DRAWS[kind])).token_ids)
+    assert actual.token_ids.equal(sampling.sample(logits, params(6, **SAMPLING[kind])).token_ids)
 
 
 @all_cases
-def test_ties_go_to_the_lowest_id_and_thresholds_keep_theirs(emulator: Emulator) -> None:
+def test_greedy_ties_choose_the_lowest_id_and_top_k_keeps_all_ties(emulator: Emulator) -> None:
     logits = torch.tensor([[0.0, 2.0, -0.0, 2.0, 2.0, -1.0]]).expand(8, 6).contiguous()
 
     greedy = emulator.native("sample", logits, params(8, temperature=0.0)).token_ids
-    drawn = emulator.native("sample", logits, params(8, top_k=1)).token_ids
+    sampled = emulator.native("sample", logits, params(8, top_k=1)).token_ids
 
     assert set(greedy.tolist()) == {1}
-    assert set(drawn.tolist()) == {1, 3, 4}
+    assert set(sampled.tolist()) == {1, 3, 4}
 
 
-def test_a_row_that_is_broken_is_the_only_one(emulator: Emulator) -> None:
+def test_rows_with_nan_or_only_minus_infinity_give_minus_one(
+    emulator: Emulator,
+) -> None:
     logits = torch.zeros(4, 100)
     logits[1, 99] = NAN
     logits[2] = -math.inf

@@ -1,4 +1,4 @@
-"""The native kernels compiled for each target: what they take, and how they touch memory."""
+"""The native kernels compiled for each target: their resources and their memory accesses."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ compiled = functools.cache(native_targets.compile_for)
 
 
 @pytest.mark.parametrize("what", ["registers", "shared", "waves"])
-def test_resources_are_those_of_the_table(target: str, what: str) -> None:
-    # after a change that is meant: python -m tests.gpu.native_targets
+def test_resources_are_within_the_committed_budget(target: str, what: str) -> None:
+    # after an intended change: python -m tests.gpu.native_targets
     budget = json.loads(native_targets.BUDGETS.read_text())[target]
 
     actual = {name: dataclasses.asdict(r)[what] for name, r in compiled(target).resources.items()}
@@ -40,7 +40,7 @@ def test_resources_are_those_of_the_table(target: str, what: str) -> None:
             assert used <= budget[name][what], name
 
 
-def test_nothing_is_spilled(target: str) -> None:
+def test_no_kernel_spills_registers(target: str) -> None:
     spilling = {name for name, r in compiled(target).resources.items() if r.spills}
 
     assert spilling == set()
@@ -52,7 +52,7 @@ def test_memory_is_read_and_written_16_bytes_at_a_time(target: str) -> None:
         if target.startswith("sm_")
         else (r"global_load_(b128|dwordx4)", r"global_store_(b128|dwordx4)")
     )
-    # what is under way at once: a decode's 4 tokens' keys and values, a copy's 4 vectors
+    # accesses in flight at once: keys and values of 4 tokens in decode, 4 vectors in a copy
     for name, code in compiled(target).assembly.items():
         least = 8 if name.startswith("decode") else {"kv_copy": 4}.get(name, 1)
         assert len(re.findall(wide_load, code)) >= least, name

@@ -1,8 +1,8 @@
-"""The native kernels' device code on this machine's CPU, under AddressSanitizer and UBSan.
+"""The device code of the native kernels on this machine's CPU, under AddressSanitizer and UBSan.
 
-`Emulator(wave)` builds csrc_cuda for waves of 32 or 64 lanes and stands for the native module:
-`native(kernels, method, ...)` calls `NativeKernels` with tensors in this process, while a process
-of its own, with the sanitizers, has a copy of their memory.
+`Emulator(wave)` builds csrc_cuda for waves of 32 or 64 lanes and replaces the native module:
+`native(method, ...)` calls a method of `NativeKernels` with tensors of this process. Launches run
+in a worker process, which has the sanitizers loaded and works on a copy of the tensors' memory.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ WAVES = (32, 64)
 
 
 class KernelFault(Exception):
-    """A kernel touched memory that is not its own, diverged at a barrier, or raced."""
+    """A kernel accessed memory out of bounds, diverged at a barrier, or raced."""
 
 
 @functools.cache
 def build(*, is_whole: bool) -> dict[int, Path]:
-    """Libraries by the number of lanes in a wave; built again when a source has changed.
+    """Build the libraries, by number of lanes in a wave, unless these sources were built before.
 
-    Whole, they have every kernel of csrc_cuda/instances.h, which takes long to compile.
+    With `is_whole` they contain every kernel of csrc_cuda/instances.h, which takes long to compile.
     """
     sources = [HERE / "fibers.cpp", ROOT / "csrc_cuda/launchers.cpp", HERE / "kernels.cpp"]
     headers = sorted((*HERE.glob("*.h"), *(ROOT / "csrc_cuda").glob("*.*h")))
@@ -68,7 +68,7 @@ def build(*, is_whole: bool) -> dict[int, Path]:
             for source, target, more in jobs
         ]
         if any(compilation.wait() for compilation in compilations):
-            raise RuntimeError("the emulator does not compile")
+            raise RuntimeError("the emulator does not compile; the compiler's output is above")
         for wave, library in libraries.items():
             objects = ["fibers.o", "launchers.o", f"kernels{wave}.o"]
             subprocess.run(
@@ -76,20 +76,20 @@ def build(*, is_whole: bool) -> dict[int, Path]:
                 cwd=unfinished, check=True,
             )  # fmt: skip
         Path(unfinished).rename(folder)
-        Path(unfinished).mkdir()  # for its own end
+        Path(unfinished).mkdir()  # TemporaryDirectory removes it
     return libraries
 
 
 class Emulator:
-    """Stands for portalm_backends._cuda and ._rocm."""
+    """Replaces portalm_backends._cuda and ._rocm in tests."""
 
     def __init__(self, wave: int, *, is_whole: bool = False) -> None:
         self._library = build(is_whole=is_whole)[wave]
-        self._tensors: list[torch.Tensor] = []  # whose memory a launch may touch
+        self._tensors: list[torch.Tensor] = []  # tensors whose memory a launch may access
         self._worker: subprocess.Popen[bytes] | None = None
 
     def native(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        """`NativeKernels.method(...)`, whose launches run on the emulator."""
+        """Call `NativeKernels.method(...)` with its launches on the emulator."""
         self._tensors = list(_tensors_of((args, kwargs)))
         with unittest.mock.patch.object(torch, "empty", self._empty):
             try:
@@ -98,7 +98,7 @@ class Emulator:
                 self._tensors = []
 
     def _empty(self, size: Any, **kwargs: Any) -> torch.Tensor:
-        """What NativeKernels makes for results, known to the emulator too."""
+        """Replace `torch.empty`: results are filled with NaN or -7 and passed to the worker."""
         made = torch.full(
             (size,) if isinstance(size, int) else size,
             torch.nan if kwargs["dtype"].is_floating_point else -7,
@@ -111,7 +111,7 @@ class Emulator:
         return functools.partial(self.launch, kernel)
 
     def launch(self, kernel: str, *given: int | float | torch.Tensor) -> None:
-        """Run a launcher of csrc_cuda/launchers.h, with threads in either order."""
+        """Run a launcher of csrc_cuda/launchers.h twice, with threads in both orders."""
         self._tensors += [x for x in given if isinstance(x, torch.Tensor)]
         arguments = [x.data_ptr() if isinstance(x, torch.Tensor) else x for x in given]
         storages = {x.untyped_storage().data_ptr(): x.untyped_storage() for x in self._tensors}
@@ -127,7 +127,7 @@ class Emulator:
         placed = [place(argument) for argument in arguments]
         forward, backward = (self._call(kernel, placed, memory, order) for order in (False, True))
         if forward != backward:
-            raise KernelFault(f"{kernel}: the order of threads shows in the result")
+            raise KernelFault(f"{kernel}: the result depends on the order of threads")
         for start, after in zip(starts, forward, strict=True):
             ctypes.memmove(start, after, len(after))
 
@@ -140,7 +140,7 @@ class Emulator:
         self._worker.stdin.flush()
         try:
             error, memory = pickle.load(self._worker.stdout)
-        except EOFError:  # a sanitizer has ended it
+        except EOFError:  # a sanitizer ended the worker
             report = self._worker.communicate()[1].decode()
             self._worker = None
             raise KernelFault(f"{request[0]}: {report}") from None
@@ -165,7 +165,7 @@ class Emulator:
         )  # fmt: skip
 
     def close(self) -> None:
-        """End the process."""
+        """Stop the worker process."""
         if self._worker is not None:
             self._worker.communicate()
             self._worker = None

@@ -1,4 +1,4 @@
-// Device code on a CPU: what gpu_compat.h needs, over the fibers of fibers.h.
+// Device code on a CPU: the functions that gpu_compat.h needs, over the fibers of fibers.h.
 #pragma once
 
 #include <math.h>
@@ -21,17 +21,17 @@ inline int block_x() { return emulator::block.x; }
 inline int block_y() { return emulator::block.y; }
 inline int block_z() { return emulator::block.z; }
 
-// The line is that of the caller, by which a divergent barrier is known.
+// `line` is the caller's line, which identifies the barrier.
 inline void block_barrier(int line = __builtin_LINE()) { emulator::wait(false, line); }
 inline void device_fence() {}
 
 inline uint32_t shuffle(uint32_t value, int source_lane, int line = __builtin_LINE()) {
-  return emulator::exchange(value, line)[source_lane].taken;
+  return emulator::exchange(value, line)[source_lane].received;
 }
 inline bool any_lane(bool is, int line = __builtin_LINE()) {
   const emulator::Fiber* lanes = emulator::exchange(is, line);
   for (int lane = 0; lane < kWave; ++lane)
-    if (lanes[lane].taken) return true;
+    if (lanes[lane].received) return true;
   return false;
 }
 

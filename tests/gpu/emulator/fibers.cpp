@@ -19,8 +19,7 @@ Block block;
 namespace {
 
 constexpr size_t kStackBytes = 64 << 10;
-constexpr size_t kStackStride =
-    kStackBytes + 832;  // at powers of 2 they would share a cache's sets
+constexpr size_t kStackStride = kStackBytes + 832;  // at powers of 2, stacks would share cache sets
 std::vector<char> stacks;
 void* scheduler[5];
 const void* scheduler_stack;
@@ -30,7 +29,7 @@ std::string message;
 
 Fiber& current() { return block.fibers[block.running]; }
 
-// uninstrumented: the sanitizer would take a jump for the end of all frames, and ask the system
+// not instrumented: the sanitizer would treat the jump as the end of all frames, with a system call
 [[gnu::noinline, gnu::no_sanitize_address]] void jump(void** to) { __builtin_longjmp(to, 1); }
 
 [[gnu::no_sanitize_address]] void back_to_scheduler() {
@@ -60,7 +59,7 @@ void run_fiber() {
   __sanitizer_finish_switch_fiber(own_stack, nullptr, nullptr);
 }
 
-// Lets go of threads [first, last) if all that live wait for this at one place; false otherwise.
+// Release threads [first, last) if all live ones wait at the same line for their wave (or block).
 bool release(int first, int last, bool is_wave) {
   int line = 0;
   for (int i = first; i < last; ++i) {
@@ -73,7 +72,7 @@ bool release(int first, int last, bool is_wave) {
   if (!line) return false;
   for (int i = first; i < last; ++i) {
     Fiber& fiber = block.fibers[i];
-    if (is_wave && !fiber.is_done) fiber.taken = fiber.given;
+    if (is_wave && !fiber.is_done) fiber.received = fiber.sent;
     fiber.waits_at = 0;
   }
   return true;
@@ -92,7 +91,7 @@ void describe_wait() {
     message += std::to_string(count) + " threads in a " +
                (wait.second ? "collective" : "block barrier") + " at line " +
                std::to_string(wait.first) + ", ";
-  message += std::to_string(num_done) + " have ended";
+  message += std::to_string(num_done) + " have finished";
 }
 
 bool run_block(bool is_reversed) {
@@ -100,7 +99,8 @@ bool run_block(bool is_reversed) {
   for (Fiber& fiber : block.fibers) {
     fiber.waits_at = 0;
     fiber.is_done = fiber.is_begun = false;
-    __asan_unpoison_memory_region(fiber.stack, kStackBytes);  // frames that never returned
+    __asan_unpoison_memory_region(fiber.stack,
+                                  kStackBytes);  // for frames that never returned
     getcontext(&fiber.beginning);
     fiber.beginning.uc_stack = {fiber.stack, 0, kStackBytes};
     fiber.beginning.uc_link = nullptr;
@@ -143,7 +143,7 @@ void wait(bool is_in_wave, int line) {
 
 const Fiber* exchange(uint32_t value, int line) {
   const int thread = block.running;
-  current().given = value;
+  current().sent = value;
   wait(true, line);
   return &block.fibers[thread / block.wave * block.wave];
 }

@@ -1,4 +1,4 @@
-// The kernels on the emulator: the third device beside csrc_cuda/kernels.cu and csrc_rocm.
+// The kernels on the emulator, a third device in addition to csrc_cuda/kernels.cu and csrc_rocm.
 #include <stdio.h>
 
 #include "device_code.cuh"
@@ -21,7 +21,7 @@ extern "C" {
 void set_reversed(int64_t is) { is_reversed = is != 0; }
 const char* take_error() { return emulator::take_error(); }
 
-// Kernels that are wrong, to see that the emulator says so.
+// Faulty kernels, to check that the emulator detects them.
 void divergent_barrier() {
   emulator::launch(1, 1, 1, 2 * kWave, kWave, is_reversed, [] {
     if (thread_index() < kWave) block_barrier();
@@ -34,7 +34,7 @@ void half_a_shuffle() {
     else block_barrier();
   });
 }
-// out[i] is what thread i + 1 wrote, if there is a barrier; it is left out.
+// With a barrier, out[i] would be what thread i + 1 wrote; the barrier is missing.
 void missing_barrier(int64_t out, int64_t num_threads) {
   emulator::launch(1, 1, 1, num_threads, kWave, is_reversed, [=] {
     PORTALM_SHARED(int32_t, written, 1024);

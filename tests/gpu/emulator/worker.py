@@ -1,7 +1,7 @@
-"""Calls kernels on the emulator, in a process that AddressSanitizer was loaded into first.
+"""Runs kernels on the emulator, in a process that was started with AddressSanitizer.
 
-Memory is what malloc gives, of exact size: an access past its ends ends the process. Requests and
-answers are pickles on stdin and stdout.
+Each piece of memory is a malloc of exact size: an access out of bounds aborts the process. Requests
+and answers are pickles on stdin and stdout.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ def call(
     memory: list[bytes],
     is_reversed: bool,
 ) -> tuple[str, list[bytes]]:
-    """What the emulator complains of, and the memory afterwards.
+    """Call launcher `name`; return the emulator's error (or "") and the memory afterwards.
 
-    A pair among the arguments is an address: which piece of memory, and the offset into it.
+    A pair among the arguments is an address: the index of a piece of memory and an offset into it.
     """
     places = [libc.malloc(max(len(piece), 1)) for piece in memory]
     for place, piece in zip(places, memory, strict=True):
@@ -52,7 +52,7 @@ def call(
 def main() -> None:
     library = ctypes.CDLL(sys.argv[1])
     answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # whatever a kernel prints must not get between
+    os.dup2(2, 1)  # output of kernels must not mix with the answers
     while True:
         try:
             request = pickle.load(sys.stdin.buffer)
