@@ -115,7 +115,7 @@ def test_second_sigterm_shuts_down_at_once(folder: Path) -> None:
         asked.join(10)
 
     assert status == 0
-    assert seconds < 1.5
+    assert seconds < 10  # without it: 30 s, for the request to end
     assert "Error" in asked.text  # the connection was dropped
     with pytest.raises(ProcessLookupError):
         os.kill(engine, 0)
