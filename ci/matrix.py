@@ -1,4 +1,4 @@
-"""Reads ci/matrix.yml: `matrix.py shell JOB` for ci/run.sh, `matrix.py github` for the workflow."""
+"""Read ci/matrix.yml: `matrix.py shell JOB` for ci/run.sh, `matrix.py github` for the workflow."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ MATRIX = Path(__file__).with_name("matrix.yml")
 
 
 def load() -> dict[str, Any]:
-    """The matrix as it is written."""
+    """The parsed ci/matrix.yml."""
     matrix: dict[str, Any] = yaml.safe_load(MATRIX.read_text())
     return matrix
 
 
 def shell(job: str) -> str:
-    """The job's command and markers as shell assignments; exits with the reason if unknown."""
+    """The job's command and markers as shell assignments; exit with an error if it is unknown."""
     matrix = load()
     if job not in matrix["jobs"]:
         sys.exit(f"ci/run.sh: no job {job!r} in ci/matrix.yml; jobs: {', '.join(matrix['jobs'])}")
@@ -31,7 +31,7 @@ def shell(job: str) -> str:
 
 
 def github() -> str:
-    """The jobs that any machine can run, as the JSON that a workflow's matrix takes."""
+    """The jobs without special hardware, as JSON for a GitHub workflow's matrix."""
     jobs = {name: fields for name, fields in load()["jobs"].items() if "needs" not in fields}
     return json.dumps({"include": [{"job": name, **fields} for name, fields in jobs.items()]})
 

@@ -61,7 +61,7 @@ class Rule:
 
 
 def load_rules(path: Path = RULES) -> tuple[list[Rule], list[dict[str, str]]]:
-    """The rules and their exceptions."""
+    """Read the rules and their exceptions."""
     document: dict[str, Any] = yaml.safe_load(path.read_text())
     rules = [
         Rule(
@@ -94,7 +94,7 @@ def tracked_files(paths: list[str] | None = None) -> list[str]:
 
 
 def items_of(name: str) -> Iterator[Item]:
-    """All prose of one file."""
+    """Extract the prose of one file."""
     path = ROOT / name
     if path.suffix == ".py":
         # a call in a raise statement is visited twice
@@ -129,7 +129,7 @@ def _python_items(name: str, source: str) -> Iterator[Item]:
 
 
 def _docstrings(name: str, node: ast.AST) -> Iterator[Item]:
-    """Docstrings, also those that follow an attribute."""
+    """Docstrings of modules, classes and functions, and those after attributes."""
     body = getattr(node, "body", None)
     if not isinstance(body, list):
         return

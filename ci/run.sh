@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs one job of ci/matrix.yml here: ci/run.sh cpu
+# Run one job of ci/matrix.yml locally: ci/run.sh cpu
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
