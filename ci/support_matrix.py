@@ -1,8 +1,8 @@
 """Record the conformance kit's results and write docs/support-matrix.md from them.
 
-python ci/support_matrix.py record DEVICE [LEVEL ...]   run the kit (default: all levels) and write
-                                                        docs/support/DEVICE.json
-python ci/support_matrix.py write                       write docs/support-matrix.md from the records
+python ci/support_matrix.py record DEVICE [LEVEL ...]   run the kit (default: all levels) and
+                                                        write docs/support/DEVICE.json
+python ci/support_matrix.py write                       write docs/support-matrix.md
 
 cuda and rocm run in Triton's interpreter on a simulated GPU, with one model of each kind at level
 L3. On a machine with a GPU, record `portalm conformance --device cuda --json
