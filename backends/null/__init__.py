@@ -1,1 +1,1 @@
-"""A device that answers at once: tests of scheduling and overhead."""
+"""The null device: simulated, computes nothing; for tests."""

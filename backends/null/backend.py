@@ -1,9 +1,9 @@
-"""NullBackend: a device that computes nothing and checks everything it is fed.
+"""NullBackend: a simulated device that computes nothing and checks all of its inputs.
 
-It draws tokens by a formula that a test can work out, so that a step fed with the wrong tokens,
-positions or blocks shows as a wrong chain or as an error; a token's hidden state begins with its id
-and its position. It is synchronous, or runs steps on a stream of its own like an accelerator: late,
-in order, with a fault where a test wants one.
+It samples tokens by a formula that a test can compute, so that wrong tokens, positions or blocks in
+a step show up as wrong tokens or as an error. A token's hidden state starts with its id and its
+position. The device is synchronous, or runs steps like an accelerator: on a stream, in order, with
+latency and with injected faults.
 """
 
 from __future__ import annotations
@@ -45,16 +45,16 @@ _FIRST_ID = 3
 
 
 def next_id(token_id: int, position: int, vocab_size: int) -> int:
-    """The token that this device draws behind `token_id` at `position`.
+    """Return the token that this device samples after `token_id` at `position`.
 
-    Tokens 0 to 2 are never drawn: they end answers in many vocabularies.
+    Tokens 0 to 2 are never sampled, because they end answers in many vocabularies.
     """
     mixed = (token_id * 2654435761 + position * 40503 + 12345) & 0xFFFFFFFF
     return _FIRST_ID + (mixed >> 7) % (vocab_size - _FIRST_ID)
 
 
 class NullBackend(TorchBackend):
-    """Answers at once, or after `latency_s` on a stream of its own."""
+    """Runs steps at once, or after `latency_s` on a separate stream."""
 
     name = "null"
     rank = -10
@@ -68,16 +68,17 @@ class NullBackend(TorchBackend):
         fail_kind: BackendErrorKind = "oom",
         reads_cache: bool = False,
     ) -> None:
-        """A device as slow and as faulty as a test needs.
+        """Create a device with latency and faults.
 
         Args:
-            latency_s: seconds that a step takes.
-            max_steps_in_flight: 1: a step is done when its call returns; 2 or more: steps run in
-                order on a thread of their own, and what goes wrong shows in the future.
-            fail_at_step: this step (from 0; an engine's first one warms up) raises, once.
-            fail_kind: what it raises.
-            reads_cache: draw behind the `context_hash` of all tokens that the request's blocks
-                hold, instead of behind its last token alone: one wrong block, one wrong chain.
+            latency_s: seconds per step.
+            max_steps_in_flight: 1: a step is done when its call returns. 2 or more: steps run in
+                order on a separate thread, and errors are raised by the future.
+            fail_at_step: number of the step that raises, from 0; an engine's first step warms up.
+            fail_kind: kind of the `BackendError` that it raises.
+            reads_cache: compute the sampled token from the `context_hash` of all tokens in the
+                request's blocks instead of its last token alone, so that one wrong block changes
+                all tokens after it.
         """
         super().__init__()
         self.capabilities = Capabilities(
@@ -87,7 +88,7 @@ class NullBackend(TorchBackend):
             max_steps_in_flight=max_steps_in_flight,
         )
         self.num_steps = 0
-        """Steps called so far."""
+        """Number of steps called so far."""
         self._latency_s = latency_s
         self._fail_at_step = fail_at_step
         self._fail_kind = fail_kind
@@ -100,17 +101,17 @@ class NullBackend(TorchBackend):
 
     @classmethod
     def find(cls) -> DeviceReport:
-        """Always there."""
+        """Report the device, which is always available."""
         return DeviceReport(
-            is_available=True, summary="computes nothing, answers at once; for tests of the rest"
+            is_available=True, summary="simulated device that computes nothing, for tests"
         )
 
     def memory(self) -> MemInfo:
-        """Sixteen GiB that nobody uses."""
+        """Return 16 GiB, all free."""
         return MemInfo(total=16 << 30, free=16 << 30, host_shared=False)
 
     def to_host(self, x: torch.Tensor) -> HostFuture:
-        """Done when the step that was called last is."""
+        """Return a future that is done when the most recent step is."""
         if self._last_step is None:
             return DoneFuture(x.numpy())
         return _StepFuture(self._last_step, x)
@@ -118,7 +119,7 @@ class NullBackend(TorchBackend):
     # -- KV cache: token ids instead of keys and values ----------------------------------------
 
     def kv_bytes_per_block(self, spec: KVSpec) -> int:
-        """What a real device would need."""
+        """Return the bytes that a real device would need."""
         return kv_codes.bytes_per_block(spec)
 
     def _kv_alloc(self, spec: KVSpec, num_blocks: int) -> NullKV:
@@ -129,11 +130,11 @@ class NullBackend(TorchBackend):
     def kv_write(
         self, kv: KV, layer: int, key: torch.Tensor, value: torch.Tensor, meta: StepMeta
     ) -> KV:
-        """Nothing: the step writes its token ids once for all layers."""
+        """Do nothing: the step writes its token ids once for all layers."""
         return kv
 
     def kv_copy(self, kv: NullKV, src: torch.Tensor, dst: torch.Tensor) -> NullKV:
-        """Copy blocks on the stream. Blocks that do not exist are an error at once."""
+        """Enqueue the copy of blocks; raise at once for blocks that do not exist."""
         for name, blocks in (("source", src), ("destination", dst)):
             if bool(((blocks < 1) | (blocks >= kv.num_blocks)).any()):
                 raise BackendError(
@@ -145,12 +146,12 @@ class NullBackend(TorchBackend):
         return kv
 
     def kv_export(self, kv: KV, blocks: torch.Tensor) -> torch.Tensor:
-        """Not possible."""
-        raise Unsupported("the null device has no keys and values to export")
+        """Raise `Unsupported`: the cache holds token ids."""
+        raise Unsupported("the null device stores no keys and values to export")
 
     def kv_import(self, kv: KV, blocks: torch.Tensor, wire: torch.Tensor) -> KV:
-        """Not possible."""
-        raise Unsupported("the null device has no room for keys and values")
+        """Raise `Unsupported`: the cache holds token ids."""
+        raise Unsupported("the null device cannot import keys and values")
 
     # -- layers: shapes only -------------------------------------------------------------------
 
@@ -167,24 +168,24 @@ class NullBackend(TorchBackend):
     def linear(
         self, x: torch.Tensor, weight: torch.Size, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Zeros [T, N]; refused outside of `compile`, as their answers would mean nothing."""
+        """Return zeros [T, N], only while `compile` traces a step: there are no real results."""
         if not self._is_tracing:
             raise Unsupported(
-                "the null device only runs captured steps: leave enforce_eager off, or use "
+                "the null device only runs captured steps: turn enforce_eager off, or use "
                 "--device reference"
             )
         return x.new_zeros(len(x), weight[0])
 
     def pack_heads(self, weight: torch.Tensor) -> torch.Size:
-        """The shape."""
+        """Keep only the shape."""
         return weight.shape
 
     def linear_heads(self, x: torch.Tensor, weight: torch.Size) -> torch.Tensor:
-        """Zeros [T, H, N]."""
+        """Return zeros [T, H, N]."""
         return x.new_zeros(len(x), weight[0], weight[1])
 
     def logits(self, x: torch.Tensor, weight: torch.Size) -> torch.Tensor:
-        """Zeros [R, V]; this is where the device learns how large the vocabulary is."""
+        """Return zeros [R, V], and record the vocabulary size."""
         self._vocab_size = weight[0]
         return self.linear(x.float(), weight)
 
@@ -197,20 +198,20 @@ class NullBackend(TorchBackend):
         spec: AttentionSpec,
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The query itself."""
+        """Return the query, cut to the size of a value."""
         return query[..., : spec.out_size]
 
     # -- steps ---------------------------------------------------------------------------------
 
     def prepare(self, meta: StepMeta, specs: Sequence[AttentionSpec]) -> StepMeta:
-        """Check that slots, positions, lengths and blocks agree."""
+        """Check that slots, positions, lengths and blocks are consistent."""
         if not self._block_size:
-            raise Unsupported("the null device answers by what its KV cache holds: no encoders")
+            raise Unsupported("the null device cannot run encoders: it samples from its KV cache")
         check_meta(meta, self._block_size)
         return meta
 
     def compile(self, fn: StepFn, bucket: Bucket | None, example: StepInputs | None) -> StepFn:
-        """A step that draws by `next_id` from its inputs; `fn` runs once, for its shapes."""
+        """Return a step that samples by `next_id`; `fn` runs once, to learn its shapes."""
         super().compile(fn, bucket, example)
         return functools.partial(self._step, fn)
 
@@ -223,16 +224,16 @@ class NullBackend(TorchBackend):
         if not self._vocab_size or inputs.num_states:
             states = self._trace(fn, weights, kv, inputs).states  # zeros of the right shape
         check_inputs(inputs, kv.num_blocks, self._vocab_size)
-        # filled when the stream gets there, as on a device; -1 until then
+        # -1 until the stream reaches this step, as on a device
         num_rows = len(inputs.meta.logits_rows) - inputs.num_states
         token_ids = torch.full((num_rows,), -1, dtype=torch.int32)
 
         def compute() -> None:
             time.sleep(self._latency_s)
-            drawn = self._draw(kv, inputs)
+            sampled = self._sample_ids(kv, inputs)
             if number == self._fail_at_step:
                 raise BackendError(self._fail_kind, f"injected fault at step {number}")
-            token_ids.copy_(drawn)
+            token_ids.copy_(sampled)
             if states is not None:
                 rows = inputs.meta.logits_rows[-inputs.num_states :].long()
                 states[:, 0] = inputs.token_ids[rows]
@@ -252,26 +253,26 @@ class NullBackend(TorchBackend):
             self._is_tracing = False
         if self._vocab_size <= _FIRST_ID:
             raise Unsupported(
-                f"the null device draws tokens from {_FIRST_ID} up: a vocabulary of "
-                f"{self._vocab_size} has none"
+                f"the null device samples token ids from {_FIRST_ID} up; the vocabulary has only "
+                f"{self._vocab_size} tokens"
             )
         return output
 
     def _enqueue(self, work: Callable[[], None]) -> Future[None] | None:
-        """Run `work` now, or behind all that is on the stream."""
+        """Run `work` now, or after everything that is on the stream."""
         if self._stream is not None:
             return self._stream.submit(work)
         work()
         return None
 
-    def _draw(self, kv: NullKV, inputs: StepInputs) -> torch.Tensor:
-        """The drawn ids, int32 [R]; on the stream, so nothing is read that the host reuses."""
+    def _sample_ids(self, kv: NullKV, inputs: StepInputs) -> torch.Tensor:
+        """Sample int32 [R]. This runs on the stream: it reads no buffer that the host reuses."""
         meta = inputs.meta
         token_ids = inputs.token_ids
         if inputs.previous_ids is not None and inputs.previous_rows is not None:
             rows = inputs.previous_rows
-            drawn = inputs.previous_ids[rows.clamp(min=0).long()]
-            token_ids = torch.where(rows >= 0, drawn, token_ids)
+            previous = inputs.previous_ids[rows.clamp(min=0).long()]
+            token_ids = torch.where(rows >= 0, previous, token_ids)
         kv.write(meta.slot_mapping.numpy(), token_ids.numpy(), meta.positions.numpy())
         hashes = torch.from_numpy(kv.read(meta.block_table.numpy(), meta.seq_lens.numpy()))
 
@@ -281,31 +282,31 @@ class NullBackend(TorchBackend):
             request = torch.searchsorted(meta.query_start_loc[1:].long(), wanted, right=True)
             last = hashes[request]
         mixed = last * 2654435761 + meta.positions[wanted].long() * 40503 + 12345
-        drawn = _FIRST_ID + ((mixed & 0xFFFFFFFF) >> 7) % (self._vocab_size - _FIRST_ID)
+        sampled = _FIRST_ID + ((mixed & 0xFFFFFFFF) >> 7) % (self._vocab_size - _FIRST_ID)
         if inputs.sample.targets is not None:
-            drawn = torch.where(inputs.sample.targets >= 0, inputs.sample.targets, drawn)
-        return drawn.to(torch.int32)
+            sampled = torch.where(inputs.sample.targets >= 0, inputs.sample.targets, sampled)
+        return sampled.to(torch.int32)
 
 
 class _StepFuture:
-    """A copy to the host behind the step that makes it."""
+    """A copy to the host of a result of a step that may still run."""
 
     def __init__(self, step: Future[None], value: torch.Tensor) -> None:
         self._step = step
         self._value = value
 
     def done(self) -> bool:
-        """True once the step is over, well or not."""
+        """Return True once the step has ended or failed."""
         return self._step.done()
 
     def result(self) -> npt.NDArray[np.generic]:
-        """The values; raises what the step raised."""
+        """Return the values; raise the step's exception if it failed."""
         self._step.result()
         return self._value.numpy()
 
 
 def _add_even_logprobs(output: SampleOutput, vocab_size: int, num_top: int) -> None:
-    """Every token is as likely as any other."""
+    """Add logprobs in which all tokens are equally likely."""
     num_rows = len(output.token_ids)
     logprob = -float(np.log(vocab_size))
     output.logprobs = torch.full((num_rows,), logprob)

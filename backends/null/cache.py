@@ -1,4 +1,4 @@
-"""What the null device keeps of a KV cache: which token of which position is in each slot."""
+"""The null device's KV cache: the token id and position in each slot."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _WEIGHT = 0x9E3779B97F4A7C15
 
 
 def context_hash(token_ids: Sequence[int]) -> int:
-    """31 bits of a context: every token of it counts, and so does its place."""
+    """Hash a context to 31 bits; each token and its position matter."""
     total = 0
     for position, token_id in enumerate(token_ids):
         weight = (position + 1) * _WEIGHT & _MASK
@@ -26,36 +26,36 @@ def context_hash(token_ids: Sequence[int]) -> int:
 
 
 class NullKV:
-    """A KV cache of `num_blocks` blocks without keys and values."""
+    """A KV cache of `num_blocks` blocks that holds token ids instead of keys and values."""
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
-        """Nothing is written yet; memory is committed as blocks are used."""
+        """Allocate an empty cache; memory is committed as blocks are used."""
         self.num_blocks = num_blocks
         self.block_size = block_size
         self._tokens = np.zeros((num_blocks, block_size), np.int32)
         self._places = np.zeros((num_blocks, block_size), np.int32)
-        """Position plus one; 0: never written."""
+        """int32 [NB, B]: position + 1; 0: never written."""
 
     def write(self, slots: IntArray, token_ids: IntArray, positions: IntArray) -> None:
-        """Put tokens of positions into slots, [T] each."""
+        """Write token ids and positions to slots, [T] each."""
         self._tokens.reshape(-1)[slots] = token_ids
         self._places.reshape(-1)[slots] = positions + 1
 
     def copy(self, src: IntArray, dst: IntArray) -> None:
-        """Blocks src[i] to dst[i], [N] each."""
+        """Copy blocks src[i] to dst[i], [N] each."""
         self._tokens[dst] = self._tokens[src]
         self._places[dst] = self._places[src]
 
     def read(self, block_table: IntArray, seq_lens: IntArray) -> Int64Array:
-        """The `context_hash` of each request, [S], as its blocks hold it.
+        """Return the `context_hash` of each request, [S], from the tokens in its blocks.
 
         Args:
             block_table: [S, MB]
             seq_lens: [S]
 
         Raises:
-            BackendError: of kind shape: a slot of a context holds a token of another position, or
-                none: its block was taken away, mixed up or not copied.
+            BackendError: of kind shape, if a slot of a context holds a token of another position
+                or none: its block was freed, swapped with another or not copied.
         """
         lens = seq_lens.astype(np.int64)
         ends = np.cumsum(lens)

@@ -1,1 +1,1 @@
-"""Torch defaults for every part of the seam that needs no device of its own."""
+"""Torch defaults for everything in the backend interface that torch can do on any device."""

@@ -1,4 +1,4 @@
-"""TorchBackend: a torch default for every part of the seam that needs no device of its own."""
+"""TorchBackend, the portable base class: torch defaults for the optional methods of `Backend`."""
 
 from __future__ import annotations
 
@@ -38,28 +38,28 @@ from portalm_backends.portable.sampling import sample
 
 
 class DoneFuture:
-    """A copy to the host that is done already."""
+    """A copy to the host that is already complete."""
 
     def __init__(self, value: npt.NDArray[np.generic]) -> None:
-        """Of `value`."""
+        """Wrap a value that is already on the host."""
         self._value = value
 
     def done(self) -> bool:
-        """Always."""
+        """Return True."""
         return True
 
     def result(self) -> npt.NDArray[np.generic]:
-        """The values."""
+        """Return the values."""
         return self._value
 
 
 class TorchBackend(abc.ABC):
-    """What a device gets for nothing.
+    """The portable base class of backends.
 
-    A backend writes `find` and five methods: `memory`, `kv_bytes_per_block`, `kv_alloc`,
-    `kv_write` and `attend`. The defaults of `kv_copy`, `kv_export` and `kv_import` take a KV
-    handle that is one tensor [L, P, NB, B, H_kv, D]; a backend with another layout overrides
-    those too. Anything else may be overridden by something faster.
+    A subclass writes `find`, `memory`, `kv_bytes_per_block`, `_kv_alloc`, `kv_write` and `attend`.
+    The defaults of `kv_copy`, `kv_export` and `kv_import` are for a KV handle that is one tensor
+    [L, P, NB, B, H_kv, D]; a subclass with another layout overrides those too. Every other method
+    may be replaced by a faster one.
     """
 
     api_version = API_VERSION
@@ -68,56 +68,56 @@ class TorchBackend(abc.ABC):
     capabilities: Capabilities
 
     def __init__(self) -> None:
-        """Nothing is captured yet."""
+        """Start unsealed."""
         self._is_sealed = False
 
     @classmethod
     @abc.abstractmethod
     def find(cls) -> DeviceReport:
-        """What is here; never raises, never starts the device."""
+        """Report whether the device is usable here; must not raise or start the device."""
 
     # -- device and memory --------------------------------------------------------------------
 
     def device(self) -> torch.device:
-        """The host."""
+        """Return the host."""
         return torch.device("cpu")
 
     @abc.abstractmethod
     def memory(self) -> MemInfo:
-        """Total and free bytes."""
+        """Return total and free bytes."""
 
     @contextlib.contextmanager
     def peak(self) -> Iterator[Callable[[], int]]:
-        """Bytes of this process that became resident: right where the device is the host."""
+        """Measure this process's resident memory: right where the device is the host."""
         with host_memory.peak() as used:
             yield used
 
     def to_device(self, host: npt.NDArray[np.generic]) -> torch.Tensor:
-        """A copy, so that the host may write its buffer again."""
+        """Copy an array, so that the caller may reuse its buffer."""
         return torch.from_numpy(np.ascontiguousarray(host)).to(self.device(), copy=True)
 
     def to_device_all(self, hosts: Sequence[npt.NDArray[np.generic]]) -> Sequence[torch.Tensor]:
-        """One after the other."""
+        """Copy the arrays one by one."""
         return [self.to_device(host) for host in hosts]
 
     def to_host(self, x: torch.Tensor) -> HostFuture:
-        """A copy that is done when this returns."""
+        """Copy `x` to the host before returning."""
         return DoneFuture(x.cpu().numpy())
 
     def device_errors(self) -> contextlib.AbstractContextManager[None]:
-        """Nothing to translate."""
+        """Return a context that translates nothing."""
         return contextlib.nullcontext()
 
     def use_threads(self, num_threads: int) -> None:
-        """Torch's pool, of the whole process."""
+        """Set the size of torch's thread pool, which the whole process shares."""
         torch.set_num_threads(num_threads)
 
     def one_plus_one(self) -> int:
-        """What the device makes of it: 2, where it works."""
+        """Return 1 + 1 as computed by the device: 2, if it works."""
         return int((torch.ones(1, device=self.device()) + 1).cpu())
 
     def probe(self, timeout_s: float) -> None:
-        """One addition on another thread, waited for at most `timeout_s` seconds."""
+        """Add two numbers on another thread; wait at most `timeout_s` seconds."""
         failures: list[Exception] = []
         is_over = threading.Event()
 
@@ -126,7 +126,7 @@ class TorchBackend(abc.ABC):
                 answer = self.one_plus_one()
                 if answer != 2:
                     failures.append(ArithmeticError(f"1 + 1 is {answer}"))
-            except Exception as error:  # whatever it is, the caller has to hear of it
+            except Exception as error:  # raised again by the caller below
                 failures.append(error)
             is_over.set()
 
@@ -177,7 +177,7 @@ class TorchBackend(abc.ABC):
     def kv_write(
         self, kv: KV, layer: int, key: torch.Tensor, value: torch.Tensor, meta: StepMeta
     ) -> KV:
-        """Put keys and values, [T, H_kv, D] each, into their slots."""
+        """Write keys and values, [T, H_kv, D] each, to their slots."""
 
     def kv_copy(self, kv: KV, src: torch.Tensor, dst: torch.Tensor) -> KV:
         """Copy blocks src[i] to dst[i], int32 [N] each, over all layers."""
@@ -185,19 +185,19 @@ class TorchBackend(abc.ABC):
         return kv
 
     def kv_export(self, kv: KV, blocks: torch.Tensor) -> torch.Tensor:
-        """Blocks int32 [N] as [N, L, P, B, H_kv, D] on the host."""
+        """Return blocks int32 [N] as [N, L, P, B, H_kv, D] on the host."""
         wire: torch.Tensor = kv[:, :, blocks.long()].permute(2, 0, 1, 3, 4, 5)
         return wire.cpu().contiguous()
 
     def kv_import(self, kv: KV, blocks: torch.Tensor, wire: torch.Tensor) -> KV:
-        """The inverse of `kv_export`; a wire of another dtype is converted."""
+        """Write blocks in the wire layout; another dtype is converted."""
         kv[:, :, blocks.long()] = wire.to(kv).permute(1, 2, 0, 3, 4, 5)
         return kv
 
     # -- attention ----------------------------------------------------------------------------
 
     def prepare(self, meta: StepMeta, specs: Sequence[AttentionSpec]) -> StepMeta:
-        """Nothing to plan."""
+        """Return `meta` unchanged."""
         return meta
 
     @abc.abstractmethod
@@ -220,9 +220,9 @@ class TorchBackend(abc.ABC):
         meta: StepMeta,
         spec: AttentionSpec,
     ) -> torch.Tensor:
-        """Attention of [T, H, D] within each request, prompts of one length at a time.
+        """Attention of [T, H, D] within each request; prompts of equal length form one batch.
 
-        The lengths are read on the host: a backend that captures steps overrides this.
+        It reads prompt lengths on the host: a backend that captures steps overrides this.
         """
         return encoder.attention(query, key, value, meta, spec)
 
@@ -277,14 +277,14 @@ class TorchBackend(abc.ABC):
     def logits(self, x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
         """x [R, C] times weight [V, C] transposed in float32: [R, V].
 
-        Both sides are cast up, so that products are exact and their sum is not rounded to the
-        weight's dtype, which would make ties of different tokens. The whole weight is copied for
-        it every step: a device that adds in float32 anyway overrides this.
+        Both operands are cast up, so that products are exact and their sum is not rounded to the
+        weight's dtype, which would turn close logits into ties. This copies the whole weight in
+        every step: a device that accumulates in float32 anyway overrides this.
         """
         return F.linear(x.float(), weight.float())
 
     def embed(self, token_ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-        """Rows int32 [T] of table [V, C]: [T, C]."""
+        """Look up rows int32 [T] of table [V, C]: [T, C]."""
         return F.embedding(token_ids, table)
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -322,7 +322,7 @@ class TorchBackend(abc.ABC):
         *,
         is_interleaved: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Query [T, H, D] and key [T, H_kv, D] rotated by positions int32 [T].
+        """Rotate query [T, H, D] and key [T, H_kv, D] by positions int32 [T].
 
         Su et al., "RoFormer", 2021. cos_sin is float32 [max_position, rotary_dim].
         """
@@ -344,7 +344,7 @@ class TorchBackend(abc.ABC):
         *,
         is_interleaved: bool,
     ) -> tuple[KV, torch.Tensor]:
-        """`rope`, then `kv_write`: (the cache, the rotated query [T, H, D])."""
+        """Apply `rope`, then `kv_write`: return the cache and the rotated query [T, H, D]."""
         query, key = self.rope(query, key, meta.positions, cos_sin, is_interleaved=is_interleaved)
         return self.kv_write(kv, layer, key, value, meta), query
 
@@ -363,7 +363,7 @@ class TorchBackend(abc.ABC):
     def gelu_tanh(self, x: torch.Tensor) -> torch.Tensor:
         """x * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3))) / 2.
 
-        The approximation that Hendrycks and Gimpel give beside the exact form.
+        The approximation in Hendrycks and Gimpel, "Gaussian error linear units", 2016.
         """
         return F.gelu(x, approximate="tanh")
 
@@ -379,9 +379,9 @@ class TorchBackend(abc.ABC):
         expert_weights: torch.Tensor,
         experts: Experts,
     ) -> torch.Tensor:
-        """Every expert on every token, weighted by 0 where it was not chosen: [T, C].
+        """Apply every expert to every token, with weight 0 for those not chosen: [T, C].
 
-        No shape follows from what was chosen; a device that does not need this computes less.
+        This keeps shapes independent of the routing. A device without that limit can compute less.
         """
         shares = x.new_zeros((len(x), len(experts.down)), dtype=torch.float32)
         shares = shares.scatter(1, expert_ids.long(), expert_weights)  # [T, E]
@@ -389,12 +389,12 @@ class TorchBackend(abc.ABC):
         for expert in range(len(experts.down)):
             share = shares[:, expert, None]
             out = self.expert(x, expert, experts).float() * share
-            # an expert that was not chosen may overflow
+            # the output of an expert that was not chosen may have overflowed
             total = total + torch.where(share > 0, out, 0.0)
         return total.to(x.dtype)
 
     def expert(self, x: torch.Tensor, expert: int, experts: Experts) -> torch.Tensor:
-        """One expert applied to [T, C]."""
+        """Apply one expert to [T, C]."""
         bias, limit = experts.gate_up_bias, experts.swiglu_limit
         gate_up = self.linear(x, experts.gate_up[expert], None if bias is None else bias[expert])
         if limit is None:
@@ -407,7 +407,7 @@ class TorchBackend(abc.ABC):
         return self.linear(inner, experts.down[expert], None if bias is None else bias[expert])
 
     def take_rows(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """Rows int32 [R] of x [T, C]: [R, C]."""
+        """Select rows int32 [R] of x [T, C]: [R, C]."""
         return x.index_select(0, rows)
 
     # -- execution ----------------------------------------------------------------------------
@@ -415,16 +415,16 @@ class TorchBackend(abc.ABC):
     def buckets(
         self, max_tokens: int, max_requests: int, max_blocks: int
     ) -> Sequence[Bucket] | None:
-        """None: a step of any size runs as it is."""
+        """Return None: steps of any size run as they are."""
         return None
 
     def compile(self, fn: StepFn, bucket: Bucket | None, example: StepInputs | None) -> StepFn:
-        """`fn` itself; refused once sealed, as it is on devices where this costs something."""
+        """Return `fn` itself; refused while sealed, as on devices where a capture takes time."""
         if self._is_sealed:
             raise BackendError(
                 "unsupported",
-                f"device {self.name} was asked to capture a step of {bucket} while it is sealed: "
-                f"all steps that service needs must be captured at start-up",
+                f"device {self.name} is sealed and cannot capture a step of {bucket}: all steps "
+                f"that serving needs must be captured at startup",
             )
         return fn
 
@@ -437,12 +437,12 @@ class TorchBackend(abc.ABC):
         *,
         identity: str | None = None,
     ) -> None:
-        """Nothing to do: their first calls do it."""
+        """Do nothing: steps need no compilation."""
         progress(1.0)
 
     @contextlib.contextmanager
     def seal(self) -> Iterator[None]:
-        """Within it `compile` raises `BackendError`."""
+        """Make `compile` raise `BackendError` within the context."""
         self._is_sealed = True
         try:
             yield
@@ -450,14 +450,14 @@ class TorchBackend(abc.ABC):
             self._is_sealed = False
 
     def sample(self, logits: torch.Tensor, params: SampleParams) -> SampleOutput:
-        """One token from each row of float32 logits [R, V]."""
+        """Sample one token from each row of float32 logits [R, V]."""
         return sample(logits, params)
 
 
 def _rotate(x: torch.Tensor, turns: torch.Tensor, *, is_interleaved: bool) -> torch.Tensor:
-    """x [T, H, D] turned in float32 by cosines, then sines, [T, 1, rotary_dim].
+    """Rotate x [T, H, D] in float32 by cosines, then sines, [T, 1, rotary_dim].
 
-    Dimensions past rotary_dim stay as they are.
+    Dimensions after rotary_dim are unchanged.
     """
     rotary_dim = turns.shape[-1]
     cos, sin = turns.chunk(2, dim=-1)

@@ -1,4 +1,4 @@
-"""Attention of encoders: every token sees its whole request, and nothing is kept."""
+"""Attention of encoders: every token attends to its whole request, without a KV cache."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _PLAN = "encoder"
 
 @dataclass(frozen=True, slots=True)
 class _SameLength:
-    """Requests of one length: torch takes them as one batch, without padding."""
+    """Requests of equal length: one batch for torch, without padding."""
 
     tokens: torch.Tensor
-    """int64 [N * L]: their tokens, one request behind the other."""
+    """int64 [N * L]: the tokens of the N requests, concatenated."""
     num_requests: int
 
 
@@ -32,7 +32,7 @@ def attention(
     """Attention of each token to all tokens of its request.
 
     Args:
-        query: [T, H, D], whole prompts end to end.
+        query: [T, H, D], whole prompts, concatenated.
         key: [T, H_kv, D]
         value: [T, H_kv, D]
         meta: which tokens belong to which request.
@@ -41,7 +41,7 @@ def attention(
     Returns:
         [T, H, D], in the dtype of `query`; rows of pad tokens are not written.
     """
-    if _PLAN not in meta.plan:  # once a step, for all layers
+    if _PLAN not in meta.plan:  # once per step, for all layers
         meta.plan[_PLAN] = _group(meta, query.device)
     groups: list[_SameLength] = meta.plan[_PLAN]
     out = torch.empty_like(query)
@@ -63,7 +63,7 @@ def attention(
 
 
 def _near(length: int, window: int | None, device: torch.device) -> torch.Tensor | None:
-    """bool [L, L]: which tokens see each other; None: all."""
+    """bool [L, L]: which tokens attend to each other; None: all."""
     if window is None or window >= length:
         return None
     place = torch.arange(length, device=device)

@@ -1,4 +1,4 @@
-"""How much memory this process may use: the machine's, or less where a container limits it."""
+"""Memory that this process may use: the machine's, or less where a container limits it."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from portalm.backend import MemInfo
 _CGROUP_ROOT = Path("/sys/fs/cgroup")
 _PROC = Path("/proc")
 _RESET_PEAK = "5"
-"""Written to clear_refs it makes the peak resident size the current one (man 5 proc)."""
+"""Written to clear_refs, it resets the peak resident size to the current size (man 5 proc)."""
 
 
 def memory(proc: Path = _PROC, cgroup_root: Path = _CGROUP_ROOT) -> MemInfo:
-    """Total and free bytes: the least that the machine and every enclosing cgroup allow.
+    """Return total and free bytes: the minimum over the machine and all enclosing cgroups.
 
     Page cache that can be dropped counts as free.
 
@@ -36,10 +36,10 @@ def memory(proc: Path = _PROC, cgroup_root: Path = _CGROUP_ROOT) -> MemInfo:
 
 @contextmanager
 def peak(proc: Path = _PROC) -> Iterator[Callable[[], int]]:
-    """Most bytes that became resident, above the start, by a call of what this yields.
+    """Yield a function that returns the peak of resident bytes, above those at the start.
 
-    Where the kernel does not let the peak be reset, the peak since the process began is used:
-    too much rather than too little.
+    Where the kernel does not allow a reset of the peak, the peak since the process started is
+    used: too much rather than too little.
     """
     status = proc / "self" / "status"
     start = _fields(status, unit=1024).get("VmRSS", 0)
@@ -59,12 +59,12 @@ def peak(proc: Path = _PROC) -> Iterator[Callable[[], int]]:
 
 
 def _physical_bytes() -> int:
-    """The machine's memory where there is no procfs to say more."""
+    """Return the machine's memory, for systems without procfs."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _fields(path: Path, *, unit: int = 1) -> dict[str, int]:
-    """`Name: value` lines as numbers times `unit`; what cannot be read is left out."""
+    """Parse `Name: value` lines as numbers times `unit`; skip what cannot be parsed."""
     values: dict[str, int] = {}
     try:
         lines = path.read_text().splitlines()
@@ -102,8 +102,8 @@ def _limits_upwards(
 ) -> Iterator[tuple[int, int]]:
     """Limits from the process's own group up to the root.
 
-    In a container the path is often the host's and not to be seen: then only the root is, and
-    that is the container's own group.
+    In a container the path is often the host's and not visible. Then only the root is, which is
+    the container's own group.
     """
     group = root / path.lstrip("/")
     for folder in (group, *group.parents):
@@ -115,7 +115,7 @@ def _limits_upwards(
 
 
 def _number(path: Path) -> int | None:
-    """The number in a file; None if there is no file or it says `max`."""
+    """Return the number in a file; None if there is no file or it says `max`."""
     try:
         text = path.read_text().strip()
     except OSError:

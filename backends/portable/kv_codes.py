@@ -1,4 +1,4 @@
-"""Keys and values in codes of 8 bits with their scales (`SCALED_KV_DTYPES`), by torch."""
+"""8-bit keys and values with their scales (`SCALED_KV_DTYPES`), in torch."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import torch
 from portalm.backend import SCALED_KV_DTYPES, KVSpec
 
 CODE_DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
-"""What codes are, by the name of the KV dtype."""
+"""Data type of the codes, by KV dtype."""
 
 SMALLEST_SCALE = 2.0**-100
-"""Smaller ones are 0: no code times its scale, and no 1 / scale, leaves float32's normal range."""
+"""Smaller scales become 0, so that code * scale and 1 / scale stay normal float32 numbers."""
 
 
 def bytes_per_block(spec: KVSpec) -> int:
-    """Bytes of one block over all layers, in floats or in codes with a bfloat16 scale each."""
+    """Bytes of one block over all layers: floats, or codes with a bfloat16 scale per vector."""
     if spec.dtype in SCALED_KV_DTYPES:
         vector = spec.head_size + torch.bfloat16.itemsize
     else:
@@ -23,9 +23,9 @@ def bytes_per_block(spec: KVSpec) -> int:
 
 
 def quantize(x: torch.Tensor, dtype: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes [..., D] of `x` [..., D] and their scales, bfloat16 [...]."""
+    """Quantize `x` [..., D] to codes [..., D] and scales, bfloat16 [...]."""
     x = x.float()
-    scales = x.abs().amax(dim=-1) * (1.0 / SCALED_KV_DTYPES[dtype])  # a NaN stays one
+    scales = x.abs().amax(dim=-1) * (1.0 / SCALED_KV_DTYPES[dtype])  # NaN stays NaN
     scales = scales.bfloat16().float()
     is_kept = (scales >= SMALLEST_SCALE) & scales.isfinite()
     scaled = x * torch.where(is_kept, 1.0 / scales, 0.0)[..., None]
@@ -37,5 +37,5 @@ def quantize(x: torch.Tensor, dtype: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def dequantize(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """What `codes` [..., D] of `scales` [...] stand for: float32 [..., D], exactly."""
+    """Values of `codes` [..., D] with `scales` [...]: float32 [..., D], exact."""
     return codes.float() * scales.float()[..., None]

@@ -15,7 +15,7 @@ Words = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def _mul_hi_lo(a: torch.Tensor, m: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """High and low 32 bits of a * m; a is int64 holding 32 bits, as int64 has no wider product."""
+    """High and low 32 bits of a * m, computed in halves; a is int64 holding 32 bits."""
     low, high = (a & 0xFFFF) * m, (a >> 16) * m
     middle = (low >> 16) + high  # below 2**49
     return middle >> 16, ((middle & 0xFFFF) << 16) | (low & 0xFFFF)

@@ -1,4 +1,4 @@
-"""Weights rounded to few bits, group by group: what `Backend.pack` does where it is asked to."""
+"""Quantize weights group by group, for `Backend.pack(quantization=...)`."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from portalm.backend import QUANTIZED_FORMATS, QuantizedWeight
 
 
 def round_to(weight: torch.Tensor, format: str) -> QuantizedWeight:
-    """A weight [N, K] in one of `QUANTIZED_FORMATS`; K must be whole groups.
+    """Quantize a weight [N, K] to one of `QUANTIZED_FORMATS`; K must be a multiple of the group.
 
-    A group's extremes become codes. One of 4 bits without minimums puts the code that has no
-    opposite, -8, where the largest value is. Scales and minimums are numbers of float16 where that
-    is precise enough, so that a device need not keep more.
+    The extremes of a group are representable. int4 assigns the code -8, which has no positive
+    counterpart, to the value of the largest magnitude. Scales and minimums are rounded to float16
+    where that is precise enough, so that a device may store them in 16 bits.
 
     Raises:
         ValueError: K is not a multiple of the format's group.
@@ -20,7 +20,7 @@ def round_to(weight: torch.Tensor, format: str) -> QuantizedWeight:
     group = QUANTIZED_FORMATS[format]
     rows, columns = weight.shape
     if columns % group:
-        raise ValueError(f"{format} has groups of {group} columns: {columns} are not whole groups")
+        raise ValueError(f"{format} has groups of {group} columns; {columns} is not a multiple")
     parts = weight.float().view(rows, columns // group, group)
     minimums = None
     if format.endswith("_min"):
@@ -46,7 +46,7 @@ def round_to(weight: torch.Tensor, format: str) -> QuantizedWeight:
 
 
 def _half(x: torch.Tensor) -> torch.Tensor:
-    """float32, rounded to float16 where that is normal; what is smaller or larger stays."""
+    """Round float32 to float16 where that is a normal number; keep other values."""
     half = x.half().float()
     is_normal = (x.abs() >= torch.finfo(torch.float16).tiny) & half.isfinite()
     return torch.where(is_normal, half, x)

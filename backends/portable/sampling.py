@@ -1,4 +1,4 @@
-"""Drawing tokens from logits, vectorised over the rows; the meaning of `Backend.sample`."""
+"""Sample tokens from logits, vectorized over rows; the reference for `Backend.sample`."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from portalm.backend import LogitBias, Penalties, SampleOutput, SampleParams
 from portalm_backends.portable.philox import gumbel
 
 BROKEN = -1
-"""The token of a row whose scores hold a NaN, or nothing that may be drawn."""
+"""Token id of a row whose scores contain a NaN, or no token that may be sampled."""
 
 
 def sample(logits: torch.Tensor, params: SampleParams) -> SampleOutput:
-    """One token from each row.
+    """Sample one token from each row.
 
     Args:
         logits: float32 [R, V], not changed.
-        params: see `SampleParams`, which says what happens in which order.
+        params: `SampleParams` defines the order of operations.
 
     Returns:
-        int32 [R] ids, -1 where a row is broken; logprobs of the raw logits where asked for.
+        int32 [R] ids, -1 where a row is broken; logprobs of the raw logits if requested.
     """
     scores = adjust(logits, params)
-    token_ids = first_argmax(scores) if params.is_greedy else draw(scores, params)
+    token_ids = first_argmax(scores) if params.is_greedy else sample_scores(scores, params)
     is_broken = scores.isnan().any(dim=-1) | (scores.amax(dim=-1) == float("-inf"))
     return finish(torch.where(is_broken, BROKEN, token_ids).to(torch.int32), logits, params)
 
 
 def adjust(logits: torch.Tensor, params: SampleParams) -> torch.Tensor:
-    """Logits [R, V] after penalties, bias and mask; itself where there are none."""
+    """Apply penalties, bias and mask to logits [R, V]; unchanged if there are none."""
     if params.penalties is not None:
         logits = apply_penalties(logits, params.penalties)
     if params.bias is not None:
@@ -40,7 +40,7 @@ def adjust(logits: torch.Tensor, params: SampleParams) -> torch.Tensor:
 
 
 def finish(token_ids: torch.Tensor, logits: torch.Tensor, params: SampleParams) -> SampleOutput:
-    """The output for drawn int32 [R] ids: target rows report theirs, logprobs where asked for."""
+    """Build the output of sampled ids, int32 [R]: apply targets, add logprobs if requested."""
     if params.targets is not None:
         token_ids = torch.where(params.targets >= 0, params.targets, token_ids)
     output = SampleOutput(token_ids=token_ids)
@@ -50,7 +50,7 @@ def finish(token_ids: torch.Tensor, logits: torch.Tensor, params: SampleParams) 
 
 
 def apply_penalties(logits: torch.Tensor, penalties: Penalties) -> torch.Tensor:
-    """Logits [R, V] less what tokens seen before cost.
+    """Subtract the penalties of tokens that occurred before from logits [R, V].
 
     Repetition: Keskar et al., "CTRL", 2019; presence and frequency as in OpenAI's API.
     """
@@ -64,22 +64,22 @@ def apply_penalties(logits: torch.Tensor, penalties: Penalties) -> torch.Tensor:
 
 
 def _count(token_ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    """How often each token is among `token_ids` [R, L], -1 aside: float32 [R, V]."""
+    """Count each token in `token_ids` [R, L], where -1 is padding: float32 [R, V]."""
     num_rows, vocab_size = logits.shape
     counts = torch.zeros(num_rows, vocab_size + 1, device=logits.device)
     ids = token_ids.long()
-    ids = torch.where(ids < 0, vocab_size, ids)  # padding is counted in a column of its own
+    ids = torch.where(ids < 0, vocab_size, ids)  # padding goes to an extra column
     counts.scatter_add_(1, ids, torch.ones_like(ids, dtype=counts.dtype))
     return counts[:, :vocab_size]
 
 
 def apply_bias(logits: torch.Tensor, bias: LogitBias) -> torch.Tensor:
-    """Logits [R, V] plus sparse additions."""
+    """Add sparse biases to logits [R, V]."""
     return logits.index_put((bias.rows.long(), bias.token_ids.long()), bias.values, accumulate=True)
 
 
 def apply_mask(logits: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
-    """Logits [R, V], -inf where the bit mask int32 [R, ceil(V / 32)] has a 0."""
+    """Set logits [R, V] to -inf where the bit mask, int32 [R, ceil(V / 32)], has a 0."""
     bit = torch.arange(32, dtype=torch.int32, device=logits.device)
     is_allowed = ((allowed[:, :, None] >> bit) & 1).flatten(1)[:, : logits.shape[1]].bool()
     return logits.masked_fill(~is_allowed, float("-inf"))
@@ -90,12 +90,12 @@ def first_argmax(scores: torch.Tensor) -> torch.Tensor:
     vocab_size = scores.shape[1]
     ids = torch.arange(vocab_size, device=scores.device)
     is_best = scores == scores.amax(dim=-1, keepdim=True)
-    # a row with a NaN has no best: any id will do, the row is marked as broken
+    # a row with a NaN has no best id; any will do, because the row is marked as broken
     return torch.where(is_best, ids, vocab_size).amin(dim=-1).clamp(max=vocab_size - 1)
 
 
-def draw(scores: torch.Tensor, params: SampleParams) -> torch.Tensor:
-    """int64 [R]: drawn by temperature, min_p, top_k and top_p; greedy rows take the best."""
+def sample_scores(scores: torch.Tensor, params: SampleParams) -> torch.Tensor:
+    """int64 [R]: sampled by temperature, min_p, top_k and top_p; greedy rows take the best."""
     is_greedy = params.temperature == 0
     temperature = torch.where(is_greedy, 1.0, params.temperature)
     scaled = scores / temperature[:, None]
@@ -106,10 +106,10 @@ def draw(scores: torch.Tensor, params: SampleParams) -> torch.Tensor:
 
 
 def apply_filters(scaled: torch.Tensor, params: SampleParams) -> torch.Tensor:
-    """Scores [R, V], -inf where min_p, top_k or top_p drop a token.
+    """Set scores [R, V] to -inf where min_p, top_k or top_p drop a token.
 
-    Each comes down to a threshold on the score, so that tokens which tie with the last one kept
-    are kept, in whatever order a sort may put them.
+    Each filter becomes a threshold on the score, so that tokens tied with the last one kept are
+    kept too, in whatever order they are sorted.
     """
     none = float("-inf")
     ordered = scaled.sort(dim=-1, descending=True).values  # [R, V]
@@ -123,16 +123,16 @@ def apply_filters(scaled: torch.Tensor, params: SampleParams) -> torch.Tensor:
 
     top_p = params.top_p[:, None]
     reached = kept.softmax(dim=-1).cumsum(dim=-1)
-    ahead = F.pad(reached[:, :-1], (1, 0))  # probability of the more likely tokens: from 0
+    ahead = F.pad(reached[:, :-1], (1, 0))  # probability of the more likely tokens
     is_needed = ((ahead < top_p) | (top_p >= 1.0)) & (kept > none)
     threshold = torch.where(is_needed, kept, float("inf")).amin(dim=-1, keepdim=True)
     return torch.where(scaled >= threshold, scaled, none)
 
 
 def add_logprobs(output: SampleOutput, raw: torch.Tensor, num_top: int) -> None:
-    """Logprob and rank of each row's token, and the `num_top` most likely tokens."""
+    """Add the logprob and rank of each row's token, and the `num_top` most likely tokens."""
     logprobs = raw.log_softmax(dim=-1)
-    ids = output.token_ids.long().clamp(min=0)[:, None]  # a broken row has no logprobs: any id
+    ids = output.token_ids.long().clamp(min=0)[:, None]  # any id for a broken row
     output.logprobs = logprobs.gather(1, ids)[:, 0]
     output.ranks = ((raw > raw.gather(1, ids)).sum(dim=-1) + 1).to(torch.int32)
     top_ids = most_likely(raw, num_top)
@@ -141,13 +141,13 @@ def add_logprobs(output: SampleOutput, raw: torch.Tensor, num_top: int) -> None:
 
 
 def most_likely(raw: torch.Tensor, count: int) -> torch.Tensor:
-    """int64 [R, count]: tokens of the largest of float32 [R, V], ties to the lowest id.
+    """int64 [R, count]: ids of the largest values of float32 [R, V], ties to the lowest id.
 
-    A score and its id together are one number without ties: the score's bits, made to count
-    upwards as integers do, above the id, counted from the end.
+    A score and its id are combined into one integer without ties: the score's bits, mapped to
+    integers of the same order, above V - 1 - id.
     """
     vocab_size = raw.shape[1]
-    bits = (raw + 0.0).view(torch.int32).long()  # -0.0 becomes 0.0, which it equals
+    bits = (raw + 0.0).view(torch.int32).long()  # -0.0 becomes 0.0
     ascending = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     from_end = torch.arange(vocab_size - 1, -1, -1, device=raw.device)
     best = ((ascending << 32) + from_end).topk(min(count, vocab_size), dim=-1).values

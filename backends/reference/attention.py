@@ -1,4 +1,4 @@
-"""Attention in the plainest torch that says what it means: over the paged cache, and without."""
+"""Attention in plain torch: causal over the paged cache, and bidirectional without a cache."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def paged_attention(
     """Causal attention of each query token over its request's cached context.
 
     Args:
-        query: [T, H, D], all requests' new tokens end to end.
-        kv: the cache; already holds this step.
-        layer: of the cache.
+        query: [T, H, D], the new tokens of all requests, concatenated.
+        kv: the cache, which already holds this step.
+        layer: index of the layer in the cache.
         meta: which query tokens and which blocks belong to which request.
-        spec: scale, sliding window, soft cap, ALiBi's slopes.
-        sinks: float32 [H] where the spec has them.
+        spec: scale, sliding window, soft cap, ALiBi slopes.
+        sinks: float32 [H], if `spec.has_sinks`.
 
     Returns:
         [T, H, D], or [T, H, value_size], in the dtype of `query`; rows of pad tokens are zero.
@@ -38,7 +38,7 @@ def paged_attention(
         if seq_len == 0:
             continue
         q = query[start:end].float()  # [q_len, H, D]
-        first = _first_seen(seq_len - len(q), spec)
+        first = _window_start(seq_len - len(q), spec)
         k, v = (
             _gather(kv, layer, side, meta.block_table[i], seq_len)[first:] for side in (0, -1)
         )  # [seq_len - first, H_kv, D]
@@ -75,9 +75,9 @@ def encoder_attention(
     """Attention of each token to all tokens of its request.
 
     Args:
-        query: [T, H, D], whole prompts end to end.
+        query: [T, H, D], whole prompts, concatenated.
         key: [T, H_kv, D]
-        value: the same shape.
+        value: [T, H_kv, D]
         meta: which tokens belong to which request.
         spec: scale and window.
 
@@ -101,15 +101,15 @@ def encoder_attention(
     return out
 
 
-def _first_seen(position: int, spec: AttentionSpec) -> int:
-    """The first token that a query at `position` sees; slots before it may hold anything."""
+def _window_start(position: int, spec: AttentionSpec) -> int:
+    """Position of the first token in the window of a query; slots before it may hold anything."""
     return 0 if spec.sliding_window is None else max(0, position - spec.sliding_window + 1)
 
 
 def _gather(
     kv: cache.KV, layer: int, side: int, block_table: torch.Tensor, seq_len: int
 ) -> torch.Tensor:
-    """A request's keys (side 0) or values (-1) in order: float32 [seq_len, H_kv, D]."""
+    """Gather a request's keys (side 0) or values (-1) in order: float32 [seq_len, H_kv, D]."""
     num_blocks = -(-seq_len // kv.shape[3])
     blocks = block_table[:num_blocks].long()
     return cache.read(kv, layer, side, blocks).flatten(0, 1)[:seq_len]

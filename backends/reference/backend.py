@@ -1,4 +1,4 @@
-"""ReferenceBackend: what correct means, on any machine that runs torch."""
+"""ReferenceBackend: the definition of correct results, on any machine that runs torch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from portalm_backends.reference import attention, cache
 
 
 class ReferenceBackend(TorchBackend):
-    """Plain torch on the host: slow, short, and the measure of every other backend."""
+    """Plain torch on the host: slow and short; every other backend is compared with it."""
 
     name = "reference"
     rank = 0
@@ -31,19 +31,19 @@ class ReferenceBackend(TorchBackend):
 
     @classmethod
     def find(cls) -> DeviceReport:
-        """Runs wherever torch does."""
+        """Report the host, which is always available."""
         return DeviceReport(
             is_available=True,
-            summary=f"plain torch {torch.__version__} on the host; slow on purpose",
+            summary=f"plain torch {torch.__version__} on the host; slow by design",
             details=(("torch threads", str(torch.get_num_threads())),),
         )
 
     def memory(self) -> MemInfo:
-        """The host's, or what its container allows."""
+        """Return the host's memory, or its container's limit."""
         return host_memory.memory()
 
     def kv_bytes_per_block(self, spec: KVSpec) -> int:
-        """Keys and values of one block over all layers."""
+        """Return the bytes of one block over all layers."""
         return kv_codes.bytes_per_block(spec)
 
     def _kv_alloc(self, spec: KVSpec, num_blocks: int) -> KV:
@@ -53,24 +53,24 @@ class ReferenceBackend(TorchBackend):
     def kv_write(
         self, kv: KV, layer: int, key: torch.Tensor, value: torch.Tensor, meta: StepMeta
     ) -> KV:
-        """Scatter [T, H_kv, D] each into their slots."""
+        """Scatter keys and values, [T, H_kv, D] each, to their slots."""
         return cache.write(kv, layer, key, value, meta)
 
     def kv_copy(self, kv: KV, src: torch.Tensor, dst: torch.Tensor) -> KV:
-        """Blocks src[i] to dst[i], int32 [N] each, over all layers."""
+        """Copy blocks src[i] to dst[i], int32 [N] each, over all layers."""
         if not isinstance(kv, cache.ScaledKV):
             return super().kv_copy(kv, src, dst)
         cache.copy(kv, src.long(), dst.long())
         return kv
 
     def kv_export(self, kv: KV, blocks: torch.Tensor) -> torch.Tensor:
-        """Blocks int32 [N] as [N, L, 2, B, H_kv, D]."""
+        """Return blocks int32 [N] as [N, L, P, B, H_kv, D]."""
         if not isinstance(kv, cache.ScaledKV):
             return super().kv_export(kv, blocks)
         return cache.export_blocks(kv, blocks.long())
 
     def kv_import(self, kv: KV, blocks: torch.Tensor, wire: torch.Tensor) -> KV:
-        """The inverse of `kv_export`."""
+        """Write blocks in the wire layout."""
         if not isinstance(kv, cache.ScaledKV):
             return super().kv_import(kv, blocks, wire)
         cache.import_blocks(kv, blocks.long(), wire)
@@ -85,7 +85,7 @@ class ReferenceBackend(TorchBackend):
         spec: AttentionSpec,
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Attention of [T, H, D], one request after the other."""
+        """Causal attention of [T, H, D], one request after the other."""
         return attention.paged_attention(query, kv, layer, meta, spec, sinks)
 
     def attend_encoder(

@@ -1,6 +1,6 @@
-"""The KV cache as one tensor: [L, P, NB, B, H_kv, D], keys then values; codes have their scales.
+"""The KV cache as one tensor [L, P, NB, B, H_kv, D], or as 8-bit codes and their scales.
 
-Where values are keys P is 1, else 2.
+P is 2 (keys, then values), or 1 where values are part of their keys.
 """
 
 from __future__ import annotations
@@ -13,29 +13,29 @@ from portalm.backend import SCALED_KV_DTYPES, KVSpec, StepMeta
 from portalm_backends.portable import kv_codes
 
 DTYPES = frozenset({"float32", "float16", "bfloat16"})
-"""What is computed in, and keys and values may be stored as."""
+"""Data types of activations, and of unquantized keys and values."""
 
 KV_DTYPES = frozenset({*DTYPES, *SCALED_KV_DTYPES})
 
 
 @dataclass(frozen=True, slots=True)
 class ScaledKV:
-    """A cache of 8-bit codes."""
+    """A cache of 8-bit codes with scales."""
 
     dtype: str
     codes: torch.Tensor
-    """Bytes of `kv_codes.CODE_DTYPES[dtype]`, uint8 [L, P, NB, B, H_kv, D]: torch indexes no 8-bit
-    floats."""
+    """uint8 [L, P, NB, B, H_kv, D]: the bits of `kv_codes.CODE_DTYPES[dtype]`, because torch cannot
+    index 8-bit floats."""
     scales: torch.Tensor
     """bfloat16 [L, P, NB, B, H_kv]"""
 
     @property
     def shape(self) -> torch.Size:
-        """[L, P, NB, B, H_kv, D], as that of a cache of one tensor."""
+        """[L, P, NB, B, H_kv, D], like the shape of an unquantized cache."""
         return self.codes.shape
 
     def values(self, layer: int, side: int, blocks: torch.Tensor) -> torch.Tensor:
-        """Keys (side 0) or values (-1) of blocks int64 [N] in float32: [N, B, H_kv, D]."""
+        """Dequantize keys (side 0) or values (-1) of blocks int64 [N]: float32 [N, B, H_kv, D]."""
         codes = self.codes[layer, side, blocks].view(kv_codes.CODE_DTYPES[self.dtype])
         return kv_codes.dequantize(codes, self.scales[layer, side, blocks])
 
@@ -54,7 +54,7 @@ def allocate(spec: KVSpec, num_blocks: int) -> KV:
 
 
 def write(kv: KV, layer: int, key: torch.Tensor, value: torch.Tensor, meta: StepMeta) -> KV:
-    """Scatter key and value, [T, H_kv, D] each, into the slots of `meta.slot_mapping`."""
+    """Scatter keys and values, [T, H_kv, D] each, to the slots in `meta.slot_mapping`."""
     slots = meta.slot_mapping.long()
     for side, x in enumerate((key, value)[: kv.shape[1]]):
         if isinstance(kv, ScaledKV):
@@ -67,7 +67,7 @@ def write(kv: KV, layer: int, key: torch.Tensor, value: torch.Tensor, meta: Step
 
 
 def read(kv: KV, layer: int, side: int, blocks: torch.Tensor) -> torch.Tensor:
-    """Keys (side 0) or values (-1) of blocks int64 [N] in float32: [N, B, H_kv, D]."""
+    """Return keys (side 0) or values (-1) of blocks int64 [N]: float32 [N, B, H_kv, D]."""
     if isinstance(kv, ScaledKV):
         return kv.values(layer, side, blocks)
     return kv[layer, side, blocks].float()
@@ -80,14 +80,14 @@ def copy(kv: ScaledKV, src: torch.Tensor, dst: torch.Tensor) -> None:
 
 
 def export_blocks(kv: ScaledKV, blocks: torch.Tensor) -> torch.Tensor:
-    """Blocks int64 [N] in the wire layout: float32 [N, L, P, B, H_kv, D]."""
+    """Return blocks int64 [N] in the wire layout: float32 [N, L, P, B, H_kv, D]."""
     codes = kv.codes[:, :, blocks].view(kv_codes.CODE_DTYPES[kv.dtype])
     wire = kv_codes.dequantize(codes, kv.scales[:, :, blocks])
     return wire.permute(2, 0, 1, 3, 4, 5).contiguous()
 
 
 def import_blocks(kv: ScaledKV, blocks: torch.Tensor, wire: torch.Tensor) -> None:
-    """The inverse of `export_blocks`."""
+    """Write blocks that are in the wire layout."""
     codes, scales = kv_codes.quantize(wire, kv.dtype)
     kv.codes[:, :, blocks] = codes.view(torch.uint8).permute(1, 2, 0, 3, 4, 5)
     kv.scales[:, :, blocks] = scales.permute(1, 2, 0, 3, 4)

@@ -1,4 +1,4 @@
-"""The device that computes nothing: its formula, its checks, its stream and its faults."""
+"""The null device: its formula, its checks, its stream and its faults."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def int32(values: Any) -> torch.Tensor:
 
 
 def make_meta(query_lens: Sequence[int], seq_lens: Sequence[int]) -> StepMeta:
-    """Requests of their own blocks, which are dealt out from 1."""
+    """Requests whose blocks are numbered in order, from 1."""
     num_blocks = [-(-n // B) for n in seq_lens]
     table = torch.zeros(len(seq_lens), max(num_blocks), dtype=torch.int32)
     first = 1
@@ -72,7 +72,7 @@ def make_inputs(meta: StepMeta, token_ids: Sequence[int], **changes: Any) -> Ste
 
 
 def start(backend: NullBackend, num_blocks: int = 20) -> tuple[StepFn, NullKV]:
-    """A captured step of a model that is no more than its head, and a cache."""
+    """Return a captured step of a model that consists of an output head, and a cache."""
     head = backend.pack(torch.zeros(V, 8))
 
     def step(weights: Any, kv: Any, inputs: StepInputs) -> Any:
@@ -82,36 +82,36 @@ def start(backend: NullBackend, num_blocks: int = 20) -> tuple[StepFn, NullKV]:
     return backend.compile(step, None, None), backend.kv_alloc(SPEC, num_blocks)
 
 
-def drawn(backend: NullBackend, step: StepFn, kv: NullKV, inputs: StepInputs) -> list[int]:
+def sample_ids(backend: NullBackend, step: StepFn, kv: NullKV, inputs: StepInputs) -> list[int]:
     backend.prepare(inputs.meta, [])
     _, out = step({}, kv, inputs)
     result: list[int] = backend.to_host(out.token_ids).result().tolist()
     return result
 
 
-# -- what it draws ----------------------------------------------------------------------------
+# -- the formula ------------------------------------------------------------------------------
 
 
-def test_it_is_only_taken_when_named() -> None:
+def test_it_is_only_used_by_name() -> None:
     assert NullBackend.rank < 0
     assert isinstance(load_backend("null"), NullBackend)
 
 
-def test_each_row_draws_behind_its_last_token() -> None:
+def test_each_row_samples_from_its_last_token() -> None:
     backend = NullBackend()
     step, kv = start(backend)
 
-    ids = drawn(backend, step, kv, make_inputs(make_meta([1, 3, 6], [1, 3, 6]), range(10, 20)))
+    ids = sample_ids(backend, step, kv, make_inputs(make_meta([1, 3, 6], [1, 3, 6]), range(10, 20)))
 
     assert ids == [next_id(10, 0, V), next_id(13, 2, V), next_id(19, 5, V)]
 
 
-def test_a_row_that_reads_the_cache_draws_behind_its_whole_context() -> None:
+def test_a_row_that_reads_the_cache_samples_from_its_whole_context() -> None:
     backend = NullBackend(reads_cache=True)
     step, kv = start(backend)
     prompts = [[7], [11, 12, 13], list(range(20, 29))]
     lens = [len(p) for p in prompts]
-    first = drawn(
+    first = sample_ids(
         backend, step, kv, make_inputs(make_meta(lens, lens), [t for p in prompts for t in p])
     )
 
@@ -120,13 +120,13 @@ def test_a_row_that_reads_the_cache_draws_behind_its_whole_context() -> None:
     meta.block_table = make_meta(lens, lens).block_table  # none of them fills its last block
     last_blocks = [1, 2, 5]
     meta.slot_mapping = int32([b * B + n % B for b, n in zip(last_blocks, lens, strict=True)])
-    second = drawn(backend, step, kv, make_inputs(meta, first))
+    second = sample_ids(backend, step, kv, make_inputs(meta, first))
 
     assert first == [next_id(context_hash(p), len(p) - 1, V) for p in prompts]
     assert second == [next_id(context_hash(k), len(k) - 1, V) for k in known]
 
 
-def test_the_hash_tells_contexts_apart_that_differ_in_one_token_or_in_order() -> None:
+def test_contexts_that_differ_in_one_token_or_in_order_have_different_hashes() -> None:
     contexts = [(1,), (0, 1), (1, 0), (1, 2, 3), (3, 2, 1), (2, 1, 3), (0,), (0, 0), (0, 0, 0)]
 
     assert len({context_hash(c) for c in contexts}) == len(contexts)
@@ -138,10 +138,10 @@ def test_target_rows_report_their_target() -> None:
     inputs = make_inputs(make_meta([2, 3], [2, 3]), [5, 6, 7, 8, 9])
     inputs.sample.targets = int32([33, -1])
 
-    assert drawn(backend, step, kv, inputs) == [33, next_id(9, 2, V)]
+    assert sample_ids(backend, step, kv, inputs) == [33, next_id(9, 2, V)]
 
 
-def test_every_token_is_as_likely_as_any_other() -> None:
+def test_all_tokens_are_equally_likely() -> None:
     backend = NullBackend()
     step, kv = start(backend)
     inputs = make_inputs(make_meta([2], [2]), [5, 6])
@@ -178,17 +178,17 @@ MISTAKES: dict[str, tuple[Callable[[StepMeta], None], str]] = {
     "a position off by one": (change("positions", 0, 4), r"positions: element \[0\] is 4"),
     "another request's block": (change("block_table", (1, 0), 1), "slot_mapping"),
     "the null block in a context": (change("block_table", (0, 0), 0), "null block"),
-    "a block past the context": (change("block_table", (1, 1), 7), "past the contexts"),
-    "a table too narrow": (
+    "a block past the context": (change("block_table", (1, 1), 7), "after the contexts"),
+    "a block table too narrow": (
         lambda meta: setattr(meta, "block_table", meta.block_table[:, :1]), "has 1 columns",
     ),
-    "seq_lens of the device": (change("seq_lens", 0, 5), "seq_lens on the device"),
-    "query_start_loc of the device": (change("query_start_loc", 1, 2), "query_start_loc on the"),
-    "a row that is no token": (change("logits_rows", 0, 4), r"logits_rows \[4, 3\]"),
-    "a decode less": (put(num_decodes=0), "requests behind the decodes"),
-    "a decode more": (put(num_decodes=2), "decodes, which come first"),
-    "a query that is longer": (put(max_query_len=2), "max_query_len"),
-    "a context that is longer": (put(max_seq_len=5), "max_seq_len"),
+    "seq_lens on the device": (change("seq_lens", 0, 5), "seq_lens on the device"),
+    "query_start_loc on the device": (change("query_start_loc", 1, 2), "query_start_loc on the"),
+    "a logits row that is no token": (change("logits_rows", 0, 4), r"logits_rows \[4, 3\]"),
+    "one decode too few": (put(num_decodes=0), "requests after the decodes"),
+    "one decode too many": (put(num_decodes=2), "decodes, which come first"),
+    "max_query_len too large": (put(max_query_len=2), "max_query_len"),
+    "max_seq_len too large": (put(max_seq_len=5), "max_seq_len"),
 }  # fmt: skip
 
 
@@ -218,7 +218,7 @@ def test_two_requests_may_not_write_one_block() -> None:
         backend.prepare(meta, [])
 
 
-def test_padding_that_the_seam_allows_is_accepted() -> None:
+def test_padding_by_the_rules_is_accepted() -> None:
     backend = NullBackend()
     step, kv = start(backend)
     meta = make_meta([1, 3], [1, 3])
@@ -232,7 +232,7 @@ def test_padding_that_the_seam_allows_is_accepted() -> None:
     meta.logits_rows = int32([0, 3, 0])
     meta.bucket = Bucket(6, 3, 2, 6)
 
-    ids = drawn(backend, step, kv, make_inputs(meta, [5, 6, 7, 8, 0, 0]))
+    ids = sample_ids(backend, step, kv, make_inputs(meta, [5, 6, 7, 8, 0, 0]))
 
     assert ids == [next_id(5, 0, V), next_id(8, 2, V), next_id(5, 0, V)]
 
@@ -251,7 +251,7 @@ def test_a_block_that_does_not_exist_is_refused() -> None:
     backend = NullBackend()
     step, kv = start(backend, num_blocks=3)
 
-    with pytest.raises(BackendError, match="block 3 of 3"):
+    with pytest.raises(BackendError, match="block 3 is read, there are 3"):
         step({}, kv, make_inputs(make_meta([9], [9]), [5] * 9))
     with pytest.raises(BackendError, match="destination blocks"):
         backend.kv_copy(kv, int32([1]), int32([3]))
@@ -264,7 +264,7 @@ def test_a_token_outside_the_vocabulary_is_refused(token_id: int) -> None:
     backend = NullBackend()
     step, kv = start(backend)
 
-    with pytest.raises(BackendError, match=f"among 0 to {V - 1}"):
+    with pytest.raises(BackendError, match=f"not all from 0 to {V - 1}"):
         step({}, kv, make_inputs(make_meta([2], [2]), [5, token_id]))
 
 
@@ -288,7 +288,7 @@ def test_a_block_of_other_positions_is_refused() -> None:
         step({}, kv, make_inputs(meta, [5]))
 
 
-def test_a_copied_block_is_as_good_as_the_one_it_was_copied_from() -> None:
+def test_a_copied_block_gives_the_same_tokens() -> None:
     backend = NullBackend(reads_cache=True)
     step, kv = start(backend)
     step({}, kv, make_inputs(make_meta([6], [6]), range(5, 11)))
@@ -296,7 +296,7 @@ def test_a_copied_block_is_as_good_as_the_one_it_was_copied_from() -> None:
     meta = make_meta([1], [7])
     meta.block_table, meta.slot_mapping = int32([[1, 9]]), int32([9 * B + 2])
 
-    ids = drawn(backend, step, kv, make_inputs(meta, [11]))
+    ids = sample_ids(backend, step, kv, make_inputs(meta, [11]))
 
     assert ids == [next_id(context_hash(range(5, 12)), 6, V)]
 
@@ -311,7 +311,7 @@ def test_only_captured_steps_run() -> None:
         backend.compile(lambda weights, kv, inputs: (kv, None), None, None)  # type: ignore[arg-type,return-value]
 
 
-def test_a_vocabulary_without_a_token_to_draw_is_refused() -> None:
+def test_a_vocabulary_without_a_token_to_sample_is_refused() -> None:
     backend = NullBackend()
     head = backend.pack(torch.zeros(3, 8))
     step = backend.compile(
@@ -320,14 +320,14 @@ def test_a_vocabulary_without_a_token_to_draw_is_refused() -> None:
         None,
     )
 
-    with pytest.raises(Unsupported, match="vocabulary of 3"):
+    with pytest.raises(Unsupported, match="vocabulary has only 3 tokens"):
         step({}, backend.kv_alloc(SPEC, 5), make_inputs(make_meta([1], [1]), [1]))
 
 
 # -- its stream -------------------------------------------------------------------------------
 
 
-def test_a_step_in_turn_is_done_when_its_call_returns() -> None:
+def test_a_synchronous_step_is_done_when_its_call_returns() -> None:
     backend = NullBackend(latency_s=0.05)
     step, kv = start(backend)
     started = time.perf_counter()
@@ -339,20 +339,32 @@ def test_a_step_in_turn_is_done_when_its_call_returns() -> None:
 
 
 def test_a_step_on_the_stream_is_done_later_and_in_order() -> None:
-    backend = NullBackend(latency_s=0.1, max_steps_in_flight=2)
+    backend = NullBackend(max_steps_in_flight=2)
     step, kv = start(backend)
-    started = time.perf_counter()
+    gate = threading.Event()
+    backend._enqueue(lambda: gate.wait() and None)
     _, first = step({}, kv, make_inputs(make_meta([1], [1]), [5]))
     one = backend.to_host(first.token_ids)
     _, second = step({}, kv, make_inputs(make_meta([1], [1]), [6]))
     two = backend.to_host(second.token_ids)
 
-    assert time.perf_counter() - started < 0.1
     assert not one.done() and not two.done()
     assert first.token_ids.tolist() == [-1]
+    gate.set()
     assert two.result().tolist() == [next_id(6, 0, V)]
     assert one.done()
     assert one.result().tolist() == [next_id(5, 0, V)]
+
+
+def test_steps_on_the_stream_take_their_latency() -> None:
+    backend = NullBackend(latency_s=0.1, max_steps_in_flight=2)
+    step, kv = start(backend)
+    started = time.perf_counter()
+    step({}, kv, make_inputs(make_meta([1], [1]), [5]))
+    _, second = step({}, kv, make_inputs(make_meta([1], [1]), [6]))
+
+    backend.to_host(second.token_ids).result()
+
     assert time.perf_counter() - started >= 0.2
 
 
@@ -362,23 +374,23 @@ def test_a_token_that_is_still_on_the_device_is_looked_up_there() -> None:
     _, first = step({}, kv, make_inputs(make_meta([1, 2], [1, 2]), [5, 6, 7]))
     inputs = make_inputs(
         make_meta([1, 1], [2, 3]),
-        [49, 49],  # not looked at
+        [49, 49],  # ignored
         previous_ids=first.token_ids,
         previous_rows=int32([0, 1]),
     )
 
-    ids = drawn(backend, step, kv, inputs)
+    ids = sample_ids(backend, step, kv, inputs)
 
     assert ids == [next_id(next_id(5, 0, V), 1, V), next_id(next_id(7, 1, V), 2, V)]
 
 
-def test_a_row_of_the_step_before_that_does_not_exist_is_refused() -> None:
+def test_a_row_that_the_previous_step_does_not_have_is_refused() -> None:
     backend = NullBackend()
     step, kv = start(backend)
     _, first = step({}, kv, make_inputs(make_meta([1], [1]), [5]))
     meta = make_meta([1], [2])
 
-    with pytest.raises(BackendError, match="previous_rows has 1 of 1 rows"):
+    with pytest.raises(BackendError, match="previous_rows contains row 1 of 1"):
         step(
             {},
             kv,
@@ -394,12 +406,12 @@ def test_block_copies_wait_for_the_steps_before_them() -> None:
     meta = make_meta([1], [4])
     meta.block_table, meta.slot_mapping = int32([[8]]), int32([8 * B + 3])
 
-    ids = drawn(backend, step, kv, make_inputs(meta, [9]))
+    ids = sample_ids(backend, step, kv, make_inputs(meta, [9]))
 
     assert ids == [next_id(context_hash([5, 6, 7, 9]), 3, V)]
 
 
-def test_arrays_that_the_host_writes_again_do_not_change_a_step_in_flight() -> None:
+def test_arrays_that_the_host_reuses_do_not_change_a_step_in_flight() -> None:
     backend = NullBackend(latency_s=0.05, max_steps_in_flight=2)
     step, kv = start(backend)
     host = np.array([5, 6], np.int32)
@@ -432,7 +444,7 @@ def test_a_device_that_is_dropped_leaves_no_thread() -> None:
 
 
 @pytest.mark.parametrize("kind", ["oom", "kernel", "timeout", "device_lost"])
-def test_an_injected_fault_shows_in_the_future(kind: Any) -> None:
+def test_an_injected_fault_is_raised_by_the_future(kind: Any) -> None:
     backend = NullBackend(max_steps_in_flight=2, fail_at_step=1, fail_kind=kind)
     step, kv = start(backend)
     futures = []
@@ -447,7 +459,7 @@ def test_an_injected_fault_shows_in_the_future(kind: Any) -> None:
     assert futures[2].result().tolist() == [next_id(7, 0, V)]
 
 
-def test_an_injected_fault_shows_in_the_call_where_steps_run_in_turn() -> None:
+def test_an_injected_fault_is_raised_by_the_call_of_a_synchronous_step() -> None:
     backend = NullBackend(fail_at_step=0)
     step, kv = start(backend)
     inputs = make_inputs(make_meta([1], [1]), [5])
@@ -455,7 +467,7 @@ def test_an_injected_fault_shows_in_the_call_where_steps_run_in_turn() -> None:
     with pytest.raises(BackendError, match="injected fault at step 0"):
         step({}, kv, inputs)
 
-    assert drawn(backend, step, kv, inputs) == [next_id(5, 0, V)]
+    assert sample_ids(backend, step, kv, inputs) == [next_id(5, 0, V)]
 
 
 # -- under an engine --------------------------------------------------------------------------
@@ -468,14 +480,12 @@ def chain(prompt: Sequence[int], num_tokens: int) -> list[int]:
     return known[len(prompt) :]
 
 
-@pytest.fixture(params=[1, 2], ids=["in turn", "one ahead"])
+@pytest.fixture(params=[1, 2], ids=["synchronous", "one step ahead"])
 def steps_in_flight(request: pytest.FixtureRequest) -> int:
     return int(request.param)
 
 
-def test_prefix_hits_bring_the_blocks_of_their_own_prefix(
-    tmp_path: Path, steps_in_flight: int
-) -> None:
+def test_prefix_hits_reuse_blocks_of_the_same_prefix(tmp_path: Path, steps_in_flight: int) -> None:
     backend = NullBackend(max_steps_in_flight=steps_in_flight, reads_cache=True)
     engine = make_engine(tmp_path, backend, num_gpu_blocks_override=34)
     shared = [3 + (11 * i) % 500 for i in range(100)]
@@ -490,7 +500,7 @@ def test_prefix_hits_bring_the_blocks_of_their_own_prefix(
     assert answers == {k: chain(p, 100) for k, p in prompts.items()}
 
 
-def test_forks_write_to_blocks_of_their_own(tmp_path: Path, steps_in_flight: int) -> None:
+def test_forks_write_to_separate_blocks(tmp_path: Path, steps_in_flight: int) -> None:
     backend = NullBackend(max_steps_in_flight=steps_in_flight, reads_cache=True)
     engine = make_engine(tmp_path, backend)
     prompt = list(range(20, 57))  # ends within a block: its last one has to be copied
@@ -516,7 +526,7 @@ class CopiesNothing(NullBackend):
         return kv
 
 
-def test_a_copy_that_was_forgotten_is_found_out(tmp_path: Path) -> None:
+def test_a_missing_block_copy_is_detected(tmp_path: Path) -> None:
     engine = make_engine(tmp_path, CopiesNothing())
     prompt = list(range(20, 57))
     params = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)

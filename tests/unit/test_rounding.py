@@ -28,5 +28,5 @@ def test_a_group_of_zeros_stays_zero() -> None:
 
 
 def test_columns_must_be_whole_groups() -> None:
-    with pytest.raises(ValueError, match="48 are not whole groups"):
+    with pytest.raises(ValueError, match="groups of 32 columns; 48 is not a multiple"):
         round_to(torch.zeros(2, 48), "int8")

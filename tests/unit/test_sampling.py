@@ -1,4 +1,4 @@
-"""Drawing tokens: the distribution, the filters, and each row as if it were alone."""
+"""Sampling tokens: the distribution, the filters, and independence of the rows."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from portalm_backends.reference.backend import ReferenceBackend
 
 SUBJECT = Subject(ReferenceBackend())
 INF, NAN = math.inf, math.nan
-NUM_DRAWS = 10_000
+NUM_SAMPLES = 10_000
 
 
 @pytest.fixture(autouse=True)
 def threads() -> Iterator[None]:
-    """One: the operations are small, and threads that wait for each other take turns badly."""
+    """Use one thread: these operations are too small to gain from more."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -39,11 +39,11 @@ def make_row(logits: Sequence[float], **options: Any) -> Row:
 
 
 def sample(rows: list[Row], num_logprobs: int | None = None) -> SampleOutput:
-    """Draw from all rows in one call of the portable sampler."""
+    """Sample all rows in one call of the portable sampler."""
     return run_sample(SUBJECT, rows, num_logprobs)
 
 
-def draw(*rows: Row) -> list[int]:
+def sample_ids(*rows: Row) -> list[int]:
     ids: list[int] = sample(list(rows)).token_ids.tolist()
     return ids
 
@@ -53,16 +53,16 @@ def logits_of(probs: Sequence[float]) -> list[float]:
     return [math.log(p) if p > 0 else -INF for p in probs]
 
 
-def drawable(row: Row, num_draws: int = 2000) -> set[int]:
-    """Tokens that `row` draws at one of many positions."""
-    return set(draw(*(replace(row, position=i) for i in range(num_draws))))
+def possible(row: Row, num_samples: int = 2000) -> set[int]:
+    """Return the tokens that `row` samples at many positions."""
+    return set(sample_ids(*(replace(row, position=i) for i in range(num_samples))))
 
 
-# -- against one number at a time -------------------------------------------------------------
+# -- against plain Python -------------------------------------------------------------
 
 
 def random_row(rng: np.random.Generator, vocab: int) -> Row:
-    """Few different logits, so that there are ties, and any mixture of options."""
+    """Return a row of few different logits, so that there are ties, with random options."""
 
     def some(value: Any, otherwise: Any) -> Any:
         return value if rng.random() < 0.35 else otherwise
@@ -90,16 +90,16 @@ def random_row(rng: np.random.Generator, vocab: int) -> Row:
     )
 
 
-def test_draws_what_plain_python_draws() -> None:
+def test_samples_the_tokens_that_plain_python_samples() -> None:
     rng = np.random.default_rng(0)
     num_clear = num_rows = 0
     for vocab in (2, 3, 7, 31, 32, 33, 64, 130):
         for _ in range(8):
             rows = [random_row(rng, vocab) for _ in range(12)]
-            for row, token_id in zip(rows, draw(*rows), strict=True):
-                expected = reference_sampling.draw(row)
+            for row, token_id in zip(rows, sample_ids(*rows), strict=True):
+                expected = reference_sampling.sample(row)
                 num_rows += 1
-                if expected.margin > 1e-4:  # nearer, and float32 may tip it
+                if expected.margin > 1e-4:  # closer ones may differ in float32
                     num_clear += 1
                     assert token_id == expected.token_id, row
     assert num_clear > 0.7 * num_rows
@@ -126,7 +126,7 @@ def test_logprobs_are_those_of_the_raw_logits() -> None:
 
 
 def chi_square_limit(num_cells: int) -> float:
-    """Passed by chance once in a million (Wilson and Hilferty, 1931)."""
+    """Limit that is exceeded by chance once in a million (Wilson and Hilferty, 1931)."""
     dof = num_cells - 1
     return dof * (1 - 2 / (9 * dof) + 4.75 * math.sqrt(2 / (9 * dof))) ** 3
 
@@ -134,14 +134,14 @@ def chi_square_limit(num_cells: int) -> float:
 def assert_distributed(counts: npt.NDArray[np.int64], probs: Sequence[float]) -> None:
     expected = np.array(probs) * counts.sum()
     possible = expected > 0
-    assert not counts[~possible].any(), "drew what cannot be drawn"
+    assert not counts[~possible].any(), "sampled an impossible token"
     statistic = float(np.sum((counts - expected)[possible] ** 2 / expected[possible]))
     assert statistic < chi_square_limit(int(possible.sum())), counts.tolist()
 
 
 SOME = (0.05, 0.4, 0.1, 0.15, 0.3)
 DISTRIBUTIONS: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
-    "as it is": ({}, SOME),
+    "unchanged": ({}, SOME),
     "temperature 0.5": ({"temperature": 0.5}, tuple(p**2 for p in SOME)),
     "temperature 2": ({"temperature": 2.0}, tuple(p**0.5 for p in SOME)),
     "top_k 3": ({"top_k": 3}, (0, 0.4, 0, 0.15, 0.3)),
@@ -162,29 +162,29 @@ DISTRIBUTIONS: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
 
 @pytest.mark.parametrize("over", ["positions", "seeds"])
 @pytest.mark.parametrize("name", DISTRIBUTIONS)
-def test_draws_have_the_distribution_that_was_asked_for(name: str, over: str) -> None:
+def test_samples_follow_the_requested_distribution(name: str, over: str) -> None:
     options, weights = DISTRIBUTIONS[name]
     row = make_row(logits_of(SOME), **options)
     field = {"positions": "position", "seeds": "seed"}[over]
 
-    ids = draw(*(replace(row, **{field: i}) for i in range(NUM_DRAWS)))
+    ids = sample_ids(*(replace(row, **{field: i}) for i in range(NUM_SAMPLES)))
 
     assert_distributed(np.bincount(ids, minlength=5), np.array(weights) / sum(weights))
 
 
-def test_draws_at_neighbouring_positions_are_independent() -> None:
+def test_samples_at_adjacent_positions_are_independent() -> None:
     row = make_row(logits_of(SOME), seed=12)
 
-    ids = np.array(draw(*(replace(row, position=i) for i in range(NUM_DRAWS))))
+    ids = np.array(sample_ids(*(replace(row, position=i) for i in range(NUM_SAMPLES))))
 
     pairs = np.bincount(ids[:-1] * 5 + ids[1:], minlength=25)
     assert_distributed(pairs, np.outer(SOME, SOME).ravel())
 
 
-def test_draws_of_neighbouring_seeds_are_independent() -> None:
+def test_samples_of_adjacent_seeds_are_independent() -> None:
     row = make_row(logits_of(SOME), position=3)
 
-    ids = np.array(draw(*(replace(row, seed=i) for i in range(NUM_DRAWS))))
+    ids = np.array(sample_ids(*(replace(row, seed=i) for i in range(NUM_SAMPLES))))
 
     pairs = np.bincount(ids[:-1] * 5 + ids[1:], minlength=25)
     assert_distributed(pairs, np.outer(SOME, SOME).ravel())
@@ -194,40 +194,40 @@ def test_draws_of_neighbouring_seeds_are_independent() -> None:
 
 
 def test_top_k_keeps_the_ties_of_the_last_one() -> None:
-    assert drawable(make_row([1, 2, 2, 2, 0], top_k=2)) == {1, 2, 3}
+    assert possible(make_row([1, 2, 2, 2, 0], top_k=2)) == {1, 2, 3}
 
 
 def test_top_p_keeps_the_ties_of_the_last_one() -> None:
-    # the smallest prefix is two of the three that tie: which two, no sort may decide
-    assert drawable(make_row(logits_of([0.1, 0.3, 0.3, 0.3]), top_p=0.5)) == {1, 2, 3}
+    # two of the three tied tokens would do; the order of a sort must not decide which
+    assert possible(make_row(logits_of([0.1, 0.3, 0.3, 0.3]), top_p=0.5)) == {1, 2, 3}
 
 
 def test_min_p_keeps_a_token_at_its_threshold() -> None:
-    assert drawable(make_row([0.0, 0.0, -5.0], min_p=1.0)) == {0, 1}
+    assert possible(make_row([0.0, 0.0, -5.0], min_p=1.0)) == {0, 1}
 
 
 def test_top_p_ends_with_the_token_that_reaches_it() -> None:
-    quarters = [0.0, 0.0, 0.0, 0.0]  # 0.25 each, exactly: two of them reach 0.5
+    quarters = [0.0, 0.0, 0.0, 0.0]  # exactly 0.25 each, so that two reach 0.5
     ordered = [x - 1e-6 * i for i, x in enumerate(quarters)]  # but no ties
 
-    assert drawable(make_row(ordered, top_p=0.25001)) == {0, 1}
-    assert drawable(make_row(ordered, top_p=0.1)) == {0}
-    assert drawable(make_row(ordered, top_p=0.76)) == {0, 1, 2, 3}
+    assert possible(make_row(ordered, top_p=0.25001)) == {0, 1}
+    assert possible(make_row(ordered, top_p=0.1)) == {0}
+    assert possible(make_row(ordered, top_p=0.76)) == {0, 1, 2, 3}
 
 
 def test_top_k_comes_before_top_p() -> None:
     row = make_row(logits_of([0.4, 0.3, 0.2, 0.1]), top_p=0.5)
 
-    assert drawable(row) == {0, 1}
-    assert drawable(replace(row, top_k=2)) == {0}  # 0.4 of 0.7 is more than half
+    assert possible(row) == {0, 1}
+    assert possible(replace(row, top_k=2)) == {0}  # 0.4 of 0.7 is more than half
 
 
 def test_the_most_likely_token_is_always_kept() -> None:
     row = make_row([3.0, 1.0, 2.0], temperature=5.0)
 
-    assert drawable(replace(row, top_k=1)) == {0}
-    assert drawable(replace(row, top_p=1e-9)) == {0}
-    assert drawable(replace(row, min_p=1.0)) == {0}
+    assert possible(replace(row, top_k=1)) == {0}
+    assert possible(replace(row, top_p=1e-9)) == {0}
+    assert possible(replace(row, min_p=1.0)) == {0}
 
 
 def test_filters_that_are_off_change_nothing() -> None:
@@ -235,19 +235,19 @@ def test_filters_that_are_off_change_nothing() -> None:
     rows = [make_row(rng.standard_normal(50), position=i) for i in range(200)]
     filtered = make_row(rng.standard_normal(50), top_k=2)
 
-    assert draw(*rows, filtered)[:-1] == draw(*rows)
-    assert draw(*(replace(r, top_k=50) for r in rows)) == draw(*rows)
-    assert draw(*(replace(r, top_k=1000) for r in rows)) == draw(*rows)
+    assert sample_ids(*rows, filtered)[:-1] == sample_ids(*rows)
+    assert sample_ids(*(replace(r, top_k=50) for r in rows)) == sample_ids(*rows)
+    assert sample_ids(*(replace(r, top_k=1000) for r in rows)) == sample_ids(*rows)
 
 
-def test_a_forbidden_token_is_not_drawn_whatever_the_filters() -> None:
+def test_a_forbidden_token_is_not_sampled_with_any_filter() -> None:
     row = make_row([5.0, 4.0, 3.0, 2.0], bias=((0, -INF),), temperature=3.0)
 
     for options in ({}, {"top_k": 3}, {"top_p": 0.99}, {"min_p": 0.1}, {"top_k": 9, "top_p": 0.9}):
-        assert 0 not in drawable(replace(row, **options), 300)
+        assert 0 not in possible(replace(row, **options), 300)
 
 
-# -- each row alone ---------------------------------------------------------------------------
+# -- independence of rows ---------------------------------------------------------------------
 
 
 def equal_bits(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
@@ -257,9 +257,7 @@ def equal_bits(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
 
 @pytest.mark.parametrize("num_threads", [1, 2])
 @pytest.mark.parametrize("vocab", [5, 33, 1001, 4096])
-def test_a_row_gives_bit_for_bit_the_same_alone_and_in_a_batch(
-    vocab: int, num_threads: int
-) -> None:
+def test_a_row_gives_the_same_bits_alone_and_in_a_batch(vocab: int, num_threads: int) -> None:
     torch.set_num_threads(num_threads)
     rng = np.random.default_rng(vocab)
     rows = [replace(random_row(rng, vocab), logits=rng.standard_normal(vocab)) for _ in range(17)]
@@ -271,29 +269,29 @@ def test_a_row_gives_bit_for_bit_the_same_alone_and_in_a_batch(
             assert equal_bits(getattr(alone, name)[0], getattr(together, name)[i]), (name, row)
 
 
-def test_the_same_request_draws_the_same_again() -> None:
+def test_the_same_request_samples_the_same_tokens_again() -> None:
     rng = np.random.default_rng(3)
     rows = [random_row(rng, 64) for _ in range(32)]
 
-    assert draw(*rows) == draw(*rows) == draw(*rows[::-1])[::-1]
+    assert sample_ids(*rows) == sample_ids(*rows) == sample_ids(*rows[::-1])[::-1]
 
 
-def test_a_greedy_row_among_others_takes_the_best_whatever_its_seed() -> None:
+def test_a_greedy_row_ignores_its_seed_in_a_mixed_batch() -> None:
     rng = np.random.default_rng(4)
     logits = rng.standard_normal(40)
     rows = [
         make_row(logits, temperature=float(i % 2), seed=i, top_k=3 * (i % 3)) for i in range(60)
     ]
 
-    ids = draw(*rows)
+    ids = sample_ids(*rows)
 
     assert set(ids[::2]) == {int(np.argmax(logits))}
     assert len(set(ids[1::2])) > 1
 
 
 def test_an_argmax_takes_the_lowest_id_of_a_tie() -> None:
-    assert draw(make_row([1, 7, 7, 2, 7], temperature=0.0)) == [1]
-    assert draw(make_row([-0.0, 0.0, -1.0], temperature=0.0)) == [0]
+    assert sample_ids(make_row([1, 7, 7, 2, 7], temperature=0.0)) == [1]
+    assert sample_ids(make_row([-0.0, 0.0, -1.0], temperature=0.0)) == [0]
 
 
 def test_the_logits_are_not_changed() -> None:
@@ -324,7 +322,7 @@ def test_the_logits_are_not_changed() -> None:
 # -- penalties, bias, masks, targets ----------------------------------------------------------
 
 
-def penalised(logits: Sequence[float], **values: Any) -> list[float]:
+def penalized(logits: Sequence[float], **values: Any) -> list[float]:
     """Logits of one row after penalties."""
     known = {"prompt_ids": [], "output_ids": [], "presence": 0.0, "frequency": 0.0}
     given = {**known, "repetition": 1.0, **values}
@@ -338,47 +336,47 @@ def penalised(logits: Sequence[float], **values: Any) -> list[float]:
     return result
 
 
-def test_repetition_is_of_prompt_and_answer_and_does_not_add_up() -> None:
-    out = penalised([2.0, -2.0, 2.0, 2.0], repetition=2.0, prompt_ids=[0, 0, 1], output_ids=[1, 2])
+def test_repetition_counts_prompt_and_answer_once_per_token() -> None:
+    out = penalized([2.0, -2.0, 2.0, 2.0], repetition=2.0, prompt_ids=[0, 0, 1], output_ids=[1, 2])
 
     assert out == [1.0, -4.0, 1.0, 2.0]
 
 
-def test_presence_is_of_the_answer_and_does_not_add_up() -> None:
-    assert penalised([2.0, 2.0, 2.0], presence=0.5, prompt_ids=[0], output_ids=[1, 1]) == [
+def test_presence_counts_the_answer_once_per_token() -> None:
+    assert penalized([2.0, 2.0, 2.0], presence=0.5, prompt_ids=[0], output_ids=[1, 1]) == [
         2,
         1.5,
         2,
     ]
 
 
-def test_frequency_is_of_the_answer_and_adds_up() -> None:
-    out = penalised([2.0, 2.0, 2.0], frequency=0.5, prompt_ids=[0, 0], output_ids=[1, 1, 2])
+def test_frequency_counts_every_occurrence_in_the_answer() -> None:
+    out = penalized([2.0, 2.0, 2.0], frequency=0.5, prompt_ids=[0, 0], output_ids=[1, 1, 2])
 
     assert out == [2.0, 1.0, 1.5]
 
 
-def test_repetition_comes_before_the_others() -> None:
-    out = penalised([2.0], repetition=2.0, presence=0.5, frequency=0.25, output_ids=[0, 0])
+def test_repetition_is_applied_before_the_other_penalties() -> None:
+    out = penalized([2.0], repetition=2.0, presence=0.5, frequency=0.25, output_ids=[0, 0])
 
     assert out == [2.0 / 2.0 - 2 * 0.25 - 0.5]
 
 
-def test_bias_adds_up_and_minus_infinity_wins() -> None:
+def test_biases_add_up_and_minus_infinity_wins() -> None:
     row = make_row([0, 0, 0], temperature=0.0, bias=((1, 3.0), (1, 2.0), (2, 100.0), (2, -INF)))
 
-    assert draw(row) == [1]
-    assert draw(replace(row, bias=((1, 3.0), (1, -2.0), (2, 1.5)))) == [2]
+    assert sample_ids(row) == [1]
+    assert sample_ids(replace(row, bias=((1, 3.0), (1, -2.0), (2, 1.5)))) == [2]
 
 
 @pytest.mark.parametrize("token_id", [0, 1, 30, 31, 32, 62, 63, 64, 69])
 def test_every_bit_of_a_mask_is_one_token(token_id: int) -> None:
     row = make_row(np.linspace(1, 0, 70), allowed=frozenset([token_id]))
 
-    assert draw(row, replace(row, temperature=0.0)) == [token_id, token_id]
+    assert sample_ids(row, replace(row, temperature=0.0)) == [token_id, token_id]
 
 
-def test_a_target_row_reports_its_target_and_draws_nothing() -> None:
+def test_a_target_row_reports_its_target_without_sampling() -> None:
     logits = [0.0, 3.0, 1.0]
 
     out = sample([make_row(logits, target=2), make_row(logits, temperature=0.0)], num_logprobs=0)
@@ -410,7 +408,7 @@ def test_most_likely_tokens_are_those_of_a_stable_sort() -> None:
         assert torch.equal(sampling.most_likely(logits, 20), expected[:, :20])
 
 
-def test_there_are_no_more_likely_tokens_than_tokens() -> None:
+def test_at_most_the_whole_vocabulary_is_reported() -> None:
     out = sample([make_row([1.0, 2.0])], num_logprobs=5)
 
     assert out.top_ids is not None and out.top_ids.tolist() == [[1, 0]]
@@ -432,20 +430,20 @@ BROKEN: dict[str, Row] = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_row_draws_minus_one_and_spoils_no_other(name: str) -> None:
+def test_a_broken_row_gives_minus_one_and_affects_no_other_row(name: str) -> None:
     rng = np.random.default_rng(7)
     others = [make_row(rng.standard_normal(3), position=i, top_p=0.9) for i in range(10)]
 
-    ids = draw(*others[:5], BROKEN[name], *others[5:])
+    ids = sample_ids(*others[:5], BROKEN[name], *others[5:])
 
     assert ids[5] == -1
-    assert ids[:5] + ids[6:] == draw(*others)
+    assert ids[:5] + ids[6:] == sample_ids(*others)
 
 
 def test_a_logit_of_infinity_wins() -> None:
     row = make_row([1.0, INF, 2.0])
 
-    assert draw(
+    assert sample_ids(
         row,
         replace(row, temperature=0.0),
         replace(row, top_k=2, top_p=0.5, min_p=0.1),
