@@ -1,1 +1,1 @@
-"""The kit that checks a backend: float64 reference, cases, laws, planted faults, report."""
+"""The conformance kit for backends: checks, a float64 reference, and reports."""

@@ -1,4 +1,4 @@
-"""Named batches and head layouts, laid out in shuffled KV blocks with NaN wherever no token is."""
+"""Named batches and head layouts, in shuffled KV blocks with NaN in every unused slot."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ BATCHES = (
     Batch("long context", (1, 3), (311, 290)),
     Batch("ragged", (1, 1, 1, 2, 31, 7), (1, 17, 64, 2, 31, 71)),
 )
-"""Lengths around multiples of the usual block sizes, and the shapes a step can have."""
+"""Lengths around multiples of common block sizes, and every kind of step."""
 
 
 def batch_named(name: str) -> Batch:
-    """The batch called `name`."""
+    """Return the batch named `name`."""
     return next(b for b in BATCHES if b.name == name)
 
 
@@ -57,7 +57,7 @@ HEADS = (Heads("mha", 4, 4), Heads("gqa", 8, 2), Heads("gqa of 3", 9, 3), Heads(
 
 @dataclass(frozen=True, slots=True)
 class Pad:
-    """What a step is padded by; a backend of static shapes pads to a bucket on top."""
+    """Padding of a step; a backend of static shapes pads to a bucket in addition."""
 
     num_tokens: int = 0
     num_requests: int = 0
@@ -79,10 +79,10 @@ class Chunk:
 
 
 class PagedBatch:
-    """Requests of a batch in physical blocks: shuffled, with unallocated ones between them."""
+    """Block tables of a batch: shuffled physical blocks with unallocated ones between them."""
 
     def __init__(self, seq_lens: Sequence[int], block_size: int, rng: np.random.Generator) -> None:
-        """Blocks for `seq_lens` tokens, drawn by `rng`; block 0 is the null block."""
+        """Assign random blocks to `seq_lens` tokens; block 0 is the null block."""
         self.seq_lens = tuple(seq_lens)
         self.block_size = block_size
         needed = [-(-length // block_size) for length in seq_lens]
@@ -91,19 +91,19 @@ class PagedBatch:
         self.tables = [[next(free) for _ in range(count)] for count in needed]
 
     def chunks(self, query_lens: Sequence[int]) -> list[Chunk]:
-        """The last `query_lens` tokens of each request."""
+        """Return the last `query_lens` tokens of each request as chunks."""
         return [
             Chunk(table, length - count, length)
             for table, length, count in zip(self.tables, self.seq_lens, query_lens, strict=True)
         ]
 
     def before(self, chunks: Sequence[Chunk]) -> list[Chunk]:
-        """All tokens that `chunks` leave out, in an order that a step may have."""
+        """Return all tokens before `chunks`, in an order that a step may have."""
         rest = [Chunk(c.table, 0, c.start) for c in chunks if c.start]
         return sorted(rest, key=lambda c: c.end != 1)
 
     def slots(self, request: int) -> list[int]:
-        """The slot of each of a request's tokens."""
+        """Return the slot of each token of a request."""
         table = self.tables[request]
         size = self.block_size
         return [table[i // size] * size + i % size for i in range(self.seq_lens[request])]
@@ -122,9 +122,9 @@ class Padded:
 def padded_shape(
     subject: Subject, chunks: Sequence[Chunk], block_size: int, pad: Pad = NO_PAD
 ) -> Padded:
-    """The step's size with `pad`, or the smallest bucket that holds it.
+    """Return the size of a step: its own with `pad`, or of the smallest bucket that fits.
 
-    Of a backend whose steps need no bucket only those are padded that one holds.
+    If no bucket fits, the step stays as it is; with static shapes that is a failure.
     """
     num_tokens = sum(c.end - c.start for c in chunks) + pad.num_tokens
     num_requests = len(chunks) + pad.num_requests
@@ -143,7 +143,7 @@ def padded_shape(
     bucket = next(holding, None)
     if bucket is None:
         if subject.claims.static_shapes:
-            raise CheckFailed(f"no bucket holds {num_tokens} tokens of {num_requests} requests")
+            raise CheckFailed(f"no bucket fits {num_tokens} tokens of {num_requests} requests")
         return Padded(num_tokens, num_requests, num_blocks, None)
     return Padded(bucket.num_tokens, bucket.num_requests, bucket.num_blocks, bucket)
 
@@ -155,7 +155,7 @@ def step_meta(
     specs: Sequence[AttentionSpec],
     pad: Pad = NO_PAD,
 ) -> StepMeta:
-    """The prepared meta of a step that computes `chunks`; logits of each request's last token."""
+    """Return the prepared meta of a step over `chunks`, with logits of each last token."""
     shape = padded_shape(subject, chunks, block_size, pad)
     lengths = [c.end - c.start for c in chunks]
     assert sorted(lengths, key=lambda n: n != 1) == lengths, "decodes come first"
@@ -194,7 +194,7 @@ def step_meta(
 
 
 def pad_rows(x: FloatArray, num_rows: int) -> F32:
-    """`x` with rows of NaN up to `num_rows`: what a pad token holds must not matter."""
+    """Append rows of NaN up to `num_rows`: the values of pad tokens must not matter."""
     out = np.full((num_rows, *x.shape[1:]), np.nan, np.float32)
     out[: len(x)] = x
     return out
@@ -205,20 +205,20 @@ def pad_rows(x: FloatArray, num_rows: int) -> F32:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionProblem:
-    """Random queries, keys and values of a batch, rounded to what the device will hold."""
+    """Random queries, keys and values of a batch, rounded to the dtypes on the device."""
 
     batch: Batch
     spec: AttentionSpec
     dtype: str
     kv_spec: KVSpec
     query: list[F32]
-    """Of each request, [Q, H, D]."""
+    """Queries of each request, [Q, H, D]."""
     key: list[F32]
-    """Of each request, its whole context [N, H_kv, D]."""
+    """Keys of each request's whole context, [N, H_kv, D]."""
     value: list[F32]
-    """The same; [N, H_kv, value_size], and part of the key, where values are keys."""
+    """Values likewise; [N, H_kv, value_size] where they are part of their keys."""
     sinks: F32 | None = None
-    """[H]"""
+    """[H], or None without sinks."""
 
 
 def attention_problem(
@@ -238,10 +238,10 @@ def attention_problem(
     value_size: int | None = None,
     spread: float = 2.0,
 ) -> AttentionProblem:
-    """A problem whose scores have a standard deviation of `spread`.
+    """Create a problem whose scores have a standard deviation of `spread`.
 
-    Keys and values are rounded to `dtype`, in which they come, and then to the cache's dtype; what
-    codes make of them is the cache's to say (`AttentionRun.held`).
+    Keys and values are rounded to `dtype`, then to the cache's dtype. 8-bit codes are not applied:
+    `AttentionRun.held` reads back the values that the cache holds.
     """
     size = subject.head_size if head_size is None else head_size
     slopes = tuple(2.0 ** (-8 * (i + 1) / heads.num_heads) for i in range(heads.num_heads))
@@ -289,15 +289,15 @@ def attention_problem(
 
 
 class AttentionRun:
-    """A problem's context in a cache of NaN on the device, step by step."""
+    """Runs a problem on the device, step by step, in a cache that starts as NaN."""
 
     LAYER = 1
-    """The layer that is written and read; those around it stay NaN."""
+    """The layer that is used; the layers around it stay NaN."""
 
     def __init__(
         self, subject: Subject, problem: AttentionProblem, *, layout_seed: int = 1
     ) -> None:
-        """A cache of NaN with blocks assigned by `layout_seed`; no token is in it yet."""
+        """Allocate a cache of NaN, with blocks assigned by `layout_seed`."""
         self.subject = subject
         self.problem = problem
         rng = np.random.default_rng(layout_seed)
@@ -305,19 +305,19 @@ class AttentionRun:
         self.kv: KV = subject.nan_cache(problem.kv_spec, self.paged.num_blocks)
 
     def fill_context(self) -> None:
-        """Write every token that comes before the batch's queries."""
+        """Write all tokens before the batch's queries."""
         chunks = self.paged.before(self.paged.chunks(self.problem.batch.query_lens))
         if chunks:
             self.write(chunks, self.meta(chunks))
 
     def meta(self, chunks: Sequence[Chunk], pad: Pad = NO_PAD) -> StepMeta:
-        """The prepared meta of a step that computes `chunks`."""
+        """Return the prepared meta of a step over `chunks`."""
         spec = self.problem.spec
         specs = [spec] * self.problem.kv_spec.num_layers
         return step_meta(self.subject, chunks, self.paged.block_size, specs, pad)
 
     def write(self, chunks: Sequence[Chunk], meta: StepMeta) -> None:
-        """Put the keys and values of `chunks` into the cache; pad tokens bring NaN."""
+        """Write keys and values of `chunks` to the cache; pad tokens hold NaN."""
         problem = self.problem
         is_shared = problem.kv_spec.shares_values
         key, value = (
@@ -327,7 +327,7 @@ class AttentionRun:
         self.kv = self.subject.backend.kv_write(self.kv, self.LAYER, key, value, meta)
 
     def attend(self, chunks: Sequence[Chunk], pad: Pad = NO_PAD) -> list[F32]:
-        """One step over `chunks`: the output of each, [Q, H, D]."""
+        """Run one step over `chunks`; return the output of each, [Q, H, D]."""
         meta = self.meta(chunks, pad)
         self.write(chunks, meta)
         num_rows = len(meta.positions)
@@ -346,12 +346,12 @@ class AttentionRun:
         return [out[loc[i] : loc[i + 1]] for i in range(len(chunks))]
 
     def run(self, pad: Pad = NO_PAD) -> list[F32]:
-        """The whole batch in one step behind its context: each request's output."""
+        """Write the context, then run the batch in one step; return each request's output."""
         self.fill_context()
         return self.attend(self.paged.chunks(self.problem.batch.query_lens), pad)
 
     def held(self) -> tuple[list[F32], list[F32]]:
-        """Keys and values of each request, as in the problem, as the cache gives them out."""
+        """Return each request's keys and values as the cache exports them."""
         wire = self.subject.export(self.kv, range(self.paged.num_blocks))[:, self.LAYER]
         sides = wire.swapaxes(0, 1).reshape(wire.shape[1], -1, *wire.shape[-2:])
         values = sides[-1, ..., : self.problem.spec.out_size]  # [slots, H_kv, V]
@@ -359,7 +359,7 @@ class AttentionRun:
         return [sides[0, s] for s in slots], [values[s] for s in slots]
 
     def _queries_by_position(self) -> list[F32]:
-        """Queries aligned with the context: NaN where a token is not a query of this batch."""
+        """Align queries with the context: NaN where a token is not a query of this batch."""
         aligned = []
         for query, length in zip(self.problem.query, self.problem.batch.seq_lens, strict=True):
             out = np.full((length, *query.shape[1:]), np.nan, np.float32)
@@ -368,7 +368,7 @@ class AttentionRun:
         return aligned
 
     def _rows(self, chunks: Sequence[Chunk], of: Sequence[F32], num_rows: int) -> F32:
-        """The tokens of `chunks` end to end, padded with NaN."""
+        """Concatenate the tokens of `chunks`, padded with NaN."""
         tables = [id(table) for table in self.paged.tables]
         parts = [of[tables.index(id(c.table))][c.start : c.end] for c in chunks]
         return pad_rows(np.concatenate(parts), num_rows)

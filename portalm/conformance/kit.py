@@ -1,4 +1,4 @@
-"""All checks, and running them on a backend."""
+"""The list of all checks, and a function that runs them on a backend."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CHECKS = (
 
 
 def all_items(levels: Sequence[str] = (), pattern: str = "") -> list[Item]:
-    """Every case of every check of these levels (none: all) whose name has `pattern`."""
+    """Return the cases of all checks of `levels` (empty: all) whose name contains `pattern`."""
     wanted = {_level(level) for level in levels}
     return [
         item
@@ -33,12 +33,12 @@ def all_items(levels: Sequence[str] = (), pattern: str = "") -> list[Item]:
 
 
 def _level(named: str) -> str:
-    """L3 for L3, and for its name: models."""
+    """Resolve a level by its id (L3) or its name (models)."""
     for level, name in LEVELS.items():
         if named in (level, name.split()[0].strip(",")):
             return level
     known = ", ".join(f"{k} ({v})" for k, v in LEVELS.items())
-    raise ConfigError(f"no level {named!r}; levels: {known}")
+    raise ConfigError(f"level {named!r} does not exist; levels: {known}")
 
 
 def run_kit(
@@ -48,7 +48,7 @@ def run_kit(
     pattern: str = "",
     progress: Callable[[Result], None] | None = None,
 ) -> list[Result]:
-    """Try `backend`; failures are results."""
+    """Run checks on `backend`; failures are returned as results."""
     subject = Subject(backend)
     results = []
     for item in all_items(levels, pattern):

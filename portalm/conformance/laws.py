@@ -1,4 +1,4 @@
-"""L2: what must hold bit for bit on one backend, whatever it computes."""
+"""L2: properties that must hold bit for bit on one backend, whatever its exact results."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def _problem(subject: Subject, name: str):  # type: ignore[no-untyped-def]
 
 
 def check_padding(subject: Subject, case: Named) -> None:
-    """Pad tokens, pad requests and pad blocks change nothing."""
+    """Pad tokens, pad requests and pad blocks do not change results."""
     problem = _problem(subject, case.name)
     plain = AttentionRun(subject, problem).run()
     padded = AttentionRun(subject, problem).run(PAD)
@@ -66,7 +66,7 @@ def check_padding(subject: Subject, case: Named) -> None:
 
 
 def check_permutation(subject: Subject, case: Named) -> None:
-    """The same tokens in other physical blocks give the same."""
+    """The physical blocks of a request do not change its results."""
     problem = _problem(subject, case.name)
     one, other = (AttentionRun(subject, problem, layout_seed=s).run() for s in (1, 2))
     for a, b in zip(one, other, strict=True):
@@ -74,7 +74,7 @@ def check_permutation(subject: Subject, case: Named) -> None:
 
 
 def check_chunks(subject: Subject, case: Named) -> float | None:
-    """A prompt in chunks gives what it gives whole."""
+    """A prompt in chunks gives the same results as in one piece."""
     batch = Batch("whole", (70,), (70,))
     problem = attention_problem(subject, batch, _GQA, subject.dtype)
     [whole] = AttentionRun(subject, problem).run()
@@ -86,7 +86,7 @@ def check_chunks(subject: Subject, case: Named) -> float | None:
 
 
 def check_alone(subject: Subject, case: Named) -> float | None:
-    """A request alone gives what it gives in a batch."""
+    """A request alone gives the same results as in a batch."""
     problem = _problem(subject, case.name)
     together = AttentionRun(subject, problem).run()
     worst = 0.0
@@ -105,14 +105,14 @@ def check_alone(subject: Subject, case: Named) -> float | None:
 
 
 def check_encoder_padding(subject: Subject, case: None) -> None:
-    """Pad tokens and pad requests, of NaN, change nothing for an encoder."""
+    """Pad tokens of NaN and pad requests do not change an encoder's results."""
     batch = Encode(ENCODER_BATCH, _GQA, subject.dtype)
     for a, b in zip(run_encoder(subject, batch), run_encoder(subject, batch, PAD), strict=True):
         require_equal("with padding", b, a)
 
 
 def check_encoder_alone(subject: Subject, case: None) -> float | None:
-    """A prompt alone gives what it gives among others: nothing leaks between them."""
+    """An encoder's prompt alone gives the same results as in a batch."""
     together = run_encoder(subject, Encode(ENCODER_BATCH, _GQA, subject.dtype))
     worst = 0.0
     for length, expected in zip(ENCODER_BATCH, together, strict=True):
@@ -122,7 +122,7 @@ def check_encoder_alone(subject: Subject, case: None) -> float | None:
 
 
 def check_linear_alone(subject: Subject, case: None) -> float | None:
-    """A row of a linear layer alone gives what it gives among others."""
+    """A row of a linear layer alone gives the same result as with other rows."""
     rng = np.random.default_rng(3)
     x = rng.standard_normal((37, 96)).astype(np.float32)
     packed = subject.backend.pack(subject.put(rng.standard_normal((130, 96)), subject.dtype).cpu())
@@ -136,7 +136,7 @@ def check_linear_alone(subject: Subject, case: None) -> float | None:
 
 
 def _same(subject: Subject, what: str, actual: FloatArray, expected: FloatArray) -> float | None:
-    """Bit for bit where batch_invariant is claimed; the NMSE elsewhere."""
+    """Require equal bits if batch_invariant is claimed; otherwise return the NMSE."""
     if subject.has("batch_invariant"):
         require_equal(what, actual, expected)
         return None
@@ -144,7 +144,7 @@ def _same(subject: Subject, what: str, actual: FloatArray, expected: FloatArray)
 
 
 def check_sample_alone(subject: Subject, case: Named) -> None:
-    """A row drawn alone gives what it gives in a batch."""
+    """A row sampled alone gives the same token as in a batch."""
     rows = sampling_rows(case.name, 12)
     together = subject.get(run_sample(subject, rows).token_ids)
     for i, row in enumerate(rows):
@@ -153,14 +153,14 @@ def check_sample_alone(subject: Subject, case: Named) -> None:
 
 
 _CACHES = (
-    Named("as computed"), Named("keys alone"), *(Named(dtype) for dtype in SCALED_KV_DTYPES)
+    Named("unquantized"), Named("keys only"), *(Named(dtype) for dtype in SCALED_KV_DTYPES)
 )  # fmt: skip
 
 
 def _cache_spec(subject: Subject, case: Named) -> KVSpec:
-    """The cache of a case of `_CACHES`."""
+    """Return the KV spec of a case in `_CACHES`."""
     spec: KVSpec = _problem(subject, "ragged").kv_spec
-    if case.name == "keys alone":
+    if case.name == "keys only":
         subject.needs_feature("shared_values")
         return replace(spec, num_kv_heads=1, head_size=80, shares_values=True)
     if case.name not in SCALED_KV_DTYPES:
@@ -170,16 +170,16 @@ def _cache_spec(subject: Subject, case: Named) -> KVSpec:
 
 
 def _wire(spec: KVSpec, num_blocks: int, seed: int) -> torch.Tensor:
-    """Random keys and values, [N, L, P, B, H_kv, D], as a cache of `spec` has them."""
+    """Return random wire values, [N, L, P, B, H_kv, D], that a cache of `spec` can represent."""
     rng = np.random.default_rng(seed)
     values = rng.standard_normal(wire_shape(spec, num_blocks)).astype(np.float32)
     if spec.dtype in SCALED_KV_DTYPES:
-        values = reference.kept_in_codes(values, spec.dtype)[0].astype(np.float32)
+        values = reference.quantized(values, spec.dtype)[0].astype(np.float32)
     return torch.from_numpy(values).to(torch_dtype(spec.wire_dtype))
 
 
 def check_export_import(subject: Subject, case: Named) -> None:
-    """Blocks that go out and come back elsewhere are what they were, over all layers."""
+    """Blocks that are exported and imported elsewhere are unchanged, over all layers."""
     spec = _cache_spec(subject, case)
     wire = _wire(spec, 4, seed=5)
     kv = subject.nan_cache(spec, 10)
@@ -187,11 +187,11 @@ def check_export_import(subject: Subject, case: Named) -> None:
     exported = subject.export(kv, [9, 7])
     require_equal("export", exported, wire[[2, 0]].float().numpy())
     if not np.isnan(subject.export(kv, [1, 3, 5, 6, 8])).all():
-        raise CheckFailed("kv_import wrote to blocks that it was not given")
+        raise CheckFailed("kv_import wrote to blocks outside its list")
 
 
 def check_copy(subject: Subject, case: Named) -> None:
-    """kv_copy copies every layer of its blocks and no other."""
+    """kv_copy copies all layers of its blocks, and no other blocks."""
     spec = _cache_spec(subject, case)
     wire = _wire(spec, 6, seed=6)
     kv = subject.backend.kv_import(subject.nan_cache(spec, 6), subject.index(range(6)), wire)
@@ -205,7 +205,7 @@ def check_copy(subject: Subject, case: Named) -> None:
 
 
 def _small_step(subject: Subject, batch: str):  # type: ignore[no-untyped-def]
-    """A step of one layer of everything, its weights, cache and inputs."""
+    """Return a step with one of each layer, its weights, cache and inputs."""
     backend, dtype = subject.backend, subject.dtype
     problem = _problem(subject, batch)
     run = AttentionRun(subject, problem)
@@ -246,7 +246,7 @@ def _small_step(subject: Subject, batch: str):  # type: ignore[no-untyped-def]
 
 
 def check_compiled(subject: Subject, case: Named) -> None:
-    """A captured step draws what the step itself draws, again and again."""
+    """A captured step samples the same tokens as the step itself, also when repeated."""
     step, weights, kv, inputs = _small_step(subject, case.name)
     kv, eager = step(weights, kv, inputs)
     expected = subject.get(eager.token_ids).copy()
@@ -257,7 +257,7 @@ def check_compiled(subject: Subject, case: Named) -> None:
 
 
 def check_seal(subject: Subject, case: None) -> None:
-    """Within seal() a new capture is refused, after it it is not."""
+    """A new capture is refused inside seal(), and allowed again after it."""
     step, _, _, inputs = _small_step(subject, "ragged")
     with subject.backend.seal():
         try:

@@ -1,4 +1,4 @@
-"""L1: the operations that layers are made of, attention aside."""
+"""L1: the operations of layers, except attention."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from portalm.conformance.subject import Subject
 
 
 def check_linear(subject: Subject, case: Named) -> float:
-    """Rows, widths and a bias around tile sizes."""
+    """Compare linear layers with row counts and widths around tile sizes, and a bias."""
     subject.needs_dtype(case.name)
     worst = 0.0
     for i, (rows, n, k) in enumerate(((1, 64, 64), (3, 7, 65), (17, 130, 96), (64, 33, 256))):
@@ -44,19 +44,19 @@ def check_linear(subject: Subject, case: Named) -> float:
 
 
 def check_logits(subject: Subject, case: Named) -> float:
-    """float32 out, whatever goes in, and more precise than the dtype."""
+    """Logits are float32, and as precise as float32 for every dtype of the inputs."""
     subject.needs_dtype(case.name)
     x, w = random_array((5, 96), case.name, 1), random_array((301, 96), case.name, 2)
     packed = subject.backend.pack(subject.put(w, case.name).cpu(), for_logits=True)
     out = subject.backend.logits(subject.put(x, case.name), packed)
     if out.dtype != torch.float32:
-        raise CheckFailed(f"logits are {out.dtype}, float32 is asked for")
+        raise CheckFailed(f"logits are {out.dtype}, expected float32")
     expected = reference.linear(x.astype(np.float64), w.astype(np.float64))
     return require_close("logits", subject.get(out), expected, NMSE_BOUND["float32"])
 
 
 def check_linear_heads(subject: Subject, case: Named) -> float:
-    """Each head by its own weight, [T, H, K] that lies within wider rows."""
+    """Compare linear_heads; its input [T, H, K] is a view of wider rows."""
     subject.needs_dtype(case.name)
     worst = 0.0
     for i, (rows, n, k) in enumerate(((1, 48, 32), (9, 70, 24))):
@@ -72,7 +72,7 @@ def check_linear_heads(subject: Subject, case: Named) -> float:
 
 
 def check_norms(subject: Subject, case: Named) -> float:
-    """rms_norm, and add_rms_norm with its sum rounded once."""
+    """Compare rms_norm, and add_rms_norm, whose sum is rounded once."""
     subject.needs_dtype(case.name)
     x, residual = random_array((7, 72), case.name, 1, 3.0), random_array((7, 72), case.name, 2)
     weight = random_array((72,), case.name, 3)
@@ -92,7 +92,7 @@ def check_norms(subject: Subject, case: Named) -> float:
 
 
 def check_layer_norm(subject: Subject, case: Named) -> float:
-    """Rows far from zero, and one that is constant but for rounding."""
+    """Compare layer_norm on rows far from zero, one of them constant."""
     subject.needs_dtype(case.name)
     x = rounded(random_array((7, 72), case.name, 1, 3.0) + 4, case.name)
     x[3] = 2.0
@@ -110,7 +110,7 @@ def check_layer_norm(subject: Subject, case: Named) -> float:
 
 
 def check_gelu(subject: Subject, case: Named) -> float:
-    """Large values of both signs included."""
+    """Compare gelu, also at large values of both signs."""
     subject.needs_dtype(case.name)
     x = random_array((5, 41), case.name, 1, 3.0)
     x[0, :2] = (-90.0, 90.0)
@@ -119,7 +119,7 @@ def check_gelu(subject: Subject, case: Named) -> float:
 
 
 def check_gelu_tanh(subject: Subject, case: Named) -> float:
-    """Plain and as a gate, large values of both signs included."""
+    """Compare gelu_tanh and gelu_tanh_mul, also at large values of both signs."""
     subject.needs_dtype(case.name)
     x = random_array((5, 2 * 41), case.name, 1, 3.0)
     x[0, :2] = (-90.0, 90.0)
@@ -133,7 +133,7 @@ def check_gelu_tanh(subject: Subject, case: Named) -> float:
 
 
 def check_head_norms(subject: Subject, case: Named) -> float:
-    """rms_norm and layer_norm of each head, [T, H, D] that lies within wider rows."""
+    """Compare both norms per head; their input [T, H, D] is a view of wider rows."""
     subject.needs_dtype(case.name)
     wide = random_array((7, 5 * 24), case.name, 1, 3.0)
     weight, bias = random_array((24,), case.name, 2), random_array((24,), case.name, 3)
@@ -145,13 +145,13 @@ def check_head_norms(subject: Subject, case: Named) -> float:
     rms = subject.get(subject.backend.rms_norm(heads, scale, 1e-5))
     layer = subject.get(subject.backend.layer_norm(heads, scale, shift, 1e-5))
     return max(
-        require_close("rms_norm of heads", rms, reference.rms_norm(x, w, 1e-5), bound),
-        require_close("layer_norm of heads", layer, reference.layer_norm(x, w, b, 1e-5), bound),
+        require_close("rms_norm per head", rms, reference.rms_norm(x, w, 1e-5), bound),
+        require_close("layer_norm per head", layer, reference.layer_norm(x, w, b, 1e-5), bound),
     )
 
 
 def check_silu_mul(subject: Subject, case: Named) -> float:
-    """Large values of both signs included."""
+    """Compare silu_mul, also at large values of both signs."""
     subject.needs_dtype(case.name)
     gate_up = random_array((5, 2 * 41), case.name, 1, 4.0)
     gate_up[0, :2] = (-90.0, 90.0)
@@ -163,19 +163,19 @@ def check_silu_mul(subject: Subject, case: Named) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Mixture:
-    """Experts with or without what gpt-oss has: biases and a clamped gate."""
+    """A case of moe: plain experts, or with biases and a clamped gate as in gpt-oss."""
 
     dtype: str
     is_clamped: bool
 
     @property
     def name(self) -> str:
-        """All of it."""
+        """Dtype and kind of expert."""
         return f"{self.dtype}, {'clamped' if self.is_clamped else 'silu'}"
 
 
 def check_moe(subject: Subject, case: Mixture) -> float:
-    """Nine tokens over five experts, of which one is nobody's and one everybody's."""
+    """Compare nine tokens over five experts; one expert has no tokens, one has all."""
     subject.needs_dtype(case.dtype)
     num_experts, hidden, inner = 5, 64, 48
     x = random_array((9, hidden), case.dtype, 1)
@@ -214,7 +214,7 @@ def check_moe(subject: Subject, case: Mixture) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Rope:
-    """How many dimensions rotate, and how pairs lie."""
+    """A case of rope: the number of rotated dimensions, and the layout of pairs."""
 
     dtype: str
     rotary_dim: int
@@ -222,13 +222,13 @@ class Rope:
 
     @property
     def name(self) -> str:
-        """All of it."""
+        """Dtype, rotated dimensions and layout."""
         kind = "interleaved" if self.is_interleaved else "halves"
         return f"{self.dtype}, {self.rotary_dim} of 64, {kind}"
 
 
 def check_rope(subject: Subject, case: Rope) -> float:
-    """Query and key, positions out of order."""
+    """Compare rotated queries and keys at positions that are not in order."""
     subject.needs_dtype(case.dtype)
     query, key = random_array((6, 4, 64), case.dtype, 1), random_array((6, 2, 64), case.dtype, 2)
     table = reference.rope_table(128, case.rotary_dim, 10_000.0).astype(np.float32)
@@ -254,9 +254,9 @@ def check_rope(subject: Subject, case: Rope) -> float:
 
 
 def check_rope_kv_write(subject: Subject, case: Rope) -> float:
-    """A mixed step with pad tokens of NaN: rotated keys and their values lie in their slots alone.
+    """Compare a mixed step with pad tokens of NaN; only the step's slots are written.
 
-    Query, key and value are parts of wider rows, as a merged product leaves them.
+    Query, key and value are views of wider rows, as a merged projection returns them.
     """
     subject.needs_dtype(case.dtype)
     problem = attention_problem(subject, batch_named("mixed"), HEADS[1], case.dtype, head_size=64)
@@ -287,7 +287,7 @@ def check_rope_kv_write(subject: Subject, case: Rope) -> float:
     require_equal("values", stored[:, 1], parts[2])
     wire[block, run.LAYER, :, offset] = np.nan
     if not np.isnan(wire[1:]).all():
-        raise CheckFailed("rope_kv_write wrote to slots that it was not given")
+        raise CheckFailed("rope_kv_write wrote to slots outside its mapping")
     return max(
         require_close("query", subject.get(rotated)[:num_tokens], turned, bound),
         require_close("key in the cache", stored[:, 0], turned_key, bound),
@@ -295,7 +295,7 @@ def check_rope_kv_write(subject: Subject, case: Rope) -> float:
 
 
 def check_rows(subject: Subject, case: Named) -> None:
-    """embed and take_rows copy rows as they are."""
+    """Require that embed and take_rows copy rows unchanged."""
     subject.needs_dtype(case.name)
     table, rows = random_array((50, 40), case.name, 1), np.array([0, 49, 7, 7], np.int32)
     for operation in (
@@ -310,10 +310,10 @@ _DTYPE_CASES = tuple(Named(d) for d in DTYPES)
 CHECKS = (
     Check("L1", "linear", check_linear, _DTYPE_CASES),
     Check("L1", "logits", check_logits, _DTYPE_CASES),
-    Check("L1", "heads of linear layers", check_linear_heads, _DTYPE_CASES),
+    Check("L1", "linear_heads", check_linear_heads, _DTYPE_CASES),
     Check("L1", "rms_norm", check_norms, _DTYPE_CASES),
     Check("L1", "layer_norm", check_layer_norm, _DTYPE_CASES),
-    Check("L1", "norms of heads", check_head_norms, _DTYPE_CASES),
+    Check("L1", "norms per head", check_head_norms, _DTYPE_CASES),
     Check("L1", "silu_mul", check_silu_mul, _DTYPE_CASES),
     Check("L1", "gelu", check_gelu, _DTYPE_CASES),
     Check("L1", "gelu_tanh", check_gelu_tanh, _DTYPE_CASES),

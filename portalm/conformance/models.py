@@ -1,7 +1,7 @@
-"""L3: whole models on the backend against a float64 forward pass.
+"""L3: whole models on the backend, compared with a float64 forward pass.
 
-Llama's is written down here once more, in plain loops; other families run their own code over the
-same operations (oracle.py).
+Llama's forward pass is written out here a second time, in plain loops. Other families run their own
+model code over float64 operations (oracle.py).
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from portalm.models.loader import open_checkpoint
 Array = npt.NDArray[np.float64]
 
 _LOGPROB_NMSE = {"float32": 1e-9, "float16": 1e-5, "bfloat16": 1e-3}
-"""Of a whole model: some twenty operations behind each other, each within its bound."""
+"""NMSE bound of a whole model: some twenty operations in sequence, each within its own bound."""
 
 _NUM_GREEDY = 64
 
 
 def forward(engine: Engine, token_ids: list[int]) -> Array:
-    """Logits of every position in float64: [N, V]; weights as the checkpoint has them."""
+    """Return logits of all positions in float64, [N, V], from the checkpoint's weights."""
     config = engine.model_config
     if config.architecture != "LlamaForCausalLM":
         return oracle.forward(engine, token_ids)
@@ -78,7 +78,7 @@ def forward(engine: Engine, token_ids: list[int]) -> Array:
 
 
 def _rope_table(engine: Engine) -> Array:
-    """Angles in float64, the llama3 scaling spelled out frequency by frequency."""
+    """Compute the table of angles in float64; llama3 scaling frequency by frequency."""
     config = engine.model_config
     table = np.empty((config.max_position, config.head_size))
     scaling: dict[str, Any] = dict(config.rope.scaling)
@@ -96,7 +96,7 @@ def _rope_table(engine: Engine) -> Array:
 
 
 def check_logprobs(subject: Subject, case: Named) -> float:
-    """Prompt logprobs of a mixed batch of chunked prompts."""
+    """Compare prompt logprobs of a mixed batch of chunked prompts."""
     with tiny_engine(subject, case.name, enable_prefix_caching=False) as engine:
         asked = prompts()
         for request_id, prompt in asked.items():
@@ -115,39 +115,39 @@ def check_logprobs(subject: Subject, case: Named) -> float:
     bound = _LOGPROB_NMSE[subject.dtype]
     if not error <= bound:
         raise CheckFailed(
-            f"logprobs: NMSE {error:.2e} is above {bound:.0e}", nmse=error, bound=bound
+            f"logprobs: NMSE {error:.2e} exceeds {bound:.0e}", nmse=error, bound=bound
         )
     return error
 
 
 def check_greedy(subject: Subject, case: Named) -> None:
-    """64 greedy tokens equal to the float64 model's, up to the first near-tie."""
+    """Compare 64 greedy tokens with the float64 model's choices, except at near-ties."""
     near = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1.5e-1}[subject.dtype]
     with tiny_engine(subject, case.name) as engine:
         prompt = prompts()["3"]
         ask(engine, "a", prompt, max_tokens=_NUM_GREEDY)
-        [drawn] = [[t for o in many for t in o.token_ids] for many in finish(engine).values()]
-        logits = forward(engine, prompt + drawn)
-    num_sure = 0
-    for i, token_id in enumerate(drawn):
+        [found] = [[t for o in many for t in o.token_ids] for many in finish(engine).values()]
+        logits = forward(engine, prompt + found)
+    num_clear = 0
+    for i, token_id in enumerate(found):
         row = logits[len(prompt) - 1 + i]
         second, best = np.sort(row)[-2:]
         if best - second < near:
-            continue  # either may win; what follows is judged behind what was drawn
-        num_sure += 1
+            continue  # both are acceptable; later tokens are compared after the one found
+        num_clear += 1
         if token_id != int(row.argmax()):
             raise CheckFailed(
-                f"token {i}: drew {token_id}, the reference {int(row.argmax())} "
-                f"by {best - second:.3g}"
+                f"token {i} is {token_id}, the reference has {int(row.argmax())} "
+                f"with a margin of {best - second:.3g}"
             )
-    if num_sure < _NUM_GREEDY // 4:
+    if num_clear < _NUM_GREEDY // 4:
         raise CheckFailed(
-            f"only {num_sure} of {_NUM_GREEDY} tokens were clear: it shows too little"
+            f"only {num_clear} of {_NUM_GREEDY} tokens have a clear margin: too few to compare"
         )
 
 
 def check_encoder(subject: Subject, case: Named) -> float:
-    """Means of an encoder's states over prompts that are computed together."""
+    """Compare mean-pooled vectors of an encoder over a batch of prompts."""
     with tiny_engine(subject, case.name) as engine:
         asked = prompts()
         for request_id, prompt in asked.items():

@@ -1,4 +1,4 @@
-"""L0 and L1: claims hold, what is not claimed is refused; attention and sampling."""
+"""L0: claims. L1: attention and sampling, compared with the float64 reference."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ from portalm.conformance.subject import Subject
 
 _GQA = HEADS[1]
 _NEAR = 1e-4
-"""A draw whose closest comparison is nearer than this may go either way in float32."""
+"""Rows whose decisive margin is below this are skipped: float32 may decide them differently."""
 
 
 @dataclass(frozen=True, slots=True)
 class Attend:
-    """A batch, a head layout and what else a case of attention varies."""
+    """A case of attention: a batch, a head layout, and options."""
 
     batch: Batch
     heads: Heads
@@ -68,11 +68,11 @@ class Attend:
     has_alibi: bool = False
     has_sinks: bool = False
     value_size: int | None = None
-    """Values are the beginning of keys: latent attention."""
+    """Values are the first `value_size` numbers of their keys: latent attention."""
 
     @property
     def name(self) -> str:
-        """All that differs from the usual."""
+        """The batch, the head layout, the dtype and all options that are set."""
         parts = [self.batch.name, self.heads.name, self.dtype]
         for label, value in (
             ("head", self.head_size),
@@ -88,12 +88,16 @@ class Attend:
         return ", ".join(parts)
 
     def problem(self, subject: Subject) -> AttentionProblem:
-        """The inputs; `NotClaimed` for what the backend does not claim."""
+        """Create the inputs; raise `NotClaimed` for what the backend does not claim."""
         claims = subject.claims
         subject.needs_dtype(self.dtype)
         is_shared = self.value_size is not None
         for value, claimed, what in (
-            (self.head_size, None if is_shared else claims.head_sizes, "head size"),
+            (
+                self.head_size,
+                claims.shared_head_sizes if is_shared else claims.head_sizes,
+                "head size",
+            ),
             (self.block_size, claims.block_sizes, "block size"),
             (self.kv_dtype, claims.kv_dtypes, "KV dtype"),
         ):
@@ -126,7 +130,7 @@ class Attend:
 
 
 def check_attend(subject: Subject, case: Attend) -> float:
-    """Write the context, attend, compare with plain loops over what the cache holds then."""
+    """Write the context, attend, and compare with the reference over the cache's contents."""
     problem = case.problem(subject)
     run = AttentionRun(subject, problem)
     actual = run.run()
@@ -149,7 +153,7 @@ def check_attend(subject: Subject, case: Attend) -> float:
 
 
 def attend_cases() -> list[Attend]:
-    """Batches by dtype, head layouts, sizes and features."""
+    """Return cases over batches and dtypes, head layouts, sizes and features."""
     mixed = batch_named("mixed")
     cases = [Attend(batch, _GQA, dtype) for dtype in DTYPES for batch in BATCHES]
     cases += [Attend(mixed, heads, DTYPES[0]) for heads in HEADS]
@@ -179,7 +183,7 @@ def attend_cases() -> list[Attend]:
 
 
 def latent_cases() -> list[Attend]:
-    """Values that are the beginning of their keys: small ones by batch, DeepSeek's own size."""
+    """Return cases whose values are part of their keys: small ones, and DeepSeek's sizes."""
     mqa, lite = HEADS[3], Heads("mqa of 16", 16, 1)
     cases = [Attend(b, mqa, DTYPES[0], head_size=80, value_size=64) for b in BATCHES]
     cases += [Attend(BATCHES[3], mqa, d, head_size=80, value_size=64) for d in DTYPES[1:]]
@@ -189,26 +193,26 @@ def latent_cases() -> list[Attend]:
 
 
 @dataclass(frozen=True, slots=True)
-class Keep:
-    """Keys and values of `dtype` in a cache of codes."""
+class Quantize:
+    """Keys and values of `dtype`, quantized to `kv_dtype` in the cache."""
 
     kv_dtype: str
     dtype: str
 
     @property
     def name(self) -> str:
-        """Both."""
-        return f"{self.kv_dtype} of {self.dtype}"
+        """KV dtype and dtype."""
+        return f"{self.kv_dtype} from {self.dtype}"
 
 
 _TIES = 1e-3
-"""Share of codes that may be one unit off: x * (1 / scale) is two roundings from x / scale, so that
-about one in 2^20 lies at a tie that they decide; a device whose division is good to a few units in
-the last place decides some more."""
+"""Fraction of codes that may differ by one unit. x * (1 / scale) is rounded twice, so that about
+one code in 2^20 lies at a tie which those roundings decide; a device whose division has an error of
+a few units in the last place decides a few more."""
 
 
-def check_codes(subject: Subject, case: Keep) -> None:
-    """Codes and scales are those of each token and head, whatever its neighbours are."""
+def check_codes(subject: Subject, case: Quantize) -> None:
+    """Codes and scales of a token and head do not depend on other tokens and heads."""
     subject.needs_dtype(case.dtype)
     subject.needs_kv_dtype(case.kv_dtype)
     problem = attention_problem(
@@ -216,7 +220,7 @@ def check_codes(subject: Subject, case: Keep) -> None:
     )
     given = (problem.key[0], problem.value[0])
     for x in given:
-        # far apart, so that the scale of another token or head shows; a few are special
+        # magnitudes far apart, so that using another scale shows; a few special values
         x *= np.exp2(np.arange(60) % 13 - 6)[:, None, None] * np.array([1, 0.3])[None, :, None]
         x[3], x[4, 1, 2], x[5, 0, 1], x[6, 1, 0] = 0.0, np.nan, np.inf, -np.inf
         x[7, :, 1:] = 0.0
@@ -225,12 +229,14 @@ def check_codes(subject: Subject, case: Keep) -> None:
     chunks = run.paged.chunks(problem.batch.query_lens)
     run.write(chunks, run.meta(chunks))
     for what, x, held in zip(("keys", "values"), given, run.held(), strict=True):
-        expected, step = reference.kept_in_codes(x, case.kv_dtype)
+        expected, step = reference.quantized(x, case.kv_dtype)
         actual = held[0].astype(np.float64)
-        require_equal(f"{what} that are not finite", np.isnan(actual), np.isnan(expected))
+        require_equal(f"{what}: NaN where not finite", np.isnan(actual), np.isnan(expected))
         actual, expected = np.nan_to_num(actual), np.nan_to_num(expected)
         largest = np.abs(expected).max(axis=-1)
-        require_equal(f"{what}: the largest of each", np.abs(actual).max(axis=-1), largest)
+        require_equal(
+            f"{what}: largest magnitude of each vector", np.abs(actual).max(axis=-1), largest
+        )
         units = np.abs(actual - expected) / np.maximum(np.nan_to_num(step), 2.0**-120)
         if units.max() > 1.001 or np.count_nonzero(units) > _TIES * units.size:
             raise CheckFailed(
@@ -241,7 +247,7 @@ def check_codes(subject: Subject, case: Keep) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Encode:
-    """Prompts of these lengths, a head layout, and how far tokens see."""
+    """A case of encoder attention: prompt lengths, a head layout, a window."""
 
     lengths: tuple[int, ...]
     heads: Heads
@@ -250,13 +256,13 @@ class Encode:
 
     @property
     def name(self) -> str:
-        """All of it."""
+        """Lengths, head layout, dtype and window."""
         window = "" if self.sliding_window is None else f", window {self.sliding_window}"
         return f"{'+'.join(map(str, self.lengths))}, {self.heads.name}, {self.dtype}{window}"
 
 
 def run_encoder(subject: Subject, case: Encode, pad: Pad = NO_PAD) -> list[F32Array]:
-    """What each prompt's tokens attend to, [N, H, D] each; pad tokens bring NaN."""
+    """Return the attention output of each prompt, [N, H, D]; pad tokens hold NaN."""
     size, num_tokens = subject.head_size, sum(case.lengths)
     paged = PagedBatch(case.lengths, subject.block_size, np.random.default_rng(0))
     meta = step_meta(subject, paged.chunks(case.lengths), subject.block_size, [], pad)
@@ -272,7 +278,7 @@ def run_encoder(subject: Subject, case: Encode, pad: Pad = NO_PAD) -> list[F32Ar
 
 
 def encoder_spec(subject: Subject, case: Encode) -> AttentionSpec:
-    """The attention of a case."""
+    """Return the attention spec of a case."""
     return AttentionSpec(
         num_heads=case.heads.num_heads,
         num_kv_heads=case.heads.num_kv_heads,
@@ -283,7 +289,7 @@ def encoder_spec(subject: Subject, case: Encode) -> AttentionSpec:
 
 
 def encoder_inputs(subject: Subject, case: Encode) -> tuple[F32Array, F32Array, F32Array]:
-    """Query [T, H, D], key and value [T, H_kv, D] of a case; a prompt's depend on its length."""
+    """Return query [T, H, D], key and value [T, H_kv, D]; random, seeded by prompt length."""
     parts: list[list[F32Array]] = [[], [], []]
     layout = (case.heads.num_heads, case.heads.num_kv_heads, case.heads.num_kv_heads)
     for length in case.lengths:
@@ -295,7 +301,7 @@ def encoder_inputs(subject: Subject, case: Encode) -> tuple[F32Array, F32Array, 
 
 
 def check_attend_encoder(subject: Subject, case: Encode) -> float:
-    """Every token sees what it may of its prompt and no other, compared with plain loops."""
+    """Compare encoder attention with the reference: each token attends within its own prompt."""
     subject.needs_dtype(case.dtype)
     if case.sliding_window is not None:
         subject.needs_feature("sliding_window")
@@ -310,11 +316,11 @@ def check_attend_encoder(subject: Subject, case: Encode) -> float:
 
 
 ENCODER_BATCH = (1, 1, 33, 7, 17, 7, 64)
-"""Lengths of prompts: one token, equal ones, and around block sizes."""
+"""Prompt lengths: one token, equal lengths, and around block sizes."""
 
 
 def encode_cases() -> list[Encode]:
-    """Batches by dtype, head layouts, and windows around the sizes of tiles."""
+    """Return cases over dtypes, head layouts, and windows around tile sizes."""
     cases = [Encode(ENCODER_BATCH, _GQA, dtype) for dtype in DTYPES]
     cases += [Encode(ENCODER_BATCH, _GQA, DTYPES[0], window) for window in (1, 8)]
     cases.append(Encode((130, 300), _GQA, DTYPES[0], 65))
@@ -326,7 +332,7 @@ def encode_cases() -> list[Encode]:
 
 
 def check_unclaimed_is_refused(subject: Subject, case: Named) -> None:
-    """A KV cache of a shape that is not claimed raises `Unsupported`."""
+    """Allocating a KV cache that is not claimed raises `Unsupported`."""
     claims = subject.claims
     usual = KVSpec(
         num_layers=1,
@@ -348,7 +354,7 @@ def check_unclaimed_is_refused(subject: Subject, case: Named) -> None:
 
 
 def check_memory_and_probe(subject: Subject, case: None) -> None:
-    """The device answers and its memory figures make sense."""
+    """The device responds, and its memory figures are plausible."""
     subject.backend.probe(30.0)
     memory = subject.backend.memory()
     if not 0 < memory.free <= memory.total:
@@ -356,7 +362,7 @@ def check_memory_and_probe(subject: Subject, case: None) -> None:
 
 
 def check_round_trip(subject: Subject, case: Named) -> None:
-    """What goes to the device comes back, for every dtype that steps use."""
+    """Arrays of every dtype that steps use come back from the device unchanged."""
     host = np.arange(-6, 6).reshape(3, 4).astype(case.name)
     require_equal("to_device, to_host", subject.get(subject.backend.to_device(host)), host)
 
@@ -367,7 +373,7 @@ def check_round_trip(subject: Subject, case: Named) -> None:
 def sample_params(
     subject: Subject, rows: list[Row], num_logprobs: int | None = None
 ) -> SampleParams:
-    """`rows` as the device gets them."""
+    """Convert `rows` to the `SampleParams` of a step."""
 
     def column(values: list[float] | list[int], dtype: type) -> torch.Tensor:
         return subject.backend.to_device(np.array(values, dtype))
@@ -420,18 +426,20 @@ def sample_params(
 
 
 def run_sample(subject: Subject, rows: list[Row], num_logprobs: int | None = None) -> SampleOutput:
-    """Draw from all rows in one call."""
+    """Sample all rows in one call."""
     logits = subject.put(np.stack([r.logits for r in rows]).astype(np.float32))
     return subject.backend.sample(logits, sample_params(subject, rows, num_logprobs))
 
 
 def sampling_rows(kind: str, count: int = 24, vocab: int = 203) -> list[Row]:
-    """Random rows of one kind."""
+    """Return random rows of one kind."""
     rng = np.random.default_rng(sum(map(ord, kind)))
     rows = []
     for i in range(count):
         logits = (rng.standard_normal(vocab) * 2).astype(np.float32).astype(np.float64)
-        ids = tuple(int(x) for x in np.argsort(-logits)[:9])  # the likely ones: it must show
+        ids = tuple(
+            int(x) for x in np.argsort(-logits)[:9]
+        )  # likely tokens, so that an error shows
         kinds: dict[str, Any] = {
             "greedy": {"temperature": 0.0},
             "temperature": {"temperature": float(np.float32(0.3 + i / 10))},
@@ -470,22 +478,24 @@ SAMPLING_KINDS = (
 
 
 def check_sample(subject: Subject, case: Named) -> None:
-    """The same integers as the reference, wherever float32 can tell."""
+    """The same token ids as the reference, except where float32 may decide differently."""
     rows = sampling_rows(case.name)
     actual = subject.get(run_sample(subject, rows).token_ids)
     num_clear = 0
     for i, row in enumerate(rows):
-        expected = reference_sampling.draw(row)
+        expected = reference_sampling.sample(row)
         if expected.margin < _NEAR:
             continue
         num_clear += 1
         if int(actual[i]) != expected.token_id:
             raise CheckFailed(
-                f"row {i} of {case.name}: drew {int(actual[i])}, expected {expected.token_id} "
+                f"row {i} of {case.name}: sampled {int(actual[i])}, expected {expected.token_id} "
                 f"(margin {expected.margin:.3g})"
             )
     if num_clear < len(rows) // 2:
-        raise CheckFailed(f"{num_clear} of {len(rows)} rows are clear: the case shows too little")
+        raise CheckFailed(
+            f"only {num_clear} of {len(rows)} rows have a clear margin: too few to compare"
+        )
 
 
 def check_ties(subject: Subject, case: None) -> None:
@@ -498,13 +508,13 @@ def check_ties(subject: Subject, case: None) -> None:
     filters: tuple[dict[str, Any], ...] = ({"top_k": 1}, {"top_k": 2}, {"top_p": 0.1})
     for options in filters:
         rows = [Row(logits=logits, seed=s, **options) for s in range(60)]
-        drawn = {int(x) for x in subject.get(run_sample(subject, rows).token_ids)}
-        if drawn != {11, 40, 66}:
-            raise CheckFailed(f"{options} over three tied tokens drew {sorted(drawn)}")
+        sampled = {int(x) for x in subject.get(run_sample(subject, rows).token_ids)}
+        if sampled != {11, 40, 66}:
+            raise CheckFailed(f"{options} over three tied tokens sampled {sorted(sampled)}")
 
 
 def check_broken_rows(subject: Subject, case: None) -> None:
-    """A row with a NaN, or with nothing that may be drawn, gives -1; the others are drawn."""
+    """A row with a NaN, or without a token that may be sampled, gives -1; others are unaffected."""
     good = np.arange(40, dtype=np.float64)
     nan = good.copy()
     nan[3] = np.nan
@@ -514,21 +524,21 @@ def check_broken_rows(subject: Subject, case: None) -> None:
             Row(logits=nan, temperature=temperature),
             Row(logits=np.full(40, -np.inf), temperature=temperature),
         ]
-        drawn = subject.get(run_sample(subject, rows).token_ids)
-        require_equal("broken rows", drawn, np.array([39, -1, -1], np.int32))
+        sampled = subject.get(run_sample(subject, rows).token_ids)
+        require_equal("broken rows", sampled, np.array([39, -1, -1], np.int32))
 
 
 def check_logprobs(subject: Subject, case: None) -> float:
-    """Of the raw logits, with ranks and the most likely tokens."""
+    """Logprobs of the raw logits, ranks, and the most likely tokens match the reference."""
     rows = sampling_rows("penalties", 6) + sampling_rows("targets", 6)
     out = run_sample(subject, rows, num_logprobs=4)
     if out.logprobs is None or out.ranks is None or out.top_ids is None or out.top_logprobs is None:
-        raise CheckFailed("logprobs were asked for and are not there")
+        raise CheckFailed("logprobs were requested, but the output lacks them")
     ids, ranks = subject.get(out.token_ids), subject.get(out.ranks)
     expected = [reference_sampling.logprobs(r.logits) for r in rows]
     for i, row in enumerate(rows):
         if int(ranks[i]) != reference_sampling.rank(row.logits, int(ids[i])):
-            raise CheckFailed(f"rank {int(ranks[i])} of row {i}")
+            raise CheckFailed(f"row {i} has the wrong rank {int(ranks[i])}")
         require_equal(
             "top ids",
             subject.get(out.top_ids)[i],
@@ -539,14 +549,14 @@ def check_logprobs(subject: Subject, case: None) -> float:
 
 
 def check_distribution(subject: Subject, case: None) -> None:
-    """Draws follow the softmax: chi-square over 4,000 seeds."""
+    """Sampled tokens follow the softmax: a chi-square test over 4,000 seeds."""
     logits = np.array([0.0, 1.0, 2.0, -1.0, 0.5])
     rows = [Row(logits=logits, seed=s, position=s % 7) for s in range(4000)]
-    drawn = np.bincount(subject.get(run_sample(subject, rows).token_ids), minlength=5)
+    counts = np.bincount(subject.get(run_sample(subject, rows).token_ids), minlength=5)
     probs = np.exp(logits) / np.exp(logits).sum()
-    statistic = float((np.square(drawn - 4000 * probs) / (4000 * probs)).sum())
+    statistic = float((np.square(counts - 4000 * probs) / (4000 * probs)).sum())
     if statistic > 23.5:  # 4 degrees of freedom: one in 10,000
-        raise CheckFailed(f"chi-square {statistic:.1f} of {drawn.tolist()}")
+        raise CheckFailed(f"chi-square {statistic:.1f} for counts {counts.tolist()}")
 
 
 CHECKS = (
@@ -556,8 +566,8 @@ CHECKS = (
     Check("L0", "host round trip", check_round_trip,
           (Named("int32"), Named("float32"), Named("int64"))),
     Check("L1", "attend", check_attend, attend_cases()),
-    Check("L1", "codes of 8 bits", check_codes,
-          tuple(Keep(kv, dtype) for kv in SCALED_KV_DTYPES for dtype in DTYPES)),
+    Check("L1", "8-bit KV codes", check_codes,
+          tuple(Quantize(kv, dtype) for kv in SCALED_KV_DTYPES for dtype in DTYPES)),
     Check("L1", "attend_encoder", check_attend_encoder, encode_cases()),
     Check("L1", "sample", check_sample, tuple(Named(k) for k in SAMPLING_KINDS)),
     Check("L1", "ties", check_ties),

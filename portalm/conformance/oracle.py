@@ -1,7 +1,7 @@
-"""A model's own code over the float64 operations of `reference`: one request, whole, no cache.
+"""A model's own code over the float64 operations of `reference`: one whole request, no cache.
 
-Nothing of the backend under test takes part: only the family's file says what is computed, which
-tests of its own compare with transformers.
+The backend under test is not involved. The model family's code defines what is computed; tests of
+its own compare it with transformers.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ Array = npt.NDArray[np.float64]
 
 
 def forward(engine: Engine, token_ids: list[int]) -> Array:
-    """Logits of every position in float64, [N, V]; weights as the checkpoint has them."""
+    """Return logits of all positions in float64, [N, V], from the checkpoint's weights."""
     model, oracle, weights, states = _run(engine, token_ids)
     return _array(model.logits(oracle, weights, states))
 
 
 def encode(engine: Engine, token_ids: list[int]) -> Array:
-    """Hidden states of every position behind an encoder's last layer, in float64: [N, C]."""
+    """Return hidden states after an encoder's last layer in float64, [N, C]."""
     return _array(_run(engine, token_ids)[-1])
 
 
@@ -59,7 +59,7 @@ def _array(x: torch.Tensor) -> Array:
 
 
 class Oracle:
-    """The operations that models are made of, on float64 tensors of the host."""
+    """The operations of models, on float64 tensors on the host."""
 
     name = "oracle"
     capabilities = Capabilities(
@@ -69,7 +69,7 @@ class Oracle:
     )
 
     def device(self) -> torch.device:
-        """The host."""
+        """Return the host."""
         return torch.device("cpu")
 
     def pack(
@@ -79,51 +79,51 @@ class Oracle:
         quantization: str | None = None,
         for_logits: bool = False,
     ) -> torch.Tensor:
-        """The weight itself."""
+        """Return the weight itself."""
         assert isinstance(weight, torch.Tensor)
         return weight
 
     def linear(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """[T, K] -> [T, N]."""
+        """Multiply [T, K] by [N, K] transposed: [T, N]."""
         added = None if bias is None else _array(bias)
         return torch.from_numpy(reference.linear(_array(x), _array(weight), added))
 
     def pack_heads(self, weight: torch.Tensor) -> torch.Tensor:
-        """The weight itself."""
+        """Return the weight itself."""
         return weight
 
     def linear_heads(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """[T, H, K] -> [T, H, N]."""
+        """Multiply [T, H, K] by [H, N, K], head by head: [T, H, N]."""
         return torch.from_numpy(reference.linear_heads(_array(x), _array(weight)))
 
     def logits(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """[R, C] -> [R, V]."""
+        """Multiply [R, C] by [V, C] transposed: [R, V]."""
         return self.linear(x, weight)
 
     def embed(self, token_ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-        """Rows [T] of [V, C]."""
+        """Select rows [T] of [V, C]."""
         return table[token_ids.long()]
 
     def take_rows(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """Rows [R] of [T, C]."""
+        """Select rows [R] of [T, C]."""
         return x[rows.long()]
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        """Over the last dimension."""
+        """Normalize over the last dimension."""
         return torch.from_numpy(reference.rms_norm(_array(x), _array(weight), eps))
 
     def add_rms_norm(
         self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(the norm of the sum, the sum)."""
+        """Return the norm of the sum, and the sum."""
         return self.rms_norm(x + residual, weight, eps), x + residual
 
     def layer_norm(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
     ) -> torch.Tensor:
-        """Over the last dimension."""
+        """Normalize over the last dimension."""
         normed = reference.layer_norm(_array(x), _array(weight), _array(bias), eps)
         return torch.from_numpy(normed)
 
@@ -136,26 +136,26 @@ class Oracle:
         *,
         is_interleaved: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Query [T, H, D] and key [T, H_kv, D], rotated."""
+        """Rotate query [T, H, D] and key [T, H_kv, D]."""
         places, table = positions.numpy(), _array(cos_sin)
         turned = (reference.rope(_array(x), places, table, is_interleaved) for x in (query, key))
         rotated_query, rotated_key = (torch.from_numpy(x) for x in turned)
         return rotated_query, rotated_key
 
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
-        """[T, 2 I] -> [T, I]."""
+        """silu(gate) * up of [T, 2 I]: [T, I]."""
         return torch.from_numpy(reference.silu_mul(_array(gate_up)))
 
     def gelu_tanh_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
-        """[T, 2 I] -> [T, I]."""
+        """gelu_tanh(gate) * up of [T, 2 I]: [T, I]."""
         return torch.from_numpy(reference.gelu_tanh_mul(_array(gate_up)))
 
     def gelu(self, x: torch.Tensor) -> torch.Tensor:
-        """The exact form."""
+        """Exact GELU."""
         return torch.from_numpy(reference.gelu(_array(x)))
 
     def gelu_tanh(self, x: torch.Tensor) -> torch.Tensor:
-        """The form by tanh."""
+        """GELU by tanh."""
         return torch.from_numpy(reference.gelu_tanh(_array(x)))
 
     def moe(
@@ -165,7 +165,7 @@ class Oracle:
         expert_weights: torch.Tensor,
         experts: Experts,
     ) -> torch.Tensor:
-        """Each token's experts, added up."""
+        """Apply each token's experts and sum their outputs by weight."""
         biases = None
         if experts.gate_up_bias is not None and experts.down_bias is not None:
             biases = _array(experts.gate_up_bias), _array(experts.down_bias)
@@ -189,7 +189,7 @@ class Oracle:
         value: torch.Tensor,
         meta: object,
     ) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
-        """The layer's keys and values are these."""
+        """Keep the layer's keys and values."""
         return {**kv, layer: (key, value)}
 
     def rope_kv_write(
@@ -204,7 +204,7 @@ class Oracle:
         *,
         is_interleaved: bool,
     ) -> tuple[dict[int, tuple[torch.Tensor, torch.Tensor]], torch.Tensor]:
-        """`rope`, then `kv_write`."""
+        """Apply `rope`, then `kv_write`."""
         turned, key = self.rope(query, key, meta.positions, cos_sin, is_interleaved=is_interleaved)
         return self.kv_write(kv, layer, key, value, meta), turned
 
@@ -231,6 +231,6 @@ class Oracle:
         meta: object,
         spec: AttentionSpec,
     ) -> torch.Tensor:
-        """Attention of [T, H, D], of one request, to all of it."""
+        """Bidirectional attention of [T, H, D], one request."""
         parts = _array(query), _array(key), _array(value)
         return torch.from_numpy(reference.encoder_attention(*parts, spec))

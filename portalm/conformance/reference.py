@@ -1,6 +1,6 @@
-"""What each operation means, in float64: plain loops over numpy, no paging, no backend.
+"""The meaning of each operation: plain loops over float64 numpy arrays, no paging, no backend.
 
-Nothing here is shared with the code under test, and nothing is written to be fast.
+It shares no code with what it tests, and is not written for speed.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ def attention(
 
     Args:
         query: [Q, H, D], the last Q tokens of the context.
-        key: [N, H_kv, D], the context in order, the query tokens' own keys included.
+        key: [N, H_kv, D], the whole context in order, query tokens included.
         value: [N, H_kv, V]
         spec: scale, window, soft cap and slopes.
-        sinks: [H], one more score for each row of a head.
+        sinks: [H], an additional score in each row of a head.
 
     Returns:
         [Q, H, V]
@@ -53,15 +53,15 @@ def attention(
     return out
 
 
-def kept_in_codes(x: npt.NDArray[np.float32], dtype: str) -> tuple[Array, Array]:
-    """What a cache of 8-bit codes makes of keys or values, and how far its codes lie apart there.
+def quantized(x: npt.NDArray[np.float32], dtype: str) -> tuple[Array, Array]:
+    """Quantize and dequantize keys or values; also return the distance between adjacent codes.
 
     Args:
-        x: [..., D]; each vector has a scale of its own.
-        dtype: of `SCALED_KV_DTYPES`.
+        x: [..., D]; each vector has its own scale.
+        dtype: one of `SCALED_KV_DTYPES`.
 
     Returns:
-        [..., D] each; NaN in all of a vector that holds anything not finite.
+        [..., D] each; a vector with any value that is not finite becomes NaN.
     """
     largest = SCALED_KV_DTYPES[dtype]
     out, steps = np.zeros((2, *x.shape), np.float64)
@@ -75,24 +75,24 @@ def kept_in_codes(x: npt.NDArray[np.float32], dtype: str) -> tuple[Array, Array]
             continue
         exact = (x[place] * (np.float32(1) / np.float32(scale))).astype(np.float64)
         step = np.ones_like(exact)
-        if dtype == "fp8":  # 4 bits, and steps of 2^-9 below 2^-6
+        if dtype == "fp8":  # 4 significant bits; below 2^-6, steps of 2^-9
             _, exponent = np.frexp(exact)
             step = np.exp2(np.maximum(exponent, -5) - 4)
         code = np.rint(exact / step) * step
-        out[place] = (code + 0.0 if dtype == "int8" else code) * scale  # -0 is no whole number
+        out[place] = (code + 0.0 if dtype == "int8" else code) * scale  # integers have no -0
         steps[place] = step * scale
     return out, steps
 
 
 def _to_bits(x: Array, count: int) -> Array:
-    """`x` rounded to so many significant bits, ties to even."""
+    """Round `x` to `count` significant bits, ties to even."""
     fraction, exponent = np.frexp(x)
     rounded: Array = np.ldexp(np.rint(np.ldexp(fraction, count)), exponent - count)
     return rounded
 
 
 def encoder_attention(query: Array, key: Array, value: Array, spec: AttentionSpec) -> Array:
-    """Attention of each token of one request to all of them.
+    """Bidirectional attention among all tokens of one request.
 
     Args:
         query: [N, H, D]
@@ -116,22 +116,22 @@ def encoder_attention(query: Array, key: Array, value: Array, spec: AttentionSpe
 
 
 def layer_norm(x: Array, weight: Array, bias: Array, eps: float) -> Array:
-    """`x` [T, C] less its mean, over its standard deviation, times `weight` plus `bias`, [C]."""
-    centred = x - np.mean(x, axis=-1, keepdims=True)
-    spread = np.sqrt(np.mean(centred * centred, axis=-1, keepdims=True) + eps)
-    normed: Array = centred / spread * weight + bias
+    """(x - mean) / sqrt(variance + eps) * weight + bias of `x` [T, C]."""
+    centered = x - np.mean(x, axis=-1, keepdims=True)
+    spread = np.sqrt(np.mean(centered * centered, axis=-1, keepdims=True) + eps)
+    normed: Array = centered / spread * weight + bias
     return normed
 
 
 def gelu(x: Array) -> Array:
-    """`x` times the share of a normal distribution below it."""
+    """Exact GELU: x * (1 + erf(x / sqrt(2))) / 2."""
     shares = [0.5 * (1 + math.erf(value / math.sqrt(2))) for value in x.ravel().tolist()]
     out: Array = x * np.array(shares).reshape(x.shape)
     return out
 
 
 def gelu_tanh(x: Array) -> Array:
-    """`x` times (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3))) / 2."""
+    """GELU by tanh: x * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3))) / 2."""
     out: Array = x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2
     return out
 
@@ -143,19 +143,19 @@ def gelu_tanh_mul(gate_up: Array) -> Array:
 
 
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
-    """`x` [T, C] over its root mean square, times `weight` [C]."""
+    """x / sqrt(mean(x^2) + eps) * weight of `x` [T, C]."""
     normed: Array = x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * weight
     return normed
 
 
 def rope(x: Array, positions: npt.NDArray[np.int32], cos_sin: Array, is_interleaved: bool) -> Array:
-    """`x` [T, H, D] with each pair of its first rotary_dim numbers turned by its position's angle.
+    """Rotate each pair of the first rotary_dim numbers of `x` by the angle of its position.
 
     Args:
         x: [T, H, D]
         positions: [T]
         cos_sin: [max_position, rotary_dim]: cosines, then sines.
-        is_interleaved: pairs are neighbours; else the two halves of the rotary dimensions.
+        is_interleaved: True: pairs are adjacent numbers. False: number i and rotary_dim / 2 + i.
     """
     half = cos_sin.shape[1] // 2
     out: Array = x.copy()
@@ -176,13 +176,13 @@ def silu_mul(gate_up: Array) -> Array:
 
 
 def _sigmoid(x: Array) -> Array:
-    """1 / (1 + exp(-x)), the exponent never positive: no overflow at either end."""
+    """1 / (1 + exp(-x)), with an exponent that is never positive, so that nothing overflows."""
     small = np.exp(-np.abs(x))
     return np.where(x >= 0, 1 / (1 + small), small / (1 + small))
 
 
 def swiglu(gate_up: Array, limit: float, alpha: float) -> Array:
-    """gate * sigmoid(alpha * gate) * (up + 1) of [T, 2 I], clamped: [T, I]."""
+    """gate * sigmoid(alpha * gate) * (up + 1) of clamped [T, 2 I]: [T, I]."""
     gate, up = np.split(gate_up, 2, axis=-1)
     gate, up = np.minimum(gate, limit), np.clip(up, -limit, limit)
     return gate * _sigmoid(alpha * gate) * (up + 1)
@@ -198,17 +198,17 @@ def moe(
     limit: float | None = None,
     alpha: float = 1.0,
 ) -> Array:
-    """Each token's experts applied to it and added up by their shares.
+    """Apply each token's experts and sum their outputs by weight.
 
     Args:
         x: [T, C]
-        ids: [T, k]
-        shares: [T, k]
-        gate_up: [2 I, C] of each expert.
-        down: [C, I] of each.
+        ids: [T, k], the experts of each token.
+        shares: [T, k], their weights.
+        gate_up: weight of each expert, [2 I, C].
+        down: weight of each expert, [C, I].
         biases: [E, 2 I] and [E, C].
-        limit: clamps as in `swiglu`; None: silu(gate) * up.
-        alpha: of `swiglu`.
+        limit: limit of `swiglu`; None: silu(gate) * up instead.
+        alpha: alpha of `swiglu`.
     """
     out: Array = np.zeros(x.shape, np.float64)
     for token, chosen in enumerate(ids):
@@ -221,13 +221,13 @@ def moe(
 
 
 def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
-    """`x` [T, K] times `weight` [N, K] transposed, plus bias [N]: [T, N]."""
+    """Multiply `x` [T, K] by `weight` [N, K] transposed, plus bias [N]: [T, N]."""
     out: Array = x @ weight.T
     return out if bias is None else out + bias
 
 
 def linear_heads(x: Array, weight: Array) -> Array:
-    """`x` [T, H, K] times `weight` [H, N, K] transposed, head by head: [T, H, N]."""
+    """Multiply `x` [T, H, K] by `weight` [H, N, K] transposed, head by head: [T, H, N]."""
     return np.stack([x[:, head] @ one.T for head, one in enumerate(weight)], axis=1)
 
 

@@ -1,8 +1,8 @@
-"""What `Backend.sample` means: one row at a time, float64, its own plain Philox.
+"""The meaning of `Backend.sample`: one row at a time, in float64, with a plain Philox.
 
-Drawing compares numbers, so a rounding can tip a comparison. `Draw.margin` says how far the
-nearest one was from tipping: where it is above what float32 can lose, the token is the only
-right one.
+Sampling compares numbers, so a rounding error can change a comparison. `Sampled.margin` is the
+distance of the closest comparison from changing. If it exceeds float32's error, the token is the
+only correct one.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _MASK = 0xFFFFFFFF
 def philox4x32_10(
     counter: tuple[int, int, int, int], key: tuple[int, int]
 ) -> tuple[int, int, int, int]:
-    """Four random words of 32 bits, by ten rounds.
+    """Return four random 32-bit words, after ten rounds.
 
     Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
     """
@@ -35,7 +35,7 @@ def philox4x32_10(
 
 
 def gumbel_noise(seed: int, position: int, vocab_size: int) -> Array:
-    """The noise of one row: [V]."""
+    """Gumbel noise of one row, [V]."""
     seed, position = seed % 2**64, position % 2**64
     key = seed & _MASK, seed >> 32
     noise = np.empty(vocab_size)
@@ -49,7 +49,7 @@ def gumbel_noise(seed: int, position: int, vocab_size: int) -> Array:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One row of logits and how to draw from it."""
+    """One row of logits and its sampling parameters."""
 
     logits: Array
     """[V]"""
@@ -70,36 +70,36 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
-class Draw:
-    """The token and how clear the decision was."""
+class Sampled:
+    """The sampled token and the margin of the decision."""
 
     token_id: int
     margin: float
-    """Smallest distance of any comparison on the way from tipping, in units of a logit (of a
-    probability at top_p); infinite where no arithmetic comes before the comparison."""
+    """Smallest distance of any comparison from changing, in logits (at top_p: in probability);
+    infinite where no arithmetic precedes the comparison."""
     kept: frozenset[int] = field(default_factory=frozenset)
-    """Tokens that could have been drawn."""
+    """Tokens that passed the filters."""
 
 
-def draw(row: Row) -> Draw:
-    """The token that `row` draws."""
+def sample(row: Row) -> Sampled:
+    """Sample a token from `row`."""
     if row.target >= 0:
-        return Draw(row.target, math.inf)
+        return Sampled(row.target, math.inf)
     scores = _changed_logits(row)
     is_exact = bool(np.array_equal(scores, row.logits) or not np.isfinite(scores).any())
     if row.temperature == 0.0:
         token_id, margin = _largest(scores)
-        return Draw(token_id, math.inf if is_exact else margin, frozenset([token_id]))
+        return Sampled(token_id, math.inf if is_exact else margin, frozenset([token_id]))
     scores = scores / row.temperature
     scores, margin = _filtered(scores, row)
     kept = frozenset(np.flatnonzero(np.isfinite(scores)).tolist())
     noise = gumbel_noise(row.seed, row.position, len(scores))
     token_id, gap = _largest(scores + noise)
-    return Draw(token_id, min(margin, gap), kept)
+    return Sampled(token_id, min(margin, gap), kept)
 
 
 def _changed_logits(row: Row) -> Array:
-    """Logits after penalties, bias and the allowed mask."""
+    """Apply penalties, bias and the allowed mask to the logits."""
     scores: Array = row.logits.copy()
     for token in set(row.prompt_ids) | set(row.output_ids):
         scores[token] *= 1 / row.repetition if scores[token] > 0 else row.repetition
@@ -117,7 +117,7 @@ def _changed_logits(row: Row) -> Array:
 
 
 def _filtered(scores: Array, row: Row) -> tuple[Array, float]:
-    """`scores` with -inf where min_p, top_k or top_p drop a token, and the smallest margin."""
+    """Set scores to -inf where min_p, top_k or top_p drop a token; also return the margin."""
     margins = [math.inf]
     if row.min_p > 0.0:
         threshold = scores.max() + math.log(row.min_p)
@@ -139,7 +139,7 @@ def _filtered(scores: Array, row: Row) -> tuple[Array, float]:
 
 
 def _largest(scores: Array) -> tuple[int, float]:
-    """The lowest id of the largest score, and how far the runner-up is; (-1, inf) if none is."""
+    """Lowest id of the largest score, and its distance to the next; (-1, inf) if there is none."""
     if np.isnan(scores).any() or not (scores > -math.inf).any():
         return -1, math.inf
     token_id = int(np.argmax(scores))
@@ -148,18 +148,18 @@ def _largest(scores: Array) -> tuple[int, float]:
 
 
 def logprobs(logits: Array) -> Array:
-    """Natural logarithm of the softmax of raw logits: [V]."""
+    """Log-softmax of raw logits, [V]."""
     shifted = logits - logits.max()
     result: Array = shifted - math.log(float(np.sum(np.exp(shifted))))
     return result
 
 
 def rank(logits: Array, token_id: int) -> int:
-    """1 is the most likely token; tokens of equal logits share the better rank."""
+    """Rank of a token, 1 for the most likely; equal logits share the better rank."""
     return 1 + int(np.sum(logits > logits[token_id]))
 
 
 def top(logits: Array, count: int) -> list[int]:
-    """The `count` most likely tokens, most likely first, ties to the lowest id."""
+    """Return the `count` most likely tokens, most likely first, ties to the lowest id."""
     order = sorted(range(len(logits)), key=lambda token: (-logits[token], token))
     return order[:count]

@@ -1,4 +1,4 @@
-"""What came of a run: a table to read, JSON to keep, Markdown for the support matrix."""
+"""Reports of a run: a text table, a JSON record, Markdown for the support matrix."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from portalm.conformance.check import Result
 
 
 def counts(results: Sequence[Result]) -> dict[str, dict[str, int]]:
-    """By level: how many passed, failed or are not claimed."""
+    """Count passed, failed and not claimed cases by level."""
     found: dict[str, dict[str, int]] = {}
     for result in results:
         level = found.setdefault(result.level, {"pass": 0, "fail": 0, "unsupported": 0})
@@ -23,7 +23,7 @@ def counts(results: Sequence[Result]) -> dict[str, dict[str, int]]:
 
 
 def as_table(device: str, results: Sequence[Result]) -> str:
-    """A line a level, then every failure with its numbers."""
+    """Format one line per level, then every failure with its numbers."""
     lines = [
         f"conformance of {device}",
         f"{'level':<36}{'pass':>6}{'fail':>6}{'not claimed':>13}{'seconds':>9}",
@@ -43,7 +43,7 @@ def as_table(device: str, results: Sequence[Result]) -> str:
 
 
 def as_json(backend: Backend, results: Sequence[Result], *, checked: str = "run") -> str:
-    """Everything, for the record; `checked`: run on the device itself, emulated, interpreted."""
+    """Format everything as JSON; `checked`: "run" (on the device), "emulated" or "interpreted"."""
     claims = asdict(backend.capabilities)
     for name, value in claims.items():
         if isinstance(value, frozenset):
@@ -61,7 +61,7 @@ def as_json(backend: Backend, results: Sequence[Result], *, checked: str = "run"
 
 
 def as_markdown(records: Sequence[dict[str, Any]]) -> str:
-    """The support matrix: tables of levels, of models and of formats, from what `as_json` wrote."""
+    """Format records of `as_json` as the support matrix: tables of levels, models and formats."""
     return "\n".join((_levels(records), _models(records), _formats(records)))
 
 
@@ -89,7 +89,7 @@ def _levels(records: Sequence[dict[str, Any]]) -> str:
 
 
 def _models(records: Sequence[dict[str, Any]]) -> str:
-    """What became of each model's checks of L3."""
+    """Format the worst result of each model's L3 checks."""
     found: dict[str, dict[str, set[str]]] = {}
     for record in records:
         for result in record["results"]:
@@ -110,8 +110,8 @@ def _worst(statuses: set[str]) -> str:
 
 
 def _formats(records: Sequence[dict[str, Any]]) -> str:
-    """What weights and caches a device keeps as they are; it widens or refuses others."""
-    lines = ["| device | weights of few bits | keys and values |", "|---|---|---|"]
+    """Format the quantized weights and KV dtypes that each device keeps unconverted."""
+    lines = ["| device | quantized weights | keys and values |", "|---|---|---|"]
     for record in records:
         claims = record["capabilities"]
         weights = ", ".join(claims["quantizations"]) or "-"

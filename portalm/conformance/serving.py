@@ -1,4 +1,4 @@
-"""L4: laws of serving: scheduling never changes an answer, and one failure ends one request."""
+"""L4: serving. Scheduling never changes an answer, and one failure ends one request."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _answers(
 def _require_same(
     subject: Subject, what: str, actual: dict[str, list[int]], expected: dict[str, list[int]]
 ) -> None:
-    """Equal where the backend promises it; a near-tie may tip elsewhere, but not many do."""
+    """Require equal answers if batch_invariant is claimed; otherwise allow few to differ."""
     different = [k for k in expected if actual.get(k) != expected[k]]
     allowed = 0 if subject.has("batch_invariant") else len(expected) // 3
     if len(different) > allowed:
@@ -52,7 +52,7 @@ def _require_same(
 
 
 def check_preemption(subject: Subject, case: Named) -> None:
-    """Preempted and resumed requests give the same tokens."""
+    """Requests that are preempted and resumed give the same tokens."""
     kind = case.name
     settings: dict[str, Any] = {"enable_prefix_caching": False}
     if case.name in SCALED_KV_DTYPES:
@@ -62,7 +62,7 @@ def check_preemption(subject: Subject, case: Named) -> None:
     blocks = 256 // subject.block_size + 2
     actual, engine = _answers(subject, kind, 60, num_gpu_blocks_override=blocks, **settings)
     if engine.stats().preemptions_total == 0:
-        raise CheckFailed("nothing was preempted: the pool was too large for this check")
+        raise CheckFailed("no request was preempted: the KV pool is too large for this check")
     _require_same(subject, "after preemption", actual, expected)
 
 
@@ -76,12 +76,12 @@ def check_prefix_hit(subject: Subject, case: Named) -> None:
             found = tokens(finish(engine))
             answers.append({k.partition("-")[2]: v for k, v in found.items()})
         if engine.stats().prefix_hits_total == 0:
-            raise CheckFailed("nothing was found in the prefix cache")
+            raise CheckFailed("the prefix cache had no hits")
     _require_same(subject, "with a prefix hit", answers[1], answers[0])
 
 
 def check_alone(subject: Subject, case: Named) -> None:
-    """A request alone gives the tokens that it gives in a batch."""
+    """A request alone gives the same tokens as in a batch."""
     together, _ = _answers(subject, case.name)
     alone: dict[str, list[int]] = {}
     with tiny_engine(subject, enable_prefix_caching=False) as engine:
@@ -92,7 +92,7 @@ def check_alone(subject: Subject, case: Named) -> None:
 
 
 def check_abort(subject: Subject, case: None) -> None:
-    """Abort in the middle frees every block."""
+    """Aborting running requests frees all blocks."""
     with tiny_engine(subject) as engine:
         for request_id, prompt in prompts().items():
             ask(engine, request_id, prompt, max_tokens=50)
@@ -102,11 +102,11 @@ def check_abort(subject: Subject, case: None) -> None:
         finish(engine)
         stats = engine.stats()
     if stats.num_used_blocks or stats.num_running or stats.num_waiting:
-        raise CheckFailed(f"after abort {stats.num_used_blocks} blocks are held")
+        raise CheckFailed(f"after the abort {stats.num_used_blocks} blocks are still held")
 
 
 def check_sealed(subject: Subject, case: None) -> None:
-    """Once warm, requests of sizes seen before need no new capture."""
+    """After warm-up, requests of sizes that occurred before need no new capture."""
     with tiny_engine(subject, enable_prefix_caching=False) as engine:
         for sealed in (False, True):
             for request_id, prompt in prompts().items():
@@ -141,7 +141,7 @@ def _with_fault(engine: Engine, fault: Callable[[int], None]) -> None:
 
 
 def check_failure(subject: Subject, case: Named) -> None:
-    """A step that fails ends one request, none if memory ran out; others are as they were."""
+    """A failed step ends one request, or none if memory ran out; other answers are unchanged."""
     expected, _ = _answers(subject, "greedy")
     kind: BackendErrorKind = "oom" if case.name == "out of memory" else "kernel"
 
@@ -157,7 +157,9 @@ def check_failure(subject: Subject, case: Named) -> None:
         held = engine.stats().num_used_blocks
     failed = [k for k, many in outputs.items() if many[-1].finish_reason == "error"]
     if len(failed) != (kind != "oom") or held:
-        raise CheckFailed(f"{len(failed)} requests ended by one failure, {held} blocks held")
+        raise CheckFailed(
+            f"{len(failed)} requests ended after one failure, {held} blocks are still held"
+        )
     actual = {k: v for k, v in tokens(outputs).items() if k not in failed}
     _require_same(subject, "after a failure", actual, {k: expected[k] for k in actual})
 
@@ -172,11 +174,11 @@ CHECKS = (
     Check("L4", "prefix hit", check_prefix_hit, _KINDS),
     Check("L4", "alone or in a batch", check_alone, _KINDS),
     Check("L4", "abort frees blocks", check_abort),
-    Check("L4", "no capture once warm", check_sealed),
+    Check("L4", "no capture after warm-up", check_sealed),
     Check(
         "L4",
-        "a step that fails",
+        "failed step",
         check_failure,
-        (Named("out of memory"), Named("a kernel")),
+        (Named("out of memory"), Named("kernel error")),
     ),
 )

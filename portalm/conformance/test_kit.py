@@ -1,4 +1,4 @@
-"""Collected with `-p portalm.conformance.plugin`: every case of the kit as a test."""
+"""All cases of the kit as tests; pytest collects them with `-p portalm.conformance.plugin`."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ from portalm.conformance.subject import Subject
 
 
 def test_conformance(portalm_item: Item, portalm_subject: Subject) -> None:
-    """The backend does what the seam says."""
+    """The backend conforms to one case of the interface."""
     check_item(portalm_item, portalm_subject)

@@ -1,4 +1,4 @@
-"""Engines of a tiny random-weight model on the backend under test."""
+"""Engines with a tiny random-weight model on the backend under test."""
 
 from __future__ import annotations
 
@@ -153,7 +153,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "sliding_window_pattern": 2,
     },
 }
-"""By name: what its config.json has besides `_CONFIG`; a head_dim of null: of the hidden size."""
+"""Decoders by name: values of config.json that differ from `_CONFIG`. head_dim None: derived from
+the hidden size."""
 
 
 ENCODERS: dict[str, dict[str, Any]] = {
@@ -165,15 +166,15 @@ ENCODERS: dict[str, dict[str, Any]] = {
         "model_type": "modernbert",
     },
 }
-"""The same of models that embed."""
+"""Encoders by name, in the same form."""
 
 
 @contextlib.contextmanager
 def tiny_engine(subject: Subject, variant: str = "llama", **settings: Any) -> Iterator[Engine]:
-    """An engine; its model's folder lives as long as the block.
+    """Start an engine with one of the models; its folder exists as long as the context.
 
     Raises:
-        NotClaimed: the backend does not have what the model needs.
+        NotClaimed: the backend does not claim something that the model needs.
     """
     head_size = subject.head_size
     own = VARIANTS.get(variant) or ENCODERS.get(variant, {})
@@ -203,7 +204,7 @@ def tiny_engine(subject: Subject, variant: str = "llama", **settings: Any) -> It
 
 
 def ask(engine: Engine, request_id: str, prompt: Sequence[int], **params: Any) -> None:
-    """Add a request; greedy, 12 tokens and no end of sequence unless told otherwise."""
+    """Add a request: by default greedy, 12 tokens, ignoring the end of sequence."""
     engine.add(
         AddRequest(
             request_id=request_id,
@@ -217,7 +218,7 @@ def ask(engine: Engine, request_id: str, prompt: Sequence[int], **params: Any) -
 
 
 def pool(engine: Engine, request_id: str, prompt: Sequence[int]) -> None:
-    """Add a request for the mean of its hidden states, as it is."""
+    """Add a request for the mean of its hidden states, not normalized."""
     engine.add(
         AddRequest(
             request_id=request_id,
@@ -230,7 +231,7 @@ def pool(engine: Engine, request_id: str, prompt: Sequence[int]) -> None:
 
 
 def finish(engine: Engine) -> dict[str, list[TokenOutput]]:
-    """All outputs, by request."""
+    """Run the engine until it is idle; return all outputs by request."""
     outputs: dict[str, list[TokenOutput]] = {}
     while engine.has_work():
         for output in engine.step().outputs:
@@ -239,12 +240,12 @@ def finish(engine: Engine) -> dict[str, list[TokenOutput]]:
 
 
 def tokens(outputs: dict[str, list[TokenOutput]]) -> dict[str, list[int]]:
-    """Generated tokens, by request."""
+    """Return the generated tokens by request."""
     return {k: [t for o in many for t in o.token_ids] for k, many in outputs.items()}
 
 
 def prompts(count: int = 6) -> dict[str, list[int]]:
-    """Prompts of many lengths."""
+    """Return prompts of different lengths by request id."""
     return {
         str(i): [(i * 31 + j * j + 3) % VOCAB_SIZE for j in range(1 + 17 * i)] for i in range(count)
     }

@@ -21,12 +21,12 @@ ARCHS = ("sm_90", "gfx942", "gfx1100")
 """One architecture per family; families differ in their tile sizes."""
 
 QUICK = {
-    "export and import[as computed]",
+    "export and import[unquantized]",
     "export and import[fp8]",
-    "copy[as computed]",
+    "copy[unquantized]",
     "copy[int8]",
-    "codes of 8 bits[int8 of float16]",
-    "codes of 8 bits[fp8 of float32]",
+    "8-bit KV codes[int8 from float16]",
+    "8-bit KV codes[fp8 from float32]",
     "attend[decode, gqa, float16, kv int8]",
     "attend[decode, gqa, float32, kv fp8]",
     "seal",
