@@ -320,7 +320,7 @@ _SHAPES["ampere"] = _SHAPES["nvidia"] | {
     # its matrix instructions read from registers, which must hold the decoded codes
     "wide codes": TileShape(rows=64, tile=32, num_warps=4, num_stages=3),
 }
-"""By family of GPUs. `exact` is for float32, which tensor cores do not multiply exactly."""
+"""Sizes by family of GPUs. `exact` is for float32, which tensor cores do not multiply exactly."""
 
 
 def family_of(arch: str) -> str:
