@@ -1,9 +1,11 @@
-"""docs/models.md lists the model families that the code supports."""
+"""docs/models.md and docs/adding-a-model.md agree with the code."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
+
+import pytest
 
 from portalm.models.loader.gguf_families import FAMILIES
 from portalm.models.registry import ARCHITECTURES
@@ -31,3 +33,25 @@ def test_every_gguf_architecture_is_listed_and_no_other() -> None:
 
 def test_no_line_of_the_page_is_too_long_to_read() -> None:
     assert [line for line in PAGE.read_text().splitlines() if len(line) > 120] == []
+
+
+@pytest.mark.parametrize(
+    ("index", "path"),
+    list(
+        enumerate(
+            (
+                "portalm/models/smollm3.py",
+                "portalm/models/registry.py",
+                "tests/models/test_families.py",
+                "portalm/conformance/tiny.py",
+            )
+        )
+    ),
+)
+def test_the_guide_to_add_a_family_shows_the_code_of_smollm3(index: int, path: str) -> None:
+    blocks = re.findall(
+        r"```python\n(.*?)```", (PAGE.parent / "adding-a-model.md").read_text(), re.S
+    )
+
+    assert len(blocks) == 4
+    assert blocks[index] in (PAGE.parents[1] / path).read_text()
