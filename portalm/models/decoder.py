@@ -71,7 +71,7 @@ class Decoder:
 
     # families override these attributes, and the methods below
     defaults: ClassVar[Mapping[str, Any]] = {}
-    """Values of config.json that it does not set."""
+    """Defaults for keys that config.json does not set."""
     reads: ClassVar[frozenset[str]] = frozenset()
     """Keys of `_NEUTRAL` that the family has code for."""
     embedding = "model.embed_tokens"
