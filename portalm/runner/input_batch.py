@@ -159,6 +159,18 @@ class InputBatch:
             arrays = self._build_decodes(plan.requests, rows, sampled_rows, buffers)
             if arrays is not None:
                 return arrays
+        return self._build_mixed(plan, rows, sampled_rows, buffers, pad, min_logits_rows)
+
+    def _build_mixed(
+        self,
+        plan: StepPlan,
+        rows: npt.NDArray[np.intp],
+        sampled_rows: dict[str, int],
+        buffers: _Buffers,
+        pad: PaddedShape | None,
+        min_logits_rows: int,
+    ) -> StepArrays:
+        """Build the arrays of any step."""
         planned = plan.requests
         num_requests, num_tokens = len(planned), plan.num_tokens
         starts = np.fromiter((p.start for p in planned), np.int32, num_requests)
@@ -179,40 +191,22 @@ class InputBatch:
         np.add(starts, lengths, out=seq_lens[:num_requests])
         seq_lens[num_requests:] = 0
 
-        rows_of_tokens = np.repeat(rows, lengths)
-        positions = buffers.positions[: shape.num_tokens]
-        np.subtract(
-            buffers.arange[:num_tokens],
-            np.repeat(loc[:num_requests] - starts, lengths),
-            out=positions[:num_tokens],
+        offsets = np.repeat(loc[:num_requests] - starts, lengths)
+        token_ids, positions, slots = self._token_arrays(
+            np.repeat(rows, lengths), offsets, shape.num_tokens, buffers
         )
-        positions[num_tokens:] = 0
-
-        token_ids = buffers.token_ids[: shape.num_tokens]
-        token_ids[:num_tokens] = self.token_ids[rows_of_tokens, positions[:num_tokens]]
-        token_ids[num_tokens:] = 0
-
-        block, offset = np.divmod(positions[:num_tokens], self.block_size)
-        slots = buffers.slot_mapping[: shape.num_tokens]
-        slots[:num_tokens] = self.block_table[rows_of_tokens, block] * self.block_size + offset
-        slots[num_tokens:] = 0
-
         table = buffers.block_table[: shape.num_requests * shape.num_blocks]
         table = table.reshape(shape.num_requests, shape.num_blocks)
         self._fill_block_table(table, rows, seq_lens[:num_requests])
 
         wanted = self._logits_rows(planned, loc.tolist())
         num_rows = len(wanted)
-        wanted += [0] * (
-            (max(min_logits_rows, num_rows) if pad is None else pad.num_rows) - num_rows
-        )
-        logits_rows = np.array(wanted, np.int32)
-        num_decodes = int(np.count_nonzero(lengths == 1))
+        num_padded_rows = max(min_logits_rows, num_rows) if pad is None else pad.num_rows
         return StepArrays(
             num_tokens=num_tokens,
             num_requests=num_requests,
             num_rows=num_rows,
-            num_decodes=num_decodes,
+            num_decodes=int(np.count_nonzero(lengths == 1)),
             rows=rows,
             token_ids=token_ids,
             positions=positions,
@@ -220,11 +214,41 @@ class InputBatch:
             query_start_loc=loc,
             seq_lens=seq_lens,
             block_table=table,
-            logits_rows=logits_rows,
+            logits_rows=np.array(wanted + [0] * (num_padded_rows - num_rows), np.int32),
             max_query_len=int(lengths.max()),
             max_seq_len=int(seq_lens[:num_requests].max()),
             previous_rows=self._previous_rows(planned, loc, shape.num_tokens, sampled_rows),
         )
+
+    def _token_arrays(
+        self,
+        rows_of_tokens: npt.NDArray[np.intp],
+        offsets: IntArray,
+        padded_size: int,
+        buffers: _Buffers,
+    ) -> tuple[IntArray, IntArray, IntArray]:
+        """Token ids, positions and slots, [T] each, padded with 0.
+
+        Args:
+            rows_of_tokens: [T unpadded], each token's row in the batch.
+            offsets: [T unpadded], each token's index in the step minus its position.
+            padded_size: T.
+            buffers: where to write them.
+        """
+        num_tokens = len(rows_of_tokens)
+        positions = buffers.positions[:padded_size]
+        np.subtract(buffers.arange[:num_tokens], offsets, out=positions[:num_tokens])
+        positions[num_tokens:] = 0
+
+        token_ids = buffers.token_ids[:padded_size]
+        token_ids[:num_tokens] = self.token_ids[rows_of_tokens, positions[:num_tokens]]
+        token_ids[num_tokens:] = 0
+
+        block, offset = np.divmod(positions[:num_tokens], self.block_size)
+        slots = buffers.slot_mapping[:padded_size]
+        slots[:num_tokens] = self.block_table[rows_of_tokens, block] * self.block_size + offset
+        slots[num_tokens:] = 0
+        return token_ids, positions, slots
 
     def padding(self, pad: PaddedShape) -> StepArrays:
         """The arrays of a step without requests: all tokens are padding in the null block."""
