@@ -235,7 +235,7 @@ def test_one_bad_prompt_refuses_the_whole_batch(llm: LLM) -> None:
 def test_the_error_for_an_unknown_model_names_the_places_searched() -> None:
     with pytest.raises(ModelNotFound, match="no such file or folder"):
         LLM("./nowhere", use_tqdm=False)
-    with pytest.raises(ModelNotFound, match="a Hugging Face id looks like"):
+    with pytest.raises(ModelNotFound, match="not a Hugging Face id such as"):
         LLM("nonsense", use_tqdm=False)
 
 

@@ -187,7 +187,7 @@ def test_requests_that_an_encoder_cannot_serve_are_refused(tmp_path: Path) -> No
 
     with pytest.raises(RequestTooLarge, match="65 tokens, max_model_len is 64"):
         ask(engine, "long", [5] * 65)
-    with pytest.raises(InvalidRequest, match="does not generate"):
+    with pytest.raises(InvalidRequest, match="does not support generate"):
         engine.add(
             AddRequest(request_id="g", prompt_token_ids=[5], params=SamplingParams(), seed=0)
         )
