@@ -1,15 +1,15 @@
-"""PortaLM against other engines on this CPU: the same weights, token ids and machine, in one run.
+"""Compare PortaLM with other engines on this CPU: same weights, token ids and machine, in one run.
 
-Every peer is started, asked and ended in turn, several rounds; the figures are medians with the
-least and the most of the rounds. Servers are asked over HTTP, libraries in a process of their own.
-Beside each figure is its share of what the machine could do at most (memory bandwidth at the size
-of the weights, multiply-adds), measured in the same round. CPU seconds over wall seconds tell
-whether all processors worked.
+Each round starts, measures and stops every peer in turn. The results are medians over the rounds,
+with the lowest and the highest value. Servers are measured over HTTP, libraries in a separate
+process. Each figure is shown with its share of the machine's limit (memory bandwidth at the size of
+the weights, multiply-adds), measured in the same round. CPU seconds over wall seconds show whether
+all processors were busy.
 
     python benchmarks/compare_cpu.py [--quick] [--rounds 3] [--peers portalm,llama.cpp]
 
-Peers are installed into virtual environments under $PORTALM_BENCH_DIR (~/.cache/portalm-bench),
-models are written there; `--prepare` does only that, so that nothing is built while measuring.
+Peers are installed into virtual environments under $PORTALM_BENCH_DIR (~/.cache/portalm-bench), and
+models are written there. `--prepare` does only that, so that nothing is built while measuring.
 """
 
 from __future__ import annotations
@@ -52,36 +52,36 @@ class Row:
     fmt: str
     version: str = ""
     problem: str | None = None
-    """Why there are no figures."""
+    """The reason why there are no figures."""
     sample: str = ""
-    """What it continued SAMPLE with: peers with the same weights mostly agree."""
+    """Its continuation of SAMPLE; peers with the same weights mostly agree."""
     figures: dict[str, list[float]] = field(default_factory=dict)
-    """Column -> a value for each round."""
+    """Column -> one value per round."""
     cpu_over_wall: dict[str, list[float]] = field(default_factory=dict)
-    """Column -> CPU seconds of the peer's processes over wall seconds, for each round."""
+    """Column -> CPU seconds of the peer's processes over wall seconds, per round."""
     others_over_wall: dict[str, list[float]] = field(default_factory=dict)
-    """The same of everybody else on the machine; the client of a server is among them."""
+    """The same for all other processes of the machine, including the client of a server."""
     slowest_round_s: float = 0.0
 
     def add(self, column: str, value: float) -> None:
-        """One round's value."""
+        """Add one round's value."""
         self.figures.setdefault(column, []).append(value)
 
 
 @dataclass(slots=True)
 class Bench:
-    """What all rounds share."""
+    """State shared by all rounds."""
 
     peers: dict[str, Peer]
     cases: Sequence[Case]
     program: Path
-    """Measures the ceilings."""
+    """The program that measures the ceilings."""
     max_round_s: float
-    """A peer that takes longer with a model and format is not started again for it."""
+    """Seconds: a peer that takes longer with a model and format is not run with them again."""
     tokenizers: dict[str, Tokenizer] = field(default_factory=dict)
 
     def measure(self, row: Row, model: Model, seed: int) -> None:
-        """Start a peer, measure every case, end it."""
+        """Start a peer, measure every case, stop it."""
         running = self.peers[row.peer].launch(model, row.fmt)
         try:
             self._ask_sample(row, running, model)
@@ -94,7 +94,7 @@ class Bench:
             running.close()
 
     def _ask_sample(self, row: Row, running: Running, model: Model) -> None:
-        """The first token ends the start; then everything once, so that nothing is lazy later."""
+        """Measure the start up to the first token, then run every case once to warm up."""
         tokenizer = self.tokenizers[model.name]
         prompt = tokenizer.encode(SAMPLE, add_special_tokens=False).ids
         [answer] = running.ask([prompt], SAMPLE_OUT, 1)
@@ -120,7 +120,7 @@ class Bench:
 
 
 def _words(tokenizer: Tokenizer) -> list[int]:
-    """Ids of plain words, so that every engine's answer is likely to be text."""
+    """Return token ids of plain words, so that every engine's answer is likely to be text."""
     vocab = tokenizer.get_vocab()
     return sorted(i for word, i in vocab.items() if re.fullmatch("Ġ[a-z]{2,}", word))
 
@@ -132,7 +132,7 @@ def run_round(
     ceilings: dict[str, list[dict[str, float]]],
     round_: int,
 ) -> None:
-    """Every model and format: the ceilings, then every peer in turn."""
+    """Run one round: for every model and format, the ceilings, then every peer."""
     for model_name, fmt in dict.fromkeys((row.model, row.fmt) for row in rows):
         model = models[model_name]
         ceiling = machine.measure(bench.program, read_shape(model), fmt)
@@ -145,7 +145,7 @@ def run_round(
 
 
 def prepare(bench: Bench, rows: Sequence[Row], models: dict[str, Model]) -> None:
-    """Install peers and convert models; what cannot be is noted in its rows."""
+    """Install peers and convert models; failures are recorded in the rows."""
     versions: dict[str, str] = {}
     for row in rows:
         peer = bench.peers[row.peer]
@@ -175,7 +175,7 @@ def _run_or_note(bench: Bench, row: Row, model: Model, round_: int) -> None:
 
 
 def describe_machine(settings: Settings) -> dict[str, Any]:
-    """What a reader needs to place the figures."""
+    """Describe the machine and the run."""
     names = [
         line.partition(":")[2].strip()
         for line in Path("/proc/cpuinfo").read_text().splitlines()
@@ -192,7 +192,7 @@ def describe_machine(settings: Settings) -> dict[str, Any]:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The flags."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -202,16 +202,20 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--formats", type=_one_of(FORMATS), default=list(FORMATS))
     names = [case.name for case in CASES]
     parser.add_argument("--cases", type=_one_of(names), default=names, help="columns")
-    parser.add_argument("--quick", action="store_true", help="one short round, to see that it runs")
-    parser.add_argument("--prepare", action="store_true", help="install and convert, then end")
+    parser.add_argument(
+        "--quick", action="store_true", help="one short round, to check that everything runs"
+    )
+    parser.add_argument(
+        "--prepare", action="store_true", help="install peers and convert models, then exit"
+    )
     parser.add_argument(
         "--max-round-s",
         type=float,
         default=900.0,
         help="a peer that takes longer with a model and format is not run again with them",
     )
-    parser.add_argument("--torch-args", default="", help="for pip where it installs torch")
-    parser.add_argument("--name", default="compare-cpu", help="of the result files")
+    parser.add_argument("--torch-args", default="", help="arguments for pip when it installs torch")
+    parser.add_argument("--name", default="compare-cpu", help="name of the result files")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result files")
     return parser.parse_args()
 
@@ -227,9 +231,9 @@ def _one_of(known: Sequence[str] | dict[str, Any]) -> Any:
 
 
 def main() -> None:
-    """Prepare, measure, write the table, the JSON and the picture."""
+    """Prepare, measure, and write the table, the JSON and the plot."""
     arguments = parse_arguments()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))  # so that peers are ended too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))  # so that peers are stopped too
     cache = Path(os.environ.get("PORTALM_BENCH_DIR") or "~/.cache/portalm-bench").expanduser()
     settings = Settings(cache, torch_args=tuple(shlex.split(arguments.torch_args)))
     cases = [case for case in CASES if case.name in arguments.cases]
@@ -269,7 +273,7 @@ def main() -> None:
 
 
 def write(result: dict[str, Any], folder: Path, name: str, settings: Settings) -> None:
-    """The JSON, the table and the picture; after each round, so that a long run leaves some."""
+    """Write JSON, table and plot; called after each round, so that partial results exist."""
     folder.mkdir(parents=True, exist_ok=True)
     stem = folder / f"{result['date']}-{name}"
     Path(f"{stem}.json").write_text(json.dumps(result, indent=1) + "\n")

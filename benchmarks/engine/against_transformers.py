@@ -1,7 +1,7 @@
-"""PortaLM against transformers' generate: the same model, token ids and machine, in one run.
+"""Compare PortaLM with transformers' generate: same model, token ids and machine, in one run.
 
-Both sides run in turn in one process, several rounds; the figures are medians and the ratios are
-of the medians. CPU seconds over wall seconds tell whether all cores worked.
+Both sides alternate in one process over several rounds; the results are medians, and the ratios are
+those of the medians. CPU seconds over wall seconds show whether all cores were busy.
 
     python benchmarks/engine/against_transformers.py [--rounds 3] [--dtype bfloat16]
 """
@@ -33,13 +33,13 @@ RESULTS = Path(__file__).parents[1] / "results"
 
 
 def make_prompts(count: int, length: int, vocab_size: int, seed: int) -> list[list[int]]:
-    """Token ids that share no beginning, so that no prefix cache helps."""
+    """Return prompts with different beginnings, so that the prefix cache has no effect."""
     rng = random.Random(seed)
     return [[rng.randrange(100, vocab_size) for _ in range(length)] for _ in range(count)]
 
 
 class Transformers:
-    """Hugging Face transformers, static batches."""
+    """Hugging Face transformers with static batches."""
 
     def __init__(self, dtype: str) -> None:
         from transformers import LlamaConfig, LlamaForCausalLM
@@ -47,7 +47,7 @@ class Transformers:
         from portalm.config import EngineConfig
         from portalm.models.loader import open_checkpoint
 
-        # from the same dequantised weights; transformers would run the file's 4-bit ones
+        # the same dequantized weights on both sides
         checkpoint = open_checkpoint(resolve_model(DEFAULT_MODEL), EngineConfig())
         config = checkpoint.config
         self.model = LlamaForCausalLM(
@@ -85,7 +85,7 @@ class Transformers:
             assert out.shape[1] == ids.shape[1] + num_out
 
     def decode_rate(self, prompt: list[int], num_out: int) -> float:
-        """Tokens a second after the first."""
+        """Measure the tokens per second after the first token."""
         first = timed(lambda: self.generate([prompt], 1))["wall"]
         whole = timed(lambda: self.generate([prompt], num_out))["wall"]
         return (num_out - 1) / (whole - first)
@@ -109,21 +109,21 @@ class PortaLM:
         assert all(len(o.outputs[0].token_ids) == num_out for o in outputs)
 
     def decode_rate(self, prompt: list[int], num_out: int) -> float:
-        """Tokens a second after the first."""
+        """Measure the tokens per second after the first token."""
         params = SamplingParams(temperature=0.0, max_tokens=num_out, ignore_eos=True)
         times = [time.perf_counter() for _ in self.llm.stream(prompt, params)]
         return (num_out - 1) / (times[-1] - times[0])
 
 
 def timed(run: Callable[[], None]) -> dict[str, float]:
-    """Wall and CPU seconds of `run`."""
+    """Return the wall and CPU seconds of `run`."""
     wall, cpu = time.perf_counter(), time.process_time()
     run()
     return {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
 
 
 def measure(dtype: str, rounds: int) -> dict[str, Any]:
-    """All rounds of both engines, and the medians."""
+    """Run all rounds of both engines; return the values and their medians."""
     engines = {"portalm": PortaLM(dtype), "transformers": Transformers(dtype)}
     vocab_size = engines["portalm"].llm.engine.ready.vocab_size  # type: ignore[union-attr]
     for engine in engines.values():
@@ -153,7 +153,7 @@ def measure(dtype: str, rounds: int) -> dict[str, Any]:
 
 
 def describe_machine() -> dict[str, Any]:
-    """What a reader needs to place the figures."""
+    """Describe the machine and the run."""
     import transformers
 
     from portalm.backend import report_backends

@@ -1,8 +1,9 @@
-"""Embeddings a second against transformers: the same encoder, texts and machine, in one run.
+"""Compare embeddings per second with transformers: same encoder, texts and machine, in one run.
 
-Texts of mixed lengths become normalised means of hidden states, tokenising included. transformers
-computes them in padded batches, sorted by length (as sentence-transformers does). The sides run in
-turn in one process, several rounds; figures are medians, ratios are of the medians.
+Texts of mixed lengths become normalized means of hidden states; tokenization is included.
+transformers computes them in padded batches, sorted by length (as sentence-transformers does).
+The sides alternate in one process over several rounds; figures are medians, ratios those of the
+medians.
 
     python benchmarks/engine/embeddings.py [--rounds 3] [--dtype float32]
 """
@@ -31,7 +32,7 @@ TEXT = "the sea a ship under grey clouds went slowly home and nobody on shore sa
 
 
 def make_texts(seed: int) -> list[str]:
-    """Mostly short, some near the encoder's limit: 3 to 220 words."""
+    """Return texts of 3 to 220 words, mostly short, some near the encoder's limit."""
     rng = random.Random(seed)
     words = TEXT.split()
     lengths = [min(220, 3 + int(rng.expovariate(1 / 30))) for _ in range(NUM_TEXTS)]
@@ -39,7 +40,7 @@ def make_texts(seed: int) -> list[str]:
 
 
 class Transformers:
-    """Static batches of texts of nearly one length."""
+    """transformers with static batches of texts of similar length."""
 
     def __init__(self, dtype: str) -> None:
         from transformers import AutoModel, AutoTokenizer
@@ -50,7 +51,7 @@ class Transformers:
 
     @torch.inference_mode()
     def embed(self, texts: list[str]) -> torch.Tensor:
-        """[N, C], float32."""
+        """Return the vectors, float32 [N, C]."""
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
         out = torch.empty(len(texts), self.model.config.hidden_size)
         for start in range(0, len(order), BATCH):
@@ -69,13 +70,13 @@ class PortaLM:
         self.llm = LLM(DEFAULT_ENCODER, dtype=dtype, use_tqdm=False)
 
     def embed(self, texts: list[str]) -> torch.Tensor:
-        """[N, C], float32."""
+        """Return the vectors, float32 [N, C]."""
         outputs = self.llm.embed(texts, use_tqdm=False)
         return torch.tensor([output.outputs.embedding for output in outputs])
 
 
 def rate(embed: Callable[[list[str]], torch.Tensor], texts: list[str]) -> float:
-    """Texts a second."""
+    """Measure texts per second."""
     started = time.perf_counter()
     embed(texts)
     return len(texts) / (time.perf_counter() - started)
@@ -98,7 +99,9 @@ def main() -> None:
     for i in range(options.rounds):
         texts = make_texts(i + 1)
         rounds["portalm"].append(rate(ours.embed, texts))
-        torch.set_num_threads(1)  # as in a server's engine, where only our own team has threads
+        torch.set_num_threads(
+            1
+        )  # as in the server's engine process, whose only threads are the kernels' own
         rounds["portalm_server"].append(rate(ours.embed, texts))
         torch.set_num_threads(num_threads)
         rounds["transformers"].append(rate(theirs.embed, texts))

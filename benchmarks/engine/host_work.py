@@ -1,9 +1,9 @@
-"""Microseconds of the core's own work a step, on a device that answers at once.
+"""Measure the engine's own work per step in microseconds, on a device that takes no time.
 
     python benchmarks/engine/host_work.py [--requests 64] [--rounds 5] [--result-json FILE]
 
-The whole way of a step in the engine's process: scheduler, input batch, sampling parameters, copies
-to and from the device, news of every request, msgpack.
+Covers a step's whole path in the engine process: scheduler, input batch, sampling parameters,
+copies to and from the device, the update of every request, msgpack.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _decoder = msgspec.msgpack.Decoder(ToEngine)
 
 
 class Instant(NullBackend):
-    """A device that takes no time: it looks at nothing and draws the same token always."""
+    """A device that takes no time: it ignores its inputs and always samples the same token."""
 
     def prepare(self, meta: StepMeta, specs: Sequence[AttentionSpec]) -> StepMeta:
         return meta
@@ -58,7 +58,7 @@ class Instant(NullBackend):
 
 
 def make_engine(folder: Path, num_requests: int) -> Engine:
-    """A small Llama's scheduler and runner; its weights are never read."""
+    """Build the scheduler and runner of a small Llama; its weights are never read."""
     config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 49152,
         "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
@@ -81,7 +81,7 @@ def make_engine(folder: Path, num_requests: int) -> Engine:
 
 
 def add(engine: Engine, number: int, num_out: int, params: SamplingParams | None = None) -> None:
-    """One request, as it comes from the server."""
+    """Build one request as the server sends it."""
     prompt = [(number * 7 + j) % 30_000 for j in range(NUM_PROMPT)]
     params = params or SamplingParams(max_tokens=num_out, ignore_eos=True, temperature=0.8)
     message = AddRequest(
@@ -91,12 +91,12 @@ def add(engine: Engine, number: int, num_out: int, params: SamplingParams | None
 
 
 def step(engine: Engine) -> bytes:
-    """One step and its message."""
+    """Run one step and encode its message."""
     return _encoder.encode(engine.step())
 
 
 def decode_steps(engine: Engine, num_requests: int) -> dict[str, float]:
-    """Medians of steps in which every request draws one token. Microseconds."""
+    """Return median microseconds of steps in which every request samples one token."""
     for i in range(num_requests):
         add(engine, i, NUM_STEPS + 20)
     while len(engine.scheduler.running) < num_requests or any(
@@ -115,7 +115,7 @@ def decode_steps(engine: Engine, num_requests: int) -> dict[str, float]:
 
 
 def whole_requests(engine: Engine, num_requests: int) -> dict[str, float]:
-    """Requests and tokens a second of the core alone, prompts and comings and goings included."""
+    """Return requests and tokens per second of host work alone, with prefill and admission."""
     num_all, num_out = 16 * num_requests, 64
     started = time.perf_counter()
     for i in range(num_all):

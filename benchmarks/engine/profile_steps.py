@@ -1,9 +1,9 @@
-"""Where a step's time goes: kernels, waiting for other threads, Python.
+"""Show where a step's time goes: kernels, waiting for other threads, Python.
 
     python benchmarks/engine/profile_steps.py [--quantization int8] [--streams 1,32] [--prefill 512]
 
-First steps that compute a prompt of --prefill tokens and nothing else, then decode steps of
---streams requests whose prompts are in before the clock starts.
+Measures steps that compute only a prompt of --prefill tokens, then decode steps of --streams
+requests whose prompts were computed before.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ NUM_PREFILLS = 8
 
 
 def ask(engine: Engine, name: str, length: int, num_out: int) -> None:
-    """A request of `length` random tokens."""
+    """Add a request of `length` random tokens."""
     rng = random.Random(f"{name} {length}")
     prompt = [rng.randrange(100, 40_000) for _ in range(length)]
     params = SamplingParams(temperature=0.0, max_tokens=num_out, ignore_eos=True)
@@ -33,16 +33,16 @@ def ask(engine: Engine, name: str, length: int, num_out: int) -> None:
 
 
 def fill(engine: Engine, streams: int, length: int) -> None:
-    """`streams` requests that have computed their prompts."""
+    """Start `streams` requests and compute their prompts."""
     for i in range(streams):
         ask(engine, str(i), length, NUM_STEPS + 20)
-    num_drawn = 0
-    while num_drawn < streams:
-        num_drawn += sum(bool(o.token_ids) for o in engine.step().outputs)
+    num_sampled = 0
+    while num_sampled < streams:
+        num_sampled += sum(bool(o.token_ids) for o in engine.step().outputs)
 
 
 def profile_decode(engine: Engine, streams: int, length: int) -> dict[str, float]:
-    """Milliseconds a decode step: in all, by kernel, waiting, Python."""
+    """Measure milliseconds per decode step: total, by kernel, waiting, Python."""
     fill(engine, streams, length)
     engine.step()
     table = profile(engine, lambda i: None, NUM_STEPS)
@@ -51,12 +51,12 @@ def profile_decode(engine: Engine, streams: int, length: int) -> dict[str, float
 
 
 def profile_prefill(engine: Engine, length: int) -> dict[str, float]:
-    """The same of steps that compute a prompt of `length` tokens each, and draw one."""
+    """Measure steps that compute a prompt of `length` tokens each and sample one token."""
     return profile(engine, lambda i: ask(engine, f"prefill {i}", length, 1), NUM_PREFILLS)
 
 
 def profile(engine: Engine, before: Callable[[int], None], num_steps: int) -> dict[str, float]:
-    """Milliseconds a step, `before` being called ahead of each."""
+    """Measure milliseconds per step; `before` is called before each step."""
     recorded: Any = next(iter(engine.runner.graphs._captured.values()))
     recorded.profile(True)
     recorded.take_seconds()
@@ -81,7 +81,7 @@ def profile(engine: Engine, before: Callable[[int], None], num_steps: int) -> di
 
 
 def show(title: str, num_tokens: int, table: dict[str, float]) -> None:
-    """A line a kernel."""
+    """Print one line per kernel."""
     print(f"{title}, {1e3 * num_tokens / table['step (median)']:.1f} tokens/s")
     for name, ms in table.items():
         print(f"  {name:42s} {ms:9.3f} ms  {100 * ms / table['step (mean)']:5.1f} %")

@@ -1,4 +1,4 @@
-"""Microseconds of `schedule()` and `update()` for 256 running requests, without a model.
+"""Measure `schedule()` and `update()` for 256 running requests in microseconds, without a model.
 
 python benchmarks/engine/scheduler.py [--requests 256] [--rounds 5]
 """

@@ -1,8 +1,8 @@
-"""What grammars cost an engine: compiling, loading, masks, and the steps of others meanwhile.
+"""Measure what grammars cost: compiling, loading, masks, and the steps of other requests meanwhile.
 
     python benchmarks/engine/structured.py [--rows 32]
 
-On the default model. Prints the figures and writes them to benchmarks/results/.
+Runs the default model, prints the figures and writes them to benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ GRAMMARS: dict[str, dict[str, Any]] = {
 
 
 def timed(call: Any, *args: Any) -> tuple[Any, float]:
-    """The result and milliseconds."""
+    """Call it; return the result and milliseconds."""
     started = time.perf_counter()
     result = call(*args)
     return result, (time.perf_counter() - started) * 1000
 
 
 def longest_step(llm: LLM, num_steps: int, at: int, then: Any) -> tuple[float, float]:
-    """Median and longest step in ms while 8 others stream; `then` is called before step `at`."""
+    """Return the median and longest step, ms, of 8 streams; `then` is called before step `at`."""
     params = SamplingParams(max_tokens=num_steps + 4, ignore_eos=True, temperature=0.0)
     ids = llm._submit([f"number {i}" for i in range(8)], [params] * 8, [0] * 8)
     times = []
@@ -69,7 +69,7 @@ def longest_step(llm: LLM, num_steps: int, at: int, then: Any) -> tuple[float, f
 
 
 def first_grammar(llm: LLM) -> dict[str, float]:
-    """What others notice when an engine imports XGrammar and loads its first grammar."""
+    """Measure other requests' steps while XGrammar and the first grammar are loaded."""
     compiled, compile_ms = timed(
         lambda: llm._compiler.compile(StructuredOutputs(json=PERSON)).result()
     )
@@ -96,7 +96,7 @@ def first_grammar(llm: LLM) -> dict[str, float]:
 
 
 def masks(llm: LLM, rows: int) -> dict[str, dict[str, float]]:
-    """By grammar: compiling, loading, and each row's mask in steps of `rows` requests."""
+    """Measure, by grammar: compiling, loading, and the mask per row in steps of `rows` requests."""
     build = llm.engine.runner._sampler._masks.build
     spent: list[tuple[int, float]] = []
 
@@ -142,7 +142,7 @@ def masks(llm: LLM, rows: int) -> dict[str, dict[str, float]]:
 
 
 def main() -> None:
-    """Run all and write the result."""
+    """Run everything and write the result."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=32)
     rows = parser.parse_args().rows

@@ -1,10 +1,12 @@
-"""The XLA backend's CPU client against torch eager: the same model functions, requests and machine.
+"""Compare the XLA backend's CPU client with torch eager on the same model, requests and machine.
 
-Both sides run in turn in one process, several rounds, in float32; the figures are medians and the
-ratios are of the medians. Torch eager is the reference backend with attention over all requests at
-once, as eager code would have it. All: from the first prompt on; decodes: from the moment on when
-every request has a token, so without the prompts, whose time is matrix products on either side.
-Beside the clock, processor seconds: they say more on a machine that does other work.
+Both sides alternate in one process over several rounds, in float32; figures are medians, ratios
+those of the medians. Torch eager is the reference backend with attention over all requests at
+once, as eager code would compute it.
+
+all: from the first prompt; decodes: from the moment when every request has a token, which
+excludes the prompts, whose time is matrix products on both sides. Processor seconds are reported
+in addition to wall time, since they are more reliable on a busy machine.
 
     python benchmarks/engine/xla_against_eager.py [--rounds 3] [--out FILE.json]
 """
@@ -39,7 +41,7 @@ AT_A_TIME = (8, 32)
 
 
 class EagerBackend(ReferenceBackend):
-    """Torch eager: decodes attend in one call of torch's own attention."""
+    """Torch eager: all decodes are one call of torch's attention."""
 
     name = "eager"
 
@@ -52,14 +54,14 @@ class EagerBackend(ReferenceBackend):
         spec: AttentionSpec,
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Decodes padded to the longest context; what else there is as the reference has it."""
+        """Compute decodes padded to the longest context, everything else as the reference does."""
         if meta.max_query_len > 1:
             return super().attend(kv, layer, query, meta, spec, sinks)
         key, value = (
             kv[layer, i][meta.block_table].flatten(1, 2).transpose(1, 2) for i in (0, 1)
         )  # [S, H_kv, N, D]
         is_seen = torch.arange(key.shape[2]) < meta.seq_lens[:, None]
-        # what no token is in may be NaN
+        # slots without a token may hold NaN
         key, value = (x.masked_fill(~is_seen[:, None, :, None], 0.0) for x in (key, value))
         out = F.scaled_dot_product_attention(
             query[:, :, None], key, value, is_seen[:, None, None], scale=spec.scale, enable_gqa=True
@@ -68,7 +70,7 @@ class EagerBackend(ReferenceBackend):
 
 
 def make_engine(backend: Backend, at_a_time: int) -> Engine:
-    """The default model in float32."""
+    """Load the default model in float32."""
     config = EngineConfig(
         model=DEFAULT_MODEL,
         dtype="float32",
@@ -81,7 +83,7 @@ def make_engine(backend: Backend, at_a_time: int) -> Engine:
 
 
 def rates(engine: Engine, at_a_time: int, seed: int) -> dict[str, float]:
-    """Output tokens a second, of the clock and of the processors, of that many greedy requests."""
+    """Measure output tokens per second of wall time and of processor time, greedy requests."""
     rng = random.Random(seed)
     for i in range(at_a_time):
         engine.add(
@@ -110,7 +112,7 @@ def rates(engine: Engine, at_a_time: int, seed: int) -> dict[str, float]:
 
 
 def measure(rounds: int) -> dict[str, Any]:
-    """All rounds of both sides at each number of requests, the medians and their ratios."""
+    """Run all rounds of both sides for each number of requests; return medians and ratios."""
     rows: dict[str, Any] = {}
     for at_a_time in AT_A_TIME:
         backends: tuple[Backend, ...] = (XlaBackend(), EagerBackend())

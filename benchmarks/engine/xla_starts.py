@@ -1,9 +1,9 @@
-"""How long XLA takes to the first token: with nothing on disk, and with what that start left there.
+"""Measure XLA's time to the first token, without and with the files of an earlier start.
 
-Each start is a process of its own, from its first line to the first token of the default model on
-XLA's CPU client: three programs (8 decodes; prompts of 128 tokens, in two forms), or all of the
-default limits. Processor seconds are given beside those of the clock: they say more on a machine
-that does other work.
+Each start is a separate process, from its first line to the first token of the default model on
+XLA's CPU client: three programs (8 decodes; prompts of 128 tokens, in two forms), or all
+programs of the default limits. Processor seconds are reported in addition to wall time, since
+they are more reliable on a busy machine.
 
     python benchmarks/engine/xla_starts.py [--default-limits] [--out FILE.json]
 """
@@ -26,7 +26,7 @@ SMALL = {"max_num_seqs": 8, "max_num_batched_tokens": 128, "max_model_len": 1024
 
 
 def start_here(limits: dict[str, int]) -> None:
-    """Load, compile, draw one token."""
+    """Load, compile and sample one token."""
     from portalm.config import DEFAULT_MODEL, EngineConfig
     from portalm.engine.engine import Engine
     from portalm.engine.messages import AddRequest
@@ -42,7 +42,7 @@ def start_here(limits: dict[str, int]) -> None:
 
 
 def start(cache: Path, limits: dict[str, int]) -> dict[str, float]:
-    """Seconds of one start, by the clock and of the processors."""
+    """Measure one start in wall seconds and processor seconds."""
     before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     subprocess.run(
         [sys.executable, __file__, "--here", json.dumps(limits)],
@@ -58,7 +58,11 @@ def start(cache: Path, limits: dict[str, int]) -> dict[str, float]:
 def main() -> None:
     """Start twice, print both, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--default-limits", action="store_true", help="not three programs, but all")
+    parser.add_argument(
+        "--default-limits",
+        action="store_true",
+        help="compile the programs of the default limits instead of three",
+    )
     parser.add_argument("--out", type=Path, default=None, help="JSON file to write")
     parser.add_argument("--here", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -69,7 +73,7 @@ def main() -> None:
 
     limits = {} if arguments.default_limits else SMALL
     with tempfile.TemporaryDirectory() as folder:
-        for kept in cache_dir().iterdir():  # models are there already, programs are not
+        for kept in cache_dir().iterdir():  # models are downloaded already, programs are not
             if kept.name != "xla":
                 (Path(folder) / kept.name).symlink_to(kept)
         first, second = (start(Path(folder), limits) for _ in range(2))

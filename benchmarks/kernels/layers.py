@@ -1,12 +1,12 @@
-"""Speed of experts and of latent attention on the CPU, as shares of the machine's limit.
+"""Measure experts and latent attention on the CPU, as shares of the machine's limit.
 
-PYTHONPATH=benchmarks python benchmarks/kernels/layers.py [--layers qwen3,latent] [--json FILE]
+    PYTHONPATH=benchmarks python benchmarks/kernels/layers.py [--layers qwen3,latent] [--json FILE]
 
-The limit of an operation is the longer of two times: to read once what it must read (weights of the
-experts that some token chose, keys of the context), and to do its multiply-adds, at the bandwidth
-and the rate that peers/ceilings.c measures right before and behind it. A layer's is the sum of its
-operations': experts are one, latent attention is two, projections and attention itself. Tokens
-choose experts at random.
+The limit of an operation is the longer of two times: reading once what it must read (weights of
+the selected experts, keys of the context), and doing its multiply-adds, at the bandwidth and the
+rate that peers/ceilings.c measures right before and after it. The limit of a layer is the sum
+over its operations: experts are one, latent attention is two, projections and attention itself.
+Tokens choose experts at random.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _CACHE = Path("~/.cache/portalm/bench").expanduser()
 
 @dataclass(frozen=True, slots=True)
 class Mixture:
-    """E experts of width I on vectors of C numbers, k of them for each token."""
+    """E experts of width I on vectors of size C, k experts per token."""
 
     num_experts: int
     top_k: int
@@ -57,29 +57,29 @@ CONTEXT, BLOCK = 1024, 16
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """A call, and what it cannot do without."""
+    """A call and its minimal work."""
 
     call: Callable[[], object]
     parts: tuple[tuple[float, float], ...]
-    """Of each operation: bytes to read, and operations (two a multiply-add)."""
+    """For each operation: bytes to read, and operations (a multiply-add is two)."""
 
     @property
     def read_bytes(self) -> float:
-        """All together."""
+        """Sum over all operations."""
         return sum(read for read, _ in self.parts)
 
     @property
     def operations(self) -> float:
-        """All together."""
+        """Sum over all operations."""
         return sum(operations for _, operations in self.parts)
 
 
 def mixture(backend: Backend, shape: Mixture) -> Callable[[int], Work]:
-    """Of experts: as many tokens as asked for."""
+    """Return the function from a number of tokens to the call of an expert layer."""
     hidden, inner = shape.hidden, shape.inner
     wide = torch.randn(2 * inner, hidden).div_(hidden**0.5).to(_DTYPE)
     narrow = torch.randn(hidden, inner).div_(inner**0.5).to(_DTYPE)
-    experts = Experts(  # the same numbers, in memory of their own
+    experts = Experts(  # equal values in separate memory
         gate_up=tuple(backend.pack(wide) for _ in range(shape.num_experts)),
         down=tuple(backend.pack(narrow) for _ in range(shape.num_experts)),
     )
@@ -87,7 +87,7 @@ def mixture(backend: Backend, shape: Mixture) -> Callable[[int], Work]:
     def work(num_tokens: int) -> Work:
         x = torch.randn(num_tokens, hidden).to(_DTYPE)
         rng, k = np.random.default_rng(num_tokens), shape.top_k
-        draws = [  # other experts in each call, so that few tokens do not find theirs in the cache
+        draws = [  # different experts in each call, so that they are not in the CPU cache
             np.stack([rng.permutation(shape.num_experts)[:k] for _ in range(num_tokens)])
             for _ in range(8)
         ]
@@ -108,7 +108,10 @@ def mixture(backend: Backend, shape: Mixture) -> Callable[[int], Work]:
 
 
 def latent(backend: Backend) -> Callable[[int], Work]:
-    """Of a layer of latent attention: one more token of so many requests; 512: a prompt."""
+    """Return the function from a number of tokens to the call of latent attention.
+
+    The tokens are decodes of that many requests; 512 is one prompt.
+    """
 
     def linear(n: int, k: int) -> Linear:
         return Linear(backend.pack(torch.randn(n, k).div_(k**0.5).to(_DTYPE)))
@@ -134,7 +137,7 @@ def latent(backend: Backend) -> Callable[[int], Work]:
             out=linear(HIDDEN, HEADS * VALUE),
             is_interleaved=True,
         )
-        for _ in range(8)  # so that their weights are not in the cache
+        for _ in range(8)  # so that their weights are not in the CPU cache
     ]
     weights = (RANK + ROTARY) * HIDDEN + HEADS * (PLAIN + ROTARY) * HIDDEN
     weights += HEADS * RANK * (PLAIN + VALUE) + HIDDEN * HEADS * VALUE
@@ -171,7 +174,7 @@ def latent(backend: Backend) -> Callable[[int], Work]:
 
 
 def step(num_requests: int, query_len: int, length: int) -> tuple[StepMeta, int]:
-    """`query_len` new tokens of each request at the end of `length`; blocks in the cache."""
+    """Describe `query_len` new tokens per request at the end of `length` tokens of context."""
     blocks = -(-length // BLOCK)
     table = np.arange(num_requests * blocks, dtype=np.int32).reshape(num_requests, blocks) + 1
     positions = np.tile(np.arange(length - query_len, length, dtype=np.int32), num_requests)
@@ -200,7 +203,7 @@ def step(num_requests: int, query_len: int, length: int) -> tuple[StepMeta, int]
 def measure(
     name: str, num_tokens: int, work: Work, program: Path, seconds: float
 ) -> dict[str, Any]:
-    """One row: the limit from ceilings before and behind the call, and how near it comes."""
+    """Measure one row: the limit from ceilings before and after the call, and the share reached."""
     read_bytes = int(max(work.read_bytes, 256 << 20))  # more than any cache holds
     before = ceilings.measure_bytes(program, read_bytes, "bf16")
     taken_s = median_s(work.call, seconds=seconds)
@@ -233,10 +236,12 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--layers", default=",".join((*MIXTURES, "latent")))
     parser.add_argument("--tokens", default="1,8,64,512")
-    parser.add_argument("--seconds", type=float, default=2.0, help="of calls for each row")
+    parser.add_argument("--seconds", type=float, default=2.0, help="seconds of calls for each row")
     parser.add_argument("--json", help="file to write the rows to")
     args = parser.parse_args()
-    torch.set_num_threads(1)  # as in a server's engine, where only our own team has threads
+    torch.set_num_threads(
+        1
+    )  # as in the server's engine process, whose only threads are the kernels' own
     backend, program = load_backend("cpu"), ceilings.build(_CACHE)
     rows = []
     for name in args.layers.split(","):
@@ -245,7 +250,7 @@ def main() -> None:
             measure(name, num_tokens, make(num_tokens), program, args.seconds)
             for num_tokens in map(int, args.tokens.split(","))
         ]
-        del make  # before the next one's weights are made
+        del make  # free the weights before the next layer's are created
     if args.json:
         about = {
             "what": "experts and latent attention as shares of what the machine's bandwidth and "

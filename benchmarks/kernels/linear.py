@@ -1,4 +1,4 @@
-"""Speed of `linear` by rows and format, beside torch's and the machine's ceilings, in one run.
+"""Measure `linear` by rows and format, next to torch's and the machine's limits, in one run.
 
 python benchmarks/kernels/linear.py [--shapes 1536x576,576x1536] [--rows 1,8,32,128]
 """
@@ -19,7 +19,7 @@ ROWS = "1,4,8,16,32,64,128,512"
 
 
 def median_s(call: Callable[[], object], *, seconds: float = 0.15) -> float:
-    """Median time of a call, over about `seconds` of calls."""
+    """Return the median time of a call over about `seconds` of calls."""
     call()
     times = []
     end = time.perf_counter() + seconds
@@ -31,7 +31,7 @@ def median_s(call: Callable[[], object], *, seconds: float = 0.15) -> float:
 
 
 def copies_beyond_cache(n: int, k: int, item: int) -> int:
-    """How many weights it takes that none is in the cache when its turn comes again."""
+    """Return how many weights to rotate through so that none stays in the CPU cache."""
     return max(1, -(-(256 << 20) // (n * k * item)))
 
 

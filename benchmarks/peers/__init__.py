@@ -1,4 +1,4 @@
-"""The engines that compare_cpu.py compares, one file each."""
+"""The engines that compare_cpu.py compares, one file per engine."""
 
 from __future__ import annotations
 
@@ -13,4 +13,4 @@ from peers.vllm import VLLM
 PEERS: dict[str, type[Peer]] = {
     peer.name: peer for peer in (PortaLM, LlamaCpp, OpenVINO, VLLM, Pace, Transformers)
 }
-"""In the order of a round and of the tables."""
+"""Peers in the order of a round and of the tables."""

@@ -1,4 +1,4 @@
-"""What the comparison asks of every peer: install, launch, answer, end."""
+"""The interface of every peer: install, launch, answer, stop."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ CONSTRAINTS = Path(__file__).with_name("constraints.txt")
 FORMATS = ("bf16", "int8", "int4")
 INSTALL_TIMEOUT_S = 3600
 
-# what every case fits in; peers that reserve KV memory reserve this
+# fits every case; peers that reserve KV memory reserve this much
 MAX_REQUESTS = 32
 MAX_CONTEXT = 1024
 
 
 class PeerUnavailable(Exception):
-    """The peer cannot run here, or not in this format; the text says why."""
+    """The peer cannot run on this machine or in this format; the text says why."""
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Where things are kept, and what a peer may use."""
+    """Folders, processors and pip settings of a run."""
 
     cache: Path
-    """Virtual environments, checkpoints and logs."""
+    """Folder of virtual environments, checkpoints and logs."""
     cpus: tuple[int, ...] = field(default_factory=lambda: tuple(sorted(os.sched_getaffinity(0))))
-    """Processors that this process, and so every peer, may run on."""
+    """Processors that this process, and therefore every peer, may run on."""
     torch_args: tuple[str, ...] = ()
-    """Told to pip where torch is installed, for example the index of its CPU build."""
+    """Arguments for pip when it installs torch, for example the index of its CPU build."""
 
     def log_of(self, name: str) -> Path:
-        """The file that a peer's output goes to."""
+        """Return the log file of a peer."""
         folder = self.cache / "logs"
         folder.mkdir(parents=True, exist_ok=True)
         return folder / f"{name}.log"
@@ -46,18 +46,18 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One request's times, as time.monotonic() has them in every process of a machine."""
+    """Times of one request, time.monotonic() values, which all processes of a machine share."""
 
     sent: float
     first: float
-    """The first token arrived."""
+    """Arrival of the first token."""
     last: float
     num_tokens: int
     num_first: int = 1
-    """Tokens that were there at `first`."""
+    """Number of tokens that had arrived at `first`."""
     text: str = ""
     token_ids: tuple[int, ...] = ()
-    """From peers that answer in ids and not in text."""
+    """Token ids, from peers that return ids instead of text."""
 
 
 class Running(ABC):
@@ -74,12 +74,12 @@ class Running(ABC):
         """
 
     def close(self) -> None:
-        """End its processes."""
+        """Stop its processes."""
         self.process.end()
 
 
 class Venv:
-    """A virtual environment of one peer, installed once for each list of packages."""
+    """The virtual environment of one peer, installed once per list of packages."""
 
     def __init__(self, settings: Settings, name: str) -> None:
         self.settings = settings
@@ -88,7 +88,7 @@ class Venv:
         self.pins = _pins_of(name)
 
     def version(self, package: str) -> str:
-        """The pinned version of `package`."""
+        """Return the pinned version of `package`."""
         return self.pins[package]
 
     def install(
@@ -100,13 +100,13 @@ class Venv:
     ) -> None:
         """Install `packages` at the versions that constraints.txt has for this environment.
 
-        torch, where it is pinned, comes first: as a dependency pip may take a build of many
+        A pinned torch is installed first: as a dependency, pip might choose a build of many
         gigabytes.
 
         Args:
-            packages: names of packages.
-            left_out: dependencies of them that are large and not needed here.
-            environment: for packages that are built.
+            packages: package names.
+            left_out: large dependencies that are not needed here.
+            environment: environment variables for packages that are built.
 
         Raises:
             PeerUnavailable: pip failed.
@@ -130,7 +130,7 @@ class Venv:
         stamp.write_text(wanted)
 
     def _dependencies(self, packages: Sequence[str], left_out: Sequence[str]) -> list[str]:
-        """What installed packages ask for, without extras and without `left_out`."""
+        """Return the requirements of installed packages, without extras and `left_out`."""
         script = (
             "import importlib.metadata as m, sys; print('\\n'.join(m.requires(sys.argv[1]) or ()))"
         )
@@ -167,17 +167,17 @@ class Venv:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """One model in the layouts that peers read; the same weights in each."""
+    """One model in each layout that peers read, with the same weights."""
 
     name: str
     folder: Path
-    """bfloat16 safetensors in Hugging Face's layout."""
+    """Folder with bfloat16 safetensors in Hugging Face's layout."""
     gguf: Path
-    """The same weights as bfloat16 GGUF."""
+    """GGUF file with the same weights in bfloat16."""
 
 
 class Peer(ABC):
-    """An engine to compare with. One file each; it is told where things are, and keeps no state."""
+    """An engine to compare with: one file per engine, stateless, configured by its arguments."""
 
     name: str
     formats: Sequence[str] = FORMATS
@@ -187,23 +187,23 @@ class Peer(ABC):
 
     @abstractmethod
     def install(self) -> str:
-        """Make it ready to run; its version. Raises `PeerUnavailable`."""
+        """Install the peer and return its version. Raises `PeerUnavailable`."""
 
-    def prepare(self, model: Model, fmt: str) -> None:  # noqa: B027 - most have nothing to do
-        """Convert the model, outside of every measurement. Raises `PeerUnavailable`."""
+    def prepare(self, model: Model, fmt: str) -> None:  # noqa: B027 - most peers need no conversion
+        """Convert the model before any measurement. Raises `PeerUnavailable`."""
 
     @abstractmethod
     def launch(self, model: Model, fmt: str) -> Running:
-        """Start it; returns once it takes requests. Raises `PeerUnavailable`."""
+        """Start the peer; return once it accepts requests. Raises `PeerUnavailable`."""
 
     def check_format(self, fmt: str) -> None:
-        """Raise `PeerUnavailable` for a format that it does not have."""
+        """Raise `PeerUnavailable` for an unsupported format."""
         if fmt not in self.formats:
             raise PeerUnavailable(f"{self.name} is measured in {', '.join(self.formats)} only")
 
 
 def _pins_of(section: str) -> dict[str, str]:
-    """Package -> version of one section of constraints.txt."""
+    """Read one section of constraints.txt: package -> version."""
     pins = {}
     is_inside = False
     for line in CONSTRAINTS.read_text().splitlines():
@@ -216,7 +216,7 @@ def _pins_of(section: str) -> dict[str, str]:
 
 
 def cpu_flags() -> frozenset[str]:
-    """The instruction sets that the kernel reports."""
+    """Read the instruction sets that the operating system reports."""
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith(("flags", "Features")):
             return frozenset(line.split(":", 1)[1].split())
@@ -224,12 +224,12 @@ def cpu_flags() -> frozenset[str]:
 
 
 def torch_dtype() -> str:
-    """What torch's matrix products are fast in: without instructions for bf16 that is float32."""
+    """Return the dtype of torch's fast matrix products: float32 without bf16 instructions."""
     return "bfloat16" if cpu_flags() & {"avx512_bf16", "amx_bf16", "bf16"} else "float32"
 
 
 def last_error(log: Path) -> str:
-    """The line of a log that most looks like the reason."""
+    """Return the line of a log that most likely states the reason."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     for line in reversed(lines):
         if "error" in line.lower():

@@ -1,4 +1,4 @@
-"""What is measured: the requests of each column, and the figure taken of their answers."""
+"""The measured cases: the requests of each column, and the figure computed from their answers."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ class Case:
     num_out: int
     concurrency: int = 1
     shared_prefix: int = 0
-    """Tokens of num_in that all requests begin with."""
+    """Tokens of num_in that all requests share as a prefix."""
 
     def prompts(self, words: Sequence[int], seed: int) -> list[list[int]]:
-        """Token ids that share no more than the prefix, with each other or another seed's."""
+        """Return prompts that share only the prefix, among themselves and across seeds."""
         rng = random.Random(f"{self.name} {seed}")
         prefix = rng.choices(words, k=self.shared_prefix)
         num_own = self.num_in - self.shared_prefix
         return [prefix + rng.choices(words, k=num_own) for _ in range(self.num_requests)]
 
     def value(self, answers: Sequence[Answer]) -> float:
-        """Tokens a second; for ttft seconds."""
+        """Compute the figure: tokens per second, or seconds for ttft."""
         if self.figure == "decode":
             return statistics.median(
                 (one.num_tokens - one.num_first) / (one.last - one.first) for one in answers
@@ -46,7 +46,7 @@ class Case:
         return sum(one.num_tokens for one in answers) / wall
 
     def shortened(self) -> Case:
-        """The same shape with less of everything, to see that it runs."""
+        """Return a smaller case of the same shape, for a quick check."""
         return replace(
             self,
             num_requests=min(self.num_requests, max(self.concurrency, 2)),
@@ -75,7 +75,7 @@ CASES = (
         name="one",
         title="1 at a time (tok/s)",
         figure="throughput",
-        num_requests=8,  # more would only take longer: nothing is shared between them
+        num_requests=8,  # more requests would only take longer, since they share nothing
         num_in=128,
         num_out=64,
     ),

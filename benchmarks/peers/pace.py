@@ -11,24 +11,24 @@ _NEEDS = ("avx512f", "avx512_bf16")
 
 
 class Pace(ServerPeer):
-    """A router and one engine, the scheduler with continuous batches."""
+    """A router and one engine with the continuous-batching scheduler."""
 
     name = "pace"
     health_path = "/v1/health"
     formats = ("bf16",)
 
     def install(self) -> str:
-        """Refuse processors that it was not made for before anything is fetched."""
+        """Refuse unsupported processors before anything is downloaded."""
         if missing := set(_NEEDS) - cpu_flags():
             raise PeerUnavailable(f"it needs {', '.join(sorted(missing))}, this CPU has none")
         if shutil.which("numactl") is None:
-            raise PeerUnavailable("its server needs numactl: apt install numactl")
+            raise PeerUnavailable("pace-server needs numactl: apt install numactl")
         venv = Venv(self.settings, self.name)
         venv.install(["amd-pace"])
         return venv.version("amd-pace")
 
     def command(self, model: Model, fmt: str, port: int) -> list[str]:
-        """The router takes requests on `port`, the engine listens to the router."""
+        """Build the command line: the router listens on `port`, the engine connects to it."""
         cpus = self.settings.cpus
         return [
             str(Venv(self.settings, self.name).python.with_name("pace-server")),

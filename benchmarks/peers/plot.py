@@ -1,4 +1,4 @@
-"""A picture of one result file: `python -m peers.plot RESULT.json` writes RESULT.png."""
+"""Plot one result file: `python -m peers.plot RESULT.json` writes RESULT.png."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _COLOURS = ("#c44e52", "#4c72b0", "#55a868", "#8172b3", "#ccb974", "#64b5cd", "#
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """A row of panels for each model and format, a panel for each column, a bar for each peer."""
+    """Plot one row of panels per model and format, one panel per column, one bar per peer."""
     pyplot: Any = import_module("matplotlib.pyplot")
     keys = list(dict.fromkeys((row["model"], row["fmt"]) for row in result["rows"]))
     peers = list(dict.fromkeys(row["peer"] for row in result["rows"]))
@@ -60,7 +60,7 @@ def _draw_panel(
 
 
 def main() -> None:
-    """Draw the file of the command line."""
+    """Plot the file given on the command line."""
     path = Path(sys.argv[1])
     import_module("matplotlib").use("Agg")
     draw(json.loads(path.read_text()), path.with_suffix(".png"))

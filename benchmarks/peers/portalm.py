@@ -1,4 +1,4 @@
-"""PortaLM itself: `portalm serve` of the environment that runs the comparison."""
+"""PortaLM itself: `portalm serve` from the environment that runs the comparison."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ class PortaLM(ServerPeer):
     }
 
     def install(self) -> str:
-        """It is what runs this."""
+        """Return the version; PortaLM is installed already."""
         return version("portalm")
 
     def prepare(self, model: Model, fmt: str) -> None:
-        """Refuse a format that this PortaLM has no flag for."""
+        """Refuse a format for which PortaLM has no flag."""
         if fmt != "bf16" and "--quantization" not in self._help():
             raise PeerUnavailable(f"`portalm serve` has no --quantization {fmt} yet")
 
     def command(self, model: Model, fmt: str, port: int) -> list[str]:
-        """Defaults but for the limits that every peer has."""
+        """Build the command line: defaults, except for the limits that all peers share."""
         command = [str(_executable()), "serve", str(model.folder), "--port", str(port)]
         command += ["--max-model-len", str(MAX_CONTEXT), "--max-num-seqs", str(MAX_REQUESTS)]
         command += ["--dtype", "bfloat16"]

@@ -1,4 +1,4 @@
-"""A peer's processes: started, measured, and ended with all their children."""
+"""Start, measure and stop a peer's processes with all their children."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 class Process:
-    """One started command and everything that it started."""
+    """A command and all of its descendants."""
 
     def __init__(
         self,
@@ -29,7 +29,7 @@ class Process:
         cwd: Path | None = None,
         is_piped: bool = False,
     ) -> None:
-        """Start `command`; its output goes to `log`, or comes by `popen.stdout` if piped."""
+        """Start `command`; its output goes to `log`, or to `popen.stdout` if piped."""
         pipe = subprocess.PIPE if is_piped else None
         with log.open("w") as out:
             self.started = time.monotonic()
@@ -52,11 +52,11 @@ class Process:
         self._sampler.start()
 
     def is_alive(self) -> bool:
-        """Whether the command itself still runs."""
+        """Whether the command itself is running."""
         return self.popen.poll() is None
 
     def cpu_s(self) -> float:
-        """CPU seconds that its processes used so far."""
+        """CPU seconds that its processes have used."""
         for pid in _tree(self.popen.pid):
             with contextlib.suppress(OSError, IndexError):
                 stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -64,7 +64,7 @@ class Process:
         return sum(self._cpu_s.values())
 
     def note_pss(self) -> None:
-        """Look at the memory with shared pages counted once; slow, so between measurements."""
+        """Read memory use, shared pages counted once; slow, so done between measurements."""
         total = 0
         for pid in _tree(self.popen.pid):
             with contextlib.suppress(OSError):
@@ -74,7 +74,7 @@ class Process:
         self.peak_pss_bytes = max(self.peak_pss_bytes, total)
 
     def end(self) -> None:
-        """Ask its processes to end, and make them after a while."""
+        """Terminate its processes, and kill them after a timeout."""
         self._is_ended.set()
         pids = _tree(self.popen.pid)
         self.popen.terminate()
@@ -83,7 +83,7 @@ class Process:
         except subprocess.TimeoutExpired:
             self.popen.kill()
             self.popen.wait()
-        for pid in pids[1:]:  # children that outlived it
+        for pid in pids[1:]:  # children that survived it
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         for stream in (self.popen.stdin, self.popen.stdout):
@@ -102,16 +102,16 @@ class Process:
 
 
 def machine_cpu_s() -> float:
-    """CPU seconds that everybody on this machine used so far, stolen ones included."""
+    """Return the CPU seconds that all processes of the machine have used, stolen time included."""
     names = Path("/proc/stat").read_text().splitlines()[0].split()[1:]
     user, nice, system, _idle, _iowait, irq, softirq, steal = (int(one) for one in names[:8])
     return (user + nice + system + irq + softirq + steal) / _TICKS
 
 
 def _tree(root: int) -> list[int]:
-    """`root` and its descendants that live."""
+    """Return `root` and its living descendants."""
     pids = [root]
-    for pid in pids:  # grows while we walk it
+    for pid in pids:  # grows during the iteration
         with contextlib.suppress(OSError):
             for task in Path(f"/proc/{pid}/task").iterdir():
                 pids.extend(int(child) for child in (task / "children").read_text().split())

@@ -1,4 +1,4 @@
-"""The results as a Markdown table and as a picture."""
+"""Render the results as a Markdown table and as a plot."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LOWER_IS_BETTER = frozenset({"ttft", "start", "pss_bytes", "rss_bytes"})
 
 
 def to_markdown(result: dict[str, Any]) -> str:
-    """A table for each model and format, with the ratios against the best peer below it."""
+    """Render a table per model and format, with the ratios to the best peer below it."""
     lines = [
         f"# Engines on {result['num_cpus']} CPUs, {result['date']}",
         "",
@@ -50,13 +50,13 @@ def to_markdown(result: dict[str, Any]) -> str:
 
 
 def median(row: dict[str, Any], column: str) -> float | None:
-    """The median over the rounds; None where the peer has no figure."""
+    """Return the median over the rounds; None where the peer has no figure."""
     values = row["figures"].get(column)
     return statistics.median(values) if values and not row["problem"] else None
 
 
 def ratio(rows: Sequence[dict[str, Any]], column: str) -> tuple[float, str] | None:
-    """PortaLM against the best other peer, above 1 where PortaLM is better; and that peer."""
+    """Return PortaLM's ratio to the best other peer (above 1: PortaLM is better) and that peer."""
     medians = {row["peer"]: found for row in rows if (found := median(row, column)) is not None}
     own = medians.pop(OWN, None)
     if own is None or not medians:
@@ -100,7 +100,7 @@ def _cell(row: dict[str, Any], column: str, limits: dict[str, float], num_rounds
 
 
 def _cpu(row: dict[str, Any]) -> str:
-    """Of the column that used least and the one that used most; and of everybody else."""
+    """Format the lowest and highest CPU use over the columns, of the peer and of others."""
     if row["problem"] or not row["cpu_over_wall"]:
         return " | "
     own, others = (
@@ -123,7 +123,7 @@ def _ceiling_lines(ceilings: Sequence[dict[str, float]]) -> list[str]:
 
 
 def draw_plot(result: Path, settings: Settings) -> None:
-    """The picture beside the JSON file, by matplotlib in an environment of its own."""
+    """Write the plot next to the JSON file, with matplotlib in a separate environment."""
     venv = Venv(settings, "plot")
     try:
         venv.install(["matplotlib"])

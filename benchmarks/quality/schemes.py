@@ -1,11 +1,12 @@
-"""Size, speed and perplexity of one model in the formats that checkpoints come in.
+"""Measure size, speed and perplexity of one model in the formats of checkpoints.
 
     python benchmarks/quality/schemes.py [--only NAME,...] [--json FILE]
 
-The model is the default one with its weights moved off the 4-bit grid of its file (perplexity.py),
-in bfloat16. Each scheme rounds the layers' weights to nearest, without looking at data, as the
-worst of its kind, and writes them as its tools do; the loader reads them back. Speed is one stream
-of 64 tokens behind 32, on the CPU, the median of five; perplexity is that of perplexity.py.
+The model is the default one with its weights moved off the 4-bit grid of its file
+(perplexity.py), in bfloat16. Each scheme rounds the layers' weights to nearest without
+calibration data, the worst case of its kind, and writes them as the scheme's tools do; the
+loader reads them back. Speed is one stream of 64 tokens after 32, on the CPU, median of five;
+perplexity is that of perplexity.py.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from portalm.config import DEFAULT_MODEL
 
 GROUP = 32
 Parts = dict[str, torch.Tensor]
-"""A layer's tensors by the ends of their names."""
+"""Suffixes of the names of a layer's linear weights."""
 
 
 # -- rounding and writing ---------------------------------------------------------------------
@@ -41,7 +42,7 @@ Parts = dict[str, torch.Tensor]
 def rounded(
     weight: torch.Tensor, bits: int, *, is_symmetric: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Codes int64 [N, K], scales float16 and zeros int64 [N, K / GROUP]."""
+    """Round to codes int64 [N, K], scales float16 and zeros int64 [N, K / GROUP]."""
     groups = weight.float().view(len(weight), -1, GROUP)
     most = (1 << bits) - 1
     if is_symmetric:
@@ -56,7 +57,7 @@ def rounded(
 
 
 def words(codes: torch.Tensor, bits: int, order: tuple[int, ...] | None = None) -> torch.Tensor:
-    """[R, C] -> int32 [R, C bits / 32]: place i of a word holds column order[i]."""
+    """Pack [R, C] to int32 [R, C * bits / 32]: position i of a word holds column order[i]."""
     per_word = 32 // bits
     columns = codes.view(len(codes), -1, per_word)[..., list(order or range(per_word))]
     packed = (columns << (bits * torch.arange(per_word))).sum(-1).numpy()
@@ -139,7 +140,7 @@ def nf4(weight: torch.Tensor) -> Parts:
 
 @dataclass(frozen=True)
 class Scheme:
-    """How layers are written, what config.json says of it, and what is asked at load."""
+    """A scheme: how layers are written, its config.json entry, and settings at load."""
 
     write: Callable[[torch.Tensor], Parts] | None = None
     config: dict[str, Any] = field(default_factory=dict)
@@ -176,7 +177,7 @@ SCHEMES = {
 
 
 def write(source: Path, folder: Path, scheme: Scheme) -> Path:
-    """The model of `source` as `scheme` has it; what to load."""
+    """Write the model of `source` in `scheme`; return the path to load."""
     if scheme.gguf_type is not None:
         return write_gguf(source, folder, scheme.gguf_type)
     tensors = load_file(source / "model.safetensors")
@@ -194,7 +195,7 @@ def write(source: Path, folder: Path, scheme: Scheme) -> Path:
 
 
 def write_gguf(source: Path, folder: Path, kind: str) -> Path:
-    """One file, its matrices rounded by the gguf package, named as llama.cpp does."""
+    """Write one GGUF file, matrices rounded by the gguf package, names as in llama.cpp."""
     import gguf
 
     values = json.loads((source / "config.json").read_text())
@@ -213,7 +214,7 @@ def write_gguf(source: Path, folder: Path, kind: str) -> Path:
     for name, tensor in load_file(source / "model.safetensors").items():
         array = tensor.float().numpy()
         part = name.split(".")[-2]
-        if part in heads:  # rotary pairs lie side by side there
+        if part in heads:  # rotary pairs are adjacent in GGUF
             halves = array.reshape(values[heads[part]], 2, -1, array.shape[1])
             array = halves.swapaxes(1, 2).reshape(array.shape)
         full = names.get_name(name, (".weight", ".bias"))
@@ -236,7 +237,7 @@ def write_gguf(source: Path, folder: Path, kind: str) -> Path:
 
 
 def measure(path: Path, settings: dict[str, Any]) -> dict[str, float]:
-    """Size of the file in MB, tokens a second of one stream, perplexity."""
+    """Measure the file size in MB, tokens per second of one stream, and perplexity."""
     file = path if path.is_file() else path / "model.safetensors"
     llm = LLM(
         str(path),
@@ -248,7 +249,7 @@ def measure(path: Path, settings: dict[str, Any]) -> dict[str, float]:
     )
     params = SamplingParams(temperature=0.0, max_tokens=65, ignore_eos=True)
     speeds = []
-    for i in range(6):  # the first one warms up
+    for i in range(6):  # the first run warms up
         prompt = [100 + i, *range(1000, 1031)]
         [output] = llm.generate([prompt], params, use_tqdm=False)
         metrics = output.metrics

@@ -1,9 +1,10 @@
-"""What HTTP costs: the same work through `portalm serve` and through `LLM.generate`.
+"""Measure the cost of HTTP: the same work through `portalm serve` and through `LLM.generate`.
 
     python benchmarks/server/overhead.py [--streams 32] [--rounds 3] [--result-json FILE]
 
-Both have the default model loaded in processes of their own and take turns; the one that waits
-costs nothing. The client is a process too: it sends all at once and counts what comes back.
+Both sides load the default model in separate processes and alternate; the idle one costs
+nothing. The client is a process too: it sends all requests at once and counts the tokens of the
+answers.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from portalm.config import DEFAULT_MODEL
 
 
 def make_prompts(streams: int, length: int, seed: int) -> list[list[int]]:
-    """Random token ids, other ones for every seed: nothing is found in the prefix cache."""
+    """Return random token ids that differ for every seed, so that there are no prefix hits."""
     rng = random.Random(seed)
     return [[rng.randrange(1000, 40_000) for _ in range(length)] for _ in range(streams)]
 
@@ -39,7 +40,7 @@ def make_prompts(streams: int, length: int, seed: int) -> list[list[int]]:
 
 @contextlib.contextmanager
 def server(model: str) -> Iterator[tuple[str, int, int]]:
-    """A server on loopback: host, port and process id."""
+    """Start a server on loopback; yield host, port and process id."""
     command = [sys.executable, "-m", "portalm.cli.main", "serve", model, "--port", "0"]
     command += ["--log-level", "warning", "--disable-log-stats"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -57,7 +58,7 @@ def server(model: str) -> Iterator[tuple[str, int, int]]:
 
 
 def ask_all(host: str, port: int, bodies: list[dict[str, Any]]) -> list[int]:
-    """Stream the answers to all at once; the tokens of each, as the last chunk counts them."""
+    """Stream all answers concurrently; return the token count of each from its last chunk."""
     poll = selectors.DefaultSelector()
     for i, body in enumerate(bodies):
         content = json.dumps(body).encode()
@@ -82,7 +83,7 @@ def ask_all(host: str, port: int, bodies: list[dict[str, Any]]) -> list[int]:
 
 
 def run_client(arguments: argparse.Namespace) -> None:
-    """The client's process: one job a line on stdin, its seconds on stdout."""
+    """Run the client process: one job per line on stdin, its seconds on stdout."""
     for line in sys.stdin:
         job = json.loads(line)
         started = time.perf_counter()
@@ -92,11 +93,11 @@ def run_client(arguments: argparse.Namespace) -> None:
         print(json.dumps(seconds), flush=True)
 
 
-# -- without ----------------------------------------------------------------------------------
+# -- in process ----------------------------------------------------------------------------------
 
 
 def run_llm(arguments: argparse.Namespace) -> None:
-    """`LLM`'s process: one job a line on stdin, its seconds on stdout."""
+    """Run the `LLM` process: one job per line on stdin, its seconds on stdout."""
     from portalm import LLM, SamplingParams
 
     llm = LLM(model=arguments.model)
@@ -111,7 +112,7 @@ def run_llm(arguments: argparse.Namespace) -> None:
 
 
 class Worker:
-    """A process of this script that answers jobs with seconds."""
+    """A process of this script that runs jobs and returns their seconds."""
 
     def __init__(self, role: str, model: str) -> None:
         self._process = subprocess.Popen(
@@ -123,27 +124,27 @@ class Worker:
         )
 
     def run(self, job: dict[str, Any]) -> float:
-        """Seconds that the job took."""
+        """Run a job; return its seconds."""
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.write(json.dumps(job) + "\n")
         self._process.stdin.flush()
         return float(json.loads(self._process.stdout.readline()))
 
     def end(self) -> None:
-        """End the process."""
+        """Stop the process."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait(20)
 
 
 def cpu_seconds(pid: int) -> float:
-    """Processor time that a process took so far."""
+    """Return the processor time of a process, s."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def main() -> None:
-    """Print a line a round and the median ratio."""
+    """Print a line per round and the median ratio."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument("--streams", type=int, default=32)
@@ -160,7 +161,7 @@ def main() -> None:
     llm, client = Worker("llm", arguments.model), Worker("client", arguments.model)
     rounds = []
     with server(arguments.model) as (host, port, pid):
-        for number in range(-1, arguments.rounds):  # the first warms up
+        for number in range(-1, arguments.rounds):  # the first round warms up
             num_tokens = arguments.tokens if number >= 0 else 4
             prompts = make_prompts(arguments.streams, arguments.prompt_tokens, number + 1)
             bodies = [
