@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 
 import portalm
+from portalm.cli.main import main
+from tests.tiny import add_byte_tokenizer, make_config_folder
 
 BAR = """
 from portalm.progress import ProgressBar
@@ -88,6 +90,20 @@ def test_a_hidden_bar_writes_nothing() -> None:
 
     assert stderr_of(hidden) == ""
     assert stderr_of(LOADING.replace("LoadingBar()", "LoadingBar(is_shown=False)")) == ""
+
+
+def test_generate_writes_one_line_per_phase_to_a_log_file(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = add_byte_tokenizer(make_config_folder(tmp_path / "tiny"))
+    flags = ("--model", str(folder), "--device", "null", "--load-format", "dummy")
+
+    assert main(["generate", "hello", "--raw", "--max-tokens", "4", *flags]) == 0
+
+    text = capfd.readouterr().err
+    assert re.findall(r"^Loading model: .*$", text, re.MULTILINE) == [text.splitlines()[0]]
+    assert "\r" not in text
+    assert "%|" not in text
 
 
 def test_bars_are_made_in_one_place() -> None:

@@ -1,1 +1,1 @@
-"""`portalm bench`: one small file a kind of measurement."""
+"""`portalm bench`: one file per benchmark."""

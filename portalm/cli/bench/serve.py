@@ -39,7 +39,7 @@ def add_bench_serve(kinds: argparse._SubParsersAction[argparse.ArgumentParser]) 
         type=float,
         default=math.inf,
         help="requests per second, arriving at random times (Poisson) "
-        "(default: no limit, all at once)",
+        "(default: no limit, as fast as --max-concurrency allows)",
     )
     serve.add_argument("--input-len", type=int, default=200, help="words per prompt, on average")
     serve.add_argument("--output-len", type=int, default=120, help="tokens per answer, on average")
