@@ -191,7 +191,7 @@ def test_requests_that_an_encoder_cannot_serve_are_refused(tmp_path: Path) -> No
         engine.add(
             AddRequest(request_id="g", prompt_token_ids=[5], params=SamplingParams(), seed=0)
         )
-    with pytest.raises(InvalidRequest, match="does not score"):
+    with pytest.raises(InvalidRequest, match="does not support score"):
         ask(engine, "s", [5], task="score")
 
 
