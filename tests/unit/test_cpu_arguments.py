@@ -15,6 +15,7 @@ from portalm.backend import AttentionSpec, KVSpec, StepMeta
 from portalm_backends.cpu import cache
 from portalm_backends.cpu.attention import plan_attention
 from portalm_backends.cpu.backend import _EXACT_FORMATS, _ROUNDED_FORMATS, CpuBackend
+from portalm_backends.cpu.program import _word
 from tests.unit import cpu_isas
 
 native = cpu_isas.installed()
@@ -72,6 +73,10 @@ def test_program_refuses_a_call_with_the_wrong_number_of_arguments(extra):
 def test_program_refuses_a_kernel_that_is_not_recorded(kernel):
     with pytest.raises(ValueError, match=f"a program cannot call a kernel {kernel}"):
         native.Program().add_call(kernel, [], [])
+
+
+def test_real_argument_is_recorded_as_float32_bits_even_if_it_is_an_int():
+    assert _word(1, "real") == _word(1.0, "real") == 0x3F800000
 
 
 def test_every_format_and_dtype_is_one_of_the_native_module():
