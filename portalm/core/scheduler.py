@@ -82,7 +82,9 @@ class Scheduler:
         """Raise `InvalidRequest` if `request` can never be answered."""
         name, config = request.request_id, self.config
         if name in self._requests:
-            raise InvalidRequest(f"request id {name!r} is in use", param="request_id")
+            raise InvalidRequest(
+                f"request id {name!r} is in use: choose another one", param="request_id"
+            )
         if request.num_prompt_tokens == 0:
             raise InvalidRequest("the prompt is empty: it needs at least one token", param="prompt")
         if request.max_total_tokens > config.max_model_len:
@@ -98,8 +100,8 @@ class Scheduler:
                 param="prompt",
             )
         # the last token of an answer is sampled but never computed
-        most_computed = request.max_total_tokens - (1 if request.pooling is None else 0)
-        needed = self.blocks.num_blocks_for(most_computed)
+        max_computed = request.max_total_tokens - (1 if request.pooling is None else 0)
+        needed = self.blocks.num_blocks_for(max_computed)
         if needed > self.blocks.num_usable:
             raise RequestTooLarge(
                 f"request {name!r} may need {needed} KV blocks, the pool has "

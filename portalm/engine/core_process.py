@@ -53,7 +53,7 @@ _encoder = msgspec.msgpack.Encoder()
 
 
 def run_core(config: EngineConfig, address: str, pulse: Pulse) -> int:
-    """Serve the client at a ZeroMQ address until it shuts down or exits; return the exit status.
+    """Serve the client at a ZeroMQ address until it sends Shutdown or exits; return the status.
 
     `pulse` always shows what the engine is doing.
     """

@@ -306,6 +306,7 @@ class Engine:
         return True
 
     def _outputs(self, updates: list[RequestUpdate], more: Sequence[TokenOutput]) -> StepOutputs:
+        """Outputs of `updates` and `more`, and of requests that have been in their first step."""
         outputs = [*more, *(self._output(u) for u in updates)]
         outputs += [
             TokenOutput(request_id=request_id, token_ids=[], scheduled_time=scheduled_time)

@@ -17,7 +17,7 @@ class LogitsProcessors:
     """The processors that requests have named so far, created on first use."""
 
     def __init__(self, vocab_size: int) -> None:
-        """For logits of `vocab_size` columns."""
+        """Start without processors, for logits with `vocab_size` columns."""
         self._vocab_size = vocab_size
         self._made: dict[str, LogitsProcessor] = {}
 

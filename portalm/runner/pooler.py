@@ -78,7 +78,7 @@ class Pooler:
         for request_id in request_ids:
             self._sums.pop(request_id, None)
 
-    def take(
+    def add(
         self, parts: list[PooledPart], states: npt.NDArray[np.float32]
     ) -> dict[int, npt.NDArray[np.float32]]:
         """Add a step's `states`, [P, N], to the sums; return the complete vectors by plan index."""

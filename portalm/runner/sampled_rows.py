@@ -26,7 +26,7 @@ class SampledRow:
 
     @property
     def forbidden_ids(self) -> list[int]:
-        """Stop tokens before min_tokens, and the last tokens of bad words."""
+        """Stop tokens before min_tokens, and tokens that would complete a bad word."""
         request = self.request
         is_early = self.position - request.num_prompt_tokens < request.params.min_tokens
         forbidden = list(request.stop_ids) if is_early else []

@@ -20,7 +20,7 @@ class Sampler:
     """Builds the `SampleArrays` of a step, vectorized over its rows."""
 
     def __init__(self, vocab_size: int) -> None:
-        """For logits of `vocab_size` columns."""
+        """Create a sampler for logits with `vocab_size` columns."""
         self._masks = TokenMasks(vocab_size)
         self._processors = LogitsProcessors(vocab_size)
         self._last_requests: list[Request] = []

@@ -87,7 +87,7 @@ class DispatchedStep:
         states = self._in_flight.states
         # none where the first token is pooled and this step has only later chunks
         found = np.empty((0, 0), np.float32) if states is None else states.result()
-        for index, vector in self._pooler.take(self._parts, found).items():
+        for index, vector in self._pooler.add(self._parts, found).items():
             if np.isfinite(vector).all():
                 outcomes[index] = Pooled(vector.tobytes())
             else:

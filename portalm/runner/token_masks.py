@@ -20,7 +20,7 @@ class TokenMasks:
     """
 
     def __init__(self, vocab_size: int) -> None:
-        """For logits of `vocab_size` columns."""
+        """Create masks for logits with `vocab_size` columns."""
         self._full = _bits(range(vocab_size), -(-vocab_size // 32))
         self._matchers: dict[str, Matcher] = {}
 
@@ -60,22 +60,22 @@ class TokenMasks:
         return mask
 
     def _restrict(self, row: SampledRow, mask: npt.NDArray[np.int32], i: int) -> None:
-        request, params, line = row.request, row.request.params, mask[i]
+        request, params, words = row.request, row.request.params, mask[i]
         end: Sequence[int] = ()
         forbidden = row.forbidden_ids
         if request.grammar is not None:
             assert isinstance(request.grammar, Grammar)
             self._matcher(request, request.grammar).fill(mask, i)
             eos = request.grammar.eos_token_ids
-            end = eos if _has(line, eos[0]) else ()
+            end = eos if _has(words, eos[0]) else ()
             forbidden = [*forbidden, *(eos if params.ignore_eos else ())]
-        line &= self._full
+        words &= self._full
         if params.allowed_token_ids is not None:
-            line &= _bits(params.allowed_token_ids, len(line))
+            words &= _bits(params.allowed_token_ids, len(words))
         if forbidden:
-            line &= ~_bits(forbidden, len(line))
-        if not line.any():
-            line |= _bits(end, len(line))
+            words &= ~_bits(forbidden, len(words))
+        if not words.any():
+            words |= _bits(end, len(words))
             if not end:
                 row.refusal = (
                     f"no token is left to sample at position "
@@ -100,6 +100,6 @@ def _bits(token_ids: Sequence[int], num_words: int) -> npt.NDArray[np.int32]:
     return words.view(np.int32)
 
 
-def _has(line: npt.NDArray[np.int32], token_id: int) -> bool:
+def _has(words: npt.NDArray[np.int32], token_id: int) -> bool:
     """True if the bit of `token_id` is set."""
-    return bool(line.view(np.uint32)[token_id // 32] >> (token_id % 32) & 1)
+    return bool(words.view(np.uint32)[token_id // 32] >> (token_id % 32) & 1)
