@@ -333,8 +333,8 @@ class LLM:
         self, prompts: Sequence[Prompt], params: Sequence[SamplingParams], priorities: Sequence[int]
     ) -> list[str]:
         """Check and add all prompts, or none; return their request ids."""
-        asked = [p.structured_outputs for p in params]
-        compiling = [None if one is None else self._compiler.compile(one) for one in asked]
+        constraints = [p.structured_outputs for p in params]
+        compiling = [None if one is None else self._compiler.compile(one) for one in constraints]
         processed = [
             self._inputs.process(
                 str(next(self._ids)),

@@ -69,9 +69,9 @@ LOGITS_PROCESSORS: Plugins[LogitsProcessor] = Plugins(
 )
 
 
-def check_logits_processors(asked: Mapping[str, Any]) -> None:
+def check_logits_processors(arguments: Mapping[str, Any]) -> None:
     """Raise `InvalidRequest` for a processor that is not installed, or an invalid argument."""
-    for name, argument in asked.items():
+    for name, argument in arguments.items():
         try:
             processor = LOGITS_PROCESSORS.get(name)
             msgspec.msgpack.encode(argument)

@@ -83,11 +83,11 @@ class Chat:
         self._partner = partner
         self._system = system
         self._is_terminal = is_terminal
-        self._said: list[dict[str, str]] = []
+        self._history: list[dict[str, str]] = []
         self._status = 0
         self._commands: dict[str, Callable[[str], None]] = {
             "/help": lambda _: print(_HELP),
-            "/clear": lambda _: self._said.clear(),
+            "/clear": lambda _: self._history.clear(),
             "/system": self._set_system,
             "/save": self._save,
         }
@@ -132,7 +132,7 @@ class Chat:
 
     def _messages(self) -> list[dict[str, str]]:
         opening = [{"role": "system", "content": self._system}] if self._system else []
-        return [*opening, *self._said]
+        return [*opening, *self._history]
 
     def _answer(self, message: str) -> None:
         import contextlib
@@ -140,9 +140,9 @@ class Chat:
 
         from portalm.errors import PortaLMError
 
-        self._said.append({"role": "user", "content": message})
+        self._history.append({"role": "user", "content": message})
         text, end, num_tokens = "", None, 0
-        asked = first = last = time.perf_counter()
+        sent = first = last = time.perf_counter()
         num_first = 0
         try:
             with contextlib.closing(self._partner.answer(self._messages())) as pieces:
@@ -164,15 +164,15 @@ class Chat:
             end = "stopped"
             print()
         if not text:
-            self._said.pop()  # a question without an answer is not part of the conversation
+            self._history.pop()  # a question without an answer is not part of the conversation
             return
-        self._said.append({"role": "assistant", "content": text})
+        self._history.append({"role": "assistant", "content": text})
         if self._is_terminal:
             rate = (num_tokens - num_first) / (last - first) if last > first else 0.0
             note = {"length": ", cut off by --max-tokens or the context", "stopped": ", stopped"}
             print(
                 f"[{num_tokens} tokens, {rate:.1f} tokens/s, first token after "
-                f"{(first - asked) * 1000:.0f} ms{note.get(end or '', '')}]"
+                f"{(first - sent) * 1000:.0f} ms{note.get(end or '', '')}]"
             )
 
     def _set_system(self, text: str) -> None:

@@ -70,8 +70,8 @@ def run_generate(arguments: argparse.Namespace) -> int:
             [{"role": "user", "content": arguments.prompt}]
         )
 
-    asked = time.perf_counter()
-    first = last = asked
+    sent = time.perf_counter()
+    first = last = sent
     num_tokens = 0
     for delta in llm.stream(prompt, params):
         if delta.error is not None:
@@ -87,7 +87,7 @@ def run_generate(arguments: argparse.Namespace) -> int:
         rate = (num_tokens - 1) / (last - first) if num_tokens > 1 else 0.0
         print(
             f"\n{num_tokens} tokens, {rate:.1f} tokens/s, first token after "
-            f"{(first - asked) * 1000:.0f} ms ({first - started:.1f} s including loading)",
+            f"{(first - sent) * 1000:.0f} ms ({first - started:.1f} s including loading)",
             file=sys.stderr,
         )
     return 0

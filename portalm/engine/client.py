@@ -112,7 +112,7 @@ class EngineClient:
         """Stop the engine process; open streams raise `EngineDead`.
 
         Args:
-            at_once: kill it; otherwise it is asked to exit first.
+            at_once: kill it; otherwise it gets a message and a SIGTERM first.
         """
         if self._receiver is not None:
             self._receiver.cancel()

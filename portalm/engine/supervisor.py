@@ -148,7 +148,7 @@ class Supervisor:
     async def events(self) -> AsyncGenerator[EngineEvent, None]:
         """Yield step outputs; after a crash, `EngineCrashed` and then `EngineRestarted`.
 
-        A new engine is started when the event after `EngineCrashed` is asked for.
+        The new engine is started when the caller waits for the event after `EngineCrashed`.
 
         Raises:
             EngineDead: no new engine could be started.

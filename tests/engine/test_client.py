@@ -1,13 +1,17 @@
-"""The client of an engine in a process of its own."""
+"""The two users of an engine, `EngineClient` and `LLM`, end a request at a stop string."""
 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from pathlib import Path
+
+import pytest
 
 from portalm.config import EngineConfig
 from portalm.engine.client import EngineClient
 from portalm.engine.output_processor import AnswerDelta
+from portalm.llm import LLM
 from portalm.sampling_params import SamplingParams
 from tests.tiny import add_byte_tokenizer, make_config_folder
 
@@ -17,10 +21,16 @@ TOO_MANY = MAX_TOKENS // 2
 """The engine generates fewer in the time that an abort takes."""
 
 
-def test_the_engine_stops_generating_when_a_stop_string_is_found(tmp_path: Path) -> None:
+@pytest.fixture
+def settings(tmp_path: Path) -> dict[str, str]:
+    """A tiny model with room for MAX_TOKENS, on the null device."""
     folder = make_config_folder(tmp_path / "tiny", max_position_embeddings=MAX_TOKENS + 10)
     add_byte_tokenizer(folder)
-    config = EngineConfig(model=str(folder), device="null", load_format="dummy")
+    return {"model": str(folder), "device": "null", "load_format": "dummy"}
+
+
+def test_the_engine_process_stops_generating_at_a_stop_string(settings: dict[str, str]) -> None:
+    config = EngineConfig(**settings)
 
     async def generate(client: EngineClient, stop: str | None, max_tokens: int) -> AnswerDelta:
         params = SamplingParams(stop=stop, max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
@@ -47,3 +57,18 @@ def test_the_engine_stops_generating_when_a_stop_string_is_found(tmp_path: Path)
             await client.shutdown()
 
     asyncio.run(run())
+
+
+def test_the_engine_in_this_process_stops_generating_at_a_stop_string(
+    settings: dict[str, str],
+) -> None:
+    llm = LLM(**settings, use_tqdm=False)
+    greedy = SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True)
+    [plain] = llm.generate([[1, 5, 6]], greedy, use_tqdm=False)
+    stop = plain.outputs[0].text[20:24]
+
+    params = dataclasses.replace(greedy, max_tokens=MAX_TOKENS, stop=(stop,))
+    [stopped] = llm.generate([[1, 5, 6]], params, use_tqdm=False)
+
+    assert (stopped.outputs[0].finish_reason, stopped.outputs[0].stop_reason) == ("stop", stop)
+    assert not llm.engine.has_work()
