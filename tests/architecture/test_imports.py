@@ -34,8 +34,8 @@ def test_importing_portalm_imports_no_torch() -> None:
     assert loaded == "[]"
 
 
-def test_importing_portalm_takes_less_than_300_ms() -> None:
-    code = "import time; t = time.perf_counter(); import portalm; print(time.perf_counter() - t)"
+def test_importing_portalm_takes_less_than_300_ms_of_cpu_time() -> None:
+    code = "import time; t = time.process_time(); import portalm; print(time.process_time() - t)"
 
     assert min(float(python(code)) for _ in range(3)) < 0.3
 
