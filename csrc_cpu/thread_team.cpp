@@ -43,7 +43,7 @@ std::vector<int> allowed_cores() {
   return cores;
 }
 
-// One core per physical core: hyperthreads share the units that the kernels fill.
+// One logical core per physical core: hyperthreads share the units that the kernels fill.
 std::vector<int> physical_cores(const std::vector<int>& cores) {
   std::vector<int> first;
   for (int core : cores) {
