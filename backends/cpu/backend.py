@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -34,35 +33,12 @@ from portalm.backend import (
 from portalm.errors import BackendError
 from portalm_backends.cpu import attention, cache
 from portalm_backends.cpu.cache import CpuKV
-from portalm_backends.cpu.memory import Arena
 from portalm_backends.cpu.program import NotRecordable, RecordedStep, Recorder
+from portalm_backends.cpu.weights import EXACT_FORMATS, CpuWeight, WeightPacker
 from portalm_backends.portable import host_memory, kv_codes, sampling
 from portalm_backends.portable.backend import TorchBackend
 
 _DTYPES = frozenset(cache.DTYPES)
-_EXACT_FORMATS = {
-    "int8": "q8_x16",
-    "int4": "q4_x16",
-    "int4_min": "q4_min_x16",
-    "int8_g16": "q8_16_x16",
-    "int8_min": "q8_min_x16",
-    "int8_g16_min": "q8_16_min_x16",
-}
-"""Native formats (csrc_cpu/kernels.h) of a checkpoint's own codes: 15-bit activations."""
-_ROUNDED_FORMATS = _EXACT_FORMATS | {"int8": "q8", "int4": "q4", "int4_min": "q4_min"}
-"""Native formats of weights that are quantized here: 8-bit activations where that is faster."""
-
-
-@dataclass(slots=True, frozen=True)
-class CpuWeight:
-    """A linear weight [N, K] in panels of rows (csrc_cpu/linear.h)."""
-
-    data: torch.Tensor
-    ptr: int
-    format: int
-    """Number of the native format, `_cpu.FORMATS`."""
-    n: int
-    k: int
 
 
 class CpuBackend(TorchBackend):
@@ -80,7 +56,7 @@ class CpuBackend(TorchBackend):
         features=frozenset(
             {"sliding_window", "soft_cap", "alibi", "sinks", "shared_values", "batch_invariant"}
         ),
-        quantizations=frozenset(_EXACT_FORMATS),
+        quantizations=frozenset(EXACT_FORMATS),
     )
 
     def __init__(self) -> None:
@@ -97,7 +73,7 @@ class CpuBackend(TorchBackend):
         self._native: Any = _cpu
         self._dtypes = {dtype: _cpu.DTYPES[name] for name, dtype in cache.DTYPES.items()}
         """Native numbers of dtypes."""
-        self._weights = Arena("the weights")
+        self._packer = WeightPacker(_cpu)
 
     @classmethod
     def find(cls) -> DeviceReport:
@@ -292,46 +268,8 @@ class CpuBackend(TorchBackend):
     ) -> CpuWeight:
         """Pack a weight [N, K] into panels; the original may be freed."""
         if isinstance(weight, QuantizedWeight):
-            formats = _EXACT_FORMATS if quantization is None else _ROUNDED_FORMATS
-            return self._pack_codes(weight, formats[weight.format])
-        weight = weight.contiguous()
-        dtype = str(weight.dtype).removeprefix("torch.")
-        if quantization is not None:
-            packed = self._reserve(_ROUNDED_FORMATS[quantization], *weight.shape)
-        elif dtype == "bfloat16" and not for_logits:
-            packed = self._reserve("blocks", *weight.shape)
-        else:  # logits decide between tokens: exact
-            packed = self._reserve(dtype, *weight.shape)
-        self._native.pack(
-            source=weight.data_ptr(),
-            dtype=self._dtypes[weight.dtype],
-            n=packed.n,
-            k=packed.k,
-            packed=packed.ptr,
-            format=packed.format,
-        )
-        return packed
-
-    def _reserve(self, format: str, n: int, k: int) -> CpuWeight:
-        """Memory for a weight in a native format."""
-        number = self._native.FORMATS[format]
-        data = self._weights.take(self._native.packed_bytes(number, n, k))
-        return CpuWeight(data, data.data_ptr(), number, n, k)
-
-    def _pack_codes(self, weight: QuantizedWeight, format: str) -> CpuWeight:
-        packed = self._reserve(format, *weight.shape)
-        codes, scales = weight.codes.contiguous(), weight.scales.contiguous()
-        minimums = None if weight.minimums is None else weight.minimums.contiguous()
-        self._native.pack_codes(
-            codes=codes.data_ptr(),
-            scales=scales.data_ptr(),
-            minimums=0 if minimums is None else minimums.data_ptr(),
-            n=packed.n,
-            k=packed.k,
-            packed=packed.ptr,
-            format=packed.format,
-        )
-        return packed
+            return self._packer.pack_codes(weight, is_rounded=quantization is not None)
+        return self._packer.pack(weight, quantization=quantization, for_logits=for_logits)
 
     def linear(
         self, x: torch.Tensor, weight: CpuWeight, bias: torch.Tensor | None = None

@@ -14,8 +14,9 @@ import portalm_backends
 from portalm.backend import AttentionSpec, KVSpec, StepMeta
 from portalm_backends.cpu import cache
 from portalm_backends.cpu.attention import plan_attention
-from portalm_backends.cpu.backend import _EXACT_FORMATS, _ROUNDED_FORMATS, CpuBackend
+from portalm_backends.cpu.backend import CpuBackend
 from portalm_backends.cpu.program import _word
+from portalm_backends.cpu.weights import EXACT_FORMATS, ROUNDED_FORMATS
 from tests.unit import cpu_isas
 
 native = cpu_isas.installed()
@@ -80,7 +81,7 @@ def test_real_argument_is_recorded_as_float32_bits_even_if_it_is_an_int():
 
 
 def test_every_format_and_dtype_is_one_of_the_native_module():
-    assert {*_EXACT_FORMATS.values(), *_ROUNDED_FORMATS.values()} <= set(native.FORMATS)
+    assert {*EXACT_FORMATS.values(), *ROUNDED_FORMATS.values()} <= set(native.FORMATS)
     assert {*cache.DTYPES, "blocks"} <= set(native.FORMATS)
     assert set(native.DTYPES) == cache.KV_DTYPES
 
