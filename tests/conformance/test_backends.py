@@ -1,4 +1,4 @@
-"""The kit on the backends that come with PortaLM. A device that is here and fails is a failure."""
+"""The kit on the backends that ship with PortaLM and run on any machine."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def subject(request: pytest.FixtureRequest) -> Subject:
 
 
 def marks(item: Item) -> list[pytest.MarkDecorator]:
-    """tests/models draws 64 tokens of every family already."""
-    is_again = item.check == "greedy tokens" and item.case in FAMILIES
-    return [pytest.mark.slow] if is_again else []
+    """Mark the greedy tokens of model families as slow: tests/models covers them too."""
+    is_repeated = item.check == "greedy tokens" and item.case in FAMILIES
+    return [pytest.mark.slow] if is_repeated else []
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ def test_conforms(subject: Subject, item: Item) -> None:
     assert result.status == "pass", result.message
 
 
-def test_the_command_writes_what_it_found(
+def test_the_command_prints_and_writes_its_results(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "found.json"
@@ -55,16 +55,18 @@ def test_the_command_writes_what_it_found(
     assert "| reference |" in as_markdown([record])
 
 
-def test_an_unknown_level_names_those_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_level_is_refused_with_the_list_of_levels(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     assert main(["conformance", "--device", "reference", "--level", "L9"]) == 2
     assert "L3 (models), L4 (serving)" in capsys.readouterr().err
 
 
-def test_a_level_may_be_named() -> None:
+def test_a_level_is_found_by_its_name() -> None:
     assert all_items(["models"]) == all_items(["L3"])
 
 
-def test_a_backend_elsewhere_runs_it_under_pytest() -> None:
+def test_the_pytest_plugin_runs_the_kit_on_a_named_device() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "portalm.conformance.plugin"]
     command += ["--portalm-device", "reference", "--portalm-level", "L0", "--noconftest"]
     command += ["-c", "/dev/null", "--pyargs", "portalm.conformance.test_kit"]
@@ -74,7 +76,7 @@ def test_a_backend_elsewhere_runs_it_under_pytest() -> None:
     assert " passed" in done.stdout
 
 
-def test_what_was_found_becomes_json() -> None:
+def test_results_are_written_as_json() -> None:
     backend = load_backend("reference")
 
     record = json.loads(as_json(backend, run_kit(backend, levels=["L0"])))

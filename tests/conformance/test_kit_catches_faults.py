@@ -1,4 +1,4 @@
-"""Backends with a planted fault: the kit must catch each, and pass the clean one."""
+"""Backends with a planted fault: the kit must catch each, and pass the one without."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class SeqLenOffByOne(ReferenceBackend):
 
 
 class NoCausalMask(ReferenceBackend):
-    """Every token sees the whole context: as if each were the last of its request."""
+    """Every token attends to the whole context, as if it were the last of its request."""
 
     def attend(self, kv, layer, query, meta, spec, sinks=None):
         out = torch.zeros_like(query)
@@ -67,13 +67,13 @@ class NoSlopes(ReferenceBackend):
         return super().attend(kv, layer, query, meta, spec, sinks)
 
 
-class SinksForgotten(ReferenceBackend):
+class SinksIgnored(ReferenceBackend):
     def attend(self, kv, layer, query, meta, spec, sinks=None):
         return super().attend(kv, layer, query, meta, spec)
 
 
 class MaskByMultiplying(ReferenceBackend):
-    """Reads whole blocks and multiplies the dead slots away: 0 * NaN is NaN."""
+    """Reads whole blocks and multiplies unused slots by 0: 0 * NaN is NaN."""
 
     def attend(self, kv, layer, query, meta, spec, sinks=None):
         out = super().attend(kv, layer, query, meta, spec, sinks)
@@ -86,8 +86,8 @@ class MaskByMultiplying(ReferenceBackend):
         return out
 
 
-class RestOfSharedKeysForgotten(ReferenceBackend):
-    """Scores of the part of a key that is its value."""
+class RestOfSharedKeysIgnored(ReferenceBackend):
+    """Computes scores only from the part of a key that is its value."""
 
     def attend(self, kv, layer, query, meta, spec, sinks=None):
         query = query.clone()
@@ -122,7 +122,7 @@ class RopeOffByOne(ReferenceBackend):
         return super().rope(query, key, shifted, cos_sin, is_interleaved=is_interleaved)
 
 
-class RopeKeyForgotten(ReferenceBackend):
+class RopeKeyUnrotated(ReferenceBackend):
     def rope(self, query, key, positions, cos_sin, *, is_interleaved):
         rotated, _ = super().rope(query, key, positions, cos_sin, is_interleaved=is_interleaved)
         return rotated, key
@@ -162,7 +162,7 @@ class PenaltyOfPrompt(ReferenceBackend):
         return super().sample(logits, params)
 
 
-class CopyMissesALayer(ReferenceBackend):
+class CopySkipsALayer(ReferenceBackend):
     def kv_copy(self, kv, src, dst):
         if isinstance(kv, torch.Tensor):
             kv[1:, :, dst.long()] = kv[1:, :, src.long()]
@@ -170,7 +170,7 @@ class CopyMissesALayer(ReferenceBackend):
         return super().kv_copy(kv, src, dst)
 
 
-class CopyMissesTheScales(ReferenceBackend):
+class CopySkipsTheScales(ReferenceBackend):
     def kv_copy(self, kv, src, dst):
         if isinstance(kv, torch.Tensor):
             return super().kv_copy(kv, src, dst)
@@ -199,7 +199,7 @@ class ScaleOfTheFirstToken(ReferenceBackend):
 
 
 class CodesClipped(ReferenceBackend):
-    """As if every scale were 1."""
+    """Clips to the range of the codes, as if every scale were 1."""
 
     def kv_write(self, kv, layer, key, value, meta):
         if isinstance(kv, ScaledKV):
@@ -211,15 +211,15 @@ class CodesClipped(ReferenceBackend):
         return super().kv_write(kv, layer, key, value, meta)
 
 
-class NotANumberHidden(ReferenceBackend):
+class NanReplaced(ReferenceBackend):
     def kv_write(self, kv, layer, key, value, meta):
         if isinstance(kv, ScaledKV):
             key, value = key.nan_to_num(), value.nan_to_num()
         return super().kv_write(kv, layer, key, value, meta)
 
 
-class ScaleForgotten(ReferenceBackend):
-    """By attention alone: what is written is right."""
+class ScaleIgnored(ReferenceBackend):
+    """Attention uses a wrong scale; the cache is written correctly."""
 
     side: int
 
@@ -232,11 +232,11 @@ class ScaleForgotten(ReferenceBackend):
         return super().attend(kv, layer, query, meta, spec, sinks)
 
 
-class ScaleOfKeysForgotten(ScaleForgotten):
+class ScaleOfKeysIgnored(ScaleIgnored):
     side = 0
 
 
-class ScaleOfValuesForgotten(ScaleForgotten):
+class ScaleOfValuesIgnored(ScaleIgnored):
     side = 1
 
 
@@ -254,7 +254,7 @@ class ScaleOfTheNextHead(ReferenceBackend):
         return super().attend(kv, layer, query, meta, spec, sinks)
 
 
-class EpsForgotten(ReferenceBackend):
+class EpsIgnored(ReferenceBackend):
     def rms_norm(self, x, weight, eps):
         return super().rms_norm(x, weight, 0.1)
 
@@ -265,7 +265,7 @@ class ResidualUnrounded(ReferenceBackend):
         return out, total + residual * 1e-3
 
 
-class PromptsSeeEachOther(ReferenceBackend):
+class PromptsAttendToEachOther(ReferenceBackend):
     def attend_encoder(self, query, key, value, meta, spec):
         whole = replace(meta, host_query_start_loc=meta.host_query_start_loc[[0, -1]])
         return super().attend_encoder(query, key, value, whole, spec)
@@ -288,7 +288,7 @@ class EncoderIsCausal(ReferenceBackend):
         return out
 
 
-class MeanForgotten(ReferenceBackend):
+class MeanNotSubtracted(ReferenceBackend):
     def layer_norm(self, x, weight, bias, eps):
         return self.rms_norm(x, weight, eps) + bias
 
@@ -298,12 +298,12 @@ class GeluByTanh(ReferenceBackend):
         return torch.nn.functional.gelu(x, approximate="tanh")
 
 
-class GateBehindUp(ReferenceBackend):
+class GateAfterUp(ReferenceBackend):
     def gelu_tanh_mul(self, gate_up):
         return super().gelu_tanh_mul(gate_up.roll(gate_up.shape[1] // 2, 1))
 
 
-class HeadsNormedAtOnce(ReferenceBackend):
+class HeadsNormedTogether(ReferenceBackend):
     def rms_norm(self, x, weight, eps):
         ones = torch.ones(x[0].numel(), dtype=x.dtype)
         return super().rms_norm(x.flatten(1), ones, eps).view(x.shape) * weight
@@ -315,7 +315,7 @@ class NextExpert(ReferenceBackend):
         return super().moe(x, shifted, expert_weights, experts)
 
 
-class ClampForgotten(ReferenceBackend):
+class ClampIgnored(ReferenceBackend):
     def moe(self, x, expert_ids, expert_weights, experts):
         if experts.swiglu_limit is not None:
             experts = replace(experts, swiglu_limit=100.0)
@@ -327,7 +327,7 @@ class LogitsInTheDtype(ReferenceBackend):
         return torch.nn.functional.linear(x.bfloat16(), weight.bfloat16()).float()
 
 
-class SealForgotten(ReferenceBackend):
+class SealIgnored(ReferenceBackend):
     def compile(self, fn, bucket, example):
         return fn
 
@@ -341,60 +341,60 @@ class Float16Inside(ReferenceBackend):
         )
 
 
-FAULTS = {  # and where it must show
+FAULTS = {  # fault: pattern of the checks that must catch it
     SlotOffByOne: "attend",
     SeqLenOffByOne: "attend",
     NoCausalMask: "attend",
     WindowOffByOne: "window",
     NoSoftCap: "cap",
     NoSlopes: "alibi",
-    SinksForgotten: "sinks",
+    SinksIgnored: "sinks",
     MaskByMultiplying: "attend",
-    RestOfSharedKeysForgotten: "value in key",
+    RestOfSharedKeysIgnored: "value in key",
     SharedValuesFromTheEnd: "value in key",
     OneWeightForAllHeads: "linear_heads",
     SwappedGroups: "gqa",
     RopeOffByOne: "rope",
-    RopeKeyForgotten: "rope",
+    RopeKeyUnrotated: "rope",
     UnrotatedKeyWritten: "rope_kv_write",
     TiesToHighestId: "ties",
     SeedIgnored: "sample",
     TopPOffByOne: "sample[top_p]",
     PenaltyOfPrompt: "sample[penalties]",
-    CopyMissesALayer: "copy",
-    CopyMissesTheScales: "copy",
+    CopySkipsALayer: "copy",
+    CopySkipsTheScales: "copy",
     OneScaleForAllHeads: "8-bit KV codes",
     ScaleOfTheFirstToken: "8-bit KV codes",
     CodesClipped: "8-bit KV codes",
-    NotANumberHidden: "8-bit KV codes",
-    ScaleOfKeysForgotten: "decode, gqa, float32, kv",
-    ScaleOfValuesForgotten: "decode, gqa, float32, kv",
+    NanReplaced: "8-bit KV codes",
+    ScaleOfKeysIgnored: "decode, gqa, float32, kv",
+    ScaleOfValuesIgnored: "decode, gqa, float32, kv",
     ScaleOfTheNextToken: "decode, gqa, float32, kv",
     ScaleOfTheNextHead: "decode, gqa, float32, kv",
-    EpsForgotten: "rms_norm",
+    EpsIgnored: "rms_norm",
     ResidualUnrounded: "rms_norm",
-    PromptsSeeEachOther: "encoder alone",
+    PromptsAttendToEachOther: "encoder alone",
     EncoderIsCausal: "attend_encoder",
     EncoderWindowOffByOne: "attend_encoder",
-    MeanForgotten: "layer_norm",
+    MeanNotSubtracted: "layer_norm",
     GeluByTanh: "gelu",
-    GateBehindUp: "gelu_tanh",
-    HeadsNormedAtOnce: "norms per head",
+    GateAfterUp: "gelu_tanh",
+    HeadsNormedTogether: "norms per head",
     NextExpert: "moe",
-    ClampForgotten: "moe",
+    ClampIgnored: "moe",
     LogitsInTheDtype: "logits",
-    SealForgotten: "seal",
+    SealIgnored: "seal",
     Float16Inside: "linear",
 }
 
 
 def failures(backend: ReferenceBackend, pattern: str = "") -> list[str]:
     results = run_kit(backend, levels=["L0", "L1", "L2"], pattern=pattern)
-    assert results, f"no check is called {pattern}"
+    assert results, f"no check matches {pattern}"
     return [result.name for result in results if result.status == "fail"]
 
 
-def test_the_clean_backend_passes() -> None:
+def test_the_backend_without_faults_passes() -> None:
     assert failures(ReferenceBackend()) == []
 
 
@@ -415,7 +415,7 @@ def test_a_wrong_philox_counter_is_caught(monkeypatch: pytest.MonkeyPatch) -> No
     assert failures(ReferenceBackend(), "sample") != []
 
 
-def test_a_batch_that_leaks_into_its_requests_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_that_depend_on_the_batch_size_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     right = attention.paged_attention
 
     def leaky(query, kv, layer, meta, spec, sinks=None):

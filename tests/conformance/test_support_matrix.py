@@ -1,4 +1,4 @@
-"""docs/support-matrix.md says what was found, and how."""
+"""docs/support-matrix.md matches the records in docs/support."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from portalm.conformance.report import as_markdown
 RECORDS = {path.stem: json.loads(path.read_text()) for path in FOLDER.glob("*.json")}
 
 
-def test_the_page_is_what_the_command_writes() -> None:
+def test_the_page_is_up_to_date() -> None:
     assert PAGE.read_text() == page()
 
 
-def test_nothing_that_failed_is_passed_over() -> None:
+def test_failed_results_are_all_counted() -> None:
     for device, record in RECORDS.items():
         failed = sum(count["fail"] for count in record["counts"].values())
         assert failed == len([r for r in record["results"] if r["status"] == "fail"]), device
 
 
 @pytest.mark.parametrize("device", sorted(RECORDS.keys() & {"cpu", "reference"}))
-def test_claims_are_those_of_the_backend(device: str) -> None:
+def test_recorded_claims_are_those_of_the_backend(device: str) -> None:
     claimed = load_backend(device).capabilities
 
     assert RECORDS[device]["capabilities"]["features"] == sorted(claimed.features)
@@ -33,13 +33,13 @@ def test_claims_are_those_of_the_backend(device: str) -> None:
 
 
 @pytest.mark.parametrize("device", sorted(RECORDS.keys() & {"cuda", "rocm"}))
-def test_no_gpu_is_said_to_have_run_anything_before_one_has(device: str) -> None:
+def test_a_gpu_record_says_run_only_if_the_readme_does(device: str) -> None:
     readme = (Path(__file__).parents[2] / "backends" / device / "README.md").read_text()
 
     assert (RECORDS[device]["checked"] == "run") == ("not run on a GPU" not in readme)
 
 
-def test_a_model_is_told_by_the_worst_of_its_checks() -> None:
+def test_a_model_shows_the_worst_of_its_checks() -> None:
     record = RECORDS["reference"]
     case = {"level": "L3", "seconds": 1.0, "nmse": None, "message": ""}
     results = [

@@ -126,7 +126,7 @@ def test_a_processor_that_fails_ends_the_requests_that_use_it(
         ({"unknown": None}, "no logits processor 'unknown'; installed: careless, missing"),
         ({"missing": None}, "cannot be imported"),
         ({"stranger": None}, "not a subclass of portalm.logits_processor.LogitsProcessor"),
-        ({"no_repeats": 3}, 'no_repeats does not accept 3: it is given {"last": N}'),
+        ({"no_repeats": 3}, 'no_repeats does not accept 3: its argument must be {"last": N}'),
         ({"careless": object()}, "careless does not accept <object"),
         (["no_repeats"], "must map names"),
         ({1: None}, "must map names"),

@@ -1,4 +1,4 @@
-"""A package that brings logits processors, as tests install it: by this folder on the path."""
+"""A package with logits processors; tests install it by adding this folder to the path."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from portalm.logits_processor import Biases, LogitsProcessor, ProcessedRow
 
 
 class NoRepeats(LogitsProcessor):
-    """Forbids the last so many tokens of the answer: {"last": 3}."""
+    """Forbids the last N tokens of the answer: {"last": N}."""
 
     @classmethod
     def check(cls, argument: Any) -> None:
         if not isinstance(argument, dict) or not isinstance(argument.get("last"), int):
-            raise ValueError('it is given {"last": N}')
+            raise ValueError('its argument must be {"last": N}')
 
     def biases(self, rows: Sequence[ProcessedRow]) -> Biases:
         seen = [row.output_token_ids[-row.argument["last"] :] for row in rows]
@@ -28,7 +28,7 @@ class NoRepeats(LogitsProcessor):
 
 
 class Careless(LogitsProcessor):
-    """Gives what it was told to give, however wrong."""
+    """Returns its argument as biases, however wrong."""
 
     @classmethod
     def check(cls, argument: Any) -> None:
@@ -39,4 +39,4 @@ class Careless(LogitsProcessor):
 
 
 class Stranger:
-    """No logits processor at all."""
+    """A class that is no logits processor."""

@@ -1,4 +1,4 @@
-"""How backends are found, reported and chosen; out-of-tree ones too."""
+"""Finding, reporting and loading backends, including those of other packages."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ IS_MISSING = "return DeviceReport(is_available=False, summary='no /dev/abacus: b
 
 
 class Site:
-    """A folder on the path to install packages of backends in."""
+    """A folder on the path, to install packages with backends in."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -67,10 +67,10 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
     return Site(tmp_path)
 
 
-# -- those that come with PortaLM -------------------------------------------------------------
+# -- backends that ship with PortaLM ----------------------------------------------------------
 
 
-def test_the_backends_that_come_along_are_found() -> None:
+def test_the_built_in_backends_are_found() -> None:
     found = find_backends()
 
     assert found["reference"] is ReferenceBackend
@@ -78,13 +78,13 @@ def test_the_backends_that_come_along_are_found() -> None:
     assert "cpu" in found
 
 
-def test_reports_come_best_first() -> None:
+def test_reports_are_sorted_by_rank() -> None:
     names = list(report_backends())
 
     assert names.index("cpu") < names.index("reference") < names.index("null")
 
 
-def test_reference_and_null_run_anywhere() -> None:
+def test_reference_and_null_are_available_everywhere() -> None:
     reports = report_backends()
 
     for name in ("reference", "null"):
@@ -93,25 +93,25 @@ def test_reference_and_null_run_anywhere() -> None:
         assert load_backend(name).name == name
 
 
-def test_each_load_is_a_device_of_its_own() -> None:
+def test_each_load_creates_a_new_backend() -> None:
     assert load_backend("reference") is not load_backend("reference")
 
 
-def test_auto_takes_what_choose_names() -> None:
+def test_auto_loads_the_chosen_backend() -> None:
     assert load_backend().name == load_backend("auto").name == choose_backend()
 
 
-# -- those that do not ------------------------------------------------------------------------
+# -- backends of other packages ---------------------------------------------------------------
 
 
-def test_a_package_elsewhere_brings_a_device(site: Site) -> None:
+def test_a_backend_of_another_package_is_loaded(site: Site) -> None:
     site.install("abacus")
 
     assert report_backends()["abacus"].summary == "one of a kind"
     assert load_backend("abacus").name == "abacus"
 
 
-def test_auto_takes_the_highest_rank_that_is_here(site: Site) -> None:
+def test_auto_picks_the_highest_available_rank(site: Site) -> None:
     site.install("abacus", rank=1000)
     site.install("quipu", rank=2000, find=IS_MISSING)
 
@@ -120,27 +120,27 @@ def test_auto_takes_the_highest_rank_that_is_here(site: Site) -> None:
     assert load_backend("auto").name == "abacus"
 
 
-def test_auto_never_takes_a_rank_below_zero(site: Site) -> None:
+def test_auto_never_picks_a_rank_below_zero(site: Site) -> None:
     site.install("abacus", rank=-1)
 
     assert choose_backend() != "abacus"
     assert load_backend("abacus").name == "abacus"
 
 
-def test_a_package_that_does_not_import_hides_no_other(site: Site) -> None:
-    site.install("broken", code="import a_module_that_nobody_has_installed")
+def test_a_package_that_cannot_be_imported_hides_no_other(site: Site) -> None:
+    site.install("broken", code="import a_module_that_is_not_installed")
 
     report = report_backends()["broken"]
 
     assert not report.is_available
     assert "cannot be imported (ModuleNotFoundError" in report.summary
-    assert "a_module_that_nobody_has_installed" in report.summary
+    assert "a_module_that_is_not_installed" in report.summary
     assert load_backend("reference").name == "reference"
     with pytest.raises(BackendUnavailable, match="cannot be imported"):
         load_backend("broken")
 
 
-def test_a_backend_that_cannot_tell_hides_no_other(site: Site) -> None:
+def test_a_backend_whose_find_fails_hides_no_other(site: Site) -> None:
     site.install("rude", find="raise OSError('driver too old')")
 
     report = report_backends()["rude"]
@@ -192,17 +192,17 @@ def test_a_backend_without_a_usable_version_is_refused(site: Site, declared: str
         load_backend("abacus")
 
 
-def test_a_class_of_its_own_without_a_version_is_refused(site: Site) -> None:
+def test_a_class_without_base_and_version_is_refused(site: Site) -> None:
     site.install("abacus", code="class Device:\n    name, rank = {name!r}, {rank}")
 
     with pytest.raises(BackendUnavailable, match="its api_version is None"):
         load_backend("abacus")
 
 
-# -- what cannot be loaded --------------------------------------------------------------------
+# -- errors -----------------------------------------------------------------------------------
 
 
-def test_a_device_that_is_not_here_says_what_is_missing(site: Site) -> None:
+def test_an_unavailable_device_is_refused_with_what_is_missing(site: Site) -> None:
     site.install("abacus", find=IS_MISSING)
 
     with pytest.raises(BackendUnavailable) as caught:
@@ -213,7 +213,7 @@ def test_a_device_that_is_not_here_says_what_is_missing(site: Site) -> None:
     assert "reference" in message and "`portalm devices`" in message
 
 
-def test_a_device_of_no_package_says_which_there_are() -> None:
+def test_an_unknown_device_is_refused_with_the_installed_ones() -> None:
     with pytest.raises(BackendUnavailable) as caught:
         load_backend("vax")
 

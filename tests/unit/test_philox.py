@@ -1,4 +1,4 @@
-"""Philox4x32-10 and the noise made of it."""
+"""Philox4x32-10 and the Gumbel noise computed from it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from portalm_backends.portable.philox import gumbel, philox
 
-KNOWN_ANSWERS = {  # kat_vectors of Random123, the authors' library: philox4x32 10
+KNOWN_ANSWERS = {  # from kat_vectors in Random123, the authors' library
     "zeros": ("00000000 00000000 00000000 00000000", "00000000 00000000",
               "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
     "ones": ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff",
@@ -24,14 +24,14 @@ def words(text: str) -> list[int]:
 
 
 def philox_of(counter: list[int], key: list[int]) -> list[int]:
-    """One counter, by the vectorised function."""
+    """Run the vectorized function on one counter."""
     c0, c1, c2, c3 = (torch.tensor([word]) for word in counter)
     k0, k1 = (torch.tensor([word]) for word in key)
     return [int(word) for word in philox((c0, c1, c2, c3), (k0, k1))]
 
 
 def noise_of(seed: int, position: int, token: int) -> float:
-    """The noise of one token as SampleParams words it, one number at a time."""
+    """Compute the noise of one token by the formula in SampleParams, one number at a time."""
     seed, position = seed % 2**64, position % 2**64
     counter = [token // 4, 0, position % 2**32, position >> 32]
     x = philox_of(counter, [seed % 2**32, seed >> 32])[token % 4]
@@ -59,14 +59,14 @@ def test_many_counters_at_once_give_what_each_gives_alone() -> None:
 
 @pytest.mark.parametrize("seed", [0, 1, -1, 2**32, 2**63 - 1, -(2**63)])
 @pytest.mark.parametrize("position", [0, 7, 2**32 - 1, 2**32, 2**40 + 3])
-def test_noise_is_laid_out_as_the_seam_says(seed: int, position: int) -> None:
+def test_noise_follows_the_formula_in_sample_params(seed: int, position: int) -> None:
     noise = gumbel(torch.tensor([seed]), torch.tensor([position]), 10)
 
     expected = torch.tensor([[noise_of(seed, position, token) for token in range(10)]])
     torch.testing.assert_close(noise, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_noise_of_a_token_does_not_depend_on_the_vocabularys_size() -> None:
+def test_the_noise_of_a_token_does_not_depend_on_the_vocabulary_size() -> None:
     seed, position = torch.tensor([5]), torch.tensor([9])
 
     sizes = {size: gumbel(seed, position, size) for size in (1, 2, 3, 4, 5, 63, 64, 1001)}
@@ -76,7 +76,7 @@ def test_noise_of_a_token_does_not_depend_on_the_vocabularys_size() -> None:
         assert torch.equal(noise[0, : min(size, 5)], sizes[1001][0, : min(size, 5)])
 
 
-def test_noise_of_a_row_does_not_depend_on_the_other_rows() -> None:
+def test_the_noise_of_a_row_does_not_depend_on_other_rows() -> None:
     seed, position = torch.arange(37), torch.arange(37) * 3
 
     together = gumbel(seed, position, 203)
@@ -85,7 +85,7 @@ def test_noise_of_a_row_does_not_depend_on_the_other_rows() -> None:
         assert torch.equal(gumbel(seed[i : i + 1], position[i : i + 1], 203)[0], together[i])
 
 
-def test_every_bit_of_seed_and_position_matters() -> None:
+def test_every_bit_of_seed_and_position_changes_the_noise() -> None:
     seeds = torch.tensor([0] + [1 << bit for bit in range(63)] + [-(2**63)])
 
     by_seed = gumbel(seeds, torch.zeros_like(seeds), 4)
@@ -110,7 +110,7 @@ def test_noise_is_gumbel_distributed() -> None:
 
     noise = gumbel(seeds, torch.zeros_like(seeds), 1000).flatten().double()
 
-    # Kolmogorov-Smirnov over a million draws: 1.95 / sqrt(n) is passed by chance once in a thousand
+    # Kolmogorov-Smirnov over a million samples: chance exceeds 1.95 / sqrt(n) once in a thousand
     ordered = noise.sort().values
     expected = torch.exp(-torch.exp(-ordered))
     empirical = torch.arange(1, len(ordered) + 1) / len(ordered)

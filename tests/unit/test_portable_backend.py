@@ -1,4 +1,4 @@
-"""The torch defaults that every backend starts from."""
+"""The portable base class: torch defaults, and checks of claims."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> to
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def test_a_backend_must_write_five_methods_and_say_what_it_finds() -> None:
+def test_a_backend_must_write_six_methods() -> None:
     assert TorchBackend.__abstractmethods__ == {
         "find", "memory", "kv_bytes_per_block", "_kv_alloc", "kv_write", "attend",
     }  # fmt: skip
 
 
-# -- layers: bit for bit what transformers computes -------------------------------------------
+# -- layers: the same bits as transformers ----------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -58,7 +58,7 @@ def test_add_rms_norm_is_the_norm_of_the_rounded_sum(dtype: torch.dtype) -> None
     assert torch.equal(out, BACKEND.rms_norm(x + residual, weight, 1e-5))
 
 
-def test_rope_of_halves_is_that_of_transformers() -> None:
+def test_rope_of_halves_equals_that_of_transformers() -> None:
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
     query, key = random(7, 4, 16), random(7, 2, 16, seed=1)
@@ -78,7 +78,7 @@ def test_rope_of_halves_is_that_of_transformers() -> None:
         torch.testing.assert_close(a, e[0].transpose(0, 1))
 
 
-def test_rope_leaves_the_dimensions_past_rotary_dim() -> None:
+def test_rope_leaves_dimensions_after_rotary_dim_unchanged() -> None:
     query, key = random(3, 4, 16), random(3, 2, 16, seed=1)
     table = random(8, 6, seed=2)
     positions = torch.tensor([1, 2, 3], dtype=torch.int32)
@@ -90,7 +90,7 @@ def test_rope_leaves_the_dimensions_past_rotary_dim() -> None:
         assert not torch.equal(turned[..., :6], query[..., :6])
 
 
-def test_logits_of_bfloat16_are_not_rounded_to_it() -> None:
+def test_logits_of_bfloat16_inputs_are_float32() -> None:
     x, weight = random(3, 64, dtype=torch.bfloat16), random(50, 64, seed=1, dtype=torch.bfloat16)
 
     logits = BACKEND.logits(x, BACKEND.pack(weight))
@@ -99,7 +99,7 @@ def test_logits_of_bfloat16_are_not_rounded_to_it() -> None:
     torch.testing.assert_close(logits, F.linear(x.double(), weight.double()).float())
 
 
-def test_silu_mul_takes_the_gate_first() -> None:
+def test_silu_mul_has_the_gate_first() -> None:
     gate_up = torch.tensor([[1.0, -2.0, 3.0, 5.0]])
 
     expected = torch.tensor([[3 / (1 + np.exp(-1)), -10 / (1 + np.exp(2))]], dtype=torch.float32)
@@ -109,7 +109,7 @@ def test_silu_mul_takes_the_gate_first() -> None:
 # -- device -----------------------------------------------------------------------------------
 
 
-def test_the_host_may_write_its_array_again() -> None:
+def test_the_host_may_reuse_its_array() -> None:
     host = np.arange(4, dtype=np.int32)
 
     x = BACKEND.to_device(host)
@@ -122,14 +122,14 @@ def test_the_host_may_write_its_array_again() -> None:
 
 
 class Hanging(ReferenceBackend):
-    """A device that answers when it is let go."""
+    """A device that does not answer until it is released."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.let_go = threading.Event()
+        self.released = threading.Event()
 
     def device(self) -> torch.device:
-        self.let_go.wait()
+        self.released.wait()
         return torch.device("cpu")
 
 
@@ -138,32 +138,32 @@ class Failing(ReferenceBackend):
         raise RuntimeError("double bit error")
 
 
-def test_a_device_that_answers_passes_the_probe() -> None:
+def test_a_working_device_passes_the_probe() -> None:
     started = time.monotonic()
 
     BACKEND.probe(timeout_s=30.0)
 
-    assert time.monotonic() - started < 25  # it answered, rather than ran out of time
+    assert time.monotonic() - started < 25  # it answered before the deadline
 
 
-def test_a_device_that_hangs_does_not_hang_the_probe() -> None:
+def test_a_hanging_device_fails_the_probe_by_its_deadline() -> None:
     backend = Hanging()
     started = time.monotonic()
 
     with pytest.raises(BackendError, match=r"did not answer in 0\.1 s") as caught:
         backend.probe(timeout_s=0.1)
 
-    backend.let_go.set()
+    backend.released.set()
     assert caught.value.kind == "timeout"
     assert time.monotonic() - started < 10
 
 
-def test_a_device_that_fails_the_probe_says_why() -> None:
+def test_a_device_error_is_reported_by_the_probe() -> None:
     with pytest.raises(BackendError, match="cannot add two numbers: double bit error"):
         Failing().probe(timeout_s=30.0)
 
 
-def test_a_sealed_device_captures_nothing() -> None:
+def test_a_sealed_device_refuses_captures() -> None:
     backend = ReferenceBackend()
 
     def step(weights, kv, inputs):  # type: ignore[no-untyped-def]
@@ -340,7 +340,7 @@ def test_slots_before_the_window_are_not_read() -> None:
 
     kv[:, :, 0] = float("nan")
     kv[:, :, 1] = float("nan")
-    kv[:, :, 2, :2] = float("nan")  # positions 4 and 5: the first query sees 6, 7 and 8
+    kv[:, :, 2, :2] = float("nan")  # positions 4 and 5; the first query attends to 6, 7 and 8
 
     assert torch.equal(BACKEND.attend(kv, 0, query, meta, spec), before)
     assert torch.isfinite(before).all()

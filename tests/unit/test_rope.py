@@ -1,4 +1,4 @@
-"""Tables of rotations against transformers' own, scaling by scaling, short texts and long."""
+"""Rope tables compared with those of transformers, for every scaling and several lengths."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from portalm.layers.rope import cos_sin_table
 from portalm.models.loader.config_json import model_config
 
 LENGTH = 64
-"""That the models were trained on."""
+"""Context length that the models were trained on."""
 
 SCALINGS: dict[str, dict[str, Any]] = {
     "default": {"rope_type": "default"},
@@ -49,7 +49,7 @@ SCALINGS: dict[str, dict[str, Any]] = {
 
 
 def config_values(scaling: dict[str, Any]) -> dict[str, Any]:
-    is_dynamic = scaling["rope_type"] == "dynamic"  # knows no other length than the longest
+    is_dynamic = scaling["rope_type"] == "dynamic"  # it has only one length
     return {
         "architectures": ["LlamaForCausalLM"],
         "vocab_size": 32,
@@ -64,7 +64,7 @@ def config_values(scaling: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("length", [LENGTH // 2, LENGTH, 3 * LENGTH])
 @pytest.mark.parametrize("name", SCALINGS)
-def test_a_table_for_texts_of_a_length_is_transformers(name: str, length: int) -> None:
+def test_a_table_equals_that_of_transformers(name: str, length: int) -> None:
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -94,7 +94,7 @@ def test_a_table_for_texts_of_a_length_is_transformers(name: str, length: int) -
     ],
     ids=["kind", "parameter", "factors"],
 )
-def test_a_scaling_that_is_not_known_is_named(scaling: dict[str, Any], message: str) -> None:
+def test_an_unknown_scaling_is_refused_by_name(scaling: dict[str, Any], message: str) -> None:
     config = model_config(config_values(scaling), {})
 
     with pytest.raises(UnsupportedModel, match=message):
@@ -102,7 +102,7 @@ def test_a_scaling_that_is_not_known_is_named(scaling: dict[str, Any], message: 
 
 
 @pytest.mark.parametrize(("length", "num_said"), [(LENGTH, 0), (LENGTH + 1, 1)])
-def test_that_short_texts_are_rotated_as_long_ones_is_said(
+def test_a_warning_says_that_short_texts_use_the_long_factors(
     length: int, num_said: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = model_config(config_values(SCALINGS["longrope"]), {}).serving(length)
