@@ -109,8 +109,7 @@ class LayerReader:
         for name, n in zip(names, rows, strict=True):
             shape = (columns, n) if is_transposed else (n, columns)
             weight = self._weight(f"{name}.weight", shape)
-            if is_transposed:
-                assert not isinstance(weight, QuantizedWeight)
+            if is_transposed and not isinstance(weight, QuantizedWeight):
                 weight = weight.T
             weights.append(weight if order is None else reorder_rows(weight, order))
             if has_bias:
