@@ -256,26 +256,26 @@ class TorchBackend(abc.ABC):
         quantization: str | None = None,
         for_logits: bool = False,
     ) -> PackedWeight:
-        """Convert a weight [N, K] whose quantization is claimed; here: the weight itself."""
+        """Convert a weight [N, K] of a claimed quantization; by default, copy it to the device."""
         assert isinstance(weight, torch.Tensor), "a backend that claims quantizations writes _pack"
         return weight.to(self.device())
 
     def linear(
         self, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """x [T, K] times weight [N, K] transposed, plus bias [N]: [T, N]."""
+        """Multiply x [T, K] by weight [N, K] transposed, plus bias [N]: [T, N]."""
         return F.linear(x, weight, bias)
 
     def pack_heads(self, weight: torch.Tensor) -> PackedWeight:
-        """The weight [H, N, K] itself, on the device."""
+        """Copy the weight [H, N, K] to the device."""
         return weight.to(self.device())
 
     def linear_heads(self, x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
-        """x [T, H, K] times weight [H, N, K], head by head: [T, H, N]."""
+        """Multiply x [T, H, K] by weight [H, N, K], head by head: [T, H, N]."""
         return torch.einsum("thk,hnk->thn", x, weight)
 
     def logits(self, x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
-        """x [R, C] times weight [V, C] transposed in float32: [R, V].
+        """Multiply x [R, C] by weight [V, C] transposed in float32: [R, V].
 
         Both operands are cast up, so that products are exact and their sum is not rounded to the
         weight's dtype, which would turn close logits into ties. This copies the whole weight in
@@ -300,7 +300,7 @@ class TorchBackend(abc.ABC):
     def add_rms_norm(
         self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(rms_norm(x + residual), x + residual)."""
+        """Return (rms_norm(x + residual), x + residual)."""
         total = x + residual
         return self.rms_norm(total, weight, eps), total
 
