@@ -1,1 +1,4 @@
-"""The OpenAI-compatible HTTP server: one file an endpoint family."""
+"""The OpenAI-compatible HTTP server.
+
+Routers read request bodies (schemas) and write replies; `state` is what they share.
+"""

@@ -1,4 +1,4 @@
-"""API keys: given one by one, or in a file that may change while the server runs."""
+"""API keys, from flags and from a file that may change while the server runs."""
 
 from __future__ import annotations
 
@@ -14,15 +14,17 @@ logger = logging.getLogger(__name__)
 
 
 class ApiKeys:
-    """The keys that are valid, as digests: the keys themselves are not kept."""
+    """Valid API keys, kept as digests only."""
 
     def __init__(self, keys: Sequence[str] = (), file: Path | None = None) -> None:
-        """Keys that were given one by one, and those of a file, one a line.
+        """Load the keys.
 
-        Empty lines and those that begin with # are no keys.
+        Args:
+            keys: keys from flags.
+            file: file with one key per line; empty lines and lines that start with # are ignored.
 
         Raises:
-            ConfigError: the file cannot be read, or no key is in it.
+            ConfigError: the file cannot be read, or has no key.
         """
         self._given = [_digest(key.encode()) for key in keys]
         self._file = file
@@ -36,28 +38,28 @@ class ApiKeys:
         except OSError as error:
             raise ConfigError(f"--api-key-file cannot be read: {error}") from None
         found = [_digest(line) for line in lines if line and not line.startswith(b"#")]
-        if not found:  # no keys would mean that everybody may come in
-            raise ConfigError(f"--api-key-file {str(self._file)!r} has no key: write one a line")
+        if not found:  # without keys the server would be open to all
+            raise ConfigError(f"--api-key-file {str(self._file)!r} has no key: write one per line")
         return found
 
     def reload(self) -> None:
-        """Read the file again; if it cannot be used, the keys stay as they were."""
+        """Read the file again; if it cannot be used, keep the current keys."""
         try:
             self._digests = self._given + self._read()
         except ConfigError as error:
-            logger.error("API keys stay as they were: %s", error)
+            logger.error("API keys are unchanged: %s", error)
         else:
-            logger.warning("API keys read again: %d are valid", len(self._digests))
+            logger.warning("API keys reloaded: %d are valid", len(self._digests))
 
     def __bool__(self) -> bool:
-        """False: everybody may come in."""
+        """Whether a key is required."""
         return bool(self._digests)
 
     def tenant(self, authorization: bytes) -> str | None:
-        """Whose key an Authorization header holds; None: no valid one."""
+        """Id of the tenant whose key the Authorization header has; None if no key is valid."""
         scheme, _, given = authorization.partition(b" ")
         digest = _digest(given.strip())
-        # every key is compared, so that the time tells nothing
+        # compare with every key, so that the time taken reveals nothing
         matches = [key for key in self._digests if hmac.compare_digest(digest, key)]
         return digest.hex()[:16] if matches and scheme.lower() == b"bearer" else None
 

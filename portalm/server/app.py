@@ -1,4 +1,4 @@
-"""The HTTP application, and the server that runs it."""
+"""The HTTP application, and the uvicorn server that runs it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from portalm import __version__
 from portalm.server.auth import Gate
 from portalm.server.errors import add_error_handlers
-from portalm.server.observability.watch import Doorkeeper
+from portalm.server.observability.watch import RequestOrigins
 from portalm.server.routers import (
     chat,
     completions,
@@ -31,39 +31,39 @@ from portalm.server.state import ServerState
 
 _MAX_HEADER_BYTES = 64 << 10
 
-_LAST_WORDS_S = 5.0
-"""How long the ends of answers that were cut off may take to reach their clients."""
+_FLUSH_TIMEOUT_S = 5.0
+"""Maximum time for the last chunks of aborted answers to reach their clients."""
 
-_LOOK_S = 0.02
+_POLL_S = 0.02
 
 
 def build_app(state: ServerState) -> FastAPI:
-    """All endpoints over one state."""
+    """Build the application: all endpoints over one state."""
     app = FastAPI(title="PortaLM", version=__version__, docs_url=None, redoc_url=None)
     app.state.portalm = state
     for module in (completions, chat, responses, embeddings, scores, models, health, metrics, page):
         app.include_router(module.router)
     add_error_handlers(app)
     app.add_middleware(Gate, api_keys=state.api_keys)
-    if state.allowed_origins:  # outside of the gate: a browser asks first, without a key
+    if state.allowed_origins:  # outside the gate: preflight requests of browsers have no key
         app.add_middleware(
             CORSMiddleware,
             allow_origins=state.allowed_origins,
             allow_methods=["GET", "POST", "OPTIONS"],
             allow_headers=["*"],
         )
-    app.add_middleware(Doorkeeper, metrics=state.metrics)  # the last one added is the outermost
+    app.add_middleware(RequestOrigins, metrics=state.metrics)  # added last: the outermost
     return app
 
 
 class Protocol(HttpToolsProtocol):
-    """Uvicorn's, with a limit to headers: else they would be collected for ever."""
+    """Uvicorn's HTTP protocol with a limit on the size of headers, which it does not have."""
 
     _num_header_bytes: int | None = None
-    """Of headers that are not complete, so far; None: none are."""
+    """Bytes received of incomplete headers; None: no headers are being received."""
 
     def data_received(self, data: bytes) -> None:
-        """Bytes of the connection."""
+        """Receive bytes; respond with 400 if the headers are too large."""
         if self._num_header_bytes is not None:
             self._num_header_bytes += len(data)
             if self._num_header_bytes > _MAX_HEADER_BYTES:
@@ -72,18 +72,18 @@ class Protocol(HttpToolsProtocol):
         super().data_received(data)
 
     def on_message_begin(self) -> None:
-        """A request begins with its headers."""
+        """Start to count the bytes of a request's headers."""
         self._num_header_bytes = 0
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
-        """The headers of a request are there."""
+        """Stop counting: the headers are complete."""
         self._num_header_bytes = None
         super().on_headers_complete()
 
 
 class Server(uvicorn.Server):
-    """Uvicorn that lets requests end before it stops to listen, and cuts off those that do not."""
+    """Uvicorn server that finishes requests before it stops listening, and aborts slow ones."""
 
     def __init__(
         self, config: uvicorn.Config, state: ServerState, *, shutdown_timeout_s: float
@@ -94,21 +94,21 @@ class Server(uvicorn.Server):
 
     @property
     def port(self) -> int:
-        """The port that was bound (of interest where 0 was asked for); no Unix socket has one."""
+        """The bound port, also if port 0 was configured; the configured one for a Unix socket."""
         with contextlib.suppress(IndexError, AttributeError):
             if self.config.uds is None:
                 return int(self.servers[0].sockets[0].getsockname()[1])
         return self.config.port
 
     def handle_exit(self, sig: int, frame: object) -> None:
-        """The first time: draining from now on. The second time: the end, at once."""
+        """Start to drain on the first signal, exit at once on the second."""
         if self._state.is_draining:
             self.force_exit = True
         self._state.is_draining = True
         super().handle_exit(sig, frame)  # type: ignore[arg-type]
 
     async def main_loop(self) -> None:
-        """Serve until a signal; then, still listening but not ready, until what runs has ended."""
+        """Serve until a signal, then until running requests have ended (listening, not ready)."""
         await super().main_loop()
         if not self.started or not self._state.is_draining:
             return
@@ -116,11 +116,11 @@ class Server(uvicorn.Server):
         await self._wait_while(lambda: client.has_open_answers, self._shutdown_timeout_s)
         if not self.force_exit:
             client.abort_all()
-            await self._wait_while(lambda: bool(self.server_state.tasks), _LAST_WORDS_S)
+            await self._wait_while(lambda: bool(self.server_state.tasks), _FLUSH_TIMEOUT_S)
         for connection in [*self.server_state.connections]:
-            connection.transport.abort()  # it has nothing to say, does not read, or time is up
+            connection.transport.abort()  # idle, not reading, or out of time
 
-    async def _wait_while(self, is_so: Callable[[], bool], seconds: float) -> None:
-        end = time.monotonic() + seconds
-        while is_so() and time.monotonic() < end and not self.force_exit:
-            await asyncio.sleep(_LOOK_S)
+    async def _wait_while(self, condition: Callable[[], bool], timeout_s: float) -> None:
+        end = time.monotonic() + timeout_s
+        while condition() and time.monotonic() < end and not self.force_exit:
+            await asyncio.sleep(_POLL_S)

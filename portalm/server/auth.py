@@ -1,4 +1,4 @@
-"""Who may come in, and with how much: checked before anything else."""
+"""API keys and body sizes, checked before a request is processed."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ from portalm.server.errors import error_response
 _OPEN_PATHS = ("/health", "/metrics", "/version", "/static/")
 
 MAX_BODY_BYTES = 32 << 20
+"""Maximum size of a request's body."""
 
 
 class Gate:
-    """Refuses requests without a valid key and bodies that are too large."""
+    """ASGI middleware that refuses requests without a valid key, and bodies that are too large."""
 
     def __init__(self, app: ASGIApp, api_keys: ApiKeys) -> None:
-        """Without keys everybody may come in."""
+        """Wrap `app`. Without keys no key is required."""
         self._app = app
         self._keys = api_keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let the request through, or answer 401 or 413."""
+        """Pass the request to the application, or respond with 401 or 413."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -35,7 +36,7 @@ class Gate:
         if self._keys and tenant is None and not is_open:
             response = error_response(
                 401,
-                "no valid API key: send it as Authorization: Bearer KEY",
+                "missing or invalid API key: send the header Authorization: Bearer KEY",
                 code="invalid_api_key",
             )
             await response(scope, receive, send)
@@ -51,12 +52,12 @@ class Gate:
 
 
 def tenant_of(request: Request) -> str:
-    """Who asks, by API key (not the key itself); empty where the server has no keys."""
+    """Id of the tenant, derived from its API key; empty if the server has no keys."""
     return getattr(request.state, "tenant", "")
 
 
 def salt_for(request: Request, asked: str | None) -> str:
-    """The prefix cache's salt: what one API key computed, another cannot find by its speed."""
+    """Salt of the prefix cache, so that no tenant can detect another's prompts by their speed."""
     tenant = tenant_of(request)
     if not tenant:
         return asked or ""
@@ -64,7 +65,7 @@ def salt_for(request: Request, asked: str | None) -> str:
 
 
 def _limited(receive: Receive) -> Receive:
-    """`receive` that raises a 413 where a body without a length grows too large."""
+    """`receive`, raising a 413 when a body without Content-Length becomes too large."""
     num_bytes = 0
 
     async def limited() -> Message:
@@ -72,11 +73,11 @@ def _limited(receive: Receive) -> Receive:
         message = await receive()
         num_bytes += len(message.get("body", b""))
         if num_bytes > MAX_BODY_BYTES:
-            raise HTTPException(413, _too_large("is larger"))
+            raise HTTPException(413, _too_large("is too large"))
         return message
 
     return limited
 
 
 def _too_large(how: str) -> str:
-    return f"the body {how}, at most {MAX_BODY_BYTES} bytes are taken"
+    return f"the body {how}; the limit is {MAX_BODY_BYTES} bytes"

@@ -1,8 +1,8 @@
-"""OpenAI's batch files, answered by the server's own application without a socket.
+"""OpenAI's batch files, processed by the server's own application without a socket.
 
-A line asks {"custom_id", "method", "url", "body"}; its answer is {"id", "custom_id", "response":
-{"status_code", "request_id", "body"}, "error"}: "response" is what the server says at that URL,
-also where it refuses; "error" is for a line that could not be asked at all.
+An input line has {"custom_id", "method", "url", "body"}. Its output line has {"id", "custom_id",
+"response": {"status_code", "request_id", "body"}, "error"}: "response" is the server's response
+at that URL, including error responses; "error" is set if the input line is malformed.
 https://platform.openai.com/docs/api-reference/batch
 """
 
@@ -26,18 +26,18 @@ from portalm.server.state import ServerState, new_id
 
 
 class BadLine(Exception):
-    """A line that asks nothing that can be asked."""
+    """A malformed line of the batch file."""
 
 
 class BatchRunner:
-    """Answers the lines of one batch file, many at once."""
+    """Processes the lines of one batch file concurrently."""
 
     def __init__(self, app: FastAPI, *, max_in_flight: int) -> None:
-        """For an application whose engine runs.
+        """Use an application whose engine is running.
 
         Args:
-            app: the server's, as `build_app` makes it.
-            max_in_flight: lines that are asked at once; no more than these are in memory.
+            app: the server's application, made by `build_app`.
+            max_in_flight: maximum number of lines processed, and held in memory, at once.
         """
         self._app = app
         self._urls = sorted(
@@ -47,9 +47,9 @@ class BatchRunner:
         self._seen_ids: set[str] = set()
 
     async def run(self, lines: AsyncIterator[bytes]) -> AsyncGenerator[dict[str, Any], None]:
-        """The answers, as they come: which line one belongs to is told by its custom_id."""
+        """Yield output lines in the order in which they finish; custom_id identifies the input."""
         answers: asyncio.Queue[dict[str, Any] | BaseException | None] = asyncio.Queue()
-        # what goes wrong inside is a line's own answer: status 500
+        # an exception in the application becomes a response with status 500
         transport = httpx.ASGITransport(app=self._app, raise_app_exceptions=False)
         async with httpx.AsyncClient(
             transport=transport, base_url="http://batch", timeout=None
@@ -117,18 +117,18 @@ class BatchRunner:
     def _check(self, asked: dict[str, Any]) -> None:
         custom_id, url = asked.get("custom_id"), asked.get("url")
         if not isinstance(custom_id, str) or not custom_id:
-            raise BadLine("custom_id must be a text that is not empty")
+            raise BadLine("custom_id must be a non-empty string")
         if custom_id in self._seen_ids:
-            raise BadLine(f"custom_id {custom_id!r} is that of an earlier line")
+            raise BadLine(f"custom_id {custom_id!r} was used by an earlier line")
         self._seen_ids.add(custom_id)
         if asked.get("method") != "POST":
             raise BadLine(f"method must be POST, not {asked.get('method')!r}")
         if url not in self._urls:
-            raise BadLine(f"url {url!r} is none of {', '.join(self._urls)}")
+            raise BadLine(f"url must be one of {', '.join(self._urls)}, not {url!r}")
         if not isinstance(asked.get("body"), dict):
-            raise BadLine("body must be an object: what would be sent to that url")
+            raise BadLine("body must be an object: the request to send to that url")
         if asked["body"].get("stream"):
-            raise BadLine("stream must be false: an answer is one line")
+            raise BadLine("stream must be false: each response is one line")
 
 
 def _parse(line: bytes) -> dict[str, Any]:
@@ -167,17 +167,21 @@ async def answer_lines(
     max_in_flight: int = 256,
     form: AnswerFormat | None = None,
 ) -> AsyncGenerator[dict[str, Any], None]:
-    """The answers to a batch file's lines as they come, by an engine that runs until the last.
+    """Start an engine, process the lines of a batch file, and shut the engine down.
 
     Args:
-        engine: what runs.
-        lines: of the file.
-        served_model_names: names that lines may use; empty: the model's own.
-        max_in_flight: lines that are asked at once.
-        form: how the model writes tool calls and reasoning; None: as its chat template tells.
+        engine: settings of the engine.
+        lines: lines of the file.
+        served_model_names: names of the model that lines may use; empty: the engine's setting.
+        max_in_flight: maximum number of lines processed at once.
+        form: how the model writes tool calls and reasoning; None: detect it from the chat
+            template.
+
+    Yields:
+        Output lines in the order in which they finish.
 
     Raises:
-        PortaLMError: the engine could not start, or tool calls must work and cannot.
+        PortaLMError: the engine could not start, or tool calls are required and not possible.
     """
     client = EngineClient(engine)
     try:

@@ -1,4 +1,4 @@
-"""From a conversation to a prompt and to what reads its answers: chat and responses share it."""
+"""Plans how a conversation is answered: its prompt, and the parsers of its answers."""
 
 from __future__ import annotations
 
@@ -19,54 +19,55 @@ from portalm.text.tool_parsers.forced import NamedCallParser, RequiredCallsParse
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnswerFormat:
-    """How the served model writes what is more than content: flags of `portalm serve`."""
+    """How the served model writes tool calls and reasoning; set by flags of `portalm serve`."""
 
     tool_call_parser: str | None = None
-    """A name in portalm.text.tool_parsers; None: by the chat template."""
+    """A name in portalm.text.tool_parsers; None: detect it from the chat template."""
     reasoning_parser: str | None = None
-    """A name in portalm.text.reasoning_parsers; None: reasoning is content."""
+    """A name in portalm.text.reasoning_parsers; None: reasoning is part of the content."""
     enable_auto_tool_choice: bool = False
-    """Tool calls must work: refuse to start where no parser is named or found."""
+    """Refuse to start if no tool call parser is set or detected."""
 
     def __post_init__(self) -> None:
-        """Refuse names that there are not."""
+        """Reject unknown names of parsers."""
         if self.tool_call_parser is not None:
             TOOL_PARSERS.get(self.tool_call_parser)
         if self.reasoning_parser is not None:
             REASONING_PARSERS.get(self.reasoning_parser)
 
     def tool_parser(self, template: str) -> type[ToolParser] | None:
-        """What reads the calls of a model with that chat template; None: nobody knows."""
+        """Tool call parser of a model with this chat template; None: the format is unknown."""
         name = self.tool_call_parser or detect_format(template)
         return None if name is None else TOOL_PARSERS.get(name)
 
     def check(self, tokenizer: Tokenizer) -> None:
-        """Raise `ConfigError` if tool calls must work with a model and cannot."""
+        """Raise `ConfigError` if tool calls are required and not possible with the model."""
         template = tokenizer.chat_template
         if self.enable_auto_tool_choice and (
             template is None or self.tool_parser(template) is None
         ):
             raise ConfigError(
-                "--enable-auto-tool-choice: the model's chat template does not tell how it writes "
-                f"tool calls: name it with --tool-call-parser ({', '.join(TOOL_PARSERS.names())})"
+                "--enable-auto-tool-choice: the format of tool calls cannot be detected from the "
+                "model's chat template; set it with --tool-call-parser "
+                f"({', '.join(TOOL_PARSERS.names())})"
             )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatPlan:
-    """A conversation, ready to be answered."""
+    """The prompt of a conversation, and how to parse its answers."""
 
     prompt: str
-    """Without the tokens that a tokenizer adds: the template wrote them."""
+    """Rendered text, special tokens included: the tokenizer must not add any."""
     params: SamplingParams
     tools: ToolUse
     tool_parser: type[ToolParser] | None
     reasoning_parser: type[ReasoningParser] | None
     answer_start: str
-    """What the prompt has of the assistant's message already."""
+    """The part of the prompt that already belongs to the answer."""
 
     def new_parser(self) -> AnswerParser:
-        """What takes one of the answers apart."""
+        """A parser for one of the answers."""
         return AnswerParser(
             reasoning=self.reasoning_parser(self.answer_start) if self.reasoning_parser else None,
             tools=self._new_tool_parser(),
@@ -136,28 +137,28 @@ def plan_chat(
 def _check_tools_possible(
     tools: ToolUse, tool_parser: type[ToolParser] | None, params: SamplingParams
 ) -> None:
-    """Raise `InvalidRequest` where nobody could read the calls, or there can be none."""
+    """Raise `InvalidRequest` if calls could not be parsed, or the answer cannot have any."""
     if tools.choice == "auto" and tool_parser is None:
         raise InvalidRequest(
-            "tool_choice 'auto': the model's chat template does not tell how it writes tool "
-            f"calls; start the server with --tool-call-parser ({', '.join(TOOL_PARSERS.names())}), "
-            "or send tool_choice 'required' or 'none'",
+            "tool_choice 'auto': the format of tool calls cannot be detected from the model's "
+            "chat template; start the server with --tool-call-parser "
+            f"({', '.join(TOOL_PARSERS.names())}), or send tool_choice 'required' or 'none'",
             param="tool_choice",
         )
     if params.structured_outputs is not None:
         raise InvalidRequest(
-            f"tool_choice {tools.choice!r} does not go with response_format or "
-            "structured_outputs: an answer of that form can hold no call; send tool_choice 'none'",
+            f"tool_choice {tools.choice!r} cannot be combined with response_format or "
+            "structured_outputs: such an answer cannot have calls; send tool_choice 'none'",
             param="tool_choice",
         )
 
 
 def _check_reasoning_over(parser: ReasoningParser, tools: ToolUse) -> None:
-    """Raise `InvalidRequest` where a grammar would have to wait for the reasoning to end."""
+    """Raise `InvalidRequest` if a grammar would have to wait until the reasoning ends."""
     if not parser.is_over:
         raise InvalidRequest(
-            "structured output and forced tool calls begin at once, and this model reasons "
-            'first: turn that off (chat_template_kwargs {"enable_thinking": false}), or send '
-            "neither response_format nor a tool_choice that forces calls",
+            "structured output and forced tool calls apply from the first token, but this model "
+            'reasons first: disable that (chat_template_kwargs {"enable_thinking": false}), or '
+            "send neither response_format nor a tool_choice that forces calls",
             param="tool_choice" if tools.is_forced else "response_format",
         )

@@ -1,4 +1,4 @@
-"""Errors as OpenAI's error object."""
+"""HTTP statuses of errors, and OpenAI's error object."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from portalm.errors import (
 from portalm.server.responses_store import ResponseUnknown, StoreFull
 from portalm.server.state import Draining, ModelUnknown, Overloaded
 
-_CLIENT_LEFT = 499
-"""As nginx counts it; HTTP has no status for an answer that nobody waits for."""
+_CLIENT_DISCONNECTED = 499
+"""nginx's status for a client that disconnected; HTTP itself defines none."""
 
 _TYPES = {
     400: "invalid_request_error",
@@ -32,9 +32,8 @@ _TYPES = {
     503: "service_unavailable_error",
 }
 
-
 _MAX_MESSAGE = 2000
-"""Characters."""
+"""Maximum length of an error text, in characters."""
 
 
 def error_object(
@@ -42,21 +41,21 @@ def error_object(
 ) -> dict[str, dict[str, str | None]]:
     """The body of an error response."""
     kind = _TYPES.get(status, "internal_server_error")
-    if len(message) > _MAX_MESSAGE:  # it quotes what the client sent
+    if len(message) > _MAX_MESSAGE:  # texts may quote the request
         message = f"{message[:_MAX_MESSAGE]}..."
     error = {"message": message, "type": kind, "param": param, "code": code}
     return {"error": {name: _printable(value) for name, value in error.items()}}
 
 
 def _printable(text: str | None) -> str | None:
-    """`text` without halves of surrogate pairs, which cannot be sent."""
+    """`text` with lone surrogates, which cannot be sent, escaped."""
     return text and text.encode("utf-8", "backslashreplace").decode()
 
 
 def error_response(
     status: int, message: str, *, param: str | None = None, code: str | None = None
 ) -> JSONResponse:
-    """An error response; one that may be tried again says when."""
+    """An error response, with Retry-After if the request may be retried."""
     headers = {"Retry-After": "1"} if status in (429, 503) else None
     return JSONResponse(
         error_object(status, message, param=param, code=code), status, headers=headers
@@ -64,19 +63,19 @@ def error_response(
 
 
 def status_of(error: Exception) -> int:
-    """The HTTP status that says what kind of error it is."""
+    """HTTP status of an error."""
     if isinstance(error, ModelUnknown | ResponseUnknown):
         return 404
     if isinstance(error, InvalidRequest):
         return 400
     if isinstance(error, Overloaded | StoreFull):
         return 429
-    later = EngineDead | EngineNotReady | CompilersBusy | QueueTimeout | Draining
-    return 503 if isinstance(error, later) else 500
+    retriable = EngineDead | EngineNotReady | CompilersBusy | QueueTimeout | Draining
+    return 503 if isinstance(error, retriable) else 500
 
 
 def add_error_handlers(app: FastAPI) -> None:
-    """Every error of `app` becomes an error object."""
+    """Let `app` turn every error into a response with an error object."""
 
     @app.exception_handler(PortaLMError)
     async def known(request: Request, error: PortaLMError) -> JSONResponse:
@@ -87,12 +86,12 @@ def add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def malformed(request: Request, error: RequestValidationError) -> JSONResponse:
         errors = error.errors()
-        # of what may have several shapes, the errors of all come: too long says most
+        # a union reports the errors of all its members: too_long is the most helpful
         first = next((e for e in errors if e["type"].endswith("too_long")), errors[0])
         where = [str(part) for part in first["loc"] if part != "body"]
         name = ".".join(where)
         if first["type"] == "extra_forbidden":
-            message = f"unknown field {name!r}: this endpoint does not know it"
+            message = f"unknown field {name!r}: this endpoint does not have it"
         elif first["type"] == "json_invalid":
             message = "the body is not valid JSON"
         else:
@@ -105,11 +104,11 @@ def add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def unknown(request: Request, error: Exception) -> JSONResponse:
-        return error_response(500, "the server failed on this request; its log says how")
+        return error_response(500, "the server failed on this request; the cause is in its log")
 
     @app.exception_handler(ClientDisconnect)
-    async def left(request: Request, error: ClientDisconnect) -> Response:
-        return Response(status_code=_CLIENT_LEFT)  # nobody reads it: it is counted
+    async def disconnected(request: Request, error: ClientDisconnect) -> Response:
+        return Response(status_code=_CLIENT_DISCONNECTED)  # only counted, never read
 
     @app.exception_handler(HTTPException)
     async def plain(request: Request, error: HTTPException) -> JSONResponse:

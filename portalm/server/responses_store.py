@@ -1,4 +1,4 @@
-"""Responses that can be asked for later: in memory, bounded, each seen by its own tenant only."""
+"""Stored responses: in memory, bounded in number and size, visible to their own tenant only."""
 
 from __future__ import annotations
 
@@ -13,50 +13,51 @@ from portalm.errors import InvalidRequest, PortaLMError
 
 
 class ResponseUnknown(InvalidRequest):
-    """A response that was never stored for this tenant, or is not kept any more."""
+    """No response with this id is stored for the tenant."""
 
     def __init__(self, response_id: str, *, param: str = "response_id") -> None:
         super().__init__(
-            f"response {response_id!r} is not known: it was deleted, was sent with store false, "
-            f"or was the oldest when there was no room",
+            f"response {response_id!r} is unknown: it was deleted, was created with store false, "
+            f"or was dropped as the oldest when the store was full",
             param=param,
         )
 
 
 class StoreFull(PortaLMError):
-    """No room for another response: all that are kept are still being written."""
+    """The store is full of responses that are still being written."""
 
 
 @dataclass(slots=True)
 class StoredResponse:
-    """A response, and what is needed to go on from it."""
+    """A response, and what is needed to continue from it."""
 
     response: dict[str, Any]
-    """OpenAI's response object, as far as it has come."""
+    """OpenAI's response object in its current state."""
     items: list[dict[str, Any]]
-    """The conversation up to it, its own output left out."""
+    """Items of the conversation before it, without its own output."""
     num_earlier: int = 0
-    """How many of `items` came from the responses before it."""
+    """Number of `items` from earlier responses."""
     task: asyncio.Task[None] | None = None
-    """Writes it, where it goes on in the background."""
+    """The task that writes a background response."""
     events: list[dict[str, Any]] = field(default_factory=list)
-    """What was streamed so far, of one that goes on in the background."""
+    """Events so far of a streamed background response."""
     news: asyncio.Event = field(default_factory=asyncio.Event)
-    """Set, and replaced, when there are more events or the task has ended."""
+    """Set, and replaced by a new one, when there are new events or the task has ended."""
     num_bytes: int = 0
+    """Size as JSON, as of the last `put`."""
 
     @property
     def is_running(self) -> bool:
-        """It is still being written."""
+        """Whether it is still being written in the background."""
         return self.task is not None and not self.task.done()
 
-    def tell(self) -> None:
-        """There is something new for who follows."""
+    def notify(self) -> None:
+        """Wake the followers: there are new events, or the task has ended."""
         before, self.news = self.news, asyncio.Event()
         before.set()
 
     async def follow(self, *, after: int = -1) -> AsyncGenerator[dict[str, Any], None]:
-        """Its events behind the one numbered `after`, those to come as well."""
+        """Yield the events after number `after`, including future ones."""
         index = after + 1
         while True:
             while index < len(self.events):
@@ -68,7 +69,7 @@ class StoredResponse:
 
 
 class ResponseStore:
-    """The responses of all tenants. The oldest go when there is no room."""
+    """Responses of all tenants. The oldest are dropped when it is full."""
 
     def __init__(
         self,
@@ -77,12 +78,12 @@ class ResponseStore:
         max_bytes: int = 128 << 20,
         tenant_share: float = 0.5,
     ) -> None:
-        """Nothing kept yet.
+        """Create an empty store.
 
         Args:
-            max_responses: of all tenants.
-            max_bytes: of all tenants; as JSON.
-            tenant_share: the part of both that one tenant may take.
+            max_responses: maximum number of responses of all tenants.
+            max_bytes: maximum size of all responses as JSON.
+            tenant_share: share of both limits that one tenant may use, 0 to 1.
         """
         self._max_responses = max_responses
         self._max_bytes = max_bytes
@@ -90,14 +91,14 @@ class ResponseStore:
         self._tenants: dict[str, dict[str, StoredResponse]] = {}
 
     def get(self, tenant: str, response_id: str, *, param: str = "response_id") -> StoredResponse:
-        """A tenant's response. Raises `ResponseUnknown`."""
+        """A response of a tenant. Raises `ResponseUnknown`."""
         stored = self._tenants.get(tenant, {}).get(response_id)
         if stored is None:
             raise ResponseUnknown(response_id, param=param)
         return stored
 
     def put(self, tenant: str, stored: StoredResponse) -> None:
-        """Keep a response, or count again what it has grown to. Raises `StoreFull`."""
+        """Store a response, or update the size of a stored one. Raises `StoreFull`."""
         stored.num_bytes = len(msgspec.json.encode([stored.response, stored.items, stored.events]))
         self._tenants.setdefault(tenant, {})[stored.response["id"]] = stored
         while self._is_over([tenant]):
@@ -107,14 +108,14 @@ class ResponseStore:
             self._drop_oldest(largest_first, stored)
 
     def delete(self, tenant: str, response_id: str) -> None:
-        """Forget a response; one that is being written is ended. Raises `ResponseUnknown`."""
+        """Delete a response, and cancel writing it. Raises `ResponseUnknown`."""
         stored = self.get(tenant, response_id)
         if stored.task is not None:
             stored.task.cancel()
-        self._forget(tenant, response_id)
+        self._remove(tenant, response_id)
 
     def _is_over(self, tenants: Sequence[str]) -> bool:
-        """Whether one tenant, or all together, take more than they may."""
+        """Whether one tenant, or all tenants together, exceed their limits."""
         share = self._tenant_share if len(tenants) == 1 else 1.0
         num_responses = sum(len(self._tenants.get(name, ())) for name in tenants)
         num_bytes = sum(map(self._num_bytes, tenants))
@@ -124,18 +125,22 @@ class ResponseStore:
         return sum(stored.num_bytes for stored in self._tenants.get(tenant, {}).values())
 
     def _drop_oldest(self, tenants: Sequence[str], newest: StoredResponse) -> None:
-        """Forget one of the first of `tenants` that has one; if none has, `newest` itself."""
+        """Delete the oldest finished response of the first tenant that has one.
+
+        Raises:
+            StoreFull: no tenant has one; `newest` itself is deleted.
+        """
         for tenant in tenants:
             for response_id, stored in self._tenants[tenant].items():
                 if stored is not newest and not stored.is_running:
-                    self._forget(tenant, response_id)
+                    self._remove(tenant, response_id)
                     return
         for tenant in tenants:
             if self._tenants[tenant].get(newest.response["id"]) is newest:
-                self._forget(tenant, newest.response["id"])
-        raise StoreFull("no room for another response: try again when some have ended")
+                self._remove(tenant, newest.response["id"])
+        raise StoreFull("the store of responses is full: try again when some have ended")
 
-    def _forget(self, tenant: str, response_id: str) -> None:
+    def _remove(self, tenant: str, response_id: str) -> None:
         del self._tenants[tenant][response_id]
         if not self._tenants[tenant]:
             del self._tenants[tenant]

@@ -1,4 +1,4 @@
-"""Running the server: the engine starts first, the HTTP application is imported meanwhile."""
+"""Run the server: the HTTP application is imported while the engine starts."""
 
 from __future__ import annotations
 
@@ -32,75 +32,81 @@ _EXAMPLES: dict[Task, tuple[str, str]] = {
     "embed": ("/v1/embeddings", '{"input": "Hello!"}'),
     "score": ("/score", '{"text_1": "Hello!", "text_2": "Good morning!"}'),
 }
-"""What to try first, by what the model does: a path and a body."""
+"""Path and body of the example request printed at startup, by task of the model."""
 
-_LOOK_S = 0.1
-"""Between two looks at how far loading is."""
+_POLL_S = 0.1
+"""Interval between updates of the loading bar."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerConfig:
-    """Where and for whom the server answers."""
+    """Settings of the HTTP server."""
 
     host: str = "127.0.0.1"
     port: int = 8000
     uds: str | None = None
-    """A Unix socket to listen on instead."""
+    """Path of a Unix socket to listen on instead of host and port."""
     served_model_names: Sequence[str] = ()
-    """Names that clients may use; empty: the model's own."""
+    """Names of the model that clients may use; empty: the engine's model setting."""
     api_keys: Sequence[str] = ()
-    """Without any here or in the file: everybody who can connect."""
+    """Accepted API keys. Without any here or in `api_key_file`, no key is required."""
     api_key_file: str | None = None
-    """More of them, one a line; read again on SIGHUP."""
+    """File with more API keys, one per line; read again on SIGHUP."""
     allowed_origins: Sequence[str] = ()
-    """Web pages of these origins may ask (CORS); * allows all."""
+    """Origins whose web pages may call the server (CORS); * allows all."""
     ssl_keyfile: str | None = None
     ssl_certfile: str | None = None
-    """With a certificate the server speaks HTTPS."""
+    """Certificate file; with one, the server uses HTTPS."""
     ssl_ca_certs: str | None = None
-    """Of the authorities that clients' certificates are checked against."""
+    """File of certificate authorities that client certificates are verified with."""
     ssl_cert_reqs: int = ssl.CERT_NONE
-    """Whether clients need a certificate: 0 no, 1 checked if there is one, 2 yes."""
+    """Client certificates: 0 not requested, 1 verified if sent, 2 required."""
     max_num_queued_reqs: int | None = None
-    """Answers that may wait before more are refused with 429."""
+    """Maximum number of answers in the queue; more get status 429. None: no limit."""
     max_num_queued_tokens: int | None = None
-    """Prompt tokens that may wait before more are refused with 429."""
+    """Maximum number of prompt tokens in the queue; more get status 429. None: no limit."""
     queue_timeout_s: float | None = None
-    """How long a request may wait until it runs; then it is refused with 503."""
+    """Maximum time in the queue; later, a request gets status 503. None: no limit."""
     trust_request_chat_template: bool = False
-    """Requests may bring a chat template, which is a program."""
+    """Accept chat templates in requests. A template is a program that may never end."""
     shutdown_timeout_s: float = 30.0
-    """How long running requests may go on after SIGTERM or Ctrl-C."""
+    """Time for running requests to finish after SIGTERM or Ctrl-C; then they are aborted."""
     answer_format: AnswerFormat = field(default_factory=AnswerFormat)
     """How the model writes tool calls and reasoning."""
     logs: LogConfig = field(default_factory=LogConfig)
-    """How this process and the engine's write their logs."""
+    """Format and level of the logs of this process and the engine's."""
     log_requests: bool = False
-    """Log prompts and answers too."""
+    """Also log prompts and answers."""
     log_stats: bool = True
-    """Log throughput while there is traffic."""
+    """Log the throughput every ten seconds while there is traffic."""
     otlp_traces_endpoint: str | None = None
-    """URL of a collector of OpenTelemetry traces; None: no traces."""
+    """URL of an OpenTelemetry collector to send traces to; None: no traces."""
 
     def __post_init__(self) -> None:
         """Reject values that cannot work, naming the flag and the fix."""
         for name in ("max_num_queued_reqs", "max_num_queued_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ConfigError(f"{name} must be at least 1, not {value}: every request waits")
+                raise ConfigError(
+                    f"{name} must be at least 1, not {value}: every request is queued"
+                )
         if self.queue_timeout_s is not None and not self.queue_timeout_s > 0:
-            raise ConfigError(f"queue_timeout must be above 0, not {self.queue_timeout_s}")
+            raise ConfigError(f"queue_timeout must be above 0 seconds, not {self.queue_timeout_s}")
         if not self.shutdown_timeout_s >= 0:
-            raise ConfigError(f"shutdown_timeout must not be below 0: {self.shutdown_timeout_s}")
+            raise ConfigError(
+                f"shutdown_timeout must be at least 0 seconds, not {self.shutdown_timeout_s}"
+            )
         if self.ssl_certfile is None and (self.ssl_keyfile or self.ssl_ca_certs):
-            raise ConfigError("HTTPS needs --ssl-certfile (and --ssl-keyfile, if it is not in it)")
+            raise ConfigError(
+                "HTTPS needs --ssl-certfile (and --ssl-keyfile, if the key is in a file of its own)"
+            )
 
 
 async def serve(engine: EngineConfig, config: ServerConfig) -> None:
-    """Start the engine, answer until SIGINT or SIGTERM, let running requests end, stop.
+    """Start the engine, serve until SIGINT or SIGTERM, finish running requests, shut down.
 
     Raises:
-        PortaLMError: the engine could not start, or traces were asked for and cannot be sent.
+        PortaLMError: the engine could not start, or traces cannot be sent as configured.
     """
     key_file = None if config.api_key_file is None else Path(config.api_key_file)
     keys = ApiKeys(config.api_keys, key_file)
@@ -114,7 +120,7 @@ async def serve(engine: EngineConfig, config: ServerConfig) -> None:
     bar = asyncio.create_task(_show_loading(client))
     starting.add_done_callback(lambda _: bar.cancel())
     try:
-        # while the engine loads: these take most of a second
+        # imported while the engine loads: this takes most of a second
         app, metrics, states, request_log = await asyncio.to_thread(_import_server)
         state = states.ServerState(
             client=client,
@@ -140,11 +146,11 @@ async def serve(engine: EngineConfig, config: ServerConfig) -> None:
                 host=config.host,
                 port=config.port,
                 uds=config.uds,
-                log_config=None,  # it writes to the same log as everything else
+                log_config=None,  # uvicorn logs through the root logger, as the rest of the process
                 access_log=False,
                 http=app.Protocol,
                 lifespan="off",
-                timeout_graceful_shutdown=1,  # Server has waited by then
+                timeout_graceful_shutdown=1,  # Server has already waited
                 ssl_keyfile=config.ssl_keyfile,
                 ssl_certfile=config.ssl_certfile,
                 ssl_ca_certs=config.ssl_ca_certs,
@@ -154,12 +160,12 @@ async def serve(engine: EngineConfig, config: ServerConfig) -> None:
             shutdown_timeout_s=config.shutdown_timeout_s,
         )
         _load(server.config)
-        # uvicorn handles signals while it serves and raises them again when it is done: by then
-        # they have done what they were for
+        # uvicorn handles signals while it serves, and raises them again afterwards, when they
+        # have no further purpose
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: None)
         running = asyncio.create_task(server.serve())
-        # it listens while the model is loaded, and says so: not ready
+        # it listens while the model is loading, and reports that it is not ready
         await asyncio.wait({starting, running}, return_when=asyncio.FIRST_COMPLETED)
         while not server.started and not running.done():
             await asyncio.sleep(0.01)
@@ -167,7 +173,7 @@ async def serve(engine: EngineConfig, config: ServerConfig) -> None:
             server.should_exit = True
             await running
         elif server.started and starting.done():
-            _say_where(config, names[0], server.port, starting.result())
+            _report_ready(config, names[0], server.port, starting.result())
         await running
         if starting.done():
             starting.result()
@@ -187,28 +193,28 @@ async def _start(client: EngineClient, answer_format: AnswerFormat) -> EngineRea
 
 
 async def _show_loading(client: EngineClient) -> None:
-    """A bar on the terminal, if there is one, until the task is cancelled."""
+    """Show a loading bar on the terminal, if there is one, until the task is cancelled."""
     if not sys.stderr.isatty():
         return
     from portalm.progress import LoadingBar
 
     with LoadingBar() as bar:
         while True:
-            await asyncio.sleep(_LOOK_S)
+            await asyncio.sleep(_POLL_S)
             if (progress := client.progress) is not None:
                 bar.show(progress.phase, progress.share)
 
 
 def _load(config: Any) -> None:
-    """Load what `config` names. Raises `ConfigError` for certificates that do not work."""
+    """Load uvicorn's configuration. Raises `ConfigError` for unusable certificates."""
     try:
         config.load()
     except OSError as error:  # ssl.SSLError is one
         raise ConfigError(f"the certificate or its key cannot be used: {error}") from None
 
 
-def _say_where(config: ServerConfig, model: str, port: int, ready: EngineReady) -> None:
-    """Tell the user that requests are taken now."""
+def _report_ready(config: ServerConfig, model: str, port: int, ready: EngineReady) -> None:
+    """Report that the server is ready, and where it listens."""
     scheme = "https" if config.ssl_certfile else "http"
     where = f"unix:{config.uds}" if config.uds else f"{scheme}://{config.host}:{port}"
     tokens = ready.num_blocks * ready.block_size
@@ -228,7 +234,7 @@ def _say_where(config: ServerConfig, model: str, port: int, ready: EngineReady) 
 
 
 def _start_tracer(config: ServerConfig, model: str) -> Any:
-    """The tracer that was asked for, or None. What it imports is an extra."""
+    """The configured tracer, or None. It is imported only then: its packages are an extra."""
     if config.otlp_traces_endpoint is None:
         return None
     tracing = importlib.import_module("portalm.server.observability.tracing")
@@ -241,7 +247,7 @@ def _import_server() -> tuple[Any, ...]:
 
 
 def run(engine: EngineConfig, config: ServerConfig) -> None:
-    """`serve` in an event loop of its own."""
+    """Run `serve` in a new event loop."""
     import uvloop
 
     write_logs("server", config.logs)

@@ -1,4 +1,4 @@
-"""What the endpoints share."""
+"""State that the endpoints share: the served model, its limits, and admission."""
 
 from __future__ import annotations
 
@@ -25,56 +25,61 @@ from portalm.text.chat_template import ChatTemplate
 
 
 class ModelUnknown(InvalidRequest):
-    """A request for a model that this server does not serve."""
+    """The request names a model that this server does not serve."""
 
 
 class Overloaded(PortaLMError):
-    """More requests wait than the server lets in."""
+    """The queue is full."""
 
 
 class Draining(PortaLMError):
-    """The server shuts down and takes no more requests."""
+    """The server is shutting down and accepts no new requests."""
 
 
 @dataclass(slots=True)
 class ServerState:
-    """One served model."""
+    """A served model, and how it is served."""
 
     client: EngineClient
     metrics: Metrics
     model_names: Sequence[str]
-    """The first is the one that answers carry."""
+    """Names of the model; replies use the first, unless the request names another."""
     api_keys: ApiKeys = field(default_factory=ApiKeys)
-    """Without any: everybody who can connect."""
+    """Valid API keys; without any, no key is required."""
     allowed_origins: Sequence[str] = ()
-    """Web pages of these origins may ask; without any, no other page may."""
+    """Origins whose web pages may call the server (CORS)."""
     max_num_queued_reqs: int | None = None
-    """Answers that may wait; None: any number."""
+    """Maximum number of answers in the queue; None: no limit."""
     max_num_queued_tokens: int | None = None
-    """Prompt tokens that may wait; None: any number."""
+    """Maximum number of prompt tokens in the queue; None: no limit."""
     queue_timeout_s: float | None = None
-    """How long a request may wait until it runs; None: for ever."""
+    """Maximum time of a request in the queue; None: no limit."""
     trust_request_chat_template: bool = False
-    """Requests may bring a chat template."""
+    """Whether requests may bring a chat template."""
     answer_format: AnswerFormat = field(default_factory=AnswerFormat)
     """How the model writes tool calls and reasoning."""
     responses: ResponseStore = field(default_factory=ResponseStore)
-    """Those that can be asked for later."""
+    """Responses of the Responses API that can be retrieved later."""
     observers: Sequence[RequestObserver] = ()
-    """Told of every request that ends."""
+    """Called at the start and end of every request."""
     is_draining: bool = False
+    """Whether the server is shutting down."""
     created: int = field(default_factory=lambda: int(time.time()))
 
     def check_model(self, name: str | None, task: Task | None = "generate") -> str:
-        """The name to answer with.
+        """Check the model of a request, and return the model name for its reply.
+
+        Args:
+            name: model named in the request; None: the served one.
+            task: what the endpoint needs the model for; None: any task.
 
         Raises:
-            ModelUnknown: another model is asked for.
-            InvalidRequest: this one does not do `task` (None: whatever it does).
+            ModelUnknown: the request names another model.
+            InvalidRequest: the model does not support `task`.
         """
         if name is not None and name not in self.model_names:
             raise ModelUnknown(
-                f"model {name!r} is not served here; served: {', '.join(self.model_names)}",
+                f"model {name!r} is not served here; served models: {', '.join(self.model_names)}",
                 param="model",
             )
         if task is not None:
@@ -97,7 +102,7 @@ class ServerState:
             Overloaded: the queue would grow beyond its limits.
         """
         if self.is_draining:
-            raise Draining("the server is shutting down and takes no more requests")
+            raise Draining("the server is shutting down and accepts no new requests")
         for what, num_queued, num_more, limit in (
             ("requests", self.client.num_queued, num_answers, self.max_num_queued_reqs),
             (
@@ -109,7 +114,7 @@ class ServerState:
         ):
             if limit is not None and num_queued and num_queued + num_more > limit:
                 raise Overloaded(
-                    f"{num_queued} {what} wait already, {num_more} more are above the limit of "
+                    f"{num_queued} {what} are waiting; {num_more} more would exceed the limit of "
                     f"{limit}: try again later"
                 )
 
@@ -136,10 +141,14 @@ class ServerState:
     async def answers(
         self, inputs: Sequence[ProcessedInput], params: SamplingParams
     ) -> AsyncIterator[tuple[int, AnswerDelta]]:
-        """(index of the input, delta) of all inputs as they come; closing it aborts them all.
+        """Admit requests, send them to the engine and yield (index of the input, delta).
+
+        Closing the iterator aborts the requests that have not ended.
 
         Raises:
-            Overloaded: too many wait, `QueueTimeout`: these did for too long, `Draining`.
+            Draining: the server is shutting down.
+            Overloaded: the queue is full.
+            QueueTimeout: the requests waited in the queue for too long.
         """
         num_tokens = sum(len(one.prompt_token_ids) for one in inputs)
         self.admit(sum(len(one.requests) for one in inputs), num_tokens)
@@ -148,9 +157,9 @@ class ServerState:
             one.request_id: RequestWatch(self.metrics, self.observers, one, params)
             for one in inputs
         }
-        asked = self.client.generate(inputs, params, queue_timeout_s=self.queue_timeout_s)
+        generating = self.client.generate(inputs, params, queue_timeout_s=self.queue_timeout_s)
         try:
-            async with contextlib.aclosing(asked) as deltas:
+            async with contextlib.aclosing(generating) as deltas:
                 async for delta in deltas:
                     watches[delta.request_id].saw(delta)
                     if delta.is_last:
@@ -166,18 +175,18 @@ class ServerState:
 
 
 def failure(delta: AnswerDelta) -> PortaLMError | None:
-    """The error that ended an answer: the request's own, or the engine's; None: there was none."""
+    """The error that ended an answer, caused by the request or the engine; None: no error."""
     if delta.error is None:
         return None
     return InvalidRequest(delta.error) if delta.is_refused else RequestFailed(delta.error)
 
 
 def state_of(request: Request) -> ServerState:
-    """The server's state (a FastAPI dependency)."""
+    """State of the server (a FastAPI dependency)."""
     state: ServerState = request.app.state.portalm
     return state
 
 
 def new_id(prefix: str) -> str:
-    """An id like OpenAI's."""
+    """A new unique id in the form of OpenAI's."""
     return f"{prefix}-{uuid.uuid4().hex}"

@@ -20,7 +20,7 @@ from prometheus_client.registry import Collector
 from portalm.engine.client import EngineClient
 
 PREFIXES = ("portalm:", "vllm:")
-"""Our own, and the one that existing dashboards read."""
+"""PortaLM's own prefix, and vLLM's for existing dashboards."""
 
 _FIRST_TOKEN_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _GAP_S = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5)
@@ -65,12 +65,12 @@ _COUNTERS = {
 
 
 class Metrics:
-    """One server's metrics in a registry of their own."""
+    """Metrics of one server, in a registry of their own."""
 
     def __init__(self, client: EngineClient, model: str) -> None:
-        """Gauges and counters of the engine are read when scraped."""
+        """Create the metrics. Values of the engine are read when the metrics are scraped."""
         self.registry = CollectorRegistry()
-        """Everything, under all prefixes."""
+        """All metrics under all prefixes."""
         self._model = model
         plain = CollectorRegistry()
         self._histograms: dict[str, Any] = {
@@ -95,21 +95,21 @@ class Metrics:
         self.registry.register(_Prefixed(plain))
 
     def observe(self, name: str, value: float | None) -> None:
-        """Add to a histogram; None, a value that there is not, is passed over."""
+        """Add a value to a histogram; None is ignored."""
         if value is not None:
             self._histograms[name].observe(value)
 
     def count_end(self, reason: str) -> None:
-        """One more answer ended."""
+        """Count an ended answer by its finish reason."""
         self._success.labels(self._model, reason).inc()
 
     def count_response(self, handler: str, status: int) -> None:
-        """One more HTTP request was answered by an endpoint, given by its path's template."""
+        """Count an HTTP response by the endpoint's path template and the status."""
         self._responses.labels(self._model, handler, str(status)).inc()
 
 
 class _Prefixed(Collector):
-    """What another registry collects, under each of the prefixes: counted once, shown twice."""
+    """Exports the metrics of another registry under each prefix."""
 
     def __init__(self, plain: CollectorRegistry) -> None:
         self._plain = plain
@@ -122,17 +122,19 @@ class _Prefixed(Collector):
                 copy.samples = [
                     sample._replace(name=prefix + sample.name)
                     for sample in metric.samples
-                    if not sample.name.endswith("_created")  # when a series began: nobody asks
+                    if not sample.name.endswith(
+                        "_created"
+                    )  # creation times of series are not exported
                 ]
                 yield copy
 
     def describe(self) -> list[Metric]:
-        """Nothing: what there is shows when it is collected."""
+        """No description in advance: metrics are known when they are collected."""
         return []
 
 
 class _EngineCollector(Collector):
-    """The engine's own figures, as of its last step."""
+    """Exports the engine's statistics as of its last step."""
 
     def __init__(self, client: EngineClient, model: str) -> None:
         self._client = client
@@ -152,10 +154,10 @@ class _EngineCollector(Collector):
             "engine_restarts", "Engines started after one ended.", self._client.num_restarts
         )
         yield _step_tokens(self._client.steps_by_tokens, self._model)
-        yield from self._of_start()
+        yield from self._startup_metrics()
 
-    def _of_start(self) -> Iterator[Metric]:
-        """What is known once the model is loaded."""
+    def _startup_metrics(self) -> Iterator[Metric]:
+        """Metrics that exist once the model is loaded."""
         ready, config = self._client.ready, self._client.config
         if ready is None:
             return
@@ -191,7 +193,7 @@ class _EngineCollector(Collector):
 
 
 def _step_tokens(steps_by_tokens: Counts[int], model: str) -> Metric:
-    """The histogram of how many tokens a step computed."""
+    """Histogram of the number of tokens computed in a step."""
     in_buckets = [0] * (len(_STEP_TOKENS) + 1)
     for num_tokens, num_steps in steps_by_tokens.items():
         in_buckets[bisect.bisect_left(_STEP_TOKENS, num_tokens)] += num_steps

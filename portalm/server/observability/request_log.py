@@ -1,4 +1,4 @@
-"""The server's log: a line for each request that ended, and one of throughput every ten seconds."""
+"""The request log: a line for each ended request, and the throughput every ten seconds."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ logger = logging.getLogger(__name__)
 _INTERVAL_S = 10.0
 
 _MAX_CONTENT = 4000
-"""Characters of a prompt or an answer in a line."""
+"""Maximum length of a prompt or an answer in a line, in characters."""
 
 
 @dataclass(frozen=True, slots=True)
 class RequestLog(RequestObserver):
-    """One line when a request ends; what was said in it only where that is asked for."""
+    """Logs one line when a request ends; prompts and answers only if `with_content`."""
 
     with_content: bool = False
 
     def began(self, processed: ProcessedInput, params: SamplingParams) -> None:
-        """With content: the prompt and what was asked."""
+        """With content: log the prompt and the sampling parameters."""
         if self.with_content:
             prompt = processed.prompt
             fields = with_fields(
@@ -40,7 +40,7 @@ class RequestLog(RequestObserver):
             logger.info("request began", extra=fields)
 
     def ended(self, record: RequestRecord) -> None:
-        """Who asked, how much, how it ended, how long it took."""
+        """Log the tenant, token counts, finish reasons and times."""
         times = record.times
         fields = with_fields(
             id=record.request_id,
@@ -62,14 +62,14 @@ class RequestLog(RequestObserver):
 
 
 def _shown(text: str) -> str:
-    """`text`, or its beginning with a word on how much there was."""
+    """`text`, cut at the maximum length with a note on how much is missing."""
     if len(text) <= _MAX_CONTENT:
         return text
     return f"{text[:_MAX_CONTENT]}… ({len(text) - _MAX_CONTENT} more characters)"
 
 
 async def log_throughput(client: EngineClient, *, interval_s: float = _INTERVAL_S) -> None:
-    """A line every `interval_s` while there is traffic, and one when it has ended; for ever."""
+    """Log a line every `interval_s` while there is traffic, and one after it. Never returns."""
     before, then = client.stats, time.monotonic()
     was_busy = False
     while True:
@@ -85,7 +85,7 @@ async def log_throughput(client: EngineClient, *, interval_s: float = _INTERVAL_
 def throughput(
     before: EngineStats, after: EngineStats, *, seconds: float
 ) -> dict[str, int | float | None]:
-    """What the engine did between two readings, and how full it is."""
+    """Throughput between two readings of the engine's counters, and its load at the second."""
     queries = after.prefix_queries_total - before.prefix_queries_total
     hits = after.prefix_hits_total - before.prefix_hits_total
     return {

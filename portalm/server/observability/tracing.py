@@ -1,9 +1,9 @@
-"""OpenTelemetry traces: a span for each request, with its time in the queue, prefill and decode.
+"""OpenTelemetry traces: a span per request, with child spans for queue, prefill and decode.
 
-Imported only where traces are asked for: OpenTelemetry's SDK and exporter are an extra.
+Imported only if traces are configured: OpenTelemetry's SDK and exporter are an extra.
 
-Names are those of OpenTelemetry's semantic conventions for generative AI, and gen_ai.latency.* as
-vLLM has them.
+Attributes follow OpenTelemetry's semantic conventions for generative AI, and vLLM's
+gen_ai.latency.*.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ except ImportError as error:
 logger = logging.getLogger(__name__)
 
 _TIMEOUT_S = 5.0
-"""What sending a batch of spans may take, tries included."""
+"""Timeout of sending a batch of spans, retries included."""
 
-_TRY_AGAIN_S = 30.0
-"""After a batch that could not be sent: what comes sooner is dropped without a try."""
+_RETRY_AFTER_S = 30.0
+"""Time after a failed batch during which spans are dropped without trying to send them."""
 
 _OPERATIONS = {
     "/v1/chat/completions": "chat",
@@ -49,24 +49,28 @@ _OPERATIONS = {
     "/v1/responses": "chat",
     "/v1/embeddings": "embeddings",
 }
-"""gen_ai.operation.name by path."""
+"""gen_ai.operation.name by path of the request."""
 
 
 class Tracer(RequestObserver):
-    """Makes spans of requests that have ended; another thread sends them."""
+    """Creates a span for every ended request; another thread sends them."""
 
     def __init__(self, endpoint: str, model: str) -> None:
-        """Spans go to `endpoint`, a collector's URL; without a path it gets /v1/traces.
+        """Start a tracer.
 
-        OpenTelemetry's own variables (OTEL_SERVICE_NAME, OTEL_TRACES_SAMPLER,
-        OTEL_EXPORTER_OTLP_HEADERS, ...) hold.
+        OpenTelemetry's environment variables (OTEL_SERVICE_NAME, OTEL_TRACES_SAMPLER,
+        OTEL_EXPORTER_OTLP_HEADERS, ...) apply.
+
+        Args:
+            endpoint: URL of a collector; without a path, /v1/traces is added.
+            model: name of the model, an attribute of every span.
 
         Raises:
-            ConfigError: that is no URL that OTLP over HTTP can be sent to.
+            ConfigError: `endpoint` is not an http or https URL.
         """
         self._model = model
-        self._exporter = _Forgiving(_checked(endpoint))
-        # an attribute that OTEL_RESOURCE_ATTRIBUTES or OTEL_SERVICE_NAME gives goes before ours
+        self._exporter = _QuietExporter(_traces_url(endpoint))
+        # OTEL_RESOURCE_ATTRIBUTES and OTEL_SERVICE_NAME take precedence over these
         ours = Resource({"service.name": "portalm", "service.version": __version__})
         given = Resource.create()
         if str(given.attributes["service.name"]).startswith("unknown_service"):
@@ -79,7 +83,7 @@ class Tracer(RequestObserver):
         self._propagator = TraceContextTextMapPropagator()
 
     def ended(self, record: RequestRecord) -> None:
-        """The request as a span, within the trace that its headers named, if they did."""
+        """Create the span of a request, inside the trace that its headers name, if any."""
         origin, times = record.origin, record.times
         assert times.finished_time is not None
         operation = _OPERATIONS.get("" if origin is None else origin.path, "text_completion")
@@ -104,13 +108,13 @@ class Tracer(RequestObserver):
         span.end(_ns(times.finished_time))
 
     def close(self) -> None:
-        """Send what is left; a collector that does not answer is not waited for again."""
+        """Send the remaining spans; an unreachable collector is not waited for again."""
         self._exporter.is_closing = True
         self._provider.shutdown()
 
 
 def _phases(record: RequestRecord) -> Iterator[tuple[str, float, float]]:
-    """(name, start, end) of what the request went through, as far as it came."""
+    """(name, start, end) of the phases that the request reached."""
     times = record.times
     starts = (
         ("queue", times.arrival_time),
@@ -125,7 +129,7 @@ def _phases(record: RequestRecord) -> Iterator[tuple[str, float, float]]:
 
 
 def _attributes(record: RequestRecord) -> dict[str, AttributeValue]:
-    """What there is to say of a request; no content."""
+    """Attributes of a request's span; they contain no prompt or answer."""
     params, times = record.params, record.times
     values: dict[str, AttributeValue | None] = {
         "gen_ai.provider.name": "portalm",
@@ -158,7 +162,7 @@ def _ns(seconds: float) -> int:
     return int(seconds * 1e9)
 
 
-def _checked(endpoint: str) -> str:
+def _traces_url(endpoint: str) -> str:
     parts = urlsplit(endpoint)
     if parts.scheme not in ("http", "https") or not parts.netloc:
         raise ConfigError(
@@ -169,37 +173,37 @@ def _checked(endpoint: str) -> str:
     return endpoint if parts.path not in ("", "/") else f"{endpoint.rstrip('/')}/v1/traces"
 
 
-class _Forgiving(SpanExporter):
-    """Sends spans; of a collector that is down it says so once, and once that it is back."""
+class _QuietExporter(SpanExporter):
+    """Sends spans; logs one warning when the collector becomes unreachable, one when it is back."""
 
     def __init__(self, endpoint: str) -> None:
         self._endpoint = endpoint
         self._exporter = OTLPSpanExporter(endpoint=endpoint, timeout=_TIMEOUT_S)
         self._num_lost = 0
-        self._try_again = 0.0
+        self._retry_time = 0.0
         self.is_closing = False
-        # it would say the same for every batch
+        # it would log an error for every batch
         logging.getLogger("opentelemetry.exporter").setLevel(logging.CRITICAL)
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
-        """Called by the thread of the batch processor."""
-        if self._num_lost and (self.is_closing or time.monotonic() < self._try_again):
+        """Send a batch of spans; called in the batch processor's thread."""
+        if self._num_lost and (self.is_closing or time.monotonic() < self._retry_time):
             self._num_lost += len(spans)
             return SpanExportResult.FAILURE
         result = self._exporter.export(spans)
         if result is not SpanExportResult.SUCCESS:
             if not self._num_lost:
                 logger.warning(
-                    "traces cannot be sent to %s: they are dropped until it answers",
+                    "traces cannot be sent to %s: they are dropped until it responds",
                     self._endpoint,
                 )
             self._num_lost += len(spans)
-            self._try_again = time.monotonic() + _TRY_AGAIN_S
+            self._retry_time = time.monotonic() + _RETRY_AFTER_S
         elif self._num_lost:
-            logger.warning("traces are sent again; %d spans were lost", self._num_lost)
+            logger.warning("traces can be sent again; %d spans were lost", self._num_lost)
             self._num_lost = 0
         return result
 
     def shutdown(self) -> None:
-        """No more spans will come."""
+        """Close the exporter; no spans follow."""
         self._exporter.shutdown()  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""What becomes of requests, for those who watch: metrics, the log, traces."""
+"""Follows requests from arrival to end, and reports them to metrics and observers."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ from portalm.server.observability.metrics import Metrics
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """The HTTP request that asked."""
+    """The HTTP request that a request to the engine comes from."""
 
     path: str
     arrival_time: float
     """Seconds since the epoch."""
     trace_headers: Mapping[str, str]
-    """traceparent and tracestate, as far as they were given."""
+    """The headers traceparent and tracestate, if they were sent."""
 
 
 _origin: ContextVar[Origin | None] = ContextVar("origin", default=None)
 
 
-class Doorkeeper:
-    """Notes where requests come from, and counts responses by endpoint and status."""
+class RequestOrigins:
+    """ASGI middleware: records the origin of requests, counts responses by endpoint and status."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app = app
         self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let the request through."""
+        """Pass the request to the application."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        status = 500  # where no response begins
+        status = 500  # if no response is started
 
         async def note(message: Message) -> None:
             nonlocal status
@@ -60,14 +60,14 @@ class Doorkeeper:
             await self._app(scope, receive, note)
         finally:
             _origin.reset(token)
-            # paths that nobody serves would be labels without end
+            # unknown paths share one label: there is no limit to their number
             route = getattr(scope.get("route"), "path", "other")
             self._metrics.count_response(route, status)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestRecord:
-    """What is known of a request when it is over, however it ended."""
+    """Facts about a request after its end."""
 
     request_id: str
     tenant: str
@@ -75,29 +75,29 @@ class RequestRecord:
     num_prompt_tokens: int
     num_generated_tokens: int
     num_cached_tokens: int | None
-    """Prompt tokens from the prefix cache; None: it did not come so far that one could know."""
+    """Number of prompt tokens found in the prefix cache; None if it did not finish normally."""
     finish_reasons: Sequence[str]
-    """Of each answer."""
+    """Finish reason of each answer."""
     error: str | None
     times: RequestMetrics
     origin: Origin | None
     final: RequestOutput | None
-    """The request and its answers; None: it was aborted or failed."""
+    """The request with its answers; None if it was aborted or failed."""
 
 
 class RequestObserver:
-    """One who is told of requests. Both methods must return at once."""
+    """Interface of observers, which are called for every request. Methods must not block."""
 
     def began(self, processed: ProcessedInput, params: SamplingParams) -> None:
-        """The engine is about to be asked."""
+        """Called before the request is sent to the engine."""
 
     def ended(self, record: RequestRecord) -> None:
-        """No more will come."""
+        """Called after the request has ended."""
 
 
 @dataclass(slots=True)
 class RequestWatch:
-    """Follows one request: tokens into the metrics as they come, the whole to all observers."""
+    """Follows one request: updates metrics with each delta, and observers at its start and end."""
 
     metrics: Metrics
     observers: Sequence[RequestObserver]
@@ -112,13 +112,13 @@ class RequestWatch:
     _final: RequestOutput | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
-        """The request arrives now."""
+        """Record the arrival, and call the observers."""
         self._times = RequestMetrics(time.time())
         for observer in self.observers:
             observer.began(self.processed, self.params)
 
     def saw(self, delta: AnswerDelta) -> None:
-        """Tokens of one answer came."""
+        """Record a delta of one answer."""
         now = time.monotonic()
         self._times = delta.metrics
         if delta.token_ids:
@@ -137,11 +137,11 @@ class RequestWatch:
             self._final = delta.final
 
     def failed(self, error: Exception) -> None:
-        """What did not end by itself will not: it failed."""
+        """Record the error that ended the answers which are still open."""
         self._error = str(error)
 
     def ended(self) -> None:
-        """No more will come: what did not end by itself failed or was aborted."""
+        """Record the end: answers that are still open have failed or were aborted."""
         for index in range(self.params.n):
             self._reasons.setdefault(index, "abort" if self._error is None else "error")
         e2e_s = time.monotonic() - self._arrival

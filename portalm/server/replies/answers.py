@@ -1,4 +1,4 @@
-"""Whole answers, for requests that do not stream."""
+"""Collect whole answers, for requests that do not stream."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from portalm.server.state import ServerState, failure
 
 @dataclass(slots=True)
 class Answers:
-    """The outputs of one HTTP request, one for each prompt."""
+    """Outputs of one HTTP request, one per prompt."""
 
     outputs: list[RequestOutput] = field(default_factory=list)
 
     def num_cached(self) -> int:
-        """Prompt tokens that the prefix cache had."""
+        """Number of prompt tokens found in the prefix cache."""
         return sum(output.num_cached_tokens for output in self.outputs)
 
     def usage(self) -> dict[str, Any]:
@@ -38,11 +38,12 @@ class Answers:
 async def collect(
     request: Request, state: ServerState, inputs: Sequence[ProcessedInput], params: SamplingParams
 ) -> Answers:
-    """All answers, when they are whole; aborted if the client leaves before.
+    """Wait for all answers; abort them if the client disconnects.
 
     Raises:
-        ClientDisconnect: it has left.
-        InvalidRequest: an answer failed on what was asked.
+        ClientDisconnect: the client disconnected.
+        InvalidRequest: the engine refused the request.
+        RequestFailed: the engine failed on the request.
     """
     found: dict[int, RequestOutput] = {}
 

@@ -1,4 +1,4 @@
-"""Answers found by beam search: each beam is continued by one request a token."""
+"""Beam search: each step sends one request per beam, which adds one token."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from portalm.server.state import ServerState, failure
 
 
 class _Search:
-    """The search behind one prompt, watched as one request."""
+    """Beam search for one prompt, observed as a single request."""
 
     def __init__(
         self,
@@ -39,7 +39,7 @@ class _Search:
         self._arrival = time.time()
 
     async def next_inputs(self, state: ServerState) -> list[ProcessedInput]:
-        """What to ask of each running beam."""
+        """The requests that continue the running beams by one token."""
         first = self.processed.requests[0]
         prompt = self.processed.prompt_token_ids
         return [
@@ -55,7 +55,7 @@ class _Search:
         ]
 
     def output(self, state: ServerState, n: int) -> RequestOutput:
-        """The n best beams as answers; the watch sees them end."""
+        """The n best beams as answers; reports them to the observers."""
         times = RequestMetrics(self._arrival, finished_time=time.time())
         output = RequestOutput(
             request_id=self.processed.request_id,
@@ -104,12 +104,12 @@ async def search_beams(
     params: SamplingParams,
     beams: BeamSearchParams,
 ) -> Answers:
-    """The `params.n` likeliest answers to each prompt; ended if the client leaves before.
+    """Find the `params.n` most likely answers to each prompt; stop if the client disconnects.
 
     Raises:
-        ClientDisconnect: it has left.
-        InvalidRequest: more beams than can be followed.
-        Overloaded: too many others wait.
+        ClientDisconnect: the client disconnected.
+        Draining: the server is shutting down.
+        Overloaded: the queue is full.
     """
     num_tokens = sum(len(one.prompt_token_ids) for one in inputs)
     state.admit(len(inputs) * beams.beam_width, num_tokens)
@@ -127,7 +127,7 @@ async def search_beams(
 
 
 async def _run(state: ServerState, searches: Sequence[_Search]) -> None:
-    """Go on with all of them, a token at a time, until each is over."""
+    """Extend all searches by one token at a time until each is finished."""
     while open_ones := [one for one in searches if one.search.running]:
         asked = [await one.next_inputs(state) for one in open_ones]
         found: dict[str, list[tuple[int, float]]] = {}

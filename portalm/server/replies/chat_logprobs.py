@@ -1,4 +1,4 @@
-"""Logprobs as chat completions show them."""
+"""The `logprobs` field of chat completions."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ def chat_logprobs(
     entries: Sequence[dict[int, Logprob]] | None,
     num_top: int,
 ) -> dict[str, Any] | None:
-    """OpenAI's `logprobs` of a message; None if none were asked for.
+    """OpenAI's `logprobs` object of a message; None if it was not requested.
 
     Args:
-        tokenizer: the model's; `bytes` are a token's own, also where it is a part of a character.
-        token_ids: drawn.
-        entries: for each of them the drawn token's logprob and the most likely ones'.
-        num_top: how many of those to show.
+        tokenizer: the model's tokenizer; `bytes` are a token's own, even if it is part of a
+            character.
+        token_ids: the sampled tokens.
+        entries: for each of them, logprobs of the sampled and of the most likely tokens.
+        num_top: number of most likely tokens to show.
     """
     if entries is None:
         return None

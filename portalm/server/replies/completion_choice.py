@@ -1,4 +1,4 @@
-"""A choice of a completion: its prompt's part and its answer's, whole or as a stream."""
+"""Choices of completions: the fields for the prompt and for the answer, whole or streamed."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ AnswerT = TypeVar("AnswerT", AnswerDelta, CompletionOutput)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChoiceShape:
-    """Which fields a choice has, by what was asked."""
+    """The fields of a choice, which depend on the request."""
 
     body: CompletionRequest
     params: SamplingParams
-    """Of each prompt, as the engine is asked."""
+    """Sampling parameters of each prompt, as sent to the engine."""
     tokenizer: Tokenizer
 
     def prompt_part(
         self, one: ProcessedInput, prompt_logprobs: list[dict[int, Logprob] | None] | None
     ) -> dict[str, Any]:
-        """Text and logprobs of an echoed prompt; what else is asked for of any prompt."""
+        """Text and logprobs of an echoed prompt, and other requested fields about the prompt."""
         part: dict[str, Any] = {"text": "", "logprobs": None}
         if self.body.echo:
             part["text"] = self._echo(one)
@@ -46,7 +46,7 @@ class ChoiceShape:
     def answer_part(
         self, answer: AnswerDelta | CompletionOutput, logprobs: TextLogprobs | None
     ) -> dict[str, Any]:
-        """What an answer, or the next piece of one, adds; `logprobs` is the answer's own."""
+        """Fields for an answer or its next piece; `logprobs` belongs to that answer alone."""
         part: dict[str, Any] = {"text": answer.text, "logprobs": None}
         if logprobs is not None and answer.logprobs is not None:
             part["logprobs"] = logprobs.of(answer.token_ids, answer.logprobs)
@@ -60,7 +60,7 @@ class ChoiceShape:
         prompt_logprobs: list[dict[int, Logprob] | None] | None,
         answer: CompletionOutput,
     ) -> dict[str, Any]:
-        """Both parts in one."""
+        """A whole choice: the fields for the prompt and the answer combined."""
         before = self.prompt_part(one, prompt_logprobs)
         after = self.answer_part(answer, self.answer_logprobs(one))
         logprobs = after["logprobs"]
@@ -69,7 +69,7 @@ class ChoiceShape:
         return {**before, **after, "text": before["text"] + after["text"], "logprobs": logprobs}
 
     def answer_logprobs(self, one: ProcessedInput) -> TextLogprobs | None:
-        """Shapes the logprobs of an answer to `one`; None if none are asked for."""
+        """Formatter for the logprobs of an answer to `one`; None if they were not requested."""
         if self.body.logprobs is None:
             return None
         return TextLogprobs(
@@ -81,7 +81,7 @@ class ChoiceShape:
         )
 
     def as_asked(self, answer: AnswerT) -> AnswerT:
-        """`answer`, without the one token that an engine draws where none was asked for."""
+        """`answer` without the token that the engine must sample even if max_tokens is 0."""
         if not self.body.scores_only:
             return answer
         return replace(
@@ -94,7 +94,7 @@ class ChoiceShape:
         )
 
     def _echo(self, one: ProcessedInput) -> str:
-        """The prompt's text: as it was given, or of its tokens."""
+        """Text of the prompt: as it was sent, or decoded from its token ids."""
         if one.prompt is not None:
             return one.prompt
         return self.tokenizer.decode(

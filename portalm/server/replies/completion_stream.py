@@ -1,4 +1,4 @@
-"""A streamed completion: what the engine adds, as chunks."""
+"""Chunks of a streamed completion."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from portalm.server.state import failure
 
 @dataclass(slots=True)
 class _Answer:
-    """One choice of the stream."""
+    """State of one choice of the stream."""
 
     logprobs: TextLogprobs | None
     has_begun: bool = False
 
 
 class CompletionStream:
-    """Chunks of one HTTP request, in the order in which they may be sent."""
+    """Turns deltas of the engine into the chunks of one HTTP request, in the order to send."""
 
     def __init__(
         self, shape: ChoiceShape, head: dict[str, Any], inputs: Sequence[ProcessedInput]
     ) -> None:
-        """For all prompts of a request.
+        """Start a stream for all prompts of a request.
 
         Args:
-            shape: of its choices.
-            head: what every chunk begins with.
-            inputs: the prompts, as the engine is asked.
+            shape: the fields of its choices.
+            head: the first fields of every chunk.
+            inputs: the prompts, as sent to the engine.
         """
         self._shape = shape
         self._body = shape.body
@@ -42,19 +42,19 @@ class CompletionStream:
         self._inputs = inputs
         self._answers: dict[tuple[int, int], _Answer] = {}
         self._needs_prompt_logprobs = shape.params.prompt_logprobs is not None
-        self._tells_of_prompt = (
+        self._has_prompt_part = (
             shape.body.echo or self._needs_prompt_logprobs or shape.body.return_token_ids
         )
         self._prompt_logprobs: dict[int, list[dict[int, Logprob] | None]] = {}
-        """By prompt; they come with the first answer's first token."""
+        """Logprobs by prompt index; they arrive with the first token of its first answer."""
         self._held: dict[int, list[AnswerDelta]] = {}
-        """By prompt whose logprobs are not known: what came of its other answers."""
+        """Deltas by prompt index that wait until the prompt's logprobs have arrived."""
         self._num_prompt = sum(len(one.prompt_token_ids) for one in inputs)
         self._num_generated = 0
         self._num_cached = 0
 
     def chunks(self, i: int, delta: AnswerDelta) -> Iterator[dict[str, Any]]:
-        """What `delta`, of prompt `i`, lets be sent. Raises the error that ended an answer."""
+        """Chunks that can be sent after `delta` of prompt `i`; raises a failed answer's error."""
         if (error := failure(delta)) is not None:
             raise error
         if self._needs_prompt_logprobs and i not in self._prompt_logprobs:
@@ -63,29 +63,29 @@ class CompletionStream:
                 return
             self._prompt_logprobs[i] = delta.prompt_logprobs
         for one in (delta, *self._held.pop(i, ())):
-            yield from self._pieces(i, self._shape.as_asked(one))
+            yield from self._answer_chunks(i, self._shape.as_asked(one))
 
     def closing(self) -> Iterator[dict[str, Any]]:
-        """The chunk that has no choice but the usage, where it is asked for."""
+        """The final chunk with the usage and no choices, if it was requested."""
         options = self._body.stream_options
         if options is not None and options.include_usage:
             yield {**self._head, "choices": [], "usage": self._usage()}
 
-    def _pieces(self, i: int, delta: AnswerDelta) -> Iterator[dict[str, Any]]:
+    def _answer_chunks(self, i: int, delta: AnswerDelta) -> Iterator[dict[str, Any]]:
         self._num_generated += len(delta.token_ids)
         if delta.final is not None:
             self._num_cached += delta.final.num_cached_tokens
-        is_told = delta.text or delta.finish_reason is not None or delta.logprobs
-        if not is_told and not (self._body.return_token_ids and delta.token_ids):
-            return  # half a character, or what may begin a stop string
+        has_content = delta.text or delta.finish_reason is not None or delta.logprobs
+        if not has_content and not (self._body.return_token_ids and delta.token_ids):
+            return  # an incomplete character, or the possible start of a stop string
         answer = self._answer(i, delta.index)
-        if not answer.has_begun and self._tells_of_prompt:
-            yield self._first(i, delta.index)
+        if not answer.has_begun and self._has_prompt_part:
+            yield self._prompt_chunk(i, delta.index)
         answer.has_begun = True
         yield self._chunk(i, delta.index, self._shape.answer_part(delta, answer.logprobs))
 
-    def _first(self, i: int, index: int) -> dict[str, Any]:
-        """The chunk that tells of the prompt."""
+    def _prompt_chunk(self, i: int, index: int) -> dict[str, Any]:
+        """First chunk of a choice: its fields for the prompt."""
         part = self._shape.prompt_part(self._inputs[i], self._prompt_logprobs.get(i))
         if self._body.return_token_ids:
             part["token_ids"] = []

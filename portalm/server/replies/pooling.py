@@ -1,4 +1,4 @@
-"""What the endpoints that pool share: many prompts checked, pooled, and waited for."""
+"""Shared by the pooling endpoints: check many prompts, pool them, and wait for the results."""
 
 from __future__ import annotations
 
@@ -25,20 +25,23 @@ async def pool(
     params: PoolingParams,
     labels: Sequence[str],
 ) -> list[tuple[RequestOutput, bytes]]:
-    """Each prompt, and the float32 numbers that came of it, in order.
+    """Pool prompts.
 
     Args:
-        request: aborted if its client leaves.
-        state: the server's.
-        body: whose fields say for whom and how urgent.
-        base_id: of the engine's requests; several are numbered.
-        prompts: what to pool.
-        params: for all of them.
-        labels: what the caller calls each prompt: its field, with its place in a list.
+        request: aborted if its client disconnects.
+        state: state of the server.
+        body: gives the request id, priority and cache salt.
+        base_id: request id, if the body has none; the ids of several prompts are numbered.
+        prompts: the prompts to pool.
+        params: pooling parameters of all prompts.
+        labels: for errors, the field of the body that holds each prompt, such as "input[2]".
+
+    Returns:
+        For each prompt its output and the float32 values of its vector or score, as bytes.
 
     Raises:
-        InvalidRequest: a prompt cannot be answered; it says which.
-        RequestFailed: the engine failed on one.
+        InvalidRequest: a prompt is invalid; the text names it.
+        RequestFailed: the engine failed on a prompt.
     """
     base_id = body.request_id or base_id
     inputs: list[ProcessedInput] = []
@@ -63,6 +66,6 @@ async def pool(
 
 
 def usage(outputs: Sequence[RequestOutput]) -> dict[str, int]:
-    """OpenAI's usage object: nothing is generated."""
+    """OpenAI's usage object for requests that generate no tokens."""
     num_tokens = sum(len(output.prompt_token_ids) for output in outputs)
     return {"prompt_tokens": num_tokens, "total_tokens": num_tokens}

@@ -1,4 +1,4 @@
-"""Work for a client, as long as the client is there."""
+"""Cancel work when the client disconnects."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ T = TypeVar("T")
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """What `work` gives; it is cancelled at once if the client leaves before.
+    """Run `work` and return its result; cancel it at once if the client disconnects.
 
     Args:
-        receive: ASGI's, with the whole body received.
-        work: what the client waits for.
+        receive: ASGI's `receive`, after the whole body was received.
+        work: the coroutine that the client waits for.
 
     Raises:
-        ClientDisconnect: it has left.
+        ClientDisconnect: the client disconnected.
     """
-    leaving = asyncio.create_task(_left(receive))
+    disconnecting = asyncio.create_task(_disconnected(receive))
     working = asyncio.create_task(work)
     try:
-        await asyncio.wait({leaving, working}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({disconnecting, working}, return_when=asyncio.FIRST_COMPLETED)
     finally:
-        for task in (leaving, working):
+        for task in (disconnecting, working):
             if not task.done():
                 task.cancel()
                 with contextlib.suppress(asyncio.CancelledError):
@@ -38,6 +38,6 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
     return working.result()
 
 
-async def _left(receive: Receive) -> None:
+async def _disconnected(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass

@@ -1,4 +1,4 @@
-"""The output of a response as it grows: its items, and the events that tell of them."""
+"""The output of a response while it is written: its items, and the events that describe them."""
 
 from __future__ import annotations
 
@@ -10,25 +10,23 @@ from portalm.text.answer import AnswerPiece, ToolCall
 from portalm.text.char_parser import Content, Reasoning
 
 Event = dict[str, Any]
-"""An event of a stream, without its sequence_number."""
+"""An event of a stream, before it gets its sequence_number."""
 Status = Literal["completed", "incomplete"]
 
 
 class ResponseOutput:
-    """Items, each whole before the next begins."""
+    """Output items of a response. An item is complete before the next one begins."""
 
     def __init__(self) -> None:
-        """Nothing yet."""
+        """Start with no items."""
         self.items: list[dict[str, Any]] = []
         self._kind: type[AnswerPiece] | None = None
-        """What the last item is made of; None: it is whole."""
-        self._call = -1
-        """Which call the last item is, where it is one."""
+        """Kind of piece that extends the last item; None: the item is complete."""
         self._texts: list[str] = []
-        """What the last item is made of so far."""
+        """Text of the last item so far, in pieces."""
 
     def add(self, pieces: Sequence[AnswerPiece]) -> list[Event]:
-        """Take more of the answer; what that changed."""
+        """Add pieces of the answer; returns the events of the changes."""
         events: list[Event] = []
         for piece in pieces:
             if isinstance(piece, Reasoning):
@@ -51,14 +49,14 @@ class ResponseOutput:
         return events
 
     def finish(self, status: Status) -> list[Event]:
-        """The answer has ended; what that changed. There is an item, if only an empty message."""
+        """Complete the output; returns the events. Without items, an empty message is added."""
         events = [] if self.items else self._open(Content, _message_item, "output_text")
         return events + self._close(status)
 
     # -- items --------------------------------------------------------------------------------
 
     def _open(self, kind: type[AnswerPiece], make_item: Any, part_type: str) -> list[Event]:
-        """Begin an item of text, unless the last one is of that kind and goes on."""
+        """Begin a text item, unless the last item is of the same kind and still open."""
         if self._kind is kind:
             return []
         events = self._begin(make_item())
@@ -71,7 +69,7 @@ class ResponseOutput:
         return [*events, self._item_event("output_item.added")]
 
     def _close(self, status: Status) -> list[Event]:
-        """Make the last item whole."""
+        """Complete the last item."""
         if self._kind is None:
             return []
         item, text = self.items[-1], "".join(self._texts)

@@ -1,4 +1,4 @@
-"""Server-sent events: chunks encoded once, errors inside a stream, an honest end."""
+"""Server-sent events: encoding, errors inside a stream, and the final event."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ _encode = msgspec.json.Encoder().encode
 
 
 def event(body: Any, *, is_named: bool = False) -> bytes:
-    """One event; named after its own type, if it shall be."""
+    """Encode `body` as one event; if `is_named`, the event has the name of its type."""
     name = b"event: " + body["type"].encode() + b"\n" if is_named else b""
     return name + b"data: " + _encode(body) + b"\n\n"
 
 
 class EventStream(Response):
-    """Sends each of `chunks` as an event, then the end; a client that leaves closes `chunks`.
+    """Sends each of `chunks` as an event, then the final event. A disconnect closes `chunks`.
 
-    It begins with the first chunk: an error before that is an answer with a status of its own,
-    one behind it becomes the last event.
+    The response starts with the first chunk: an error before it becomes an error response with
+    its own status, a later error becomes the last event.
     """
 
     media_type = "text/event-stream"
 
     def __init__(self, chunks: AsyncGenerator[Any, None], *, is_named: bool) -> None:
-        """Nothing is asked of `chunks` before the response is sent."""
+        """Create the response; `chunks` is not read before it is sent."""
         self.background = None
         self.status_code = 200
         self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
@@ -45,8 +45,8 @@ class EventStream(Response):
         self._is_named = is_named
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send it, as ASGI asks."""
-        with contextlib.suppress(ClientDisconnect):  # nobody is there to be told
+        """Send the response (the ASGI interface)."""
+        with contextlib.suppress(ClientDisconnect):  # the client is gone
             await while_connected(receive, self._send(send))
 
     async def _send(self, send: Send) -> None:
@@ -85,12 +85,12 @@ async def _send_body(send: Send, body: bytes, *, more_body: bool = True) -> None
 
 
 def event_stream(chunks: AsyncGenerator[Any, None], *, is_named: bool = False) -> EventStream:
-    """A response that sends each chunk as an event; a client that leaves closes `chunks`.
+    """A response that sends each chunk as an event. A disconnect closes `chunks`.
 
     Args:
-        chunks: objects.
-        is_named: they are events of the Responses API: each is named after its type, and the last
-            one is the end; else data: [DONE] is.
+        chunks: objects to encode as JSON.
+        is_named: the chunks are events of the Responses API: each event has the name of its type,
+            and nothing follows the last chunk. Otherwise `data: [DONE]` ends the stream.
     """
     return EventStream(chunks, is_named=is_named)
 

@@ -1,4 +1,4 @@
-"""Logprobs as completions show them: OpenAI's older shape, and vLLM's `prompt_logprobs`."""
+"""Logprobs of completions in OpenAI's older format, and vLLM's `prompt_logprobs`."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from portalm.sampling_params import SamplingParams
 from portalm.text.tokenizer import Tokenizer
 
 LEAST_LOGPROB = -9999.0
-"""Stands for minus infinity, which JSON does not have."""
+"""Replaces minus infinity, which JSON cannot express."""
 
 
 class TextLogprobs:
-    """Logprobs of one text's tokens, and where in the text each begins.
+    """Formats the logprobs of one text's tokens, with each token's offset in the text.
 
-    Offsets count the characters that the tokens before have completed: a character of several
-    tokens begins where its first one does.
+    An offset counts the characters that the earlier tokens complete: all tokens of one character
+    have the offset of that character.
     """
 
     def __init__(
@@ -29,14 +29,15 @@ class TextLogprobs:
         prompt_token_ids: Sequence[int] = (),
         offset: int = 0,
     ) -> None:
-        """No token seen yet.
+        """Start before the first token.
 
         Args:
-            tokenizer: the model's.
-            params: what the text leaves out of special tokens.
-            num_top: most likely tokens to show at each place, beside the token itself.
-            prompt_token_ids: what the text goes on from; empty: it begins here.
-            offset: characters of the text before its first token.
+            tokenizer: the model's tokenizer.
+            params: whether special tokens appear in the text.
+            num_top: number of most likely tokens to show at each position, in addition to the
+                token itself.
+            prompt_token_ids: tokens that the text continues; empty: it starts a text.
+            offset: offset of the first token.
         """
         self._tokenizer = tokenizer
         self._detokenizer = tokenizer.detokenizer(
@@ -48,7 +49,7 @@ class TextLogprobs:
         self._offset = offset
 
     def of(self, token_ids: Sequence[int], entries: Sequence[dict[int, Logprob] | None]) -> Any:
-        """The next tokens as parallel lists; a token without an entry has null for logprobs."""
+        """Format the next tokens as parallel lists; a token without an entry has null logprobs."""
         offsets = [self._advance(token_id) for token_id in token_ids]
         return {
             "tokens": [self._name(token_id) for token_id in token_ids],
@@ -64,17 +65,17 @@ class TextLogprobs:
         }
 
     def _advance(self, token_id: int) -> int:
-        """Where the token begins; then its text counts."""
+        """Advance past a token and return its offset."""
         begin = self._offset
         new = self._detokenizer.feed(token_id)
         self._offset += len(new)
         own = self._tokenizer.id_to_text(token_id)
         if len(new) > len(own) and new.endswith(own):
-            return self._offset - len(own)  # what came before ends a broken character
+            return self._offset - len(own)  # `new` starts with the rest of an invalid character
         return begin
 
     def _top(self, token_id: int, entry: dict[int, Logprob]) -> dict[str, float]:
-        """By name; of several tokens of one name the likeliest."""
+        """Logprobs by token name; of several tokens with one name, the highest."""
         found: dict[str, float] = {}
         for other_id, one in entry.items():
             if other_id == token_id or one.rank <= self._num_top:
@@ -83,7 +84,7 @@ class TextLogprobs:
         return found
 
     def _name(self, token_id: int) -> str:
-        r"""The token's text; its bytes as OpenAI writes them (bytes:\xe2\x82) if it has none."""
+        r"""The token's text; for part of a character, its bytes as in OpenAI's API (bytes:\xe2)."""
         text = self._tokenizer.id_to_text(token_id)
         if "\ufffd" not in text:
             return text
@@ -94,7 +95,10 @@ class TextLogprobs:
 def prompt_logprobs_object(
     entries: Sequence[dict[int, Logprob] | None] | None, num_top: int | None
 ) -> list[dict[str, Any] | None] | None:
-    """For each prompt token null or {token id: {logprob, rank, decoded_token}}; None: not asked."""
+    """For each prompt token null or {token id: {logprob, rank, decoded_token}}.
+
+    None if prompt logprobs were not requested.
+    """
     if entries is None or num_top is None:
         return None
     return [None if entry is None else _by_id(entry, num_top) for entry in entries]

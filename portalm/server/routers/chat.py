@@ -24,7 +24,7 @@ router = APIRouter()
 async def chat_completions(
     body: ChatRequest, request: Request, state: Annotated[ServerState, Depends(state_of)]
 ) -> Response:
-    """The assistant's next message."""
+    """Generate the assistant's next message."""
     model = state.check_model(body.model)
     params, tools = body.params(), body.tool_use()
     beams = body.beams(params.n, params.max_tokens)

@@ -28,7 +28,7 @@ router = APIRouter()
 async def completions(
     body: CompletionRequest, request: Request, state: Annotated[ServerState, Depends(state_of)]
 ) -> Response:
-    """Continue one prompt or several."""
+    """Continue one or more prompts."""
     model = state.check_model(body.model)
     params = body.params()
     beams = body.beams(params.n, params.max_tokens)
@@ -62,7 +62,7 @@ async def completions(
         answers = await search_beams(request, state, inputs, replace(params, n=body.n), beams)
     for output in answers.outputs:
         output.outputs = [shape.as_asked(answer) for answer in output.outputs]
-    usage = answers.usage()  # of all candidates
+    usage = answers.usage()  # before all but the best n candidates are dropped
     choices = [
         {"index": i * body.n + rank, **shape.whole(inputs[i], output.prompt_logprobs, answer)}
         for i, output in enumerate(answers.outputs)
@@ -72,7 +72,7 @@ async def completions(
 
 
 def _best(answers: Sequence[CompletionOutput], n: int) -> Sequence[CompletionOutput]:
-    """The n likeliest, the best first; all of them, in their order, if there are no more."""
+    """The n most likely answers, best first; all in their order if there are at most n."""
     if len(answers) <= n:
         return answers
     return sorted(answers, key=lambda one: one.cumulative_logprob or 0.0, reverse=True)[:n]

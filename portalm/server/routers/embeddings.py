@@ -21,7 +21,7 @@ router = APIRouter()
 async def embeddings(
     body: EmbeddingRequest, request: Request, state: Annotated[ServerState, Depends(state_of)]
 ) -> Response:
-    """A vector for each input."""
+    """Embed each input as a vector."""
     model = state.check_model(body.model, "embed")
     inputs = body.inputs()
     labels = [f"input[{i}]" for i in range(len(inputs))] if len(inputs) > 1 else ["input"]

@@ -17,13 +17,13 @@ State = Annotated[ServerState, Depends(state_of)]
 
 @router.get("/health/live")
 async def live() -> dict[str, str]:
-    """The server process answers."""
+    """Liveness: 200 if the server process responds."""
     return {"status": "alive"}
 
 
 @router.get("/health")
 async def health(state: State) -> JSONResponse:
-    """200 while steps end in their time, or the idle device answers; else 503 and what is wrong."""
+    """200 while the engine makes progress, or is idle and its device responds; else 503."""
     problem = await state.client.health_problem()
     if problem is not None:
         return error_response(503, problem)
@@ -32,7 +32,7 @@ async def health(state: State) -> JSONResponse:
 
 @router.get("/health/ready")
 async def ready(state: State) -> JSONResponse:
-    """200 while new requests are taken."""
+    """Readiness: 200 while the server accepts new requests; else 503 with the reason."""
     problem = "shutting down" if state.is_draining else await state.client.health_problem()
     if problem is not None:
         return error_response(503, f"not ready: {problem}")
@@ -41,11 +41,11 @@ async def ready(state: State) -> JSONResponse:
 
 @router.get("/load")
 async def load(state: State) -> dict[str, int]:
-    """Requests that are being answered."""
+    """Number of requests in progress."""
     return {"server_load": state.client.num_open}
 
 
 @router.get("/version")
 async def version() -> dict[str, str]:
-    """PortaLM's version."""
+    """Version of PortaLM."""
     return {"version": __version__}

@@ -16,5 +16,5 @@ router = APIRouter()
 
 @router.get("/metrics")
 async def metrics(state: Annotated[ServerState, Depends(state_of)]) -> Response:
-    """All metrics in Prometheus' text format."""
+    """Serve all metrics in Prometheus' text format."""
     return Response(generate_latest(state.metrics.registry), media_type=CONTENT_TYPE_LATEST)

@@ -1,4 +1,4 @@
-"""/v1/models, /tokenize, /detokenize and /tokenizer_info: what is served, and its tokenizer."""
+"""/v1/models, /tokenize, /detokenize and /tokenizer_info: the served model and its tokenizer."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ def _card(state: ServerState, name: str) -> dict[str, Any]:
 
 @router.get("/v1/models")
 async def list_models(state: State) -> dict[str, Any]:
-    """Every name of the served model."""
+    """List the names of the served model."""
     return {"object": "list", "data": [_card(state, name) for name in state.model_names]}
 
 
 @router.get("/v1/models/{name:path}")
 async def show_model(name: str, state: State) -> dict[str, Any]:
-    """One of them."""
+    """Describe the model under one of its names."""
     return _card(state, state.check_model(name, None))
 
 
 @router.post("/tokenize")
 async def tokenize(body: TokenizeRequest, state: State) -> dict[str, Any]:
-    """Token ids of a text or a conversation."""
+    """Tokenize a text or a conversation."""
     state.check_model(body.model, None)
     if (body.prompt is None) == (body.messages is None):
-        raise InvalidRequest("give either prompt or messages", param="prompt")
+        raise InvalidRequest("send either prompt or messages, not both or neither", param="prompt")
     tokenizer = state.client.tokenizer
     if body.messages is not None:
         template = state.choose_template(body.chat_template)
@@ -62,16 +62,20 @@ async def tokenize(body: TokenizeRequest, state: State) -> dict[str, Any]:
 
 @router.get("/tokenizer_info")
 async def tokenizer_info(state: State) -> dict[str, str | None]:
-    """Special tokens by role, and the chat template: a client can then render by itself."""
+    """Special tokens by role, and the chat template, for clients that render prompts themselves."""
     tokenizer = state.client.tokenizer
     return {**tokenizer.special.roles, "chat_template": tokenizer.chat_template}
 
 
 @router.post("/detokenize")
 async def detokenize(body: DetokenizeRequest, state: State) -> dict[str, str]:
-    """The text of token ids."""
+    """Convert token ids to text."""
     state.check_model(body.model, None)
+    tokenizer = state.client.tokenizer
     for token_id in body.tokens:
-        if not 0 <= token_id < state.client.tokenizer.vocab_size:
-            raise InvalidRequest(f"token id {token_id} is outside the vocabulary", param="tokens")
-    return {"prompt": state.client.tokenizer.decode(body.tokens, skip_special_tokens=False)}
+        if not 0 <= token_id < tokenizer.vocab_size:
+            raise InvalidRequest(
+                f"token id {token_id} is outside the vocabulary (0 to {tokenizer.vocab_size - 1})",
+                param="tokens",
+            )
+    return {"prompt": tokenizer.decode(body.tokens, skip_special_tokens=False)}

@@ -1,4 +1,4 @@
-"""/: a page to chat on and to see what the server does; its files; /status, which it shows."""
+"""/, a chat page with live status; /static, its files; /status, the data that it shows."""
 
 from __future__ import annotations
 
@@ -14,38 +14,38 @@ from portalm.server.state import ServerState, state_of
 
 router = APIRouter()
 
-_MEDIA_TYPES = {  # not guessed: a machine's own table may say otherwise
+_MEDIA_TYPES = {  # listed here: the machine's MIME table may differ
     ".css": "text/css",
     ".html": "text/html",
     ".js": "text/javascript",
     ".svg": "image/svg+xml",
 }
-_FILES = {  # what is not in here is not given out, whatever path a name may spell
+_FILES = {  # only these are served, so a name cannot escape the folder
     path.name: path
     for path in (Path(__file__).parents[1] / "static").iterdir()
     if path.suffix in _MEDIA_TYPES
 }
 _HEADERS = {
-    # nothing from elsewhere, no script or style in the page's own text: a model's words stay words
+    # only files of this server, no inline script or style: model output cannot become code
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
     "img-src 'self'; connect-src 'self'; base-uri 'none'; form-action 'none'; "
     "frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-cache",  # another version of the server brings other files
+    "Cache-Control": "no-cache",  # another version of the server has other files
 }
 _PROBE_S = 1.0
 
 
 @router.get("/", include_in_schema=False)
 async def page() -> FileResponse:
-    """The page; it needs no key, what it asks for does."""
+    """Serve the page. It needs no API key; the endpoints that it calls do."""
     return _file("index.html")
 
 
 @router.get("/static/{name}", include_in_schema=False)
 async def static(name: str) -> FileResponse:
-    """A file of the page."""
+    """Serve a file of the page."""
     return _file(name)
 
 
@@ -58,10 +58,10 @@ def _file(name: str) -> FileResponse:
 
 @router.get("/status")
 async def status(state: Annotated[ServerState, Depends(state_of)]) -> dict[str, Any]:
-    """How the server is, what it runs on, and its load now.
+    """State of the server, its device, and its current load.
 
-    `load.time_s` is of a steady clock: two answers give rates. `engine` is null until the model
-    is loaded, `loading` while none is.
+    `load.time_s` is from a monotonic clock, so that two replies give rates. `engine` is null
+    until the model is loaded; `loading` is null unless a model is being loaded.
     """
     name, reason = await _health(state)
     return {
@@ -78,11 +78,11 @@ async def status(state: Annotated[ServerState, Depends(state_of)]) -> dict[str, 
 
 
 async def _health(state: ServerState) -> tuple[str, str | None]:
-    """loading, ready, draining or unhealthy; what there is to say about it."""
+    """State (loading, ready, draining or unhealthy) and the reason for it."""
     if state.is_draining:
         return (
             "draining",
-            "the server shuts down: it takes no more requests, those that run may end",
+            "shutting down: no new requests are accepted, those in progress may finish",
         )
     problem = await state.client.health_problem(timeout_s=_PROBE_S)
     if problem is None:

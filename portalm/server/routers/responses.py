@@ -1,4 +1,4 @@
-"""The Responses API: POST /v1/responses, and what becomes of a response later."""
+"""The Responses API: POST /v1/responses, and retrieving, cancelling and deleting responses."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ State = Annotated[ServerState, Depends(state_of)]
 
 @router.post("/v1/responses")
 async def create_response(body: ResponsesRequest, request: Request, state: State) -> Response:
-    """The model's answer to some items, streamed, waited for, or left to be asked for later."""
+    """Create a response: streamed, returned whole, or written in the background."""
     body.check()
     model = state.check_model(body.model)
     params, tools = body.params(), body.tool_use()
@@ -43,7 +43,8 @@ async def create_response(body: ResponsesRequest, request: Request, state: State
         )
         if before.is_running:
             raise InvalidRequest(
-                f"response {body.previous_response_id!r} is not whole yet",
+                f"response {body.previous_response_id!r} is still in progress: wait until it has "
+                "ended",
                 param="previous_response_id",
             )
         items = [*before.items, *before.response["output"]]
@@ -88,13 +89,13 @@ async def show_response(
     stream: bool = False,
     starting_after: int = -1,
 ) -> Response:
-    """A response, as far as it has come; as a stream, if it was asked for as one."""
+    """Retrieve a response in its current state, or stream its events."""
     stored = state.responses.get(tenant_of(request), response_id)
     if not stream:
         return JSONResponse(stored.response)
     if not stored.events:
         raise InvalidRequest(
-            "only a response that was sent with background and stream can be streamed later",
+            "only a response created with background and stream can be streamed later",
             param="stream",
         )
     return event_stream(stored.follow(after=starting_after), is_named=True)
@@ -109,7 +110,7 @@ async def list_input_items(
     after: str | None = None,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
 ) -> dict[str, Any]:
-    """What a response answers, a page at a time."""
+    """List the input items of a response, one page at a time."""
     stored = state.responses.get(tenant_of(request), response_id)
     data = [
         {"id": f"item_{i}", "status": "completed", **item} for i, item in enumerate(stored.items)
@@ -119,7 +120,7 @@ async def list_input_items(
     if after is not None:
         ids = [item["id"] for item in data]
         if after not in ids:
-            raise InvalidRequest(f"the response has no input item {after!r}", param="after")
+            raise InvalidRequest(f"the response has no input item with id {after!r}", param="after")
         data = data[ids.index(after) + 1 :]
     page = data[:limit]
     ends = {"first_id": page[0]["id"], "last_id": page[-1]["id"]} if page else {}
@@ -128,12 +129,12 @@ async def list_input_items(
 
 @router.post("/v1/responses/{response_id}/cancel")
 async def cancel_response(response_id: str, request: Request, state: State) -> Response:
-    """End a response that goes on in the background."""
+    """Cancel a response that is being written in the background."""
     stored = state.responses.get(tenant_of(request), response_id)
     if stored.task is None:
         raise InvalidRequest(
-            "only a response that was sent with background can be cancelled: to end another one, "
-            "close its connection",
+            "only a response created with background can be cancelled; to end another one, close "
+            "its connection",
             param="response_id",
         )
     if stored.is_running:
@@ -144,16 +145,16 @@ async def cancel_response(response_id: str, request: Request, state: State) -> R
 
 @router.delete("/v1/responses/{response_id}")
 async def delete_response(response_id: str, request: Request, state: State) -> dict[str, Any]:
-    """Forget a response."""
+    """Delete a stored response."""
     state.responses.delete(tenant_of(request), response_id)
     return {"id": response_id, "object": "response", "deleted": True}
 
 
 async def _start(run: ResponseRun, *, is_streamed: bool) -> Response:
-    """Write a response in the background.
+    """Start writing a response in the background.
 
     Raises:
-        Draining, Overloaded: it was not admitted, and is not stored.
+        Draining, Overloaded: the request was not admitted; the response is not stored.
     """
     stored = run.stored
     stored.response["status"] = "queued"
@@ -163,12 +164,12 @@ async def _start(run: ResponseRun, *, is_streamed: bool) -> Response:
             async for event in events:
                 if is_streamed:
                     stored.events.append(event)
-                    stored.tell()
+                    stored.notify()
 
     run.state.responses.put(run.tenant, stored)
     answer = JSONResponse(stored.response)
     stored.task = asyncio.create_task(write())
-    stored.task.add_done_callback(lambda _: stored.tell())
+    stored.task.add_done_callback(lambda _: stored.notify())
     await asyncio.sleep(0)  # the task's first turn ends with the request admitted or refused
     if isinstance(run.error, Draining | Overloaded):
         run.state.responses.delete(run.tenant, stored.response["id"])

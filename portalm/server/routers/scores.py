@@ -1,4 +1,4 @@
-"""POST /score and /rerank, also under /v1: a cross-encoder's scores, or cosines of vectors."""
+"""POST /score and /rerank, also under /v1: cross-encoder scores, or cosines of embeddings."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ State = Annotated[ServerState, Depends(state_of)]
 @router.post("/score")
 @router.post("/v1/score")
 async def score(body: ScoreRequest, request: Request, state: State) -> dict[str, Any]:
-    """How well each pair of texts goes together."""
+    """Score how similar or relevant the texts of each pair are."""
     model = state.check_model(body.model, None)
     score_id = new_id("score")
     first, second, names = body.texts()
@@ -45,13 +45,15 @@ async def score(body: ScoreRequest, request: Request, state: State) -> dict[str,
 @router.post("/rerank")
 @router.post("/v1/rerank")
 async def rerank(body: RerankRequest, request: Request, state: State) -> dict[str, Any]:
-    """The documents that answer the query best, the best first."""
+    """Rank documents by their relevance to a query, most relevant first."""
     model = state.check_model(body.model, None)
     rerank_id = new_id("rerank")
     texts, limit = body.texts(), body.limit()
     pairs = [(body.query, text) for text in texts]
     scores, used = await _scores(request, state, body, rerank_id, pairs, ("query", "documents"))
-    order = sorted(range(len(texts)), key=lambda i: -scores[i])  # equal ones stay in order
+    order = sorted(
+        range(len(texts)), key=lambda i: -scores[i]
+    )  # stable: equal scores keep their order
     return {
         "id": rerank_id,
         "model": model,
@@ -75,7 +77,16 @@ async def _scores(
     pairs: list[tuple[str, str]],
     names: tuple[str, str],
 ) -> tuple[list[float], dict[str, int]]:
-    """The score of each pair, whose sides the caller calls `names`, and the tokens that it took."""
+    """Score of each pair, and the usage object.
+
+    Args:
+        request: aborted if its client disconnects.
+        state: state of the server.
+        body: body of the request.
+        base_id: id of the request, if the body has none.
+        pairs: the texts to score.
+        names: fields of the body that hold the first and the second texts, for errors.
+    """
     counted(names[1], pairs)
     truncate = body.truncate_prompt_tokens
     if state.client.supports("score"):
@@ -85,7 +96,7 @@ async def _scores(
         pooled = await pool(request, state, body, base_id, both, params, labels)
         return [numbers(one)[0] for _, one in pooled], usage([output for output, _ in pooled])
     params = PoolingParams(truncate_prompt_tokens=truncate)
-    texts: dict[str, str] = {}  # each once, and where it stands first
+    texts: dict[str, str] = {}  # unique texts, and the field of the first occurrence of each
     for i, (first, second) in enumerate(pairs):
         texts.setdefault(first, names[0])
         texts.setdefault(second, f"{names[1]}[{i}]")

@@ -29,7 +29,7 @@ class ChatRequest(SamplingFields, ConversationFields):
     truncate_prompt_tokens: int | None = Field(default=None, ge=-1)
 
     def params(self) -> SamplingParams:
-        """The parameters. Raises `InvalidRequest`."""
+        """Sampling parameters of the request. Raises `InvalidRequest`."""
         if self.top_logprobs is not None and not self.logprobs:
             raise InvalidRequest("top_logprobs needs logprobs: true", param="top_logprobs")
         return self.sampling_params(

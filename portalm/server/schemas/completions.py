@@ -32,42 +32,42 @@ class CompletionRequest(SamplingFields):
 
     @property
     def scores_only(self) -> bool:
-        """Nothing is generated: the prompt comes back, with its logprobs where asked for."""
+        """Whether the reply is only the prompt with its logprobs: echo with max_tokens 0."""
         return self.echo and self.max_tokens == 0
 
     def params(self) -> SamplingParams:
-        """The parameters of each prompt. Raises `InvalidRequest`."""
+        """Sampling parameters of each prompt. Raises `InvalidRequest`."""
         if self.suffix:
             raise InvalidRequest(
-                "suffix is not supported: the model only continues", param="suffix"
+                "suffix is not supported: text is only generated after the prompt", param="suffix"
             )
         num_candidates = self._num_candidates()
         max_tokens = 16 if self.max_tokens is None else self.max_tokens
-        # what chooses the best; an echoed prompt shows the logprobs that its answer does
+        # best_of chooses by logprobs; an echoed prompt has logprobs if its answer has
         logprobs = 0 if self.logprobs is None and num_candidates > self.n else self.logprobs
         prompt_logprobs = self.prompt_logprobs
         if self.echo and self.logprobs is not None:
             prompt_logprobs = max(self.logprobs, prompt_logprobs or 0)
         return self.sampling_params(
-            max_tokens=1 if self.scores_only else max_tokens,  # an engine draws at least one
+            max_tokens=1 if self.scores_only else max_tokens,  # the engine samples at least one
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
             n=num_candidates,
         )
 
     def _num_candidates(self) -> int:
-        """Answers to generate, of which the n best are shown."""
+        """Number of answers to generate, of which the n best are returned."""
         if self.best_of is None:
             return self.n
         if self.best_of < self.n:
             raise InvalidRequest(
                 f"best_of ({self.best_of}) must be at least n ({self.n}): the n best of them are "
-                f"shown",
+                f"returned",
                 param="best_of",
             )
         if self.stream and self.best_of > self.n:
             raise InvalidRequest(
-                "best_of above n cannot be streamed: which answers are best is known at their end",
+                "best_of above n cannot be streamed: the best answers are only known at the end",
                 param="best_of",
             )
         return self.best_of

@@ -14,11 +14,11 @@ from portalm.text.chat_template import Conversation
 _RESERVED_VARIABLES = {
     "self", "messages", "add_generation_prompt", "continue_final_message", "tools", "template",
 }  # fmt: skip
-"""Of chat templates: what the server gives them itself, and what its functions call so."""
+"""Variables that the server passes to chat templates itself."""
 
 
 class ConversationFields(BaseModel):
-    """How messages become a prompt, beside the messages themselves."""
+    """Options of rendering messages."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -30,10 +30,10 @@ class ConversationFields(BaseModel):
     def conversation_of(
         self, messages: Sequence[Mapping[str, Any]], tools: ToolUse | None = None
     ) -> Conversation:
-        """`messages` as the chat template takes them.
+        """`messages` and the options as one value to render.
 
         Raises:
-            InvalidRequest: chat_template_kwargs sets a variable of the server's.
+            InvalidRequest: chat_template_kwargs sets a reserved variable.
         """
         return Conversation(
             messages=[_with_reasoning(message) for message in messages],
@@ -45,10 +45,10 @@ class ConversationFields(BaseModel):
 
 
 def checked_variables(variables: dict[str, Any] | None) -> dict[str, Any]:
-    """Variables that a request gives to the chat template. Raises `InvalidRequest`."""
+    """chat_template_kwargs of a request. Raises `InvalidRequest` if one is reserved."""
     for name in _RESERVED_VARIABLES & (variables or {}).keys():
         raise InvalidRequest(
-            f"chat_template_kwargs may not set {name!r}: the server does",
+            f"chat_template_kwargs must not set {name!r}: the server sets it",
             param="chat_template_kwargs",
         )
     return variables or {}

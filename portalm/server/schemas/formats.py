@@ -1,4 +1,4 @@
-"""OpenAI's `response_format`: what an answer must look like."""
+"""OpenAI's `response_format`: constraints on the form of an answer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from portalm.sampling_params import StructuredOutputs
 
 
 class JsonSchemaFormat(BaseModel):
-    """The schema of a response_format."""
+    """The `json_schema` field of a response_format."""
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
@@ -22,7 +22,7 @@ class JsonSchemaFormat(BaseModel):
 
 
 class ResponseFormat(BaseModel):
-    """OpenAI's spelling of what an answer must look like."""
+    """Constraint on an answer in OpenAI's form."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -30,10 +30,10 @@ class ResponseFormat(BaseModel):
     json_schema: JsonSchemaFormat | None = None
 
     def structured_outputs(self) -> StructuredOutputs | None:
-        """The same in our words; None: any text. Raises `InvalidRequest`."""
+        """The same constraint as StructuredOutputs; None: any text. Raises `InvalidRequest`."""
         if (self.json_schema is not None) != (self.type == "json_schema"):
             raise InvalidRequest(
-                "response_format needs json_schema where its type is json_schema, and only there",
+                "response_format must have json_schema if its type is json_schema, and only then",
                 param="response_format",
             )
         if self.json_schema is None:

@@ -1,4 +1,4 @@
-"""Request bodies of embeddings, scores and rankings; unknown fields are refused by name."""
+"""Bodies of /v1/embeddings, /score and /rerank. Unknown fields are refused by name."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from portalm.errors import InvalidRequest
 from portalm.pooling_params import PoolingParams
 
 MAX_INPUTS = 2048
-"""Texts of one request, as in OpenAI's API."""
+"""Maximum number of texts in one request, as in OpenAI's API."""
 
 
 class PoolingFields(BaseModel):
-    """What every endpoint that pools takes."""
+    """Fields of every pooling endpoint."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -24,7 +24,7 @@ class PoolingFields(BaseModel):
     priority: int = 0
     cache_salt: str | None = None
     truncate_prompt_tokens: int | None = None
-    user: str | None = None  # of OpenAI's API; it changes no answer here
+    user: str | None = None  # part of OpenAI's API, without effect here
 
 
 class EmbeddingRequest(PoolingFields):
@@ -37,7 +37,7 @@ class EmbeddingRequest(PoolingFields):
     pooling: PoolingName | None = None
 
     def params(self) -> PoolingParams:
-        """The parameters of each input. Raises `InvalidRequest`."""
+        """Pooling parameters of each input. Raises `InvalidRequest`."""
         return PoolingParams(
             pooling=self.pooling,
             normalize=self.normalize,
@@ -46,7 +46,7 @@ class EmbeddingRequest(PoolingFields):
         )
 
     def inputs(self) -> list[str | list[int]]:
-        """One or more inputs, however they were spelled."""
+        """The inputs as a list, whichever form was sent. Raises `InvalidRequest`."""
         if isinstance(self.input, str):
             return [self.input]
         if self.input and isinstance(self.input[0], int):
@@ -55,7 +55,7 @@ class EmbeddingRequest(PoolingFields):
 
 
 class ScoreRequest(PoolingFields):
-    """POST /score: names of pairs as in vLLM, and as in its newer versions."""
+    """POST /score: text_1 and text_2 as in vLLM, or queries and documents as in newer versions."""
 
     text_1: str | list[str] | None = None
     text_2: str | list[str] | None = None
@@ -63,17 +63,19 @@ class ScoreRequest(PoolingFields):
     documents: str | list[str] | None = None
 
     def texts(self) -> tuple[str | list[str], str | list[str], tuple[str, str]]:
-        """Both sides, and what the caller called them. Raises `InvalidRequest`."""
+        """First texts, second texts, and the fields that hold them. Raises `InvalidRequest`."""
         names = ("text_1", "text_2", "queries", "documents")
         given = [name for name in names if getattr(self, name) is not None]
         if given not in (["text_1", "text_2"], ["queries", "documents"]):
-            raise InvalidRequest("give text_1 and text_2, or queries and documents", param="text_1")
+            raise InvalidRequest(
+                "send either text_1 and text_2, or queries and documents", param="text_1"
+            )
         first, second = (getattr(self, name) for name in given)
         return first, second, (given[0], given[1])
 
 
 class Document(BaseModel):
-    """A document as an object."""
+    """A document in object form."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -89,21 +91,21 @@ class RerankRequest(PoolingFields):
     return_documents: bool = True
 
     def texts(self) -> list[str]:
-        """The documents. Raises `InvalidRequest`."""
+        """Texts of the documents. Raises `InvalidRequest`."""
         texts = [one if isinstance(one, str) else one.text for one in self.documents]
         return counted("documents", texts)
 
     def limit(self) -> int | None:
-        """How many of them to name. Raises `InvalidRequest`."""
+        """Maximum number of documents to return; None: all. Raises `InvalidRequest`."""
         if self.top_n is not None and self.top_n < 1:
             raise InvalidRequest(f"top_n must be at least 1, not {self.top_n}", param="top_n")
         return self.top_n
 
 
 def counted(name: str, texts: list[Any]) -> list[Any]:
-    """`texts`, if there are some and not too many."""
+    """`texts`; raises `InvalidRequest` if it has no items or more than MAX_INPUTS."""
     if not 0 < len(texts) <= MAX_INPUTS:
         raise InvalidRequest(
-            f"{name} must hold 1 to {MAX_INPUTS} texts, not {len(texts)}", param=name
+            f"{name} must have 1 to {MAX_INPUTS} texts, not {len(texts)}", param=name
         )
     return texts

@@ -1,4 +1,4 @@
-"""The bodies of the Responses API; unknown fields are refused by name."""
+"""Body of POST /v1/responses. Unknown fields are refused by name."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from portalm.server.schemas.tools import ToolUse, check_tools
 from portalm.text.chat_template import Conversation
 
 _UNSUPPORTED = {
-    "conversation": "send previous_response_id, or the conversation as input",
-    "prompt": "stored prompts are not kept here: send input and instructions",
-    "max_tool_calls": "tools are called by you, not here",
-    "top_logprobs": "chat completions and completions have them",
+    "conversation": "send previous_response_id, or the whole conversation as input",
+    "prompt": "prompts are not stored: send input and instructions",
+    "max_tool_calls": "the server calls no tools: the client does",
+    "top_logprobs": "use /v1/chat/completions or /v1/completions",
 }
 _TOOL_FIELDS = ("name", "description", "parameters", "strict")
 
 
 class TextFormat(BaseModel):
-    """What the text of an answer must look like."""
+    """Constraint on the text of an answer."""
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
@@ -38,11 +38,13 @@ class TextFormat(BaseModel):
     schema_: dict[str, Any] | None = Field(None, alias="schema")
 
     def response_format(self) -> ResponseFormat:
-        """The same as chat completions spell it."""
+        """The same constraint in the form of chat completions."""
         if self.type != "json_schema":
             return ResponseFormat(type=self.type)
         if self.schema_ is None:
-            raise InvalidRequest("text.format of type json_schema needs schema", param="text")
+            raise InvalidRequest(
+                "text.format must have schema if its type is json_schema", param="text"
+            )
         return ResponseFormat(
             type=self.type,
             json_schema=JsonSchemaFormat(name=self.name, strict=self.strict, schema=self.schema_),
@@ -50,7 +52,7 @@ class TextFormat(BaseModel):
 
 
 class TextConfig(BaseModel):
-    """How the text of an answer is written."""
+    """Options of the answer's text."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -59,7 +61,7 @@ class TextConfig(BaseModel):
 
 
 class ReasoningConfig(BaseModel):
-    """How the model reasons."""
+    """Options of the model's reasoning."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -69,7 +71,7 @@ class ReasoningConfig(BaseModel):
 
 
 class ResponsesStreamOptions(BaseModel):
-    """What a stream has beside its events."""
+    """Options of the event stream."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -107,46 +109,49 @@ class ResponsesRequest(_DerivedFields):
     truncation: str | None = None
     include: list[str] | None = None
 
-    # of OpenAI's API: null is fine, anything else is refused by name
+    # part of OpenAI's API and not supported: any value except null is refused by name
     conversation: Any = None
     prompt: Any = None
     max_tool_calls: Any = None
     top_logprobs: Any = None
 
-    # of OpenAI's API; they change no answer here
+    # part of OpenAI's API, without effect here
     user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
     service_tier: str | None = None
 
-    # ours, as in chat completions
+    # PortaLM's own, as in chat completions
     chat_template_kwargs: dict[str, Any] | None = None
     priority: int = 0
     cache_salt: str | None = None
     request_id: str | None = None
 
     def check(self) -> None:
-        """Raise `InvalidRequest` for what is known and cannot be done."""
+        """Raise `InvalidRequest` for known fields with unsupported values."""
         for name, instead in _UNSUPPORTED.items():
             if getattr(self, name):
                 _refuse(name, f"is not supported: {instead}")
         if self.truncation not in (None, "disabled"):
-            _refuse("truncation", f"{self.truncation!r} is not supported: shorten the input")
+            _refuse("truncation", f"{self.truncation!r} is not supported: send a shorter input")
         for what in self.include or ():
-            if what != "reasoning.encrypted_content":  # reasoning is given in the clear
+            if what != "reasoning.encrypted_content":  # reasoning is returned unencrypted
                 _refuse("include", f"{what!r} is not supported")
         if self.text is not None and self.text.verbosity not in (None, "medium"):
-            _refuse("text", "verbosity is not supported: say it in the instructions")
+            _refuse("text", "verbosity is not supported: ask for it in the instructions")
         if self.reasoning is not None:
             summary = self.reasoning.summary or self.reasoning.generate_summary
             if summary not in (None, "auto"):
-                _refuse("reasoning", f"summary {summary!r} is not supported: reasoning is whole")
+                _refuse(
+                    "reasoning",
+                    f"summary {summary!r} is not supported: the full reasoning is returned",
+                )
         if self.background and self.store is False:
-            _refuse("background", "needs store: who did not wait asks for the response later")
+            _refuse("background", "needs store, so that the response can be retrieved later")
 
     def params(self) -> SamplingParams:
-        """The parameters. Raises `InvalidRequest`."""
+        """Sampling parameters of the request. Raises `InvalidRequest`."""
         form = self.text.format if self.text is not None else None
         structured = form.response_format().structured_outputs() if form else None
         return SamplingParams(
@@ -156,7 +161,7 @@ class ResponsesRequest(_DerivedFields):
         )
 
     def tool_use(self) -> ToolUse:
-        """What is said about tools. Raises `InvalidRequest`."""
+        """The tools that answers may call. Raises `InvalidRequest`."""
         choice = self.tool_choice
         if isinstance(choice, Mapping) and choice.get("type") == "function":
             choice = {"type": "function", "function": {"name": choice.get("name")}}
@@ -191,11 +196,11 @@ class ResponsesRequest(_DerivedFields):
             return {"enable_thinking": False, **variables}
         if effort != "none" and "reasoning_effort" in template:
             return {"reasoning_effort": effort, **variables}
-        _refuse("reasoning", f"effort {effort!r}: the model's chat template has no such choice")
+        _refuse("reasoning", f"effort {effort!r} is not supported by the model's chat template")
 
 
 def _nested(tool: Mapping[str, Any]) -> dict[str, Any]:
-    """A function as chat completions spell it."""
+    """A tool in the form of chat completions."""
     function = {key: tool[key] for key in _TOOL_FIELDS if key in tool}
     others = {key: value for key, value in tool.items() if key not in _TOOL_FIELDS}
     return {**others, "function": function}

@@ -1,4 +1,4 @@
-"""Items of the Responses API as the messages of a chat."""
+"""Converts items of the Responses API to the messages of a chat."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any, NoReturn
 from portalm.errors import InvalidRequest
 
 _ROLES = {"user": "user", "assistant": "assistant", "system": "system", "developer": "system"}
-"""Chat templates know no developer."""
+"""Role of a chat message by role of an item: chat templates have no developer role."""
 _TEXT_PARTS = ("input_text", "output_text", "text", "reasoning_text", "summary_text")
 
 
 def as_items(given: str | Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The items of an `input`; a text is what the user says."""
+    """The items of an `input`; a string is one message of the user."""
     if isinstance(given, str):
         return [{"type": "message", "role": "user", "content": given}]
     return [{"type": "message", **item} if "role" in item else dict(item) for item in given]
@@ -22,18 +22,18 @@ def as_items(given: str | Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def as_messages(
     items: Sequence[Mapping[str, Any]], instructions: str | None
 ) -> list[dict[str, Any]]:
-    """A conversation for a chat template.
+    """Convert items to the messages of a conversation.
 
-    What the assistant thought, said and called between two others' items is one message.
+    Consecutive reasoning, messages and calls of the assistant become one message.
 
     Raises:
-        InvalidRequest: an item is malformed or of a kind that is not known, named by its place.
+        InvalidRequest: an item is malformed or of an unknown type; the text names it.
     """
     messages: list[dict[str, Any]] = []
     if instructions is not None:
         messages.append({"role": "system", "content": instructions})
     is_open = False
-    """The last message is the assistant's, and what it does next belongs to it."""
+    """Whether the last message is the assistant's and takes its next items."""
     for i, item in enumerate(items):
         addition = _message_of(item, f"input[{i}]")
         if addition["role"] != "assistant":
@@ -50,7 +50,7 @@ def as_messages(
 
 
 def _extend(message: dict[str, Any], addition: Mapping[str, Any]) -> None:
-    """Let an assistant's message go on."""
+    """Merge `addition` into a message of the assistant."""
     for name in ("content", "reasoning_content"):
         texts = [part[name] for part in (message, addition) if part.get(name)]
         if texts:
@@ -83,14 +83,14 @@ def _message_of(item: Mapping[str, Any], place: str) -> dict[str, Any]:
         return {"role": "assistant", "content": "", "reasoning_content": text}
     _refuse(
         f"{place}.type",
-        f"{kind!r} is not supported; message, function_call, function_call_output, reasoning are",
+        f"{kind!r} is not supported; use message, function_call, function_call_output or reasoning",
     )
 
 
 def _required(item: Mapping[str, Any], name: str, place: str) -> str:
     value = item.get(name)
     if not isinstance(value, str):
-        _refuse(f"{place}.{name}", f"must be a text, not {value!r}"[:200])
+        _refuse(f"{place}.{name}", f"must be a string, not {value!r}"[:200])
     return value
 
 
@@ -98,7 +98,7 @@ def _text(content: Any, place: str) -> str:
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
-        _refuse(place, f"must be a text or a list of parts, not {type(content).__name__}")
+        _refuse(place, f"must be a string or a list of parts, not {type(content).__name__}")
     texts = []
     for i, part in enumerate(content):
         kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
@@ -106,7 +106,7 @@ def _text(content: Any, place: str) -> str:
             *_TEXT_PARTS, "refusal"
         ) else None  # fmt: skip
         if not isinstance(text, str):
-            _refuse(f"{place}[{i}]", f"of type {kind!r} is not supported: parts with a text are")
+            _refuse(f"{place}[{i}]", f"of type {kind!r} is not supported; use parts with text")
         texts.append(text)
     return "\n".join(texts)
 

@@ -21,11 +21,11 @@ _WITH_BEAMS = {
     "spaces_between_special_tokens", "store", "temperature", "truncate_prompt_tokens",
     "use_beam_search", "user",
 }  # fmt: skip
-"""What may be asked of answers that are searched for."""
+"""Fields that may be used together with beam search."""
 
 
 class StreamOptions(BaseModel):
-    """What a stream reports beside its text."""
+    """Optional usage reports in a stream."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -48,7 +48,7 @@ else:
 
 
 class SamplingFields(_DerivedFields):
-    """What every endpoint that generates takes: SamplingParams' fields, and whose they are."""
+    """Fields of every generating endpoint: SamplingParams' and those of the request."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -72,7 +72,7 @@ class SamplingFields(_DerivedFields):
     )
     logits_processors: Annotated[dict[str, Any], Field(max_length=16)] = Field(default_factory=dict)
 
-    # what an answer must look like: at most one of these
+    # constraints on the answer: at most one of response_format, structured_outputs and guided_...
     response_format: ResponseFormat | None = None
     structured_outputs: dict[str, Any] | None = None
     guided_json: str | dict[str, Any] | None = None
@@ -85,7 +85,7 @@ class SamplingFields(_DerivedFields):
     length_penalty: float = 1.0
     early_stopping: bool | Literal["never"] = False
 
-    # of OpenAI's API; they change no answer here
+    # part of OpenAI's API, without effect here
     user: str | None = None
     metadata: dict[str, Any] | None = None
     store: bool | None = None
@@ -105,14 +105,14 @@ class SamplingFields(_DerivedFields):
         return SamplingParams(**{**values, **replaced})
 
     def beams(self, beam_width: int, max_tokens: int | None) -> BeamSearchParams | None:
-        """How to search for the likeliest answers; None: they are drawn.
+        """Parameters of beam search; None if answers are sampled instead.
 
         Args:
-            beam_width: as the endpoint spells it.
-            max_tokens: as the endpoint spells it; None: as many as there is room for.
+            beam_width: number of beams.
+            max_tokens: maximum length of an answer; None: up to the model's context length.
 
         Raises:
-            InvalidRequest: for what a search would not look at, or cannot work.
+            InvalidRequest: a field has no effect with beam search, or a value is invalid.
         """
         given = {
             name
@@ -121,13 +121,13 @@ class SamplingFields(_DerivedFields):
         }
         if not self.use_beam_search:
             for name in given & {"length_penalty", "early_stopping"}:
-                raise InvalidRequest(f"{name} goes with use_beam_search: true", param=name)
+                raise InvalidRequest(f"{name} needs use_beam_search: true", param=name)
             return None
         for name in sorted(given - _WITH_BEAMS):
-            raise InvalidRequest(f"{name} does not go with use_beam_search", param=name)
+            raise InvalidRequest(f"{name} cannot be combined with use_beam_search", param=name)
         if self.temperature not in (None, 0.0, 1.0):
             raise InvalidRequest(
-                "temperature does not go with use_beam_search: nothing is drawn",
+                "temperature cannot be combined with use_beam_search: tokens are not sampled",
                 param="temperature",
             )
         return BeamSearchParams(
@@ -148,7 +148,7 @@ class SamplingFields(_DerivedFields):
         given = [one for one in (form, self.structured_outputs, guided or None) if one is not None]
         if len(given) > 1:
             raise InvalidRequest(
-                "response_format, structured_outputs and guided_... exclude each other: give one",
+                "response_format, structured_outputs and guided_... exclude each other: send one",
                 param="structured_outputs",
             )
         return given[0] if given else None

@@ -1,4 +1,4 @@
-"""What a request says about tools, checked: which there are, and whether they must be called."""
+"""The tools and tool_choice of a request, checked."""
 
 from __future__ import annotations
 
@@ -11,45 +11,46 @@ from portalm.errors import InvalidRequest
 from portalm.text.tool_parsers.base import FUNCTION_NAME
 
 MAX_TOOLS = 128
-"""Most tools of a request, as in OpenAI's API."""
+"""Maximum number of tools in a request, as in OpenAI's API."""
 MAX_TOOL_BYTES = 256 << 10
-"""Of all definitions together, as JSON."""
+"""Maximum size of all tool definitions together, as JSON."""
 _MAX_CALLS = 32
-"""Most calls that a forced answer may hold: a grammar without an end may have none."""
+"""Maximum number of calls in a forced answer: an unbounded list might never end."""
 _FUNCTION_FIELDS = frozenset({"name", "description", "parameters", "strict"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ToolUse:
-    """The tools of a request (`check_tools` makes one)."""
+    """The tools that an answer may call; made by `check_tools`."""
 
     tools: tuple[Mapping[str, Any], ...] = ()
     """As in OpenAI's chat completions: {"type": "function", "function": {...}}."""
     choice: Literal["none", "auto", "required", "named"] = "none"
     named: str | None = None
-    """The function to call, where the choice is named."""
+    """Name of the function to call, if `choice` is "named"."""
     is_parallel: bool = True
-    """Several calls in one answer are fine."""
+    """Whether one answer may have several calls."""
 
     @property
     def is_forced(self) -> bool:
-        """The answer must be calls, and nothing else."""
+        """Whether the answer must consist of calls only."""
         return self.choice in ("required", "named")
 
     @property
     def names(self) -> list[str]:
-        """Of the functions."""
+        """Names of the functions."""
         return [tool["function"]["name"] for tool in self.tools]
 
     @property
     def max_calls(self) -> int | None:
-        """Calls that an answer may have; None: any number."""
+        """Maximum number of calls in an answer; None: no limit."""
         return None if self.is_parallel else 1
 
     def forced_schema(self) -> dict[str, Any]:
-        """The JSON schema of a forced answer.
+        """JSON schema of a forced answer.
 
-        Named: the function's arguments. Required: a list of {"name": ..., "parameters": ...}.
+        For choice "named" the function's arguments; for "required" a list of
+        {"name": ..., "parameters": ...} objects.
         """
         schemas = {
             tool["function"]["name"]: tool["function"].get("parameters")
@@ -85,27 +86,27 @@ def check_tools(
     *,
     is_parallel: bool | None,
 ) -> ToolUse:
-    """The tools that a request may use.
+    """Check the tools and tool_choice of a request.
 
     Args:
-        tools: as in chat completions.
-        choice: none, auto, required or {"type": "function", "function": {"name": ...}}; None: auto
-            where there are tools.
+        tools: definitions as in chat completions.
+        choice: none, auto, required or {"type": "function", "function": {"name": ...}}; None:
+            auto if there are tools.
         is_parallel: `parallel_tool_calls`; None: true.
 
     Raises:
-        InvalidRequest: a definition or the choice is malformed; it says where.
+        InvalidRequest: a definition or the choice is malformed; the text names it.
     """
     if tools is not None and len(tools) > MAX_TOOLS:
-        _refuse("tools", f"has {len(tools)} tools, at most {MAX_TOOLS} are taken")
+        _refuse("tools", f"has {len(tools)} tools; the limit is {MAX_TOOLS}")
     checked = tuple(_check_tool(tool, f"tools[{i}]") for i, tool in enumerate(tools or ()))
     names = [tool["function"]["name"] for tool in checked]
     for name in names:
         if names.count(name) > 1:
-            _refuse("tools", f"has two functions called {name!r}")
+            _refuse("tools", f"has two functions named {name!r}")
     num_bytes = len(json.dumps(checked).encode())
     if num_bytes > MAX_TOOL_BYTES:
-        _refuse("tools", f"has {num_bytes} bytes as JSON, at most {MAX_TOOL_BYTES} are taken")
+        _refuse("tools", f"has {num_bytes} bytes as JSON; the limit is {MAX_TOOL_BYTES}")
     kind, named = _check_choice(choice, names)
     return ToolUse(
         tools=checked if kind != "none" else (),
@@ -118,14 +119,14 @@ def check_tools(
 def _check_tool(tool: Any, place: str) -> dict[str, Any]:
     kind = tool.get("type") if isinstance(tool, Mapping) else None
     if kind != "function":
-        _refuse(place, f"must be of type 'function', not {kind!r}: no other kind is supported")
+        _refuse(place, f"must be of type 'function', not {kind!r}: no other type is supported")
     for name in tool.keys() - {"type", "function"}:
-        _refuse(f"{place}.{name}", "is not known")
+        _refuse(f"{place}.{name}", "is an unknown field")
     function = tool.get("function")
     if not isinstance(function, Mapping):
         _refuse(f"{place}.function", "must be an object with name, description and parameters")
     for name in function.keys() - _FUNCTION_FIELDS:
-        _refuse(f"{place}.function.{name}", "is not known")
+        _refuse(f"{place}.function.{name}", "is an unknown field")
     name = function.get("name")
     if not isinstance(name, str) or not FUNCTION_NAME.fullmatch(name):
         _refuse(
@@ -134,7 +135,7 @@ def _check_tool(tool: Any, place: str) -> dict[str, Any]:
         )
     description, parameters = function.get("description"), function.get("parameters")
     if description is not None and not isinstance(description, str):
-        _refuse(f"{place}.function.description", "must be a text")
+        _refuse(f"{place}.function.description", "must be a string")
     if parameters is not None and not _is_object_schema(parameters):
         _refuse(f"{place}.function.parameters", "must be a JSON schema of type object")
     if function.get("strict") not in (None, True, False):
@@ -159,26 +160,26 @@ def _check_choice(
         return ("auto" if names else "none"), None
     if choice in ("none", "auto", "required"):
         if choice != "none" and not names:
-            _refuse("tool_choice", f"is {choice!r}, but there are no tools")
+            _refuse("tool_choice", f"is {choice!r}, but the request has no tools")
         return choice, None  # type: ignore[return-value]  # one of the three
     function = choice.get("function") if isinstance(choice, Mapping) else None
     if not isinstance(choice, Mapping) or choice.get("type") != "function":
         _refuse(
             "tool_choice",
             "must be 'none', 'auto', 'required' or {'type': 'function', 'function': "
-            "{'name': ...}}; to allow some of the tools only, send only those",
+            "{'name': ...}}; to allow only some of the tools, send only those",
         )
     name = function.get("name") if isinstance(function, Mapping) else None
     if name not in names:
         _refuse(
             "tool_choice",
-            f"names the function {name!r}; in tools are: {', '.join(names) or 'none'}",
+            f"names the function {name!r}, which is not in tools: {', '.join(names) or 'none'}",
         )
     return "named", name
 
 
 def _moved(schema: Any, place: str) -> Any:
-    """A schema that stands at `place` of another one: references inside it go there."""
+    """A schema moved to `place` inside another one, with its references adjusted."""
     if isinstance(schema, Mapping):
         return {
             key: place + value[1:]

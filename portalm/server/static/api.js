@@ -1,15 +1,15 @@
-// Talking to the server: the API key, what it says of itself, streams of answers, errors in words.
+// Calls to the server: the API key, its status, streamed answers, and texts of errors.
 
 const KEY = "portalm-api-key";
 
-/** The API key, kept for as long as the tab is. */
+/** The API key, stored until the tab is closed. */
 export const apiKey = {
   get: () => sessionStorage.getItem(KEY) ?? "",
   set: (key) => sessionStorage.setItem(KEY, key),
   forget: () => sessionStorage.removeItem(KEY),
 };
 
-/** The server answered, and not with what was asked for. */
+/** The server responded with an error. */
 export class Refused extends Error {
   constructor(status, message, retryAfter) {
     super(message);
@@ -18,7 +18,7 @@ export class Refused extends Error {
   }
 }
 
-/** The server did not answer, or stopped in the middle. */
+/** The server did not respond, or the connection was lost. */
 export class Unreachable extends Error {}
 
 async function ask(path, options = {}) {
@@ -29,7 +29,7 @@ async function ask(path, options = {}) {
     response = await fetch(path, { ...options, headers, cache: "no-store" });
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new Unreachable("the server does not answer");
+    throw new Unreachable("the server does not respond");
   }
   if (response.ok) return response;
   const body = await response.json().catch(() => ({}));
@@ -37,10 +37,10 @@ async function ask(path, options = {}) {
   throw new Refused(response.status, message, response.headers.get("Retry-After"));
 }
 
-/** What the server says of itself, as /status has it. */
+/** The server's status, from /status. */
 export async function getStatus() {
   const response = await ask("status", { signal: AbortSignal.timeout(10_000) }).catch((error) => {
-    throw error.name === "TimeoutError" ? new Unreachable("the server does not answer") : error;
+    throw error.name === "TimeoutError" ? new Unreachable("the server does not respond") : error;
   });
   return response.json();
 }
@@ -58,13 +58,13 @@ async function* lines(response) {
     }
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new Unreachable("the connection was lost in the middle of the answer");
+    throw new Unreachable("the connection was lost during the answer");
   } finally {
-    await reader.cancel().catch(() => {}); // a stream that has failed has nothing to cancel
+    await reader.cancel().catch(() => {}); // a failed stream cannot be canceled
   }
 }
 
-/** The chunks of a streamed chat completion; leaving the loop or aborting `signal` ends it. */
+/** Chunks of a streamed chat completion. Leaving the loop or aborting `signal` ends it. */
 export async function* streamChat(body, signal) {
   const response = await ask("v1/chat/completions", {
     method: "POST",
@@ -83,20 +83,20 @@ export async function* streamChat(body, signal) {
     if (chunk.error) throw new Refused(500, chunk.error.message);
     yield chunk;
   }
-  throw new Unreachable("the connection was lost in the middle of the answer");
+  throw new Unreachable("the connection was lost during the answer");
 }
 
-/** What went wrong, for a person. */
-export function inWords(error) {
+/** Text of an error for the user. */
+export function errorText(error) {
   if (error instanceof Unreachable) {
-    return `No connection: ${error.message}. It may have ended or be starting again; try again in a moment.`;
+    return `No connection: ${error.message}. It may have shut down or be restarting. Try again in a moment.`;
   }
   if (!(error instanceof Refused)) return `This page failed: ${error.message}`;
   const wait = error.retryAfter ? ` Try again in ${error.retryAfter} s.` : "";
-  if (error.status === 401) return "The server asks for a valid API key.";
+  if (error.status === 401) return "The server requires a valid API key.";
   if (error.status === 413) return `Too long: ${error.message}`;
   if (error.status === 429) return `The server is busy: ${error.message}.${wait}`;
-  if (error.status === 503) return `The server cannot answer now: ${error.message}.${wait}`;
-  if (error.status < 500) return `The server refused this: ${error.message}`;
-  return `The server failed on this: ${error.message}`;
+  if (error.status === 503) return `The server is not available now: ${error.message}.${wait}`;
+  if (error.status < 500) return `The server refused the request: ${error.message}`;
+  return `The server failed on the request: ${error.message}`;
 }

@@ -1,23 +1,23 @@
-// A conversation: what was said, the answer that streams in, and what can be done about it.
+// A conversation: its messages, the answer being streamed, and the buttons that control it.
 
-import { inWords, Refused, streamChat } from "./api.js";
+import { errorText, Refused, streamChat } from "./api.js";
 import { showMarkdown } from "./markdown.js";
 
 const SAVED = "portalm-conversation";
 
 const ENDS = {
-  length: "cut: it reached the most tokens or the end of the context",
-  abort: "cut: the server ended it",
+  length: "truncated: the maximum number of tokens or the end of the context was reached",
+  abort: "truncated: the server aborted it",
   stopped: "stopped",
 };
 
 const $ = (id) => document.getElementById(id);
 
 export class Chat {
-  #messages = []; // {role, content}, of an answer {thoughts, figures} too
+  #messages = []; // {role, content}; answers also have {thoughts, figures}
   #onLocked;
   #isUsable = false;
-  #answering = null; // the AbortController of the answer that streams in
+  #answering = null; // AbortController of the answer being streamed
 
   /** `onLocked()` is called when the server asks for an API key. */
   constructor(onLocked) {
@@ -27,7 +27,7 @@ export class Chat {
       this.send();
     });
     $("prompt").addEventListener("keydown", (event) => {
-      // Enter also ends the choice of a character in many languages: that one is not ours
+      // with an input method, Enter may confirm a character: that one does not send
       if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
       event.preventDefault();
       this.send();
@@ -47,7 +47,7 @@ export class Chat {
     this.#update();
   }
 
-  /** Send what stands in the box. */
+  /** Send the text of the input box. */
   async send() {
     const content = $("prompt").value.trim();
     if (!content || !this.#isUsable || this.#answering) return;
@@ -58,7 +58,7 @@ export class Chat {
     await this.#answer();
   }
 
-  /** Answer the last message once more. */
+  /** Generate another answer to the last message. */
   async regenerate() {
     if (!this.#isUsable || this.#answering) return;
     for (const error of $("messages").querySelectorAll(".error")) error.remove();
@@ -69,7 +69,7 @@ export class Chat {
     await this.#answer();
   }
 
-  /** Forget the conversation. */
+  /** Delete the conversation. */
   clear() {
     this.#answering?.abort();
     this.#messages = [];
@@ -79,11 +79,11 @@ export class Chat {
   }
 
   async #answer() {
-    const messages = this.#messages; // `clear` begins another list
+    const messages = this.#messages; // `clear` replaces the list
     const abort = new AbortController();
     const answer = { role: "assistant", content: "", thoughts: "", figures: "" };
     const article = this.#append(answer);
-    article.setAttribute("aria-busy", "true"); // read out when it is whole
+    article.setAttribute("aria-busy", "true"); // screen readers wait until it is complete
     this.#answering = abort;
     this.#update();
     $("progress").textContent = "Answering…";
@@ -112,7 +112,7 @@ export class Chat {
     const node = document.createElement("article");
     node.className = "error";
     node.setAttribute("role", "alert");
-    node.textContent = inWords(error);
+    node.textContent = errorText(error);
     $("messages").append(node);
     scrollToEnd($("messages"));
   }
@@ -148,7 +148,7 @@ export class Chat {
       sessionStorage.setItem(SAVED, JSON.stringify(this.#messages));
     } catch {
       sessionStorage.removeItem(SAVED);
-      $("progress").textContent = "Too long to be kept if this tab is reloaded.";
+      $("progress").textContent = "The conversation is too long to be restored if this tab is reloaded.";
     }
     this.#update();
   }
@@ -164,7 +164,7 @@ export class Chat {
   }
 }
 
-/** What the server is asked: the settings beside the plots, the conversation so far. */
+/** Body of the request: the page's settings and the conversation so far. */
 function requestOf(conversation) {
   const body = { messages: conversation.map(({ role, content }) => ({ role, content })) };
   const system = $("system").value.trim();
@@ -174,10 +174,10 @@ function requestOf(conversation) {
   return body;
 }
 
-/** Fill `answer` from the stream; throws what went wrong, but for its being stopped. */
+/** Fill `answer` from the stream. Throws any error except that of the Stop button. */
 async function stream(body, answer, signal, show) {
   const asked = performance.now();
-  let first = null; // {time, tokens} when the first text came
+  let first = null; // {time, tokens} at the first text
   let last = null;
   let end = "";
   const figures = () => {
@@ -224,7 +224,7 @@ function showMessage(article, message) {
   }
 }
 
-/** `work`, at most once for each frame that is drawn; `.now()` does it at once. */
+/** Run `work` at most once per animation frame; `.now()` runs it at once. */
 function onceAFrame(work) {
   let frame = null;
   const later = () => {

@@ -1,7 +1,7 @@
-// The part of Markdown that models write, as DOM nodes. Text of a model reaches the page through
-// textContent alone, so whatever it says, it is text.
+// Renders the subset of Markdown that models write as DOM nodes. Model output is only ever set as
+// textContent, so it cannot become HTML.
 
-const MAX_DEPTH = 6; // of quotes and lists in each other; deeper ones stay as they were written
+const MAX_DEPTH = 6; // of nested quotes and lists; deeper ones are shown as plain text
 
 const FENCE = /^ {0,3}(`{3,}|~{3,}) *([\w+#.-]*)/;
 const HEADING = /^ {0,3}(#{1,6}) +(.*)$/;
@@ -10,7 +10,7 @@ const QUOTE = /^ {0,3}> ?/;
 const ITEM = /^( *)([-*+]|\d{1,9}[.)]) +/;
 const TABLE_RULE = /^ *\|?( *:?-+:? *\|)+( *:?-+:? *)?$/;
 
-// lengths have limits, so that no text takes more than linear time
+// lengths are limited, so that matching takes linear time
 const INLINE = new RegExp(
   [
     "(?<ticks>`{1,3})(?<code>[^\\n]{1,2000}?)\\k<ticks>(?!`)",
@@ -24,9 +24,9 @@ const INLINE = new RegExp(
   "g",
 );
 
-const sources = new WeakMap(); // node -> the text that it shows
+const sources = new WeakMap(); // node -> its Markdown source
 
-/** Show `text` in `target`. What is the same as last time keeps its nodes: a stream costs little. */
+/** Show `text` in `target`. Unchanged blocks keep their nodes, which makes streaming cheap. */
 export function showMarkdown(target, text) {
   const blocks = parse(text.split("\n"), 0);
   blocks.forEach((block, i) => {
@@ -63,13 +63,13 @@ function parse(lines, depth) {
   return blocks;
 }
 
-/** The block that begins at a line: [the line behind it, what makes its node]. */
+/** The block that starts at a line: [index of the line after it, function that builds its node]. */
 function block(lines, at, depth) {
   const line = lines[at];
   let found;
   if ((found = FENCE.exec(line))) return fence(lines, at, found[1], found[2]);
   if ((found = HEADING.exec(line))) {
-    const [, marks, title] = found; // the page has h1 and h2
+    const [, marks, title] = found; // h1 and h2 are the page's own
     return [at + 1, () => element(`h${Math.min(6, marks.length + 2)}`, ...inline(title))];
   }
   if (RULE.test(line)) return [at + 1, () => element("hr")];
@@ -108,7 +108,7 @@ function codeBlock(code, language) {
     head.append(copy);
   }
   const pre = element("pre", element("code", code));
-  pre.tabIndex = 0; // it scrolls: by the keyboard too
+  pre.tabIndex = 0; // allows scrolling with the keyboard
   const box = element("div", head, pre);
   box.className = "code";
   return box;
@@ -137,7 +137,7 @@ function list(lines, at, depth) {
       if (/^ */.exec(next)[0].length <= indent && !ITEM.test(next)) break;
       items.at(-1).push("");
     } else if (leading > indent || !beginsBlock(lines[end])) {
-      // a lazy line goes on with the paragraph before it; after a blank one it begins another block
+      // an unindented line continues the paragraph before it; after a blank line it starts a block
       if (leading <= indent && !lines[end - 1].trim()) break;
       items.at(-1).push(lines[end].slice(Math.min(leading, indent + 2 + (isOrdered ? 1 : 0))));
     } else {
@@ -157,7 +157,7 @@ function list(lines, at, depth) {
 
 function listItem(lines, depth) {
   const nodes = parse(lines, depth + 1).map((one) => one.build());
-  // an item of one paragraph is a line of a list, not a paragraph
+  // an item with a single paragraph is shown without <p>
   if (nodes[0]?.tagName === "P") nodes.splice(0, 1, ...nodes[0].childNodes);
   return element("li", ...nodes);
 }
@@ -184,7 +184,7 @@ function table(lines, at) {
 
 // -- inline -----------------------------------------------------------------------------------
 
-/** Nodes of a piece of text. */
+/** Nodes of inline text. */
 function inline(text, depth = 0) {
   if (depth >= MAX_DEPTH) return [text];
   const nodes = [];
@@ -205,7 +205,7 @@ function inlineNode(found, depth) {
   const italic = found.italic ?? found.italic_;
   if (italic !== undefined) return element("em", ...inline(italic, depth + 1));
   const link = element("a", found.label ?? found.url);
-  link.href = found.target ?? found.url; // http or https: the expression takes no other
+  link.href = found.target ?? found.url; // http or https: the expression matches no other
   link.title = link.href;
   link.target = "_blank";
   link.rel = "noopener noreferrer nofollow";

@@ -1,10 +1,10 @@
-// The page: a chat, the server's status, and a key where one is asked for.
+// The page: a chat, the server's status, and a dialog for the API key.
 
 import { apiKey } from "./api.js";
 import { Chat } from "./chat.js";
 import { Status } from "./status.js";
 
-const USABLE = new Set(["ready", "unhealthy"]); // an engine that is being replaced answers later
+const USABLE = new Set(["ready", "unhealthy"]); // while an engine restarts, requests wait
 
 const $ = (id) => document.getElementById(id);
 
@@ -17,8 +17,8 @@ const status = new Status((state) => {
 
 function askForKey() {
   $("key-reason").textContent = apiKey.get()
-    ? "The server does not know this key."
-    : "This server asks for an API key.";
+    ? "This API key is not valid."
+    : "This server requires an API key.";
   apiKey.forget();
   if (!$("key-dialog").open) $("key-dialog").showModal();
 }

@@ -1,32 +1,32 @@
-// A small plot of the last minutes on a canvas: one line for each series.
+// A small plot of the last minutes on a canvas, with one line per series.
 
-export const SPAN_S = 120; // what a plot shows
+export const SPAN_S = 120; // time range of a plot
 const MAX_SAMPLES = 240;
-const GAP_S = 4; // further apart, samples are not joined: the tab was hidden or the server away
+const GAP_S = 4; // larger gaps between samples are not connected: hidden tab, or no connection
 const LEFT = 40;
 const BOTTOM = 16;
 const TOP = 6;
 
 export class Plot {
   #canvas;
-  #colours;
+  #colors;
   #format;
   #samples = []; // {time, values}, oldest first
 
   /**
-   * @param canvas where to draw
-   * @param colours custom properties of the style sheet, one for each series
-   * @param format text of a value on the axis
+   * @param canvas the canvas element
+   * @param colors custom properties of the style sheet, one per series
+   * @param format function from a value to its label on the axis
    */
-  constructor(canvas, { colours, format = (value) => value.toLocaleString("en") }) {
+  constructor(canvas, { colors, format = (value) => value.toLocaleString("en") }) {
     this.#canvas = canvas;
-    this.#colours = colours;
+    this.#colors = colors;
     this.#format = format;
     new ResizeObserver(() => this.draw()).observe(canvas);
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => this.draw());
   }
 
-  /** Add a sample: seconds on any steady clock, one value for each series; draw. */
+  /** Add a sample and repaint: seconds of a monotonic clock, and one value per series. */
   add(time, values, description) {
     this.#samples.push({ time, values });
     if (this.#samples.length > MAX_SAMPLES) this.#samples.shift();
@@ -34,7 +34,7 @@ export class Plot {
     this.draw();
   }
 
-  /** Draw what there is. */
+  /** Repaint the plot. */
   draw() {
     const { clientWidth: width, clientHeight: height } = this.#canvas;
     if (!width || !height) return; // hidden
@@ -55,9 +55,9 @@ export class Plot {
     pen.beginPath();
     pen.rect(LEFT, 0, width - LEFT, height - BOTTOM + 2);
     pen.clip();
-    for (let series = this.#colours.length - 1; series >= 0; series -= 1) {
-      const colour = style.getPropertyValue(this.#colours[series]);
-      this.#drawLine(pen, colour, shown, series, { x, y }); // the first lies on top
+    for (let series = this.#colors.length - 1; series >= 0; series -= 1) {
+      const color = style.getPropertyValue(this.#colors[series]);
+      this.#drawLine(pen, color, shown, series, { x, y }); // reversed: the first series is on top
     }
     pen.restore();
   }
@@ -83,8 +83,8 @@ export class Plot {
     pen.fillText(`${SPAN_S / 60} min ago`, LEFT, height);
   }
 
-  #drawLine(pen, colour, samples, series, { x, y }) {
-    pen.strokeStyle = pen.fillStyle = colour;
+  #drawLine(pen, color, samples, series, { x, y }) {
+    pen.strokeStyle = pen.fillStyle = color;
     pen.lineWidth = 1.75;
     pen.lineJoin = "round";
     let start = 0;
@@ -106,7 +106,7 @@ export class Plot {
   }
 }
 
-/** The least of 2, 4, 10, 20, 40, 100, ... that is not below `value`: its half is whole too. */
+/** The smallest of 2, 4, 10, 20, 40, 100, ... that is at least `value`; its half is an integer. */
 function niceTop(value) {
   let unit = 1;
   for (;;) {

@@ -1,4 +1,4 @@
-// What the server is doing: asked once a second while the page is seen, shown as text and plots.
+// The server's status as text and plots, updated every second while the page is visible.
 
 import { getStatus, Refused, Unreachable } from "./api.js";
 import { Plot } from "./plot.js";
@@ -21,26 +21,26 @@ const rate = (value) => (value < 10 ? value.toFixed(1) : Math.round(value).toLoc
 const count = (value) => value.toLocaleString("en");
 
 export class Status {
-  /** loading, ready, draining, unhealthy (as /status has it), unreachable, locked or connecting. */
+  /** loading, ready, draining or unhealthy (as in /status), or unreachable, locked, connecting. */
   state = "connecting";
   #onState;
   #before = null;
   #timer = null;
   #isAsking = false;
-  #tokens = new Plot($("tokens-plot"), { colours: ["--plot-a", "--plot-b"] });
-  #requests = new Plot($("requests-plot"), { colours: ["--plot-a", "--plot-b"] });
+  #tokens = new Plot($("tokens-plot"), { colors: ["--plot-a", "--plot-b"] });
+  #requests = new Plot($("requests-plot"), { colors: ["--plot-a", "--plot-b"] });
   #kv = new Plot($("kv-plot"), {
-    colours: ["--plot-a", "--plot-b"],
+    colors: ["--plot-a", "--plot-b"],
     format: (value) => `${value} %`,
   });
 
-  /** `onState(state)` is called whenever the state is another one. */
+  /** `onState(state)` is called when the state changes. */
   constructor(onState) {
     this.#onState = onState;
     document.addEventListener("visibilitychange", () => this.ask());
   }
 
-  /** Ask now, and from now on once a second; not while the tab is hidden or a key is missing. */
+  /** Update now and then every second, except while the tab is hidden or a key is missing. */
   async ask() {
     clearTimeout(this.#timer);
     if (document.hidden || this.#isAsking) return;
@@ -55,21 +55,21 @@ export class Status {
     this.#timer = setTimeout(() => this.ask(), POLL_MS);
   }
 
-  /** Ask as if for the first time: with another key. */
+  /** Start again with another API key. */
   retry() {
     this.#setState("connecting", "");
     return this.ask();
   }
 
-  /** Say why there is nothing to show; true: it is worth asking again. */
+  /** Show an error; returns whether to try again. */
   #fail(error) {
     if (error instanceof Refused && error.status === 401) {
-      this.#setState("locked", "This server asks for an API key.");
+      this.#setState("locked", "This server requires an API key.");
       return false;
     }
     if (!(error instanceof Refused || error instanceof Unreachable)) throw error;
     this.#before = null;
-    this.#setState("unreachable", `No connection: ${error.message}. Trying again every second.`);
+    this.#setState("unreachable", `No connection: ${error.message}. Retrying every second.`);
     return true;
   }
 
@@ -109,7 +109,7 @@ export class Status {
     this.#kv.add(
       load.time_s,
       [100 * load.kv_used, 100 * load.kv_cached],
-      `KV cache: ${percent(load.kv_used)} in use, ${percent(load.kv_cached)} kept`,
+      `KV cache: ${percent(load.kv_used)} in use, ${percent(load.kv_cached)} cached`,
     );
     if (before === null || load.time_s <= before.time_s) return;
     const perSecond = (name) => (load[name] - before[name]) / (load.time_s - before.time_s);
@@ -119,7 +119,7 @@ export class Status {
     this.#tokens.add(
       load.time_s,
       [generated, prompt],
-      `tokens a second: ${rate(generated)} generated, ${rate(prompt)} of prompts`,
+      `tokens per second: ${rate(generated)} generated, ${rate(prompt)} prompt`,
     );
   }
 
@@ -137,7 +137,7 @@ export class Status {
   }
 }
 
-/** Only what is new is written: what is written is read out. */
+/** Write only changed text: screen readers announce every write. */
 function setText(node, text) {
   if (node.textContent !== text) node.textContent = text;
 }
