@@ -76,11 +76,11 @@ def test_a_search_counts_as_one_request(server: RunningServer, http: httpx.Clien
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"stream": True}, "stream does not go with use_beam_search"),
-        ({"stop": "x"}, "stop does not go with use_beam_search"),
-        ({"temperature": 0.7}, "temperature does not go with use_beam_search"),
+        ({"stream": True}, "stream cannot be combined with use_beam_search"),
+        ({"stop": "x"}, "stop cannot be combined with use_beam_search"),
+        ({"temperature": 0.7}, "temperature cannot be combined with use_beam_search"),
         ({"n": 12}, "reduce it to 10"),
-        ({"use_beam_search": False, "length_penalty": 2.0}, "goes with use_beam_search: true"),
+        ({"use_beam_search": False, "length_penalty": 2.0}, "needs use_beam_search: true"),
         ({"length_penalty": 11.0}, "length_penalty must be a number from -10 to 10"),
     ],
 )

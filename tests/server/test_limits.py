@@ -120,7 +120,7 @@ def test_prompt_tokens_that_wait_are_bounded(server: RunningServer, http, busy: 
         let_in = http.post("/v1/completions", json={**SHORT, "prompt": [5] * 100, "stream": True})
 
     assert refused.status_code == 429
-    assert "200 prompt tokens wait" in refused.json()["error"]["message"]
+    assert "200 prompt tokens are waiting" in refused.json()["error"]["message"]
     assert let_in.status_code == 503  # it waited two seconds
 
 

@@ -297,7 +297,7 @@ def test_unreachable_collector_is_warned_about_once(
     tracer._exporter._try_again = 0.0
     assert send() == [warning]
     collector.is_down = False
-    assert send() == [warning, "traces are sent again; 8 spans were lost"]
+    assert send() == [warning, "traces can be sent again; 8 spans were lost"]
     span, children = collector.trace_of("x")
     assert (list(children), span.end_ns) == (["queue"], 2_000_000_000)
     tracer.close()

@@ -104,7 +104,7 @@ def test_status_reports_loading_and_draining(tmp_path: Path) -> None:
 
     assert (loading["state"], loading["engine"]) == ("loading", None)
     assert draining["state"] == "draining"
-    assert "shuts down" in draining["reason"]
+    assert "shutting down" in draining["reason"]
 
 
 # -- in a browser -------------------------------------------------------------------------------
@@ -311,7 +311,7 @@ def test_refused_request_shows_an_error_and_the_next_message_works(page: Browser
     page.type("#max-tokens", "4")
     page.run("document.getElementById('prompt').value = 'word '.repeat(2100)")
     page.click("#send")
-    page.wait(lambda: "The server refused this" in page.text(".error[role=alert]"))
+    page.wait(lambda: "The server refused the request" in page.text(".error[role=alert]"))
 
     page.click("#clear")
     page.say("Hello")
@@ -343,7 +343,7 @@ def test_api_key_is_asked_for_and_kept_only_in_the_tab(
     browser.open(locked_server)
     browser.wait(lambda: browser.is_shown("#key-dialog"))
     browser.type("#key", "wrong\n")
-    browser.wait(lambda: "does not know this key" in browser.text("#key-reason"))
+    browser.wait(lambda: "is not valid" in browser.text("#key-reason"))
     browser.type("#key", f"{KEY}\n")
     browser.wait_for_state("ready")
     browser.type("#max-tokens", "4")

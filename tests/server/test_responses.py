@@ -278,7 +278,7 @@ def test_background_response_is_rejected_while_the_queue_is_full(
     monkeypatch.setattr(server.state, "max_num_queued_reqs", 1)
     before = {*server.state.responses._tenants.get("", {})}
 
-    with pytest.raises(openai.RateLimitError, match="1 requests wait"):
+    with pytest.raises(openai.RateLimitError, match="1 requests are waiting"):
         create(server, "Hello there.", background=True, stream=stream)
 
     assert {*server.state.responses._tenants.get("", {})} == before

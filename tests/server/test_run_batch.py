@@ -94,10 +94,10 @@ def test_answer_equals_the_servers_response(ran, name: str, null_server: Running
     [
         ("broken", "line 5: not valid JSON"),
         ("list", "line 6: not a JSON object"),
-        ("again", "line 7: custom_id 'chat' is that of an earlier line"),
-        ("no id", "line 8: custom_id must be a text"),
+        ("again", "line 7: custom_id 'chat' was used by an earlier line"),
+        ("no id", "line 8: custom_id must be a non-empty string"),
         ("get", "line 9: method must be POST, not 'GET'"),
-        ("nowhere", "line 10: url '/v1/nothing' is none of "),
+        ("nowhere", "line 10: url must be one of "),
         ("stream", "line 11: stream must be false"),
         ("no body", "line 12: body must be an object"),
     ],

@@ -58,7 +58,7 @@ def test_key_file_is_reloaded_on_sighup_and_no_key_is_logged(tmp_path: Path) -> 
         after = statuses()
         file.write_text("")  # a file without keys must not open the server to everyone
         server.process.send_signal(signal.SIGHUP)
-        while not any("stay as they were" in line for line in server.output):
+        while not any("keys are unchanged" in line for line in server.output):
             assert time.monotonic() < end
             time.sleep(0.02)
         at_last = statuses()

@@ -232,16 +232,19 @@ BAD_TOOLS = {  # name: (tools, part of the error message)
     "no function": ([{"type": "function"}], "tools[0].function must be an object"),
     "name": ([{"type": "function", "function": {"name": "a b"}}], "tools[0].function.name"),
     "no name": ([{"type": "function", "function": {}}], "tools[0].function.name"),
-    "field": ([{"type": "function", "function": {"name": "f", "x": 1}}], "function.x is not known"),
+    "field": (
+        [{"type": "function", "function": {"name": "f", "x": 1}}],
+        "function.x is an unknown field",
+    ),
     "schema": (
         [{"type": "function", "function": {"name": "f", "parameters": {"type": "array"}}}],
         "tools[0].function.parameters",
     ),
-    "twice": ([TIME, TIME], "two functions called 'get_time'"),
-    "many": ([TIME] * 129, "at most 128"),
+    "twice": ([TIME, TIME], "two functions named 'get_time'"),
+    "many": ([TIME] * 129, "the limit is 128"),
     "large": (
         [{"type": "function", "function": {"name": "f", "description": "x" * 300_000}}],
-        "at most 262144",
+        "the limit is 262144",
     ),
 }
 
@@ -351,7 +354,7 @@ def test_auto_tool_choice_is_checked_at_startup(server: ScriptedServer, tmp_path
     unclear = load_tokenizer(make_byte_tokenizer(tmp_path / "model", "{{ tools }}"))
 
     must.check(server.client.tokenizer)
-    with pytest.raises(ConfigError, match="name it with --tool-call-parser"):
+    with pytest.raises(ConfigError, match="set it with --tool-call-parser"):
         must.check(unclear)
     AnswerFormat(enable_auto_tool_choice=True, tool_call_parser="hermes").check(unclear)
 
