@@ -172,7 +172,7 @@ class Engine:
         ):
             if any(token_id >= vocab_size for token_id in ids):
                 raise InvalidRequest(
-                    f"{name} holds token id {max(ids)}, outside the vocabulary "
+                    f"{name} contains token id {max(ids)}, outside the vocabulary "
                     f"(0 to {vocab_size - 1})",
                     param=name,
                 )
