@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -55,23 +57,22 @@ class DispatchedStep:
             BackendError: the device failed.
         """
         ids = self._in_flight.token_ids.result().tolist()
-        entries = self._logprobs(ids)
         outcomes: list[Outcome | None] = [None] * len(self.plan.requests)
         prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
-        for i, row in enumerate(self._rows):
-            entry = None if entries is None else entries[i]
+        # ids of pad rows come last
+        for row, token_id, entry in zip(self._rows, ids, self._logprobs(ids), strict=False):
             if row.target < 0:
-                outcomes[row.index] = outcome_of(row, ids[i], entry)
+                outcomes[row.index] = outcome_of(row, token_id, entry)
             elif entry is not None:
                 prompt_logprobs.setdefault(row.index, []).append(entry)
         if self._parts:
             self._add_pooled(outcomes)
         return StepResult(outcomes, prompt_logprobs)
 
-    def _logprobs(self, ids: list[int]) -> list[TokenLogprobs | None] | None:
-        """Each row's logprobs, None where not requested; None if the step computed none."""
+    def _logprobs(self, ids: list[int]) -> Iterable[TokenLogprobs | None]:
+        """Each row's logprobs; None where not requested."""
         if self._in_flight.logprobs is None:
-            return None
+            return itertools.repeat(None)
         logprobs, ranks, top_ids, top_logprobs = (x.result() for x in self._in_flight.logprobs)
         entries: list[TokenLogprobs | None] = []
         for i, row in enumerate(self._rows):
@@ -98,13 +99,13 @@ class DispatchedStep:
 
 def outcome_of(row: SampledRow, token_id: int, entry: TokenLogprobs | None) -> Outcome:
     """The outcome of a row that samples a token; a token id of -1 means that none was sampled."""
+    if token_id >= 0 and row.fault is None:
+        return Sampled([token_id], None if entry is None else [entry])
     if row.refusal is not None and token_id < 0:
         return Refused(row.refusal)
     if row.fault is not None:
         return Failed(row.fault)
-    if token_id < 0:
-        return Failed(
-            f"the model's logits after token {row.position - 1} contain NaN or only -inf: no token "
-            "can be sampled"
-        )
-    return Sampled([token_id], None if entry is None else [entry])
+    return Failed(
+        f"the model's logits after token {row.position - 1} contain NaN or only -inf: no token can "
+        "be sampled"
+    )
