@@ -124,16 +124,9 @@ class RequestUpdate:
     """What a step changed about one request."""
 
     request: Request
-    new_token_ids: list[int]
+    outcome: Outcome | None
+    """None if the step only computed prompt logprobs. Without tokens sampled after the end."""
     finish_reason: FinishReason | None = None
-    logprobs: list[TokenLogprobs] | None = None
-    """One entry for each of `new_token_ids`, if requested."""
     prompt_logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs_start: int = 0
     """Index of the first entry of `prompt_logprobs` among all of the prompt's."""
-    pooled: bytes | None = None
-    """float32: a vector, or the scores of a classifier."""
-    error: str | None = None
-    """Set where finish_reason is error."""
-    is_refused: bool = False
-    """The error is in the request itself: it can never be answered as asked."""

@@ -308,7 +308,7 @@ class Scheduler:
             request = self._requests.get(request_id)
             if request is not None:
                 self.finish(request, "error")
-                updates.append(RequestUpdate(request, [], "error", error=reason))
+                updates.append(RequestUpdate(request, Failed(reason), "error"))
         while self.running:
             self._requeue(self.running.pop())
         self.blocks.clear_cache()
@@ -471,29 +471,21 @@ class Scheduler:
         if num_tokens > (request.num_published_blocks + 1) * self.config.block_size:
             self._publish(request)
         if reason is None:
-            return RequestUpdate(request, sampled.token_ids, None, sampled.logprobs)
+            return RequestUpdate(request, sampled)
         self._end(request, reason)
         num_new, logprobs = num_tokens - num_before, sampled.logprobs
-        return RequestUpdate(
-            request,
-            sampled.token_ids[:num_new],
-            reason,
-            None if logprobs is None else logprobs[:num_new],
-        )
+        kept = Sampled(sampled.token_ids[:num_new], logprobs and logprobs[:num_new])
+        return RequestUpdate(request, kept, reason)
 
     def _end_with(self, request: Request, outcome: Pooled | Failed | Refused) -> RequestUpdate:
         """End a request whose outcome is its last: pooled output or an error."""
-        if isinstance(outcome, Pooled):
-            self._end(request, "stop")
-            return RequestUpdate(request, [], "stop", pooled=outcome.values)
         if isinstance(outcome, Failed):
             # keys and values may be as broken as the logits: no other request may find them, and
             # requests that share them already fail on their own logits
             self.blocks.unpublish(request.block_table)
-        self._end(request, "error")
-        return RequestUpdate(
-            request, [], "error", error=outcome.reason, is_refused=isinstance(outcome, Refused)
-        )
+        reason: FinishReason = "stop" if isinstance(outcome, Pooled) else "error"
+        self._end(request, reason)
+        return RequestUpdate(request, outcome, reason)
 
     @staticmethod
     def _add_prompt_logprobs(
@@ -508,9 +500,9 @@ class Scheduler:
             if update is None:
                 if request.epoch != planned.epoch or request.status is not RequestStatus.RUNNING:
                     continue
-                update = RequestUpdate(request, [])
+                update = RequestUpdate(request, None)
                 updates.append(update)
-            if update.error is None:
+            if update.finish_reason != "error":
                 update.prompt_logprobs = entries
                 update.prompt_logprobs_start = planned.start
 

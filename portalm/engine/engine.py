@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 from portalm.backend import Backend
 from portalm.config import EngineConfig
-from portalm.core.plan import RequestUpdate, Sampled, StepPlan, StepResult
+from portalm.core.plan import Pooled, Refused, RequestUpdate, Sampled, StepPlan, StepResult
 from portalm.core.request import Request
 from portalm.engine.messages import AddRequest, EngineReady, EngineStats, StepOutputs, TokenOutput
 from portalm.engine.setup import EngineSetup, Progress, set_up
@@ -316,18 +316,20 @@ class Engine:
         return StepOutputs(outputs, self.stats())
 
     def _output(self, update: RequestUpdate) -> TokenOutput:
-        request = update.request
+        request, outcome = update.request, update.outcome
         output = TokenOutput(
             request_id=request.request_id,
-            token_ids=update.new_token_ids,
+            token_ids=[],
             finish_reason=update.finish_reason,
             stop_reason=request.stop_reason if update.finish_reason else None,
-            logprobs=update.logprobs,
             num_cached_tokens=request.num_cached_tokens,
-            pooled=update.pooled,
-            error=update.error,
-            is_refused=update.is_refused,
         )
+        if isinstance(outcome, Sampled):
+            output.token_ids, output.logprobs = outcome.token_ids, outcome.logprobs
+        elif isinstance(outcome, Pooled):
+            output.pooled = outcome.values
+        elif outcome is not None:
+            output.error, output.is_refused = outcome.reason, isinstance(outcome, Refused)
         if self._scheduled_times:
             output.scheduled_time = self._scheduled_times.pop(request.request_id, None)
         if update.prompt_logprobs:
