@@ -54,7 +54,7 @@ def test_missing_module_is_reported_with_the_reason(monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "portalm_backends._cuda", None)
     monkeypatch.setitem(sys.modules, "portalm_backends._rocm", None)
 
-    assert "no nvcc was found" in str(native.missing("cuda", "sm_90"))
+    assert "nvcc was not found" in str(native.missing("cuda", "sm_90"))
     assert "a clang with amdgcn" in str(native.missing("rocm", "gfx942"))
 
 
