@@ -138,8 +138,8 @@ class SamplingParams:
     min_p: float = 0.0
     """Exclude tokens with less than this fraction of the highest probability; 0 to 1."""
     seed: int | None = None
-    """Seed of the random numbers: the same seed gives the same tokens, alone or in a batch. None: a
-    seed is chosen."""
+    """Seed of the random numbers: the same seed gives the same tokens, alone or in a batch. None:
+    derived from the engine's seed."""
     stop: tuple[str, ...] = ()
     """Texts that end the answer when generated. A single string is accepted."""
     stop_token_ids: tuple[int, ...] = ()

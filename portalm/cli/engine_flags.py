@@ -12,124 +12,152 @@ from portalm.config import QUANTIZATIONS
 _DTYPES = ("auto", "float32", "float16", "bfloat16")
 
 
+class _Flags:
+    """An argument group whose flags have no default: `EngineConfig` has it."""
+
+    def __init__(self, parser: argparse.ArgumentParser, title: str) -> None:
+        self._group = parser.add_argument_group(title)
+
+    def add(self, *names: str, help: str, **options: Any) -> None:
+        self._group.add_argument(*names, help=help, default=argparse.SUPPRESS, **options)
+
+
 def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     """Add one flag per setting. A flag that is not given leaves `EngineConfig`'s default."""
-    flags = parser.add_argument_group("engine")
-
-    def add(name: str, help: str, **options: Any) -> None:
-        flags.add_argument(name, help=help, default=argparse.SUPPRESS, **options)
-
-    flags.add_argument(
+    parser.add_argument(
         "--config",
         metavar="FILE",
         help="YAML file of flags by name; flags on the command line override it (default: none)",
     )
-    add("--model", "local folder, .gguf file, or Hugging Face id of the model")
-    add(
+    _add_model_flags(_Flags(parser, "model"))
+    _add_memory_flags(_Flags(parser, "memory"))
+    _add_scheduling_flags(_Flags(parser, "scheduling"))
+
+
+def _add_model_flags(flags: _Flags) -> None:
+    """Add flags for the model, its device and its checkpoint."""
+    flags.add("--model", help="local folder, .gguf file, or Hugging Face id of the model")
+    flags.add(
         "--tokenizer",
-        "local folder or Hugging Face id of the tokenizer (default: the model's own)",
+        help="local folder or Hugging Face id of the tokenizer (default: the model's own)",
     )
-    add("--device", "backend to run on, or auto for the fastest; see `portalm devices`")
-    add(
+    flags.add(
+        "--revision",
+        help="branch, tag or commit on the Hugging Face hub (default: the default branch)",
+    )
+    flags.add(
+        "--load-format",
+        help="format of the checkpoint; auto detects it, dummy makes random weights for tests",
+        choices=("auto", "safetensors", "gguf", "dummy"),
+    )
+    flags.add(
+        "--trust-remote-code",
+        help="let a tokenizer run Python code from its repository",
+        action="store_true",
+    )
+    flags.add(
+        "--hf-overrides",
+        help="JSON object of values that replace those of config.json (default: none)",
+        type=json.loads,
+    )
+    flags.add(
+        "--chat-template", help="Jinja chat template, or the path of one (default: the model's own)"
+    )
+    flags.add("--device", help="backend to run on, or auto for the fastest; see `portalm devices`")
+    flags.add(
         "--dtype",
-        "data type of weights and activations; auto is the checkpoint's if the device supports it",
+        help="data type of weights and activations; auto is the checkpoint's if the device "
+        "supports it",
         choices=_DTYPES,
     )
-    add(
+    flags.add(
         "--quantization",
-        "how weights are computed: auto keeps the checkpoint's quantization where the device "
+        help="how weights are computed: auto keeps the checkpoint's quantization where the device "
         "supports it; none dequantizes to --dtype; int8, int4 and fp8 round weights that have more "
         "bits, and activations to 8 bits; the name of a scheme is auto, but requires it of the "
         "checkpoint",
         choices=QUANTIZATIONS,
     )
-    add(
+    flags.add(
+        "--cpu-threads",
+        help="number of compute threads on the CPU (default: one per core that the process may "
+        "use)",
+        type=int,
+    )
+    flags.add(
+        "--enforce-eager",
+        help="run steps without capturing them as graphs (slower; for debugging)",
+        action="store_true",
+    )
+
+
+def _add_memory_flags(flags: _Flags) -> None:
+    """Add flags for the context length and the KV cache."""
+    flags.add(
         "--max-model-len",
-        "maximum tokens of a prompt and its answer together, for example 4096 or 32k "
+        help="maximum tokens of a prompt and its answer together, for example 4096 or 32k "
         "(default: auto, the model's longest context)",
         type=_length,
     )
-    add("--block-size", "number of tokens per KV block", type=int)
-    flags.add_argument(
+    flags.add("--block-size", help="number of tokens per KV block", type=int)
+    flags.add(
         "--gpu-memory-utilization",
         "--device-memory-utilization",
         dest="gpu_memory_utilization",
         help="fraction of the device's memory to use, above 0 and at most 1 (default: 0.9 of the "
         "device's own memory; of memory shared with the host, what --max-num-seqs can use)",
         type=float,
-        default=argparse.SUPPRESS,
     )
-    add(
+    flags.add(
         "--kv-cache-memory-bytes",
-        "size of the KV cache in bytes; overrides --gpu-memory-utilization "
+        help="size of the KV cache in bytes; overrides --gpu-memory-utilization "
         "(default: what memory allows)",
         type=int,
     )
-    add(
+    flags.add(
         "--kv-cache-dtype",
-        "data type of cached keys and values; auto is --dtype; int8 and fp8 store 8 bits and a "
-        "scale per token and head",
+        help="data type of cached keys and values; auto is --dtype; int8 and fp8 store 8 bits and "
+        "a scale per token and head",
         choices=(*_DTYPES, *SCALED_KV_DTYPES),
     )
-    add(
+    flags.add(
         "--num-gpu-blocks-override",
-        "number of KV blocks to allocate; overrides every other size (default: what memory allows)",
+        help="number of KV blocks to allocate; overrides every other size "
+        "(default: what memory allows)",
         type=int,
     )
-    add(
-        "--cpu-threads",
-        "number of compute threads on the CPU (default: one per core that the process may use)",
-        type=int,
-    )
-    add("--max-num-seqs", "maximum number of requests in one step", type=int)
-    add("--max-num-batched-tokens", "maximum number of tokens computed in one step", type=int)
-    add(
-        "--enable-chunked-prefill",
-        "split long prompts over several steps",
-        action=argparse.BooleanOptionalAction,
-    )
-    add(
+    flags.add(
         "--enable-prefix-caching",
-        "reuse KV blocks of earlier requests that began with the same tokens",
+        help="reuse KV blocks of earlier requests that began with the same tokens",
         action=argparse.BooleanOptionalAction,
     )
-    add(
+
+
+def _add_scheduling_flags(flags: _Flags) -> None:
+    """Add flags for batching, scheduling and limits of requests."""
+    flags.add("--max-num-seqs", help="maximum number of requests in one step", type=int)
+    flags.add(
+        "--max-num-batched-tokens", help="maximum number of tokens computed in one step", type=int
+    )
+    flags.add(
+        "--enable-chunked-prefill",
+        help="split long prompts over several steps",
+        action=argparse.BooleanOptionalAction,
+    )
+    flags.add(
         "--scheduling-policy",
-        "order of waiting requests: by arrival, or by priority (lower first)",
+        help="order of waiting requests: by arrival, or by priority (lower first)",
         choices=("fcfs", "priority"),
     )
-    add(
+    flags.add(
         "--async-scheduling",
-        "plan a step while the previous one runs, if the backend supports it",
+        help="plan a step while the previous one runs, if the backend supports it",
         action=argparse.BooleanOptionalAction,
     )
-    add(
-        "--load-format",
-        "format of the checkpoint; auto detects it, dummy makes random weights for tests",
-        choices=("auto", "safetensors", "gguf", "dummy"),
+    flags.add("--seed", help="seed of requests that have none", type=int)
+    flags.add(
+        "--max-logprobs", help="maximum value of a request's logprobs and prompt_logprobs", type=int
     )
-    add(
-        "--revision",
-        "branch, tag or commit on the Hugging Face hub (default: the default branch)",
-    )
-    add(
-        "--trust-remote-code",
-        "let a tokenizer run Python code from its repository",
-        action="store_true",
-    )
-    add(
-        "--hf-overrides",
-        "JSON object of values that replace those of config.json (default: none)",
-        type=json.loads,
-    )
-    add("--seed", "seed of requests that have none", type=int)
-    add(
-        "--enforce-eager",
-        "run steps without capturing them as graphs (slower; for debugging)",
-        action="store_true",
-    )
-    add("--max-logprobs", "maximum value of a request's logprobs and prompt_logprobs", type=int)
-    add("--chat-template", "Jinja chat template, or the path of one (default: the model's own)")
 
 
 def engine_settings(arguments: argparse.Namespace) -> dict[str, Any]:
