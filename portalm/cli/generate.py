@@ -32,7 +32,8 @@ def add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--sampling-seed",
         type=int,
         default=None,
-        help="seed of the random numbers: the same seed gives the same answer (default: derived from --seed)",
+        help="seed of the random numbers: the same seed gives the same answer "
+        "(default: derived from --seed)",
     )
     parser.add_argument("--quiet", action="store_true", help="print only the answer")
     add_engine_flags(parser)
