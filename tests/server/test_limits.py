@@ -1,4 +1,4 @@
-"""Load and hostile clients: limits hold exactly, and who is in the way pays alone."""
+"""Load and hostile clients: limits are exact, and a bad client does not affect others."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.server.conftest import RunningServer, make_model_folder, running_serv
 
 NULL = ("--device", "null", "--load-format", "dummy")
 LONG: dict[str, Any] = {"prompt": "w5", "max_tokens": 19_000, "ignore_eos": True}
-"""Many seconds on a device that answers at once; all tests abort it."""
+"""A request that takes many seconds even on the null device; all tests abort it."""
 SHORT = {"prompt": "w5 w6", "max_tokens": 4, "ignore_eos": True}
 KEYS = {"one": {"Authorization": "Bearer one"}, "two": {"Authorization": "Bearer two"}}
 
@@ -35,7 +35,7 @@ def make_long_model(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
-    """One request runs at a time, eight may wait, for two seconds."""
+    """A server that runs one request at a time; up to eight wait, at most two seconds."""
     folder = make_long_model(tmp_path_factory.mktemp("limits") / "tiny")
     flags = ("--max-num-seqs", "1", "--max-num-queued-reqs", "8", "--max-num-queued-tokens", "300",
              "--queue-timeout", "2", "--scheduling-policy", "priority")  # fmt: skip
@@ -51,7 +51,7 @@ def http(server: RunningServer) -> Iterator[httpx.Client]:
 
 
 class Raw:
-    """A client that sends a request and does as it likes then."""
+    """A client on a raw socket that sends a request, and may disconnect or not read."""
 
     def __init__(
         self,
@@ -74,7 +74,7 @@ class Raw:
         )
 
     def answer(self) -> tuple[int, bytes, dict]:
-        """Status, headers and body, once they are there."""
+        """Wait for the response; returns its status, headers and body."""
         data = b""
         while not data.endswith(b"}"):
             data += self.socket.recv(1 << 16)
@@ -91,7 +91,7 @@ class Raw:
 
 @pytest.fixture
 def busy(server: RunningServer, http: httpx.Client) -> Iterator[None]:
-    """One request runs, and goes on."""
+    """Keep one request running during the test."""
     with Raw(server, LONG):
         server.wait_for("num_requests_running", 1)
         yield
@@ -100,7 +100,7 @@ def busy(server: RunningServer, http: httpx.Client) -> Iterator[None]:
 # -- admission --------------------------------------------------------------------------------
 
 
-def test_of_a_burst_exactly_as_many_wait_as_may(
+def test_exactly_the_allowed_number_of_a_burst_waits(
     server: RunningServer, http: httpx.Client, busy: None
 ) -> None:
     asked = [Raw(server, SHORT) for _ in range(24)]
@@ -112,21 +112,21 @@ def test_of_a_burst_exactly_as_many_wait_as_may(
         assert error["error"]["type"]
 
 
-def test_prompt_tokens_that_wait_are_bounded(server: RunningServer, http, busy: None) -> None:
+def test_waiting_prompt_tokens_are_limited(server: RunningServer, http, busy: None) -> None:
     with Raw(server, {**SHORT, "prompt": [5] * 200}):
         server.wait_for("num_requests_waiting", 1)
 
         refused = http.post("/v1/completions", json={**SHORT, "prompt": [5] * 101})
-        let_in = http.post("/v1/completions", json={**SHORT, "prompt": [5] * 100, "stream": True})
+        accepted = http.post("/v1/completions", json={**SHORT, "prompt": [5] * 100, "stream": True})
 
     assert refused.status_code == 429
     assert "200 prompt tokens are waiting" in refused.json()["error"]["message"]
-    assert let_in.status_code == 503  # it waited two seconds
+    assert accepted.status_code == 503  # it waited two seconds
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_request_that_waits_too_long_is_503(http, busy: None, path: str, stream: bool) -> None:
+def test_request_that_waits_too_long_is_a_503(http, busy: None, path: str, stream: bool) -> None:
     body = {**SHORT, "stream": stream}
     if "chat" in path:
         del body["prompt"]
@@ -141,14 +141,14 @@ def test_a_request_that_waits_too_long_is_503(http, busy: None, path: str, strea
     assert 1.9 < time.monotonic() - started < 10
 
 
-def test_who_comes_to_an_empty_queue_is_let_in(http) -> None:
+def test_request_to_an_empty_queue_is_always_accepted(http) -> None:
     response = http.post("/v1/completions", json={**SHORT, "prompt": ["w5"] * 20})
 
     assert response.status_code == 200
     assert len(response.json()["choices"]) == 20
 
 
-def test_a_lower_priority_value_is_served_first(server: RunningServer, http) -> None:
+def test_lower_priority_value_is_served_first(server: RunningServer, http) -> None:
     with Raw(server, LONG):
         server.wait_for("num_requests_running", 1)
         asked = {
@@ -166,7 +166,7 @@ def test_a_lower_priority_value_is_served_first(server: RunningServer, http) -> 
     assert ended == [-3, 1, 2]
 
 
-def test_one_tenants_queue_does_not_hold_up_another(tmp_path: Path) -> None:
+def test_one_tenants_queue_does_not_delay_another(tmp_path: Path) -> None:
     folder = make_long_model(tmp_path / "tiny")
     flags = ("--max-num-seqs", "4", "--api-key", "one", "--api-key", "two")
     with running_server(str(folder), *NULL, *flags) as server, server.client() as http:
@@ -185,20 +185,20 @@ def test_one_tenants_queue_does_not_hold_up_another(tmp_path: Path) -> None:
         while server.metric("num_requests_waiting") < 900:
             time.sleep(0.01)
         single = http.post("/v1/completions", json=SHORT, headers=KEYS["two"])
-        waited_behind_all = done.is_set()
+        waited_for_all = done.is_set()
         waiting = server.metric("num_requests_waiting")
         thread.join(60)
 
     assert single.status_code == 200
-    assert not waited_behind_all
+    assert not waited_for_all
     assert waiting > 500
 
 
-# -- clients that leave, or do not read -------------------------------------------------------
+# -- clients that disconnect, or do not read --------------------------------------------------
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_disconnect_aborts_the_request(server: RunningServer, http, stream: bool) -> None:
+def test_disconnect_aborts_the_request(server: RunningServer, http, stream: bool) -> None:
     def num_tokens() -> float:
         return server.metric("generation_tokens_total")
 
@@ -215,7 +215,7 @@ def test_a_disconnect_aborts_the_request(server: RunningServer, http, stream: bo
         num_after += num_tokens() - at_disconnect
 
     assert server.metric("kv_blocks_used") == 0
-    # of four together, at the speed that the engine had on this machine just before
+    # seconds of work after the four disconnects, at the engine's speed just before them
     assert num_after / (num_before / seconds) < 2
     last = num_tokens()
     time.sleep(0.2)
@@ -230,27 +230,27 @@ def test_a_disconnect_aborts_the_request(server: RunningServer, http, stream: bo
         ("/v1/responses", {"input": "w5"}),
     ],
 )
-def test_an_answer_that_nobody_waits_for_is_counted_and_no_error(
+def test_disconnect_is_counted_as_499_and_logs_no_error(
     server: RunningServer, http, path: str, body: dict[str, object]
 ) -> None:
-    before = num_left(http, path)
+    before = num_disconnected(http, path)
     with Raw(server, body, path=path):
         server.wait_for("num_requests_running", 1)
     server.wait_for("num_requests_running", 0, seconds=2)
 
     end = time.monotonic() + 5
-    while num_left(http, path) == before:
+    while num_disconnected(http, path) == before:
         assert time.monotonic() < end
     assert not [line for line in server.output if "Traceback" in line]
 
 
-def num_left(http: httpx.Client, path: str) -> float:
-    """Answers of this endpoint whose client had left."""
+def num_disconnected(http: httpx.Client, path: str) -> float:
+    """Number of responses of this endpoint whose client had disconnected (status 499)."""
     pattern = rf'portalm:http_requests_total{{handler="{path}",[^}}]*status="499"}} (\S+)'
     return sum(map(float, re.findall(pattern, http.get("/metrics").text)))
 
 
-def test_a_slow_reader_costs_only_itself(tmp_path: Path) -> None:
+def test_slow_reader_does_not_delay_others(tmp_path: Path) -> None:
     def memory(server: RunningServer) -> float:
         text = Path(f"/proc/{server.process.pid}/status").read_text()
         return int(re.findall(r"VmRSS:\s+(\d+)", text)[0]) / 1024
@@ -262,12 +262,13 @@ def test_a_slow_reader_costs_only_itself(tmp_path: Path) -> None:
         before = memory(server)
         with Raw(server, slow, buffer=4096), Raw(server, slow, buffer=4096):
             server.wait_for("num_requests_running", 2)
-            beside = timed_stream(http)
-            server.wait_for("num_requests_running", 0, seconds=90)  # it needs no reader
+            with_slow_readers = timed_stream(http)
+            # the requests finish although their answers are not read
+            server.wait_for("num_requests_running", 0, seconds=90)
             grown = memory(server) - before
 
-    assert beside < 5 * alone + 1
-    assert grown < 40  # MiB; a delta for each token would be more
+    assert with_slow_readers < 5 * alone + 1
+    assert grown < 40  # MiB; queueing one delta per token would take more
 
 
 def timed_stream(http: httpx.Client) -> float:
@@ -308,7 +309,7 @@ def timed_stream(http: httpx.Client) -> float:
     ],
     ids=lambda x: str(x)[:24],
 )
-def test_what_is_too_much_is_refused_with_its_name(http, body, status, about) -> None:
+def test_excessive_values_are_rejected_naming_the_field(http, body, status, about) -> None:
     response = http.post(
         "/v1/completions", content=json.dumps({**SHORT, **body}),
         headers={"Content-Type": "application/json"},
@@ -319,15 +320,15 @@ def test_what_is_too_much_is_refused_with_its_name(http, body, status, about) ->
     assert len(response.content) < 4096
 
 
-def test_a_long_text_does_not_hold_up_others(server: RunningServer, http) -> None:
-    text = "w5 " * 100_000  # more tokens than fit, but not so many that they are not counted
+def test_tokenizing_a_long_text_does_not_delay_others(server: RunningServer, http) -> None:
+    text = "w5 " * 100_000  # too many tokens, but short enough to be tokenized and counted
 
     def ask() -> int:
         with server.client() as client:
             return client.post("/tokenize", json={"prompt": text}).status_code
 
-    shares = []  # how much of the time that tokenizing takes the slowest other request takes
-    for _ in range(3):  # a busy machine may hold one up; a server that blocks holds up all
+    shares = []  # time of the slowest other request, as a share of the time of tokenizing
+    for _ in range(3):  # a busy machine may delay one round; a server that blocks delays all
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
             started, slowest = time.monotonic(), 0.0
             asked = pool.submit(ask)
@@ -341,7 +342,7 @@ def test_a_long_text_does_not_hold_up_others(server: RunningServer, http) -> Non
     assert min(shares) < 0.5
 
 
-def test_a_body_without_a_length_is_bounded_too(http) -> None:
+def test_body_without_a_length_is_limited_too(http) -> None:
     response = http.post(
         "/v1/completions",
         content=(b" " * (1 << 20) for _ in range(40)),
@@ -352,7 +353,7 @@ def test_a_body_without_a_length_is_bounded_too(http) -> None:
     assert response.json()["error"]["type"] == "invalid_request_error"
 
 
-def test_headers_are_bounded(server: RunningServer, http) -> None:
+def test_headers_are_limited(server: RunningServer, http) -> None:
     host, port = server.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=10) as raw:
         raw.sendall(b"GET /health HTTP/1.1\r\n")
@@ -368,13 +369,13 @@ def test_headers_are_bounded(server: RunningServer, http) -> None:
             try:
                 answer = raw.recv(4096)
             except OSError:
-                answer = b"HTTP/1.1 400"  # closed with our headers unread
+                answer = b"HTTP/1.1 400"  # the server closed the connection with unread headers
 
     assert answer.startswith(b"HTTP/1.1 400")
     assert http.get("/health/live").status_code == 200
 
 
-def test_an_id_that_is_in_use_is_refused_and_free_again(server: RunningServer, http) -> None:
+def test_request_id_in_use_is_rejected_and_can_be_reused_later(server: RunningServer, http) -> None:
     with Raw(server, {**LONG, "request_id": "mine"}):
         server.wait_for("num_requests_running", 1)
         again = http.post("/v1/completions", json={**SHORT, "request_id": "mine"})
@@ -383,7 +384,7 @@ def test_an_id_that_is_in_use_is_refused_and_free_again(server: RunningServer, h
 
     assert again.status_code == 400
     assert again.json()["error"]["param"] == "request_id"
-    assert of_two.status_code == 503  # it waited
+    assert of_two.status_code == 503  # it waited too long
     freed = http.post("/v1/completions", json={**SHORT, "request_id": "mine"})
     assert freed.status_code == 200
 
@@ -402,7 +403,7 @@ def test_an_id_that_is_in_use_is_refused_and_free_again(server: RunningServer, h
     ],
     ids=lambda more: str(more)[:50],
 )
-def test_a_request_brings_no_program(http, more: dict[str, object]) -> None:
+def test_requests_cannot_set_templates_or_reserved_variables(http, more: dict[str, object]) -> None:
     body = {"messages": [{"role": "user", "content": "w5"}], "max_tokens": 1, **more}
 
     response = http.post("/v1/chat/completions", json=body)
