@@ -56,12 +56,12 @@ def tenant_of(request: Request) -> str:
     return getattr(request.state, "tenant", "")
 
 
-def salt_for(request: Request, asked: str | None) -> str:
+def salt_for(request: Request, cache_salt: str | None) -> str:
     """Salt of the prefix cache, so that no tenant can detect another's prompts by their speed."""
     tenant = tenant_of(request)
     if not tenant:
-        return asked or ""
-    return hashlib.sha256(f"{tenant}:{asked or ''}".encode(errors="surrogatepass")).hexdigest()
+        return cache_salt or ""
+    return hashlib.sha256(f"{tenant}:{cache_salt or ''}".encode(errors="surrogatepass")).hexdigest()
 
 
 def _limited(receive: Receive) -> Receive:

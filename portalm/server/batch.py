@@ -54,7 +54,7 @@ class BatchRunner:
         async with httpx.AsyncClient(
             transport=transport, base_url="http://batch", timeout=None
         ) as http:
-            reading = asyncio.create_task(self._ask_all(http, lines, answers))
+            reading = asyncio.create_task(self._process_all(http, lines, answers))
             try:
                 while (answer := await answers.get()) is not None:
                     if isinstance(answer, BaseException):
@@ -65,15 +65,15 @@ class BatchRunner:
                 reading.cancel()
                 await asyncio.gather(reading, return_exceptions=True)
 
-    async def _ask_all(
+    async def _process_all(
         self,
         http: httpx.AsyncClient,
         lines: AsyncIterator[bytes],
         answers: asyncio.Queue[dict[str, Any] | BaseException | None],
     ) -> None:
-        asking: set[asyncio.Task[None]] = set()
+        running: set[asyncio.Task[None]] = set()
 
-        async def ask(number: int, line: bytes) -> None:
+        async def process(number: int, line: bytes) -> None:
             try:
                 answers.put_nowait(await self._answer(http, number, line))
             except Exception as error:
@@ -85,28 +85,28 @@ class BatchRunner:
             async for line in lines:
                 number += 1
                 if line.strip():
-                    task = asyncio.create_task(ask(number, line))
-                    asking.add(task)
-                    task.add_done_callback(asking.discard)
+                    task = asyncio.create_task(process(number, line))
+                    running.add(task)
+                    task.add_done_callback(running.discard)
                     await self._room.acquire()
-            await asyncio.gather(*asking)
+            await asyncio.gather(*running)
             answers.put_nowait(None)
         except Exception as error:  # the file cannot be read
             answers.put_nowait(error)
         finally:
-            for task in asking:
+            for task in running:
                 task.cancel()
 
     async def _answer(self, http: httpx.AsyncClient, number: int, line: bytes) -> dict[str, Any]:
         custom_id: str | None = None
         try:
-            asked = _parse(line)
-            custom_id = asked.get("custom_id")
-            self._check(asked)
+            request = _parse(line)
+            custom_id = request.get("custom_id")
+            self._check(request)
         except BadLine as problem:
             error = {"code": "invalid_line", "message": f"line {number}: {problem}"}
             return _result(custom_id, response=None, error=error)
-        answer = await http.post(asked["url"], json=asked["body"])
+        answer = await http.post(request["url"], json=request["body"])
         response = {
             "status_code": answer.status_code,
             "request_id": new_id("req"),
@@ -114,31 +114,31 @@ class BatchRunner:
         }
         return _result(custom_id, response=response, error=None)
 
-    def _check(self, asked: dict[str, Any]) -> None:
-        custom_id, url = asked.get("custom_id"), asked.get("url")
+    def _check(self, request: dict[str, Any]) -> None:
+        custom_id, url = request.get("custom_id"), request.get("url")
         if not isinstance(custom_id, str) or not custom_id:
             raise BadLine("custom_id must be a non-empty string")
         if custom_id in self._seen_ids:
             raise BadLine(f"custom_id {custom_id!r} was used by an earlier line")
         self._seen_ids.add(custom_id)
-        if asked.get("method") != "POST":
-            raise BadLine(f"method must be POST, not {asked.get('method')!r}")
+        if request.get("method") != "POST":
+            raise BadLine(f"method must be POST, not {request.get('method')!r}")
         if url not in self._urls:
             raise BadLine(f"url must be one of {', '.join(self._urls)}, not {url!r}")
-        if not isinstance(asked.get("body"), dict):
+        if not isinstance(request.get("body"), dict):
             raise BadLine("body must be an object: the request to send to that url")
-        if asked["body"].get("stream"):
+        if request["body"].get("stream"):
             raise BadLine("stream must be false: each response is one line")
 
 
 def _parse(line: bytes) -> dict[str, Any]:
     try:
-        asked = json.loads(line)
+        request = json.loads(line)
     except ValueError as error:
         raise BadLine(f"not valid JSON: {error}") from None
-    if not isinstance(asked, dict):
+    if not isinstance(request, dict):
         raise BadLine("not a JSON object")
-    return asked
+    return request
 
 
 def _body(answer: httpx.Response) -> Any:

@@ -128,12 +128,12 @@ async def search_beams(
 
 async def _run(state: ServerState, searches: Sequence[_Search]) -> None:
     """Extend all searches by one token at a time until each is finished."""
-    while open_ones := [one for one in searches if one.search.running]:
-        asked = [await one.next_inputs(state) for one in open_ones]
+    while running := [one for one in searches if one.search.running]:
+        step_inputs = [await one.next_inputs(state) for one in running]
         found: dict[str, list[tuple[int, float]]] = {}
         deltas = state.client.generate(
-            [beam for inputs in asked for beam in inputs],
-            open_ones[0].search.step_params,
+            [beam for inputs in step_inputs for beam in inputs],
+            running[0].search.step_params,
             queue_timeout_s=state.queue_timeout_s,
         )
         async for delta in deltas:
@@ -141,5 +141,5 @@ async def _run(state: ServerState, searches: Sequence[_Search]) -> None:
                 raise error
             if delta.final is not None:
                 found[delta.request_id] = top_tokens(delta.final.outputs[0])
-        for one, inputs in zip(open_ones, asked, strict=True):
+        for one, inputs in zip(running, step_inputs, strict=True):
             one.search.advance([found[beam.request_id] for beam in inputs])

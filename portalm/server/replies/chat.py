@@ -90,7 +90,7 @@ async def chat_chunks(
 
 
 class _ChatStream:
-    """Turns what the engine adds to the answers into chunks."""
+    """Turns deltas of the engine into chunks."""
 
     def __init__(self, shape: ChatShape, head: dict[str, Any]) -> None:
         self._shape = shape
@@ -104,7 +104,7 @@ class _ChatStream:
         self._is_begun = False
 
     def chunks(self, delta: AnswerDelta) -> Iterator[dict[str, Any]]:
-        """Chunks for what `delta` adds to one answer."""
+        """Chunks that can be sent after `delta`."""
         if not self._is_begun:  # not earlier: an error in the queue is replied to with a status
             self._is_begun = True
             for index in range(self._num_answers):

@@ -80,7 +80,7 @@ class ChoiceShape:
             offset=len(self._echo(one)) if self.body.echo else 0,
         )
 
-    def as_asked(self, answer: AnswerT) -> AnswerT:
+    def without_forced_token(self, answer: AnswerT) -> AnswerT:
         """`answer` without the token that the engine must sample even if max_tokens is 0."""
         if not self.body.scores_only:
             return answer

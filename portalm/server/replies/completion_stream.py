@@ -63,7 +63,7 @@ class CompletionStream:
                 return
             self._prompt_logprobs[i] = delta.prompt_logprobs
         for one in (delta, *self._held.pop(i, ())):
-            yield from self._answer_chunks(i, self._shape.as_asked(one))
+            yield from self._answer_chunks(i, self._shape.without_forced_token(one))
 
     def closing(self) -> Iterator[dict[str, Any]]:
         """The final chunk with the usage and no choices, if it was requested."""

@@ -83,7 +83,7 @@ async def _unnumbered_events(run: ResponseRun) -> AsyncGenerator[Event, None]:
             response["status"] = "cancelled"
         response["completed_at"] = int(time.time())
         if run.is_stored and (is_begun or response["background"]):
-            with contextlib.suppress(StoreFull):  # retrieving it gives a 404 that says so
+            with contextlib.suppress(StoreFull):  # retrieving it later gives a 404
                 run.state.responses.put(run.tenant, run.stored)
 
 

@@ -61,7 +61,7 @@ async def completions(
     else:
         answers = await search_beams(request, state, inputs, replace(params, n=body.n), beams)
     for output in answers.outputs:
-        output.outputs = [shape.as_asked(answer) for answer in output.outputs]
+        output.outputs = [shape.without_forced_token(answer) for answer in output.outputs]
     usage = answers.usage()  # before all but the best n candidates are dropped
     choices = [
         {"index": i * body.n + rank, **shape.whole(inputs[i], output.prompt_logprobs, answer)}

@@ -73,7 +73,7 @@ class CompletionRequest(SamplingFields):
         return self.best_of
 
     def prompts(self) -> list[str | list[int]]:
-        """One or more prompts, however they were given. Raises `InvalidRequest`."""
+        """The prompts as a list, whichever form was sent. Raises `InvalidRequest`."""
         if isinstance(self.prompt, str):
             return [self.prompt]
         if not self.prompt:
