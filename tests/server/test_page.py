@@ -143,13 +143,13 @@ class Browser:
     def is_enabled(self, selector: str) -> bool:
         return bool(self.driver.find_element("css selector", selector).is_enabled())
 
-    def wait(self, condition: Callable[[], object], seconds: float = 20) -> None:
+    def wait(self, condition: Callable[[], object], seconds: float = 60) -> None:
         end = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < end, f"timed out; the page: {self.text('body')}"
             time.sleep(0.05)
 
-    def wait_for_state(self, state: str, seconds: float = 20) -> None:
+    def wait_for_state(self, state: str, seconds: float = 60) -> None:
         self.wait(lambda: self.text("#state") == state, seconds)
 
     def say(self, message: str) -> None:
@@ -408,7 +408,7 @@ def test_page_shows_the_servers_state_from_loading_to_shutdown(
         assert not browser.is_shown("#notice")
 
         server.process.send_signal(signal.SIGTERM)
-        server.process.wait(20)
+        server.process.wait(60)
         browser.wait_for_state("no connection")
         assert not browser.is_enabled("#send")
         assert browser.text("#notice").startswith("No connection")
