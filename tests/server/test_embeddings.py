@@ -144,7 +144,7 @@ def test_pairs_are_scored_by_cosine_similarity(http: httpx.Client) -> None:
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ({"text_1": ["a", "b"], "text_2": ["c", "d", "e"]}, "text_1 has 2 texts and text_2 3"),
+        ({"text_1": ["a", "b"], "text_2": ["c", "d", "e"]}, "text_1 has 2 texts and text_2 has 3"),
         ({"text_1": "a"}, "send either text_1 and text_2, or queries and documents"),
         ({"text_1": "a", "documents": "b"}, "send either text_1 and text_2"),
         ({"text_1": "a", "text_2": []}, "text_2 must not be empty"),
