@@ -12,9 +12,9 @@ BENCH_ARGS ?=
 PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint ci/constraints.txt
 BIN := $(VENV)/bin
 # Folders whose tests use one thread each run in parallel; the others start servers, measure time or
-# compute with all cores.
+# compute with all cores. tests/xla needs JAX: the job tpu of ci/matrix.yml runs it.
 PARALLEL_TESTS := tests/architecture tests/unit tests/models tests/conformance tests/gpu
-SERIAL_TESTS := tests/docs tests/engine tests/server tests/xla
+SERIAL_TESTS := tests/docs tests/engine tests/server
 PYTEST_PARALLEL := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 NATIVE := $(shell find csrc_cpu csrc_cuda csrc_rocm -type f 2>/dev/null)
 NATIVE_CODE := $(filter %.h %.cpp %.cuh %.cu %.hip,$(NATIVE) $(wildcard tests/gpu/emulator/*))
