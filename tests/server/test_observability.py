@@ -293,8 +293,8 @@ def test_unreachable_collector_is_warned_about_once(
     assert f"cannot be sent to {collector.url}/v1/traces" in warning
     assert collector.num_refused == 1
 
-    monkeypatch.setattr(tracing, "_TRY_AGAIN_S", 0.0)
-    tracer._exporter._try_again = 0.0
+    monkeypatch.setattr(tracing, "_RETRY_AFTER_S", 0.0)
+    tracer._exporter._retry_time = 0.0
     assert send() == [warning]
     collector.is_down = False
     assert send() == [warning, "traces can be sent again; 8 spans were lost"]
