@@ -40,7 +40,7 @@ $(VENV)/bin/pip:
 # torch first and pinned, so that nothing resolves it to a build of many gigabytes
 $(VENV)/.torch: ci/constraints.txt | $(VENV)/bin/pip
 	$(PIP) $(TORCH_ARGS) torch
-	$(PIP) scikit-build-core nanobind ninja
+	$(PIP) scikit-build-core nanobind ninja $$(command -v cmake >/dev/null || echo cmake)
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml CMakeLists.txt $(NATIVE)
