@@ -87,11 +87,11 @@ def mixture(backend: Backend, shape: Mixture) -> Callable[[int], Work]:
     def work(num_tokens: int) -> Work:
         x = torch.randn(num_tokens, hidden).to(_DTYPE)
         rng, k = np.random.default_rng(num_tokens), shape.top_k
-        draws = [  # different experts in each call, so that they are not in the CPU cache
+        choices = [  # different experts in each call, so that they are not in the CPU cache
             np.stack([rng.permutation(shape.num_experts)[:k] for _ in range(num_tokens)])
             for _ in range(8)
         ]
-        ids = [torch.from_numpy(draw.astype(np.int32)) for draw in draws]
+        ids = [torch.from_numpy(choice.astype(np.int32)) for choice in choices]
         shares = torch.full((num_tokens, k), 1 / k)
         turn = 0
 
@@ -101,7 +101,7 @@ def mixture(backend: Backend, shape: Mixture) -> Callable[[int], Work]:
             backend.moe(x, ids[turn], shares, experts)
 
         weights = 3 * hidden * inner
-        chosen = statistics.mean(len(np.unique(draw)) for draw in draws)
+        chosen = statistics.mean(len(np.unique(choice)) for choice in choices)
         return Work(call, ((chosen * weights * 2, 2 * num_tokens * k * weights),))
 
     return work

@@ -36,7 +36,7 @@ def derived_fields(*names: str) -> Any:
 
 
 def sampling_values(body: BaseModel) -> dict[str, Any]:
-    """Sampling parameters in `body` by name; null, which stands for the default, is left out."""
+    """Sampling parameters in `body` by name, without those that are null (the default)."""
     values = {
         name: getattr(body, name) for name in SAMPLING_FIELDS if name in type(body).model_fields
     }

@@ -59,7 +59,7 @@ class SamplingFields(_DerivedFields):
     priority: int = 0
     cache_salt: str | None = None
 
-    # narrower than in SamplingParams: lists are limited, null stands for the default
+    # narrower than in SamplingParams: lists have limits, null means the default
     temperature: float | None = None
     top_p: float | None = None
     stop: StopText | Annotated[list[StopText], Field(fail_fast=True, max_length=64)] | None = None
