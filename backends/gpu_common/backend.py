@@ -28,7 +28,7 @@ from portalm.backend import (
     StepMeta,
 )
 from portalm.errors import BackendError, Unsupported
-from portalm_backends.gpu_common import memory, native
+from portalm_backends.gpu_common import memory, native, tiles
 from portalm_backends.gpu_common.archs import Arch
 from portalm_backends.gpu_common.device import Gpu, error_kind
 from portalm_backends.gpu_common.graph import Graphs, decode_buckets
@@ -88,7 +88,7 @@ class GpuBackend(TorchBackend):
         self._experts: WeakKeyDictionary[Experts, tuple[ExpertWeights | None, ...]]
         self._experts = WeakKeyDictionary()
         """Grouped weights of each layer's experts: gate and up, then down."""
-        self._family = attention.family_of(self.arch.name)
+        self._family = tiles.family_of(self.arch.name)
         self._transfers = Transfers(gpu)
         self._graphs = Graphs(gpu, self._transfers, self._sample)
 

@@ -21,6 +21,7 @@ from portalm_backends.gpu_common.kernels.kv_cache import (
     write_kernel,
 )
 from portalm_backends.gpu_common.kernels.kv_codes import FP8, INT8
+from portalm_backends.gpu_common.tiles import power_of_2
 from portalm_backends.portable import kv_codes
 
 DTYPES = frozenset({"float32", "float16", "bfloat16"})
@@ -98,9 +99,9 @@ def write(kv: KV, layer: int, key: torch.Tensor, value: torch.Tensor, meta: Step
             key.stride(0),
             value.stride(0),
             NUM_KV_HEADS=num_kv_heads,
-            HEADS_PADDED=_power_of_2(num_kv_heads),
+            HEADS_PADDED=power_of_2(num_kv_heads),
             D=size,
-            DP=_power_of_2(size),
+            DP=power_of_2(size),
             BLOCK=numbers.shape[3],
             LARGEST=SCALED_KV_DTYPES[kv.dtype] if isinstance(kv, ScaledKV) else 0.0,
             CODES=codes,
@@ -140,7 +141,7 @@ def rotate_and_write(
     num_tokens, num_heads, size = query.shape
     num_kv_heads, rotary_dim = key.shape[1], cos_sin.shape[1]
     group = num_heads // num_kv_heads
-    pairs = _power_of_2(group) * _power_of_2(rotary_dim // 2)
+    pairs = power_of_2(group) * power_of_2(rotary_dim // 2)
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     if num_tokens:
         rotate_write_kernel[(num_tokens, num_kv_heads)](
@@ -156,13 +157,13 @@ def rotate_and_write(
             key.stride(0),
             value.stride(0),
             GROUP=group,
-            GROUP_PADDED=_power_of_2(group),
+            GROUP_PADDED=power_of_2(group),
             NUM_KV_HEADS=num_kv_heads,
             D=size,
-            DP=_power_of_2(size),
+            DP=power_of_2(size),
             R=rotary_dim,
-            HALF_PADDED=_power_of_2(rotary_dim // 2),
-            REST_PADDED=_power_of_2(size - rotary_dim) if size > rotary_dim else 0,
+            HALF_PADDED=power_of_2(rotary_dim // 2),
+            REST_PADDED=power_of_2(size - rotary_dim) if size > rotary_dim else 0,
             BLOCK=kv.shape[4],
             IS_INTERLEAVED=is_interleaved,
             num_warps=min(max(pairs // 512, 1), 8),
@@ -210,7 +211,3 @@ def import_blocks(kv: KV, blocks: torch.Tensor, wire: torch.Tensor) -> KV:
         wire = codes.view(torch.int8)
     numbers[:, blocks.long()] = wire.to(numbers.dtype)
     return kv
-
-
-def _power_of_2(number: int) -> int:
-    return 1 << (number - 1).bit_length()

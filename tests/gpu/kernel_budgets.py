@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from portalm_backends.gpu_common import attention
+from portalm_backends.gpu_common import tiles
 from portalm_backends.gpu_common.kernels import kv_cache, paged_attention
 from portalm_backends.gpu_common.kernels.kv_codes import FP8, INT8
 from tests.gpu.operation_launches import (
@@ -92,8 +92,8 @@ def _attention(
 ) -> Launch:
     """`attention.attend` for a decode (narrow) or a prompt (wide)."""
     torch_dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
-    family = attention.family_of(target)
-    shape = attention.tile_shape(kind, family, torch_dtype, head_size, group, codes != 0)
+    family = tiles.family_of(target)
+    shape = tiles.tile_shape(kind, family, torch_dtype, head_size, group, codes != 0)
     item_tokens = 1 if kind == "narrow" else 128 // group
     rest = 0 if value_size is None else head_size - value_size
     types = _ATTENTION_TYPES | dict.fromkeys(("query", "out"), f"*{dtype}")
@@ -149,7 +149,7 @@ def _rows(*names: str) -> dict[str, str]:
 
 
 def _encoder(target: str) -> Launch:
-    shape = attention.tile_shape("wide", attention.family_of(target), torch.bfloat16, 64, 1)
+    shape = tiles.tile_shape("wide", tiles.family_of(target), torch.bfloat16, 64, 1)
     types = _rows("query", "key", "value")
     return Launch(
         kernel=paged_attention.encoder_kernel,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from portalm.backend import QUANTIZED_FORMATS
-from portalm_backends.gpu_common import attention
+from portalm_backends.gpu_common import tiles
 from portalm_backends.gpu_common.kernels import (
     adjust,
     fp8,
@@ -172,7 +172,7 @@ def experts(
 ) -> dict[str, Any]:
     """A launch of `moe.product`; `has_all`: with the biases and the clamped gate of gpt-oss."""
     pointer, dtype = VALUES.get(form, ("*i8", torch.int8))
-    family = attention.family_of(target)
+    family = tiles.family_of(target)
     shape = moe.launch_shape(rows, dtype, family, is_gated=is_gated)
     is_float = form in VALUES
     computed = _FLOAT if form == "fp32" else _HALF

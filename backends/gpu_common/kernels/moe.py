@@ -68,7 +68,7 @@ def moe(
 ) -> torch.Tensor:
     """`Backend.moe` for x [T, C] with the weights of `experts` as `group_experts` returns them.
 
-    `family` is the result of `attention.family_of` for the device. Returns [T, C].
+    `family` is the result of `tiles.family_of` for the device. Returns [T, C].
     """
     top_k = expert_ids.shape[1]
     if not len(x):
@@ -158,7 +158,7 @@ def product(
         top_k: number of choices that share a row of x.
         gate: if given, the weight is gate and up, and its activation is applied: the result is
             [T k, N / 2].
-        family: of the device, see `attention.family_of`.
+        family: of the device, see `tiles.family_of`.
     """
     values, scales, minimums, bits, group, n, k = weight.first
     if x.shape[1] != k or x.stride(1) != 1:

@@ -1,0 +1,107 @@
+"""Tile sizes and launch options of the attention kernels, by family of GPUs."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(slots=True, frozen=True, kw_only=True)
+class TileShape:
+    """Tile sizes and launch options of a kernel on a target."""
+
+    rows: int
+    """Query tokens times query heads per KV head."""
+    tile: int
+    """Tokens of keys and values computed at a time."""
+    num_warps: int
+    num_stages: int
+    waves_per_eu: int = 0
+    """AMD: number of waves per SIMD to limit registers for; 0: the compiler's choice."""
+
+    def options(self) -> dict[str, int]:
+        """Launch options in addition to warps and stages."""
+        return {"waves_per_eu": self.waves_per_eu} if self.waves_per_eu else {}
+
+
+_SHAPES = {
+    "nvidia": {
+        "narrow": TileShape(rows=16, tile=64, num_warps=4, num_stages=5),
+        "wide": TileShape(rows=128, tile=64, num_warps=8, num_stages=5),
+        "exact": TileShape(rows=16, tile=32, num_warps=4, num_stages=3),
+    },
+    "cdna": {
+        "narrow": TileShape(rows=16, tile=32, num_warps=4, num_stages=2),
+        "wide": TileShape(rows=128, tile=32, num_warps=4, num_stages=1),
+        "exact": TileShape(rows=16, tile=16, num_warps=4, num_stages=1),
+    },
+    "rdna3": {
+        "narrow": TileShape(rows=16, tile=16, num_warps=4, num_stages=1),
+        "wide": TileShape(rows=64, tile=16, num_warps=8, num_stages=1),
+        "exact": TileShape(rows=16, tile=16, num_warps=4, num_stages=1),
+    },
+}
+_SHAPES["rdna4"] = _SHAPES["rdna3"]
+_SHAPES["rdna3"] = _SHAPES["rdna3"] | {
+    # its matrix instructions hold every operand twice: decoded codes leave room for half the rows
+    "wide codes": TileShape(rows=32, tile=16, num_warps=8, num_stages=1),
+}
+_SHAPES["ampere"] = _SHAPES["nvidia"] | {
+    # its matrix instructions read from registers, which must hold the decoded codes
+    "wide codes": TileShape(rows=64, tile=32, num_warps=4, num_stages=3),
+}
+"""Sizes by family of GPUs. `exact` is for float32, which tensor cores do not multiply exactly."""
+
+
+def family_of(arch: str) -> str:
+    """The key of `_SHAPES` for an architecture's compiler name (sm_90, gfx942)."""
+    if arch.startswith("sm_"):
+        return "nvidia" if arch in ("sm_90", "sm_100", "sm_103") else "ampere"
+    if arch.startswith("gfx9"):
+        return "cdna"
+    return "rdna3" if arch.startswith("gfx11") else "rdna4"
+
+
+@functools.cache
+def tile_shape(
+    kind: str,
+    family: str,
+    dtype: torch.dtype,
+    head_size: int,
+    group: int,
+    has_codes: bool = False,
+) -> TileShape:
+    """Choose the tile sizes and launch options of attention.
+
+    Args:
+        kind: narrow or wide.
+        family: result of `family_of`.
+        dtype: of the query.
+        head_size: D
+        group: query heads per KV head.
+        has_codes: the cache is stored in 8 bits.
+    """
+    shapes, name = _SHAPES[family], "exact" if dtype == torch.float32 else kind
+    shape = shapes.get(f"{name} codes", shapes[name]) if has_codes else shapes[name]
+    rows = max(shape.rows, power_of_2(group))
+    tile, num_warps = shape.tile, shape.num_warps
+    halvings = 0 if head_size <= 128 else 1 if head_size <= 256 else 2
+    for _ in range(halvings):  # half the rows, so that larger sums need the same registers
+        rows = max(rows // 2, 16, power_of_2(group))
+        tile = max(tile // 2, 16)
+        if family == "rdna3":  # its matrix instructions hold every operand twice
+            num_warps *= 2
+    return TileShape(
+        rows=rows,
+        tile=tile,
+        num_warps=num_warps,
+        num_stages=min(shape.num_stages, 3) if halvings == 2 else shape.num_stages,
+        waves_per_eu=shape.waves_per_eu,
+    )
+
+
+def power_of_2(number: int) -> int:
+    """The smallest power of 2 that is at least `number`."""
+    return 1 << (number - 1).bit_length()
