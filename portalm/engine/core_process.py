@@ -8,6 +8,7 @@ threads, sockets or signal handlers. Messages are msgpack on a private socket, n
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import logging
 import os
@@ -161,6 +162,7 @@ def _handle(
 def main() -> int:
     """Read the config from stdin and run the engine."""
     write_logs("engine", msgspec.json.decode(sys.argv[3], type=LogConfig))
+    faulthandler.enable()  # a crash in native code writes the Python stack to the log
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server handles Ctrl-C
     config = msgspec.json.decode(sys.stdin.buffer.read(), type=EngineConfig)
     return run_core(config, sys.argv[1], Pulse(Path(sys.argv[2])))

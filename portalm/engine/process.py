@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import signal
 import sys
+import time
 from collections import deque
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import msgspec
 import zmq
 
 from portalm.config import EngineConfig, engine_environment
+from portalm.engine.crash_reason import describe_exit, oom_kills
 from portalm.engine.messages import (
     EngineFailed,
     EngineProgress,
@@ -21,6 +24,7 @@ from portalm.engine.messages import (
     ToEngine,
 )
 from portalm.engine.pulse import Pulse
+from portalm.engine.stderr_relay import StderrRelay
 from portalm.errors import EngineDead, PortaLMError
 from portalm.logs import LogConfig
 
@@ -65,6 +69,10 @@ class EngineProcess:
         self._socket.bind(self._address)
         (folder / f"engine-{number}").chmod(0o600)
         self._process: asyncio.subprocess.Process | None = None
+        self._stderr: StderrRelay | None = None
+        self._kill_reason = ""
+        """Why this process killed the other; empty: it did not."""
+        self._oom_kills_before = 0
         self._messages: deque[FromEngine] = deque()
         self._waiter: asyncio.Future[None] | None = None
         self._is_over = False
@@ -73,7 +81,9 @@ class EngineProcess:
         self._decoder = msgspec.msgpack.Decoder(FromEngine)
 
     async def start(self, config: EngineConfig) -> None:
-        """Start the process, which then loads its model."""
+        """Start the process, which then loads its model. Its stderr is passed on to this one's."""
+        self._oom_kills_before = oom_kills()
+        self._stderr = StderrRelay()
         self._process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
@@ -82,9 +92,11 @@ class EngineProcess:
             str(self._pulse_path),
             msgspec.json.encode(self._logs).decode(),
             stdin=asyncio.subprocess.PIPE,
+            stderr=self._stderr.child_fd,
             start_new_session=True,
             env=engine_environment(),
         )
+        self._stderr.start()
         assert self._process.stdin is not None
         self._process.stdin.write(msgspec.json.encode(config))
         self._process.stdin.close()
@@ -106,11 +118,7 @@ class EngineProcess:
         while isinstance(message := await self.receive(), EngineProgress):
             self.progress = message
         if message is None:
-            assert self._process is not None
-            raise EngineDead(
-                f"the engine process exited with status {self._process.returncode} before its "
-                f"model was loaded; its log above may show why"
-            )
+            raise EngineDead(f"{self.exit_reason()}, before its model was loaded")
         if not isinstance(message, EngineReady):
             text = (
                 message.message
@@ -124,6 +132,20 @@ class EngineProcess:
     def is_running(self) -> bool:
         """The process was started and has not exited."""
         return self._process is not None and self._process.returncode is None
+
+    def exit_reason(self) -> str:
+        """Describe why the process, which has exited, did so."""
+        assert self._process is not None
+        assert self._stderr is not None
+        status = self._process.returncode
+        assert status is not None
+        if self._kill_reason and status == -signal.SIGKILL:
+            return f"the engine process was killed: {self._kill_reason}"
+        num_oom_kills = oom_kills() - self._oom_kills_before
+        end = describe_exit(
+            status, self._stderr.lines(), now=time.monotonic(), num_oom_kills=num_oom_kills
+        )
+        return f"the engine process {end}"
 
     def send(self, message: ToEngine) -> None:
         """Send a message without waiting; it is lost if the process has exited."""
@@ -165,9 +187,10 @@ class EngineProcess:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
-    def kill(self) -> None:
-        """Kill the process."""
+    def kill(self, reason: str) -> None:
+        """Kill the process; `exit_reason` then includes `reason`."""
         if self._process is not None and self._process.returncode is None:
+            self._kill_reason = reason
             with contextlib.suppress(ProcessLookupError):
                 self._process.kill()
 
@@ -191,4 +214,6 @@ class EngineProcess:
             await process.wait()
         if process is not None:
             self._loop.remove_reader(self._socket.fileno())
+        if self._stderr is not None:
+            self._stderr.close()
         self._socket.close()

@@ -103,6 +103,8 @@ class Supervisor:
         self._num_processes = 0
         self._num_fruitless_starts = 0
         self._watcher: asyncio.Task[None] | None = None
+        self._crash_reason = ""
+        """Why the last engine crashed; empty while one runs."""
         self._suspects = Suspects()
         self._loaded_grammars = LoadedGrammars()
         self._work_since = 0.0
@@ -140,7 +142,7 @@ class Supervisor:
             await asyncio.gather(self._watcher, return_exceptions=True)
         if self._process is not None:
             if at_once or not self._is_loaded:  # a loading engine reads no messages
-                self._process.kill()
+                self._process.kill("the client shut down")
             await self._process.end()
         self._context.term()
         shutil.rmtree(self._folder, ignore_errors=True)
@@ -160,10 +162,12 @@ class Supervisor:
                 yield message
                 continue
             self._is_loaded = False
+            self._crash_reason = message.message
             await self._process.end()
             yield self._after_crash(message.message)
             ready = await self._restart(message.message)
             self._is_loaded = True
+            self._crash_reason = ""
             self.num_restarts += 1
             yield EngineRestarted(ready)
 
@@ -187,11 +191,10 @@ class Supervisor:
             timeout_s: seconds that an idle engine's device may take to answer.
         """
         if not self.is_alive:
-            return (
-                "the engine crashed and is being restarted"
-                if self._has_loaded
-                else "the model is being loaded"
-            )
+            if not self._has_loaded:
+                return "the model is being loaded"
+            reason = self._crash_reason and f": {self._crash_reason}"
+            return f"the engine crashed and is being restarted{reason}"
         assert self._process is not None
         if self._overdue_s() > 0:
             await asyncio.sleep(_REREAD_S)
@@ -273,7 +276,7 @@ class Supervisor:
         while True:
             message = await process.receive()
             if message is None:
-                return EngineFailed("the engine process exited")
+                return EngineFailed(process.exit_reason())
             if isinstance(message, EngineFailed):
                 return message
             if isinstance(message, ProbeAnswer):
@@ -357,11 +360,9 @@ class Supervisor:
             reading, last = self._process.pulse.read(), before
             before = reading
             if reading == last:  # read twice: not a torn read
-                logger.error(
-                    "step %d (%d tokens) is %.1f s past its deadline of %.0f s: killing the engine",
-                    reading.num_steps,
-                    reading.num_tokens,
-                    overdue_s,
-                    reading.deadline_s,
+                problem = (
+                    f"step {reading.num_steps} ({reading.num_tokens} tokens) is {overdue_s:.1f} s "
+                    f"past its deadline of {reading.deadline_s:.0f} s"
                 )
-                self._process.kill()
+                logger.error("%s: killing the engine", problem)
+                self._process.kill(problem)
