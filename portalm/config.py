@@ -120,8 +120,10 @@ class ModelConfig:
     encoder: EncoderConfig | None = None
     """None for a decoder."""
     values: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
-    """All of config.json, or GGUF metadata under config.json's names. A model family reads its own
-    settings from it."""
+    """All of config.json, or GGUF metadata under config.json's names, with the family's defaults,
+    and its own keys also under the common ones. A model family reads its own settings from it."""
+    source: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    """config.json without any change, for transformers' config classes."""
 
     def __post_init__(self) -> None:
         """Reject impossible shapes: a broken checkpoint is found here first."""

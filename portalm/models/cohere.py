@@ -43,6 +43,7 @@ class Cohere(Decoder):
         "rope_theta": 500_000.0,
         "tie_word_embeddings": True,
     }
+    names = {"rms_norm_eps": ("layer_norm_eps",)}
     reads = frozenset({"attention_bias", "logit_scale", "use_qk_norm"})
     is_interleaved = True
 

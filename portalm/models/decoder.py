@@ -49,14 +49,17 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "mlp_bias": (False,),
     "n_routed_experts": (0,),
     "no_rope_layers": (),
+    "partial_rotary_factor": (1.0,),
     "num_experts": (0,),
     "num_local_experts": (0,),
     "qk_layernorm": (False,),
     "query_pre_attn_scalar": (),
     "residual_multiplier": (1.0,),
+    "rope_parameters": (),
     "scale_attn_weights": (True,),
     "scale_attn_by_inverse_layer_idx": (False,),
     "sliding_window": (),
+    "use_sliding_window": (True,),
     "use_bidirectional_attention": (False,),
     "use_qk_norm": (False,),
 }
@@ -72,6 +75,9 @@ class Decoder:
     # families override these attributes, and the methods below
     defaults: ClassVar[Mapping[str, Any]] = {}
     """Defaults for keys that config.json does not set."""
+    names: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    """Names that the family's config.json has for a common key, in order of precedence. The common
+    key itself comes last unless it is listed. Names of other families are never read."""
     reads: ClassVar[frozenset[str]] = frozenset()
     """Keys of `_NEUTRAL` that the family has code for."""
     embedding = "model.embed_tokens"
@@ -101,7 +107,7 @@ class Decoder:
         if config.pooling.is_purpose or not has_head(config.architecture):
             self.tasks = ("embed",)  # the checkpoint may have no output head
         for name, neutral in _NEUTRAL.items():
-            value = config.values.get(name)
+            value = _value(name, config.values)
             if name in self.reads or value is None or value in neutral or _is_off(name, config):
                 continue
             raise UnsupportedModel(
@@ -112,8 +118,8 @@ class Decoder:
 
     @classmethod
     def complete(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """Add the family's defaults to the `values` of a config.json."""
-        return {**cls.defaults, **values}
+        """Add the family's defaults to the `values` of a config.json, under the common keys."""
+        return {**cls.defaults, **values, **common_values(values, cls.names)}
 
     def activation(self, known: frozenset[Activation] = GATED) -> Activation:
         """The feed-forward's activation, from config.json's hidden_act; must be in `known`."""
@@ -384,10 +390,36 @@ class Decoder:
         return logits
 
 
+def common_values(
+    values: Mapping[str, Any], names: Mapping[str, tuple[str, ...]]
+) -> dict[str, Any]:
+    """Find the `values` of a config.json for each common key of `names`; see `Decoder.names`."""
+    found = {
+        common: next((values[n] for n in (*own, common) if values.get(n) is not None), None)
+        for common, own in names.items()
+    }
+    return {common: value for common, value in found.items() if value is not None}
+
+
+def _value(name: str, values: Mapping[str, Any]) -> Any:
+    """A value of config.json; rotary settings are also found within rope_parameters."""
+    value = values.get(name)
+    if value is not None or name != "partial_rotary_factor":
+        return value
+    settings = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    nested = [s for s in settings.values() if isinstance(s, Mapping)]
+    return next((s[name] for s in (settings, *nested) if s.get(name) is not None), None)
+
+
 def _is_off(name: str, config: ModelConfig) -> bool:
     """True if the value is neutral because of its content or of another value of config.json."""
     if name == "sliding_window":
         return config.sliding_window is None
+    if name == "rope_parameters":  # settings for each type of layer: neutral if all are equal
+        kinds = [v for v in config.values[name].values() if isinstance(v, Mapping)]
+        return all(kind == kinds[0] for kind in kinds)
+    if name == "use_sliding_window":  # false: counts only where a window is set
+        return not config.values.get("sliding_window")
     if name == "layer_types":
         return set(config.values[name]) == {"full_attention"}
     if name == "no_rope_layers":

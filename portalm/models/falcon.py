@@ -35,6 +35,15 @@ class Falcon(Decoder):
         "rms_norm_eps": 1e-5,
         "tie_word_embeddings": True,
     }
+    names = {
+        "hidden_act": ("activation",),
+        "hidden_size": ("n_embed", "hidden_size"),
+        "intermediate_size": ("ffn_hidden_size",),
+        "num_attention_heads": ("num_attention_heads", "n_head"),
+        "num_hidden_layers": ("num_hidden_layers", "n_layer"),
+        "num_key_value_heads": ("num_kv_heads", "n_head_kv"),
+        "rms_norm_eps": ("layer_norm_epsilon",),
+    }
     reads = frozenset({"alibi"})
     embedding = "transformer.word_embeddings"
     layer_prefix = "transformer.h."

@@ -65,6 +65,7 @@ class Gemma2(Gemma):
         "query_pre_attn_scalar": 256,
         "sliding_window": 4096,
     }
+    names = {"hidden_act": ("hidden_activation",)}
     reads = Gemma.reads | {
         "attn_logit_softcapping",
         "final_logit_softcapping",
@@ -112,6 +113,7 @@ class Gemma3(Gemma2):
         "final_logit_softcapping": None,
         "rope_theta": 1_000_000.0,
     }
+    reads = Gemma2.reads | {"rope_parameters"}
 
     def has_window(self, layer: int) -> bool:
         """All layers except every sixth, or every `sliding_window_pattern`-th."""

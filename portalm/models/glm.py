@@ -25,7 +25,7 @@ class Glm(Decoder):
         "partial_rotary_factor": 0.5,
         "rms_norm_eps": 1.5625e-7,
     }
-    reads = frozenset({"attention_bias"})
+    reads = frozenset({"attention_bias", "partial_rotary_factor"})
     is_interleaved = True
 
     def has_bias(self, part: Literal["qkv", "out", "mlp"]) -> bool:

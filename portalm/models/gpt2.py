@@ -23,6 +23,15 @@ class GPT2(Decoder):
     """GPT-2 decoder; see `portalm.models.model.Model`."""
 
     defaults = {"hidden_act": "gelu_new", "rms_norm_eps": 1e-5, "tie_word_embeddings": True}
+    names = {
+        "hidden_act": ("activation_function",),
+        "hidden_size": ("hidden_size", "n_embd"),
+        "intermediate_size": ("n_inner",),
+        "max_position_embeddings": ("max_position_embeddings", "n_positions"),
+        "num_attention_heads": ("num_attention_heads", "n_head"),
+        "num_hidden_layers": ("num_hidden_layers", "n_layer"),
+        "rms_norm_eps": ("layer_norm_epsilon",),
+    }
     reads = frozenset({"scale_attn_by_inverse_layer_idx"})
     optional_prefix = "transformer."
     embedding = "transformer.wte"

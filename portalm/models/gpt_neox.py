@@ -24,7 +24,12 @@ class GPTNeoX(Decoder):
         "rms_norm_eps": 1e-5,
         "use_parallel_residual": True,
     }
-    reads = frozenset({"attention_bias"})
+    names = {
+        "partial_rotary_factor": ("rotary_pct",),
+        "rms_norm_eps": ("layer_norm_eps",),
+        "rope_theta": ("rotary_emb_base",),
+    }
+    reads = frozenset({"attention_bias", "partial_rotary_factor"})
     embedding = "gpt_neox.embed_in"
     layer_prefix = "gpt_neox.layers."
     last_norm = "gpt_neox.final_layer_norm"

@@ -18,6 +18,7 @@ from portalm.errors import Unsupported, UnsupportedModel
 from portalm.layers.linear import Linear
 from portalm.layers.norms import Norm
 from portalm.layers.rope import cos_sin_table
+from portalm.models.decoder import common_values
 from portalm.models.encoder import Encoder
 from portalm.models.layer_reader import LayerReader
 from portalm.models.loader.checkpoint import Checkpoint, LoadProgress
@@ -64,7 +65,12 @@ class ModernBert(Encoder):
     @classmethod
     def complete(cls, values: dict[str, Any]) -> dict[str, Any]:
         """Add defaults, and convert older keys to layer_types and rope_parameters."""
-        values = {"local_attention": 128, "hidden_act": "gelu", **values}
+        values = {
+            "local_attention": 128,
+            "hidden_act": "gelu",
+            **values,
+            **common_values(values, {"hidden_act": ("hidden_activation",)}),
+        }
         every = values.get("global_attn_every_n_layers", 3)
         if not values.get("layer_types"):
             values["layer_types"] = [

@@ -16,7 +16,7 @@ class Phi3(Decoder):
     """Phi-3 decoder; see `portalm.models.model.Model`."""
 
     defaults = {"rms_norm_eps": 1e-5, "original_max_position_embeddings": 4096}
-    reads = frozenset({"sliding_window"})
+    reads = frozenset({"partial_rotary_factor", "sliding_window"})
 
     def has_window(self, layer: int) -> bool:
         """True: every layer has the window, if config.json sets one."""

@@ -17,7 +17,7 @@ class Qwen2(Decoder):
     """Qwen2 decoder: query, key and value have biases, and later layers may have a window."""
 
     defaults = {"use_sliding_window": False}
-    reads = frozenset({"sliding_window", "layer_types"})
+    reads = frozenset({"layer_types", "sliding_window", "use_sliding_window"})
 
     def has_bias(self, part: Literal["qkv", "out", "mlp"]) -> bool:
         """Query, key and value have biases."""

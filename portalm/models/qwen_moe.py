@@ -80,7 +80,10 @@ class Qwen3Moe(Qwen3):
         "num_experts": 128,
         "num_experts_per_tok": 8,
     }
-    reads = frozenset({"attention_bias", "num_experts", "num_local_experts", "sliding_window"})
+    reads = frozenset(
+        {"attention_bias", "num_experts", "num_local_experts", "sliding_window",
+         "use_sliding_window"}
+    )  # fmt: skip
 
     @classmethod
     def complete(cls, values: dict[str, Any]) -> dict[str, Any]:

@@ -22,8 +22,9 @@ class SmolLM3(Decoder):
         "use_sliding_window": False,
     }
     reads = frozenset(
-        {"attention_bias", "layer_types", "mlp_bias", "no_rope_layers", "sliding_window"}
-    )
+        {"attention_bias", "layer_types", "mlp_bias", "no_rope_layers", "sliding_window",
+         "use_sliding_window"}
+    )  # fmt: skip
 
     def has_rope(self, layer: int) -> bool:
         """True if the layer has a rotary embedding: no_rope_layers has a 1 for it."""

@@ -23,6 +23,7 @@ class Starcoder2(Decoder):
         "tie_word_embeddings": True,
         "use_bias": True,
     }
+    names = {"rms_norm_eps": ("norm_epsilon",)}
     reads = frozenset({"sliding_window"})
 
     def has_bias(self, part: Literal["qkv", "out", "mlp"]) -> bool:

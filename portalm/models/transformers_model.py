@@ -131,7 +131,7 @@ class TransformersModel:
         self.config = config
         self.dtype = dtype
         self._class = _find_class(config.architecture)
-        self._hf_config = _hf_config(config.values)
+        self._hf_config = _hf_config(config.source)
         try:
             with torch.device("meta"):
                 model = self._build(
@@ -159,7 +159,9 @@ class TransformersModel:
                  "tie_word_embeddings")  # fmt: skip
         known = {name: getattr(config, name, None) for name in names}
         known["intermediate_size"] = known["intermediate_size"] or 4 * config.hidden_size
-        return {**values, **{name: value for name, value in known.items() if value is not None}}
+        known = {name: value for name, value in known.items() if value is not None}
+        rope = {"rope_parameters": getattr(config, "rope_parameters", None), "rope_scaling": None}
+        return {**values, **rope, **known}
 
     def _build(self, dtype: str) -> Any:
         self._hf_config._attn_implementation = _ATTENTION

@@ -41,36 +41,17 @@ def read_config(folder: Path, overrides: Mapping[str, Any]) -> ModelConfig:
         raise CheckpointError(path, str(error)) from error
 
 
-_ALIASES = {
-    "n_embd": "hidden_size",
-    "n_embed": "hidden_size",
-    "n_layer": "num_hidden_layers",
-    "n_head": "num_attention_heads",
-    "n_inner": "intermediate_size",
-    "n_positions": "max_position_embeddings",
-    "ffn_hidden_size": "intermediate_size",
-    "n_head_kv": "num_key_value_heads",
-    "num_kv_heads": "num_key_value_heads",
-    "layer_norm_eps": "rms_norm_eps",
-    "layer_norm_epsilon": "rms_norm_eps",
-    "norm_epsilon": "rms_norm_eps",
-    "activation_function": "hidden_act",
-    "activation": "hidden_act",
-    "hidden_activation": "hidden_act",
-    "rotary_emb_base": "rope_theta",
-    "rotary_pct": "partial_rotary_factor",
-}
-"""Keys that some families use -> the common keys."""
-
-
 def model_config(values: dict[str, Any], generated: dict[str, Any]) -> ModelConfig:
     """Build the config from config.json's `values` and those of generation_config.json."""
     from portalm.models.registry import model_class
 
     architectures = values.get("architectures") or [""]
-    for alias, name in _ALIASES.items():
-        if values.get(alias) is not None:
-            values = {**values, name: values[alias]}
+    newer, older = values.get("rope_parameters"), values.get("rope_scaling")
+    if newer and older and newer != older:
+        raise UnsupportedModel(
+            "config.json has both rope_parameters and rope_scaling, with different values: keep one"
+        )
+    source = values
     values = model_class(str(architectures[0])).complete(values)
     num_heads = int(values["num_attention_heads"])
     hidden_size = int(values["hidden_size"])
@@ -96,6 +77,7 @@ def model_config(values: dict[str, Any], generated: dict[str, Any]) -> ModelConf
         dtype=_dtype(values),
         encoder=_encoder_config(values),
         values=values,
+        source=source,
     )
 
 
