@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from portalm.outputs import RequestOutput as RequestOutput
     from portalm.outputs import ScoringRequestOutput as ScoringRequestOutput
     from portalm.pooling_params import PoolingParams as PoolingParams
+    from portalm.prompts import TextPrompt as TextPrompt
+    from portalm.prompts import TokensPrompt as TokensPrompt
     from portalm.sampling_params import SamplingParams as SamplingParams
 
 __version__ = "0.1.0"
@@ -31,6 +33,8 @@ _HOMES = {
     "PoolingParams": "portalm.pooling_params",
     "EmbeddingRequestOutput": "portalm.outputs",
     "ScoringRequestOutput": "portalm.outputs",
+    "TextPrompt": "portalm.prompts",
+    "TokensPrompt": "portalm.prompts",
 }
 
 __all__ = [
@@ -43,6 +47,8 @@ __all__ = [
     "RequestOutput",
     "SamplingParams",
     "ScoringRequestOutput",
+    "TextPrompt",
+    "TokensPrompt",
     "__version__",
 ]
 

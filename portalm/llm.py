@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -12,11 +14,11 @@ from portalm.backend import Backend
 from portalm.beam_search_params import BeamSearchParams
 from portalm.config import DEFAULT_MODEL, EngineConfig
 from portalm.engine.beam_search import BeamSearch, top_tokens
-from portalm.engine.engine import Engine
-from portalm.engine.grammars import LoadedGrammars, vocabulary_of
+from portalm.engine.grammars import vocabulary_of
+from portalm.engine.in_process import Answers, InProcessEngine
 from portalm.engine.input_processor import NO_ANSWER, InputProcessor, ProcessedInput, TextPair
 from portalm.engine.messages import EngineStats
-from portalm.engine.output_processor import AnswerDelta, OutputProcessor
+from portalm.engine.output_processor import AnswerDelta
 from portalm.engine.scores import as_pairs, cosine, numbers
 from portalm.errors import InvalidRequest, RequestFailed
 from portalm.outputs import (
@@ -30,6 +32,7 @@ from portalm.outputs import (
 )
 from portalm.pooling_params import PoolingParams
 from portalm.progress import LoadingBar, ProgressBar
+from portalm.prompts import Prompt, as_prompt, as_prompts
 from portalm.sampling_params import SamplingParams
 from portalm.structured.compiler import GrammarCompiler
 from portalm.text import load_tokenizer
@@ -37,12 +40,14 @@ from portalm.text import load_tokenizer
 if TYPE_CHECKING:
     from portalm.text.tokenizer import Tokenizer
 
-Prompt: TypeAlias = "str | Sequence[int]"
 Message: TypeAlias = Mapping[str, Any]
 
 
 class LLM:
     """A language model on an accelerator.
+
+    The methods may be called from several threads at once: their requests are computed in one
+    batch. Every call waits for its own answers only.
 
     >>> llm = LLM()
     >>> llm.generate("The capital of France is")[0].outputs[0].text
@@ -69,7 +74,10 @@ class LLM:
         """
         config = EngineConfig.from_dict({"model": model, **settings})
         with LoadingBar(is_shown=use_tqdm) as bar:
-            self.engine = Engine(config, backend=backend, progress=bar.show)
+            self._worker = InProcessEngine(config, backend=backend, progress=bar.show)
+        self.engine = self._worker.engine
+        """The engine. It runs on a thread of its own: read its attributes, but call no method while
+        a request runs."""
         self._tokenizer = load_tokenizer(
             self.engine.tokenizer_path,
             chat_template=config.chat_template,
@@ -81,9 +89,11 @@ class LLM:
             max_logprobs=config.max_logprobs,
             default_seed=config.seed,
         )
-        self._compiler = GrammarCompiler(lambda: vocabulary_of(self._tokenizer, self.engine.ready))
-        self._loaded_grammars = LoadedGrammars()
-        self._outputs = OutputProcessor(self._tokenizer)
+        self._processing = threading.Lock()
+        """Held while prompts are processed: their default seeds come from one sequence."""
+        tokenizer, ready = self._tokenizer, self.engine.ready  # no reference to self: see `close`
+        self._compiler = GrammarCompiler(lambda: vocabulary_of(tokenizer, ready))
+        self._worker.use_tokenizer(self._tokenizer)
         self._ids = itertools.count()
 
     # -- answers ------------------------------------------------------------------------------
@@ -99,7 +109,7 @@ class LLM:
         """Generate answers to all prompts, in the order of the prompts.
 
         Args:
-            prompts: a string, token ids, or a list of either.
+            prompts: a `Prompt` or a list of them.
             sampling_params: one for all prompts, or one per prompt; None: the defaults.
             use_tqdm: show a progress bar.
             priority: one per prompt, lower runs first, if the scheduling policy is "priority".
@@ -108,13 +118,13 @@ class LLM:
             InvalidRequest: a prompt or its parameters are invalid; nothing was run.
         """
         self._inputs.check_task("generate")
-        many = _as_prompts(prompts)
+        many = as_prompts(prompts)
         params = _spread("sampling_params", sampling_params or SamplingParams(), len(many))
         priorities = _spread("priority", 0 if priority is None else priority, len(many))
-        ids = self._submit(many, params, priorities)
+        processed = self._process(many, params, priorities)
+        answers = self._submit(processed, params)
         with ProgressBar("Answering", len(many), unit="requests", is_shown=use_tqdm) as bar:
-            self._run(ids, bar)
-        return [self._take(request_id) for request_id in ids]
+            return _all_outputs(processed, answers, bar)
 
     def chat(
         self,
@@ -166,7 +176,7 @@ class LLM:
         for the last block.
 
         Args:
-            prompts: a string, token ids, or a list of either.
+            prompts: a `Prompt` or a list of them.
             params: parameters of the search.
 
         Raises:
@@ -174,12 +184,12 @@ class LLM:
             RequestFailed: the device failed on a beam.
         """
         self._inputs.check_task("generate")
-        many = _as_prompts(prompts)
+        many = as_prompts(prompts)
         eos = self.engine.ready.eos_token_ids
         longest = self.engine.ready.max_model_len
         searches: list[tuple[list[int], BeamSearch]] = []
         for prompt in many:
-            token_ids = self._inputs.check_prompt(prompt)
+            token_ids = self._inputs.check_prompt(as_prompt(prompt).content)
             search = BeamSearch(params, eos, room=longest - len(token_ids))
             searches.append((token_ids, search))
         while open_ones := [one for one in searches if one[1].running]:
@@ -221,7 +231,7 @@ class LLM:
         """Embed each prompt as a vector, in the order of the prompts.
 
         Args:
-            prompts: a string, token ids, or a list of either.
+            prompts: a `Prompt` or a list of them.
             pooling_params: parameters for all prompts; None: the model's own pooling.
             truncate_prompt_tokens: overrides that of `pooling_params`.
             use_tqdm: show a progress bar.
@@ -240,7 +250,7 @@ class LLM:
                 prompt_token_ids=output.prompt_token_ids,
                 num_cached_tokens=output.num_cached_tokens,
             )
-            for output, pooled in self._pool(_as_prompts(prompts), params, use_tqdm)
+            for output, pooled in self._pool(as_prompts(prompts), params, use_tqdm)
         ]
 
     def score(
@@ -284,14 +294,13 @@ class LLM:
         self, prompt: Prompt, sampling_params: SamplingParams | None = None
     ) -> Iterator[AnswerDelta]:
         """Yield the answer to one prompt in deltas; closing the iterator aborts the request."""
-        [request_id] = self._submit([prompt], [sampling_params or SamplingParams()], [0])
+        params = [sampling_params or SamplingParams()]
+        answers = self._submit(self._process([prompt], params, [0]), params)
         try:
-            while not self._outputs.is_finished(request_id):
-                for delta in self._step():
-                    if delta.request_id == request_id:
-                        yield delta
+            while not answers.are_complete:
+                yield from answers.take()
         finally:
-            self._drop([request_id])
+            answers.close()
 
     # -- the model ----------------------------------------------------------------------------
 
@@ -305,11 +314,18 @@ class LLM:
 
     def get_metrics(self) -> EngineStats:
         """Return the engine's statistics."""
-        return self.engine.stats()
+        return self._worker.call(lambda engine: copy.copy(engine.stats()))
 
     def reset_prefix_cache(self) -> bool:
         """Drop cached KV blocks. Returns False, changing nothing, while requests run."""
-        return self.engine.reset_prefix_cache()
+        return self._worker.call(lambda engine: engine.reset_prefix_cache())
+
+    def close(self) -> None:
+        """Release the model and its memory; requests that have not ended raise `EngineDead`.
+
+        The same happens when the last reference to this object is dropped.
+        """
+        self._worker.close()
 
     # -- inside -------------------------------------------------------------------------------
 
@@ -318,87 +334,73 @@ class LLM:
     ) -> list[tuple[RequestOutput, bytes]]:
         """Compute each prompt, and return it with its pooled hidden states (float32 bytes)."""
         processed = [
-            self._inputs.process_pooling(str(next(self._ids)), prompt, params) for prompt in prompts
+            self._inputs.process_pooling(
+                str(next(self._ids)),
+                prompt if isinstance(prompt, TextPair) else as_prompt(prompt).content,
+                params,
+            )
+            for prompt in prompts
         ]
-        ids = self._add(processed, [NO_ANSWER] * len(processed))
-        with ProgressBar("Pooling", len(ids), unit="requests", is_shown=use_tqdm) as bar:
-            self._run(ids, bar)
-        outputs = [self._take(request_id) for request_id in ids]
+        answers = self._submit(processed, [NO_ANSWER] * len(processed))
+        with ProgressBar("Pooling", len(processed), unit="requests", is_shown=use_tqdm) as bar:
+            outputs = _all_outputs(processed, answers, bar)
         for output in outputs:
             if output.pooled is None:
                 raise RequestFailed(output.error or "the request was aborted")
         return [(output, output.pooled) for output in outputs if output.pooled is not None]
 
-    def _submit(
+    def _process(
         self, prompts: Sequence[Prompt], params: Sequence[SamplingParams], priorities: Sequence[int]
-    ) -> list[str]:
-        """Check and add all prompts, or none; return their request ids."""
+    ) -> list[ProcessedInput]:
+        """Check all prompts and their parameters."""
         constraints = [p.structured_outputs for p in params]
         compiling = [None if one is None else self._compiler.compile(one) for one in constraints]
-        processed = [
-            self._inputs.process(
-                str(next(self._ids)),
-                prompt,
-                p,
-                priority=priority,
-                grammar=None if grammar is None else grammar.result(),
-            )
-            for prompt, p, priority, grammar in zip(
-                prompts, params, priorities, compiling, strict=True
-            )
+        grammars = [None if one is None else one.result() for one in compiling]
+        checked = [as_prompt(prompt) for prompt in prompts]
+        with self._processing:
+            processed = [
+                self._inputs.process(
+                    str(next(self._ids)),
+                    prompt.content,
+                    p,
+                    priority=priority,
+                    cache_salt=prompt.cache_salt,
+                    grammar=grammar,
+                )
+                for prompt, p, priority, grammar in zip(
+                    checked, params, priorities, grammars, strict=True
+                )
+            ]
+        return [
+            one if prompt.text is None else replace(one, prompt=prompt.text)
+            for one, prompt in zip(processed, checked, strict=True)
         ]
-        return self._add(processed, params)
 
-    def _add(
+    def _submit(
         self, processed: Sequence[ProcessedInput], params: Sequence[SamplingParams]
-    ) -> list[str]:
-        added: list[str] = []
-        try:
-            for one, p in zip(processed, params, strict=True):
-                self._outputs.add(one, p, arrival_time=time.time())
-                added.append(one.request_id)
-                if one.grammar is not None:
-                    load = self._loaded_grammars.need(one.grammar, self._compiler.vocabulary)
-                    if load is not None:
-                        self.engine.load_grammar(load)
-                for message in one.requests:
-                    self.engine.add(message)
-        except Exception:
-            self._drop(added)
-            raise
-        return added
+    ) -> Answers:
+        """Add all requests, or none."""
+        return self._worker.submit(processed, params, lambda: self._compiler.vocabulary)
 
-    def _step(self) -> list[AnswerDelta]:
-        processed = self._outputs.process(self.engine.step().outputs)
-        if processed.abort_ids:
-            self.engine.abort(processed.abort_ids)
-        return processed.deltas
 
-    def _run(self, ids: Sequence[str], bar: ProgressBar) -> None:
-        open_ids = set(ids)
-        num_tokens, started = 0, time.perf_counter()
-        try:
-            while open_ids:
-                for delta in self._step():
-                    num_tokens += len(delta.token_ids)
-                    if delta.request_id in open_ids and self._outputs.is_finished(delta.request_id):
-                        open_ids.remove(delta.request_id)
-                        seconds = time.perf_counter() - started
-                        # pooling requests generate no tokens
-                        bar.update(f"{num_tokens / seconds:.1f} tok/s" if num_tokens else "")
-        except BaseException:
-            self._drop(ids)
-            raise
-
-    def _take(self, request_id: str) -> RequestOutput:
-        output = self._outputs.snapshot(request_id)
-        self._outputs.forget(request_id)
-        return output
-
-    def _drop(self, request_ids: Sequence[str]) -> None:
-        for request_id in request_ids:
-            self.engine.abort(self._outputs.engine_ids(request_id))
-            self._outputs.forget(request_id)
+def _all_outputs(
+    processed: Sequence[ProcessedInput], answers: Answers, bar: ProgressBar
+) -> list[RequestOutput]:
+    """Wait for all answers; return the outputs in the order of the requests."""
+    outputs: dict[str, RequestOutput] = {}
+    num_tokens, started = 0, time.perf_counter()
+    try:
+        while not answers.are_complete:
+            for delta in answers.take():
+                num_tokens += len(delta.token_ids)
+                if delta.final is not None:
+                    outputs[delta.request_id] = delta.final
+                    seconds = time.perf_counter() - started
+                    # pooling requests generate no tokens
+                    bar.update(f"{num_tokens / seconds:.1f} tok/s" if num_tokens else "")
+    finally:
+        answers.close()
+    return [outputs[one.request_id] for one in processed]
 
 
 def _continuation(output: RequestOutput) -> list[tuple[int, float]]:
@@ -410,16 +412,6 @@ def _continuation(output: RequestOutput) -> list[tuple[int, float]]:
 
 def _scored(output: RequestOutput, score: float, token_ids: list[int]) -> ScoringRequestOutput:
     return ScoringRequestOutput(output.request_id, ScoringOutput(score), token_ids)
-
-
-def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """Convert a string, token ids, or a list of either to a list of prompts."""
-    if isinstance(prompts, str):
-        return [prompts]
-    many = list(prompts)
-    if many and all(isinstance(x, int) for x in many):
-        return [many]  # type: ignore[list-item]
-    return many  # type: ignore[return-value]
 
 
 def _spread(name: str, value: Any, count: int) -> list[Any]:

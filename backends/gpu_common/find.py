@@ -36,6 +36,11 @@ def find(
         return _missing("the package triton is not installed: pip install triton")
     if not has_driver:
         return _missing(f"no {maker} driver is loaded on this machine: {driver_hint}")
+    if torch.cuda._is_in_bad_fork():
+        return _missing(
+            "this process was forked from one that uses the GPU, and a driver does not survive a "
+            "fork: start processes with the multiprocessing method spawn"
+        )
     count = torch.cuda.device_count()
     if count == 0:
         return _missing(

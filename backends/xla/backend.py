@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -57,6 +57,9 @@ class XlaBackend(TorchBackend):
     # XLA's CPU client must be named: "auto" prefers the cpu backend, whose kernels are faster
     rank = 20 if memory.tpu_chips() else -5
 
+    _process_id: ClassVar[int | None] = None
+    """Process in which JAX was started; None: it was not."""
+
     def __init__(self, *, num_devices: int = 1) -> None:
         """Start JAX on the machine's TPUs, or on its CPU if there are none.
 
@@ -70,6 +73,7 @@ class XlaBackend(TorchBackend):
         super().__init__()
         import jax
 
+        XlaBackend._process_id = os.getpid()
         platform = "tpu" if memory.tpu_chips() else "cpu"
         jax.config.update("jax_platforms", platform)
         jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
@@ -124,6 +128,12 @@ class XlaBackend(TorchBackend):
                 is_available=False,
                 summary=f"{', '.join(missing)} not installed: pip install 'portalm[{extra}]' "
                 f"({where})",
+            )
+        if cls._process_id not in (None, os.getpid()):
+            return DeviceReport(
+                is_available=False,
+                summary=f"process {os.getpid()} was forked from one that uses JAX, whose threads a "
+                f"fork does not copy: start processes with the multiprocessing method spawn",
             )
         versions = tuple((name, importlib.metadata.version(name)) for name in wanted)
         return DeviceReport(

@@ -13,10 +13,13 @@ import json
 import os
 import statistics
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from portalm import LLM, SamplingParams
+from portalm.engine.messages import StepOutputs
 from portalm.sampling_params import StructuredOutputs
 from portalm.structured.messages import LoadGrammar
 
@@ -52,20 +55,33 @@ def timed(call: Any, *args: Any) -> tuple[Any, float]:
     return result, (time.perf_counter() - started) * 1000
 
 
+@contextmanager
+def timed_steps(
+    llm: LLM, before: Callable[[int], None] = lambda step: None
+) -> Iterator[list[float]]:
+    """Context that collects the time of each step in ms; `before` is called with its index."""
+    step, times = llm.engine.step, []
+
+    def watched() -> StepOutputs:
+        before(len(times))
+        outputs, ms = timed(step)
+        times.append(ms)
+        return outputs
+
+    llm.engine.step = watched  # type: ignore[method-assign]
+    try:
+        yield times
+    finally:
+        llm.engine.step = step  # type: ignore[method-assign]
+
+
 def longest_step(llm: LLM, num_steps: int, at: int, then: Any) -> tuple[float, float]:
     """Return the median and longest step, ms, of 8 streams; `then` is called before step `at`."""
-    params = SamplingParams(max_tokens=num_steps + 4, ignore_eos=True, temperature=0.0)
-    ids = llm._submit([f"number {i}" for i in range(8)], [params] * 8, [0] * 8)
-    times = []
-    for step in range(num_steps):
-        if step == at:
-            then()
-        if step >= at:
-            times.append(timed(llm._step)[1])
-        else:
-            llm._step()
-    llm._drop(ids)
-    return statistics.median(times), max(times)
+    params = SamplingParams(max_tokens=num_steps, ignore_eos=True, temperature=0.0)
+    with timed_steps(llm, lambda step: then() if step == at else None) as times:
+        llm.generate([f"number {i}" for i in range(8)], params, use_tqdm=False)
+    measured = times[at:num_steps]
+    return statistics.median(measured), max(measured)
 
 
 def first_grammar(llm: LLM) -> dict[str, float]:
@@ -95,6 +111,22 @@ def first_grammar(llm: LLM) -> dict[str, float]:
     }
 
 
+def steps_with_masks(
+    llm: LLM, params: list[SamplingParams], spent: list[tuple[int, float]]
+) -> list[tuple[float, float]]:
+    """Return microseconds of each step in which every request has a mask, and of its masks."""
+    steps: list[tuple[float, float]] = []
+
+    def note(index: int) -> None:
+        """Note the step before, if its mask had all rows."""
+        if index and spent and spent[-1][0] == len(params):
+            steps.append((times[-1] * 1000, spent[-1][1]))
+
+    with timed_steps(llm, note) as times:
+        llm.generate([f"number {i}" for i in range(len(params))], params, use_tqdm=False)
+    return steps
+
+
 def masks(llm: LLM, rows: int) -> dict[str, dict[str, float]]:
     """Measure, by grammar: compiling, loading, and the mask per row in steps of `rows` requests."""
     build = llm.engine.runner._sampler._masks.build
@@ -119,14 +151,7 @@ def masks(llm: LLM, rows: int) -> dict[str, dict[str, float]]:
             for i in range(rows)
         ]
         spent.clear()
-        ids = llm._submit([f"number {i}" for i in range(rows)], params, [0] * rows)
-        steps = []
-        while llm.engine.has_work():
-            _, ms = timed(llm._step)
-            if spent and spent[-1][0] == rows:
-                steps.append((ms * 1000, spent[-1][1]))
-        for request_id in ids:
-            llm._take(request_id)
+        steps = steps_with_masks(llm, params, spent)
         row_us = sorted(us / count for count, us in spent)
         found[name] = {
             "compile_ms": compile_ms,

@@ -46,7 +46,8 @@ def run_generate(arguments: argparse.Namespace) -> int:
     import time
 
     from portalm.cli.engine_flags import engine_settings
-    from portalm.llm import LLM, Prompt
+    from portalm.llm import LLM
+    from portalm.prompts import Prompt
     from portalm.sampling_params import SamplingParams
 
     params = SamplingParams(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -63,8 +64,9 @@ def test_closing_a_stream_aborts_its_request(llm: LLM) -> None:
     next(stream)
     stream.close()
 
-    assert not llm.engine.has_work() or (llm.engine.step() and not llm.engine.has_work())
-    assert llm.get_metrics().num_used_blocks == 0
+    until = time.monotonic() + 30  # a step that is on the device ends first
+    while llm.get_metrics().num_used_blocks:
+        assert time.monotonic() < until
 
 
 def test_chat_uses_the_models_template(llm: LLM) -> None:
@@ -114,7 +116,6 @@ def test_a_stop_string_ends_the_text_before_it(llm: LLM) -> None:
     assert output.outputs[0].text == free[: free.index(stop)]
     assert output.outputs[0].finish_reason == "stop"
     assert output.outputs[0].stop_reason == stop
-    assert not llm.engine.has_work() or llm.engine.step() is not None
 
 
 def test_logprobs_are_of_the_sampled_tokens(llm: LLM) -> None:

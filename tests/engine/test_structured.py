@@ -16,6 +16,7 @@ from portalm.engine.engine import Engine
 from portalm.engine.messages import AddRequest
 from portalm.errors import BackendError, InvalidRequest
 from portalm.sampling_params import StructuredOutputs
+from portalm.structured.messages import LoadGrammar
 from tests.tiny import add_byte_tokenizer, make_config_folder, run, tokens
 
 PHONE = r"\d{3}-\d{4}"
@@ -115,9 +116,10 @@ def add(llm: LLM, index: int, **changes: Any) -> AddRequest:
     assert wanted.structured_outputs is not None
     grammar = llm._compiler.compile(wanted.structured_outputs).result()
     processed = llm._inputs.process(str(index), PROMPTS[index], wanted, grammar=grammar)
-    load = llm._loaded_grammars.need(grammar, llm._compiler.vocabulary)
-    if load is not None:
-        llm.engine.load_grammar(load)
+    vocabulary = llm._compiler.vocabulary
+    llm.engine.load_grammar(
+        LoadGrammar(key=grammar.key, data=grammar.data, vocabulary=vocabulary, forget=[])
+    )
     message = msgspec.structs.replace(processed.requests[0], **changes)
     llm.engine.add(message)
     return message

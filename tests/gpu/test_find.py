@@ -46,6 +46,15 @@ def test_a_driver_without_a_visible_gpu_is_reported(monkeypatch: pytest.MonkeyPa
     assert "reports no GPU to this process" in found(CUDA_BUILD)
 
 
+def test_a_process_forked_from_one_that_uses_a_gpu_cannot_use_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: pytest.fail("torch raises here"))
+
+    assert "was forked from one that uses the GPU" in found(CUDA_BUILD)
+
+
 def test_an_available_gpu_is_found_but_not_started(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: pytest.fail("it was started"))

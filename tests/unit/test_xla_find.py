@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,18 @@ def test_missing_packages_are_named_with_the_extra_that_installs_them(
     assert not report.is_available
     assert f"pip install 'portalm[{extra}]'" in report.summary
     assert "jax" in report.summary
+
+
+def test_a_process_forked_from_one_that_uses_jax_cannot_use_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(XlaBackend, "_process_id", os.getpid() + 1)
+
+    report = XlaBackend.find()
+
+    assert not report.is_available
+    assert "was forked from one that uses JAX" in report.summary
 
 
 def test_without_a_tpu_the_backend_is_not_chosen_automatically() -> None:
