@@ -262,6 +262,10 @@ class EngineConfig:
     """Seed of requests that have none, and of dummy weights."""
     enforce_eager: bool = False
     """True: run steps without capturing them as graphs; slower, for debugging."""
+    generation_config: str = "auto"
+    """Source of the sampling parameters that a request does not set. auto: the model's
+    generation_config.json, or the metadata of its GGUF file. vllm: none, as in vLLM's flag; the
+    API's own defaults. Otherwise the path of a generation_config.json or of its folder."""
     max_logprobs: int = 20
     """Maximum value of a request's logprobs and prompt_logprobs, at least 0."""
     chat_template: str | None = None
@@ -275,6 +279,8 @@ class EngineConfig:
             )
         object.__setattr__(self, "hf_overrides", tuple(sorted(dict(self.hf_overrides).items())))
         _positive(self, "block_size", "max_num_seqs", "max_num_batched_tokens")
+        if not self.generation_config:
+            raise ConfigError("generation_config must not be empty: pass auto, vllm or a path")
         if self.quantization not in QUANTIZATIONS:
             raise ConfigError(
                 f"quantization must be one of {', '.join(QUANTIZATIONS)}, not {self.quantization!r}"

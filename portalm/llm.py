@@ -110,7 +110,8 @@ class LLM:
 
         Args:
             prompts: a `Prompt` or a list of them.
-            sampling_params: one for all prompts, or one per prompt; None: the defaults.
+            sampling_params: one for all prompts, or one per prompt; None: those of
+                `get_default_sampling_params`.
             use_tqdm: show a progress bar.
             priority: one per prompt, lower runs first, if the scheduling policy is "priority".
 
@@ -119,7 +120,8 @@ class LLM:
         """
         self._inputs.check_task("generate")
         many = as_prompts(prompts)
-        params = _spread("sampling_params", sampling_params or SamplingParams(), len(many))
+        chosen = sampling_params or self.get_default_sampling_params()
+        params = _spread("sampling_params", chosen, len(many))
         priorities = _spread("priority", 0 if priority is None else priority, len(many))
         processed = self._process(many, params, priorities)
         answers = self._submit(processed, params)
@@ -294,7 +296,7 @@ class LLM:
         self, prompt: Prompt, sampling_params: SamplingParams | None = None
     ) -> Iterator[AnswerDelta]:
         """Yield the answer to one prompt in deltas; closing the iterator aborts the request."""
-        params = [sampling_params or SamplingParams()]
+        params = [sampling_params or self.get_default_sampling_params()]
         answers = self._submit(self._process([prompt], params, [0]), params)
         try:
             while not answers.are_complete:
@@ -309,8 +311,9 @@ class LLM:
         return self._tokenizer
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """The parameters that `generate` uses by default."""
-        return SamplingParams()
+        """The parameters that `generate` uses by default: the model's own, if it has any."""
+        values: dict[str, Any] = dict(self.engine.ready.sampling_defaults)
+        return SamplingParams(**values)
 
     def get_metrics(self) -> EngineStats:
         """Return the engine's statistics."""

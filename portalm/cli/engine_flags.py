@@ -156,6 +156,12 @@ def _add_scheduling_flags(flags: _Flags) -> None:
     )
     flags.add("--seed", help="seed of requests that have none", type=int)
     flags.add(
+        "--generation-config",
+        help="source of the sampling parameters that a request does not set: auto (the model's "
+        "generation_config.json or GGUF metadata), vllm (none), or a path",
+        metavar="auto|vllm|PATH",
+    )
+    flags.add(
         "--max-logprobs", help="maximum value of a request's logprobs and prompt_logprobs", type=int
     )
 

@@ -390,6 +390,7 @@ class Engine:
             block_size=self.config.block_size,
             tasks=self.tasks,
             vector_size=self.model_config.hidden_size,
+            sampling_defaults=setup.sampling_defaults,
             startup_s={**setup.startup_s, "warm_up": time.perf_counter() - started},
         )
 

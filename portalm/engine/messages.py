@@ -133,6 +133,8 @@ class EngineReady(msgspec.Struct, tag=True, kw_only=True):
     """Tasks that the model supports."""
     vector_size: int = 0
     """Size of a prompt's vector."""
+    sampling_defaults: dict[str, int | float] = {}
+    """Values of `SamplingParams` that requests have unless they set them, by name."""
     startup_s: dict[str, float]
     """Seconds by phase: load, budget, warm_up."""
 

@@ -18,6 +18,7 @@ from portalm.core.scheduler import Scheduler
 from portalm.errors import ConfigError, Unsupported
 from portalm.models.hub import resolve_model
 from portalm.models.loader import open_checkpoint
+from portalm.models.loader.generation_config import read_sampling_defaults
 from portalm.models.model import AS_CAST, Quantization
 from portalm.models.registry import model_class
 from portalm.runner.memory import activation_bytes, kv_budget, measured_bytes
@@ -51,6 +52,8 @@ class EngineSetup:
     model_path: Path
     """Folder or .gguf file of the checkpoint."""
     tokenizer_path: Path
+    sampling_defaults: dict[str, int | float]
+    """Values of `SamplingParams` that requests have unless they set them, by name."""
     scheduler: Scheduler
     runner: ModelRunner
     startup_s: dict[str, float]
@@ -74,6 +77,14 @@ def set_up(config: EngineConfig, backend: Backend | None, report: Progress) -> E
         backend.use_threads(config.cpu_threads)
     model_path = resolve_model(config.model, revision=config.revision)
     tokenizer_path = model_path if config.tokenizer is None else resolve_model(config.tokenizer)
+    sampling_defaults = read_sampling_defaults(model_path, config.generation_config)
+    if sampling_defaults:
+        logger.info(
+            "requests that do not set them have %s, from %s (--generation-config vllm turns this "
+            "off)",
+            ", ".join(f"{name}={value}" for name, value in sampling_defaults.items()),
+            "the model" if config.generation_config == "auto" else config.generation_config,
+        )
     model, weights = _load_model(config, model_path, backend, report)
     loaded = time.perf_counter()
 
@@ -98,6 +109,7 @@ def set_up(config: EngineConfig, backend: Backend | None, report: Progress) -> E
         model=model,
         model_path=model_path,
         tokenizer_path=tokenizer_path,
+        sampling_defaults=sampling_defaults if "generate" in model.tasks else {},
         scheduler=scheduler,
         runner=runner,
         startup_s={"load": loaded - started, "budget": time.perf_counter() - loaded},

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from fastapi import Request
 
@@ -65,6 +66,12 @@ class ServerState:
     is_draining: bool = False
     """Whether the server is shutting down."""
     created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def sampling_defaults(self) -> Mapping[str, Any]:
+        """The model's own values of sampling parameters that a request does not set, by name."""
+        ready = self.client.ready
+        return {} if ready is None else ready.sampling_defaults
 
     def check_model(self, name: str | None, task: Task | None = "generate") -> str:
         """Check the model of a request, and return the model name for its reply.

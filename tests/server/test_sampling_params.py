@@ -5,13 +5,20 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
 from portalm.sampling_params import SamplingParams
-from tests.server.conftest import BYTE_0, EOS, RunningServer
+from tests.server.conftest import (
+    BYTE_0,
+    EOS,
+    RunningServer,
+    make_byte_model_folder,
+    running_server,
+)
 
 PROMPT = "the well"
 LETTERS = [BYTE_0 + ord(c) for c in "abcdefgh"]
@@ -242,3 +249,21 @@ def test_same_seed_samples_the_same_tokens_alone_and_in_a_batch(http: httpx.Clie
 
     [among] = [one for one in crowd if one["index"] == 2]  # the second prompt's first answer
     assert among["token_ids"] == alone[0]["token_ids"]
+
+
+def test_requests_have_the_models_defaults_and_the_log_lists_them(tmp_path: Path) -> None:
+    folder = make_byte_model_folder(tmp_path / "tiny")
+    (folder / "generation_config.json").write_text('{"top_k": 1, "max_new_tokens": 6}')
+    flags = ("--load-format", "dummy", "--dtype", "float32")
+
+    with running_server(str(folder), *flags) as server, server.client() as http:
+        assert any("top_k=1, max_tokens=6, from the model" in line for line in server.output)
+        unset = [ids(complete(http, temperature=None, seed=seed)) for seed in range(3)]
+        given = [ids(complete(http, temperature=1, top_k=0, seed=seed)) for seed in range(3)]
+        right = ids(complete(http, max_tokens=6))
+        body = {"messages": [{"role": "user", "content": PROMPT}], "ignore_eos": True}
+        usage = http.post("/v1/chat/completions", json=body).json()["usage"]
+
+    assert unset == [right] * 3
+    assert len({tuple(one) for one in given}) > 1
+    assert usage["completion_tokens"] == 6

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 from portalm.config import DTypeName, EncoderConfig, ModelConfig, RopeConfig
 from portalm.errors import CheckpointError, ConfigError, UnsupportedModel
+from portalm.models.loader.end_tokens import tokenizer_eos_ids
 from portalm.models.loader.json_file import read_json_object
 from portalm.models.loader.sentence_transformers import read_pooling
 
@@ -33,6 +34,8 @@ def read_config(folder: Path, overrides: Mapping[str, Any]) -> ModelConfig:
     generated = read_json_object(generation) if generation.exists() else {}
     try:
         config = model_config(values, generated)
+        ends = (*config.eos_token_ids, *tokenizer_eos_ids(folder))
+        config = replace(config, eos_token_ids=tuple(dict.fromkeys(ends)))
         pooling = read_pooling(folder, is_encoder=config.encoder is not None)
         return replace(config, pooling=pooling)
     except KeyError as error:

@@ -11,6 +11,7 @@ from typing import Any
 
 from portalm.engine.input_processor import ProcessedInput
 from portalm.errors import PortaLMError
+from portalm.sampling_params import SamplingParams
 from portalm.server.chat_plan import ChatPlan
 from portalm.server.replies.responses_output import Event, ResponseOutput
 from portalm.server.responses_store import StoredResponse, StoreFull
@@ -128,7 +129,7 @@ async def _write(run: ResponseRun, output: ResponseOutput) -> AsyncGenerator[Eve
         }
 
 
-def new_response(body: ResponsesRequest, model: str) -> dict[str, Any]:
+def new_response(body: ResponsesRequest, params: SamplingParams, model: str) -> dict[str, Any]:
     """A response object without output, in progress."""
     form = body.text.format if body.text is not None else None
     reasoning = body.reasoning
@@ -152,7 +153,7 @@ def new_response(body: ResponsesRequest, model: str) -> dict[str, Any]:
         "reasoning": {"effort": reasoning.effort if reasoning else None, "summary": None},
         "service_tier": "default",
         "store": body.store is not False,
-        "temperature": 1.0 if body.temperature is None else body.temperature,
+        "temperature": params.temperature,
         "text": {
             "format": form.model_dump(exclude_none=True, by_alias=True)
             if form
@@ -161,7 +162,7 @@ def new_response(body: ResponsesRequest, model: str) -> dict[str, Any]:
         "tool_choice": body.tool_choice or "auto",
         "tools": body.tools or [],
         "top_logprobs": 0,
-        "top_p": 1.0 if body.top_p is None else body.top_p,
+        "top_p": params.top_p,
         "truncation": "disabled",
         "usage": None,
         "user": body.user,

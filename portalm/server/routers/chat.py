@@ -26,7 +26,7 @@ async def chat_completions(
 ) -> Response:
     """Generate the assistant's next message."""
     model = state.check_model(body.model)
-    params, tools = body.params(), body.tool_use()
+    params, tools = body.params(state.sampling_defaults), body.tool_use()
     beams = body.beams(params.n, params.max_tokens)
     chat_id = new_id("chatcmpl")
     plan = plan_chat(

@@ -30,7 +30,7 @@ async def completions(
 ) -> Response:
     """Continue one or more prompts."""
     model = state.check_model(body.model)
-    params = body.params()
+    params = body.params(state.sampling_defaults)
     beams = body.beams(params.n, params.max_tokens)
     prompts = body.prompts()
     completion_id = new_id("cmpl")

@@ -34,7 +34,7 @@ async def create_response(body: ResponsesRequest, request: Request, state: State
     """Create a response: streamed, returned whole, or written in the background."""
     body.check()
     model = state.check_model(body.model)
-    params, tools = body.params(), body.tool_use()
+    params, tools = body.params(state.sampling_defaults), body.tool_use()
     tenant = tenant_of(request)
     items: list[dict[str, Any]] = []
     if body.previous_response_id is not None:
@@ -59,7 +59,7 @@ async def create_response(body: ResponsesRequest, request: Request, state: State
         params,
         tools,
     )
-    response = new_response(body, model)
+    response = new_response(body, plan.params, model)
     processed = await state.client.check(
         body.request_id or response["id"],
         plan.prompt,

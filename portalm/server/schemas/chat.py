@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import Field
@@ -10,6 +11,7 @@ from portalm.errors import InvalidRequest
 from portalm.sampling_params import SamplingParams
 from portalm.server.schemas.common import Messages
 from portalm.server.schemas.conversation import ConversationFields
+from portalm.server.schemas.derived import NO_DEFAULTS
 from portalm.server.schemas.sampling import SamplingFields
 from portalm.server.schemas.tools import ToolUse, check_tools
 from portalm.text.chat_template import Conversation
@@ -28,14 +30,16 @@ class ChatRequest(SamplingFields, ConversationFields):
     return_token_ids: bool = False
     truncate_prompt_tokens: int | None = Field(default=None, ge=-1)
 
-    def params(self) -> SamplingParams:
-        """Sampling parameters of the request. Raises `InvalidRequest`."""
+    def params(self, defaults: Mapping[str, Any] = NO_DEFAULTS) -> SamplingParams:
+        """Sampling parameters, unset ones from `defaults`. Raises `InvalidRequest`."""
         if self.top_logprobs is not None and not self.logprobs:
             raise InvalidRequest("top_logprobs needs logprobs: true", param="top_logprobs")
+        max_tokens = self.max_completion_tokens
+        if max_tokens is None:
+            max_tokens = self.max_tokens
         return self.sampling_params(
-            max_tokens=self.max_completion_tokens or self.max_tokens
-            if self.max_completion_tokens != 0
-            else 0,
+            defaults,
+            max_tokens=defaults.get("max_tokens") if max_tokens is None else max_tokens,
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
         )
 

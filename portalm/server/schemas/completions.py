@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 from pydantic import Field
 
 from portalm.errors import InvalidRequest
 from portalm.sampling_params import SamplingParams
 from portalm.server.schemas.common import MAX_ANSWERS, MAX_PROMPT, Texts, TokenIds
+from portalm.server.schemas.derived import NO_DEFAULTS
 from portalm.server.schemas.sampling import SamplingFields
 
 
@@ -35,20 +37,23 @@ class CompletionRequest(SamplingFields):
         """Whether the reply is only the prompt with its logprobs: echo with max_tokens 0."""
         return self.echo and self.max_tokens == 0
 
-    def params(self) -> SamplingParams:
-        """Sampling parameters of each prompt. Raises `InvalidRequest`."""
+    def params(self, defaults: Mapping[str, Any] = NO_DEFAULTS) -> SamplingParams:
+        """Sampling parameters of each prompt, else from `defaults`. Raises `InvalidRequest`."""
         if self.suffix:
             raise InvalidRequest(
                 "suffix is not supported: text is only generated after the prompt", param="suffix"
             )
         num_candidates = self._num_candidates()
-        max_tokens = 16 if self.max_tokens is None else self.max_tokens
+        max_tokens = self.max_tokens
+        if max_tokens is None:  # OpenAI's default, but no more than the model's
+            max_tokens = min(16, defaults.get("max_tokens", 16))
         # best_of chooses by logprobs; an echoed prompt has logprobs if its answer has
         logprobs = 0 if self.logprobs is None and num_candidates > self.n else self.logprobs
         prompt_logprobs = self.prompt_logprobs
         if self.echo and self.logprobs is not None:
             prompt_logprobs = max(self.logprobs, prompt_logprobs or 0)
         return self.sampling_params(
+            defaults,
             max_tokens=1 if self.scores_only else max_tokens,  # the engine samples at least one
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,

@@ -6,12 +6,17 @@ A body inherits `derived_fields()`, and redeclares only fields whose form over H
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import MISSING, fields
+from types import MappingProxyType
 from typing import Any, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from portalm.sampling_params import SamplingParams
+
+NO_DEFAULTS: Mapping[str, Any] = MappingProxyType({})
+"""For a model without defaults of its own."""
 
 SAMPLING_FIELDS = tuple(field.name for field in fields(SamplingParams))
 
@@ -35,9 +40,10 @@ def derived_fields(*names: str) -> Any:
     return create_model("DerivedFields", __config__=ConfigDict(extra="forbid"), **definitions)
 
 
-def sampling_values(body: BaseModel) -> dict[str, Any]:
-    """Sampling parameters in `body` by name, without those that are null (the default)."""
-    values = {
-        name: getattr(body, name) for name in SAMPLING_FIELDS if name in type(body).model_fields
-    }
-    return {name: value for name, value in values.items() if value is not None}
+def sampling_values(body: BaseModel, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Sampling parameters by name: those that `body` sets, then the model's `defaults`.
+
+    A field that is null is not set.
+    """
+    given = {name: getattr(body, name) for name in SAMPLING_FIELDS if name in body.model_fields_set}
+    return {**defaults, **{name: value for name, value in given.items() if value is not None}}

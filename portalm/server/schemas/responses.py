@@ -11,7 +11,7 @@ from portalm.errors import InvalidRequest
 from portalm.sampling_params import SamplingParams
 from portalm.server.schemas.common import Messages
 from portalm.server.schemas.conversation import checked_variables
-from portalm.server.schemas.derived import derived_fields, sampling_values
+from portalm.server.schemas.derived import NO_DEFAULTS, derived_fields, sampling_values
 from portalm.server.schemas.formats import JsonSchemaFormat, ResponseFormat
 from portalm.server.schemas.responses_input import as_messages
 from portalm.server.schemas.tools import ToolUse, check_tools
@@ -150,15 +150,14 @@ class ResponsesRequest(_DerivedFields):
         if self.background and self.store is False:
             _refuse("background", "needs store, so that the response can be retrieved later")
 
-    def params(self) -> SamplingParams:
-        """Sampling parameters of the request. Raises `InvalidRequest`."""
+    def params(self, defaults: Mapping[str, Any] = NO_DEFAULTS) -> SamplingParams:
+        """Sampling parameters, unset ones from `defaults`. Raises `InvalidRequest`."""
         form = self.text.format if self.text is not None else None
         structured = form.response_format().structured_outputs() if form else None
-        return SamplingParams(
-            **sampling_values(self),
-            max_tokens=self.max_output_tokens,
-            structured_outputs=structured,
-        )
+        values = {"max_tokens": None, **sampling_values(self, defaults)}
+        if self.max_output_tokens is not None:
+            values["max_tokens"] = self.max_output_tokens
+        return SamplingParams(**values, structured_outputs=structured)
 
     def tool_use(self) -> ToolUse:
         """The tools that answers may call. Raises `InvalidRequest`."""

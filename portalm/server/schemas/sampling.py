@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -91,17 +92,21 @@ class SamplingFields(_DerivedFields):
     store: bool | None = None
     service_tier: str | None = None
 
-    def sampling_params(self, **replaced: Any) -> SamplingParams:
+    def sampling_params(self, defaults: Mapping[str, Any], **replaced: Any) -> SamplingParams:
         """The sampling parameters of the request.
 
         Args:
+            defaults: the model's own values of parameters that the request does not set.
             **replaced: values that replace fields of the same name, where the endpoint defines
                 those differently.
 
         Raises:
             InvalidRequest: a value is out of range, or values contradict each other.
         """
-        values = {**sampling_values(self), "structured_outputs": self._structured_outputs()}
+        values = {
+            **sampling_values(self, defaults),
+            "structured_outputs": self._structured_outputs(),
+        }
         return SamplingParams(**{**values, **replaced})
 
     def beams(self, beam_width: int, max_tokens: int | None) -> BeamSearchParams | None:
