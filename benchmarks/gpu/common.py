@@ -1,18 +1,25 @@
-"""Shared by the stages: models, settings, timing, and printing of results."""
+"""Shared by the parts: models, settings, sections, and printing of results."""
 
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 MARK = "RESULT "
 """Prefix of output lines that contain a result as JSON."""
+
+DONE = "DONE "
+"""Prefix of output lines that name a finished section."""
 
 LLAMA_8B = {
     "architectures": ["LlamaForCausalLM"],
@@ -57,18 +64,22 @@ TINY = {
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of a stage."""
+    """Settings of a part, which gpu_run.py passes as its first argument."""
 
     device: str
     """Name of the backend."""
+    part: str
+    """Name of the part: 8b, 1b, ..."""
+    sections: dict[str, float]
+    """Sections to run, in order, with their shares of the time."""
     limit_s: float
-    """Time limit of the stage."""
+    """Time limit of the part."""
     is_tiny: bool
     """Use toy shapes; the figures mean nothing then."""
 
     def model(self, name: str) -> dict[str, Any]:
         """Configuration of the model 8b or 1b; the toy model if `is_tiny`."""
-        return TINY if self.is_tiny else {"8b": LLAMA_8B, "1b": LLAMA_1B}[name]
+        return TINY if self.is_tiny else {"8b": LLAMA_8B, "fp8": LLAMA_8B, "1b": LLAMA_1B}[name]
 
     def scaled(self, real: int, tiny: int) -> int:
         """`tiny` if `is_tiny`, else `real`."""
@@ -76,7 +87,7 @@ class Settings:
 
 
 def settings() -> Settings:
-    """Read the settings that gpu_run.py passes as the first argument."""
+    """Read the settings from the command line."""
     return Settings(**json.loads(sys.argv[1]))
 
 
@@ -85,33 +96,74 @@ def report(name: str, value: float | str | None, unit: str = "", **more: Any) ->
     print(MARK + json.dumps({"name": name, "value": value, "unit": unit, **more}), flush=True)
 
 
+def fail(name: str, message: str) -> None:
+    """Print a failure as a result."""
+    report(f"FAILED {name}", None, message=message)
+
+
+class OutOfTime(BaseException):
+    """A section reached its time limit; not an `Exception`, so that no check swallows it."""
+
+
+class Clock:
+    """Time left for the current section."""
+
+    def __init__(self, seconds: float) -> None:
+        """Start the clock."""
+        self._until = time.monotonic() + seconds
+
+    def left(self) -> float:
+        """Seconds left."""
+        return self._until - time.monotonic()
+
+
+Section = Callable[[Clock], None]
+
+
+def run_sections(run: Settings, sections: Mapping[str, Section]) -> None:
+    """Run the selected sections; a failure or timeout of one does not stop the next ones.
+
+    Each section gets its share of the time that is left, so time that one does not use goes to
+    those after it. If `start` fails, nothing after it can run.
+    """
+    until = time.monotonic() + 0.97 * run.limit_s
+    names = list(run.sections)
+    for i, name in enumerate(names):
+        share = run.sections[name] / sum(run.sections[other] for other in names[i:])
+        limit = share * max(until - time.monotonic(), 0.1)
+        label = f"{run.part} {name}"
+        try:
+            with _limited(limit):
+                sections[name](Clock(limit))
+            print(DONE + name, flush=True)
+            continue
+        except OutOfTime:
+            fail(label, f"stopped at its time limit of {limit:.0f} s")
+        except Exception:
+            traceback.print_exc()
+            fail(label, traceback.format_exc())
+        if name == "start":
+            return
+
+
+@contextmanager
+def _limited(seconds: float) -> Iterator[None]:
+    """Raise `OutOfTime` in this thread after `seconds`."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise OutOfTime
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def model_folder(config: dict[str, Any]) -> str:
     """Create a folder with a config.json and no weights."""
     folder = Path(tempfile.mkdtemp(prefix="gpu-run-"))
     (folder / "config.json").write_text(json.dumps(config))
     return str(folder)
-
-
-def seconds(backend: Any, work: Callable[[], object], *, times: int = 20, warm: int = 3) -> float:
-    """Median seconds per call of `work`, measured with the device's events if it is a GPU."""
-    import torch
-
-    for _ in range(warm):
-        work()
-    if backend.device().type == "cpu":
-        taken = []
-        for _ in range(times):
-            begin = time.perf_counter()
-            work()
-            taken.append(time.perf_counter() - begin)
-        return sorted(taken)[len(taken) // 2]
-    pairs = [
-        (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
-        for _ in range(times)
-    ]
-    for begin, end in pairs:
-        begin.record()
-        work()
-        end.record()
-    torch.cuda.synchronize()
-    return sorted(b.elapsed_time(e) for b, e in pairs)[times // 2] / 1e3

@@ -1,115 +1,82 @@
-"""The engine without HTTP: one stream, many streams, prompts, a thousand requests.
-
-The second argument selects the part: 8b, 1b, or transformers with the shape of the 8B model.
-"""
+"""The engine without HTTP: one stream, many streams, prompts, a thousand requests, a profile."""
 
 from __future__ import annotations
 
 import random
-import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
-import torch
+from gpu.common import Clock, Settings, model_folder, report, run_sections, settings
+from gpu.compiles import Compiles
+from gpu.profile import steady
+from portalm.backend import Bucket
 
-from gpu.common import Settings, model_folder, report, settings
 
-
-def make_engine(run: Settings, model: str, **more: Any) -> Any:
-    """Create an engine with random weights, and capture all of its steps."""
+def engine_config(run: Settings, model: str, **more: Any) -> Any:
+    """Configuration of an engine with random weights."""
     from portalm.config import EngineConfig
-    from portalm.engine.engine import Engine
 
-    begin = time.perf_counter()
-    engine = Engine(
-        EngineConfig.from_dict(
-            {
-                "model": model_folder(run.model(model)),
-                "load_format": "dummy",
-                "device": run.device,
-                "max_num_seqs": run.scaled(256, 4),
-                "max_num_batched_tokens": run.scaled(8192, 64),
-                "max_model_len": run.scaled(4096, 256),
-                "enable_prefix_caching": False,
-                **more,
-            }
-        )
+    return EngineConfig.from_dict(
+        {
+            "model": model_folder(run.model(model)),
+            "load_format": "dummy",
+            "device": run.device,
+            "max_num_seqs": run.scaled(256, 4),
+            "max_num_batched_tokens": run.scaled(8192, 64),
+            "max_model_len": run.scaled(4096, 256),
+            "enable_prefix_caching": False,
+            **({"quantization": "fp8"} if model == "fp8" and not run.is_tiny else {}),
+            **more,
+        }
     )
-    report(f"{model}: start", time.perf_counter() - begin, "s", **engine.ready.startup_s)
-    begin = time.perf_counter()
-    while engine.capture_next():
-        pass
-    report(f"{model}: captures", time.perf_counter() - begin, "s", blocks=engine.ready.num_blocks)
-    return engine
 
 
-def ask(engine: Any, name: str, length: int, num_out: int, seed: int = 0) -> None:
-    """Add a request with random token ids that generates exactly `num_out` tokens."""
+def ask(
+    engine: Any,
+    name: str,
+    length: int,
+    num_out: int,
+    *,
+    more: Sequence[int] = (),
+    logprobs: int | None = None,
+) -> None:
+    """Add a request with `length` random token ids, then `more`, that generates `num_out`."""
     from portalm.engine.messages import AddRequest
     from portalm.sampling_params import SamplingParams
 
-    rng = random.Random(f"{name} {seed}")
+    rng = random.Random(name)
     vocab = engine.model_config.vocab_size
     engine.add(
         AddRequest(
             request_id=name,
-            prompt_token_ids=[rng.randrange(3, vocab) for _ in range(length)],
-            params=SamplingParams(temperature=0.0, max_tokens=num_out, ignore_eos=True),
-            seed=seed,
+            prompt_token_ids=[*(rng.randrange(3, vocab) for _ in range(length)), *more],
+            params=SamplingParams(
+                temperature=0.0, max_tokens=num_out, ignore_eos=True, logprobs=logprobs
+            ),
+            seed=0,
         )
     )
 
 
+def outputs_of(engine: Any) -> dict[str, list[int]]:
+    """Run until no work is left; return the generated tokens by request.
+
+    Raises:
+        RuntimeError: a request ended with an error.
+    """
+    found: dict[str, list[int]] = {}
+    while engine.has_work():
+        for output in engine.step().outputs:
+            if output.error is not None:
+                raise RuntimeError(f"request {output.request_id} failed: {output.error}")
+            found.setdefault(output.request_id, []).extend(output.token_ids)
+    return found
+
+
 def finish(engine: Any) -> int:
     """Run until no work is left; return the number of generated tokens."""
-    num_tokens = 0
-    while engine.has_work():
-        num_tokens += sum(len(output.token_ids) for output in engine.step().outputs)
-    return num_tokens
-
-
-def decode(engine: Any, run: Settings, model: str, streams: int, context: int) -> None:
-    """Measure tokens per second while all `streams` decode at about `context` tokens."""
-    num_out = run.scaled(160, 12)
-    for i in range(streams):
-        ask(engine, f"decode-{i}", max(1, context - num_out // 2), num_out)
-    num_tokens, begin = 0, 0.0
-    while engine.has_work():
-        outputs = engine.step().outputs
-        count = sum(len(output.token_ids) for output in outputs)
-        if count == streams and not begin:  # every prompt is computed
-            begin = time.perf_counter()
-        elif begin and count == streams:
-            num_tokens, end = num_tokens + count, time.perf_counter()
-        elif begin:
-            break
-    finish(engine)
-    if not num_tokens:
-        report(
-            f"FAILED {model}: decode, {streams} streams",
-            None,
-            message="no step decoded all streams together",
-        )
-        return
-    report(f"{model}: decode, {streams} x {context}", num_tokens / (end - begin), "tok/s")
-
-
-def prefill(engine: Any, run: Settings, model: str) -> None:
-    """Measure the TTFT of single prompts, and tokens per second of several prompts at once."""
-    for length in (run.scaled(1024, 32), run.scaled(2048, 64)):
-        taken = []
-        for i in range(6):
-            ask(engine, f"alone-{length}-{i}", length, 1)
-            begin = time.perf_counter()
-            finish(engine)
-            taken.append(time.perf_counter() - begin)
-        report(f"{model}: TTFT, {length}", sorted(taken)[2] * 1e3, "ms")
-    length, count = run.scaled(2048, 64), run.scaled(16, 3)
-    for i in range(count):
-        ask(engine, f"prefill-{i}", length, 1)
-    begin = time.perf_counter()
-    finish(engine)
-    report(f"{model}: prefill, {length}", count * length / (time.perf_counter() - begin), "tok/s")
+    return sum(len(tokens) for tokens in outputs_of(engine).values())
 
 
 def lengths_like_sharegpt(count: int) -> list[tuple[int, int]]:
@@ -136,85 +103,165 @@ def lengths_like_sharegpt(count: int) -> list[tuple[int, int]]:
     return pairs
 
 
-def offline(engine: Any, run: Settings, model: str) -> None:
-    """Measure a thousand requests of mixed lengths, all submitted at once."""
-    count = run.scaled(1000, 6)
-    pairs = lengths_like_sharegpt(count)
-    if run.is_tiny:
-        pairs = [(min(p, 60), min(o, 20)) for p, o in pairs]
-    for i, (num_in, num_out) in enumerate(pairs):
-        ask(engine, f"offline-{i}", num_in, num_out)
-    begin = time.perf_counter()
-    num_tokens = finish(engine)
-    taken = time.perf_counter() - begin
-    total_in = sum(p for p, _ in pairs)
-    report(
-        f"{model}: offline, {count} requests",
-        num_tokens / taken,
-        "tok/s",
-        num_in=total_in,
-        num_out=num_tokens,
-        seconds=taken,
-    )
+class Measured:
+    """The sections; all use the engine of `start`."""
 
+    def __init__(self, run: Settings) -> None:
+        """Start nothing yet."""
+        self.run = run
+        self.model = run.part
+        self.compiles = Compiles()
+        self.engine: Any = None
 
-def ours(run: Settings, model: str) -> None:
-    """Measure everything with one engine."""
-    engine = make_engine(run, model)
-    streams = [(1, 512), (64, 1024), (256, 1024)] if not run.is_tiny else [(1, 32), (4, 32)]
-    for count, context in streams:
-        decode(engine, run, model, count, context)
-    prefill(engine, run, model)
-    offline(engine, run, model)
-    engine.close()
+    def start(self, clock: Clock) -> None:
+        """Start the engine, and capture all of its steps."""
+        self.engine = self._started("")
 
+    def _started(self, kind: str, backend: Any = None) -> Any:
+        from portalm.engine.engine import Engine
 
-def transformers(run: Settings) -> None:
-    """Measure the 8B shape in transformers: a static cache and torch.compile; batching."""
-    import transformers as hf
-
-    config = hf.LlamaConfig(**{k: v for k, v in run.model("8b").items() if k != "torch_dtype"})
-    device = "cpu" if run.is_tiny else "cuda"
-    dtype = torch.float32 if run.is_tiny else torch.bfloat16
-    with torch.device(device):
-        model = hf.LlamaForCausalLM(config).to(dtype).eval()
-    ids = torch.randint(3, config.vocab_size, (1, run.scaled(512, 16)), device=device)
-    num_out = run.scaled(128, 4)
-    options: dict[str, Any] = {"do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
-    if not run.is_tiny:
-        options["cache_implementation"] = "static"  # compiled by generate itself
-    for _ in range(2 if not run.is_tiny else 1):
+        self.compiles.clear()
         begin = time.perf_counter()
-        model.generate(ids, max_new_tokens=num_out, min_new_tokens=num_out, **options)
-        if not run.is_tiny:
-            torch.cuda.synchronize()
+        engine = Engine(engine_config(self.run, self.model), backend=backend)
         taken = time.perf_counter() - begin
-    report("transformers: one stream, static cache", num_out / taken, "tok/s")
-    if run.is_tiny or not hasattr(model, "generate_batch"):
-        text = "skipped: it needs a GPU and a version of transformers with generate_batch"
-        report("transformers: continuous batching", None, message=text)
-        return
-    count = 200
-    pairs = lengths_like_sharegpt(1000)[:count]
-    rng = random.Random(0)
-    prompts = [[rng.randrange(3, config.vocab_size) for _ in range(min(p, 1024))] for p, _ in pairs]
-    settings_ = hf.GenerationConfig(
-        max_new_tokens=198, do_sample=False, eos_token_id=-1, pad_token_id=0
-    )
-    begin = time.perf_counter()
-    answers = model.generate_batch(inputs=prompts, generation_config=settings_)
-    taken = time.perf_counter() - begin
-    num_tokens = sum(len(answer.generated_tokens) for answer in answers.values())
-    report(f"transformers: continuous batching, {count} requests", num_tokens / taken, "tok/s")
+        report(f"{self.model}: start{kind}", taken, "s", **engine.ready.startup_s)
+        begin, count = time.perf_counter(), 0
+        while engine.capture_next():
+            count += 1
+        report(
+            f"{self.model}: captures{kind}",
+            time.perf_counter() - begin,
+            "s",
+            captures=count,
+            kernels_compiled=len(self.compiles.names),
+            blocks=engine.ready.num_blocks,
+        )
+        self.compiles.clear()
+        return engine
+
+    def _report(self, name: str, value: float, unit: str, **more: Any) -> None:
+        """Report a figure of this model, with the number of kernels compiled meanwhile."""
+        report(f"{self.model}: {name}", value, unit, compiles=len(self.compiles.names), **more)
+        self.compiles.clear()
+
+    def decode(self, clock: Clock) -> None:
+        """Measure tokens per second while all streams decode, at about one context length."""
+        cases = [(1, 512), (64, 1024), (256, 1024)] if not self.run.is_tiny else [(1, 32), (4, 32)]
+        for streams, context in cases:
+            self._decode(streams, context)
+
+    def _decode(self, streams: int, context: int) -> None:
+        num_out = self.run.scaled(160, 12)
+        for i in range(streams):
+            ask(self.engine, f"decode-{i}", max(1, context - num_out // 2), num_out)
+        num_tokens, begin, end = 0, 0.0, 0.0
+        while self.engine.has_work():
+            count = sum(len(output.token_ids) for output in self.engine.step().outputs)
+            if count == streams and not begin:  # every prompt is computed
+                begin = time.perf_counter()
+            elif begin and count == streams:
+                num_tokens, end = num_tokens + count, time.perf_counter()
+            elif begin:
+                break
+        finish(self.engine)
+        if not num_tokens:
+            raise RuntimeError(f"no step decoded all {streams} streams together")
+        self._report(f"decode, {streams} x {context}", num_tokens / (end - begin), "tok/s")
+
+    def prompts(self, clock: Clock) -> None:
+        """Measure the TTFT of single prompts, and tokens per second of several prompts at once."""
+        lengths = (1024, 2048, 8192) if not self.run.is_tiny else (32, 64)
+        lengths = tuple(n for n in lengths if n < self.engine.max_model_len)
+        for length in lengths:
+            taken = []
+            for i in range(6):
+                ask(self.engine, f"alone-{length}-{i}", length, 1)
+                begin = time.perf_counter()
+                finish(self.engine)
+                taken.append(time.perf_counter() - begin)
+            self._report(f"TTFT, {length}", sorted(taken)[2] * 1e3, "ms")
+        for length, count in ((2048, 16), (3584, 8)) if not self.run.is_tiny else ((64, 3),):
+            for i in range(count):
+                ask(self.engine, f"prefill-{i}", length, 1)
+            begin = time.perf_counter()
+            finish(self.engine)
+            taken_s = time.perf_counter() - begin
+            self._report(f"prefill, {length}", count * length / taken_s, "tok/s")
+
+    def offline(self, clock: Clock) -> None:
+        """Measure a thousand requests of mixed lengths, all submitted at once."""
+        self._offline(self.engine, "")
+
+    def _offline(self, engine: Any, kind: str) -> None:
+        count = self.run.scaled(1000, 6)
+        pairs = lengths_like_sharegpt(count)
+        if self.run.is_tiny:
+            pairs = [(min(p, 60), min(o, 20)) for p, o in pairs]
+        for i, (num_in, num_out) in enumerate(pairs):
+            ask(engine, f"offline-{i}", num_in, num_out)
+        begin = time.perf_counter()
+        num_tokens = finish(engine)
+        taken = time.perf_counter() - begin
+        self._report(
+            f"offline, {count} requests{kind}",
+            num_tokens / taken,
+            "tok/s",
+            num_in=sum(p for p, _ in pairs),
+            num_out=num_tokens,
+            seconds=taken,
+        )
+
+    def offline_without_mixed(self, clock: Clock) -> None:
+        """Measure the same requests with captures of decodes alone, in a second engine."""
+        backend = self.engine.backend
+        if not _keep_decode_buckets(backend):
+            message = "not measured: this device captures no mixed steps"
+            report(f"{self.model}: offline without mixed captures", None, message=message)
+            return
+        self.engine.close()
+        self.engine = None  # its memory is needed
+        engine = self._started(", decodes captured only", backend)
+        self._offline(engine, ", decodes captured only")
+        engine.close()
+
+    def profile(self, clock: Clock) -> None:
+        """Measure steady decoding: the device's idle time, and the time of each kernel."""
+        for streams in (256, 64, 1) if not self.run.is_tiny else (2,):
+            steady(self.engine, self.run, self.model, streams)
+
+
+def _keep_decode_buckets(backend: Any) -> bool:
+    """Let engines on `backend` capture decodes alone; return False if they already do."""
+    all_buckets = backend.buckets
+    found = all_buckets(8192, 256, 256)
+    if found is None or backend.capabilities.static_shapes:
+        return False
+    if all(bucket.max_query_len == 1 for bucket in found):
+        return False
+
+    def buckets(max_tokens: int, max_requests: int, max_blocks: int) -> list[Bucket]:
+        found = all_buckets(max_tokens, max_requests, max_blocks)
+        return [bucket for bucket in found if bucket.max_query_len == 1]
+
+    backend.buckets = buckets
+    return True
 
 
 def main() -> None:
-    """Run the part that the second argument names."""
-    run, part = settings(), sys.argv[2]
-    if part == "transformers":
-        transformers(run)
-    else:
-        ours(run, part)
+    """Run the selected sections for the model that the part names."""
+    run = settings()
+    part = Measured(run)
+    run_sections(
+        run,
+        {
+            "start": part.start,
+            "decode": part.decode,
+            "offline": part.offline,
+            "prompts": part.prompts,
+            "profile": part.profile,
+            "offline without mixed captures": part.offline_without_mixed,
+        },
+    )
 
 
 if __name__ == "__main__":
