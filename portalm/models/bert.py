@@ -39,6 +39,7 @@ class Bert(Encoder):
 
     prefix = ""
     """Prefix of the encoder's tensor names."""
+    unused = (*Encoder.unused, r"(^|\.)pooler\.", r"^(cls|lm_head)\.")
 
     def build(self, read: LayerReader) -> Weights:
         """Read weights by name: words, positions, types, norm, layers."""
@@ -119,6 +120,7 @@ class BertClassifier(Bert):
 
     tasks: tuple[Task, ...] = ("score",)
     prefix = "bert."
+    unused = Encoder.unused
     head_names = ("bert.pooler.dense", "classifier")
 
     def build(self, read: LayerReader) -> Weights:
@@ -142,4 +144,5 @@ class RobertaClassifier(BertClassifier):
     """RoBERTa and XLM-RoBERTa cross-encoder: `BertClassifier` with other tensor names."""
 
     prefix = "roberta."
+    unused = (*Encoder.unused, r"^roberta\.pooler\.")
     head_names = ("classifier.dense", "classifier.out_proj")

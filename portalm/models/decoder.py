@@ -6,6 +6,7 @@ layer; run without a checkpoint, it also lists the tensors that the model has (`
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal
 
@@ -30,6 +31,7 @@ from portalm.layers.norms import Norm
 from portalm.layers.rope import cos_sin_table
 from portalm.models.layer_reader import LayerReader, NoDevice, ShapeRecorder
 from portalm.models.loader.checkpoint import Checkpoint, LoadProgress, TensorReader
+from portalm.models.loader.unread import check_all_read, check_tied
 from portalm.models.model import AS_CAST, Quantization, bytes_of
 from portalm.models.registry import has_head
 
@@ -80,6 +82,8 @@ class Decoder:
     key itself comes last unless it is listed. Names of other families are never read."""
     reads: ClassVar[frozenset[str]] = frozenset()
     """Keys of `_NEUTRAL` that the family has code for."""
+    unused: ClassVar[tuple[str, ...]] = ()
+    """Regular expressions of tensor names that some checkpoints have and no answer depends on."""
     embedding = "model.embed_tokens"
     layer_prefix = "model.layers."
     last_norm = "model.norm"
@@ -222,14 +226,17 @@ class Decoder:
         progress: LoadProgress | None = None,
     ) -> Weights:
         """Read all weights: the result of `build`, and the rotary tables as "ropes"."""
-        reader = TensorReader(
-            checkpoint,
-            len(checkpoint.names()),
-            rename=self._rename(checkpoint),
-            progress=progress,
-        )
+        rename = self._rename(checkpoint)
+        reader = TensorReader(checkpoint, len(checkpoint.names()), rename=rename, progress=progress)
         weights = self.build(LayerReader(reader, backend, self.dtype, quantization))
-        reader.check_complete()
+        head = rename(f"{self.head}.weight")
+        if self.config.tie_word_embeddings:
+            check_tied(checkpoint, head, rename(f"{self.embedding}.weight"))
+        is_headless = "generate" not in self.tasks
+        check_all_read(
+            checkpoint,
+            unused=(*self.unused, f"^{re.escape(head)}$") if is_headless else self.unused,
+        )
         config = self.config
         weights["ropes"] = [
             cos_sin_table(rope, head_size=config.head_size, max_position=config.max_position).to(

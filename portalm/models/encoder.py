@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -12,6 +13,7 @@ from portalm.config import EncoderConfig, ModelConfig, Task
 from portalm.errors import UnsupportedModel
 from portalm.models.layer_reader import LayerReader, NoDevice, ShapeRecorder
 from portalm.models.loader.checkpoint import Checkpoint, LoadProgress, TensorReader
+from portalm.models.loader.unread import check_all_read
 from portalm.models.model import AS_CAST, Quantization, bytes_of
 
 
@@ -19,6 +21,8 @@ class Encoder(ABC):
     """An encoder without its layers, which a family adds; see `portalm.models.model.Model`."""
 
     tasks: tuple[Task, ...] = ("embed",)
+    unused: ClassVar[tuple[str, ...]] = (r"(^|\.)position_ids$",)
+    """Regular expressions of tensor names that some checkpoints have and no output depends on."""
 
     def __init__(self, config: ModelConfig, dtype: str) -> None:
         """Create the model for `config`, with weights and activations in `dtype`.
@@ -86,7 +90,7 @@ class Encoder(ABC):
             checkpoint, len(names), rename=lambda name: prefix + name, progress=progress
         )
         weights = self.build(LayerReader(reader, backend, self.dtype, quantization))
-        reader.check_complete()
+        check_all_read(checkpoint, unused=(*self.unused, *_other_heads(prefix)))
         return weights
 
     def weight_bytes(self) -> int:
@@ -111,3 +115,8 @@ def _find_prefix(names: set[str], wanted: str) -> str:
         return ""
     found = [name.removesuffix(wanted) for name in names if name.endswith(f".{wanted}")]
     return found[0] if len(found) == 1 else ""
+
+
+def _other_heads(prefix: str) -> tuple[str, ...]:
+    """Regular expressions of names outside the encoder, whose names begin with `prefix`."""
+    return (f"^(?!{re.escape(prefix)})",) if prefix else ()

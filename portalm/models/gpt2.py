@@ -33,6 +33,7 @@ class GPT2(Decoder):
         "rms_norm_eps": ("layer_norm_epsilon",),
     }
     reads = frozenset({"scale_attn_by_inverse_layer_idx"})
+    unused = (r"\.attn\.(masked_)?bias$",)  # the causal mask
     optional_prefix = "transformer."
     embedding = "transformer.wte"
     layer_prefix = "transformer.h."

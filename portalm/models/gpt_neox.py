@@ -30,6 +30,7 @@ class GPTNeoX(Decoder):
         "rope_theta": ("rotary_emb_base",),
     }
     reads = frozenset({"attention_bias", "partial_rotary_factor"})
+    unused = (r"\.attention\.(masked_)?bias$",)  # the causal mask
     embedding = "gpt_neox.embed_in"
     layer_prefix = "gpt_neox.layers."
     last_norm = "gpt_neox.final_layer_norm"

@@ -48,6 +48,7 @@ class ModernBert(Encoder):
 
     prefix = ""
     """Prefix of the encoder's tensor names."""
+    unused = (*Encoder.unused, r"^(head|decoder)\.")
 
     def __init__(self, config: ModelConfig, dtype: str) -> None:
         """Create the model for `config`; raise `UnsupportedModel` for unsupported settings."""
@@ -183,6 +184,7 @@ class ModernBertClassifier(ModernBert):
 
     tasks: tuple[Task, ...] = ("score",)
     prefix = "model."
+    unused = Encoder.unused
 
     def __init__(self, config: ModelConfig, dtype: str) -> None:
         """Create the model for `config`; raise `UnsupportedModel` for unsupported settings."""

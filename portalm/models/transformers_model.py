@@ -8,7 +8,9 @@ than each token and its position.
 
 from __future__ import annotations
 
+import copy
 import logging
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +20,13 @@ import torch
 from portalm.backend import KV, AttentionSpec, Backend, KVSpec, StepMeta, Weights
 from portalm.config import ModelConfig, Task
 from portalm.errors import CheckpointError, Unsupported, UnsupportedModel
-from portalm.models.loader.checkpoint import Checkpoint, LoadProgress
+from portalm.models.loader.checkpoint import (
+    Checkpoint,
+    LoadProgress,
+    TensorReader,
+    check_dtype,
+)
+from portalm.models.loader.unread import check_all_read, check_tied
 from portalm.models.model import AS_CAST, Quantization, bytes_of
 
 logger = logging.getLogger(__name__)
@@ -117,6 +125,40 @@ def _attention(
     return out[None], None
 
 
+class _Tensors:
+    """Reads a checkpoint's tensors for transformers, which does so in several threads."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self._lock = threading.Lock()
+        self.error: CheckpointError | None = None
+        """The first error, which transformers may not raise."""
+
+    def read(self, name: str) -> torch.Tensor:
+        """Read a tensor."""
+        with self._lock:
+            try:
+                tensor = self._checkpoint.tensor(name)
+                dtype = str(tensor.dtype).removeprefix("torch.")
+                check_dtype(self._checkpoint.path, name, dtype)
+            except CheckpointError as error:
+                self.error = self.error or error
+                raise
+            return tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Tensor:
+    """A tensor that is read when transformers indexes it, as it does with safetensors' slices."""
+
+    tensors: _Tensors
+    name: str
+
+    def __getitem__(self, index: object) -> torch.Tensor:
+        """Read the tensor whole."""
+        return self.tensors.read(self.name)
+
+
 class TransformersModel:
     """Any decoder that transformers has; see `portalm.models.model.Model`."""
 
@@ -142,7 +184,7 @@ class TransformersModel:
             raise _refusal(config.architecture, str(reason)) from None
         except Exception as error:  # the model's code can raise anything
             raise _refusal(config.architecture, f"{type(error).__name__}: {error}") from error
-        self._shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
+        self._shapes = {name: tuple(tensor.shape) for name, tensor in _stored(model).items()}
         logger.warning(
             "%s is not a model family of PortaLM and runs through transformers' code: slower, and "
             "without quantized weights",
@@ -172,7 +214,7 @@ class TransformersModel:
     # -- shapes -------------------------------------------------------------------------------
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of all parameters of transformers' module."""
+        """Names and shapes of all parameters and persistent buffers of transformers' module."""
         return dict(self._shapes)
 
     def weight_bytes(self) -> int:
@@ -222,35 +264,50 @@ class TransformersModel:
             )
         has_all = self._shapes.keys() <= set(checkpoint.names())
         module = self._filled(checkpoint, progress) if has_all else self._converted(checkpoint)
+        for name, used in _tied(module):
+            check_tied(checkpoint, name, used)
+        check_all_read(checkpoint, unused=module._keys_to_ignore_on_load_unexpected or ())
         module.requires_grad_(False)
         return {"module": module.to(backend.device())}
 
     def _filled(self, checkpoint: Checkpoint, progress: LoadProgress | None) -> Any:
-        """Fill the module from a checkpoint whose tensors have the module's parameter names."""
+        """Fill the module from a checkpoint whose tensors have the module's names."""
         module = self._build(self.dtype)
-        for i, (name, parameter) in enumerate(module.named_parameters()):
-            tensor = checkpoint.tensor(name)
-            if tensor.shape != parameter.shape:
-                raise CheckpointError(
-                    checkpoint.path,
-                    f"tensor {name!r} has shape {list(tensor.shape)}, but the model's config "
-                    f"requires {list(parameter.shape)}",
-                )
-            parameter.data.copy_(tensor)
-            if progress is not None:
-                progress((i + 1) / len(self._shapes))
+        read = TensorReader(checkpoint, len(self._shapes), progress=progress)
+        kept = tuple(module._get_dtype_plan(getattr(torch, self.dtype)))
+        for name, stored in _stored(module).items():
+            is_kept = any(part in name for part in kept)
+            dtype = torch.float32 if is_kept else stored.dtype
+            stored.data = read.tensor(name, tuple(stored.shape)).to(dtype, copy=True)
         return module
 
     def _converted(self, checkpoint: Checkpoint) -> Any:
-        """Load through transformers, which maps the checkpoint's names to its own."""
-        module, found = self._class.from_pretrained(
-            checkpoint.path,
-            config=self._hf_config,
-            dtype=getattr(torch, self.dtype),
-            attn_implementation=_ATTENTION,
-            local_files_only=True,
-            output_loading_info=True,
-        )
+        """Load through transformers, which maps the checkpoint's names to its own.
+
+        Quantized weights are dequantized by `checkpoint`: transformers sees plain ones.
+        """
+        config = copy.deepcopy(self._hf_config)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        tensors = _Tensors(checkpoint)
+        try:
+            module, found = self._class.from_pretrained(
+                None,
+                config=config,
+                state_dict={name: _Tensor(tensors, name) for name in checkpoint.names()},
+                dtype=getattr(torch, self.dtype),
+                attn_implementation=_ATTENTION,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+        except Exception as error:  # a tensor's error, which transformers wraps, or its own
+            raise tensors.error or CheckpointError(
+                checkpoint.path,
+                f"transformers' code for {self.config.architecture} cannot load it "
+                f"({type(error).__name__}: {error})",
+            ) from error
+        if tensors.error is not None:
+            raise tensors.error
         missing = sorted(found["missing_keys"]) + [str(k) for k in found["mismatched_keys"]]
         if missing:
             raise CheckpointError(
@@ -282,6 +339,23 @@ class TransformersModel:
     def logits(self, backend: Backend, weights: Weights, hidden: torch.Tensor) -> torch.Tensor:
         """Convert the logits that `forward` returned to float32."""
         return hidden.float()
+
+
+def _stored(module: Any) -> dict[str, torch.Tensor]:
+    """Parameters and persistent buffers, the tensors that checkpoints have; tied ones once."""
+    tensors = dict(module.named_parameters())
+    buffers = dict(module.named_buffers())
+    return tensors | {name: buffers[name] for name in module.state_dict() if name in buffers}
+
+
+def _tied(module: Any) -> list[tuple[str, str]]:
+    """Names of the parameters that are another one, with that one's name."""
+    first = {id(parameter): name for name, parameter in module.named_parameters()}
+    return [
+        (name, first[id(parameter)])
+        for name, parameter in module.named_parameters(remove_duplicate=False)
+        if first[id(parameter)] != name
+    ]
 
 
 def _find_class(architecture: str) -> Any:

@@ -23,6 +23,7 @@ class AWQ:
     separator = "."
     marks = ("qweight",)
     parts = ("qweight", "qzeros", "scales")
+    unused = ()
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         """Check a quantization_config; raise `UnsupportedModel` for other layouts."""

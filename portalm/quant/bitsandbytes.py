@@ -24,13 +24,13 @@ class BitsAndBytes:
     marks = ("SCB", "weight.absmax")
     parts = (
         "SCB",
-        "weight_format",
         "weight.absmax",
         "weight.quant_map",
         "weight.nested_absmax",
         "weight.nested_quant_map",
         *(f"weight.quant_state.bitsandbytes__{kind}" for kind in _STATES),
     )
+    unused = ("weight_format",)
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         """Accept any quantization_config: each weight is stored with its own settings."""

@@ -39,9 +39,8 @@ class CompressedTensors:
         "weight_zero_point",
         "weight_shape",
         "weight_g_idx",
-        "input_scale",
-        "input_zero_point",
     )
+    unused = ("input_scale", "input_zero_point", "input_global_scale")
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         """Check a quantization_config; raise `UnsupportedModel` for sparse and other formats."""

@@ -22,7 +22,8 @@ class FP8:
     name = "fp8"
     separator = "."
     marks = ("weight_scale", "weight_scale_inv")
-    parts = ("weight_scale", "weight_scale_inv", "input_scale", "input_scale_ub")
+    parts = ("weight_scale", "weight_scale_inv")
+    unused = ("input_scale", "input_scale_ub", "activation_scale")
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         """Check a quantization_config; raise `UnsupportedModel` for other 8-bit formats."""

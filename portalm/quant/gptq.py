@@ -31,6 +31,7 @@ class GPTQ:
     separator = "."
     marks = ("qweight",)
     parts = ("qweight", "qzeros", "scales", "g_idx")
+    unused = ()
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         """Check a quantization_config; raise `UnsupportedModel` for other bit widths."""

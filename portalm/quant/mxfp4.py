@@ -25,6 +25,7 @@ class MXFP4:
     separator = "_"
     marks = ("blocks",)
     parts = ("blocks", "scales")
+    unused = ()
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         """Accept any quantization_config: the format has no variants."""

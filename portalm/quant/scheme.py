@@ -95,7 +95,12 @@ class Scheme(Protocol):
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """All parts that a quantized layer may have; they are not tensors of the model."""
+        """All parts that `read` uses if a layer has them; they are not tensors of the model."""
+        ...
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """Parts that do not change a weight, such as scales of activations."""
         ...
 
     def read(self, parts: LayerParts) -> Weight:

@@ -87,9 +87,34 @@ class Checkpoint(Protocol):
         """Read a tensor, keeping a quantized matrix quantized if `QuantizedWeight` can hold it."""
         ...
 
+    def unread(self) -> Sequence[str]:
+        """Names of the tensors that were not read; one that `names` omits by its name in the file.
+
+        A part of a quantized weight counts as a tensor.
+        """
+        ...
+
     def close(self) -> None:
         """Close the files; tensors returned earlier stay valid."""
         ...
+
+
+_PLAIN_DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "bool")
+
+
+def check_dtype(path: Path, name: str, dtype: str) -> None:
+    """Check that a weight is not quantized: its numbers are the model's, without a scale.
+
+    Raises:
+        CheckpointError: `dtype`, by torch's name, is not one that unquantized weights have.
+    """
+    if dtype not in _PLAIN_DTYPES:
+        raise CheckpointError(
+            path,
+            f"tensor {name!r} is {dtype}, which only quantized weights are, but no quantization "
+            f"settings with its scale were found (quantization_config in config.json, or "
+            f"hf_quant_config.json)",
+        )
 
 
 class TensorReader:
@@ -122,48 +147,37 @@ class TensorReader:
         """Read a tensor.
 
         Raises:
-            CheckpointError: it is missing, or its shape is not `shape`.
+            CheckpointError: it is missing, its shape is not `shape`, or its dtype is not that of
+                an unquantized weight.
         """
         name = self._rename(name)
         tensor = self._checkpoint.tensor(name)
-        self._record(name, tensor.shape, shape)
+        self._record(name, tensor, shape)
         return tensor
 
     def weight(self, name: str, shape: tuple[int, ...]) -> torch.Tensor | QuantizedWeight:
         """Read a tensor, keeping it quantized as `Checkpoint.weight` does.
 
         Raises:
-            CheckpointError: it is missing, or its shape is not `shape`.
+            CheckpointError: as `tensor`.
         """
         name = self._rename(name)
         weight = self._checkpoint.weight(name)
-        self._record(name, weight.shape, shape)
+        self._record(name, weight, shape)
         return weight
 
-    def _record(self, name: str, actual: torch.Size, shape: tuple[int, ...]) -> None:
-        """Check the shape of a tensor that was read, and report progress."""
-        if tuple(actual) != shape:
+    def _record(
+        self, name: str, tensor: torch.Tensor | QuantizedWeight, shape: tuple[int, ...]
+    ) -> None:
+        """Check the shape and the dtype of a tensor that was read, and report progress."""
+        if tuple(tensor.shape) != shape:
             raise CheckpointError(
                 self._checkpoint.path,
-                f"tensor {name!r} has shape {list(actual)}, but the model's config requires "
+                f"tensor {name!r} has shape {list(tensor.shape)}, but the model's config requires "
                 f"{list(shape)}",
             )
+        if not isinstance(tensor, QuantizedWeight):
+            check_dtype(self._checkpoint.path, name, str(tensor.dtype).removeprefix("torch."))
         self._read.add(name)
         if self._progress is not None:
             self._progress(min(1.0, len(self._read) / self._num_tensors))
-
-    def check_complete(self) -> None:
-        """Check that no bias was left unread whose weight was read.
-
-        The model's answers would be wrong without it.
-
-        Raises:
-            CheckpointError: names such a bias.
-        """
-        for name in self._checkpoint.names():
-            stem, _, kind = name.rpartition(".")
-            if kind == "bias" and name not in self._read and f"{stem}.weight" in self._read:
-                raise CheckpointError(
-                    self._checkpoint.path,
-                    f"it has tensor {name!r}, but the model's config does not use one",
-                )

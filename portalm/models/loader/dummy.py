@@ -63,5 +63,9 @@ class DummyCheckpoint:
         """Generate a tensor; none are quantized."""
         return self.tensor(name)
 
+    def unread(self) -> Sequence[str]:
+        """Nothing: the tensors are those that the model reads."""
+        return ()
+
     def close(self) -> None:
         """Do nothing: no file is open."""

@@ -58,6 +58,7 @@ class GGUFCheckpoint:
             self._check_extent(name, info)
         self._family = self._find_family(infos)
         self.form = self._family.form
+        self._were_read: set[str] = set()
         self._infos = {
             hf_name: part
             for name, info in infos.items()
@@ -107,8 +108,13 @@ class GGUFCheckpoint:
         """Hugging Face names of all tensors."""
         return [name.replace(_KEYS, _LATENT) for name in self._infos if not name.endswith(_VALUES)]
 
+    def unread(self) -> Sequence[str]:
+        """Hugging Face names of all tensors that were not read."""
+        return [name for name in self.names() if name not in self._were_read]
+
     def tensor(self, name: str) -> torch.Tensor:
         """Read a tensor in the file's float dtype; a quantized one is dequantized to float32."""
+        self._were_read.add(name)
         if name.endswith(_LATENT) and name not in self._infos:
             return self._joined(name)
         tensor = self._read(self._info(name))
@@ -119,6 +125,7 @@ class GGUFCheckpoint:
         """Read a tensor, keeping a quantized matrix quantized if `as_quantized` supports it."""
         if name not in self._infos:
             return self.tensor(name)  # stored in two parts, or missing
+        self._were_read.add(name)
         info = self._info(name)
         quantized = as_quantized(info.kind, self._blocks(info), info.shape)
         if quantized is None:

@@ -31,7 +31,8 @@ class QuantizedCheckpoint:
     def names(self) -> Sequence[str]:
         """Names of all tensors; a quantized weight has one name, its parts have none."""
         between = self._scheme.separator
-        suffixes = tuple(f"{between}{part}" for part in self._scheme.parts)
+        parts = (*self._scheme.parts, *self._scheme.unused)
+        suffixes = tuple(f"{between}{part}" for part in parts)
         names = [name for name in self._stored if not name.endswith(suffixes)]
         marks = [f"{between}{mark}" for mark in self._scheme.marks]
         layers = {
@@ -53,6 +54,12 @@ class QuantizedCheckpoint:
         if self._layer(name) is not None and not isinstance(weight, QuantizedWeight):
             self._num_dequantized += 1
         return weight
+
+    def unread(self) -> Sequence[str]:
+        """Names in the files of all tensors that were not read, and that change a weight."""
+        between = self._scheme.separator
+        unused = tuple(f"{between}{part}" for part in self._scheme.unused)
+        return [name for name in self._inner.unread() if not name.endswith(unused)]
 
     def _layer(self, name: str) -> str | None:
         """Name of the layer whose quantized weight `name` is; None: `name` is not quantized."""

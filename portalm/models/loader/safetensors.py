@@ -34,15 +34,21 @@ class SafetensorsCheckpoint:
         self._files: dict[Path, Any] = {}
         self._num_mapped_bytes = 0
         self._file_of: dict[str, Path] = {}
+        self._unread: set[str] = set()
         for path, wanted in _shards(folder).items():
-            opened = self._open(path)
-            held = set(opened.keys())
-            for name in held if wanted is None else wanted:
+            held = set(self._open(path).keys())
+            for name in wanted:
                 if name not in held:
                     raise CheckpointError(
                         path, f"it has no tensor {name!r}, which the index lists for it"
                     )
+            for name in held:
+                if name in self._file_of:
+                    raise CheckpointError(
+                        path, f"its tensor {name!r} is also in {self._file_of[name].name}"
+                    )
                 self._file_of[name] = path
+        self._unread.update(self._file_of)
 
     def _open(self, path: Path) -> Any:
         try:
@@ -76,34 +82,42 @@ class SafetensorsCheckpoint:
         except (SafetensorError, RuntimeError) as error:
             raise CheckpointError(path, f"cannot read tensor {name!r} ({error})") from error
         self._num_mapped_bytes += tensor.nbytes
+        self._unread.discard(name)
         return tensor
 
     def weight(self, name: str) -> torch.Tensor:
         """Read a tensor; quantized ones are read by `QuantizedCheckpoint`."""
         return self.tensor(name)
 
+    def unread(self) -> Sequence[str]:
+        """Names of all tensors that were not read."""
+        return sorted(self._unread)
+
     def close(self) -> None:
         """Close the files."""
         self._files.clear()
 
 
-def _shards(folder: Path) -> dict[Path, list[str] | None]:
-    """Find the files and the tensors that the index lists for each; None: all in the file."""
+def _shards(folder: Path) -> dict[Path, list[str]]:
+    """Find the files, and the tensors that the index lists for each.
+
+    Without an index, model.safetensors is the whole checkpoint, or all files together are: some
+    folders have the same weights a second time, in consolidated.safetensors.
+    """
     index = folder / INDEX_NAME
     if not index.exists():
-        files = sorted(folder.glob("*.safetensors"))
+        whole = folder / "model.safetensors"
+        files = [whole] if whole.exists() else sorted(folder.glob("*.safetensors"))
         if not files:
             raise CheckpointError(folder, "this folder has no *.safetensors and no .gguf file")
-        return dict.fromkeys(files)
+        return {file: [] for file in files}
     try:
         weight_map = dict(json.loads(index.read_text())["weight_map"])
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(index, f"it is not a safetensors index ({error!r})") from error
-    shards: dict[Path, list[str] | None] = {}
+    shards: dict[Path, list[str]] = {}
     for name, file in weight_map.items():
         if Path(str(file)).name != file:
             raise CheckpointError(index, f"it lists a file outside the folder: {file!r}")
-        names = shards.setdefault(folder / file, [])
-        assert names is not None
-        names.append(str(name))
+        shards.setdefault(folder / file, []).append(str(name))
     return shards
