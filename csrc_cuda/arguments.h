@@ -8,22 +8,10 @@ namespace portalm {
 
 // Threads per block and work per thread, from which the grid follows.
 constexpr int kVector = 8;  // elements that a thread loads or stores at a time
-constexpr int kCopyThreads = 256;
-constexpr int kCopyVectors = 4;  // 16-byte vectors per thread
-constexpr int kWriteThreads = 128;
 constexpr int kDecodeThreads = 128;
 constexpr int kDecodeGroup = 4;  // maximum number of query heads per KV head
-constexpr int kSampleThreads = 1024;
 
 enum DType : int64_t { kHalf = 0, kBFloat16 = 1 };
-
-struct KvCopyArgs {
-  char* cache;
-  int64_t piece_stride;  // bytes from one piece (keys or values of a layer) to the next
-  int64_t block_bytes;   // bytes of a block within a piece; blocks are contiguous
-  const int32_t* source;
-  const int32_t* destination;
-};
 
 // One layer of the paged cache. Each head's D elements are contiguous.
 struct CacheLayer {
@@ -33,25 +21,6 @@ struct CacheLayer {
   int64_t token_stride;
   int64_t head_stride;
   int32_t block_size;
-};
-
-struct KvWriteArgs {
-  CacheLayer cache;
-  const void* query;  // rotated into query_out; both are ignored if num_heads is 0
-  const void* key;
-  const void* value;
-  void* query_out;
-  const int32_t* slots;
-  const int32_t* positions;
-  const float* cos_sin;  // [max_position, rotary_dim]: cosines, then sines
-  int64_t query_stride;  // from one token to the next, as key_stride and value_stride
-  int64_t key_stride;
-  int64_t value_stride;
-  int32_t num_heads;
-  int32_t num_kv_heads;
-  int32_t head_size;
-  int32_t rotary_dim;  // 0: keys are stored without rotation
-  int32_t is_interleaved;
 };
 
 // A range of one request's context, int32: the work of one thread block.
@@ -81,19 +50,6 @@ struct DecodeAttentionArgs {
   int32_t window;  // tokens attended to, including the query's own; 0: all
   int32_t num_kv_heads;
   int32_t group_size;  // query heads per KV head
-};
-
-struct SampleArgs {
-  const float* logits;
-  const float* temperature;
-  const int32_t* top_k;
-  const float* top_p;
-  const float* min_p;
-  const int64_t* seed;
-  const int64_t* position;
-  int32_t* out;
-  int64_t stride;
-  int32_t vocab_size;
 };
 
 }  // namespace portalm

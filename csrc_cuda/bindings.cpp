@@ -13,8 +13,5 @@ NB_MODULE(_rocm, m) {
 #else
 NB_MODULE(_cuda, m) {
 #endif
-  m.def("kv_copy", &portalm::kv_copy);
-  m.def("kv_write", &portalm::kv_write);
   m.def("decode_attention", &portalm::decode_attention);
-  m.def("sample", &portalm::sample);
 }

@@ -315,6 +315,7 @@ struct DecodeAttention {
 
 template <typename T, int D>
 __device__ void decode_attention(const DecodeAttentionArgs& a) {
+  wait_for_inputs();
   const DecodeItem item = a.items[block_x()];
   if (item.count > 0) DecodeAttention<T, D>{a, block_y(), item}.run();
 }

@@ -2,9 +2,6 @@
 #pragma once
 
 #include "decode_attention.cuh"
-#include "kv_copy.cuh"
-#include "kv_write.cuh"
-#include "sample.cuh"
 
 namespace portalm {
 #define PORTALM_KERNEL(name, Args, threads, ...) \

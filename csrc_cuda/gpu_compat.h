@@ -2,8 +2,9 @@
 // HIP or torch header.
 //
 //   kWave           lanes per wave (warp): 32, or 64 on CDNA
-//   indices         thread_index(), lane_index(), block_x(), block_y(), block_z()
+//   indices         thread_index(), lane_index(), block_x(), block_y()
 //   collectives     block_barrier(), shuffle(), shuffle_xor(), any_lane(): all lanes must take part
+//   order           wait_for_inputs(): the first statement of every kernel
 //   storage types   Half, BFloat16: 16 bits in memory, float in registers
 #pragma once
 
@@ -27,7 +28,6 @@ constexpr int kWave = __AMDGCN_WAVEFRONT_SIZE__;
 __device__ inline int thread_index() { return __builtin_amdgcn_workitem_id_x(); }
 __device__ inline int block_x() { return __builtin_amdgcn_workgroup_id_x(); }
 __device__ inline int block_y() { return __builtin_amdgcn_workgroup_id_y(); }
-__device__ inline int block_z() { return __builtin_amdgcn_workgroup_id_z(); }
 
 __device__ inline void block_barrier() {
   __builtin_amdgcn_fence(__ATOMIC_RELEASE, "workgroup");
@@ -36,6 +36,7 @@ __device__ inline void block_barrier() {
 }
 // Make this thread's writes visible to the device, and the device's writes to this thread.
 __device__ inline void device_fence() { __builtin_amdgcn_fence(__ATOMIC_SEQ_CST, "agent"); }
+__device__ inline void wait_for_inputs() {}  // kernels of a stream do not overlap
 
 __device__ inline uint32_t shuffle(uint32_t value, int source_lane) {
   return __builtin_amdgcn_ds_bpermute(source_lane * 4, value);
@@ -46,17 +47,8 @@ __device__ inline bool any_lane(bool is) {
 __device__ inline int32_t atomic_add(int32_t* p, int32_t value) {
   return __hip_atomic_fetch_add(p, value, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_AGENT);
 }
-__device__ inline void shared_add(uint64_t* p, uint64_t value) {
-  __hip_atomic_fetch_add(p, value, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_WORKGROUP);
-}
-__device__ inline void shared_min(int32_t* p, int32_t value) {
-  __hip_atomic_fetch_min(p, value, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_WORKGROUP);
-}
 
 __device__ inline float exp2_of(float x) { return __builtin_exp2f(x); }
-__device__ inline float exp_of(float x) { return __builtin_expf(x); }
-__device__ inline float log_of(float x) { return __builtin_logf(x); }
-__device__ inline double ceil_of(double x) { return __builtin_ceil(x); }
 template <typename To, typename From>
 __device__ inline To bits_as(From from) {
   return __builtin_bit_cast(To, from);
@@ -73,25 +65,26 @@ constexpr int kWave = 32;
 __device__ inline int thread_index() { return threadIdx.x; }
 __device__ inline int block_x() { return blockIdx.x; }
 __device__ inline int block_y() { return blockIdx.y; }
-__device__ inline int block_z() { return blockIdx.z; }
 
 __device__ inline void block_barrier() { __syncthreads(); }
 __device__ inline void device_fence() { __threadfence(); }
+// Wait until all earlier kernels of the stream are complete, and allow the next one to start.
+// `launch` lets a kernel start while its predecessor still runs, so nothing may be read or written
+// before this. Without that launch attribute, both instructions do nothing.
+__device__ inline void wait_for_inputs() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
 
 __device__ inline uint32_t shuffle(uint32_t value, int source_lane) {
   return __shfl_sync(0xFFFFFFFFu, value, source_lane);
 }
 __device__ inline bool any_lane(bool is) { return __any_sync(0xFFFFFFFFu, is); }
 __device__ inline int32_t atomic_add(int32_t* p, int32_t value) { return atomicAdd(p, value); }
-__device__ inline void shared_add(uint64_t* p, uint64_t value) {
-  atomicAdd(reinterpret_cast<unsigned long long*>(p), value);
-}
-__device__ inline void shared_min(int32_t* p, int32_t value) { atomicMin(p, value); }
 
 __device__ inline float exp2_of(float x) { return exp2f(x); }
-__device__ inline float exp_of(float x) { return expf(x); }
-__device__ inline float log_of(float x) { return logf(x); }
-__device__ inline double ceil_of(double x) { return ceil(x); }
 template <typename To, typename From>
 __device__ inline To bits_as(From from) {
   static_assert(sizeof(To) == sizeof(From));
@@ -108,10 +101,6 @@ __device__ inline int lane_index() { return thread_index() % kWave; }
 
 __device__ inline float shuffle(float value, int source_lane) {
   return bits_as<float>(shuffle(bits_as<uint32_t>(value), source_lane));
-}
-__device__ inline uint64_t shuffle(uint64_t value, int source_lane) {
-  const uint32_t low = shuffle(static_cast<uint32_t>(value), source_lane);
-  return uint64_t{shuffle(static_cast<uint32_t>(value >> 32), source_lane)} << 32 | low;
 }
 template <typename V>
 __device__ inline V shuffle_xor(V value, int mask) {
@@ -130,8 +119,8 @@ struct alignas(16) Bytes16 {
 };
 
 // Loads and stores of global memory, declared as such, as clang cannot always infer it for AMD
-// GPUs. `load_stream` bypasses the L1 cache, for memory that is read once and not written
-// meanwhile.
+// GPUs. `load_stream` bypasses the L1 cache, for memory that is read once. It must not use the
+// non-coherent path (ld.global.nc): the kernel may start before its predecessor has written.
 #if defined(__HIP__)
 using Words = uint32_t __attribute__((ext_vector_type(4)));
 using GlobalWords = __attribute__((address_space(1))) Words;
@@ -149,7 +138,7 @@ __device__ inline void store(Bytes16* p, const Bytes16& x) { *p = x; }
 __device__ inline Bytes16 load_stream(const Bytes16* p) {
 #if defined(__CUDA_ARCH__)
   Bytes16 x;
-  asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
       : "=r"(x.word[0]), "=r"(x.word[1]), "=r"(x.word[2]), "=r"(x.word[3])
       : "l"(p));
   return x;

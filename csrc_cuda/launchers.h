@@ -32,17 +32,6 @@ void launch(Kernel kernel, const Grid& grid, const void* arguments, int64_t byte
 // Each enqueues one operation on `stream`, or nothing if the operation is empty. They throw
 // std::invalid_argument for a dtype or shape that no kernel was built for.
 extern "C" {
-void kv_copy(int64_t stream, int64_t cache, int64_t num_pieces, int64_t piece_stride_bytes,
-             int64_t block_bytes, int64_t count, int64_t source, int64_t destination);
-
-// Without rotation, pass 0 for query, query_out, positions, cos_sin, num_heads and rotary_dim.
-void kv_write(int64_t stream, int64_t dtype, int64_t key_cache, int64_t value_cache,
-              int64_t block_stride, int64_t token_stride, int64_t head_stride, int64_t block_size,
-              int64_t key, int64_t key_stride, int64_t value, int64_t value_stride, int64_t slots,
-              int64_t num_tokens, int64_t num_kv_heads, int64_t head_size, int64_t query,
-              int64_t query_stride, int64_t query_out, int64_t num_heads, int64_t positions,
-              int64_t cos_sin, int64_t rotary_dim, int64_t is_interleaved);
-
 void decode_attention(int64_t stream, int64_t dtype, int64_t key_cache, int64_t value_cache,
                       int64_t block_stride, int64_t token_stride, int64_t head_stride,
                       int64_t block_size, int64_t query, int64_t query_stride, int64_t out,
@@ -50,10 +39,6 @@ void decode_attention(int64_t stream, int64_t dtype, int64_t key_cache, int64_t 
                       int64_t num_items, int64_t partials, int64_t counters, int64_t num_kv_heads,
                       int64_t group_size, int64_t head_size, double scale, double soft_cap,
                       int64_t window, int64_t slopes, int64_t sinks);
-
-void sample(int64_t stream, int64_t logits, int64_t num_rows, int64_t vocab_size, int64_t stride,
-            int64_t temperature, int64_t top_k, int64_t top_p, int64_t min_p, int64_t seed,
-            int64_t position, int64_t out);
 }
 
 }  // namespace portalm

@@ -25,6 +25,7 @@ from portalm.backend import AttentionSpec, StepMeta
 from portalm.errors import Unsupported
 from portalm_backends.gpu_common import native
 from portalm_backends.gpu_common.cache import KV, parts
+from portalm_backends.gpu_common.kernels.dependent_launch import options
 from portalm_backends.gpu_common.kernels.paged_attention import (
     attention_kernel,
     encoder_kernel,
@@ -92,8 +93,8 @@ class AttentionPlan:
     narrow: Tiles | None
     wide: Tiles | None
     native_items: torch.Tensor | None = None
-    """int32 [N, native.ITEM_FIELDS]: the same work for the native kernel; only for decodes of too
-    few requests to fill the device."""
+    """int32 [N, native.ITEM_FIELDS]: the same work for the native kernel; only for decodes of at
+    most `native.MOST_REQUESTS` requests."""
 
 
 @dataclass(slots=True)
@@ -151,7 +152,8 @@ def plan_attention(
         works[1] = _split(wide, fill, most_extra // 4, wide_tokens, num_wide)
     lists = [part for work in works if work is not None for part in (work.items, work.merges)]
     num_requests = len(lengths) if bucket is None else bucket.num_requests
-    is_native = has_native and longest == 1 and num_requests <= fill and native.has_decodes(spec)
+    most = min(fill, native.MOST_REQUESTS)
+    is_native = has_native and longest == 1 and num_requests <= most and native.has_decodes(spec)
     if is_native:
         lists.append(native.plan_decodes(meta.host_seq_lens, max_items=fill, window=window))
     flat, offset = to_device(np.concatenate([part.ravel() for part in lists])), 0
@@ -381,6 +383,7 @@ def _launch(
         num_stages=shape.num_stages,
         enable_fp_fusion=True,
         **shape.options(),
+        **options(),
     )
     if len(tiles.merges):
         merge_kernel[(num_kv_heads, len(tiles.merges), tiles.merge_tokens)](
@@ -398,6 +401,7 @@ def _launch(
             HAS_SINKS=sinks is not None,
             num_warps=4,
             enable_fp_fusion=True,
+            **options(),
         )
 
 

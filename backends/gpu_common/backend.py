@@ -157,12 +157,7 @@ class GpuBackend(TorchBackend):
         meta: StepMeta,
     ) -> cache.KV:
         """Write key and value, [T, H_kv, D] each, into their slots."""
-        if self._native is None or isinstance(kv, cache.ScaledKV) or not len(key):
-            return cache.write(kv, layer, key, value, meta)
-        if not self._native.writes(kv, key):
-            return cache.write(kv, layer, key, value, meta)
-        self._native.kv_write(kv[layer], key, value, meta.slot_mapping)
-        return kv
+        return cache.write(kv, layer, key, value, meta)
 
     def rope_kv_write(
         self,
@@ -184,14 +179,6 @@ class GpuBackend(TorchBackend):
             return super().rope_kv_write(
                 kv, layer, query, key, value, meta, cos_sin, is_interleaved=is_interleaved
             )
-        rotary_dim = cos_sin.shape[1]
-        num_rotated = rotary_dim if is_interleaved else rotary_dim // 2
-        if self._native is not None and len(key) and self._native.writes(kv, key, num_rotated):
-            rotated = self._native.rope_kv_write(
-                kv[layer], query, key, value, meta.slot_mapping, meta.positions, cos_sin,
-                is_interleaved=is_interleaved,
-            )  # fmt: skip
-            return kv, rotated
         rotated = cache.rotate_and_write(
             kv, layer, query, key, value, meta, cos_sin, is_interleaved=is_interleaved
         )
@@ -199,11 +186,10 @@ class GpuBackend(TorchBackend):
 
     def kv_copy(self, kv: cache.KV, src: torch.Tensor, dst: torch.Tensor) -> cache.KV:
         """Copy blocks src[i] to dst[i], int32 [N] each, in all layers, in one or two launches."""
-        copy = cache.copy if self._native is None or not len(src) else self._native.kv_copy
         numbers, scales, _ = cache.parts(kv)
-        copy(numbers, src, dst)
+        cache.copy(numbers, src, dst)
         if scales is not None:
-            copy(scales, src, dst)
+            cache.copy(scales, src, dst)
         return kv
 
     def kv_export(self, kv: cache.KV, blocks: torch.Tensor) -> torch.Tensor:
@@ -395,9 +381,7 @@ class GpuBackend(TorchBackend):
         return self._sample(logits, params)
 
     def _sample(self, logits: torch.Tensor, params: SampleParams) -> SampleOutput:
-        if self._native is None or not len(logits):
-            return sampling.sample(logits, params)
-        return self._native.sample(logits, params)
+        return sampling.sample(logits, params)
 
 
 def _import_kernels() -> None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from portalm.backend import SCALED_KV_DTYPES, KVSpec, StepMeta
+from portalm_backends.gpu_common.kernels.dependent_launch import options
 from portalm_backends.gpu_common.kernels.kv_cache import (
     copy_kernel,
     rotate_write_kernel,
@@ -108,6 +109,7 @@ def write(kv: KV, layer: int, key: torch.Tensor, value: torch.Tensor, meta: Step
             PLANES=numbers.shape[2],
             num_warps=4,
             enable_fp_fusion=False,  # the product is rounded before the code is
+            **options(),
         )
     return kv
 
@@ -168,6 +170,7 @@ def rotate_and_write(
             IS_INTERLEAVED=is_interleaved,
             num_warps=min(max(pairs // 512, 1), 8),
             enable_fp_fusion=False,  # round each product, as torch does
+            **options(),
         )
     return out
 

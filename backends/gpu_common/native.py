@@ -1,13 +1,8 @@
 """Launchers of the native kernels (csrc_cuda, csrc_rocm).
 
 The wheel contains them if a compiler was found when it was built; otherwise Triton kernels do all
-the work. They are used where Triton needs another launch or costs the host more time:
-
-- block copies of all layers at once: they run between steps, where nothing hides the host's time
-- rotating and writing keys: in steps that are not captured, this avoids Triton's launch overhead
-- decodes of too few requests to fill the device: split contexts are merged in the same launch. With
-  more requests, Triton's kernel is faster because it uses tensor cores
-- sampling: thresholds are searched with histograms in shared memory, which Triton does not have
+the work. There is one: attention of decodes of few requests, which merges split contexts in one
+launch. With more requests, Triton's kernel is faster because it uses tensor cores (docs/adr/0024).
 """
 
 from __future__ import annotations
@@ -21,11 +16,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from portalm.backend import AttentionSpec, SampleOutput, SampleParams
-from portalm_backends.portable import sampling
+from portalm.backend import AttentionSpec
 
 DTYPES = {torch.float16: 0, torch.bfloat16: 1}
 """The kernels' numbers of dtypes (csrc_cuda/arguments.h)."""
+
+MOST_REQUESTS = 8
+"""Most requests in a step that decodes natively: the kernel computes on scalar units, so it pays
+only where launches and the latency of one context decide. csrc_cuda/README.md says how to measure
+the limit."""
 
 DECODE_HEAD_SIZES = frozenset({64, 128})
 DECODE_GROUP_SIZE = 4
@@ -129,66 +128,12 @@ class NativeKernels:
     # -- supported arguments ------------------------------------------------------------------
 
     @staticmethod
-    def writes(kv: torch.Tensor, key: torch.Tensor, num_rotated: int = 0) -> bool:
-        """True if `kv_write` can write keys [T, H_kv, D] and values to this cache.
-
-        Args:
-            kv: [L, NB, H_kv, 2, B, D]
-            key: [T, H_kv, D]
-            num_rotated: contiguous dimensions that a vector of the rotation may span: rotary_dim
-                if pairs are adjacent, else half of it; 0: no rotation.
-        """
-        size, has_values = key.shape[2], kv.shape[3] == 2
-        is_plain = kv.dtype == key.dtype and key.dtype in DTYPES
-        return has_values and is_plain and not (size % 8 or num_rotated % 8)
-
-    @staticmethod
     def decodes(kv: torch.Tensor, query: torch.Tensor) -> bool:
         """True if `decode_attention` supports query [S, H, D] and cache [L, NB, H_kv, 2, B, D]."""
         is_plain = kv.dtype == query.dtype and query.dtype in DTYPES
         return is_plain and kv.shape[4] % ITEM_ALIGNMENT == 0
 
     # -- operations ---------------------------------------------------------------------------
-
-    def kv_copy(self, cache: torch.Tensor, src: torch.Tensor, dst: torch.Tensor) -> None:
-        """Copy blocks src[i] to dst[i], int32 [N] each, in every layer of cache [L, NB, ...]."""
-        layers = cache.shape[0]
-        block_bytes = cache[0, 0].numel() * cache.element_size()
-        self._module.kv_copy(
-            self._stream(), cache.data_ptr(), layers, cache.stride(0) * cache.element_size(),
-            block_bytes, src.numel(), src.data_ptr(), dst.data_ptr(),
-        )  # fmt: skip
-
-    def kv_write(
-        self, cache: torch.Tensor, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor
-    ) -> None:
-        """Write key and value [T, H_kv, D] to slots int32 [T] of a layer [NB, H_kv, 2, B, D]."""
-        self._module.kv_write(
-            self._stream(), *_layer(key, cache), key.data_ptr(), key.stride(0), value.data_ptr(),
-            value.stride(0), slots.data_ptr(), *key.shape, 0, 0, 0, 0, 0, 0, 0, 0,
-        )  # fmt: skip
-
-    def rope_kv_write(
-        self,
-        cache: torch.Tensor,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        slots: torch.Tensor,
-        positions: torch.Tensor,
-        cos_sin: torch.Tensor,
-        *,
-        is_interleaved: bool,
-    ) -> torch.Tensor:
-        """Apply `Backend.rope` and `Backend.kv_write`; return the rotated query [T, H, D]."""
-        rotated = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-        self._module.kv_write(
-            self._stream(), *_layer(key, cache), key.data_ptr(), key.stride(0), value.data_ptr(),
-            value.stride(0), slots.data_ptr(), *key.shape, query.data_ptr(), query.stride(0),
-            rotated.data_ptr(), query.shape[1], positions.data_ptr(), cos_sin.data_ptr(),
-            cos_sin.shape[1], int(is_interleaved),
-        )  # fmt: skip
-        return rotated
 
     def decode_attention(
         self,
@@ -239,20 +184,6 @@ class NativeKernels:
             torch.empty(sums, dtype=torch.float32, device=device),
             torch.zeros(max_requests * spec.num_kv_heads, dtype=torch.int32, device=device),
         )
-
-    def sample(self, logits: torch.Tensor, params: SampleParams) -> SampleOutput:
-        """Sample one token from each row of float32 logits [R, V] by `params`."""
-        scores = sampling.adjust(logits, params)
-        if scores.stride(1) != 1:
-            scores = scores.contiguous()
-        token_ids = torch.empty(len(scores), dtype=torch.int32, device=scores.device)
-        self._module.sample(
-            self._stream(), scores.data_ptr(), *scores.shape, scores.stride(0),
-            params.temperature.data_ptr(), params.top_k.data_ptr(), params.top_p.data_ptr(),
-            params.min_p.data_ptr(), params.seed.data_ptr(), params.position.data_ptr(),
-            token_ids.data_ptr(),
-        )  # fmt: skip
-        return sampling.finish(token_ids, logits, params)
 
 
 def _layer(x: torch.Tensor, cache: torch.Tensor) -> tuple[int, ...]:

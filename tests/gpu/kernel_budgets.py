@@ -21,6 +21,7 @@ import torch
 from portalm_backends.gpu_common import tiles
 from portalm_backends.gpu_common.kernels import kv_cache, paged_attention
 from portalm_backends.gpu_common.kernels.kv_codes import FP8, INT8
+from tests.gpu import dependent_launch_rule
 from tests.gpu.operation_launches import (
     EXPERTS,
     FP8_EXPERTS,
@@ -294,9 +295,11 @@ def _experts(how: dict[str, Any], target: str) -> Launch:
     return Launch(**experts(target, **how))
 
 
-def measure(target: str, name: str) -> dict[str, int]:
-    """Compile one kernel; return registers, shared bytes, spills and occupancy."""
-    return dataclasses.asdict(launches(target)[name](target).compile(target).resources)
+def measure(target: str, name: str) -> tuple[dict[str, int], list[str]]:
+    """Compile one kernel; return its resources and where it breaks dependent_launch.py's rule."""
+    compiled = launches(target)[name](target).compile(target)
+    found = dependent_launch_rule.faults(compiled.assembly, is_dependent=compiled.is_dependent)
+    return dataclasses.asdict(compiled.resources), [f"{name} on {target}: {f}" for f in found]
 
 
 def over_budget(target: str, name: str, taken: dict[str, int]) -> list[str]:
@@ -330,7 +333,8 @@ def main() -> None:
         for name in launches(target):
             if arguments.only not in name:
                 continue
-            taken = measure(target, name)
+            taken, faults = measure(target, name)
+            failures += faults
             print(f"{target:8} {name:34} {taken}", flush=True)
             if arguments.write:
                 table.setdefault(name, {})[target] = taken

@@ -74,7 +74,7 @@ def _compile_cuda(target: str, cubin: Path) -> Compiled:
         shared = _number(r"(\d+) bytes smem", entry)
         spills = _number(r"(\d+) bytes stack frame", entry)
         resources[name] = Resources(
-            registers, shared, spills, _cuda_waves(target, name, registers, shared)
+            registers, shared, spills, _cuda_waves(target, registers, shared)
         )
     sass = _output([knobs.nvidia.cuobjdump.path, "-sass", cubin])  # cuobjdump is part of Triton
     assembly = {
@@ -84,22 +84,19 @@ def _compile_cuda(target: str, cubin: Path) -> Compiled:
     return Compiled(resources, assembly)
 
 
-def _cuda_waves(target: str, kernel: str, registers: int, shared: int) -> int:
+def _cuda_waves(target: str, registers: int, shared: int) -> int:
     """Waves per multiprocessor: 64 Ki registers, allocated per wave by 256, and 2,048 threads."""
-    threads = threads_of(kernel)
+    threads = num_threads()
     waves = threads // 32
     of_wave = -(-registers * 32 // 256) * 256
     blocks = min(65536 // of_wave // waves, 2048 // threads, 32, _SHARED[target] // (shared + 1024))
     return blocks * waves
 
 
-def threads_of(kernel: str) -> int:
-    """Threads per block of a kernel, read from csrc_cuda/arguments.h."""
+def num_threads() -> int:
+    """Threads per block of the kernels, read from csrc_cuda/arguments.h."""
     header = (ROOT / "csrc_cuda/arguments.h").read_text()
-    name = {"kv_copy": "kCopyThreads", "sample": "kSampleThreads"}.get(
-        kernel, "kWriteThreads" if kernel.startswith("kv_write") else "kDecodeThreads"
-    )
-    return _number(rf"{name} = (\d+)", header)
+    return _number(r"kDecodeThreads = (\d+)", header)
 
 
 def _compile_rocm(target: str, listing: Path) -> Compiled:
@@ -137,11 +134,11 @@ def _number(pattern: str, text: str) -> int:
 
 
 def main() -> None:
-    """Write the resources of every kernel on every target."""
-    targets = (*CUDA_TARGETS, *ROCM_TARGETS)
+    """Write the resources of every kernel, on every target that a compiler here supports."""
+    targets = (*(CUDA_TARGETS if NVCC else ()), *(ROCM_TARGETS if CLANG else ()))
     with ThreadPoolExecutor(2) as pool:
         compiled = list(pool.map(compile_for, targets))
-    table = {
+    table = json.loads(BUDGETS.read_text()) | {
         target: {name: dataclasses.asdict(r) for name, r in sorted(c.resources.items())}
         for target, c in zip(targets, compiled, strict=True)
     }

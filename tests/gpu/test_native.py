@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import types
 from collections import Counter
@@ -15,14 +14,13 @@ import numpy as np
 import pytest
 import torch
 
-from portalm.backend import AttentionSpec, SampleParams
+from portalm.backend import AttentionSpec
 from portalm.conformance.check import Item
 from portalm.conformance.kit import all_items
 from portalm.conformance.subject import Subject
 from portalm_backends.cuda.backend import CudaBackend
 from portalm_backends.gpu_common import native
 from portalm_backends.gpu_common.native import NativeKernels, plan_decodes
-from portalm_backends.portable import sampling
 from tests.gpu.emulator import COMPILER, WAVES, Emulator, KernelFault
 from tests.gpu.fake_device import FakeGpu
 
@@ -77,8 +75,8 @@ def test_module_needs_its_device_only_for_a_launch(vendor: str) -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has a device")
 
-    with pytest.raises(RuntimeError, match=r"portalm_kv_copy: .*driver|no code object is loaded"):
-        module.kv_copy(0, 16, 1, 16, 16, 1, 16, 16)
+    with pytest.raises(RuntimeError, match=r"portalm_decode_.*: .*driver|no code object is loaded"):
+        module.decode_attention(*[0] * 15, 1, 0, 0, 1, 1, 64, 1.0, 0.0, 0, 0, 0)
     if vendor == "rocm":
         with pytest.raises(RuntimeError, match="no HIP runtime"):
             module.load("gfx942.hsaco")
@@ -116,75 +114,6 @@ def poisoned_cache(
     """One layer of a cache, [NB, H_kv, 2, B, D], filled with NaN."""
     cache = torch.full((num_blocks, kv_heads, 2, BLOCK_SIZE, head_size), NAN)
     return cache.to(dtype)
-
-
-def test_copy_copies_the_given_blocks_of_every_layer_and_no_others(emulator: Emulator) -> None:
-    cache = torch.randn(
-        3, 7, 1, 2, BLOCK_SIZE, 264
-    ).bfloat16()  # 16.5 KiB per block: more than one thread block copies
-    expected = cache.clone()
-    expected[:, [5, 3]] = expected[:, [0, 6]]
-
-    emulator.native("kv_copy", cache, int32([0, 6]), int32([5, 3]))
-
-    assert cache.equal(expected)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_keys_and_values_are_written_to_their_slots(emulator: Emulator, dtype: torch.dtype) -> None:
-    key, value = torch.randn(2, 5, 2, 80).to(dtype) * 100
-    slots = [17, 16, 40, 47, 3]
-    cache = poisoned_cache(3, 2, 80, dtype)
-
-    emulator.native("kv_write", cache, key, value, int32(slots))
-
-    for t, slot in enumerate(slots):
-        block, offset = divmod(slot, BLOCK_SIZE)
-        for half, x in enumerate((key, value)):
-            assert cache[block, :, half, offset].equal(x[t])
-    assert cache.isnan().sum() == (3 * BLOCK_SIZE - 5) * 2 * 2 * 80
-
-
-@pytest.mark.parametrize(
-    ("rotary_dim", "is_interleaved"),
-    [(64, False), (32, True), pytest.param(32, False, marks=all_cases)],
-)
-def test_queries_and_keys_are_rotated_by_their_positions(
-    emulator: Emulator, rotary_dim: int, is_interleaved: bool
-) -> None:
-    num_tokens, heads, kv_heads, head_size = 3, 4, 2, 64
-    merged = torch.randn(num_tokens, (heads + 2 * kv_heads) * head_size).bfloat16()
-    split = merged.split([heads * head_size, kv_heads * head_size, kv_heads * head_size], dim=1)
-    query, key, value = (x.unflatten(1, (-1, head_size)) for x in split)
-    positions = int32([0, 7, 2])
-    angles = torch.rand(8, rotary_dim // 2) * 6
-    cos_sin = torch.cat((angles.cos(), angles.sin()), dim=1)
-    cache = poisoned_cache(2, kv_heads, head_size)
-
-    rotated = emulator.native(
-        "rope_kv_write", cache, query, key, value, int32([16, 20, 31]), positions, cos_sin,
-        is_interleaved=is_interleaved,
-    )  # fmt: skip
-
-    stored = cache[1, :, 0, [0, 4, 15]].transpose(0, 1)
-    for x, actual in ((query, rotated), (key, stored)):
-        expected = rotate(
-            x.double().numpy(), angles[positions.long()].double().numpy(), is_interleaved
-        )
-        np.testing.assert_allclose(actual.double().numpy(), expected, atol=0.02, rtol=0.005)
-    assert cache[1, :, 1, [0, 4, 15]].transpose(0, 1).equal(value)
-
-
-def rotate(x: np.ndarray, angles: np.ndarray, is_interleaved: bool) -> np.ndarray:
-    """Rotate pair i of x [T, H, D] by angles[:, i]."""
-    out = x.copy()
-    half = angles.shape[1]
-    for i in range(half):
-        a, b = (2 * i, 2 * i + 1) if is_interleaved else (i, half + i)
-        cos, sin = np.cos(angles[:, i])[:, None], np.sin(angles[:, i])[:, None]
-        out[..., a] = x[..., a] * cos - x[..., b] * sin
-        out[..., b] = x[..., b] * cos + x[..., a] * sin
-    return out
 
 
 # -- attention ------------------------------------------------------------------------------------
@@ -352,8 +281,7 @@ class Emulated(NativeKernels):
     def __init__(self, emulator: Emulator) -> None:
         super().__init__(emulator, lambda: 0)
         self.calls: Counter[str] = Counter()
-        for name in ("kv_copy", "kv_write", "rope_kv_write", "decode_attention", "sample"):
-            setattr(self, name, partial(self._count, emulator, name))
+        self.decode_attention = partial(self._count, emulator, "decode_attention")
 
     def _count(self, emulator: Emulator, name: str, *args: Any, **kwargs: Any) -> Any:
         self.calls[name] += 1
@@ -386,109 +314,15 @@ def test_decodes_use_native_kernels_and_pass_conformance(emulator: Emulator, cas
 
     assert result.status == "pass", result.message
     assert kernels.calls["decode_attention"] == 1
-    assert kernels.calls["kv_write"] >= 1
-
-
-@pytest.mark.parametrize("case", ["bfloat16, 64 of 64, halves", "bfloat16, 32 of 64, interleaved"])
-def test_rotated_keys_use_the_native_kernel_and_pass_conformance(
-    emulator: Emulator, case: str
-) -> None:
-    backend, kernels = with_native(emulator)
-
-    result = kit_item("rope_kv_write", case).run(Subject(backend))
-
-    assert result.status == "pass", result.message
-    assert kernels.calls == {"rope_kv_write": 1}
 
 
 def test_unsupported_shapes_are_left_to_triton() -> None:
     kv = torch.empty(1, 2, 1, 2, 16, 64, dtype=torch.bfloat16)
     key = torch.empty(3, 1, 64, dtype=torch.bfloat16)
 
-    assert NativeKernels.writes(kv, key, 32)
-    assert not NativeKernels.writes(kv, key, 20)  # num_rotated must be a multiple of 8
-    assert not NativeKernels.writes(kv.float(), key.float())
-    assert not NativeKernels.writes(kv.to(torch.float8_e4m3fn), key)
     assert NativeKernels.decodes(kv, key)
     assert not NativeKernels.decodes(kv.half(), key)
     assert not NativeKernels.decodes(kv[:, :, :, :, :8], key)  # block size 8
     assert native.has_decodes(spec_of(group=4, head_size=64))
     assert not native.has_decodes(spec_of(group=8, head_size=64))
     assert not native.has_decodes(spec_of(group=4, head_size=96))
-
-
-# -- sampling -------------------------------------------------------------------------------------
-
-
-def params(num_rows: int, **kind: Any) -> SampleParams:
-    def row(name: str, default: float, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.as_tensor(kind.get(name, default), dtype=dtype).expand(num_rows).contiguous()
-
-    temperature = row("temperature", 1.0)
-    return SampleParams(
-        temperature=temperature,
-        top_k=row("top_k", 0, torch.int32),
-        top_p=row("top_p", 1.0),
-        min_p=row("min_p", 0.0),
-        seed=torch.arange(num_rows, dtype=torch.int64) * 0x1234567890ABCDE - 2**62,
-        position=torch.arange(num_rows, dtype=torch.int64) * 0x100000007,
-        is_greedy=bool((temperature == 0).all()),
-        has_filters=True,
-    )
-
-
-SAMPLING: dict[str, dict[str, Any]] = {
-    "greedy": {"temperature": 0.0},
-    "temperature": {"temperature": 1.7},
-    "top_k": {"top_k": 5},
-    "top_p": {"top_p": 0.8},
-    "min_p": {"min_p": 0.1, "temperature": 0.6},
-    "all, row by row": {
-        "temperature": [1.0, 0.0, 0.5, 1.3, 1.0, 2.0],
-        "top_k": [40, 3, 0, 1, 7, 2000],
-        "top_p": [0.9, 0.5, 0.2, 1.0, 0.95, 0.7],
-        "min_p": [0.0, 0.0, 0.02, 0.0, 0.3, 0.0],
-    },
-}
-
-
-@pytest.mark.parametrize(
-    "vocab_size",
-    [130, pytest.param(5003, marks=all_cases), pytest.param(3, marks=all_cases)],
-)
-@pytest.mark.parametrize("kind", some_of(SAMPLING, "all, row by row"))
-def test_sampled_ids_equal_the_portable_ones(
-    emulator: Emulator, kind: str, vocab_size: int
-) -> None:
-    torch.manual_seed(vocab_size)
-    logits = torch.randn(6, vocab_size) * 3
-    logits[:, 2] = -math.inf
-
-    actual = emulator.native("sample", logits, params(6, **SAMPLING[kind]))
-
-    assert actual.token_ids.equal(sampling.sample(logits, params(6, **SAMPLING[kind])).token_ids)
-
-
-@all_cases
-def test_greedy_ties_choose_the_lowest_id_and_top_k_keeps_all_ties(emulator: Emulator) -> None:
-    logits = torch.tensor([[0.0, 2.0, -0.0, 2.0, 2.0, -1.0]]).expand(8, 6).contiguous()
-
-    greedy = emulator.native("sample", logits, params(8, temperature=0.0)).token_ids
-    sampled = emulator.native("sample", logits, params(8, top_k=1)).token_ids
-
-    assert set(greedy.tolist()) == {1}
-    assert set(sampled.tolist()) == {1, 3, 4}
-
-
-def test_rows_with_nan_or_only_minus_infinity_give_minus_one(
-    emulator: Emulator,
-) -> None:
-    logits = torch.zeros(4, 100)
-    logits[1, 99] = NAN
-    logits[2] = -math.inf
-    logits[3, 50] = math.inf
-
-    for temperature in (0.0, 1.0):
-        ids = emulator.native("sample", logits, params(4, temperature=temperature)).token_ids
-        assert ids[0] >= 0
-        assert ids[1:].tolist() == [-1, -1, 50]

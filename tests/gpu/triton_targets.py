@@ -17,6 +17,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from portalm_backends.gpu_common.kernels import dependent_launch
+
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -65,6 +67,8 @@ class Compiled:
     """SASS on NVIDIA, GCN or RDNA on AMD."""
     stages: dict[str, Any]
     """Text of every stage: ttir, ttgir, llir, ptx or amdgcn."""
+    is_dependent: bool
+    """It is launched before its predecessor is complete (kernels/dependent_launch.py)."""
 
 
 def compile_for(
@@ -90,6 +94,10 @@ def compile_for(
         num_stages: depth of software pipelining.
         options: further options of the target's compiler (waves_per_eu, maxnreg).
     """
+    if "WAITS" in kernel.arg_names:
+        given = dependent_launch.options_for(TARGETS[target])
+        constants = constants | {"WAITS": given.pop("WAITS")}
+        options |= given
     types: dict[str, str] = {}
     aligned: dict[tuple[int], list[list[Any]]] = {}
     for i, name in enumerate(kernel.arg_names):
@@ -137,7 +145,7 @@ def _nvidia(compiled: Any, target: str, num_warps: int, shared: int) -> Compiled
     per_sm = 65536 // (-(-registers // 8) * 8 * 32 * num_warps)
     by_shared = (SHARED_LIMIT[target] + 1024) // (shared + 1024)
     resources = Resources(registers, shared, spills, min(per_sm, by_shared, 64 // num_warps))
-    return Compiled(resources, sass, dict(compiled.asm))
+    return Compiled(resources, sass, dict(compiled.asm), bool(compiled.metadata.launch_pdl))
 
 
 def _amd(compiled: Any, target: str, num_warps: int, shared: int) -> Compiled:
@@ -160,6 +168,7 @@ def _amd(compiled: Any, target: str, num_warps: int, shared: int) -> Compiled:
         Resources(registers, shared, spills, min(waves // num_warps, by_shared)),
         text,
         dict(compiled.asm),
+        is_dependent=False,
     )
 
 

@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from portalm_backends.gpu_common.kernels.dependent_launch import options, wait_for_inputs
 from portalm_backends.gpu_common.weights import Fp8Weight
 
 
@@ -48,16 +49,18 @@ def quantize(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.T
         block = triton.next_power_of_2(width)
         _quantize[(rows,)](
             x, values, scales, width, x.stride(0), torch.finfo(dtype).max, block,
-            num_warps=min(max(block // 512, 1), 16),
+            num_warps=min(max(block // 512, 1), 16), **options(),
         )  # fmt: skip
     return values, scales
 
 
 @triton.jit
 def _quantize(
-    x_ptr, values_ptr, scales_ptr, width, row_stride, LARGEST: tl.constexpr, BLOCK: tl.constexpr
-):
+    x_ptr, values_ptr, scales_ptr, width, row_stride,
+    LARGEST: tl.constexpr, BLOCK: tl.constexpr, WAITS: tl.constexpr,
+):  # fmt: skip
     """Quantize one row; its largest magnitude becomes the largest float8."""
+    wait_for_inputs(WAITS)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     mask = columns < width

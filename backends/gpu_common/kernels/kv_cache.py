@@ -17,6 +17,7 @@ Meaning:  Backend.rope, then Backend.kv_write; Backend.kv_copy.
 import triton
 import triton.language as tl
 
+from portalm_backends.gpu_common.kernels.dependent_launch import wait_for_inputs
 from portalm_backends.gpu_common.kernels.kv_codes import encode
 
 
@@ -25,11 +26,13 @@ def write_kernel(
     key, value, cache, scales, slots, key_stride, value_stride,
     NUM_KV_HEADS: tl.constexpr, HEADS_PADDED: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     BLOCK: tl.constexpr, LARGEST: tl.constexpr, CODES: tl.constexpr, PLANES: tl.constexpr,
+    WAITS: tl.constexpr,
 ):  # fmt: skip
     """Write one token's keys and values into its slot; in 8-bit caches as codes, with scales.
 
     PLANES is 1 if values are part of their keys; then only keys are written.
     """
+    wait_for_inputs(WAITS)
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + token)
     head, dim = tl.arange(0, HEADS_PADDED), tl.arange(0, DP)[None, :]
@@ -92,8 +95,10 @@ def rotate_write_kernel(
     GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr, NUM_KV_HEADS: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, HALF_PADDED: tl.constexpr,
     REST_PADDED: tl.constexpr, BLOCK: tl.constexpr, IS_INTERLEAVED: tl.constexpr,
+    WAITS: tl.constexpr,
 ):  # fmt: skip
     """Rotate one token's key and queries of one KV head; write the key and the value."""
+    wait_for_inputs(WAITS)
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     slot = tl.load(slots + token)
     place = (slot // BLOCK).to(tl.int64) * NUM_KV_HEADS + head

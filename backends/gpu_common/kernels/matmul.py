@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from portalm.errors import BackendError
+from portalm_backends.gpu_common.kernels.dependent_launch import options, wait_for_inputs
 from portalm_backends.gpu_common.weights import PackedQuantized, parts_of
 
 _PROGRAMS = 512
@@ -62,22 +63,25 @@ def matmul(
         values if minimums is None else minimums, x if added is None else added,
         result, m, n, k, x.stride(0), num_groups, part, group, bits, minimums is not None,
         added is not None, block_m, block_n, num_warps=4 if block_m < 64 else 8, num_stages=3,
+        **options(),
     )  # fmt: skip
     if num_parts > 1:
         block = 256
         _add_parts[(m, triton.cdiv(n, block))](
-            result, x if bias is None else bias, out, m, n, num_parts, bias is not None, block
-        )
+            result, x if bias is None else bias, out, m, n, num_parts, bias is not None, block,
+            **options(),
+        )  # fmt: skip
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m", "num_groups", "part"])
 def _matmul(
     x_ptr, values_ptr, scales_ptr, minimums_ptr, bias_ptr, out_ptr, m, n, k, x_stride, num_groups,
     part, GROUP: tl.constexpr, BITS: tl.constexpr, HAS_MINIMUMS: tl.constexpr,
-    HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WAITS: tl.constexpr,
 ):  # fmt: skip
     """Compute a tile of the product, over `part` groups of K."""
+    wait_for_inputs(WAITS)
     of_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     of_m = (tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     first = tl.program_id(2) * part
@@ -146,11 +150,13 @@ def add_group(
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m", "num_parts"])
 def _add_parts(
-    parts_ptr, bias_ptr, out_ptr, m, n, num_parts, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr
-):
+    parts_ptr, bias_ptr, out_ptr, m, n, num_parts,
+    HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr, WAITS: tl.constexpr,
+):  # fmt: skip
     """Add up float32 [num_parts, M, N] over the parts, and add the bias."""
+    wait_for_inputs(WAITS)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < n

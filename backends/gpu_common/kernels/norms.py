@@ -13,6 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
+from portalm_backends.gpu_common.kernels.dependent_launch import options, wait_for_inputs
+
 _PROGRAM = 2048
 """Values per program if rows are shorter."""
 
@@ -59,12 +61,12 @@ def _launch(
     outer, inner, group = _row_strides(x)
     residual_outer, residual_inner, _ = (0, 0, 0) if residual is None else _row_strides(residual)
     block = triton.next_power_of_2(width)
-    rows = max(1, min(_PROGRAM // block, triton.next_power_of_2(num_rows)))
+    rows = max(1, _PROGRAM // block)
     _norm[(triton.cdiv(num_rows, rows),)](
         x, x if residual is None else residual, weight, weight if bias is None else bias, out,
         out if total is None else total, num_rows, group, outer, inner, residual_outer,
         residual_inner, width, eps, rows, block, residual is not None, bias is not None,
-        num_warps=min(max(rows * block // 512, 1), 16),
+        num_warps=min(max(rows * block // 512, 1), 16), **options(),
     )  # fmt: skip
 
 
@@ -77,13 +79,15 @@ def _row_strides(x: torch.Tensor) -> tuple[int, int, int]:
     return (x.stride(0) if x.dim() == 2 else 0), 0, 1
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _norm(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, out_ptr, total_ptr, num_rows, group, outer, inner,
     residual_outer, residual_inner, width, eps,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_BIAS: tl.constexpr,
+    WAITS: tl.constexpr,
 ):  # fmt: skip
     """Normalize ROWS rows in float32: layer norm with HAS_BIAS, else RMS norm."""
+    wait_for_inputs(WAITS)
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None].to(tl.int64)
     columns = tl.arange(0, BLOCK)[None, :]
     mask = (rows < num_rows) & (columns < width)

@@ -25,6 +25,7 @@ without a token are never loaded: they may hold NaN, and 0 * NaN is NaN.
 import triton
 import triton.language as tl
 
+from portalm_backends.gpu_common.kernels.dependent_launch import wait_for_inputs
 from portalm_backends.gpu_common.kernels.kv_codes import decode, load_scales
 
 _LOG2E = tl.constexpr(1.4426950408889634)
@@ -178,7 +179,7 @@ def attention_kernel(
     BLOCK: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
     ITEM_TOKENS: tl.constexpr, IS_WIDE: tl.constexpr, HAS_CAP: tl.constexpr,
     HAS_WINDOW: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_SINKS: tl.constexpr,
-    CODES: tl.constexpr,
+    CODES: tl.constexpr, WAITS: tl.constexpr,
 ):  # fmt: skip
     """Compute TOKENS query tokens of one item, with the query heads of one KV head.
 
@@ -189,6 +190,7 @@ def attention_kernel(
     first; for wide tiles items are, so that programs that run together read the same keys. The
     third axis divides an item of ITEM_TOKENS into parts of TOKENS.
     """
+    wait_for_inputs(WAITS)
     if IS_WIDE:
         index, kv_head = tl.program_id(0), tl.program_id(1)
     else:
@@ -284,8 +286,10 @@ def merge_kernel(
     partials, part_weights, out, merges, sinks,
     GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr, NUM_KV_HEADS: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, ITEM_TOKENS: tl.constexpr, HAS_SINKS: tl.constexpr,
+    WAITS: tl.constexpr,
 ):  # fmt: skip
     """Merge the partial results of one query token and one KV head's group, in order."""
+    wait_for_inputs(WAITS)
     kv_head, token = tl.program_id(0), tl.program_id(2)
     merge = merges + tl.program_id(1) * 4
     if token >= tl.load(merge + 1):

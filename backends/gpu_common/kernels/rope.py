@@ -15,6 +15,8 @@ import torch
 import triton
 import triton.language as tl
 
+from portalm_backends.gpu_common.kernels.dependent_launch import options, wait_for_inputs
+
 _PROGRAM = 1024
 """Values per program."""
 
@@ -42,7 +44,7 @@ def rope(
     _rope[(num_tokens, query_programs + triton.cdiv(num_kv_heads, heads))](
         query, key, query_out, key_out, positions, cos_sin, num_heads, num_kv_heads,
         query.stride(0), query.stride(1), key.stride(0), key.stride(1), query_programs,
-        size, rotary_dim, half, rest, heads, is_interleaved,
+        size, rotary_dim, half, rest, heads, is_interleaved, **options(),
     )  # fmt: skip
     return query_out, key_out
 
@@ -52,9 +54,10 @@ def _rope(
     query_ptr, key_ptr, query_out_ptr, key_out_ptr, positions_ptr, cos_sin_ptr, num_heads,
     num_kv_heads, query_stride, query_head_stride, key_stride, key_head_stride, query_programs,
     SIZE: tl.constexpr, ROTARY: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
-    HEADS: tl.constexpr, IS_INTERLEAVED: tl.constexpr,
+    HEADS: tl.constexpr, IS_INTERLEAVED: tl.constexpr, WAITS: tl.constexpr,
 ):  # fmt: skip
     """Rotate HEADS heads of one token's query or key."""
+    wait_for_inputs(WAITS)
     token, program = tl.program_id(0).to(tl.int64), tl.program_id(1)
     position = tl.load(positions_ptr + token).to(tl.int64)
     if program < query_programs:

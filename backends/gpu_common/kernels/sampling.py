@@ -23,6 +23,7 @@ import triton.language as tl
 
 from portalm.backend import SampleOutput, SampleParams
 from portalm_backends.gpu_common.kernels import adjust, logprobs
+from portalm_backends.gpu_common.kernels.dependent_launch import options, wait_for_inputs
 from portalm_backends.gpu_common.kernels.gumbel import noise_from, noise_of
 from portalm_backends.gpu_common.kernels.ordering import (
     NOT_A_NUMBER,
@@ -81,7 +82,15 @@ def sample_ids(scores: torch.Tensor, params: SampleParams) -> torch.Tensor:
     )
     found = (best, mass, left_out, kept_scores, kept_ids)
     _scan[(num_chunks, num_rows)](
-        scores, *row, *found, vocab_size, scores.stride(0), CHUNK, CANDIDATES, num_warps=8
+        scores,
+        *row,
+        *found,
+        vocab_size,
+        scores.stride(0),
+        CHUNK,
+        CANDIDATES,
+        num_warps=8,
+        **options(),
     )
     _choose[(num_rows,)](
         scores,
@@ -97,6 +106,7 @@ def sample_ids(scores: torch.Tensor, params: SampleParams) -> torch.Tensor:
         SEARCHED,
         params.targets is not None,
         num_warps=16,
+        **options(),
     )
     return token_ids
 
@@ -117,9 +127,10 @@ def _weight(scaled, top):
 def _scan(
     scores_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, seed_ptr, position_ptr,
     best_ptr, mass_ptr, left_out_ptr, kept_scores_ptr, kept_ids_ptr, vocab_size, row_stride,
-    CHUNK: tl.constexpr, CANDIDATES: tl.constexpr,
+    CHUNK: tl.constexpr, CANDIDATES: tl.constexpr, WAITS: tl.constexpr,
 ):  # fmt: skip
     """Find the best token of a chunk; for filtered rows, also its mass and its candidates."""
+    wait_for_inputs(WAITS)
     chunk, row = tl.program_id(0), tl.program_id(1)
     place = row * tl.num_programs(0) + chunk
     temperature = tl.load(temperature_ptr + row)
@@ -240,9 +251,10 @@ def _choose(
     best_ptr, mass_ptr, left_out_ptr, kept_scores_ptr, kept_ids_ptr, targets_ptr, out_ptr,
     vocab_size, row_stride, num_chunks,
     NUM_CHUNKS: tl.constexpr, CANDIDATES: tl.constexpr, SEARCHED: tl.constexpr,
-    HAS_TARGETS: tl.constexpr,
+    HAS_TARGETS: tl.constexpr, WAITS: tl.constexpr,
 ):  # fmt: skip
     """Choose the token of one row."""
+    wait_for_inputs(WAITS)
     row = tl.program_id(0)
     chunks = tl.arange(0, NUM_CHUNKS)
     is_chunk = chunks < num_chunks

@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from portalm_backends.gpu_common.kernels.dependent_launch import options, wait_for_inputs
+
 _BLOCK = 1024
 
 
@@ -21,14 +23,15 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     out = torch.empty((num_rows, width), dtype=gate_up.dtype, device=gate_up.device)
     if num_rows:
         _silu_mul[(num_rows, triton.cdiv(width, _BLOCK))](
-            gate_up, out, width, gate_up.stride(0), _BLOCK
+            gate_up, out, width, gate_up.stride(0), _BLOCK, **options()
         )
     return out
 
 
 @triton.jit
-def _silu_mul(gate_up_ptr, out_ptr, width, row_stride, BLOCK: tl.constexpr):
+def _silu_mul(gate_up_ptr, out_ptr, width, row_stride, BLOCK: tl.constexpr, WAITS: tl.constexpr):
     """Compute BLOCK columns of a row."""
+    wait_for_inputs(WAITS)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < width

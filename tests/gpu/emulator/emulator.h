@@ -19,11 +19,11 @@ constexpr int kWave = PORTALM_EMULATED;
 inline int thread_index() { return emulator::block.running; }
 inline int block_x() { return emulator::block.x; }
 inline int block_y() { return emulator::block.y; }
-inline int block_z() { return emulator::block.z; }
 
 // `line` is the caller's line, which identifies the barrier.
 inline void block_barrier(int line = __builtin_LINE()) { emulator::wait(false, line); }
 inline void device_fence() {}
+inline void wait_for_inputs() {}
 
 inline uint32_t shuffle(uint32_t value, int source_lane, int line = __builtin_LINE()) {
   return emulator::exchange(value, line)[source_lane].received;
@@ -41,13 +41,8 @@ V atomic_add(V* p, V value) {
   *p += value;
   return before;
 }
-inline void shared_add(uint64_t* p, uint64_t value) { *p += value; }
-inline void shared_min(int32_t* p, int32_t value) { *p = value < *p ? value : *p; }
 
 inline float exp2_of(float x) { return exp2f(x); }
-inline float exp_of(float x) { return expf(x); }
-inline float log_of(float x) { return logf(x); }
-inline double ceil_of(double x) { return ceil(x); }
 template <typename To, typename From>
 To bits_as(From from) {
   static_assert(sizeof(To) == sizeof(From));
