@@ -161,6 +161,10 @@ class TorchGpu:
         self.num_cores = int(properties.multi_processor_count)
         self.summary = f"{properties.name}, {self.arch}, {properties.total_memory / 2**30:.0f} GiB"
         torch.cuda.set_device(index)
+        # sums of split products stay in float32, as in the reference; torch's default rounds them
+        # to 16 bits. The setting belongs to the process, and so does the device.
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
     def memory(self) -> tuple[int, int]:
         """(free, total) bytes; memory that torch's allocator caches is released first."""
