@@ -44,6 +44,8 @@ class Result:
     nmse: float | None = None
     message: str = ""
     """Why it failed, or what is not claimed; empty if it passed."""
+    is_crash: bool = False
+    """It failed with an exception other than `CheckFailed`."""
 
     @property
     def name(self) -> str:
@@ -70,7 +72,7 @@ class Item:
         """Run the case. Any failure is returned as a result, never raised."""
         started = time.perf_counter()
         status: Status = "pass"
-        nmse, message = None, ""
+        nmse, message, is_crash = None, "", False
         try:
             nmse = self._run(subject, self._argument)
         except NotClaimed as reason:
@@ -78,10 +80,10 @@ class Item:
         except CheckFailed as failure:
             status, message, nmse = "fail", str(failure), failure.nmse
         except Exception as error:  # a crash of the backend is a finding of the kit
-            status = "fail"
+            status, is_crash = "fail", True
             message = f"{type(error).__name__}: {error}\n{_where(error)}"
         seconds = time.perf_counter() - started
-        return Result(self.level, self.check, self.case, status, seconds, nmse, message)
+        return Result(self.level, self.check, self.case, status, seconds, nmse, message, is_crash)
 
 
 def _name(check: str, case: str) -> str:
