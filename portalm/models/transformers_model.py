@@ -1,9 +1,10 @@
 """Decoders without a family file: transformers' code, with attention replaced by the backend's.
 
 Slower than a family of this package (no merged, packed or quantized weights), but available as soon
-as transformers has the model. A dry run without data records the attention of each layer. A model
-is refused if its attention needs what `Backend` does not support, or if its result depends on more
-than each token and its position.
+as transformers has the model. A dry run without data records the attention of each layer, and a
+small model of the same config is compared with transformers' own attention (`transformers_check`).
+A model is refused if its attention needs what `Backend` does not support, or if its result depends
+on more than each token and its position.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import copy
 import logging
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,101 +29,16 @@ from portalm.models.loader.checkpoint import (
 )
 from portalm.models.loader.unread import check_all_read, check_tied
 from portalm.models.model import AS_CAST, Quantization, bytes_of
+from portalm.models.transformers_attention import (
+    ATTENTION,
+    STEP,
+    BackendStep,
+    RecordingStep,
+    register,
+)
+from portalm.models.transformers_check import check_model
 
 logger = logging.getLogger(__name__)
-
-_ATTENTION = "portalm"
-"""Name of our attention function in transformers' registry."""
-
-_STEP = "portalm_step"
-"""Keyword argument that passes the step to our attention function."""
-
-_SUPPORTED = frozenset({"scaling", "sliding_window", "softcap", "s_aux", "is_causal"})
-_HARMLESS = frozenset(
-    {"dropout", "position_ids", "use_cache", "cache_position", "output_attentions",
-     "output_hidden_states", "output_router_logits", "return_dict", "logits_to_keep"}
-)  # fmt: skip
-"""Keyword arguments of attention functions that do not change the result here."""
-
-
-@dataclass(slots=True)
-class _DryRun:
-    """Records the attention of every layer."""
-
-    specs: dict[int, AttentionSpec] = field(default_factory=dict)
-
-    def attend(
-        self,
-        layer: int,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        spec: AttentionSpec,
-        sinks: torch.Tensor | None,
-    ) -> torch.Tensor:
-        if layer in self.specs:
-            raise UnsupportedModel(f"layer {layer} calls attention twice")
-        self.specs[layer] = spec
-        return query
-
-
-@dataclass(slots=True)
-class _Step:
-    """Runs a step's attention on the backend."""
-
-    backend: Backend
-    kv: KV
-    meta: StepMeta
-
-    def attend(
-        self,
-        layer: int,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        spec: AttentionSpec,
-        sinks: torch.Tensor | None,
-    ) -> torch.Tensor:
-        self.kv = self.backend.kv_write(self.kv, layer, key, value, self.meta)
-        return self.backend.attend(self.kv, layer, query, self.meta, spec, sinks)
-
-
-def _attention(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    **options: Any,
-) -> tuple[torch.Tensor, None]:
-    """The attention that transformers calls: [1, H, T, D], 2 x [1, H_kv, T, D] -> [1, T, H, D]."""
-    step: _DryRun | _Step | None = options.pop(_STEP, None)
-    if step is None:
-        raise UnsupportedModel("it does not pass keyword arguments to its attention")
-    unsupported = [
-        k for k, v in options.items() if v is not None and k not in _SUPPORTED | _HARMLESS
-    ]
-    if unsupported or attention_mask is not None:
-        what = ", ".join(unsupported) or "a mask of its own"
-        raise UnsupportedModel(f"its attention uses {what}, which is not supported")
-    if options.get("is_causal") is False or not getattr(module, "is_causal", True):
-        raise UnsupportedModel("its attention is not causal")
-    if value.shape != key.shape:
-        raise UnsupportedModel("its values and keys have different sizes")
-    sinks, scale = options.get("s_aux"), options.get("scaling")
-    spec = AttentionSpec(
-        num_heads=query.shape[1],
-        num_kv_heads=key.shape[1],
-        head_size=query.shape[3],
-        scale=query.shape[3] ** -0.5 if scale is None else float(scale),
-        sliding_window=options.get("sliding_window"),
-        soft_cap=options.get("softcap"),
-        has_sinks=sinks is not None,
-    )
-    layer: Any = getattr(module, "layer_idx", None)
-    q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))  # [T, H, D]
-    out = step.attend(int(layer), q, k, v, spec, None if sinks is None else sinks.float())
-    return out[None], None
 
 
 class _Tensors:
@@ -180,6 +96,7 @@ class TransformersModel:
                     "bfloat16"
                 )  # some operations on meta tensors support only this dtype
                 self._specs = _dry_run(model)
+            check_model(self._class, self._hf_config)
         except UnsupportedModel as reason:
             raise _refusal(config.architecture, str(reason)) from None
         except Exception as error:  # the model's code can raise anything
@@ -206,9 +123,9 @@ class TransformersModel:
         return {**values, **rope, **known}
 
     def _build(self, dtype: str) -> Any:
-        self._hf_config._attn_implementation = _ATTENTION
+        self._hf_config._attn_implementation = ATTENTION
         return self._class._from_config(
-            self._hf_config, dtype=getattr(torch, dtype), attn_implementation=_ATTENTION
+            self._hf_config, dtype=getattr(torch, dtype), attn_implementation=ATTENTION
         ).eval()
 
     # -- shapes -------------------------------------------------------------------------------
@@ -296,7 +213,7 @@ class TransformersModel:
                 config=config,
                 state_dict={name: _Tensor(tensors, name) for name in checkpoint.names()},
                 dtype=getattr(torch, self.dtype),
-                attn_implementation=_ATTENTION,
+                attn_implementation=ATTENTION,
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
             )
@@ -326,13 +243,13 @@ class TransformersModel:
         meta: StepMeta,
     ) -> tuple[KV, torch.Tensor]:
         """Run the module on int32 [T] ids: logits [R, V] of meta.logits_rows."""
-        step = _Step(backend, kv, meta)
+        step = BackendStep(backend, kv, meta)
         out = weights["module"](
             input_ids=token_ids.long()[None],
             position_ids=meta.positions.long()[None],
             use_cache=False,
             logits_to_keep=meta.logits_rows.long(),
-            **{_STEP: step},
+            **{STEP: step},
         )
         return step.kv, out.logits[0]
 
@@ -372,7 +289,7 @@ def _find_class(architecture: str) -> Any:
         )
     if not found._supports_attention_backend or getattr(found, "_is_stateful", False):
         raise _refusal(architecture, "its attention cannot be replaced, or it has other state")
-    transformers.AttentionInterface.register(_ATTENTION, _attention)
+    register()
     return found
 
 
@@ -394,9 +311,9 @@ def _dry_run(model: Any) -> list[AttentionSpec]:
     rope = getattr(text, "rope_parameters", None) or {}
     if {"dynamic", "longrope"} & {str(v) for v in _leaves(rope)}:
         raise UnsupportedModel("its rotary embedding depends on the length of the text")
-    run, ids = _DryRun(), torch.zeros((1, 2), dtype=torch.long, device="meta")
+    run, ids = RecordingStep(), torch.zeros((1, 2), dtype=torch.long, device="meta")
     with torch.inference_mode():
-        model(input_ids=ids, position_ids=ids, use_cache=False, logits_to_keep=1, **{_STEP: run})
+        model(input_ids=ids, position_ids=ids, use_cache=False, logits_to_keep=1, **{STEP: run})
     specs = [spec for _, spec in sorted(run.specs.items())]
     if sorted(run.specs) != list(range(text.num_hidden_layers)):
         raise UnsupportedModel("not every layer calls attention once")

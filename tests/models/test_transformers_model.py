@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers.models.helium.modeling_helium import HeliumRotaryEmbedding
+from transformers.utils.logging import get_verbosity
 
+from portalm.backend import AttentionSpec
 from portalm.errors import CheckpointError, Unsupported, UnsupportedModel
 from portalm.models import registry
+from portalm.models.transformers_attention import register
+from portalm.models.transformers_check import _attended, check_model
 from tests.models.test_families import CASES, NUM_OUT, PROMPTS, Case, engine_of
 from tests.tiny import ask, make_config_folder, run, tokens
 
 OTHERS = {
     "olmo3": Case("Olmo3", {"sliding_window": 24}),
     "helium": Case("Helium", {"head_dim": 16}),
+    "phimoe": Case("Phimoe", {"num_local_experts": 4, "sliding_window": None}),
 }
 FAMILIES = ("gemma2", "glm4", "gpt_oss", "granite")
 """Families with caps, windows, partial rotary embedding, sinks, experts or scaled logits, run as
@@ -48,6 +56,109 @@ def test_answers_equal_transformers(
         with torch.inference_mode():
             logits = model(torch.tensor([prompt + sampled[key]])).logits[0]
         assert sampled[key] == logits[len(prompt) - 1 : -1].argmax(-1).tolist(), key
+
+
+LLAMA4 = {"head_dim": 16, "intermediate_size_mlp": 96, "num_local_experts": 4}
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        (
+            Case("Llama4", {**LLAMA4, "attention_chunk_size": 64}, config="{}TextConfig"),
+            "the mask of layer 0 is not causal$",
+        ),
+        (
+            Case(  # temperature tuning counts positions from transformers' cache
+                "Llama4",
+                {
+                    **LLAMA4,
+                    "attn_temperature_tuning": True,
+                    "floor_scale": 64,
+                    "layer_types": ["full_attention"] * 2,
+                    "no_rope_layers": [0, 0],
+                },
+                config="{}TextConfig",
+            ),
+            "differ from those of its own attention for a prompt computed in chunks",
+        ),
+        (
+            Case("Phimoe", {"num_local_experts": 4, "sliding_window": 64}),
+            "the mask of layer 0 is not causal$",
+        ),
+    ],
+    ids=["chunks", "temperature tuning", "window of the mask alone"],
+)
+def test_masks_and_positions_that_attention_does_not_get_are_refused(
+    tmp_path: Path, case: Case, message: str
+) -> None:
+    case.make().save_pretrained(tmp_path)
+
+    with pytest.raises(UnsupportedModel, match=message):
+        engine_of(tmp_path, device="reference")
+
+
+def test_llama4_without_chunks_and_temperature_tuning_runs(tmp_path: Path) -> None:
+    off = {"attn_temperature_tuning": False, "layer_types": ["full_attention"] * 2}
+    Case("Llama4", {**LLAMA4, **off}, config="{}TextConfig").make().save_pretrained(tmp_path)
+
+    engine_of(tmp_path, device="reference")
+
+
+def _wrong_window(q: Any, k: Any, v: Any, spec: AttentionSpec, sinks: Any) -> torch.Tensor:
+    return _attended(q, k, v, replace(spec, sliding_window=None), sinks)
+
+
+def _wrong_positions(self: Any, x: torch.Tensor, position_ids: torch.Tensor) -> Any:
+    return HELIUM_ROPE(self, x, torch.arange(position_ids.shape[1])[None])
+
+
+HELIUM_ROPE = HeliumRotaryEmbedding.forward
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "fault", "message"),
+    [
+        (
+            "olmo3",
+            "portalm.models.transformers_check._attended",
+            _wrong_window,
+            "a prompt computed whole",
+        ),
+        (
+            "helium",
+            "transformers.models.helium.modeling_helium.HeliumRotaryEmbedding.forward",
+            _wrong_positions,
+            "a prompt computed in chunks",
+        ),
+    ],
+)
+def test_the_check_finds_planted_faults(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    place: str,
+    fault: Callable[..., Any],
+    message: str,
+) -> None:
+    OTHERS[name].make().save_pretrained(tmp_path)
+    monkeypatch.setattr(place, fault)
+
+    with pytest.raises(UnsupportedModel, match=message):
+        engine_of(tmp_path, device="reference")
+
+
+def test_the_check_changes_no_global_state() -> None:
+    state = lambda: (  # noqa: E731
+        torch.get_num_threads(), torch.random.get_rng_state().tolist(), get_verbosity()
+    )  # fmt: skip
+    model = OTHERS["helium"].make()
+    register()
+    before = state()
+
+    check_model(type(model), model.config)
+
+    assert state() == before
 
 
 def test_one_warning_says_that_transformers_code_runs(
