@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import logging
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from portalm.errors import Unsupported
+
+logger = logging.getLogger(__name__)
+
+Family = Literal["nvidia", "ampere", "ada", "cdna", "rdna3", "rdna4"]
+"""Architectures that share tile sizes. nvidia: data-center GPUs since Hopper, with matrix
+instructions that read shared memory; ada: NVIDIA's other GPUs, with 99 KiB of shared memory per
+program."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -13,31 +26,62 @@ class Arch:
     """Compiler name: sm_90, gfx942, ..."""
     product: str
     """Well-known products of this architecture."""
-    warp_size: int
+    family: Family
+    shared_bytes: int
+    """Most bytes of shared memory (AMD: LDS) per program."""
+    warp_size: int = 32
     """Threads of a warp (AMD: wavefront)."""
 
 
-CUDA = {
-    arch.name: arch
-    for arch in (
-        Arch(name="sm_80", product="A100", warp_size=32),
-        Arch(name="sm_86", product="A10", warp_size=32),
-        Arch(name="sm_89", product="L40S", warp_size=32),
-        Arch(name="sm_90", product="H100, H200", warp_size=32),
-        Arch(name="sm_100", product="B200", warp_size=32),
-        Arch(name="sm_103", product="B300", warp_size=32),
-        Arch(name="sm_120", product="RTX PRO 6000", warp_size=32),
-    )
-}
-"""Compute capability 8.0 and newer; older GPUs have no bfloat16."""
+def _by_name(*archs: Arch) -> dict[str, Arch]:
+    return {arch.name: arch for arch in archs}
 
-ROCM = {
-    arch.name: arch
-    for arch in (
-        Arch(name="gfx90a", product="MI210, MI250", warp_size=64),
-        Arch(name="gfx942", product="MI300X, MI325X", warp_size=64),
-        Arch(name="gfx950", product="MI350X", warp_size=64),
-        Arch(name="gfx1100", product="RX 7900", warp_size=32),
-        Arch(name="gfx1201", product="RX 9070", warp_size=32),
-    )
-}
+
+CUDA = _by_name(
+    Arch(name="sm_80", product="A100", family="ampere", shared_bytes=163 << 10),
+    Arch(name="sm_86", product="A10, RTX 30", family="ada", shared_bytes=99 << 10),
+    Arch(name="sm_89", product="L4, L40S, RTX 40", family="ada", shared_bytes=99 << 10),
+    Arch(name="sm_90", product="H100, H200", family="nvidia", shared_bytes=227 << 10),
+    Arch(name="sm_100", product="B200", family="nvidia", shared_bytes=227 << 10),
+    Arch(name="sm_103", product="B300", family="nvidia", shared_bytes=227 << 10),
+    Arch(name="sm_110", product="Jetson Thor", family="nvidia", shared_bytes=227 << 10),
+    Arch(name="sm_120", product="RTX PRO 6000, RTX 50", family="ada", shared_bytes=99 << 10),
+    Arch(name="sm_121", product="DGX Spark", family="ada", shared_bytes=99 << 10),
+)
+"""Compute capability 8.0 and newer; older GPUs have no bfloat16. Shared memory: CUDA C++
+Programming Guide, technical specifications per compute capability."""
+
+ROCM = _by_name(
+    Arch(name="gfx90a", product="MI210, MI250", family="cdna", shared_bytes=64 << 10, warp_size=64),
+    Arch(
+        name="gfx942", product="MI300X, MI325X", family="cdna", shared_bytes=64 << 10, warp_size=64
+    ),
+    Arch(name="gfx950", product="MI350X", family="cdna", shared_bytes=160 << 10, warp_size=64),
+    Arch(name="gfx1100", product="RX 7900", family="rdna3", shared_bytes=64 << 10),
+    Arch(name="gfx1201", product="RX 9070", family="rdna4", shared_bytes=64 << 10),
+)
+
+
+def find_arch(name: str, archs: Mapping[str, Arch]) -> Arch:
+    """Look up an architecture in `archs`.
+
+    NVIDIA GPUs of compute capability 8.0 or newer that are not in the list get the tile sizes of
+    the family with the least shared memory, because newer GPUs run what older ones do. AMD's
+    architectures differ in their matrix instructions, so unknown ones are refused.
+
+    Raises:
+        Unsupported: the architecture is unknown, and no family is known to fit it.
+    """
+    if name in archs:
+        return archs[name]
+    capability = re.fullmatch(r"sm_(\d{2,3})", name)
+    smallest = min(archs.values(), key=lambda arch: arch.shared_bytes)
+    if capability and int(capability[1]) >= 80 and smallest.name.startswith("sm_"):
+        logger.warning(
+            "architecture %s is not listed; using the tile sizes of %s (%s), which may be slower "
+            "than sizes made for it",
+            name, smallest.name, smallest.product,
+        )  # fmt: skip
+        return replace(smallest, name=name, product="unlisted NVIDIA GPU")
+    known = ", ".join(f"{arch.name} ({arch.product})" for arch in archs.values())
+    raise Unsupported(f"architecture {name} is not supported; supported: {known}")

@@ -60,6 +60,10 @@ _MOST_PROGRAMS = 2048
 _SHARED_HEADS = 16
 """Most query heads per program if values are part of their keys, to fit the sums in registers."""
 
+_MOST_QUERY = 64 * 128
+"""Most numbers of the query heads that one program computes, padding included, to fit the shared
+memory of the smallest GPUs: 128 heads of 64, 64 of 128 or 32 of 256."""
+
 _LOG2E = 1.4426950408889634
 
 
@@ -127,6 +131,7 @@ def plan_attention(
         has_native: the native kernels are available: also plan the decodes that they are faster
             for.
     """
+    is_native = has_native and native.has_decodes(spec)
     spec = _spec_of_programs(spec)
     group = spec.num_heads // spec.num_kv_heads
     narrow_tokens, wide_tokens = max(1, _NARROW_ROWS // group), max(1, _WIDE_ROWS // group)
@@ -153,7 +158,7 @@ def plan_attention(
     lists = [part for work in works if work is not None for part in (work.items, work.merges)]
     num_requests = len(lengths) if bucket is None else bucket.num_requests
     most = min(fill, native.MOST_REQUESTS)
-    is_native = has_native and longest == 1 and num_requests <= most and native.has_decodes(spec)
+    is_native = is_native and longest == 1 and num_requests <= most
     if is_native:
         lists.append(native.plan_decodes(meta.host_seq_lens, max_items=fill, window=window))
     flat, offset = to_device(np.concatenate([part.ravel() for part in lists])), 0
@@ -180,15 +185,21 @@ def plan_attention(
 
 @functools.cache
 def _spec_of_programs(spec: AttentionSpec) -> AttentionSpec:
-    """`spec` with a KV head per program, where several programs share one (values share keys)."""
-    group = spec.num_heads // spec.num_kv_heads
+    """`spec` with a KV head per program, where several programs share one.
+
+    They do if values are part of their keys, or if the query heads of a KV head are too many for
+    one program.
+    """
+    group, most = spec.num_heads // spec.num_kv_heads, _SHARED_HEADS
     if spec.value_size is None:
-        return spec
+        most = max(1, _MOST_QUERY // power_of_2(spec.head_size))
+        if group <= most:
+            return spec
     if spec.value_size == spec.head_size:
         raise Unsupported(
             "the GPU kernels need values that are a part of their keys, smaller than the whole key"
         )
-    heads = next(n for n in range(min(group, _SHARED_HEADS), 0, -1) if group % n == 0)
+    heads = next(n for n in range(min(group, most), 0, -1) if group % n == 0)
     return replace(spec, num_kv_heads=spec.num_heads // heads)
 
 
@@ -298,7 +309,7 @@ def attend(
         spec: attention parameters of the layer.
         plan: this step's plan for `spec`.
         sinks: float32 [H] if `spec.has_sinks`.
-        family: of the GPU, see `tiles.family_of`.
+        family: `Arch.family` of the GPU.
 
     Returns:
         [T, H, D], or [T, H, value_size], in the dtype of `query`; rows of padding tokens are not
@@ -428,14 +439,14 @@ def attend_encoder(
         value: same shape as `key`.
         meta: its `query_start_loc` is read on the device.
         spec: scale, heads and window.
-        family: of the GPU, see `tiles.family_of`.
+        family: `Arch.family` of the GPU.
 
     Returns:
         [T, H, D], in the dtype of `query`; rows of padding tokens are not written.
     """
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     group = spec.num_heads // spec.num_kv_heads
-    shape = tile_shape("wide", family, query.dtype, spec.head_size, group)
+    shape = tile_shape("encoder", family, query.dtype, spec.head_size, group)
     tokens = shape.rows // group
     longest = meta.max_query_len if meta.bucket is None else meta.bucket.max_query_len
     num_requests = len(meta.query_start_loc) - 1
@@ -459,7 +470,7 @@ def attend_encoder(
         TOKENS=tokens,
         HAS_WINDOW=spec.sliding_window is not None,
         num_warps=shape.num_warps,
-        num_stages=min(shape.num_stages, 3),
+        num_stages=shape.num_stages,
         enable_fp_fusion=True,
         **shape.options(),
     )

@@ -27,10 +27,11 @@ from portalm.backend import (
     StepInputs,
     StepMeta,
 )
-from portalm.errors import BackendError, Unsupported
-from portalm_backends.gpu_common import memory, native, tiles
-from portalm_backends.gpu_common.archs import Arch
-from portalm_backends.gpu_common.device import Gpu, error_kind
+from portalm.errors import BackendError
+from portalm_backends.gpu_common import memory, native
+from portalm_backends.gpu_common.archs import Arch, find_arch
+from portalm_backends.gpu_common.device import Gpu
+from portalm_backends.gpu_common.errors import backend_error
 from portalm_backends.gpu_common.graph import Graphs, decode_buckets
 from portalm_backends.gpu_common.transfers import Transfers
 from portalm_backends.gpu_common.weights import (
@@ -72,11 +73,11 @@ class GpuBackend(TorchBackend):
         """Use `gpu`, which is already started.
 
         Raises:
-            Unsupported: its architecture is not in `archs`.
+            Unsupported: its architecture is not supported, see `find_arch`.
         """
         super().__init__()
         _import_kernels()
-        self.arch = known_arch(gpu.arch, self.archs)
+        self.arch = find_arch(gpu.arch, self.archs)
         self._fp8 = fp8.dtype_of(gpu.handle)
         self.capabilities = capabilities(self.arch, has_fp8_products=self._fp8 is not None)
         self._gpu = gpu
@@ -88,7 +89,7 @@ class GpuBackend(TorchBackend):
         self._experts: WeakKeyDictionary[Experts, tuple[ExpertWeights | None, ...]]
         self._experts = WeakKeyDictionary()
         """Grouped weights of each layer's experts: gate and up, then down."""
-        self._family = tiles.family_of(self.arch.name)
+        self._family = self.arch.family
         self._transfers = Transfers(gpu)
         self._graphs = Graphs(gpu, self._transfers, self._sample)
 
@@ -122,7 +123,7 @@ class GpuBackend(TorchBackend):
 
     @contextmanager
     def device_errors(self) -> Iterator[None]:
-        """Re-raise device errors of torch inside this context as `BackendError`.
+        """Re-raise errors of the device and of Triton inside this context as `BackendError`.
 
         On out of memory, the memory that torch's allocator caches is released first.
         """
@@ -130,13 +131,13 @@ class GpuBackend(TorchBackend):
             yield
         except BackendError:
             raise
-        except RuntimeError as error:
-            kind = error_kind(error)
-            if kind is None:
+        except Exception as error:
+            translated = backend_error(error)
+            if translated is None:
                 raise
-            if kind == "oom":
+            if translated.kind == "oom":
                 self._gpu.empty_cache()
-            raise BackendError(kind, str(error)) from error
+            raise translated from error
 
     # -- KV cache -----------------------------------------------------------------------------
 
@@ -397,14 +398,6 @@ def _import_kernels() -> None:
         sampling,
         silu_mul,
     )
-
-
-def known_arch(name: str, archs: dict[str, Arch]) -> Arch:
-    """Look up an architecture; raise `Unsupported` with the supported ones if it is unknown."""
-    if name not in archs:
-        known = ", ".join(f"{arch.name} ({arch.product})" for arch in archs.values())
-        raise Unsupported(f"architecture {name} is not supported; supported: {known}")
-    return archs[name]
 
 
 def capabilities(arch: Arch, *, has_fp8_products: bool) -> Capabilities:

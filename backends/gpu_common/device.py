@@ -11,32 +11,6 @@ from typing import Any, Protocol
 
 import torch
 
-from portalm.errors import BackendErrorKind
-
-_LOST = (
-    "illegal memory access",
-    "device-side assert",
-    "unspecified launch failure",
-    "misaligned address",
-    "illegal instruction",
-    "invalid program counter",
-    "uncorrectable ECC",
-    "hardware",
-    "memory access fault",
-    "device is lost",
-)
-"""Texts of runtime errors after which this process cannot use the device again."""
-
-_DEVICE_ERRORS = (
-    "CUDA error",
-    "HIP error",
-    "CUBLAS",
-    "HIPBLAS",
-    "CUDA driver error",
-    "Triton Error",
-)
-"""Substrings of error messages that come from the layers below torch."""
-
 
 class Event(Protocol):
     """A point in a stream's work."""
@@ -214,13 +188,3 @@ class TorchGpu:
     def synchronize(self) -> None:
         """Wait until all enqueued work is done."""
         torch.cuda.synchronize(self.handle)
-
-
-def error_kind(error: RuntimeError) -> BackendErrorKind | None:
-    """Classify an error of the device; None if the device did not cause it."""
-    text = str(error)
-    if isinstance(error, torch.OutOfMemoryError) or "out of memory" in text:
-        return "oom"
-    if isinstance(error, torch.AcceleratorError) or any(name in text for name in _DEVICE_ERRORS):
-        return "device_lost" if any(reason in text for reason in _LOST) else "kernel"
-    return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -52,16 +52,8 @@ _SHAPES["ampere"] = _SHAPES["nvidia"] | {
     # its matrix instructions read from registers, which must hold the decoded codes
     "wide codes": TileShape(rows=64, tile=32, num_warps=4, num_stages=3),
 }
+_SHAPES["ada"] = _SHAPES["ampere"]
 """Sizes by family of GPUs. `exact` is for float32, which tensor cores do not multiply exactly."""
-
-
-def family_of(arch: str) -> str:
-    """The key of `_SHAPES` for an architecture's compiler name (sm_90, gfx942)."""
-    if arch.startswith("sm_"):
-        return "nvidia" if arch in ("sm_90", "sm_100", "sm_103") else "ampere"
-    if arch.startswith("gfx9"):
-        return "cdna"
-    return "rdna3" if arch.startswith("gfx11") else "rdna4"
 
 
 @functools.cache
@@ -76,13 +68,15 @@ def tile_shape(
     """Choose the tile sizes and launch options of attention.
 
     Args:
-        kind: narrow or wide.
-        family: result of `family_of`.
+        kind: narrow, wide or encoder.
+        family: `Arch.family` of the GPU.
         dtype: of the query.
         head_size: D
         group: query heads per KV head.
         has_codes: the cache is stored in 8 bits.
     """
+    is_encoder = kind == "encoder"
+    kind = "wide" if is_encoder else kind
     shapes, name = _SHAPES[family], "exact" if dtype == torch.float32 else kind
     shape = shapes.get(f"{name} codes", shapes[name]) if has_codes else shapes[name]
     rows = max(shape.rows, power_of_2(group))
@@ -93,13 +87,10 @@ def tile_shape(
         tile = max(tile // 2, 16)
         if family == "rdna3":  # its matrix instructions hold every operand twice
             num_warps *= 2
-    return TileShape(
-        rows=rows,
-        tile=tile,
-        num_warps=num_warps,
-        num_stages=min(shape.num_stages, 3) if halvings == 2 else shape.num_stages,
-        waves_per_eu=shape.waves_per_eu,
-    )
+    num_stages = min(shape.num_stages, 3 if halvings == 2 or is_encoder else 5)
+    if family == "ada" and halvings == 1:  # the operands of larger heads must fit 99 KiB
+        num_stages = min(num_stages, 2 if is_encoder else 3 if rows > 64 else 4)
+    return replace(shape, rows=rows, tile=tile, num_warps=num_warps, num_stages=num_stages)
 
 
 def power_of_2(number: int) -> int:

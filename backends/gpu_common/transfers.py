@@ -9,7 +9,8 @@ import numpy.typing as npt
 import torch
 
 from portalm.errors import BackendError
-from portalm_backends.gpu_common.device import Event, Gpu, error_kind
+from portalm_backends.gpu_common.device import Event, Gpu
+from portalm_backends.gpu_common.errors import error_kind
 
 _ALIGNMENT = 16
 """Alignment in bytes of each array in a packed upload, so that kernels can load vectors."""

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from portalm_backends.gpu_common import tiles
+from portalm_backends.gpu_common.archs import CUDA
 from portalm_backends.gpu_common.kernels import kv_cache, paged_attention
 from portalm_backends.gpu_common.kernels.kv_codes import FP8, INT8
 from tests.gpu import dependent_launch_rule
@@ -29,7 +30,7 @@ from tests.gpu.operation_launches import (
     OPERATIONS,
     experts,
 )
-from tests.gpu.triton_targets import SHARED_LIMIT, TARGETS, Compiled, compile_for
+from tests.gpu.triton_targets import ARCHS, SHARED_LIMIT, TARGETS, Compiled, compile_for
 
 TABLE = Path(__file__).with_suffix(".json")
 
@@ -59,6 +60,8 @@ class Launch:
         )
 
 
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
 _ATTENTION_TYPES = {
     "out": "*bf16",
     "query": "*bf16",
@@ -79,7 +82,7 @@ _ATTENTION_TYPES = {
 }
 
 
-def _attention(
+def attention(
     target: str,
     kind: str,
     *,
@@ -92,10 +95,9 @@ def _attention(
     has_all: bool = False,
 ) -> Launch:
     """`attention.attend` for a decode (narrow) or a prompt (wide)."""
-    torch_dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
-    family = tiles.family_of(target)
-    shape = tiles.tile_shape(kind, family, torch_dtype, head_size, group, codes != 0)
-    item_tokens = 1 if kind == "narrow" else 128 // group
+    family = ARCHS[target].family
+    shape = tiles.tile_shape(kind, family, DTYPES[dtype], head_size, group, codes != 0)
+    item_tokens = 1 if kind == "narrow" else max(1, 128 // group)
     rest = 0 if value_size is None else head_size - value_size
     types = _ATTENTION_TYPES | dict.fromkeys(("query", "out"), f"*{dtype}")
     return Launch(
@@ -149,14 +151,15 @@ def _rows(*names: str) -> dict[str, str]:
     return dict.fromkeys(names, "*bf16") | strides
 
 
-def _encoder(target: str) -> Launch:
-    shape = tiles.tile_shape("wide", tiles.family_of(target), torch.bfloat16, 64, 1)
-    types = _rows("query", "key", "value")
+def encoder(target: str, *, head_size: int = 64, dtype: str = "bf16") -> Launch:
+    """`attention.attend_encoder`."""
+    shape = tiles.tile_shape("encoder", ARCHS[target].family, DTYPES[dtype], head_size, 1)
+    types = _rows("query", "key", "value") | dict.fromkeys(("query", "key", "value"), f"*{dtype}")
     return Launch(
         kernel=paged_attention.encoder_kernel,
         signature={
             **types,
-            "out": "*bf16",
+            "out": f"*{dtype}",
             "query_start_loc": "*i32",
             "score_scale": "fp32",
             "window": "i32",
@@ -164,15 +167,15 @@ def _encoder(target: str) -> Launch:
         constants={
             "GROUP": 1,
             "NUM_KV_HEADS": 12,
-            "D": 64,
-            "DP": 64,
+            "D": head_size,
+            "DP": head_size,
             "TILE": shape.tile,
             "ROWS": shape.rows,
             "TOKENS": shape.rows,
             "HAS_WINDOW": False,
         },
         num_warps=shape.num_warps,
-        num_stages=min(shape.num_stages, 3),
+        num_stages=shape.num_stages,
         options=shape.options(),
     )
 
@@ -237,39 +240,39 @@ def _copy(target: str) -> Launch:
 
 
 LAUNCHES: dict[str, Callable[[str], Launch]] = {
-    "attention, decode": lambda target: _attention(target, "narrow"),
-    "attention, decode, all features": lambda t: _attention(t, "narrow", has_all=True),
-    "attention, decode, blocks of 64": lambda t: _attention(t, "narrow", block_size=64),
-    "attention, decode, head 64": lambda t: _attention(t, "narrow", head_size=64),
-    "attention, decode, head 256": lambda t: _attention(t, "narrow", head_size=256),
-    "attention, decode, fp32": lambda t: _attention(t, "narrow", dtype="fp32"),
-    "attention, prefill": lambda t: _attention(t, "wide"),
-    "attention, prefill, all features": lambda t: _attention(t, "wide", has_all=True),
-    "attention, prefill, head 64": lambda t: _attention(t, "wide", head_size=64),
-    "attention, prefill, head 256": lambda t: _attention(t, "wide", head_size=256),
-    "attention, prefill, fp32": lambda t: _attention(t, "wide", dtype="fp32"),
+    "attention, decode": lambda target: attention(target, "narrow"),
+    "attention, decode, all features": lambda t: attention(t, "narrow", has_all=True),
+    "attention, decode, blocks of 64": lambda t: attention(t, "narrow", block_size=64),
+    "attention, decode, head 64": lambda t: attention(t, "narrow", head_size=64),
+    "attention, decode, head 256": lambda t: attention(t, "narrow", head_size=256),
+    "attention, decode, fp32": lambda t: attention(t, "narrow", dtype="fp32"),
+    "attention, prefill": lambda t: attention(t, "wide"),
+    "attention, prefill, all features": lambda t: attention(t, "wide", has_all=True),
+    "attention, prefill, head 64": lambda t: attention(t, "wide", head_size=64),
+    "attention, prefill, head 256": lambda t: attention(t, "wide", head_size=256),
+    "attention, prefill, fp32": lambda t: attention(t, "wide", dtype="fp32"),
     "attention, merge": _merge,
-    "attention, encoder": _encoder,
+    "attention, encoder": encoder,
     "cache, write": _write,
     "cache, rotate and write": _rotate_write,
     "cache, copy": _copy,
-    "attention, decode, int8 cache": lambda t: _attention(t, "narrow", codes=INT8),
-    "attention, decode, fp8 cache": lambda t: _attention(t, "narrow", codes=FP8),
-    "attention, prefill, int8 cache": lambda t: _attention(t, "wide", codes=INT8),
-    "attention, prefill, fp8 cache": lambda t: _attention(t, "wide", codes=FP8),
+    "attention, decode, int8 cache": lambda t: attention(t, "narrow", codes=INT8),
+    "attention, decode, fp8 cache": lambda t: attention(t, "narrow", codes=FP8),
+    "attention, prefill, int8 cache": lambda t: attention(t, "wide", codes=INT8),
+    "attention, prefill, fp8 cache": lambda t: attention(t, "wide", codes=FP8),
     "cache, write codes": lambda t: _write(t, codes=FP8),
 }
 """Functions from a target to the kernel's launch there, by name."""
 
-FP8_TARGETS = ("sm_90", "sm_100", "gfx950")
+FP8_TARGETS = (*(name for name in CUDA if int(name[3:]) >= 89), "gfx950")
 """Targets whose instructions support the 8-bit floats that checkpoints use."""
 
 LATENT = {"head_size": 576, "value_size": 512, "group": 16}
 """DeepSeek's attention: 16 of its 128 query heads per program."""
 
 LATENT_LAUNCHES: dict[str, Callable[[str], Launch]] = {
-    "attention, decode, latent": lambda t: _attention(t, "narrow", **LATENT),
-    "attention, prefill, latent": lambda t: _attention(t, "wide", **LATENT),
+    "attention, decode, latent": lambda t: attention(t, "narrow", **LATENT),
+    "attention, prefill, latent": lambda t: attention(t, "wide", **LATENT),
 }
 
 LATENT_TARGETS = ("sm_90", "gfx942")

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from portalm.backend import QUANTIZED_FORMATS
-from portalm_backends.gpu_common import tiles
+from portalm_backends.gpu_common.archs import CUDA, ROCM
 from portalm_backends.gpu_common.kernels import (
     adjust,
     fp8,
@@ -20,6 +20,7 @@ from portalm_backends.gpu_common.kernels import (
     silu_mul,
 )
 
+ARCHS = CUDA | ROCM
 _FLOAT, _INT, _LONG, _HALF = "*fp32", "*i32", "*i64", "*bf16"
 
 
@@ -172,7 +173,7 @@ def experts(
 ) -> dict[str, Any]:
     """A launch of `moe.product`; `has_all`: with the biases and the clamped gate of gpt-oss."""
     pointer, dtype = VALUES.get(form, ("*i8", torch.int8))
-    family = tiles.family_of(target)
+    family = ARCHS[target].family
     shape = moe.launch_shape(rows, dtype, family, is_gated=is_gated)
     is_float = form in VALUES
     computed = _FLOAT if form == "fp32" else _HALF

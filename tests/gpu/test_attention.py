@@ -16,6 +16,8 @@ from portalm.conformance.numerics import NMSE_BOUND, require_close
 from portalm.conformance.subject import Subject
 from portalm_backends.gpu_common import attention
 from portalm_backends.gpu_common.attention import AttentionPlan, Tiles
+from portalm_backends.gpu_common.cache import ScaledKV
+from portalm_backends.portable import kv_codes
 from tests.gpu.interpreted import InterpretedBackend, complete
 
 BUCKETS = [
@@ -267,3 +269,29 @@ def test_the_longest_items_come_first() -> None:
 
     assert plan.narrow is not None
     assert plan.narrow.items[:, 0].tolist() == [1, 2, 0]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8", "fp8"])
+def test_programs_that_share_a_kv_head_compute_the_same(
+    dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = Step([1, 3, 20], [40, 33, 20])
+    expected = step.expected(SPEC)
+    cache = step.cache if dtype == "float32" else scaled(step.cache, dtype)
+    results = []
+    for most in (64, 32):  # query heads of 16 numbers: all four in one program, or two
+        monkeypatch.setattr(attention, "_MOST_QUERY", most)
+        attention._spec_of_programs.cache_clear()
+        plan = step.plan(SPEC, CROWD)
+        results.append(attention.attend(cache, step.query, step.meta, SPEC, plan)[: len(expected)])
+    attention._spec_of_programs.cache_clear()
+
+    require_close("", results[0].numpy(), results[1].double().numpy(), NMSE_BOUND["float32"])
+    if dtype == "float32":
+        require_close("", results[1].numpy(), expected, NMSE_BOUND["float32"])
+
+
+def scaled(cache: torch.Tensor, dtype: str) -> ScaledKV:
+    """One layer of a cache, [NB, H_kv, 2, B, D], in 8 bits."""
+    codes, scales = kv_codes.quantize(cache, dtype)
+    return ScaledKV(dtype, codes.view(torch.int8), scales)

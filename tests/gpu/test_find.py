@@ -5,12 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from portalm.errors import Unsupported
 from portalm_backends.cuda.backend import CudaBackend
-from portalm_backends.gpu_common.device import error_kind
 from portalm_backends.gpu_common.find import find
 from portalm_backends.rocm.backend import RocmBackend
-from tests.gpu.fake_device import FakeGpu
 
 CPU_BUILD = {"CUDA": None, "ROCm": None}
 CUDA_BUILD = {"CUDA": "13.0", "ROCm": None}
@@ -69,23 +66,3 @@ def test_the_report_of_this_machine_names_what_is_missing(backend: type[CudaBack
     report = backend.find()
 
     assert report.is_available or "torch" in report.summary or "driver" in report.summary
-
-
-def test_an_unknown_architecture_is_refused_with_its_name() -> None:
-    with pytest.raises(Unsupported, match=r"architecture sm_75 is not supported.*sm_80 \(A100\)"):
-        CudaBackend(FakeGpu(arch="sm_75"))
-    with pytest.raises(Unsupported, match=r"architecture gfx906 is not supported.*gfx942"):
-        RocmBackend(FakeGpu(arch="gfx906"))
-
-
-@pytest.mark.parametrize(
-    ("error", "kind"),
-    [
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "oom"),
-        (torch.AcceleratorError("CUDA error: an illegal memory access"), "device_lost"),
-        (RuntimeError("HIP error: invalid configuration argument"), "kernel"),
-        (RuntimeError("shapes cannot be multiplied"), None),
-    ],
-)  # fmt: skip
-def test_errors_are_classified_by_their_cause(error: RuntimeError, kind: str | None) -> None:
-    assert error_kind(error) == kind

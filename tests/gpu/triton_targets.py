@@ -17,29 +17,20 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from portalm_backends.gpu_common.archs import CUDA, ROCM
 from portalm_backends.gpu_common.kernels import dependent_launch
 
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx90a": GPUTarget("hip", "gfx90a", 64),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-    "gfx950": GPUTarget("hip", "gfx950", 64),
-    "gfx1100": GPUTarget("hip", "gfx1100", 32),
-    "gfx1201": GPUTarget("hip", "gfx1201", 32),
-}
+ARCHS = CUDA | ROCM
 
-SHARED_LIMIT = {
-    "sm_80": 163 * 1024,
-    "sm_90": 227 * 1024,
-    "sm_100": 227 * 1024,
-    "gfx90a": 64 * 1024,
-    "gfx942": 64 * 1024,
-    "gfx950": 160 * 1024,
-    "gfx1100": 64 * 1024,
-    "gfx1201": 64 * 1024,
+TARGETS = {
+    name: GPUTarget("cuda", int(name[3:]), 32)
+    if name in CUDA
+    else GPUTarget("hip", name, arch.warp_size)
+    for name, arch in ARCHS.items()
 }
+"""All supported architectures."""
+
+SHARED_LIMIT = {name: arch.shared_bytes for name, arch in ARCHS.items()}
 """Most bytes of shared memory (LDS) per program."""
 
 
@@ -98,21 +89,7 @@ def compile_for(
         given = dependent_launch.options_for(TARGETS[target])
         constants = constants | {"WAITS": given.pop("WAITS")}
         options |= given
-    types: dict[str, str] = {}
-    aligned: dict[tuple[int], list[list[Any]]] = {}
-    for i, name in enumerate(kernel.arg_names):
-        if name in constants:
-            types[name] = "constexpr"
-            continue
-        types[name], _, multiple = signature[name].partition(":")
-        if types[name].startswith("*") or multiple == "16":
-            aligned[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(
-        fn=kernel,
-        signature=types,
-        constexprs={(kernel.arg_names.index(name),): value for name, value in constants.items()},
-        attrs=aligned,
-    )
+    source = source_of(kernel, signature, constants)
     compiled = triton.compile(
         source,
         target=TARGETS[target],
@@ -127,6 +104,25 @@ def compile_for(
     if target.startswith("sm_"):
         return _nvidia(compiled, target, num_warps, shared)
     return _amd(compiled, target, num_warps, shared)
+
+
+def source_of(kernel: Any, signature: dict[str, str], constants: dict[str, Any]) -> ASTSource:
+    """A kernel with the types and constants of its arguments, see `compile_for`."""
+    types: dict[str, str] = {}
+    aligned: dict[tuple[int], list[list[Any]]] = {}
+    for i, name in enumerate(kernel.arg_names):
+        if name in constants:
+            types[name] = "constexpr"
+            continue
+        types[name], _, multiple = signature[name].partition(":")
+        if types[name].startswith("*") or multiple == "16":
+            aligned[(i,)] = [["tt.divisibility", 16]]
+    return ASTSource(
+        fn=kernel,
+        signature=types,
+        constexprs={(kernel.arg_names.index(name),): value for name, value in constants.items()},
+        attrs=aligned,
+    )
 
 
 def _nvidia(compiled: Any, target: str, num_warps: int, shared: int) -> Compiled:

@@ -68,7 +68,7 @@ def moe(
 ) -> torch.Tensor:
     """`Backend.moe` for x [T, C] with the weights of `experts` as `group_experts` returns them.
 
-    `family` is the result of `tiles.family_of` for the device. Returns [T, C].
+    `family` is the device's `Arch.family`. Returns [T, C].
     """
     top_k = expert_ids.shape[1]
     if not len(x):
@@ -128,7 +128,7 @@ def launch_shape(rows: int, weight: torch.dtype, family: str, *, is_gated: bool)
     num_warps = 8 if rows == 128 or (has_codes and not is_narrow) else 4
     if family.startswith("rdna") and not is_narrow:  # operands need twice the registers there
         num_warps *= 2
-    is_deep = is_narrow or (family in ("nvidia", "ampere") and not is_half)
+    is_deep = is_narrow or (family in ("nvidia", "ampere", "ada") and not is_half)
     block_n = 64 if is_narrow or is_half else 128
     return LaunchShape(
         block_n=block_n // 2 if is_gated else block_n,
@@ -158,7 +158,7 @@ def product(
         top_k: number of choices that share a row of x.
         gate: if given, the weight is gate and up, and its activation is applied: the result is
             [T k, N / 2].
-        family: of the device, see `tiles.family_of`.
+        family: `Arch.family` of the device.
     """
     values, scales, minimums, bits, group, n, k = weight.first
     if x.shape[1] != k or x.stride(1) != 1:

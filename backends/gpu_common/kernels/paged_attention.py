@@ -183,8 +183,8 @@ def attention_kernel(
 ):  # fmt: skip
     """Compute TOKENS query tokens of one item, with the query heads of one KV head.
 
-    With REST > 0, values are the first V of the D numbers of a key. SHARING programs then divide
-    the query heads of one KV head, GROUP each, because sums of V numbers fill the registers.
+    With REST > 0, values are the first V of the D numbers of a key. SHARING programs divide the
+    query heads of one KV head, GROUP each, where all of them do not fit one program.
 
     Grid: for narrow tiles (few rows, one loop) heads are the first axis, so that long items start
     first; for wide tiles items are, so that programs that run together read the same keys. The
@@ -226,7 +226,7 @@ def attention_kernel(
     table += request.to(tl.int64) * table_stride
     planes: tl.constexpr = 1 if REST > 0 else 2
     keys = cache + kv_head // SHARING * (planes * BLOCK * D)
-    scales += kv_head * (2 * BLOCK)
+    scales += kv_head // SHARING * (2 * BLOCK)
     stride: tl.constexpr = NUM_KV_HEADS // SHARING * planes * BLOCK * D
     acc = tl.zeros([ROWS, VP], tl.float32)
     top = tl.full([ROWS], float("-inf"), tl.float32)
