@@ -6,6 +6,7 @@ import fnmatch
 import hashlib
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,8 @@ from portalm.errors import ModelNotFound
 logger = logging.getLogger(__name__)
 
 _HUB_TIMEOUT_S = 5
+_LATER_PART = re.compile(r"-(?!00001)\d{5}-of-\d{5}\.gguf$")
+"""Names of the files of a split checkpoint except the first."""
 _HUB_PATTERNS = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt")
 
 
@@ -93,10 +96,11 @@ def _check_local(path: Path) -> Path:
             f"{str(path)!r} is a file but not a .gguf file; pass the model's folder"
         )
     if path.is_dir() and not (path / "config.json").exists():
-        files = sorted(path.glob("*.gguf"))
+        # of a checkpoint that is split over several files, the first stands for all
+        files = [file for file in sorted(path.glob("*.gguf")) if not _LATER_PART.search(file.name)]
         if len(files) != 1:
             raise ModelNotFound(
-                f"{str(path)!r} has no config.json and {len(files) or 'no'} .gguf files; "
+                f"{str(path)!r} has no config.json and {len(files) or 'no'} .gguf models; "
                 f"pass a folder in Hugging Face's layout, or one .gguf file"
             )
         return files[0]

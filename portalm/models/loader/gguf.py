@@ -1,4 +1,4 @@
-"""Checkpoints in one GGUF file."""
+"""Checkpoints in a GGUF file, or in several."""
 
 from __future__ import annotations
 
@@ -20,14 +20,7 @@ from portalm.models.loader.checkpoint import reorder_rows
 from portalm.models.loader.config_json import model_config
 from portalm.models.loader.gguf_config import DTYPES, ROPE_FACTORS, hf_values
 from portalm.models.loader.gguf_families import FAMILIES, GGUFFamily, find_family
-from portalm.models.loader.gguf_file import (
-    TYPES,
-    Reader,
-    TensorInfo,
-    map_file,
-    read_header,
-    read_tensor_infos,
-)
+from portalm.models.loader.gguf_file import TYPES, TensorInfo, open_parts
 from portalm.models.loader.gguf_quantized import GRIDS, as_quantized
 
 _ROWS_AT_A_TIME = 4096
@@ -36,35 +29,42 @@ _LATENT, _KEYS, _VALUES = ".kv_b_proj.weight", ".k_b_proj.weight", ".v_b_proj.we
 """DeepSeek's up-projection of the latent vector, and its two parts in newer files."""
 _ONE_ROW = "ffn_gate_inp_shexp.weight"
 """A matrix with one row, which GGUF files store as a vector."""
-_VOCABULARY = frozenset(f"tokenizer.ggml.{name}" for name in ("tokens", "merges", "scores"))
+_ROTARY_TABLE = "attn_rot_embd"
+"""Part of a name in old files: frequencies that follow from the metadata."""
+_SKIPPED = frozenset({"tokenizer.ggml.merges", "tokenizer.ggml.scores"})
 """Metadata that only a tokenizer needs, with hundreds of thousands of values."""
 
 
 class GGUFCheckpoint:
-    """One .gguf file; tensors are read, and dequantized if needed, one at a time."""
+    """A .gguf file or several; tensors are read, and dequantized if needed, one at a time."""
 
     def __init__(self, path: Path, overrides: Mapping[str, Any]) -> None:
-        """Read the header, and check that every tensor is within the file."""
+        """Read the headers, and check that every tensor is within its file."""
         self.path = path
-        self._data: mmap.mmap = map_file(path)
-        reader = Reader(path, self._data)
-        self.metadata, num_tensors = read_header(reader, skip=_VOCABULARY)
-        infos = read_tensor_infos(reader, num_tensors)
-        alignment = self.metadata.get("general.alignment", 32)
-        if not isinstance(alignment, int) or alignment < 1:
-            raise reader.fail(f"general.alignment must be a positive integer, not {alignment!r}")
-        self._start = -(-reader.at // alignment) * alignment
-        for name, info in infos.items():
-            self._check_extent(name, info)
+        self._files = open_parts(path, skip=_SKIPPED)
+        self.metadata = self._files[0].metadata
+        infos = {name: info for file in self._files for name, info in file.infos.items()}
         self._family = self._find_family(infos)
         self.form = self._family.form
         self._were_read: set[str] = set()
-        self._infos = {
-            hf_name: part
-            for name, info in infos.items()
-            for hf_name, part in self._parts(name, info)
-        }
+        self._infos: dict[str, TensorInfo] = {}
+        self._unknown: list[str] = []
+        """Names in the file of tensors that the family has no name for."""
+        for name, info in infos.items():
+            self._add(name, info)
         self.config = self._config(infos, overrides)
+
+    def _add(self, name: str, info: TensorInfo) -> None:
+        """Add a tensor under its Hugging Face name."""
+        parts = list(self._parts(name, info))
+        if not parts and name not in ROPE_FACTORS:
+            self._unknown.append(name)
+        for hf_name, part in parts:
+            if hf_name in self._infos:
+                raise CheckpointError(
+                    self.path, f"tensor {name!r} and another one are both {hf_name!r}"
+                )
+            self._infos[hf_name] = part
 
     def _parts(self, name: str, info: TensorInfo) -> Iterator[tuple[str, TensorInfo]]:
         """Hugging Face name and place of a tensor, or of each expert's part of a stacked one."""
@@ -86,31 +86,14 @@ class GGUFCheckpoint:
         for expert, part in enumerate(info.parts()):
             yield hf_name.format(expert), part
 
-    def _check_extent(self, name: str, info: TensorInfo) -> None:
-        if info.kind not in TYPES:
-            raise CheckpointError(self.path, f"tensor {name!r} has unknown type {info.kind}")
-        kind, block_size, _ = TYPES[info.kind]
-        if not info.shape or 0 in info.shape or info.shape[-1] % block_size:
-            raise CheckpointError(
-                self.path,
-                f"tensor {name!r} of type {kind} has shape {list(info.shape)}; it must not be "
-                f"empty, and its last dimension must be a multiple of {block_size}",
-            )
-        end = self._start + info.offset + info.num_bytes
-        if end > len(self._data):
-            raise CheckpointError(
-                self.path,
-                f"it is truncated: tensor {name!r} ends at byte {end}, but the file has "
-                f"{len(self._data)} bytes; download it again",
-            )
-
     def names(self) -> Sequence[str]:
         """Hugging Face names of all tensors."""
         return [name.replace(_KEYS, _LATENT) for name in self._infos if not name.endswith(_VALUES)]
 
     def unread(self) -> Sequence[str]:
-        """Hugging Face names of all tensors that were not read."""
-        return [name for name in self.names() if name not in self._were_read]
+        """Names of all tensors that were not read: Hugging Face's, or the file's if it has none."""
+        unread = [name for name in self.names() if name not in self._were_read]
+        return unread + [name for name in self._unknown if _ROTARY_TABLE not in name]
 
     def tensor(self, name: str) -> torch.Tensor:
         """Read a tensor in the file's float dtype; a quantized one is dequantized to float32."""
@@ -170,7 +153,8 @@ class GGUFCheckpoint:
     def _blocks(self, info: TensorInfo) -> npt.NDArray[np.uint8]:
         """The tensor's bytes, uint8 [rows, bytes per row]."""
         num_rows = math.prod(info.shape[:-1])
-        raw = np.frombuffer(self._data, np.uint8, info.num_bytes, self._start + info.offset)
+        file = self._files[info.part]
+        raw = np.frombuffer(file.data, np.uint8, info.num_bytes, file.start + info.offset)
         return raw.reshape(num_rows, -1)
 
     def _read(self, info: TensorInfo) -> torch.Tensor:
@@ -205,10 +189,11 @@ class GGUFCheckpoint:
             ) from None
 
     def close(self) -> None:
-        """Release the file; its mapping is freed with the last tensor that uses it."""
+        """Release the files; a mapping is freed with the last tensor that uses it."""
         self._infos = {}
         if hasattr(mmap, "MADV_DONTNEED"):
-            self._data.madvise(mmap.MADV_DONTNEED)  # mapped pages count as this process's memory
+            for file in self._files:  # mapped pages count as this process's memory
+                file.data.madvise(mmap.MADV_DONTNEED)
 
     # -- config -------------------------------------------------------------------------------
 

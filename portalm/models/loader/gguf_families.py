@@ -279,7 +279,7 @@ FAMILIES = {
     "gemma3": GGUFFamily(
         architecture="Gemma3ForCausalLM",
         names=_GEMMA_NAMES,
-        values=_GEMMA_VALUES,
+        values={**_GEMMA_VALUES, "rope_local_base_freq": "rope.freq_base_swa"},
         form=StoredForm(has_full_norms=True),
         derive=_query_scalar(widest=62),
     ),

@@ -1,23 +1,40 @@
-"""Reads a GGUF file's header: metadata, and the place of each tensor, without numpy or torch.
+"""Reads the headers of GGUF files: metadata, and the place of each tensor, without numpy or torch.
 
 The format is described in ggml's docs/gguf.md; versions 2 and 3, little-endian, are supported.
 Every count in the header is checked against the file's size before memory is allocated for it.
+A checkpoint may be split over several files, of which the first has the metadata.
 """
 
 from __future__ import annotations
 
 import math
 import mmap
+import re
 import struct
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from portalm.errors import CheckpointError
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
+_OTHER_FORMATS = (
+    (b"version https://git-lfs", "a Git LFS pointer, not the file itself: fetch it with git lfs"),
+    (b"<!doctype", "a web page, not a model: the download failed"),
+    (b"<html", "a web page, not a model: the download failed"),
+    (b"lmgg", "in the GGML format of 2023: convert the model again"),
+    (b"fmgg", "in the GGML format of 2023: convert the model again"),
+    (b"tjgg", "in the GGJT format of 2023: convert the model again"),
+    (b"algg", "a GGLA adapter, not a model"),
+    (b"pk\x03\x04", "a zip archive"),
+    (b"\x1f\x8b", "compressed with gzip: decompress it"),
+    (b"\0" * 16, "damaged: it begins with zeros, as an incomplete download does"),
+)
+"""First bytes, in lower case, of files that are mistaken for GGUF files."""
+_PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
+"""Names of the parts of a split checkpoint, numbered from 1."""
 _MAX_DIMENSIONS = 4
 _WINDOW = 1 << 20
 _ARRAY, _STRING, _BOOL = 9, 8, 7
@@ -50,7 +67,9 @@ class TensorInfo:
     kind: int
     """A key of `TYPES`, unless the file is broken."""
     offset: int
-    """Bytes from the start of the tensor data."""
+    """Bytes from the start of the file's tensor data."""
+    part: int = 0
+    """Index of the file, in a checkpoint that is split over several."""
 
     @property
     def num_bytes(self) -> int:
@@ -62,9 +81,33 @@ class TensorInfo:
         """Split a stacked tensor along its first dimension."""
         size = self.num_bytes // self.shape[0]
         return [
-            TensorInfo(self.shape[1:], self.kind, self.offset + i * size)
+            TensorInfo(self.shape[1:], self.kind, self.offset + i * size, self.part)
             for i in range(self.shape[0])
         ]
+
+
+class StringArray(Sequence[str]):
+    """An array of strings in a mapped file, each decoded when it is read."""
+
+    def __init__(self, data: mmap.mmap, spans: Sequence[tuple[int, int]]) -> None:
+        """Remember where the strings are: their first bytes, and the bytes after their last."""
+        self._data = data
+        self._spans = spans
+
+    def __len__(self) -> int:
+        """Number of strings."""
+        return len(self._spans)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        """Decode one string or several; invalid UTF-8 is replaced."""
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        start, end = self._spans[index]
+        return self._data[start:end].decode("utf-8", errors="replace")
 
 
 class Reader:
@@ -110,8 +153,8 @@ class Reader:
             raise self.fail(f"a metadata value has unknown type {kind}")
         return self.scalar(_SCALARS[kind])
 
-    def array(self) -> list[Any]:
-        """Read an array with a prefix of type and length."""
+    def array(self) -> Sequence[Any]:
+        """Read an array with a prefix of type and length; strings are decoded when read."""
         kind, count = self.scalar("I"), self.scalar("Q")
         if kind in _SCALARS:
             code = f"<{count}{_SCALARS[kind]}"
@@ -121,10 +164,7 @@ class Reader:
             return values
         if kind != _STRING:
             raise self.fail(f"an array has unknown type {kind}")
-        return [
-            self.data[start:end].decode("utf-8", errors="replace")
-            for start, end in self._string_spans(count)
-        ]
+        return StringArray(self.data, self._string_spans(count))
 
     def skip(self, kind: int) -> None:
         """Skip a value."""
@@ -188,13 +228,14 @@ def read_header(reader: Reader, *, skip: Collection[str] = ()) -> tuple[dict[str
 
     Keys in `skip` are left out.
     """
-    if reader.data[:4] != _MAGIC:
-        raise reader.fail(
-            f"it is not a GGUF file: it begins with {reader.data[:4]!r}, expected {_MAGIC!r}"
-        )
-    reader.at = 4
+    _check_magic(reader)
     version = reader.scalar("I")
     if version not in _VERSIONS:
+        if int.from_bytes(version.to_bytes(4, "little"), "big") in _VERSIONS:
+            raise reader.fail(
+                "it is big-endian, which is not supported: convert it with llama.cpp's "
+                "gguf_convert_endian.py"
+            )
         raise reader.fail(
             f"GGUF version {version} is not supported; supported: 2 and 3, little-endian"
         )
@@ -209,6 +250,8 @@ def read_header(reader: Reader, *, skip: Collection[str] = ()) -> tuple[dict[str
     for _ in range(num_values):
         key = reader.string()
         kind = reader.scalar("I")
+        if key in metadata:
+            raise reader.fail(f"its metadata has {key!r} twice")
         if key in skip:
             reader.skip(kind)
         else:
@@ -216,7 +259,7 @@ def read_header(reader: Reader, *, skip: Collection[str] = ()) -> tuple[dict[str
     return metadata, num_tensors
 
 
-def read_tensor_infos(reader: Reader, num_tensors: int) -> dict[str, TensorInfo]:
+def read_tensor_infos(reader: Reader, num_tensors: int, *, part: int = 0) -> dict[str, TensorInfo]:
     """Read infos of all tensors by their names in the file; call after `read_header`."""
     infos: dict[str, TensorInfo] = {}
     for _ in range(num_tensors):
@@ -226,6 +269,139 @@ def read_tensor_infos(reader: Reader, num_tensors: int) -> dict[str, TensorInfo]
                 f"tensor {name!r} has {num_dimensions} dimensions, at most {_MAX_DIMENSIONS} "
                 f"are allowed"
             )
+        if name in infos:
+            raise reader.fail(f"it has two tensors named {name!r}")
         shape = tuple(reader.scalar("Q") for _ in range(num_dimensions))[::-1]
-        infos[name] = TensorInfo(shape, reader.scalar("I"), reader.scalar("Q"))
+        infos[name] = TensorInfo(shape, reader.scalar("I"), reader.scalar("Q"), part)
     return infos
+
+
+def _check_magic(reader: Reader) -> None:
+    """Read the first four bytes; raise `CheckpointError` unless they are those of GGUF files."""
+    begin = reader.data[:64]
+    if begin[:4] == _MAGIC:
+        reader.at = 4
+        return
+    for magic, what in _OTHER_FORMATS:
+        if begin.lstrip().lower().startswith(magic):
+            raise reader.fail(f"it is not a GGUF file, but {what}")
+    raise reader.fail(f"it is not a GGUF file: it begins with {begin[:4]!r}, expected {_MAGIC!r}")
+
+
+# -- files ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class GGUFPart:
+    """A GGUF file, or one of the files of a split checkpoint."""
+
+    path: Path
+    data: mmap.mmap
+    metadata: dict[str, Any]
+    infos: dict[str, TensorInfo]
+    """The file's tensors, by their names in it."""
+    start: int
+    """First byte of the tensor data."""
+
+
+def open_parts(path: Path, *, skip: Collection[str] = ()) -> list[GGUFPart]:
+    """Map a GGUF file, and the other files of the checkpoint if it is split.
+
+    Args:
+        path: the file, or the first one.
+        skip: keys of the metadata to leave out.
+
+    Raises:
+        CheckpointError: a file is missing or broken, or `path` is not the first one.
+    """
+    first = _open_part(path, 0, skip)
+    count = first.metadata.get("split.count", 0)
+    if count in (0, 1):
+        return [first]
+    match = _PART.fullmatch(path.name)
+    if match is None or int(match[3]) != count:
+        raise CheckpointError(
+            path,
+            f"it is one of {count} files of a split checkpoint, but its name does not end with "
+            f"-00001-of-{count:05}.gguf: restore the name, by which the others are found",
+        )
+    paths = [path.with_name(f"{match[1]}-{i + 1:05}-of-{match[3]}.gguf") for i in range(count)]
+    if (number := first.metadata.get("split.no", 0)) != 0:
+        raise CheckpointError(
+            path, f"it is file {number + 1} of {count}: pass the first one, {paths[0].name}"
+        )
+    parts = [first]
+    for i, other in enumerate(paths[1:], start=1):
+        if not other.exists():
+            raise CheckpointError(
+                other, f"it is missing: the checkpoint is split over {count} files"
+            )
+        parts.append(_open_part(other, i, skip))
+        found = parts[i].metadata.get("split.no"), parts[i].metadata.get("split.count")
+        if found != (i, count):
+            raise CheckpointError(
+                other, f"its split.no and split.count are {found}, not {(i, count)}"
+            )
+    _check_tensors_of_parts(parts)
+    return parts
+
+
+def _check_tensors_of_parts(parts: Sequence[GGUFPart]) -> None:
+    holders: dict[str, GGUFPart] = {}
+    for part in parts:
+        for name in part.infos:
+            if name in holders:
+                raise CheckpointError(
+                    part.path, f"it has a tensor {name!r}, as {holders[name].path.name} has"
+                )
+            holders[name] = part
+    wanted = parts[0].metadata.get("split.tensors.count")
+    if wanted is not None and len(holders) != wanted:
+        raise CheckpointError(
+            parts[0].path,
+            f"split.tensors.count is {wanted}, but the {len(parts)} files have {len(holders)} "
+            f"tensors: one is incomplete, or of another checkpoint",
+        )
+
+
+def _open_part(path: Path, index: int, skip: Collection[str]) -> GGUFPart:
+    """Map one file and read its header; check that every tensor is within the file."""
+    data = map_file(path)
+    reader = Reader(path, data)
+    metadata, num_tensors = read_header(reader, skip=skip)
+    infos = read_tensor_infos(reader, num_tensors, part=index)
+    alignment = metadata.get("general.alignment", 32)
+    if not isinstance(alignment, int) or alignment < 1:
+        raise reader.fail(f"general.alignment must be a positive integer, not {alignment!r}")
+    start = -(-reader.at // alignment) * alignment
+    for name, info in infos.items():
+        _check_extent(path, name, info, start, len(data))
+    _check_overlap(path, infos)
+    return GGUFPart(path, data, metadata, infos, start)
+
+
+def _check_extent(path: Path, name: str, info: TensorInfo, start: int, size: int) -> None:
+    if info.kind not in TYPES:
+        raise CheckpointError(path, f"tensor {name!r} has unknown type {info.kind}")
+    kind, block_size, _ = TYPES[info.kind]
+    if not info.shape or 0 in info.shape or info.shape[-1] % block_size:
+        raise CheckpointError(
+            path,
+            f"tensor {name!r} of type {kind} has shape {list(info.shape)}; it must not be empty, "
+            f"and its last dimension must be a multiple of {block_size}",
+        )
+    end = start + info.offset + info.num_bytes
+    if end > size:
+        raise CheckpointError(
+            path,
+            f"it is truncated: tensor {name!r} ends at byte {end}, but the file has {size} bytes; "
+            f"download it again",
+        )
+
+
+def _check_overlap(path: Path, infos: dict[str, TensorInfo]) -> None:
+    end, before = 0, ""
+    for name, info in sorted(infos.items(), key=lambda item: item[1].offset):
+        if info.offset < end:
+            raise CheckpointError(path, f"tensors {before!r} and {name!r} overlap")
+        end, before = info.offset + info.num_bytes, name
