@@ -195,7 +195,14 @@ class SchedulerConfig:
             )
 
 
-CHECKPOINT_SCHEMES = ("awq", "bitsandbytes", "compressed-tensors", "gptq", "mxfp4")
+CHECKPOINT_SCHEMES = (
+    "awq",
+    "bitsandbytes",
+    "compressed-tensors",
+    "gptq",
+    "modelopt",
+    "mxfp4",
+)
 """Quantization schemes of checkpoints that can be loaded (portalm/quant)."""
 
 QUANTIZATIONS = ("auto", "none", "int8", "int4", "fp8", *CHECKPOINT_SCHEMES)
@@ -217,8 +224,8 @@ class EngineConfig:
     """How weights are stored and computed. auto: the checkpoint's values, kept quantized where the
     device supports it and `dtype` is not float32. none: `dtype`, dequantized if necessary. int8,
     int4: round weights that have more bits, and activations to 8 bits. fp8: the same in float8.
-    The name of a checkpoint scheme (awq, bitsandbytes, compressed-tensors, gptq, mxfp4): the same
-    as auto, but the checkpoint must use that scheme."""
+    The name of a checkpoint scheme (awq, bitsandbytes, compressed-tensors, gptq, modelopt, mxfp4):
+    the same as auto, but the checkpoint must use that scheme."""
     max_model_len: int | None = None
     """Maximum tokens of a prompt and its answer together. None: the model's longest context."""
     block_size: int = 16

@@ -11,6 +11,7 @@ from portalm.quant.bitsandbytes import BitsAndBytes
 from portalm.quant.compressed_tensors import CompressedTensors
 from portalm.quant.fp8 import FP8
 from portalm.quant.gptq import GPTQ
+from portalm.quant.modelopt import ModelOpt
 from portalm.quant.mxfp4 import MXFP4
 from portalm.quant.scheme import Scheme as Scheme
 
@@ -21,6 +22,8 @@ _SCHEMES: dict[str, Callable[[Mapping[str, Any]], Scheme]] = {
     "fbgemm_fp8": FP8,
     "fp8": FP8,
     "gptq": GPTQ,
+    "modelopt": ModelOpt,
+    "modelopt_fp4": ModelOpt,
     "mxfp4": MXFP4,
 }
 """Schemes by quant_method of quantization_config in config.json."""
@@ -38,4 +41,10 @@ def find_scheme(config: Mapping[str, Any]) -> Scheme:
             f"config.json: quantization_config with quant_method {method!r} is not supported; "
             f"supported: {', '.join(_SCHEMES)}"
         )
-    return _SCHEMES[method](config)
+    try:
+        return _SCHEMES[method](config)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise UnsupportedModel(
+            f"config.json: quantization_config has a value of the wrong type for {method} "
+            f"({type(error).__name__}: {error})"
+        ) from error

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from portalm.quant.scheme import LayerParts, Weight, grouped, setting, unpacked
+from portalm.quant.recipe import Recipe, excluding
+from portalm.quant.scheme import LayerParts, Weight, grouped, num_groups, setting, unpacked
 
 _ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Which of a word's eight columns each of its nibbles holds, lowest nibble first."""
@@ -27,16 +28,27 @@ class AWQ:
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         """Check a quantization_config; raise `UnsupportedModel` for other layouts."""
-        setting(config, "bits", (4,), 4)
+        for name in ("bits", "w_bit"):
+            setting(config, name, (4,), 4)
         setting(config, "version", ("gemm", "GEMM"), "gemm")
+        size = config.get("group_size") or config.get("q_group_size")
+        self._group_size = None if size is None else int(size)
+        excluded = config.get("modules_to_not_convert") or ()
+        self._recipe: Recipe[bool] = Recipe(excluded=excluding(excluded), default=True)
 
     def read(self, parts: LayerParts) -> Weight:
         """Read a weight [N, K]: scale * (code - zero)."""
+        self._recipe.settings(parts)
         qweight = parts.get("qweight", None, None)
         scales = parts.get("scales", None, 8 * qweight.shape[1])
         qzeros = parts.get("qzeros", len(scales), qweight.shape[1])
-        if len(qweight) % len(scales):
-            raise parts.error(f"{len(qweight)} columns cannot be split into {len(scales)} groups")
+        size, columns = self._group_size, len(qweight)
+        if size is not None and len(scales) != num_groups(parts, columns, size):
+            raise parts.error(
+                f"{columns} columns with {len(scales)} groups, but group_size is {size}"
+            )
+        if columns % len(scales):
+            raise parts.error(f"{columns} columns cannot be split into {len(scales)} groups")
         return grouped(_in_order(qweight).T, scales.T, bits=4, zeros=_in_order(qzeros).T)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from portalm.quant.recipe import Recipe, excluding
 from portalm.quant.scheme import LayerParts, Weight, grouped
 
 _STATES = ("nf4", "fp4")
@@ -33,10 +34,13 @@ class BitsAndBytes:
     unused = ("weight_format",)
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        """Accept any quantization_config: each weight is stored with its own settings."""
+        """Read the list of modules that are not converted; each weight has its own settings."""
+        excluded = config.get("llm_int8_skip_modules") or ()
+        self._recipe: Recipe[bool] = Recipe(excluded=excluding(excluded), default=True)
 
     def read(self, parts: LayerParts) -> Weight:
         """Read a weight [N, K], quantized by rows (8 bits) or by blocks (4 bits)."""
+        self._recipe.settings(parts)
         if parts.has("weight.absmax"):
             return _four_bits(parts)
         weight = parts.get("weight", None, None)

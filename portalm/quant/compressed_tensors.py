@@ -1,4 +1,4 @@
-"""compressed-tensors, the format of llm-compressor: w4a16, w8a16, and w8a8 in int8 and FP8.
+"""compressed-tensors, the format of llm-compressor: w4a16, w8a16, w8a8 in int8 and FP8, and NVFP4.
 
 Only weights are quantized: activations keep the dtype that the device computes in, also for w8a8.
 """
@@ -10,80 +10,106 @@ from typing import Any
 
 import torch
 
+from portalm.errors import UnsupportedModel
+from portalm.quant.compressed_groups import Group, read_recipe
+from portalm.quant.fp8 import FP8_DTYPES
 from portalm.quant.scheme import (
     LayerParts,
     Weight,
     dequantized_by_column,
     grouped,
+    num_groups,
+    nvfp4,
     scaled_by_blocks,
     setting,
     unpacked,
 )
 
-_FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "dense")
-_STRATEGIES = ("tensor", "channel", "group", "block")
+_NVFP4_GROUP = 16
+"""Columns of a group of NVFP4."""
 
 
 class CompressedTensors:
     """weight_packed int32 [N, K bits / 32], or 8-bit weight [N, K]; weight_scale [N, G].
 
-    weight_zero_point is int8 [N, G], or packed along N; weight_g_idx is as GPTQ's g_idx.
+    weight_zero_point is int8 [N, G], or packed along N; weight_g_idx is as GPTQ's g_idx. In NVFP4,
+    weight_packed is uint8 [N, K / 2], and weight_scale is divided by weight_global_scale.
     """
 
     name = "compressed-tensors"
     separator = "."
-    marks = ("weight_scale",)
+    marks = ("weight_scale", "weight_packed")
     parts = (
         "weight_packed",
         "weight_scale",
         "weight_zero_point",
         "weight_shape",
         "weight_g_idx",
+        "weight_global_scale",
     )
     unused = ("input_scale", "input_zero_point", "input_global_scale")
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         """Check a quantization_config; raise `UnsupportedModel` for sparse and other formats."""
-        setting(config, "format", _FORMATS, "pack-quantized")
         setting(config.get("sparsity_config") or {}, "format", ("dense",), "dense")
-        self._bits = 4
-        for group in (config.get("config_groups") or {}).values():
-            weights = group.get("weights") or {}
-            self._bits = setting(weights, "num_bits", (4, 8), 8)
-            setting(weights, "strategy", _STRATEGIES, "tensor")
-            setting(weights, "type", ("int", "float"), "int")
+        if (config.get("transform_config") or {}).get("config_groups"):
+            raise UnsupportedModel(
+                "config.json: quantization_config with transform_config (rotated weights) is not "
+                "supported"
+            )
+        self._recipe = read_recipe(config)
 
     def read(self, parts: LayerParts) -> Weight:
         """Read a weight [N, K]: scale * code, or scale * (code - zero) if it has zero points."""
+        group = self._recipe.settings(parts)
+        if group.needs_zeros and not parts.has("weight_zero_point"):
+            raise parts.error("it has no weight_zero_point, but its group has symmetric false")
+        if group.needs_columns and not parts.has("weight_g_idx"):
+            raise parts.error("it has no weight_g_idx, but its group has actorder group")
         scales = parts.get("weight_scale")
+        if group.bits == 4 and group.kind == "float":
+            return _nvfp4(parts, scales)
         if scales.numel() == 1:
             scales = scales.reshape(1, 1)
-        if parts.has("weight_packed"):
-            return self._packed(parts, scales)
-        weight = parts.get("weight", None, None)
-        if scales.ndim == 1:
+        elif scales.ndim == 1:
             scales = scales[:, None]
-        if weight.dtype != torch.int8:
-            return scaled_by_blocks(weight, scales)
-        rows = scales.expand(len(weight), -1) if len(scales) == 1 else scales
+        if parts.has("weight_packed"):
+            return self._packed(parts, group, scales)
+        weight = parts.get("weight", None, None)
+        wanted = (torch.int8,) if group.kind == "int" else FP8_DTYPES
+        if weight.dtype not in wanted or group.bits != 8:
+            raise parts.error(
+                f"weight is {weight.dtype}, but its group has type {group.kind} with "
+                f"{group.bits} bits"
+            )
+        if group.block is not None:
+            blocks = [-(-n // size) for n, size in zip(weight.shape, group.block, strict=True)]
+            if list(scales.shape) != blocks:
+                raise parts.error(f"weight_scale has shape {list(scales.shape)}, expected {blocks}")
+            return scaled_by_blocks(weight, scales, group.block)
+        num_rows, num_columns = weight.shape
+        rows = _by_rows(parts, group, scales, num_rows, num_columns)
+        if group.kind == "float":
+            return scaled_by_blocks(weight, rows)
         zeros = None
         if parts.has("weight_zero_point"):
             zeros = parts.get("weight_zero_point").reshape(-1, scales.shape[1]).int() + 128
-            zeros = None if bool((zeros == 128).all()) else zeros.expand(len(weight), -1)
-        self._check(parts, weight.shape[0], weight.shape[1], rows)
+            zeros = None if bool((zeros == 128).all()) else zeros.expand(num_rows, -1)
         codes = (weight.short() + 128).to(torch.uint8)
         return grouped(codes, rows, bits=8, zeros=zeros)
 
-    def _packed(self, parts: LayerParts, scales: torch.Tensor) -> Weight:
+    def _packed(self, parts: LayerParts, group: Group, scales: torch.Tensor) -> Weight:
         num_rows, num_columns = parts.get("weight_shape", 2).tolist()
         words = parts.get("weight_packed", num_rows, None)
-        bits = self._bits
-        codes = unpacked(words, bits, along_rows=False)
-        if codes.shape[1] < num_columns:
-            raise parts.error(f"weight_packed has {codes.shape[1]} columns, expected {num_columns}")
-        codes = codes[:, :num_columns]
-        rows = scales.expand(num_rows, -1) if len(scales) == 1 else scales
-        self._check(parts, num_rows, num_columns, rows)
+        bits = group.bits
+        num_words = -(-num_columns * bits // 32)
+        if words.dtype != torch.int32 or words.shape[1] != num_words:
+            raise parts.error(
+                f"weight_packed is {words.dtype} with {words.shape[1]} columns, but {num_columns} "
+                f"codes of {bits} bits are int32 with {num_words}"
+            )
+        codes = unpacked(words, bits, along_rows=False)[:, :num_columns]
+        rows = _by_rows(parts, group, scales, num_rows, num_columns)
         zeros = None
         if parts.has("weight_zero_point"):
             packed = parts.get("weight_zero_point", None, rows.shape[1])
@@ -96,10 +122,32 @@ class CompressedTensors:
             return dequantized_by_column(codes, rows, half, groups)
         return grouped(codes, rows, bits=bits, zeros=zeros)
 
-    @staticmethod
-    def _check(parts: LayerParts, num_rows: int, num_columns: int, scales: torch.Tensor) -> None:
-        if len(scales) != num_rows or num_columns % scales.shape[1]:
-            raise parts.error(
-                f"weight_scale has shape {list(scales.shape)}, which does not fit a weight "
-                f"[{num_rows}, {num_columns}]"
-            )
+
+def _by_rows(
+    parts: LayerParts, group: Group, scales: torch.Tensor, num_rows: int, num_columns: int
+) -> torch.Tensor:
+    """Check the shape of the scales and repeat a single one: [N, G]."""
+    count = 1 if group.size is None else num_groups(parts, num_columns, group.size)
+    rows = scales.expand(num_rows, -1) if len(scales) == 1 else scales
+    if len(rows) != num_rows or rows.shape[1] != count or num_columns % count:
+        raise parts.error(
+            f"weight_scale has shape {list(scales.shape)}, which does not fit a weight "
+            f"[{num_rows}, {num_columns}] with {count} groups in a row"
+        )
+    return rows
+
+
+def _nvfp4(parts: LayerParts, scales: torch.Tensor) -> torch.Tensor:
+    """Dequantize NVFP4 to float32 [N, K]."""
+    pairs = parts.get("weight_packed", None, None)
+    columns = 2 * pairs.shape[1]
+    fits = list(scales.shape) == [len(pairs), columns // _NVFP4_GROUP]
+    if pairs.dtype != torch.uint8 or scales.dtype not in FP8_DTYPES or not fits:
+        raise parts.error(
+            f"weight_packed {pairs.dtype} {list(pairs.shape)} and weight_scale {scales.dtype} "
+            f"{list(scales.shape)} are not NVFP4: uint8 [N, K / 2] and FP8 [N, K / 16]"
+        )
+    scale = parts.get("weight_global_scale")
+    if scale.numel() != 1 or float(scale) == 0:
+        raise parts.error("weight_global_scale must be one number other than 0")
+    return nvfp4(pairs, scales, 1 / float(scale))

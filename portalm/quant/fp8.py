@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
+from portalm.quant.recipe import Recipe, excluding
 from portalm.quant.scheme import LayerParts, Weight, scaled_by_blocks, setting
 
-_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 class FP8:
@@ -30,11 +31,17 @@ class FP8:
         setting(config, "fmt", ("e4m3", "e5m2", "float8_e4m3fn"), "e4m3")
         block = config.get("weight_block_size")
         self._block = None if block is None else (int(block[0]), int(block[1]))
+        excluded = [
+            *(config.get("modules_to_not_convert") or ()),
+            *(config.get("ignored_layers") or ()),
+        ]
+        self._recipe: Recipe[bool] = Recipe(excluded=excluding(excluded), default=True)
 
     def read(self, parts: LayerParts) -> Weight:
         """Read a weight [N, K]: code * scale (weight_scale_inv is a scale, not an inverse)."""
+        self._recipe.settings(parts)
         weight = parts.get("weight", None, None)
-        if weight.dtype not in _FP8:
+        if weight.dtype not in FP8_DTYPES:
             raise parts.error(f"weight is {weight.dtype}, expected float8_e4m3fn or float8_e5m2")
         name = "weight_scale" if parts.has("weight_scale") else "weight_scale_inv"
         scales = parts.get(name)

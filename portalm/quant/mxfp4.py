@@ -12,10 +12,8 @@ from typing import Any
 import torch
 
 from portalm.backend import QuantizedWeight
-from portalm.quant.scheme import LayerParts, Weight
-
-_HALVES = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
-"""Twice the value of each code."""
+from portalm.quant.recipe import Recipe, excluding
+from portalm.quant.scheme import LayerParts, Weight, unpacked_e2m1
 
 
 class MXFP4:
@@ -28,15 +26,18 @@ class MXFP4:
     unused = ()
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        """Accept any quantization_config: the format has no variants."""
+        """Read the list of modules that are not converted; the format has no variants."""
+        self._recipe: Recipe[bool] = Recipe(
+            excluded=excluding(config.get("modules_to_not_convert") or ()), default=True
+        )
 
     def read(self, parts: LayerParts) -> Weight:
         """Read a weight [E N, K]: the rows of all experts, concatenated."""
+        self._recipe.settings(parts)
         blocks = parts.get("blocks", None, None, None, 16)
         exponents = parts.get("scales", *blocks.shape[:3])
         rows, groups = blocks.shape[0] * blocks.shape[1], blocks.shape[2]
-        pairs = torch.stack((blocks & 0x0F, blocks >> 4), dim=-1).view(rows, groups * 32)
-        codes = torch.tensor([128 + half for half in _HALVES], dtype=torch.uint8)[pairs.int()]
+        codes = unpacked_e2m1(blocks).view(rows, groups * 32)
         exponents = exponents.reshape(rows, groups).int()
         scales = torch.ldexp(torch.ones(rows, groups), exponents - 128)
         scales = torch.where(exponents == 255, torch.nan, scales)

@@ -46,14 +46,14 @@ class LayerParts:
             layer: the layer's name.
             separator: between the name of the layer and that of a part.
         """
+        self.layer = layer
         self._tensors = tensors
         self._names = names
-        self._layer = layer
         self._separator = separator
 
     def has(self, name: str) -> bool:
         """True if the layer has this part."""
-        return f"{self._layer}{self._separator}{name}" in self._names
+        return f"{self.layer}{self._separator}{name}" in self._names
 
     def get(self, name: str, *shape: int | None) -> torch.Tensor:
         """Read a part and check its shape (None: any size; no `shape`: no check).
@@ -61,7 +61,7 @@ class LayerParts:
         Raises:
             CheckpointError: the part is missing or has another shape.
         """
-        tensor = self._tensors.tensor(f"{self._layer}{self._separator}{name}")
+        tensor = self._tensors.tensor(f"{self.layer}{self._separator}{name}")
         fits = len(shape) == tensor.ndim and all(
             wanted in (None, size) for wanted, size in zip(shape, tensor.shape, strict=False)
         )
@@ -72,7 +72,7 @@ class LayerParts:
 
     def error(self, reason: str) -> CheckpointError:
         """An error about the layer's parts, for the caller to raise."""
-        return CheckpointError(self._tensors.path, f"{self._layer}: {reason}")
+        return CheckpointError(self._tensors.path, f"{self.layer}: {reason}")
 
 
 class Scheme(Protocol):
@@ -106,6 +106,45 @@ class Scheme(Protocol):
     def read(self, parts: LayerParts) -> Weight:
         """Read a layer's weight; raise `CheckpointError` if its parts do not fit together."""
         ...
+
+
+E2M1_HALVES = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
+"""Twice the value of each 4-bit float of the format e2m1 (Open Compute Project, MX, 2023)."""
+
+
+def unpacked_e2m1(pairs: torch.Tensor) -> torch.Tensor:
+    """Unpack 4-bit floats, two in a byte, low nibble first.
+
+    Args:
+        pairs: uint8 [..., C].
+
+    Returns:
+        uint8 [..., 2 C], 128 + twice the value.
+    """
+    nibbles = torch.stack((pairs & 0x0F, pairs >> 4), dim=-1).flatten(-2)
+    return torch.tensor([128 + half for half in E2M1_HALVES], dtype=torch.uint8)[nibbles.int()]
+
+
+def nvfp4(pairs: torch.Tensor, scales: torch.Tensor, scale: float) -> torch.Tensor:
+    """Dequantize NVFP4: 4-bit floats with a scale for each 16 columns, and one for all.
+
+    Args:
+        pairs: uint8 [N, K / 2], two e2m1 floats in a byte, low nibble first.
+        scales: float8_e4m3fn [N, K / 16].
+        scale: multiplies all scales.
+
+    Returns:
+        float32 [N, K].
+    """
+    codes = unpacked_e2m1(pairs)
+    return dequantized(codes, scales.float() * (scale / 2), 128)
+
+
+def num_groups(parts: LayerParts, num_columns: int, group_size: int) -> int:
+    """Groups of `group_size` columns that cover a row; a group size of -1: one for all columns."""
+    if group_size == 0 or group_size < -1:
+        raise parts.error(f"group_size {group_size} is not a positive number or -1")
+    return 1 if group_size == -1 else -(-num_columns // group_size)
 
 
 def setting(config: Mapping[str, Any], name: str, among: Sequence[T], default: T) -> T:

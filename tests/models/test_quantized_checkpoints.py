@@ -203,6 +203,8 @@ def nf4(shape: tuple[int, int]) -> Written:
 
 def group_config(bits: int, kind: str = "int", strategy: str = "group") -> dict[str, Any]:
     weights = {"num_bits": bits, "type": kind, "strategy": strategy}
+    if strategy == "group":
+        weights["group_size"] = GROUP
     return {"config_groups": {"group_0": {"weights": weights}}}
 
 

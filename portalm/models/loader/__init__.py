@@ -60,7 +60,7 @@ def open_checkpoint(
         raise CheckpointError(
             path,
             f"quantization is {config.quantization!r}, but its config.json has no "
-            f"quantization_config",
+            f"quantization_config, and there is no hf_quant_config.json",
         )
     if not found:
         return checkpoint

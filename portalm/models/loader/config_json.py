@@ -11,6 +11,7 @@ from portalm.config import DTypeName, EncoderConfig, ModelConfig, RopeConfig
 from portalm.errors import CheckpointError, ConfigError, UnsupportedModel
 from portalm.models.loader.end_tokens import tokenizer_eos_ids
 from portalm.models.loader.json_file import read_json_object
+from portalm.models.loader.quantization_config import quantization_config
 from portalm.models.loader.sentence_transformers import read_pooling
 
 _DTYPES = {
@@ -30,6 +31,9 @@ def read_config(folder: Path, overrides: Mapping[str, Any]) -> ModelConfig:
     """
     path = folder / "config.json"
     values = {**read_json_object(path), **overrides}
+    quantized = quantization_config(folder, values)
+    if quantized is not None:
+        values["quantization_config"] = quantized
     generation = folder / "generation_config.json"
     generated = read_json_object(generation) if generation.exists() else {}
     try:
