@@ -9,7 +9,6 @@ on more than each token and its position.
 
 from __future__ import annotations
 
-import copy
 import logging
 import threading
 from collections.abc import Mapping
@@ -203,14 +202,11 @@ class TransformersModel:
 
         Quantized weights are dequantized by `checkpoint`: transformers sees plain ones.
         """
-        config = copy.deepcopy(self._hf_config)
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
         tensors = _Tensors(checkpoint)
         try:
             module, found = self._class.from_pretrained(
                 None,
-                config=config,
+                config=self._hf_config,
                 state_dict={name: _Tensor(tensors, name) for name in checkpoint.names()},
                 dtype=getattr(torch, self.dtype),
                 attn_implementation=ATTENTION,
@@ -293,6 +289,10 @@ def _find_class(architecture: str) -> Any:
     return found
 
 
+_NOT_PASSED = ("model_type", "quantization_config", "compression_config")
+"""Keys of config.json that transformers does not get: checkpoints are dequantized for it."""
+
+
 def _hf_config(values: Mapping[str, Any]) -> Any:
     from transformers import CONFIG_MAPPING
 
@@ -302,7 +302,7 @@ def _hf_config(values: Mapping[str, Any]) -> Any:
             f"config.json: {values['architectures'][0]} is not a model family of PortaLM, and "
             f"transformers, whose code would run it, has no model_type {kind!r}"
         )
-    return CONFIG_MAPPING[kind](**{k: v for k, v in values.items() if k != "model_type"})
+    return CONFIG_MAPPING[kind](**{k: v for k, v in values.items() if k not in _NOT_PASSED})
 
 
 def _dry_run(model: Any) -> list[AttentionSpec]:

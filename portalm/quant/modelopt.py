@@ -38,8 +38,8 @@ class ModelOpt:
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         """Check the settings; raise `UnsupportedModel` for other algorithms."""
-        excluded = [
-            Rule[str](str(name), by_wildcards(str(name)), None)
+        excluded: list[Rule[str]] = [
+            Rule(str(name), by_wildcards(str(name)), None)
             for name in config.get("exclude_modules") or config.get("ignore") or ()
         ]
         if config.get("quant_algo") == "MIXED_PRECISION":

@@ -163,6 +163,39 @@ def fp8_blocks(shape: tuple[int, int]) -> Written:
     return fp8(shape, random_scales(*sizes), "weight_scale_inv", 48)
 
 
+def fp8_uneven_blocks(shape: tuple[int, int]) -> Written:
+    """Quantize by blocks of 48 in compressed-tensors' format; the last blocks are smaller."""
+    parts, exact = fp8_blocks(shape)
+    return {"weight": parts["weight"], "weight_scale": parts["weight_scale_inv"]}, exact
+
+
+E2M1 = (0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6)
+
+
+def nvfp4(shape: tuple[int, int], *, is_compressed: bool) -> Written:
+    """Quantize by groups of 16 with FP8 scales, which a scale of the whole weight multiplies."""
+    rng = np.random.default_rng(11)
+    codes = rng.integers(0, 16, shape)
+    scales = torch.from_numpy(rng.uniform(1, 60, (shape[0], shape[1] // 16))).to(
+        torch.float8_e4m3fn
+    )
+    whole = 0.0015
+    exact = np.empty(shape)
+    for n in range(shape[0]):
+        for k in range(shape[1]):
+            exact[n, k] = E2M1[codes[n, k]] * scales[n, k // 16].item() * whole
+    pairs = torch.from_numpy((codes[:, 0::2] + 16 * codes[:, 1::2]).astype(np.uint8))
+    if is_compressed:
+        divisor = torch.tensor([1 / whole], dtype=torch.float32)
+        parts = {"weight_packed": pairs, "weight_scale": scales, "weight_global_scale": divisor,
+                 "input_global_scale": torch.ones(1)}  # fmt: skip
+    else:
+        factor = torch.tensor(whole, dtype=torch.float32)
+        parts = {"weight": pairs, "weight_scale": scales, "weight_scale_2": factor,
+                 "input_scale": torch.tensor(1.0)}  # fmt: skip
+    return parts, exact
+
+
 def bnb_int8(shape: tuple[int, int]) -> Written:
     rng = np.random.default_rng(6)
     weight = rng.integers(-127, 128, shape).astype(np.int8)
@@ -201,11 +234,16 @@ def nf4(shape: tuple[int, int]) -> Written:
     return parts, exact.reshape(shape)
 
 
-def group_config(bits: int, kind: str = "int", strategy: str = "group") -> dict[str, Any]:
-    weights = {"num_bits": bits, "type": kind, "strategy": strategy}
-    if strategy == "group":
-        weights["group_size"] = GROUP
-    return {"config_groups": {"group_0": {"weights": weights}}}
+def weights_config(
+    bits: int, kind: str = "int", strategy: str = "group", **more: Any
+) -> dict[str, Any]:
+    size = {"group_size": GROUP} if strategy == "group" else {}
+    return {"num_bits": bits, "type": kind, "strategy": strategy, **size, **more}
+
+
+def group_config(*args: Any, **more: Any) -> dict[str, Any]:
+    group = {"weights": weights_config(*args, **more), "targets": ["Linear"]}
+    return {"config_groups": {"group_0": group}, "ignore": ["lm_head"]}
 
 
 @dataclass(frozen=True)
@@ -226,8 +264,12 @@ def written(write: Callable[[tuple[int, int]], Written], shape: tuple[int, int])
 
 TENSORS = {"quant_method": "compressed-tensors"}
 CASES = {
-    "awq": Case(awq, {"quant_method": "awq", "bits": 4, "version": "gemm"}, "int4_min"),
-    "gptq": Case(gptq, {"quant_method": "gptq", "bits": 4}, "int4"),
+    "awq": Case(
+        awq,
+        {"quant_method": "awq", "bits": 4, "version": "gemm", "group_size": GROUP},
+        "int4_min",
+    ),
+    "gptq": Case(gptq, {"quant_method": "gptq", "bits": 4, "group_size": GROUP}, "int4"),
     "gptq with zeros": Case(
         lambda shape: gptq(shape, has_zeros=True), {"quant_method": "gptq", "bits": 4}, "int4_min"
     ),
@@ -249,7 +291,7 @@ CASES = {
     ),
     "w4a16 with zeros": Case(
         lambda shape: packed_tensors(shape, has_zeros=True),
-        {**TENSORS, "format": "pack-quantized", **group_config(4)},
+        {**TENSORS, "format": "pack-quantized", **group_config(4, symmetric=False)},
         "int4_min",
     ),
     "w8a16": Case(
@@ -265,6 +307,35 @@ CASES = {
     "w8a8 in fp8": Case(
         fp8_rows,
         {**TENSORS, "format": "float-quantized", **group_config(8, "float", "channel")},
+        None,
+    ),
+    "w8a8 in fp8 by blocks": Case(
+        fp8_uneven_blocks,
+        {
+            **TENSORS,
+            "format": "float-quantized",
+            **group_config(8, "float", "block", block_structure=[48, 48]),
+        },
+        None,
+    ),
+    "compressed nvfp4": Case(
+        lambda shape: nvfp4(shape, is_compressed=True),
+        {
+            **TENSORS,
+            "format": "nvfp4-pack-quantized",
+            **group_config(4, "float", "tensor_group", group_size=16),
+        },
+        None,
+    ),
+    "modelopt nvfp4": Case(
+        lambda shape: nvfp4(shape, is_compressed=False),
+        {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16},
+        None,
+    ),
+    "modelopt fp8": Case(fp8_tensor, {"quant_method": "modelopt", "quant_algo": "FP8"}, None),
+    "modelopt fp8 by rows": Case(
+        lambda shape: fp8(shape, random_scales(shape[0], 1), "weight_scale"),
+        {"quant_method": "modelopt", "quant_algo": "FP8_PER_CHANNEL_PER_TOKEN"},
         None,
     ),
     "fp8 by tensor": Case(fp8_tensor, {"quant_method": "fp8"}, None),
