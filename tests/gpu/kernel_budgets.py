@@ -25,10 +25,12 @@ from portalm_backends.gpu_common.kernels.kv_codes import FP8, INT8
 from tests.gpu import dependent_launch_rule
 from tests.gpu.operation_launches import (
     EXPERTS,
+    FEW_ROWS,
     FP8_EXPERTS,
     FP8_OPERATIONS,
     OPERATIONS,
     experts,
+    few_rows,
 )
 from tests.gpu.triton_targets import ARCHS, SHARED_LIMIT, TARGETS, Compiled, compile_for
 
@@ -285,6 +287,8 @@ def launches(target: str) -> dict[str, Callable[[str], Launch]]:
     found = LAUNCHES | {name: partial(_same, how) for name, how in operations.items()}
     of_experts = EXPERTS | (FP8_EXPERTS if target in FP8_TARGETS else {})
     found |= {name: partial(_experts, how) for name, how in of_experts.items()}
+    if target.startswith("gfx"):
+        found |= {name: partial(_few_rows, how) for name, how in FEW_ROWS.items()}
     return found | (LATENT_LAUNCHES if target in LATENT_TARGETS else {})
 
 
@@ -296,6 +300,10 @@ def _same(how: dict[str, Any], target: str) -> Launch:
 def _experts(how: dict[str, Any], target: str) -> Launch:
     """A product of experts, with the tile sizes for the target."""
     return Launch(**experts(target, **how))
+
+
+def _few_rows(how: dict[str, Any], target: str) -> Launch:
+    return Launch(**few_rows(target, **how))
 
 
 def measure(target: str, name: str) -> tuple[dict[str, int], list[str]]:

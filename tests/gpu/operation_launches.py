@@ -11,6 +11,7 @@ from portalm_backends.gpu_common.archs import CUDA, ROCM
 from portalm_backends.gpu_common.kernels import (
     adjust,
     fp8,
+    gemv,
     logprobs,
     matmul,
     moe,
@@ -147,6 +148,29 @@ def _products() -> dict[str, dict[str, Any]]:
     return found
 
 
+def few_rows(target: str, rows: int, dtype: str, *, is_even: bool = True) -> dict[str, Any]:
+    """A launch of `gemv.gemv` with as many rows of the weight as its registers allow."""
+    pointer, itemsize = {"bf16": (_HALF, 2), "fp32": (_FLOAT, 4)}[dtype]
+    many, k = 1_000_000, 8192 if is_even else 8208
+    _, block_n, block_k, _, _ = gemv.shape_of(
+        rows, many, k, itemsize=itemsize, num_cores=1, warp_size=ROCM[target].warp_size
+    )
+    types = {
+        **_types(pointer, "x_ptr", "weight_ptr", "bias_ptr", "out_ptr"),
+        **_types("i32:16", "n", "k", "x_stride"),
+        **_types("i32", "m", "blocks_per_part"),
+    }
+    constants = {
+        "ROWS": rows,
+        "BLOCK_N": block_n,
+        "BLOCK_K": block_k,
+        "VECTOR": 16 // itemsize,
+        "IS_EVEN": is_even,
+        "HAS_BIAS": True,
+    }
+    return _launch(gemv._gemv, types, constants, gemv.NUM_WARPS)
+
+
 def _sorting() -> dict[str, dict[str, Any]]:
     ids = {
         **_types(_INT, "ids_ptr", "choices_ptr", "tile_experts_ptr", "num_tiles_ptr"),
@@ -246,6 +270,14 @@ EXPERTS: dict[str, dict[str, Any]] = {
     "moe, fp32, 128 rows": {"rows": 128, "form": "fp32"},
 }
 """Arguments of `experts` by name; unless the name says "down", the weights are gate and up."""
+
+FEW_ROWS: dict[str, dict[str, Any]] = {
+    "linear, bf16, 1 row": {"rows": 1, "dtype": "bf16"},
+    "linear, bf16, 4 rows": {"rows": 4, "dtype": "bf16"},
+    "linear, bf16, 4 rows, rest of K": {"rows": 4, "dtype": "bf16", "is_even": False},
+    "linear, fp32, 4 rows": {"rows": 4, "dtype": "fp32"},
+}
+"""Arguments of `few_rows` by name, for AMD's targets."""
 
 FP8_EXPERTS = {f"moe, fp8, {rows} rows": {"rows": rows, "form": "fp8"} for rows in (16, 128)}
 

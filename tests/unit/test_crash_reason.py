@@ -102,7 +102,7 @@ def test_fatal_line_counts_longer_than_any_other() -> None:
     assert "no reason" in describe(-signal.SIGABRT, "UserWarning: slow", age_s=60)
 
 
-def test_kill_by_the_kernel_is_told_from_a_kill_by_a_process() -> None:
+def test_kill_by_the_kernel_is_distinguished_from_a_kill_by_a_process() -> None:
     by_kernel = describe(-signal.SIGKILL, "UserWarning: slow", num_oom_kills=1)
     unknown = describe(-signal.SIGKILL, "UserWarning: slow")
 

@@ -66,11 +66,7 @@ def matmul(
         **options(),
     )  # fmt: skip
     if num_parts > 1:
-        block = 256
-        _add_parts[(m, triton.cdiv(n, block))](
-            result, x if bias is None else bias, out, m, n, num_parts, bias is not None, block,
-            **options(),
-        )  # fmt: skip
+        add_parts(result, bias, out)
     return out
 
 
@@ -148,6 +144,16 @@ def add_group(
             minimums = tl.load(minimums_ptr + rows, mask=is_n, other=0.0).to(tl.float32)
             total += minimums[:, None] * tl.sum(x.to(tl.float32), axis=0)[None, :]
     return total
+
+
+def add_parts(parts: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+    """Add up float32 [P, M, N] over the parts, in order, and bias [N]; write to out [M, N]."""
+    num_parts, m, n = parts.shape
+    block = 256
+    _add_parts[(m, triton.cdiv(n, block))](
+        parts, parts if bias is None else bias, out, m, n, num_parts, bias is not None, block,
+        **options(),
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["m", "num_parts"])
