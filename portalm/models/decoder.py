@@ -80,6 +80,11 @@ class Decoder:
     names: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     """Names that the family's config.json has for a common key, in order of precedence. The common
     key itself comes last unless it is listed. Names of other families are never read."""
+    nullable: ClassVar[frozenset[str]] = frozenset(
+        {"head_dim", "num_key_value_heads", "original_max_position_embeddings",
+         "partial_rotary_factor", "rope_theta", "sliding_window"}
+    )  # fmt: skip
+    """Keys of `defaults` with a number that may also be null."""
     reads: ClassVar[frozenset[str]] = frozenset()
     """Keys of `_NEUTRAL` that the family has code for."""
     unused: ClassVar[tuple[str, ...]] = ()
@@ -110,6 +115,8 @@ class Decoder:
         self._shapes: dict[str, tuple[int, ...]] = {}
         if config.pooling.is_purpose or not has_head(config.architecture):
             self.tasks = ("embed",)  # the checkpoint may have no output head
+        for name, default in self.defaults.items():
+            _check_number(name, config.values.get(name), default, name in self.nullable)
         for name, neutral in _NEUTRAL.items():
             value = _value(name, config.values)
             if name in self.reads or value is None or value in neutral or _is_off(name, config):
@@ -416,6 +423,17 @@ def _value(name: str, values: Mapping[str, Any]) -> Any:
     settings = values.get("rope_parameters") or values.get("rope_scaling") or {}
     nested = [s for s in settings.values() if isinstance(s, Mapping)]
     return next((s[name] for s in (settings, *nested) if s.get(name) is not None), None)
+
+
+def _check_number(name: str, value: Any, default: Any, is_nullable: bool) -> None:
+    """Refuse a value of config.json that is no number, where the family's default is one."""
+    if isinstance(default, bool) or not isinstance(default, int | float):
+        return
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number and not (value is None and is_nullable):
+        raise UnsupportedModel(
+            f"config.json: {name} must be a number such as {default}, not {value!r}"
+        )
 
 
 def _is_off(name: str, config: ModelConfig) -> bool:

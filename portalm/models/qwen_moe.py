@@ -54,6 +54,7 @@ class Qwen2Moe(Qwen2):
         "qkv_bias": True,
         "shared_expert_intermediate_size": 5632,
     }
+    nullable = Qwen2.nullable | {"shared_expert_intermediate_size"}
     reads = Qwen2.reads | {"num_experts"}
 
     def has_bias(self, part: Literal["qkv", "out", "mlp"]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -115,17 +116,30 @@ def _follow_flags(
 
 
 def _folder_templates(path: Path, config: Mapping[str, Any]) -> dict[str, str]:
-    """Chat templates by name, from tokenizer_config.json and the folder's .jinja files."""
-    listed = config.get("chat_template")
-    if isinstance(listed, str):
-        listed = [{"name": "default", "template": listed}]
-    templates = {entry["name"]: entry["template"] for entry in listed or ()}
+    """Chat templates by name: of tokenizer_config.json, chat_template.json and .jinja files.
+
+    Later ones replace earlier ones of the same name, as they do in transformers.
+    """
+    processor = _read_json(path / "chat_template.json")  # of models with several modalities
+    templates = {
+        **_named_templates(config.get("chat_template")),
+        **_named_templates(processor.get("chat_template")),
+    }
     file = path / "chat_template.jinja"
     if file.is_file():
         templates["default"] = file.read_text(encoding="utf-8")
     for more in sorted((path / "additional_chat_templates").glob("*.jinja")):
         templates[more.stem] = more.read_text(encoding="utf-8")
     return templates
+
+
+def _named_templates(listed: Any) -> dict[str, str]:
+    """Templates by name, of one template, a list of named ones, or an object."""
+    if isinstance(listed, str):
+        return {"default": listed}
+    if isinstance(listed, dict):
+        return {str(name): str(template) for name, template in listed.items()}
+    return {entry["name"]: entry["template"] for entry in listed or ()}
 
 
 # -- transformers -----------------------------------------------------------------------------
@@ -135,6 +149,7 @@ def load_slow_tokenizer(
     path: Path, chosen: ChatTemplates | None, *, trust_remote_code: bool
 ) -> Tokenizer:
     """Load a tokenizer in a format that only transformers reads (importing it takes seconds)."""
+    _check_package(path)
     from transformers import AutoTokenizer
 
     try:
@@ -142,8 +157,8 @@ def load_slow_tokenizer(
     except Exception as error:  # each format's code raises different types
         raise CheckpointError(path, f"transformers cannot read its tokenizer: {error}") from error
     names = {role: getattr(slow, role, None) for role in _ROLES}
-    listed = getattr(slow, "chat_template", None) or {}
-    templates = chosen or ChatTemplates({"default": listed} if isinstance(listed, str) else listed)
+    listed = _named_templates(getattr(slow, "chat_template", None))
+    templates = chosen or ChatTemplates({**listed, **_folder_templates(path, {})})
     rust = getattr(slow, "backend_tokenizer", None)
     if isinstance(rust, RustTokenizer):
         return wrap(rust, names, templates)
@@ -156,6 +171,30 @@ def load_slow_tokenizer(
         ),
         templates=templates,
     )
+
+
+def _check_package(path: Path) -> None:
+    """Check that the Python package that reads the folder's tokenizer file is installed.
+
+    Raises:
+        CheckpointError: names the package to install.
+    """
+    model, tekken = path / "tokenizer.model", path / "tekken.json"
+    if model.is_file() and not (path / "vocab.json").is_file():
+        with model.open("rb") as file:
+            is_protobuf = file.read(1) == b"\n"  # else lines of text, as tiktoken writes
+        file_name, package = model.name, "sentencepiece" if is_protobuf else "tiktoken"
+    elif tekken.is_file():
+        file_name, package = tekken.name, "mistral-common"
+    else:
+        return
+    if importlib.util.find_spec(package.replace("-", "_")) is None:
+        raise CheckpointError(
+            path,
+            f"reading its tokenizer ({file_name}) needs the Python package {package}, which is not "
+            f"installed: run `pip install {package}`, or name a folder with a tokenizer.json with "
+            f"--tokenizer",
+        )
 
 
 class _TransformersCodec:

@@ -196,3 +196,42 @@ def test_buffers_that_transformers_keeps_in_float32_keep_it(
     assert bias.dtype == torch.float32
     assert torch.equal(bias, saved.model.layers[1].mlp.gate.e_score_correction_bias)
     assert module.lm_head.weight.dtype == torch.bfloat16
+
+
+FP8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [16, 16]}
+FP8_ROWS = {"num_bits": 8, "type": "float", "strategy": "channel"}
+COMPRESSED = {
+    "quant_method": "compressed-tensors",
+    "format": "float-quantized",
+    "config_groups": {"group_0": {"targets": ["Linear"], "weights": FP8_ROWS}},
+    "ignore": ["lm_head"],
+}
+
+
+@pytest.mark.parametrize("method", ["fp8", "compressed-tensors"])
+def test_quantized_experts_that_run_through_transformers_are_dequantized(
+    tmp_path: Path, no_glm4_moe: None, method: str
+) -> None:
+    """Each expert has its own tensors in the file, and transformers has one for all experts."""
+    plain, coded = tmp_path / "plain", tmp_path / "coded"
+    glm4_moe(plain)
+    glm4_moe(coded)
+    tensors = load_file(plain / "model.safetensors")
+    written = dict(tensors)
+    layers = [name for name in tensors if name.endswith("_proj.weight")]
+    assert any(".experts.7.down_proj" in name for name in layers)
+    for name in layers:
+        rows, columns = tensors[name].shape
+        size = (16, 16) if method == "fp8" else (1, columns)
+        scales = torch.rand(rows // size[0], columns // size[1]) * 0.02 + 0.01
+        wide = scales.repeat_interleave(size[0], 0).repeat_interleave(size[1], 1)
+        codes = (tensors[name] / wide).to(torch.float8_e4m3fn)
+        tensors[name] = codes.float() * wide
+        written |= {name: codes, f"{name}_scale{'_inv' if method == 'fp8' else ''}": scales}
+    save_file(tensors, plain / "model.safetensors")
+    save_file(written, coded / "model.safetensors")
+    file = coded / "config.json"
+    config = FP8 if method == "fp8" else COMPRESSED
+    file.write_text(json.dumps({**json.loads(file.read_text()), "quantization_config": config}))
+
+    assert answer(coded, max_model_len=64) == answer(plain, max_model_len=64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -175,6 +176,38 @@ def test_chat_template_file_takes_precedence_over_the_config(tmp_path):
 
     tokenizer = load_tokenizer(folder)
     assert tokenizer.render_chat([{"role": "user", "content": "x"}]) == "file <s>"
+
+
+def test_chat_template_json_is_read(tmp_path):
+    folder = make_folder(tmp_path, {"chat_template": "config"})
+    file = folder / "chat_template.json"
+
+    file.write_text(json.dumps({"chat_template": "json {{ bos_token }}"}))
+    assert load_tokenizer(folder).chat_template == "json {{ bos_token }}"
+
+    (folder / "chat_template.jinja").write_text("jinja")
+    assert load_tokenizer(folder).chat_template == "jinja"
+    file.write_text("[1]")
+    with pytest.raises(CheckpointError, match=r"chat_template.json.*must contain a JSON object"):
+        load_tokenizer(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "start", "package"),
+    [
+        ("tokenizer.model", b"\n\x0e\n\x05<unk>", "sentencepiece"),
+        ("tokenizer.model", b"IQ== 0\nIg== 1\n", "tiktoken"),
+        ("tekken.json", b"{}", "mistral-common"),
+    ],
+)
+def test_a_tokenizer_file_without_its_package_names_the_package(
+    tmp_path, monkeypatch, name, start, package
+):
+    (tmp_path / name).write_bytes(start)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+
+    with pytest.raises(CheckpointError, match=f"{name}.*run `pip install {package}`"):
+        load_tokenizer(tmp_path)
 
 
 def test_given_template_replaces_the_models_template(tmp_path):

@@ -60,15 +60,15 @@ def model_config(values: dict[str, Any], generated: dict[str, Any]) -> ModelConf
         )
     source = values
     values = model_class(str(architectures[0])).complete(values)
-    num_heads = int(values["num_attention_heads"])
-    hidden_size = int(values["hidden_size"])
+    num_heads = _integer(values, "num_attention_heads")
+    hidden_size = _integer(values, "hidden_size")
     head_size = int(values.get("head_dim") or hidden_size // num_heads)
     return ModelConfig(
         architecture=str(architectures[0]),
-        vocab_size=int(values["vocab_size"]),
+        vocab_size=_integer(values, "vocab_size"),
         hidden_size=hidden_size,
-        intermediate_size=int(values["intermediate_size"]),
-        num_layers=int(values["num_hidden_layers"]),
+        intermediate_size=_integer(values, "intermediate_size"),
+        num_layers=_integer(values, "num_hidden_layers"),
         num_heads=num_heads,
         num_kv_heads=int(values.get("num_key_value_heads") or num_heads),
         head_size=head_size,
@@ -130,7 +130,13 @@ def _max_position(values: dict[str, Any]) -> int:
     """Longest prompt: rows of the position table, minus those that RoBERTa never uses."""
     encoder = _encoder_config(values)
     num_unused = 0 if encoder is None else encoder.first_position
-    return int(values["max_position_embeddings"]) - num_unused
+    longest = _integer(values, "max_position_embeddings")
+    scaling = dict(_rope_config(values, 1).scaling)
+    if scaling.get("rope_type") == "yarn" and scaling.get("factor"):
+        # model cards give the longest text as a factor of the original one
+        extended = float(scaling["factor"]) * int(scaling["original_max_position_embeddings"])
+        longest = max(longest, int(extended))
+    return longest - num_unused
 
 
 def _rope_config(values: dict[str, Any], head_size: int) -> RopeConfig:
@@ -161,6 +167,14 @@ def _rope_config(values: dict[str, Any], head_size: int) -> RopeConfig:
 def _sliding_window(values: dict[str, Any]) -> int | None:
     window = values.get("sliding_window")
     return int(window) if window and values.get("use_sliding_window", True) else None
+
+
+def _integer(values: dict[str, Any], name: str) -> int:
+    """Read a whole number; raise `ValueError`, naming the key, for anything else."""
+    value = values[name]
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value):
+        raise ValueError(f"{name} must be a whole number, not {value!r}")
+    return int(value)
 
 
 def _first(value: Any) -> int | None:
