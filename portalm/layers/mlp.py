@@ -60,6 +60,50 @@ class GatedMLP:
 
 
 @dataclass(frozen=True, slots=True)
+class XieluMLP:
+    """down(xielu(up(x))): Huang and Schlag, "Deriving activation functions", 2024.
+
+    xielu(x) is positive x^2 + beta x for x > 0, else negative (expm1(min(x, eps)) - x) + beta x.
+    """
+
+    up: Linear
+    down: Linear
+    positive: torch.Tensor
+    """float32 [1]"""
+    negative: torch.Tensor
+    """float32 [1]"""
+    beta: torch.Tensor
+    """float32, a scalar."""
+    eps: torch.Tensor
+    """float32, a scalar below 0, where expm1 would lose precision."""
+
+    @classmethod
+    def of(
+        cls,
+        up: Linear,
+        down: Linear,
+        *,
+        alpha_p: torch.Tensor,
+        alpha_n: torch.Tensor,
+        beta: torch.Tensor,
+        eps: torch.Tensor,
+    ) -> XieluMLP:
+        """Make it from the parameters as checkpoints store them, before their softplus."""
+        softplus = torch.nn.functional.softplus
+        return cls(up, down, softplus(alpha_p), beta + softplus(alpha_n), beta, eps)
+
+    def __call__(self, backend: Backend, x: torch.Tensor) -> torch.Tensor:
+        """[T, C] -> [T, C]."""
+        x = self.up(backend, x)
+        wide = x.float()
+        below = (torch.expm1(torch.minimum(wide, self.eps)) - wide) * self.negative
+        above = self.positive * wide * wide
+        return self.down(
+            backend, (torch.where(wide > 0, above, below) + self.beta * wide).to(x.dtype)
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class MLP:
     """down(activation(up(x)))."""
 

@@ -88,6 +88,34 @@ class GroupRouter:
 
 
 @dataclass(frozen=True, slots=True)
+class SparseMixerRouter:
+    """Takes the best expert, then the best other one: Liu et al., "GRIN", 2024, when answering.
+
+    The weight of each is its softmax over the experts whose scores are within a relative margin of
+    its own.
+    """
+
+    scores: Linear
+    """[T, C] -> [T, E]"""
+    jitter: float
+    """Half the margin."""
+
+    def __call__(self, backend: Backend, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[T, C] -> (expert ids int32 [T, 2], weights float32 [T, 2])."""
+        scores = self.scores(backend, x).float()  # [T, E]
+        left, ids, weights = scores, [], []
+        for _ in range(2):
+            best, chosen = left.max(dim=-1, keepdim=True)  # [T, 1]
+            scale = torch.maximum(scores.abs(), best)
+            is_far = (best - scores) / scale > 2 * self.jitter
+            shares = left.masked_fill(is_far, float("-inf")).softmax(dim=-1)
+            ids.append(chosen)
+            weights.append(shares.gather(-1, chosen))
+            left = left.scatter(-1, chosen, float("-inf"))
+        return torch.cat(ids, dim=-1).int(), torch.cat(weights, dim=-1)
+
+
+@dataclass(frozen=True, slots=True)
 class MoE:
     """A feed-forward of routed experts and an optional shared one."""
 

@@ -63,3 +63,23 @@ class LayerNorm:
         """Add and normalize: (norm(x + residual), x + residual), [T, C] each."""
         total = x + residual
         return self(backend, total), total
+
+
+@dataclass(frozen=True, slots=True)
+class EachHeadNorm:
+    """A layer norm over each head, with its own weights for each head and no bias."""
+
+    plain: LayerNorm
+    """A layer norm with weights 1 and bias 0, of size D."""
+    weight: torch.Tensor
+    """[H, D]."""
+
+    @classmethod
+    def of(cls, weight: torch.Tensor, eps: float) -> EachHeadNorm:
+        """Make the norm for `weight` [H, D]."""
+        ones, zeros = torch.ones_like(weight[0]), torch.zeros_like(weight[0])
+        return cls(LayerNorm(ones, zeros, eps), weight)
+
+    def __call__(self, backend: Backend, x: torch.Tensor) -> torch.Tensor:
+        """[T, H, D] -> [T, H, D]."""
+        return self.plain(backend, x) * self.weight

@@ -7,31 +7,14 @@ only in those.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-import torch
-
-from portalm.backend import Backend
 from portalm.config import ModelConfig
 from portalm.layers.attention import Attention
 from portalm.layers.blocks import Block, ParallelBlock
-from portalm.layers.norms import LayerNorm, Norm
+from portalm.layers.norms import EachHeadNorm, Norm
 from portalm.models.decoder import Decoder
 from portalm.models.layer_reader import LayerReader
-
-
-@dataclass(frozen=True, slots=True)
-class EachHeadNorm:
-    """A layer norm over each head, with its own weights for each head."""
-
-    plain: LayerNorm
-    """A layer norm with weights 1 and bias 0, of size D."""
-    weight: torch.Tensor
-    """[H, D]."""
-
-    def __call__(self, backend: Backend, x: torch.Tensor) -> torch.Tensor:
-        """[T, H, D] -> [T, H, D]."""
-        return self.plain(backend, x) * self.weight
 
 
 class Cohere(Decoder):
@@ -78,8 +61,7 @@ class Cohere(Decoder):
 
     def _head_norm(self, read: LayerReader, name: str, num_heads: int) -> EachHeadNorm:
         weight = read.tensor(f"{name}.weight", num_heads, self.config.head_size)
-        ones, zeros = torch.ones_like(weight[0]), torch.zeros_like(weight[0])
-        return EachHeadNorm(LayerNorm(ones, zeros, self.config.norm_eps), weight)
+        return EachHeadNorm.of(weight, self.config.norm_eps)
 
 
 class Cohere2(Cohere):

@@ -101,6 +101,8 @@ class Decoder:
     """Rotary pairs are adjacent: (0, 1), (2, 3), ... See `Attention.is_interleaved`."""
     embedding_scale = 1.0
     logit_scale = 1.0
+    has_head_bias = False
+    """The output head has a bias."""
     logit_cap: float | None = None
     """Logits become cap * tanh(logit / cap); None: no cap."""
 
@@ -280,6 +282,8 @@ class Decoder:
                 *shape,
                 tied=embedding if is_tied else None,
             )
+            if self.has_head_bias:
+                weights["head_bias"] = read.float32(f"{self.head}.bias", config.vocab_size)
         return weights
 
     def norm(self, read: LayerReader, name: str) -> Norm:
@@ -397,6 +401,8 @@ class Decoder:
     def logits(self, backend: Backend, weights: Weights, hidden: torch.Tensor) -> torch.Tensor:
         """Compute logits: [R, C] -> float32 [R, V]."""
         logits = backend.logits(hidden, weights["head"])
+        if self.has_head_bias:
+            logits = logits + weights["head_bias"]
         if self.logit_scale != 1.0:
             logits = logits * self.logit_scale
         if self.logit_cap is not None:

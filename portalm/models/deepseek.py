@@ -19,9 +19,8 @@ from portalm.config import ModelConfig, RopeConfig
 from portalm.errors import UnsupportedModel
 from portalm.layers.blocks import Block, SequentialBlock
 from portalm.layers.latent_attention import LatentAttention
-from portalm.layers.mlp import FeedForward
-from portalm.layers.moe import GroupRouter, MoE
-from portalm.models.decoder import Decoder
+from portalm.layers.moe import GroupRouter
+from portalm.models.grouped_experts import GroupedExperts
 from portalm.models.layer_reader import LayerReader
 from portalm.models.loader.checkpoint import RowOrder
 
@@ -29,7 +28,7 @@ _INNER_EPS = 1e-6
 """Epsilon of the norms of latent vectors and compressed queries, in every checkpoint."""
 
 
-class DeepseekV3(Decoder):
+class DeepseekV3(GroupedExperts):
     """DeepSeek-V3 decoder; see `portalm.models.model.Model`."""
 
     defaults = {
@@ -149,48 +148,6 @@ class DeepseekV3(Decoder):
             ),
             is_interleaved=bool(config.values["rope_interleave"]),
         )
-
-    def mlp(self, read: LayerReader, layer: int, name: str) -> FeedForward:
-        """Read a plain feed-forward in the first layers, experts in the others."""
-        values, hidden = self.config.values, self.config.hidden_size
-        if layer < int(values["first_k_dense_replace"]):
-            return super().mlp(read, layer, name)
-        self.activation(frozenset({"silu"}))
-        inner, num_shared = (
-            self._size("moe_intermediate_size"),
-            int(values["n_shared_experts"] or 0),
-        )
-        return MoE(
-            router=self.router(read, f"{name}.gate"),
-            experts=read.experts(
-                f"{name}.experts",
-                self._size("n_routed_experts"),
-                inner=inner,
-                columns=hidden,
-                names=("gate_proj", "up_proj", "down_proj"),
-            ),
-            shared=self.gated_mlp(read, f"{name}.shared_experts", inner * num_shared)
-            if num_shared
-            else None,
-        )
-
-    def router(self, read: LayerReader, name: str) -> GroupRouter:
-        """Read a sigmoid router whose load-balancing bias takes part in choosing experts."""
-        values, num_experts = self.config.values, self._size("n_routed_experts")
-        return GroupRouter(
-            weight=read.scores(name, num_experts, self.config.hidden_size),
-            bias=read.float32(f"{name}.e_score_correction_bias", num_experts),
-            scoring="sigmoid",
-            top_k=self._size("num_experts_per_tok"),
-            num_groups=self._size("n_group"),
-            num_chosen_groups=self._size("topk_group"),
-            num_best=2,
-            is_normalized=bool(values["norm_topk_prob"]),
-            factor=float(values["routed_scaling_factor"]),
-        )
-
-    def _size(self, name: str) -> int:
-        return int(self.config.values[name])
 
 
 class DeepseekV2(DeepseekV3):

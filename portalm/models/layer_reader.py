@@ -199,6 +199,17 @@ class LayerReader:
             down_bias=self.tensor(f"{name}.down_proj_bias", count, columns),
         )
 
+    def unbiased_experts(
+        self, gate_up: str, down: str, count: int, *, inner: int, columns: int
+    ) -> Experts:
+        """Read experts stored as tensors `gate_up` [E, 2 I, C], gate rows first, and [E, C, I]."""
+        wide = self._host(gate_up, (count, 2 * inner, columns))
+        narrow = self._host(down, (count, columns, inner))
+        return Experts(
+            gate_up=tuple(self._packed(weight) for weight in wide),
+            down=tuple(self._packed(weight) for weight in narrow),
+        )
+
     def experts_by_rows(
         self, name: str, count: int, *, inner: int, columns: int, order: RowOrder
     ) -> Experts:
@@ -239,14 +250,25 @@ class LayerReader:
 
     def rms_norm(self, name: str, size: int, eps: float, *, is_shifted: bool = False) -> RMSNorm:
         """Read an RMS norm; `is_shifted`: Hugging Face's checkpoints store its weight minus 1."""
-        if not is_shifted or self.form.has_full_norms:
-            return RMSNorm(self.tensor(f"{name}.weight", size), eps)
-        weight = self._host(f"{name}.weight", (size,)).float() + 1.0
-        return RMSNorm(weight.to(self.dtype).to(self._backend.device()), eps)
+        return RMSNorm(self._norm_weight(f"{name}.weight", size, is_shifted=is_shifted), eps)
 
-    def layer_norm(self, name: str, size: int, eps: float, *, has_bias: bool = True) -> LayerNorm:
-        """Read a layer norm from `name`.weight and `name`.bias."""
-        weight = self.tensor(f"{name}.weight", size)
+    def _norm_weight(self, name: str, size: int, *, is_shifted: bool) -> torch.Tensor:
+        if not is_shifted or self.form.has_full_norms:
+            return self.tensor(name, size)
+        weight = self._host(name, (size,)).float() + 1.0
+        return weight.to(self.dtype).to(self._backend.device())
+
+    def layer_norm(
+        self,
+        name: str,
+        size: int,
+        eps: float,
+        *,
+        has_bias: bool = True,
+        is_shifted: bool = False,
+    ) -> LayerNorm:
+        """Read a layer norm from `name`.weight and `name`.bias; `is_shifted` as in `rms_norm`."""
+        weight = self._norm_weight(f"{name}.weight", size, is_shifted=is_shifted)
         bias = self.tensor(f"{name}.bias", size) if has_bias else torch.zeros_like(weight)
         return LayerNorm(weight, bias, eps)
 

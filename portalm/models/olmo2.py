@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from portalm.config import ModelConfig
 from portalm.layers.attention import Attention
 from portalm.layers.blocks import Block, SequentialBlock
 from portalm.models.decoder import Decoder
@@ -30,11 +31,19 @@ class Olmo2(Decoder):
 
     def attention(self, read: LayerReader, layer: int, name: str) -> Attention:
         """Read attention with query and key norms over all heads."""
-        config = self.config
-        query, key = config.num_heads * config.head_size, config.num_kv_heads * config.head_size
-        return replace(
-            super().attention(read, layer, name),
-            query_norm=read.rms_norm(f"{name}.q_norm", query, config.norm_eps),
-            key_norm=read.rms_norm(f"{name}.k_norm", key, config.norm_eps),
-            norms_all_heads=True,
+        return with_norms_of_all_heads(
+            super().attention(read, layer, name), read, name, self.config
         )
+
+
+def with_norms_of_all_heads(
+    attention: Attention, read: LayerReader, name: str, config: ModelConfig
+) -> Attention:
+    """Read norms that take all query heads of a token, or all its key heads, as one vector."""
+    query, key = config.num_heads * config.head_size, config.num_kv_heads * config.head_size
+    return replace(
+        attention,
+        query_norm=read.rms_norm(f"{name}.q_norm", query, config.norm_eps),
+        key_norm=read.rms_norm(f"{name}.k_norm", key, config.norm_eps),
+        norms_all_heads=True,
+    )

@@ -75,6 +75,14 @@ LATENT = {
 }
 """Values of DeepSeek's config; no size is twice another, so that a mix-up fails."""
 
+GRANITE = {
+    "attention_multiplier": 0.3,
+    "embedding_multiplier": 2.5,
+    "logits_scaling": 3.0,
+    "num_experts_per_tok": 2,
+    "residual_multiplier": 0.7,
+}
+
 CASES = {
     "mistral": Case("Mistral", {"sliding_window": 24}),
     "mistral without a window": Case("Mistral", {"sliding_window": None}),
@@ -229,6 +237,118 @@ CASES = {
     ),
     "cohere": Case("Cohere"),
     "command r+": Case("Cohere", {"use_qk_norm": True}),
+    "olmo3": Case(
+        "Olmo3",
+        {
+            "num_hidden_layers": 4,
+            "sliding_window": 24,
+            "rope_parameters": {
+                "full_attention": {
+                    "rope_type": "yarn",
+                    "factor": 4.0,
+                    "rope_theta": 500_000.0,
+                    "original_max_position_embeddings": 64,
+                    "beta_fast": 32,
+                    "beta_slow": 1,
+                    "attention_factor": 1.2,
+                },
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+            },
+        },
+    ),
+    "seed oss": Case("SeedOss", {"head_dim": 24, "attention_out_bias": True}),
+    "stablelm": Case("StableLm", {"use_qkv_bias": True}),
+    "stablelm 12b": Case("StableLm", {"qk_layernorm": True, "use_parallel_residual": True}),
+    "nemotron": Case("Nemotron", {"head_dim": 24, "mlp_bias": True}),
+    "olmoe": Case("Olmoe", {"num_experts": 6, "num_experts_per_tok": 3, "norm_topk_prob": True}),
+    "granite moe": Case("GraniteMoe", {**GRANITE, "num_local_experts": 4}),
+    "granite moe, shared": Case(
+        "GraniteMoeShared", {**GRANITE, "num_local_experts": 4, "shared_intermediate_size": 48}
+    ),
+    "granite 4": Case(
+        "GraniteMoeHybrid",
+        {
+            **GRANITE,
+            "layer_types": ["attention"] * 2,
+            "num_local_experts": 4,
+            "position_embedding_type": "rope",
+            "shared_intermediate_size": 48,
+        },
+    ),
+    "granite 4, dense": Case(
+        "GraniteMoeHybrid",
+        {
+            **GRANITE,
+            "layer_types": ["attention"] * 2,
+            "num_local_experts": 0,
+            "shared_intermediate_size": 48,
+        },
+    ),
+    "glm4 moe": Case(
+        "Glm4Moe",
+        {
+            "attention_bias": True,
+            "first_k_dense_replace": 1,
+            "head_dim": 24,
+            "moe_intermediate_size": 32,
+            "n_group": 2,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 3,
+            "routed_scaling_factor": 1.7,
+            "topk_group": 1,
+            "use_qk_norm": True,
+        },
+    ),
+    "minimax m2": Case(
+        "MiniMaxM2", {"head_dim": 32, "num_experts_per_tok": 2, "num_local_experts": 4}
+    ),
+    "ernie": Case("Ernie4_5", {"head_dim": 24, "use_bias": True}),
+    "ernie moe": Case(
+        "Ernie4_5_Moe",
+        {"moe_intermediate_size": 32, "moe_k": 2, "moe_num_experts": 6, "num_hidden_layers": 3},
+    ),
+    "phi": Case("Phi"),
+    "phimoe": Case(
+        "Phimoe",
+        {
+            "attention_bias": True,
+            "lm_head_bias": True,
+            "num_local_experts": 4,
+            "router_jitter_noise": 0.2,
+            "sliding_window": 24,
+        },
+    ),
+    "apertus": Case("Apertus"),
+    "ministral3": Case(
+        "Ministral3",
+        {
+            "head_dim": 24,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10_000.0,
+                "factor": 8.0,
+                "original_max_position_embeddings": 32,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "llama_4_scaling_beta": 0.3,
+            },
+        },
+    ),
+    "hunyuan": Case("HunYuanDenseV1", {"head_dim": 24}),
+    "hunyuan, a longer context": Case(
+        "HunYuanDenseV1",
+        {
+            "head_dim": 24,
+            "rope_parameters": {
+                "rope_type": "dynamic",
+                "alpha": 50.0,
+                "factor": 1.0,
+                "rope_theta": 10_000.0,
+            },
+        },
+    ),
     "cohere2": Case("Cohere2", {"num_hidden_layers": 4, "sliding_window": 24}),
 }
 
