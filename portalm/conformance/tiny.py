@@ -86,6 +86,28 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "logits_scaling": 0.5,
         "residual_multiplier": 0.7,
     },
+    "hunyuan": {"architectures": ["HunYuanDenseV1ForCausalLM"]},
+    "ministral3": {
+        "architectures": ["Ministral3ForCausalLM"],
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1e4,
+            "factor": 8.0,
+            "original_max_position_embeddings": 32,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "llama_4_scaling_beta": 0.3,
+        },
+    },
+    "apertus": {"architectures": ["ApertusForCausalLM"]},
+    "phi": {"architectures": ["PhiForCausalLM"], "head_dim": None},
+    "phimoe": {
+        "architectures": ["PhimoeForCausalLM"],
+        "attention_bias": True,
+        "intermediate_size": 64,
+        "num_local_experts": 4,
+        "router_jitter_noise": 0.2,
+    },
     "mixtral": {
         "architectures": ["MixtralForCausalLM"],
         "intermediate_size": 64,

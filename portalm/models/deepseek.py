@@ -50,7 +50,7 @@ class DeepseekV3(GroupedExperts):
         "topk_method": "noaux_tc",
         "v_head_dim": 128,
     }
-    nullable = Decoder.nullable | {"n_shared_experts", "q_lora_rank"}
+    nullable = GroupedExperts.nullable | {"n_shared_experts", "q_lora_rank"}
     reads = frozenset(
         {"attention_bias", "first_k_dense_replace", "n_routed_experts", "num_experts",
          "num_local_experts"}

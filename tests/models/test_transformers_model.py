@@ -90,8 +90,9 @@ LLAMA4 = {"head_dim": 16, "intermediate_size_mlp": 96, "num_local_experts": 4}
     ids=["chunks", "temperature tuning", "window of the mask alone"],
 )
 def test_masks_and_positions_that_attention_does_not_get_are_refused(
-    tmp_path: Path, case: Case, message: str
+    tmp_path: Path, case: Case, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delitem(registry.ARCHITECTURES, f"{case.family}ForCausalLM", raising=False)
     case.make().save_pretrained(tmp_path)
 
     with pytest.raises(UnsupportedModel, match=message):
@@ -141,7 +142,9 @@ def test_the_check_finds_planted_faults(
     fault: Callable[..., Any],
     message: str,
 ) -> None:
-    OTHERS[name].make().save_pretrained(tmp_path)
+    case = OTHERS[name]
+    monkeypatch.delitem(registry.ARCHITECTURES, f"{case.family}ForCausalLM", raising=False)
+    case.make().save_pretrained(tmp_path)
     monkeypatch.setattr(place, fault)
 
     with pytest.raises(UnsupportedModel, match=message):

@@ -55,7 +55,7 @@ class DummyCheckpoint:
         if name.lower().endswith("norm.weight"):
             noise = torch.randn(shape, generator=generator, device=device)
             return (1 + 0.1 * noise).to(dtype)
-        scale = 1.0 if len(shape) == 1 else 1 / math.sqrt(shape[-1])
+        scale = 1.0 if len(shape) <= 1 else 1 / math.sqrt(shape[-1])
         values = torch.empty(shape, dtype=dtype, device=device)
         return values.normal_(0, scale, generator=generator)
 
