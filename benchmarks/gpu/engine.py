@@ -151,7 +151,7 @@ class Measured:
             self._decode(streams, context)
 
     def _decode(self, streams: int, context: int) -> None:
-        num_out = self.run.scaled(160, 12)
+        num_out = 20 if self.run.is_dry else self.run.scaled(160, 12)
         for i in range(streams):
             ask(self.engine, f"decode-{i}", max(1, context - num_out // 2), num_out)
         num_tokens, begin, end = 0, 0.0, 0.0
@@ -193,7 +193,7 @@ class Measured:
         self._offline(self.engine, "")
 
     def _offline(self, engine: Any, kind: str) -> None:
-        count = self.run.scaled(1000, 6)
+        count = 50 if self.run.is_dry else self.run.scaled(1000, 6)
         pairs = lengths_like_sharegpt(count)
         if self.run.is_tiny:
             pairs = [(min(p, 60), min(o, 20)) for p, o in pairs]

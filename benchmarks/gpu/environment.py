@@ -20,6 +20,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 
+DRY = (
+    "dry = gpu.dry_backend:DryCudaBackend",
+    "dry-rocm = gpu.dry_backend:DryRocmBackend",
+    "dry-pack = gpu.pack_backend:PackingCudaBackend",
+)
+"""Entry points of backends that only this harness has."""
+
 
 @dataclass(slots=True)
 class Environment:
@@ -63,7 +70,7 @@ def _source_tree(folder: Path, pack: Path | None, notes: list[str]) -> Path:
     info = folder / "portalm-0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: portalm\nVersion: 0\n")
-    lines = ["[portalm.backends]", *_entry_points(), "dry = gpu.dry:DryBackend"]
+    lines = ["[portalm.backends]", *_entry_points(), *DRY]
     (info / "entry_points.txt").write_text("\n".join(lines) + "\n")
     for module in (
         sorted((pack / "native").iterdir()) if pack and (pack / "native").exists() else ()
@@ -164,6 +171,10 @@ def _triton_cache(folder: Path, pack: Path | None, notes: list[str]) -> Path:
         notes.append(f"the pack's kernels are for Triton {made_for}, this is {here}: not used")
         return folder
     shutil.copytree(pack / "triton", folder, dirs_exist_ok=True)
+    for group in folder.glob("*/__grp__*.json"):  # lists a kernel's files by absolute path
+        files = json.loads(group.read_text())["child_paths"]
+        moved = {name: str(group.parent / name) for name in files}
+        group.write_text(json.dumps({"child_paths": moved}))
     return folder
 
 

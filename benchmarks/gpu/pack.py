@@ -31,10 +31,13 @@ from packaging.requirements import Requirement
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from gpu.environment import ROOT, normal, requirements
+from gpu.pack_kernels import collect_kernels
 
 ON_THE_MACHINE = frozenset(
-    ("torch", "triton", "transformers", "numpy", "safetensors", "tokenizers")
-    + ("huggingface-hub", "hf-xet")  # of transformers, which fixes their versions
+    (
+        *("torch", "triton", "transformers", "numpy", "safetensors", "tokenizers"),
+        *("huggingface-hub", "hf-xet"),  # of transformers, which fixes their versions
+    )
 )
 """Distributions that the pack does not bring."""
 
@@ -42,8 +45,9 @@ UNUSED = frozenset(("xgrammar", "apache-tvm-ffi"))
 """Dependencies that no stage uses: none asks for a grammar."""
 
 
-def distributions() -> list[str]:
+def distributions(python_version: str) -> list[str]:
     """Names of the distributions to bring: PortaLM's dependencies and theirs."""
+    there = {"extra": "", "python_version": python_version, "python_full_version": python_version}
     found: list[str] = []
     todo = [normal(name) for name in requirements()]
     while todo:
@@ -53,8 +57,7 @@ def distributions() -> list[str]:
         found.append(name)
         for text in importlib.metadata.requires(name) or []:
             requirement = Requirement(text)
-            extras = [{"extra": ""}]
-            if requirement.marker is None or any(requirement.marker.evaluate(e) for e in extras):
+            if requirement.marker is None or requirement.marker.evaluate(there):
                 todo.append(normal(requirement.name))
     return sorted(found)
 
@@ -81,7 +84,7 @@ def collect_wheels(folder: Path, python: str) -> dict[str, Any]:
     folder.mkdir(parents=True)
     download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
     download += ["--only-binary=:all:", "--python-version", python, "--dest", str(folder)]
-    subprocess.run([*download, *pinned(distributions())], check=True)
+    subprocess.run([*download, *pinned(distributions(python))], check=True)
     wheels = sorted(folder.glob("*.whl"))
     return {
         "wheels": [wheel.name for wheel in wheels],
@@ -129,6 +132,18 @@ def main() -> None:
         "--python-version", default="3.12", help="version that wheels are for (default: 3.12)"
     )
     parser.add_argument(
+        "--triton", default="3.6.0", help="release on the GPU machine (default: 3.6.0)"
+    )
+    parser.add_argument(
+        "--target", default="sm_90", help="GPU to compile kernels for (default: sm_90)"
+    )
+    parser.add_argument(
+        "--limit",
+        type=float,
+        default=3600,
+        help="seconds for compiling kernels (default: 3600; 2 cores need about 1200)",
+    )
+    parser.add_argument(
         "--skip",
         default="",
         help="comma-separated parts to leave as they are: wheels, native, triton",
@@ -143,6 +158,15 @@ def main() -> None:
         content |= collect_wheels(arguments.out / "wheels", arguments.python_version)
     if "native" not in skipped:
         content |= build_native(arguments.out / "native", arguments.python)
+    if "triton" not in skipped:
+        content |= collect_kernels(
+            arguments.out / "triton",
+            python=arguments.python,
+            python_version=arguments.python_version,
+            triton=arguments.triton,
+            target=arguments.target,
+            limit_s=arguments.limit,
+        )
     index.write_text(json.dumps(content, indent=1) + "\n")
     print(json.dumps(content, indent=1))
 

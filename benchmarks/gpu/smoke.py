@@ -41,9 +41,9 @@ class Smoke:
         report("smoke: backend", time.perf_counter() - begin, "s", summary=backend.find().summary)
         _keep_buckets(backend, {1, self.most})
         begin = time.perf_counter()
-        blocks = self.run.scaled(20_000, 512)
-        small = {"num_gpu_blocks_override": blocks}
-        self.engine = Engine(engine_config(self.run, "8b", **small), backend=backend)
+        # room for a second engine; the pool is sized by running the largest step, as in service
+        config = engine_config(self.run, "8b", gpu_memory_utilization=0.45)
+        self.engine = Engine(config, backend=backend)
         report("smoke: start", time.perf_counter() - begin, "s", **self.engine.ready.startup_s)
         begin = time.perf_counter()
         while self.engine.has_captures_left:
