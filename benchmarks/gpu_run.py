@@ -75,8 +75,8 @@ class Run:
             print(f"cannot import {name}: {error}", flush=True)
 
     def run_stage(self, stage: str, limit_s: float) -> bool:
-        """Run the parts of a stage within `limit_s`; return True if none failed."""
-        until = time.monotonic() + limit_s
+        """Run the parts of a stage within `limit_s`; return True unless one that ran failed."""
+        until, num_skipped = time.monotonic() + limit_s, 0
         todo = [(part, self.sections(stage, part)) for part in STAGES[stage].parts]
         todo = [(part, sections) for part, sections in todo if sections]
         before = len(self.record.failures())
@@ -85,10 +85,11 @@ class Run:
             if lacking:
                 reasons = "; ".join(f"{name}: {self.broken[name]}" for name in lacking)
                 self.record.fail(stage, f"{stage} {part.name}", f"skipped: cannot import {reasons}")
+                num_skipped += 1
                 continue
             share = part.share / sum(other.share for other, _ in todo[i:])
             self._run_part(stage, part, sections, share * max(until - time.monotonic(), 1.0))
-        return len(self.record.failures()) == before
+        return len(self.record.failures()) == before + num_skipped
 
     def _run_part(self, stage: str, part: Part, sections: dict[str, float], limit_s: float) -> None:
         arguments = self.arguments

@@ -151,7 +151,7 @@ class Measured:
             self._decode(streams, context)
 
     def _decode(self, streams: int, context: int) -> None:
-        num_out = 20 if self.run.is_dry else self.run.scaled(160, 12)
+        num_out = 60 if self.run.is_dry else self.run.scaled(160, 12)
         for i in range(streams):
             ask(self.engine, f"decode-{i}", max(1, context - num_out // 2), num_out)
         num_tokens, begin, end = 0, 0.0, 0.0

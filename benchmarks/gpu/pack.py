@@ -105,7 +105,7 @@ def build_native(folder: Path, python: str) -> dict[str, Any]:
         configure = [cmake, "-S", str(ROOT), "-B", build, "--log-level=WARNING"]
         configure += ["-DPORTALM_MODULES=cuda", f"-DPython_EXECUTABLE={python}"]
         configure += [f"-Dnanobind_DIR={found}", "-DCMAKE_BUILD_TYPE=Release"]
-        configure += ["-DCMAKE_SHARED_LINKER_FLAGS=-static-libstdc++ -static-libgcc"]
+        configure += ["-DCMAKE_MODULE_LINKER_FLAGS=-static-libstdc++ -static-libgcc"]
         for command in (configure, [cmake, "--build", build]):
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:

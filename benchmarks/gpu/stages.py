@@ -71,7 +71,7 @@ STAGES: dict[str, Stage] = {
                 share=0.2,
             ),
             Part("llama", "gpu.numerics", {"L3 llama": 30}, ENGINE_MODULES, share=0.25),
-            Part("all", "gpu.numerics", {"L0": 2, "L1": 60, "L2": 30}, KIT_MODULES, share=0.35),
+            Part("all", "gpu.numerics", {"L0": 5, "L1": 60, "L2": 30}, KIT_MODULES, share=0.35),
             Part("models", "gpu.numerics", {"L4": 20, "L3": 40}, ENGINE_MODULES, share=0.2),
         ),
         160,
