@@ -80,6 +80,8 @@ class GraniteMoeShared(GraniteMoe):
         hidden, inner = self.config.hidden_size, int(self.config.values["shared_intermediate_size"])
         if not inner:
             return None
+        if read.form.has_separate_experts:
+            return self.gated_mlp(read, name, inner)
         return GatedMLP(
             gate_up=read.linear(f"{name}.input_linear", rows=(2 * inner,), columns=hidden),
             down=read.linear(f"{name}.output_linear", rows=(hidden,), columns=inner),

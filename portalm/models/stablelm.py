@@ -62,6 +62,8 @@ class StableLm(Decoder):
         )
 
     def _head_norms(self, read: LayerReader, name: str, num_heads: int) -> EachHeadNorm:
-        size = self.config.head_size
+        size, eps = self.config.head_size, self.config.norm_eps
+        if read.form.has_stacked_norms:
+            return EachHeadNorm.of(read.tensor(f"{name}.norms.weight", num_heads, size), eps)
         weights = [read.tensor(f"{name}.norms.{i}.weight", size) for i in range(num_heads)]
-        return EachHeadNorm.of(torch.stack(weights), self.config.norm_eps)
+        return EachHeadNorm.of(torch.stack(weights), eps)

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from gguf.quants import quantize
 
-PAIRED = ("llama", "smollm3", "granite")
+PAIRED = ("arcee", "granite", "granitemoe", "llama", "smollm3")
 """Architectures whose query and key rows are stored as adjacent rotary pairs."""
+HEAD_NORM = re.compile(r"(.*[qk]_layernorm)\.norms\.\d+\.weight")
 EXPERTS = re.compile(r"(.*experts)\.(\d+)\.(\w+)\.weight")
 
 
@@ -98,7 +99,9 @@ def add_metadata(writer: gguf.GGUFWriter, name: str, config: Any) -> None:
         writer.add_head_count_kv(1 if is_single else kv_heads)
     if (eps := first("rms_norm_eps")) is not None:
         writer.add_layer_norm_rms_eps(eps)
-    if (eps := first("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon")) is not None:
+    if (
+        eps := first("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps")
+    ) is not None:
         writer.add_layer_norm_eps(eps)
     if name != "deepseek2" and first("head_dim") and name != "falcon":
         writer.add_key_length(config.head_dim)
@@ -121,11 +124,15 @@ def add_metadata(writer: gguf.GGUFWriter, name: str, config: Any) -> None:
     ):
         if (value := first(*keys)) is not None:
             add(value)
-    if name in ("gemma2", "gemma3", "cohere2", "gpt-oss", "phi3", "olmo2"):
+    if name == "exaone4" and config.sliding_window:
+        writer.add_sliding_window_pattern([k == "sliding_attention" for k in config.layer_types])
+    if name == "granitemoe":
+        writer.add_expert_shared_feed_forward_length(first("shared_intermediate_size") or 0)
+    if name in ("gemma2", "gemma3", "cohere2", "exaone4", "gpt-oss", "phi3", "olmo2"):
         writer.add_sliding_window(getattr(config, "sliding_window", None) or 0)
     if name == "gpt-oss":
         writer.add_expert_feed_forward_length(config.intermediate_size)
-    if name == "gptneox":
+    if name in ("gptneox", "stablelm"):
         writer.add_parallel_residual(config.use_parallel_residual)
     add_rope(writer, name, config)
 
@@ -135,11 +142,10 @@ def add_rope(writer: gguf.GGUFWriter, name: str, config: Any) -> None:
     rope = rope.get("full_attention", rope)
     if rope.get("rope_theta") and name != "gptneox":
         writer.add_rope_freq_base(rope["rope_theta"])
-    if name in ("phi3", "gptneox"):
+    if name in ("phi3", "gptneox", "phi2", "stablelm", "nemotron", "glm4"):
         share = rope.get("partial_rotary_factor", 1.0)
-        writer.add_rope_dimension_count(
-            int(share * config.hidden_size) // config.num_attention_heads
-        )
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        writer.add_rope_dimension_count(int(share * size))
     if name == "phi3":
         original = config.original_max_position_embeddings
         writer.add_rope_scaling_orig_ctx_len(original)
@@ -193,6 +199,10 @@ def converted(
             stack = stack.replace("model.layers", "layers") if name == "llama" else stack
             stack = stack.replace("block_sparse_moe", "feed_forward")
             stacks.setdefault(stack, []).append(values)
+        elif name == "stablelm" and (norm := HEAD_NORM.fullmatch(hf_name)):
+            stacks.setdefault(f"{norm[1]}.weight", []).append(values)
+        elif name == "granitemoe" and hf_name.endswith("input_linear.weight"):
+            yield from split_input(hf_name, values)
         elif name == "gpt-oss" and ".experts." in hf_name:
             yield from split_experts(hf_name, values)
         elif name == "deepseek2" and hf_name.endswith("kv_b_proj.weight") and not is_old:
@@ -211,9 +221,24 @@ def converted(
 
 
 def renamed(hf_name: str) -> str:
+    if hf_name.endswith("output_linear.weight"):
+        stem = hf_name.replace("shared_mlp", "mlp.shared_expert")
+        return stem.replace("block_sparse_moe", "mlp.experts").replace("output_linear", "down_proj")
     if hf_name.endswith("sinks"):
         return f"{hf_name}.weight"
     return hf_name.replace("e_score_correction_bias", "e_score_correction.bias")
+
+
+def split_input(hf_name: str, values: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    """Split Granite's gate and up, which are one tensor, of all experts or of the shared one."""
+    gate, up = np.split(values, 2, axis=-2)
+    stem = hf_name.removesuffix("input_linear.weight")
+    if "shared_mlp" in hf_name:
+        stem = stem.replace("shared_mlp", "mlp.shared_expert")
+    else:
+        stem = stem.replace("block_sparse_moe", "mlp.experts")
+    yield f"{stem}gate_proj.weight", gate
+    yield f"{stem}up_proj.weight", up
 
 
 def split_experts(hf_name: str, values: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
@@ -230,7 +255,7 @@ def split_experts(hf_name: str, values: np.ndarray) -> Iterator[tuple[str, np.nd
 
 def reshaped(name: str, config: Any, hf_name: str, values: np.ndarray) -> np.ndarray:
     layer = hf_name.rpartition(".")[0]
-    if name.startswith("gemma") and hf_name.endswith("norm.weight"):
+    if name.startswith(("gemma", "nemotron")) and hf_name.endswith("norm.weight"):
         return values + 1
     if name in PAIRED and layer.endswith("q_proj"):
         return paired(values, config.num_attention_heads)

@@ -58,6 +58,8 @@ class StoredForm:
     has_separate_experts: bool = False
     """Each expert has gate, up and down tensors of its own. False: as the family's Hugging Face
     checkpoints have them, which may be one tensor for all experts."""
+    has_stacked_norms: bool = False
+    """The norms of all heads of a layer are one tensor. False: each head has a tensor."""
 
 
 HF_FORM = StoredForm()

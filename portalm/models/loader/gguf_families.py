@@ -56,6 +56,12 @@ _QWEN_MOE_VALUES = {
     "moe_intermediate_size": "expert_feed_forward_length",
     "norm_topk_prob": "expert_weights_norm",
 }
+_GRANITE_VALUES = {
+    "attention_multiplier": "attention.scale",
+    "embedding_multiplier": "embedding_scale",
+    "logits_scaling": "logit_scale",
+    "residual_multiplier": "residual_scale",
+}
 _NEOX_NAMES = {
     "ffn_up": "mlp.dense_h_to_4h",
     "ffn_down": "mlp.dense_4h_to_h",
@@ -186,6 +192,37 @@ def _command_r(get: Get, names: Collection[str]) -> dict[str, Any]:
     return {"use_qk_norm": "blk.0.attn_q_norm.weight" in names}
 
 
+def _seed_oss(get: Get, names: Collection[str]) -> dict[str, Any]:
+    return {
+        "attention_bias": "blk.0.attn_q.bias" in names,
+        "attention_out_bias": "blk.0.attn_output.bias" in names,
+    }
+
+
+def _stablelm(get: Get, names: Collection[str]) -> dict[str, Any]:
+    return {
+        "qk_layernorm": "blk.0.attn_q_norm.weight" in names,
+        "use_qkv_bias": "blk.0.attn_q.bias" in names,
+    }
+
+
+def _ernie(get: Get, names: Collection[str]) -> dict[str, Any]:
+    return {
+        "attention_bias": False,
+        "mlp_bias": False,
+        "use_bias": "blk.0.attn_output.bias" in names,
+    }
+
+
+def _no_gate(get: Get, names: Collection[str]) -> dict[str, Any]:
+    """Derive mlp_bias of a feed-forward without a gate."""
+    return {"mlp_bias": "blk.0.ffn_up.bias" in names}
+
+
+def _glm4(get: Get, names: Collection[str]) -> dict[str, Any]:
+    return {"attention_bias": "blk.0.attn_q.bias" in names}
+
+
 _DEEPSEEK: dict[str, Any] = {
     "names": {
         **_EXPERT_NAMES,
@@ -261,12 +298,7 @@ FAMILIES = {
     "granite": GGUFFamily(
         architecture="GraniteForCausalLM",
         has_paired_rows=True,
-        values={
-            "attention_multiplier": "attention.scale",
-            "embedding_multiplier": "embedding_scale",
-            "logits_scaling": "logit_scale",
-            "residual_multiplier": "residual_scale",
-        },
+        values=_GRANITE_VALUES,
     ),
     "gemma": GGUFFamily(architecture="GemmaForCausalLM", form=StoredForm(has_full_norms=True)),
     "gemma2": GGUFFamily(
@@ -290,6 +322,84 @@ FAMILIES = {
         rotates_part=True,
     ),
     "olmo2": GGUFFamily(architecture="Olmo2ForCausalLM", names=_POST_NORM_NAMES),
+    "olmoe": GGUFFamily(
+        architecture="OlmoeForCausalLM",
+        names=_EXPERT_NAMES,
+        values={"num_experts": "expert_count", "num_experts_per_tok": "expert_used_count"},
+        constants={"norm_topk_prob": False},
+    ),
+    "seed_oss": GGUFFamily(
+        architecture="SeedOssForCausalLM",
+        names={"post_attention_norm": "post_attention_layernorm"},
+        derive=_seed_oss,
+    ),
+    "nemotron": GGUFFamily(
+        architecture="NemotronForCausalLM",
+        form=StoredForm(has_full_norms=True),
+        derive=_no_gate,
+        rotates_part=True,
+    ),
+    "stablelm": GGUFFamily(
+        architecture="StableLmForCausalLM",
+        names={
+            "attn_q_norm": "self_attn.q_layernorm.norms",
+            "attn_k_norm": "self_attn.k_layernorm.norms",
+        },
+        values={"use_parallel_residual": "use_parallel_residual"},
+        form=StoredForm(has_stacked_norms=True),
+        derive=_stablelm,
+        rotates_part=True,
+    ),
+    "ernie4_5": GGUFFamily(architecture="Ernie4_5ForCausalLM", derive=_ernie),
+    "hunyuan-dense": GGUFFamily(
+        architecture="HunYuanDenseV1ForCausalLM",
+        names={
+            "attn_q_norm": "self_attn.query_layernorm",
+            "attn_k_norm": "self_attn.key_layernorm",
+        },
+    ),
+    "phi2": GGUFFamily(
+        architecture="PhiForCausalLM",
+        names={"attn_output": "self_attn.dense", "ffn_up": "mlp.fc1", "ffn_down": "mlp.fc2"},
+        constants=_ALWAYS_BIASED,
+        rotates_part=True,
+    ),
+    "arcee": GGUFFamily(architecture="ArceeForCausalLM", derive=_no_gate, has_paired_rows=True),
+    "exaone4": GGUFFamily(
+        architecture="Exaone4ForCausalLM",
+        names=_POST_NORM_NAMES,
+        values={"sliding_window": "attention.sliding_window"},
+    ),
+    "glm4": GGUFFamily(
+        architecture="Glm4ForCausalLM",
+        names={
+            "post_attention_norm": "post_self_attn_layernorm",
+            "post_ffw_norm": "post_mlp_layernorm",
+            "ffn_up": "mlp.gate_up_proj",
+        },
+        derive=_glm4,
+        rotates_part=True,
+    ),
+    "granitemoe": GGUFFamily(
+        architecture="GraniteMoeSharedForCausalLM",
+        names={
+            "ffn_gate_inp": "block_sparse_moe.router.layer",
+            "ffn_gate_exps": "block_sparse_moe.experts.{}.gate_proj",
+            "ffn_up_exps": "block_sparse_moe.experts.{}.up_proj",
+            "ffn_down_exps": "block_sparse_moe.experts.{}.down_proj",
+            "ffn_gate_shexp": "shared_mlp.gate_proj",
+            "ffn_up_shexp": "shared_mlp.up_proj",
+            "ffn_down_shexp": "shared_mlp.down_proj",
+        },
+        values={
+            **_GRANITE_VALUES,
+            "num_local_experts": "expert_count",
+            "num_experts_per_tok": "expert_used_count",
+            "shared_intermediate_size": "expert_shared_feed_forward_length",
+        },
+        form=StoredForm(has_separate_experts=True),
+        has_paired_rows=True,
+    ),
     "starcoder2": GGUFFamily(
         architecture="Starcoder2ForCausalLM",
         names={"ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"},
