@@ -67,7 +67,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _ATTENTION_TYPES = {
     "out": "*bf16",
     "query": "*bf16",
-    "cache": "*bf16",
+    "cache": "*bf16:large",
     "scales": "*bf16",
     "partials": "*fp32",
     "part_weights": "*fp32",
@@ -104,7 +104,7 @@ def attention(
     types = _ATTENTION_TYPES | dict.fromkeys(("query", "out"), f"*{dtype}")
     return Launch(
         kernel=paged_attention.attention_kernel,
-        signature=types | {"cache": "*i8" if codes else f"*{dtype}"},
+        signature=types | {"cache": "*i8:large" if codes else f"*{dtype}:large"},
         constants={
             "GROUP": group,
             "NUM_KV_HEADS": 8,
@@ -187,7 +187,7 @@ def _write(target: str, codes: int = 0) -> Launch:
         kernel=kv_cache.write_kernel,
         signature={
             **_rows("key", "value"),
-            "cache": "*i8" if codes else "*bf16",
+            "cache": "*i8:large" if codes else "*bf16:large",
             "scales": "*bf16",
             "slots": "*i32",
         },
@@ -206,7 +206,7 @@ def _write(target: str, codes: int = 0) -> Launch:
 
 
 def _rotate_write(target: str) -> Launch:
-    targets = dict.fromkeys(("query_out", "cache"), "*bf16")
+    targets = {"query_out": "*bf16", "cache": "*bf16:large"}
     indices = {"slots": "*i32", "positions": "*i32", "cos_sin": "*fp32"}
     return Launch(
         kernel=kv_cache.rotate_write_kernel,
@@ -231,7 +231,7 @@ def _copy(target: str) -> Launch:
     return Launch(
         kernel=kv_cache.copy_kernel,
         signature={
-            "cache": "*i32",
+            "cache": "*i32:large",
             "source": "*i32",
             "destination": "*i32",
             "layer_words": "i64:16",

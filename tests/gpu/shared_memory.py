@@ -67,7 +67,7 @@ def shared_bytes(launch: Launch, target: str) -> int:
     constants = launch.constants
     if "WAITS" in launch.kernel.arg_names:
         constants = constants | {"WAITS": False}  # waiting takes no shared memory
-    source = source_of(launch.kernel, launch.signature, constants)
+    source = source_of(launch.kernel, launch.signature, constants, TARGETS[target])
     backend: Any = make_backend(gpu)
     options = backend.parse_options(
         {

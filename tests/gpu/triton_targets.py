@@ -77,8 +77,9 @@ def compile_for(
     Args:
         kernel: a function decorated with `triton.jit`.
         signature: Triton type of each argument that is not constant ("*bf16", "i32", "fp32").
-            Pointers are assumed to be aligned to 16 bytes, as torch's are; "i32:16" is an integer
-            that is a multiple of 16.
+            Pointers are assumed to be aligned to 16 bytes, as torch's are, and, like Triton's
+            launcher does on AMD, to tensors of less than 2 GiB unless they end in ":large".
+            "i32:16" is an integer that is a multiple of 16.
         constants: values of the `tl.constexpr` arguments, and of others that are None.
         target: a key of `TARGETS`.
         num_warps: warps per program.
@@ -89,7 +90,7 @@ def compile_for(
         given = dependent_launch.options_for(TARGETS[target])
         constants = constants | {"WAITS": given.pop("WAITS")}
         options |= given
-    source = source_of(kernel, signature, constants)
+    source = source_of(kernel, signature, constants, TARGETS[target])
     compiled = triton.compile(
         source,
         target=TARGETS[target],
@@ -106,7 +107,9 @@ def compile_for(
     return _amd(compiled, target, num_warps, shared)
 
 
-def source_of(kernel: Any, signature: dict[str, str], constants: dict[str, Any]) -> ASTSource:
+def source_of(
+    kernel: Any, signature: dict[str, str], constants: dict[str, Any], target: GPUTarget
+) -> ASTSource:
     """A kernel with the types and constants of its arguments, see `compile_for`."""
     types: dict[str, str] = {}
     aligned: dict[tuple[int], list[list[Any]]] = {}
@@ -114,9 +117,12 @@ def source_of(kernel: Any, signature: dict[str, str], constants: dict[str, Any])
         if name in constants:
             types[name] = "constexpr"
             continue
-        types[name], _, multiple = signature[name].partition(":")
-        if types[name].startswith("*") or multiple == "16":
+        types[name], _, mark = signature[name].partition(":")
+        is_pointer = types[name].startswith("*")
+        if is_pointer or mark == "16":
             aligned[(i,)] = [["tt.divisibility", 16]]
+        if is_pointer and mark != "large" and target.backend == "hip":
+            aligned[(i,)].append(["tt.pointer_range", 32])
     return ASTSource(
         fn=kernel,
         signature=types,

@@ -211,6 +211,24 @@ def _measure(
 
 
 @triton.jit
+def _search(
+    values_ptr, num_values, temperature, target, low, high, floor, top,
+    BY_MASS: tl.constexpr, SEARCHED: tl.constexpr,
+):  # fmt: skip
+    """Halve the interval of keys until `high` is the smallest with a measure below `target`."""
+    while low + 1 < high:
+        middle = (low & high) + ((low ^ high) >> 1)  # the mean, without overflow
+        measured, largest, smallest = _measure(
+            values_ptr, num_values, temperature, middle, floor, top, BY_MASS, SEARCHED
+        )
+        if measured < target:
+            high = tl.maximum(largest, low + 1)
+        else:
+            low = smallest - 1
+    return high
+
+
+@triton.jit
 def _threshold(
     row_ptr, vocab_size, kept_ptr, num_kept, left_out, temperature, target, floor, top,
     BY_MASS: tl.constexpr, SEARCHED: tl.constexpr,
@@ -224,24 +242,20 @@ def _threshold(
     """
     # invariant: the measure above `high` is below target, the measure above `low` is not
     low, high = floor - 1, ascending(top)
-    values_ptr, num_values = row_ptr, vocab_size
-    measured, largest, smallest = _measure(
+    measured, _, _ = _measure(
         kept_ptr, num_kept, temperature, left_out, floor, top, BY_MASS, SEARCHED
     )
+    # two searches instead of one with a chosen pointer: AMD's compiler (Triton 3.6) fails on that
     if (measured >= target) | (left_out < floor):
-        values_ptr, num_values = kept_ptr, num_kept
-        low = tl.maximum(low, left_out)
+        high = _search(
+            kept_ptr, num_kept, temperature, target, tl.maximum(low, left_out), high, floor, top,
+            BY_MASS, SEARCHED,
+        )  # fmt: skip
     else:
-        high = tl.minimum(high, left_out)
-    while low + 1 < high:
-        middle = (low & high) + ((low ^ high) >> 1)  # the mean, without overflow
-        measured, largest, smallest = _measure(
-            values_ptr, num_values, temperature, middle, floor, top, BY_MASS, SEARCHED
-        )
-        if measured < target:
-            high = tl.maximum(largest, low + 1)
-        else:
-            low = smallest - 1
+        high = _search(
+            row_ptr, vocab_size, temperature, target, low, tl.minimum(high, left_out), floor, top,
+            BY_MASS, SEARCHED,
+        )  # fmt: skip
     return tl.maximum(high, floor)
 
 
