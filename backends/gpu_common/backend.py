@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
@@ -30,9 +30,11 @@ from portalm.backend import (
 from portalm.errors import BackendError
 from portalm_backends.gpu_common import memory, native
 from portalm_backends.gpu_common.archs import Arch, find_arch
+from portalm_backends.gpu_common.buckets import step_buckets
 from portalm_backends.gpu_common.device import Gpu
 from portalm_backends.gpu_common.errors import backend_error
-from portalm_backends.gpu_common.graph import Graphs, decode_buckets
+from portalm_backends.gpu_common.graph import Graphs
+from portalm_backends.gpu_common.step_uploads import StepUploads
 from portalm_backends.gpu_common.transfers import Transfers
 from portalm_backends.gpu_common.weights import (
     FP8,
@@ -56,6 +58,7 @@ if TYPE_CHECKING:
         rope,
         sampling,
         silu_mul,
+        unpack,
     )
 
 logger = logging.getLogger(__name__)
@@ -91,7 +94,8 @@ class GpuBackend(TorchBackend):
         """Grouped weights of each layer's experts: gate and up, then down."""
         self._family = self.arch.family
         self._transfers = Transfers(gpu)
-        self._graphs = Graphs(gpu, self._transfers, self._sample)
+        self._uploads = StepUploads(gpu, self._unpack)
+        self._graphs = Graphs(gpu, self._transfers, self._uploads, self._sample)
 
     # -- device and memory --------------------------------------------------------------------
 
@@ -110,12 +114,33 @@ class GpuBackend(TorchBackend):
             yield used
 
     def to_device(self, host: npt.NDArray[np.generic]) -> torch.Tensor:
-        """Copy to the device, in order with the steps; the caller may reuse `host` immediately."""
+        """Copy to the device, in order with the steps.
+
+        The caller may reuse `host` when this returns, or within `step_uploads` when that ends.
+        """
+        if self._uploads.is_open:
+            added = self._uploads.add(host)
+            if added is not None:
+                return added
         return self._transfers.upload([host])[0]
 
-    def to_device_all(self, hosts: Sequence[npt.NDArray[np.generic]]) -> list[torch.Tensor]:
-        """Copy several arrays to the device in one transfer."""
-        return self._transfers.upload(hosts)
+    def step_uploads(self) -> AbstractContextManager[None]:
+        """Context whose uploads are one transfer, to addresses that the next context reuses."""
+        return self._uploads.open()
+
+    def block_table(
+        self,
+        block_ids: npt.NDArray[np.int32],
+        block_starts: npt.NDArray[np.int32],
+        width: int,
+    ) -> torch.Tensor:
+        """Rows of the table that stays on the device, int32 [S, width].
+
+        Only the block ids are uploaded; what follows them in a row is left over.
+        """
+        if self._uploads.is_open:
+            return self._uploads.add_table(block_ids, block_starts, width)
+        return super().block_table(block_ids, block_starts, width)
 
     def to_host(self, x: torch.Tensor) -> HostFuture:
         """Start copying to the host on a separate stream, after the work enqueued so far."""
@@ -138,6 +163,17 @@ class GpuBackend(TorchBackend):
             if translated.kind == "oom":
                 self._gpu.empty_cache()
             raise translated from error
+
+    def _unpack(
+        self,
+        packed: torch.Tensor,
+        arrays: torch.Tensor,
+        table: torch.Tensor | None,
+        num_words: int,
+        ids_at: int,
+        starts: npt.NDArray[np.int32],
+    ) -> None:
+        unpack.unpack(packed, arrays, table, num_words, ids_at, starts)
 
     # -- KV cache -----------------------------------------------------------------------------
 
@@ -350,8 +386,9 @@ class GpuBackend(TorchBackend):
     # -- execution ----------------------------------------------------------------------------
 
     def buckets(self, max_tokens: int, max_requests: int, max_blocks: int) -> Sequence[Bucket]:
-        """Decodes only: computing a step with prompts takes longer than enqueuing it."""
-        return decode_buckets(max_requests, max_blocks)
+        """Decodes, and mixed steps of few tokens: see buckets.py."""
+        self._uploads.reserve_table(max_requests, max_blocks)
+        return step_buckets(max_tokens, max_requests, max_blocks)
 
     def compile(self, fn: StepFn, bucket: Bucket | None, example: StepInputs | None) -> StepFn:
         """Return a graph for `bucket`, captured by its first call, for every kind of sampling.
@@ -387,7 +424,7 @@ class GpuBackend(TorchBackend):
 
 def _import_kernels() -> None:
     """Import Triton only when a GPU is started, not when `find` reports one."""
-    global attention, cache, fp8, linear, moe, norms, rope, sampling, silu_mul
+    global attention, cache, fp8, linear, moe, norms, rope, sampling, silu_mul, unpack
     from portalm_backends.gpu_common import attention, cache
     from portalm_backends.gpu_common.kernels import (
         fp8,
@@ -397,6 +434,7 @@ def _import_kernels() -> None:
         rope,
         sampling,
         silu_mul,
+        unpack,
     )
 
 

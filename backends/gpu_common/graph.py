@@ -1,9 +1,9 @@
 """Steps captured as device graphs: per bucket one graph of the forward pass and one of sampling.
 
-A step's inputs are copied into buffers with fixed addresses; then its graphs are replayed. The
-captured sampling covers temperature, greedy rows, top_k, top_p and min_p, selected per row on the
-device. Rarer parameters (penalties, bias, masks, logprobs, targets) replay the forward pass and
-then sample without a graph.
+A step's inputs arrive at fixed addresses (step_uploads.py), where its graphs read them; inputs that
+come another way are copied first. The captured sampling covers temperature, greedy rows, top_k,
+top_p and min_p, selected per row on the device. Rarer parameters (penalties, bias, masks, logprobs,
+targets) replay the forward pass and then sample without a graph.
 """
 
 from __future__ import annotations
@@ -27,31 +27,29 @@ from portalm.backend import (
 )
 from portalm.errors import BackendError
 from portalm_backends.gpu_common.device import Gpu, Graph
+from portalm_backends.gpu_common.step_uploads import StepUploads
 from portalm_backends.gpu_common.transfers import Transfers
 
 Sample = Callable[[torch.Tensor, SampleParams], SampleOutput]
 
 
-def decode_buckets(max_requests: int, max_blocks: int) -> list[Bucket]:
-    """Buckets of one token per request: 1, 2, 4, 8, multiples of 8, and `max_requests` itself."""
-    sizes = {n for n in (1, 2, 4) if n < max_requests}
-    sizes |= {*range(8, max_requests, 8), max_requests}
-    return [Bucket(n, n, max_blocks, 1) for n in sorted(sizes)]
-
-
 class Graphs:
     """All captured steps of one backend; they share memory, because only one runs at a time."""
 
-    def __init__(self, gpu: Gpu, transfers: Transfers, sample: Sample) -> None:
+    def __init__(
+        self, gpu: Gpu, transfers: Transfers, uploads: StepUploads, sample: Sample
+    ) -> None:
         """Start with nothing captured.
 
         Args:
             gpu: device to capture and replay on.
             transfers: a replay waits for its downloads before it overwrites their source.
+            uploads: graphs read the inputs that it uploads where they arrive.
             sample: samples outside of graphs, and is captured.
         """
         self.gpu = gpu
         self.transfers = transfers
+        self.uploads = uploads
         self.sample = sample
         self.stream = gpu.new_stream()
         """Stream for captures: the default stream cannot be captured."""
@@ -136,14 +134,10 @@ class CapturedStep:
         self._results: Results | None = None
         self._forward: Graph | None = None
         self._sampling: Graph | None = None
-        self._copied: dict[int, torch.Tensor] = {}
-        """For each input, by its index in `_leaves`: the tensor that was copied last."""
-        self._reads_previous = False
-        """True if a row of the buffer for `previous_rows` may differ from -1."""
 
     def __call__(self, weights: Weights, kv: KV, inputs: StepInputs) -> tuple[KV, SampleOutput]:
         """Run the step; the next captured step overwrites the ids that this returns."""
-        if inputs.num_states:  # pooled prompts are not decodes: a capture gains nothing
+        if inputs.num_states:  # pooled prompts are computed once: a capture gains little
             return self._fn(weights, kv, inputs)
         if self._forward is None:
             self._capture(weights, kv, inputs)
@@ -169,11 +163,7 @@ class CapturedStep:
         main = gpu.current_stream()
         graphs.stream.wait_stream(main)
         with gpu.on(graphs.stream):
-            static = dataclasses.replace(
-                _copies(inputs),
-                previous_ids=torch.zeros_like(inputs.meta.logits_rows),
-                previous_rows=torch.full_like(inputs.token_ids, -1),
-            )
+            static = self._fixed(inputs)
             static.sample = _plain(static.sample)
             # run once without a graph: this compiles and loads every kernel, lets libraries
             # allocate their workspaces, and gives the number of columns of the logits
@@ -185,6 +175,15 @@ class CapturedStep:
             self._record(weights, kv)
             self._kv = kv
         main.wait_stream(graphs.stream)
+
+    def _fixed(self, inputs: StepInputs) -> StepInputs:
+        """The inputs with fixed addresses: where they are, if every step uploads to there."""
+        rows = inputs.previous_rows
+        if rows is None:
+            rows = torch.full_like(inputs.token_ids, -1)
+        ids = torch.zeros_like(inputs.meta.logits_rows)
+        static = dataclasses.replace(inputs, previous_ids=ids, previous_rows=rows)
+        return cast(StepInputs, _with_own_tensors(static, self._graphs.uploads.is_fixed))
 
     def _warm_up(self, weights: Weights, kv: KV, static: StepInputs) -> int:
         """Run the step without a graph; return the number of columns of its logits."""
@@ -243,22 +242,23 @@ class CapturedStep:
         return inputs.previous_ids is None or len(inputs.previous_ids) <= len(self._results.ids)
 
     def _copy_inputs(self, inputs: StepInputs) -> None:
-        """Copy the step's inputs into the buffers that the graphs read."""
+        """Copy the inputs that are not yet where the graphs read them."""
         assert self._static is not None
         self._copy_previous(inputs)
         targets: dict[torch.dtype, list[torch.Tensor]] = {}
         sources: dict[torch.dtype, list[torch.Tensor]] = {}
         pairs = zip(_leaves(self._static), _leaves(inputs), strict=True)
         for place, (target, source) in enumerate(pairs):
-            if self._copied.get(place) is source:
-                continue
             if target.shape != source.shape or target.dtype != source.dtype:
                 raise BackendError(
                     "shape",
                     f"input {place} of a step of {self._bucket} is {source.dtype} "
                     f"{list(source.shape)}, but {target.dtype} {list(target.shape)} was captured",
                 )
-            self._copied[place] = source
+            if target is source or target.data_ptr() == source.data_ptr():
+                continue
+            if self._graphs.uploads.is_fixed(source):  # it may overlap the target of another copy
+                source = source.clone()
             targets.setdefault(target.dtype, []).append(target)
             sources.setdefault(target.dtype, []).append(source)
         for dtype, many in targets.items():
@@ -269,13 +269,10 @@ class CapturedStep:
         assert self._static is not None and self._results is not None
         rows = self._static.previous_rows
         assert rows is not None
-        if inputs.previous_ids is None or inputs.previous_rows is None:
-            if self._reads_previous:
-                rows.fill_(-1)
-            self._reads_previous = False
+        if inputs.previous_rows is None:
+            rows.fill_(-1)
+        if inputs.previous_ids is None:
             return
-        self._reads_previous = True
-        rows.copy_(inputs.previous_rows)
         if inputs.previous_ids.data_ptr() != self._results.ids.data_ptr():
             self._graphs.wait_for_downloads()
             self._results.ids[: len(inputs.previous_ids)].copy_(inputs.previous_ids)
@@ -299,21 +296,18 @@ def _plain(params: SampleParams) -> SampleParams:
     return SampleParams(**columns, is_greedy=False, has_filters=True)
 
 
-def _copies(inputs: StepInputs) -> StepInputs:
-    """Copy the inputs, with new memory for every tensor."""
-    return cast(StepInputs, _with_own_tensors(inputs))
-
-
-def _with_own_tensors(value: Any) -> Any:
+def _with_own_tensors(value: Any, is_fixed: Callable[[torch.Tensor], bool]) -> Any:
+    """`value` with new memory for every tensor in it that is not fixed already."""
     if isinstance(value, torch.Tensor):
-        return value.clone()
+        return value if is_fixed(value) else value.clone()
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}
-        return dataclasses.replace(value, **{k: _with_own_tensors(v) for k, v in fields.items()})
+        own = {name: _with_own_tensors(field, is_fixed) for name, field in fields.items()}
+        return dataclasses.replace(value, **own)
     if isinstance(value, dict):
-        return {k: _with_own_tensors(v) for k, v in value.items()}
+        return {k: _with_own_tensors(v, is_fixed) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(_with_own_tensors(v) for v in value)
+        return type(value)(_with_own_tensors(v, is_fixed) for v in value)
     return value
 
 

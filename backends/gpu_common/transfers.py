@@ -11,9 +11,7 @@ import torch
 from portalm.errors import BackendError
 from portalm_backends.gpu_common.device import Event, Gpu
 from portalm_backends.gpu_common.errors import error_kind
-
-_ALIGNMENT = 16
-"""Alignment in bytes of each array in a packed upload, so that kernels can load vectors."""
+from portalm_backends.gpu_common.step_uploads import DTYPES, aligned
 
 
 class HostCopy:
@@ -50,8 +48,8 @@ class HostCopy:
 class Transfers:
     """Uploads on the stream of the steps, downloads on a stream of their own.
 
-    Uploads are small, and a step cannot start without them. A download waits for the work that was
-    enqueued before it, and then runs in parallel with the next step.
+    These uploads are those outside of steps, and of arrays too large for `StepUploads`. A download
+    waits for the work that was enqueued before it, and then runs in parallel with the next step.
     """
 
     def __init__(self, gpu: Gpu) -> None:
@@ -69,7 +67,7 @@ class Transfers:
         starts, size = [], 0
         for array in arrays:
             starts.append(size)
-            size += -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
+            size += aligned(array.nbytes)
         pinned = self._gpu.pinned(size)
         staged = pinned.numpy()
         for start, array in zip(starts, arrays, strict=True):
@@ -78,7 +76,7 @@ class Transfers:
         packed = torch.empty(size, dtype=torch.uint8, device=self._gpu.handle)
         packed.copy_(pinned, non_blocking=True)
         return [
-            packed[start : start + array.nbytes].view(_DTYPES[array.dtype]).view(array.shape)
+            packed[start : start + array.nbytes].view(DTYPES[array.dtype]).view(array.shape)
             for start, array in zip(starts, arrays, strict=True)
         ]
 
@@ -92,16 +90,3 @@ class Transfers:
             host.copy_(x, non_blocking=True)
         self.last_download = self._downloads.record_event()
         return HostCopy(x, host, self.last_download)
-
-
-_DTYPES = {
-    np.dtype(np.int32): torch.int32,
-    np.dtype(np.int64): torch.int64,
-    np.dtype(np.float32): torch.float32,
-    np.dtype(np.float64): torch.float64,
-    np.dtype(np.float16): torch.float16,
-    np.dtype(np.uint8): torch.uint8,
-    np.dtype(np.int8): torch.int8,
-    np.dtype(np.int16): torch.int16,
-    np.dtype(np.bool_): torch.bool,
-}

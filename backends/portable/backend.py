@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 
@@ -96,9 +97,21 @@ class TorchBackend(abc.ABC):
         """Copy an array, so that the caller may reuse its buffer."""
         return torch.from_numpy(np.ascontiguousarray(host)).to(self.device(), copy=True)
 
-    def to_device_all(self, hosts: Sequence[npt.NDArray[np.generic]]) -> Sequence[torch.Tensor]:
-        """Copy the arrays one by one."""
-        return [self.to_device(host) for host in hosts]
+    def step_uploads(self) -> contextlib.AbstractContextManager[None]:
+        """Return a context without an effect: `to_device` copies at once."""
+        return contextlib.nullcontext()
+
+    def block_table(
+        self,
+        block_ids: npt.NDArray[np.int32],
+        block_starts: npt.NDArray[np.int32],
+        width: int,
+    ) -> torch.Tensor:
+        """Fill a table of zeros, int32 [S, width], with each row's blocks; copy it."""
+        table = np.zeros((len(block_starts) - 1, width), np.int32)
+        for row, (begin, end) in zip(table, itertools.pairwise(block_starts.tolist()), strict=True):
+            row[: end - begin] = block_ids[begin:end]
+        return self.to_device(table)
 
     def to_host(self, x: torch.Tensor) -> HostFuture:
         """Copy `x` to the host before returning."""

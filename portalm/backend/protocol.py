@@ -82,10 +82,25 @@ class Backend(Protocol):
         """
         ...
 
-    def to_device_all(self, hosts: Sequence[np.ndarray]) -> Sequence[torch.Tensor]:
-        """Copy all index arrays of a step to the device, in one transfer where that is faster.
+    def step_uploads(self) -> AbstractContextManager[None]:
+        """Upload the arrays of one step in one transfer.
 
-        Optional: `to_device` of each.
+        Within the context, `to_device` and `block_table` may return tensors whose values arrive
+        when it ends, and which the next such context overwrites.
+
+        Optional: a context without an effect.
+        """
+        ...
+
+    def block_table(
+        self, block_ids: np.ndarray, block_starts: np.ndarray, width: int
+    ) -> torch.Tensor:
+        """Return a step's block table on the device, int32 [S, width].
+
+        Row i starts with block_ids[block_starts[i]] to block_ids[block_starts[i + 1]]; what
+        follows is 0, or unspecified on a device whose `attend` never reads it.
+
+        Optional: a table of zeros, filled on the host, then `to_device`.
         """
         ...
 

@@ -74,7 +74,8 @@ class StepMeta:
     seq_lens: torch.Tensor
     """int32 [S]: context length of each request, this step's tokens included."""
     block_table: torch.Tensor
-    """int32 [S, MB]: physical block of each logical block; entries past seq_len are 0."""
+    """int32 [S, MB]: physical block of each logical block; entries past seq_len are 0, unless
+    `Backend.block_table` leaves them unspecified."""
     logits_rows: torch.Tensor
     """int32 [R]: tokens whose logits, or hidden states, are needed."""
     host_query_start_loc: np.ndarray

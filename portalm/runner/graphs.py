@@ -129,10 +129,14 @@ class StepGraphs:
         return shapes
 
     def _fitting(self, bucket: Bucket, num_rows: int, num_states: int) -> PaddedShape | None:
-        """The shape of `bucket` that holds this many rows of logits and of hidden states."""
+        """The shape of `bucket` that holds this many rows of logits and of hidden states.
+
+        None where no captured shape does: prompt logprobs and pooled prompts run uncaptured,
+        unless every step must be padded.
+        """
         if self._samples and num_rows <= bucket.num_requests and not num_states:
             return _usual(bucket)
-        return self._wide(bucket) if bucket.max_query_len > 1 else None
+        return self._wide(bucket) if bucket.max_query_len > 1 and self._must_pad else None
 
     def _wide(self, bucket: Bucket) -> PaddedShape:
         """The shape with rows for prompt logprobs and for the hidden state of every token."""

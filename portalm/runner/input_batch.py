@@ -41,8 +41,12 @@ class StepArrays:
     """[S + 1]"""
     seq_lens: IntArray
     """[S]"""
-    block_table: IntArray
-    """[S, MB]"""
+    block_ids: IntArray
+    """[N]: the blocks that hold each request's context, all requests end to end."""
+    block_starts: IntArray
+    """[S + 1]: request i has the block ids from block_starts[i] to block_starts[i + 1]."""
+    table_width: int
+    """MB: columns of the block table."""
     logits_rows: IntArray
     """[R]: the token of each row of logits; pad rows use token 0."""
     max_query_len: int
@@ -82,7 +86,7 @@ class InputBatch:
         self._num_known = [0] * num_rows
         self._num_blocks = [0] * num_rows
         self._last_block = [0] * num_rows
-        self._buffers = [_Buffers(config, self.max_blocks) for _ in range(2)]
+        self._buffers = [_Buffers(config) for _ in range(2)]
         self._step = 0
 
     def forget(self, request_ids: list[str]) -> None:
@@ -195,9 +199,7 @@ class InputBatch:
         token_ids, positions, slots = self._token_arrays(
             np.repeat(rows, lengths), offsets, shape.num_tokens, buffers
         )
-        table = buffers.block_table[: shape.num_requests * shape.num_blocks]
-        table = table.reshape(shape.num_requests, shape.num_blocks)
-        self._fill_block_table(table, rows, seq_lens[:num_requests])
+        block_ids, block_starts = self._blocks(rows, seq_lens, buffers)
 
         wanted = self._logits_rows(planned, loc.tolist())
         num_rows = len(wanted)
@@ -213,7 +215,9 @@ class InputBatch:
             slot_mapping=slots,
             query_start_loc=loc,
             seq_lens=seq_lens,
-            block_table=table,
+            block_ids=block_ids,
+            block_starts=block_starts,
+            table_width=shape.num_blocks,
             logits_rows=np.array(wanted + [0] * (num_padded_rows - num_rows), np.int32),
             max_query_len=int(lengths.max()),
             max_seq_len=int(seq_lens[:num_requests].max()),
@@ -264,7 +268,9 @@ class InputBatch:
             slot_mapping=zeros[: pad.num_tokens],
             query_start_loc=zeros[: pad.num_requests + 1],
             seq_lens=zeros[: pad.num_requests],
-            block_table=np.zeros((pad.num_requests, pad.num_blocks), np.int32),
+            block_ids=zeros[:0],
+            block_starts=zeros[: pad.num_requests + 1],
+            table_width=pad.num_blocks,
             logits_rows=zeros[: pad.num_rows],
             max_query_len=0,
             max_seq_len=0,
@@ -292,7 +298,9 @@ class InputBatch:
             slot_mapping=np.zeros(num_tokens, np.int32),
             query_start_loc=loc,
             seq_lens=lengths,
-            block_table=np.zeros((num_requests, -(-longest // self.block_size)), np.int32),
+            block_ids=np.zeros(num_requests, np.int32),
+            block_starts=np.arange(num_requests + 1, dtype=np.int32),
+            table_width=-(-longest // self.block_size),
             logits_rows=np.zeros(num_rows, np.int32),
             max_query_len=longest,
             max_seq_len=longest,
@@ -321,14 +329,12 @@ class InputBatch:
         seq_lens = buffers.seq_lens[:count]
         np.add(positions, 1, out=seq_lens)
         longest = int(seq_lens.max())
-        num_blocks = -(-longest // block_size)
-        table = buffers.block_table[: count * num_blocks].reshape(count, num_blocks)
-        self._fill_block_table(table, rows, seq_lens)
+        block_ids, block_starts = self._blocks(rows, seq_lens, buffers)
         token_ids = buffers.token_ids[:count]
         token_ids[:] = self.token_ids[rows, positions]
         slots = buffers.slot_mapping[:count]
         block, offset = np.divmod(positions, block_size)
-        np.multiply(table[arange[:count], block], block_size, out=slots)
+        np.multiply(self.block_table[rows, block], block_size, out=slots)
         slots += offset
         loc = arange[: count + 1]
         return StepArrays(
@@ -342,22 +348,34 @@ class InputBatch:
             slot_mapping=slots,
             query_start_loc=loc,
             seq_lens=seq_lens,
-            block_table=table,
+            block_ids=block_ids,
+            block_starts=block_starts,
+            table_width=-(-longest // block_size),
             logits_rows=loc[:count],
             max_query_len=1,
             max_seq_len=longest,
             previous_rows=self._previous_rows(planned, loc, count, sampled_rows),
         )
 
-    def _fill_block_table(
-        self, table: IntArray, rows: npt.NDArray[np.intp], seq_lens: IntArray
-    ) -> None:
-        """Write each request's blocks to `table`, and 0, the null block, after its context."""
-        num_requests = len(rows)
-        table[num_requests:] = 0
-        num_blocks = -(-seq_lens // self.block_size)
-        held = np.arange(table.shape[1]) < num_blocks[:, None]
-        np.multiply(self.block_table[rows, : table.shape[1]], held, out=table[:num_requests])
+    def _blocks(
+        self, rows: npt.NDArray[np.intp], seq_lens: IntArray, buffers: _Buffers
+    ) -> tuple[IntArray, IntArray]:
+        """The blocks of each request's context end to end, and where each request's begin.
+
+        Only these are read, so the time does not depend on the longest context allowed.
+
+        Args:
+            rows: [S unpadded]
+            seq_lens: [S], padded with 0.
+            buffers: where to write the starts.
+        """
+        starts = buffers.block_starts[: len(seq_lens) + 1]
+        starts[0] = 0
+        counts = -(-seq_lens // self.block_size)
+        np.cumsum(counts, out=starts[1:])
+        table = self.block_table
+        parts = [table[row, :n] for row, n in zip(rows.tolist(), counts.tolist(), strict=False)]
+        return np.concatenate(parts), starts
 
     @staticmethod
     def _logits_rows(planned: list[PlannedRequest], loc: list[int]) -> list[int]:
@@ -392,7 +410,7 @@ class InputBatch:
 class _Buffers:
     """Arrays with room for the largest step, overwritten every other step."""
 
-    def __init__(self, config: SchedulerConfig, max_blocks: int) -> None:
+    def __init__(self, config: SchedulerConfig) -> None:
         # a bucket may pad up to the next power of two
         num_tokens = 2 * config.max_batch_tokens
         num_requests = 2 * config.max_batch_requests
@@ -402,4 +420,4 @@ class _Buffers:
         self.slot_mapping = np.zeros(num_tokens, np.int32)
         self.query_start_loc = np.zeros(num_requests + 1, np.int32)
         self.seq_lens = np.zeros(num_requests, np.int32)
-        self.block_table = np.zeros(num_requests * 2 * max_blocks, np.int32)
+        self.block_starts = np.zeros(num_requests + 1, np.int32)

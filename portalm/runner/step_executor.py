@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -67,7 +67,6 @@ class HostStep:
     returns_states: bool
     """False where hidden states are computed only as padding."""
     sample: SampleArrays
-    """The same object as in the step before where nothing but the positions differs."""
     sample_positions: npt.NDArray[np.int64]
     """[R]: position of each sampled token in its request."""
     bucket: Bucket | None
@@ -130,8 +129,6 @@ class StepExecutor:
         self._specs = list(dict.fromkeys(model.attention_specs()))
         self._last_ids: torch.Tensor | None = None
         """int32 [R]: token ids sampled by the last step, on the device."""
-        self._last_sample: tuple[SampleArrays, SampleParams] | None = None
-        """What was last sent, for steps that sample in the same way."""
 
     def execute(self, step: HostStep) -> StepInFlight:
         """Enqueue a step and the copies of its output to the host.
@@ -188,63 +185,54 @@ class StepExecutor:
     # -- host to device -----------------------------------------------------------------------
 
     def inputs(self, step: HostStep) -> StepInputs:
-        """Copy a step's arrays to the device."""
-        arrays, previous = step.arrays, step.arrays.previous_rows
-        hosts = {
-            "token_ids": arrays.token_ids,
-            "positions": arrays.positions,
-            "slot_mapping": arrays.slot_mapping,
-            "query_start_loc": arrays.query_start_loc,
-            "seq_lens": arrays.seq_lens,
-            "block_table": arrays.block_table,
-            "logits_rows": step.wanted_rows,
-        }
-        if previous is not None:
-            hosts["previous_rows"] = previous
-        sent = dict(zip(hosts, self._backend.to_device_all(list(hosts.values())), strict=True))
-        types = step.token_types
-        meta = StepMeta(
-            positions=sent["positions"],
-            slot_mapping=sent["slot_mapping"],
-            query_start_loc=sent["query_start_loc"],
-            seq_lens=sent["seq_lens"],
-            block_table=sent["block_table"],
-            logits_rows=sent["logits_rows"],
-            host_query_start_loc=arrays.query_start_loc,
-            host_seq_lens=arrays.seq_lens,
-            num_decodes=arrays.num_decodes,
-            max_query_len=arrays.max_query_len,
-            max_seq_len=arrays.max_seq_len,
-            token_types=None if types is None else self._backend.to_device(types),
-            bucket=step.bucket,
-        )
-        return StepInputs(
-            token_ids=sent["token_ids"],
-            meta=self._backend.prepare(meta, self._specs),
-            sample=self._sample_params(step.sample, step.sample_positions),
-            previous_ids=None if previous is None else self._last_ids,
-            previous_rows=sent.get("previous_rows"),
-            num_states=step.num_states,
-        )
+        """Copy a step's arrays to the device, in one transfer where the backend has that.
+
+        The order of the arrays depends on nothing but the step's bucket, up to those of rare kinds
+        of sampling, which come last: a backend may rely on it to keep their addresses.
+        """
+        arrays, send = step.arrays, self._backend.to_device
+        previous = arrays.previous_rows
+        if previous is None and step.bucket is not None:
+            previous = np.full(step.bucket.num_tokens, -1, np.int32)
+        with self._backend.step_uploads():
+            meta = StepMeta(
+                positions=send(arrays.positions),
+                slot_mapping=send(arrays.slot_mapping),
+                query_start_loc=send(arrays.query_start_loc),
+                seq_lens=send(arrays.seq_lens),
+                block_table=self._backend.block_table(
+                    arrays.block_ids, arrays.block_starts, arrays.table_width
+                ),
+                logits_rows=send(step.wanted_rows),
+                host_query_start_loc=arrays.query_start_loc,
+                host_seq_lens=arrays.seq_lens,
+                num_decodes=arrays.num_decodes,
+                max_query_len=arrays.max_query_len,
+                max_seq_len=arrays.max_seq_len,
+                token_types=None if step.token_types is None else send(step.token_types),
+                bucket=step.bucket,
+            )
+            return StepInputs(
+                token_ids=send(arrays.token_ids),
+                previous_ids=None if arrays.previous_rows is None else self._last_ids,
+                previous_rows=None if previous is None else send(previous),
+                meta=self._backend.prepare(meta, self._specs),
+                sample=self._sample_params(step.sample, step.sample_positions),
+                num_states=step.num_states,
+            )
 
     def _sample_params(
         self, sample: SampleArrays, positions: npt.NDArray[np.int64]
     ) -> SampleParams:
-        """Copy to the device what it does not hold from the step before."""
-        sent_positions = self._backend.to_device(positions)
-        if self._last_sample is not None and self._last_sample[0] is sample:
-            return replace(self._last_sample[1], position=sent_positions)
-        params = SampleParams(
-            position=sent_positions,
+        return SampleParams(
+            position=self._backend.to_device(positions),
+            **self._sent(sample.rows),
             penalties=Penalties(**self._sent(sample.penalties)) if sample.penalties else None,
             bias=LogitBias(**self._sent(sample.bias)) if sample.bias else None,
             is_greedy=sample.is_greedy,
             has_filters=sample.has_filters,
             num_logprobs=sample.num_logprobs,
-            **self._sent(sample.rows),
         )
-        self._last_sample = sample, params
-        return params
 
     def _sent(self, arrays: Arrays) -> dict[str, torch.Tensor]:
         return {name: self._backend.to_device(array) for name, array in arrays.items()}

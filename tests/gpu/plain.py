@@ -15,6 +15,7 @@ from portalm.backend import (
 )
 from portalm_backends.gpu_common.archs import CUDA
 from portalm_backends.gpu_common.backend import GpuBackend
+from portalm_backends.gpu_common.kernels.unpack import unpack_plainly
 from portalm_backends.portable.backend import TorchBackend
 
 
@@ -36,6 +37,7 @@ class PlainGpu(GpuBackend):
     silu_mul = TorchBackend.silu_mul
     moe = TorchBackend.moe
     kv_copy = TorchBackend.kv_copy
+    _unpack = staticmethod(unpack_plainly)
 
     def _sample(self, logits: torch.Tensor, params: SampleParams) -> SampleOutput:
         return TorchBackend.sample(self, logits, params)
