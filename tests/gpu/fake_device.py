@@ -10,10 +10,11 @@ soon all lead to wrong numbers.
 from __future__ import annotations
 
 import random
+import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -156,8 +157,16 @@ class FakeGpu:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Context in which torch computes on this device; `cpu()` waits and copies to the host."""
+        """Context in which torch computes on this device; `cpu()` waits and copies to the host.
+
+        It includes the threads of engines that start in it, until they end.
+        """
         cpu, from_numpy = self._cpu, self._from_numpy = torch.Tensor.cpu, torch.from_numpy
+        run_thread = threading.Thread.run
+
+        def run_on_device(thread: threading.Thread) -> None:
+            with _Launches(self) if thread.name == "portalm-engine" else nullcontext():
+                run_thread(thread)
 
         def to_host(x: torch.Tensor) -> torch.Tensor:
             self.num_waits += 1
@@ -167,10 +176,12 @@ class FakeGpu:
 
         torch.Tensor.cpu = to_host  # type: ignore[method-assign]
         torch.from_numpy = lambda array: _on_host(from_numpy(array))
+        threading.Thread.run = run_on_device  # type: ignore[method-assign]
         try:
             with _Launches(self):
                 yield
         finally:
+            threading.Thread.run = run_thread  # type: ignore[method-assign]
             torch.Tensor.cpu, torch.from_numpy = cpu, from_numpy  # type: ignore[method-assign]
 
     @contextmanager
