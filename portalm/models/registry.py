@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 
+from portalm.errors import UnsupportedModel
 from portalm.models.model import Model
 
 ARCHITECTURES = {
@@ -65,6 +66,50 @@ ARCHITECTURES = {
 }
 """Architecture name -> "module:class"."""
 
+_STATE = "it has layers with a recurrent or convolutional state, which the cache does not hold"
+_SIZES = "its layers have caches of different sizes, or share one"
+_SPARSE = "its attention reads only the tokens that an index chooses"
+
+REFUSED = {
+    "BailingHybridForCausalLM": _STATE,
+    "BambaForCausalLM": _STATE,
+    "DeepseekV32ForCausalLM": _SPARSE,
+    "FalconH1ForCausalLM": _STATE,
+    "FalconMambaForCausalLM": _STATE,
+    "Gemma3nForCausalLM": _SIZES,
+    "Gemma3nForConditionalGeneration": _SIZES,
+    "Gemma4ForCausalLM": _SIZES,
+    "Gemma4ForConditionalGeneration": _SIZES,
+    "Gemma4UnifiedForCausalLM": _SIZES,
+    "Gemma4UnifiedForConditionalGeneration": _SIZES,
+    "GlmMoeDsaForCausalLM": _SPARSE,
+    "GraniteMoeHybridForCausalLM": _STATE,
+    "JambaForCausalLM": _STATE,
+    "KimiLinearForCausalLM": _STATE,
+    "Lfm2ForCausalLM": _STATE,
+    "Lfm2MoeForCausalLM": _STATE,
+    "Lfm2VlForConditionalGeneration": _STATE,
+    "Lfm3ForCausalLM": _STATE,
+    "Mamba2ForCausalLM": _STATE,
+    "MambaForCausalLM": _STATE,
+    "MiniMaxForCausalLM": _STATE,
+    "MiniMaxText01ForCausalLM": _STATE,
+    "NemotronHForCausalLM": _STATE,
+    "OlmoHybridForCausalLM": _STATE,
+    "Phi4FlashForCausalLM": _STATE,
+    "Qwen3NextForCausalLM": _STATE,
+    "Qwen3_5ForCausalLM": _STATE,
+    "Qwen3_5ForConditionalGeneration": _STATE,
+    "Qwen3_5MoeForCausalLM": _STATE,
+    "Qwen3_5MoeForConditionalGeneration": _STATE,
+    "RecurrentGemmaForCausalLM": _STATE,
+    "RwkvForCausalLM": _STATE,
+    "xLSTMForCausalLM": _STATE,
+    "Zamba2ForCausalLM": _STATE,
+    "ZambaForCausalLM": _STATE,
+}
+"""Architectures that are known not to run, with the reason."""
+
 
 def has_head(architecture: str) -> bool:
     """False for a registered decoder without its output head, for example Qwen3Model."""
@@ -76,7 +121,14 @@ def model_class(architecture: str) -> type[Model]:
     """Find the class that runs `architecture`; an unregistered one runs through transformers' code.
 
     A decoder without its output head is run by its family's class.
+
+    Raises:
+        UnsupportedModel: it is in `REFUSED`.
     """
+    if architecture in REFUSED and architecture not in ARCHITECTURES:
+        raise UnsupportedModel(
+            f"architecture {architecture!r} is not supported: {REFUSED[architecture]}"
+        )
     if not has_head(architecture):
         architecture = architecture.removesuffix("Model") + "ForCausalLM"
     target = ARCHITECTURES.get(architecture, "portalm.models.transformers_model:TransformersModel")

@@ -21,14 +21,11 @@ _SIZES: tuple[tuple[str, int], ...] = (
     (r"hidden_size_per_layer|_multiple_of|pronunciation|shape_embed", 16),
     (r"moe_intermediate_size|expert_ffn|expert_intermediate", 32),
     (r"intermediate_size|ffn_dim|ffn_hidden_size|n_inner|dim_ff", 96),
-    (r"qk_nope_head_dim", 12),
-    (r"qk_rope_head_dim", 16),
-    (r"qk_head_dim", 28),
     (r"v_head_dim", 20),
     (r"q_lora_rank", 24),
     (r"_rank$", 32),
     (r"head_dim|kv_channels|d_kv|dim_head", 16),
-    (r"hidden_size|d_model|n_embe?d|embedding_size|embedding_dim|embed_proj_dim|dim_model$", 64),
+    (r"hidden_size|d_model|n_embe?d$|embedding_size|embedding_dim|embed_proj_dim|dim_model$", 64),
     (r"num_attention_heads|n_heads?$|num_heads|attention_heads", 4),
     (r"topk_group", 2),
     (r"n_group|expert_group", 4),
@@ -72,6 +69,9 @@ def _shrunk(
         return value if value < VOCAB_SIZE else VOCAB_SIZE - 1
     if _NUM_LAYERS.match(key):
         return min(value, len(layers)) if layers else value
+    rotary = values.get("qk_rope_head_dim")
+    if rotary and key in ("head_dim", "qk_head_dim", "qk_nope_head_dim", "qk_rope_head_dim"):
+        return 16 * value // rotary  # rotary settings may state their ratio
     if re.search(r"key_value_heads|kv_heads|n_head_kv|query_groups", key):
         return _kv_heads(key, value, values)
     limit = next((limit for pattern, limit in _SIZES if re.search(pattern, key)), None)

@@ -111,7 +111,7 @@ class TransformersModel:
     def complete(cls, values: dict[str, Any]) -> dict[str, Any]:
         """Add the defaults of transformers' config class, under the common names of values."""
         _find_class(str((values.get("architectures") or [""])[0]))
-        config = _hf_config(values)
+        config = _hf_config(values).get_text_config()
         names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim",
                  "num_attention_heads", "num_key_value_heads", "max_position_embeddings",
                  "tie_word_embeddings")  # fmt: skip
@@ -308,6 +308,8 @@ def _hf_config(values: Mapping[str, Any]) -> Any:
 def _dry_run(model: Any) -> list[AttentionSpec]:
     """Run a step of two tokens without data, and return the attention of every layer."""
     text = model.config.get_text_config()
+    if getattr(text, "index_topk", None):
+        raise UnsupportedModel("its attention reads only the tokens that an index chooses")
     rope = getattr(text, "rope_parameters", None) or {}
     if {"dynamic", "longrope"} & {str(v) for v in _leaves(rope)}:
         raise UnsupportedModel("its rotary embedding depends on the length of the text")

@@ -23,6 +23,7 @@ LARGE: dict[str, Any] = {
         "factor": 4.0,
         "original_max_position_embeddings": 8192,
     },
+    "max_position_embeddings": 131_072,
     "attention_bias": True,
     "hidden_act": "silu",
 }
@@ -57,6 +58,7 @@ def test_query_heads_still_share_keys() -> None:
 def test_values_that_select_code_stay() -> None:
     small = shrink(LARGE)
 
+    assert small["max_position_embeddings"] == 4096  # longer than any prompt of a comparison
     assert (small["attention_bias"], small["hidden_act"]) == (True, "silu")
     assert small["rope_parameters"]["factor"] == 4.0
     assert all(token < VOCAB_SIZE for token in small["eos_token_id"])

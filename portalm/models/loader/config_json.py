@@ -73,7 +73,7 @@ def model_config(values: dict[str, Any], generated: dict[str, Any]) -> ModelConf
         num_kv_heads=int(values.get("num_key_value_heads") or num_heads),
         head_size=head_size,
         max_position=_max_position(values),
-        norm_eps=float(values.get("rms_norm_eps", 1e-6)),
+        norm_eps=1e-6 if values.get("rms_norm_eps") is None else float(values["rms_norm_eps"]),
         rope=_rope_config(values, head_size),
         tie_word_embeddings=bool(values.get("tie_word_embeddings", False)),
         attention_bias=bool(values.get("attention_bias", False)),
