@@ -77,7 +77,7 @@ class Gemma2(Gemma):
     def __init__(self, config: ModelConfig, dtype: str) -> None:
         """Create the model for `config`; raise `UnsupportedModel` for unsupported settings."""
         super().__init__(config, dtype)
-        self.logit_cap = config.values["final_logit_softcapping"]
+        self.logit_cap = config.values["final_logit_softcapping"] or None
 
     def has_window(self, layer: int) -> bool:
         """Every other layer, starting with the first."""
@@ -89,7 +89,7 @@ class Gemma2(Gemma):
         return replace(
             super().spec(layer),
             scale=float(values["query_pre_attn_scalar"]) ** -0.5,
-            soft_cap=values["attn_logit_softcapping"],
+            soft_cap=values["attn_logit_softcapping"] or None,
         )
 
     def block(self, read: LayerReader, layer: int, name: str) -> Block:
