@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from gpu.common import Clock, Settings, report, run_sections, settings
-from gpu.engine import lengths_like_sharegpt
+from gpu.lengths import lengths_like_sharegpt
 
 
 class Transformers:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu.common import Clock, Settings, model_folder, report, run_sections, settings
-from gpu.engine import lengths_like_sharegpt
+from gpu.lengths import lengths_like_sharegpt
 
 MOST_AT_ONCE = 512
 """Requests in flight; each needs an open socket here and in the server."""

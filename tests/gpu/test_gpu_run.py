@@ -174,7 +174,7 @@ def test_a_pack_adds_what_this_python_lacks(tmp_path: Path) -> None:
 
 def test_the_thousand_requests_have_the_published_total_lengths() -> None:
     totals = python(
-        "from gpu.engine import lengths_like_sharegpt as f\n"
+        "from gpu.lengths import lengths_like_sharegpt as f\n"
         "print(*[sum(pair[i] for pair in f(1000)) for i in (0, 1)])"
     )
 
