@@ -385,6 +385,7 @@ def _launch(
         TOKENS=tokens,
         ITEM_TOKENS=tiles.tokens,
         IS_WIDE=kind == "wide",
+        OVERLAPS=shape.overlaps and kind == "wide" and size == value_size,
         HAS_CAP=spec.soft_cap is not None,
         HAS_WINDOW=spec.sliding_window is not None,
         HAS_ALIBI=slopes is not None,

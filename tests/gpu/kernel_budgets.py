@@ -119,6 +119,7 @@ def attention(
             "TOKENS": min(shape.rows // group, item_tokens),
             "ITEM_TOKENS": item_tokens,
             "IS_WIDE": kind == "wide",
+            "OVERLAPS": shape.overlaps and kind == "wide" and not rest,
             "HAS_CAP": has_all,
             "HAS_WINDOW": has_all,
             "HAS_ALIBI": has_all,

@@ -17,8 +17,9 @@ from portalm.conformance.subject import Subject
 from portalm_backends.gpu_common import attention
 from portalm_backends.gpu_common.attention import AttentionPlan, Tiles
 from portalm_backends.gpu_common.cache import ScaledKV
+from portalm_backends.gpu_common.tiles import tile_shape
 from portalm_backends.portable import kv_codes
-from tests.gpu.interpreted import InterpretedBackend, complete
+from tests.gpu.interpreted import InterpretedBackend, complete, some
 
 BUCKETS = [
     Bucket(num_tokens=4, num_requests=4, num_blocks=24, max_query_len=1),
@@ -85,29 +86,40 @@ class Step:
     """Random requests over blocks in random order; slots without a token are NaN."""
 
     def __init__(
-        self, query_lens: list[int], seq_lens: list[int], bucket: Bucket | None = None
+        self,
+        query_lens: list[int],
+        seq_lens: list[int],
+        bucket: Bucket | None = None,
+        *,
+        block: int = BLOCK,
+        size: int = 16,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         generator = torch.Generator().manual_seed(0)
         num_requests, num_tokens = len(query_lens), sum(query_lens)
         if bucket is not None:
             num_requests, num_tokens = bucket.num_requests, bucket.num_tokens
-        blocks = [-(-n // BLOCK) for n in seq_lens]
+        blocks = [-(-n // block) for n in seq_lens]
         num_blocks = 1 + sum(blocks)
         ids = (1 + torch.randperm(num_blocks - 1, generator=generator)).split(blocks)
-        table = torch.zeros((num_requests, max(blocks)), dtype=torch.int32)
-        self.cache = torch.full((num_blocks, 1, 2, BLOCK, 16), float("nan"))
+        # around the table are blocks that do not exist: reading them is an illegal access
+        table = torch.full((num_requests + 2, max(blocks)), 2**30, dtype=torch.int32)[1:-1]
+        table[:] = 0
+        self.cache = torch.full((num_blocks, 1, 2, block, size), float("nan"), dtype=dtype)
         self.key, self.value = [], []
         for i, (length, own) in enumerate(zip(seq_lens, ids, strict=True)):
             table[i, : len(own)] = own
-            pair = torch.randn((2, length, 1, 16), generator=generator)  # [2, N, H_kv, D]
-            slots = torch.full((2, len(own) * BLOCK, 1, 16), float("nan"))
+            pair = torch.randn((2, length, 1, size), generator=generator).to(
+                dtype
+            )  # [2, N, H_kv, D]
+            slots = torch.full((2, len(own) * block, 1, size), float("nan"), dtype=dtype)
             slots[:, :length] = pair
-            self.cache[own] = slots.view(2, len(own), BLOCK, 1, 16).permute(1, 3, 0, 2, 4)
+            self.cache[own] = slots.view(2, len(own), block, 1, size).permute(1, 3, 0, 2, 4)
             self.key.append(pair[0])
             self.value.append(pair[1])
-        self.query = torch.full((num_tokens, 4, 16), float("nan"))
+        self.query = torch.full((num_tokens, 4, size), float("nan"), dtype=dtype)
         self.query[: sum(query_lens)] = 2 * torch.randn(
-            (sum(query_lens), 4, 16), generator=generator
+            (sum(query_lens), 4, size), generator=generator
         )
         loc = np.full(num_requests + 1, sum(query_lens), np.int32)
         loc[: len(query_lens)] = np.cumsum([0, *query_lens[:-1]])
@@ -134,10 +146,12 @@ class Step:
             self.meta, spec, torch.from_numpy, num_programs=num_programs
         )
 
-    def attend(self, spec: AttentionSpec, plan: AttentionPlan) -> torch.Tensor:
+    def attend(
+        self, spec: AttentionSpec, plan: AttentionPlan, family: str = "nvidia"
+    ) -> torch.Tensor:
         """Attention of the step's tokens, without padding."""
         sinks = SINKS if spec.has_sinks else None
-        out = attention.attend(self.cache, self.query, self.meta, spec, plan, sinks)
+        out = attention.attend(self.cache, self.query, self.meta, spec, plan, sinks, family=family)
         return out[: sum(self.query_lens)]
 
     def expected(self, spec: AttentionSpec) -> Any:
@@ -173,6 +187,33 @@ def test_a_chunk_after_a_long_context_is_split(spec: AttentionSpec) -> None:
     assert plan.wide is not None and len(plan.wide.merges) == 1
     actual = step.attend(spec, plan)
     require_close("", actual.numpy(), step.expected(spec), NMSE_BOUND["float32"])
+
+
+OVERLAPPED = {  # name: query_lens, seq_lens, block, num_programs
+    "tables end with the last tile": ([64, 8], [128, 256], 64, CROWD),
+    "only a diagonal, and 5 tiles": ([17, 90], [17, 320], 16, CROWD),
+    "parts end before the diagonal": ([12], [523], 16, ALONE),
+    "a part begins after the first query": ([20], [520], 16, ALONE),
+    "blocks of two tiles": ([70], [512], 128, ALONE),
+}
+
+
+@pytest.mark.parametrize(
+    "case", some(OVERLAPPED, lambda case: "tables" in case or "begins" in case)
+)
+@pytest.mark.parametrize("spec", [SPEC, EVERYTHING], ids=["plain", "everything"])
+def test_overlapped_tiles_have_the_same_bits(spec: AttentionSpec, case: str) -> None:
+    *lengths, block, num_programs = OVERLAPPED[case]
+    spec = dataclasses.replace(spec, head_size=80, sliding_window=spec.sliding_window and 100)
+    step = Step(*lengths, block=block, size=80, dtype=torch.float16)
+    overlapped, plain = (tile_shape("wide", x, torch.float16, 80, 4) for x in ("nvidia", "ampere"))
+    assert overlapped == dataclasses.replace(plain, overlaps=True) != plain
+    plan = step.plan(spec, num_programs)
+
+    actual = step.attend(spec, plan)
+
+    assert torch.equal(actual, step.attend(spec, plan, family="ampere"))
+    require_close("", actual.float().numpy(), step.expected(spec), NMSE_BOUND["float16"])
 
 
 def test_a_captured_step_can_be_replayed_with_other_work() -> None:

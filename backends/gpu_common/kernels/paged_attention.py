@@ -68,6 +68,32 @@ def _combine(acc, top, total, part_acc, part_top, part_total):
 
 
 @triton.jit
+def _weigh(scores, is_seen, bias, score_scale, cap, top, total, HAS_CAP: tl.constexpr,
+           HAS_BIAS: tl.constexpr, IS_MASKED: tl.constexpr):  # fmt: skip
+    """Add one tile of scores [M, N] to a softmax with largest scores `top` and sums `total` [M].
+
+    Returns:
+        The tile's weights [M, N], the factor [M] for what was summed before, and the new `top` and
+        `total`.
+    """
+    if HAS_CAP:  # tanh(x) = 1 - 2 / (exp(2 x) + 1), which is correct for large |x| too
+        scores = cap * (1.0 - 2.0 / (tl.exp2(scores * score_scale) + 1.0))
+    if HAS_BIAS:
+        if not HAS_CAP:
+            scores = scores * score_scale
+        scores = scores + bias
+    if IS_MASKED:
+        scores = tl.where(is_seen, scores, float("-inf"))
+    # without cap or bias, the scale is folded into the exponent
+    factor = 1.0 if HAS_CAP or HAS_BIAS else score_scale
+    new_top = tl.maximum(top, tl.max(scores, 1) * factor)
+    base = tl.where(new_top == float("-inf"), 0.0, new_top)
+    weights = tl.exp2(scores * factor - base[:, None])
+    shrink = tl.exp2(top - base)
+    return weights, shrink, new_top, total * shrink + tl.sum(weights, 1)
+
+
+@triton.jit
 def _update(q, q_rest, key, key_rest, value, key_scales, value_scales, is_seen, bias, score_scale,
             cap, acc, top, total, HAS_CAP: tl.constexpr, HAS_BIAS: tl.constexpr,
             IS_MASKED: tl.constexpr, CODES: tl.constexpr, HAS_REST: tl.constexpr):  # fmt: skip
@@ -84,27 +110,70 @@ def _update(q, q_rest, key, key_rest, value, key_scales, value_scales, is_seen, 
         scores = tl.dot(q_rest, rest, scores, input_precision="ieee")
     if CODES:
         scores = scores * key_scales[None, :]
-    if HAS_CAP:  # tanh(x) = 1 - 2 / (exp(2 x) + 1), which is correct for large |x| too
-        scores = cap * (1.0 - 2.0 / (tl.exp2(scores * score_scale) + 1.0))
-    if HAS_BIAS:
-        if not HAS_CAP:
-            scores = scores * score_scale
-        scores = scores + bias
-    if IS_MASKED:
-        scores = tl.where(is_seen, scores, float("-inf"))
-    # without cap or bias, the scale is folded into the exponent
-    factor = 1.0 if HAS_CAP or HAS_BIAS else score_scale
-    new_top = tl.maximum(top, tl.max(scores, 1) * factor)
-    base = tl.where(new_top == float("-inf"), 0.0, new_top)
-    weights = tl.exp2(scores * factor - base[:, None])
-    shrink = tl.exp2(top - base)
-    total = total * shrink + tl.sum(weights, 1)
+    weights, shrink, top, total = _weigh(
+        scores, is_seen, bias, score_scale, cap, top, total, HAS_CAP, HAS_BIAS, IS_MASKED
+    )
     acc = acc * shrink[:, None]
     if CODES and q.dtype != tl.float16:
         weights = weights * value_scales[None, :]
     value = value.to(q.dtype)
     acc = tl.dot(weights.to(q.dtype), value, acc, input_precision="ieee")
-    return acc, new_top, total
+    return acc, top, total
+
+
+@triton.jit
+def _overlapped_span(q, keys, table, start, stop, live_begin, live_end, position, slope, window,
+                     score_scale, cap, acc, top, total, D: tl.constexpr, VP: tl.constexpr,
+                     BLOCK: tl.constexpr, BLOCK_STRIDE: tl.constexpr, TILE: tl.constexpr,
+                     HAS_CAP: tl.constexpr, HAS_WINDOW: tl.constexpr,
+                     HAS_ALIBI: tl.constexpr):  # fmt: skip
+    """Add tiles from `start` to `stop`, which every row attends to, and the masked tile at `stop`.
+
+    The results are those of `_span`, to the last bit. The next tile's keys are multiplied before
+    this tile's values, so that a softmax runs while tensor cores work on the tile before it. This
+    needs a loop without conditions around it: with one, ptxas waits for every instruction of the
+    tensor cores before it issues the next.
+    """
+    dim, tile = tl.arange(0, VP), tl.arange(0, TILE)
+    # Tokens without keys may be loaded, because their scores are masked, but their blocks have no
+    # entry in the table. What follows a part of a context is another part, whose entries exist.
+    token = start + tile
+    is_live = token < live_end
+    offset = _token_offsets(table, start, token, is_live, D, BLOCK, BLOCK_STRIDE, True)
+    key = _load_rows(keys + offset, is_live, dim, D, False)
+    scores = tl.dot(q, tl.trans(key.to(q.dtype)), input_precision="ieee")
+    for first in range(start, stop, TILE):
+        bias = 0.0
+        if HAS_ALIBI:
+            distance = (first + tile)[None, :] - position[:, None]
+            bias = slope[:, None] * distance.to(tl.float32)
+        weights, shrink, top, total = _weigh(
+            scores, True, bias, score_scale, cap, top, total, HAS_CAP, HAS_ALIBI, False
+        )
+        weights = weights.to(q.dtype)
+        value = _load_rows(keys + BLOCK * D + offset, is_live, dim, D, False)
+        token = first + TILE + tile
+        is_live = token < live_end
+        offset = _token_offsets(table, first + TILE, token, is_live, D, BLOCK, BLOCK_STRIDE, True)
+        key = _load_rows(keys + offset, is_live, dim, D, False)
+        scores = tl.dot(q, tl.trans(key.to(q.dtype)), input_precision="ieee")
+        acc = acc * shrink[:, None]
+        acc = tl.dot(weights, value.to(q.dtype), acc, input_precision="ieee")
+    token = stop + tile
+    is_live = (token >= live_begin) & (token < live_end)
+    is_seen = (token[None, :] <= position[:, None]) & is_live[None, :]
+    if HAS_WINDOW:
+        is_seen = is_seen & (token[None, :] > position[:, None] - window)
+    bias = 0.0
+    if HAS_ALIBI:
+        bias = slope[:, None] * (token[None, :] - position[:, None]).to(tl.float32)
+    weights, shrink, top, total = _weigh(
+        scores, is_seen, bias, score_scale, cap, top, total, HAS_CAP, HAS_ALIBI, True
+    )
+    value = _load_rows(keys + BLOCK * D + offset, is_live, dim, D, True)
+    acc = acc * shrink[:, None]
+    acc = tl.dot(weights.to(q.dtype), value.to(q.dtype), acc, input_precision="ieee")
+    return acc, top, total
 
 
 @triton.jit
@@ -177,9 +246,9 @@ def attention_kernel(
     GROUP: tl.constexpr, NUM_KV_HEADS: tl.constexpr, SHARING: tl.constexpr, D: tl.constexpr,
     V: tl.constexpr, VP: tl.constexpr, REST: tl.constexpr,
     BLOCK: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
-    ITEM_TOKENS: tl.constexpr, IS_WIDE: tl.constexpr, HAS_CAP: tl.constexpr,
-    HAS_WINDOW: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_SINKS: tl.constexpr,
-    CODES: tl.constexpr, WAITS: tl.constexpr,
+    ITEM_TOKENS: tl.constexpr, IS_WIDE: tl.constexpr, OVERLAPS: tl.constexpr,
+    HAS_CAP: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_ALIBI: tl.constexpr,
+    HAS_SINKS: tl.constexpr, CODES: tl.constexpr, WAITS: tl.constexpr,
 ):  # fmt: skip
     """Compute TOKENS query tokens of one item, with the query heads of one KV head.
 
@@ -245,12 +314,21 @@ def attention_kernel(
                 D, V, VP, REST, BLOCK, stride, TILE, HAS_CAP, HAS_WINDOW, HAS_ALIBI, True, False,
                 CODES,
             )  # fmt: skip
-        acc, top, total, _a, _b, _c = _span(
-            q, q_rest, keys, scales, table, bulk_begin, bulk_end, begin, end, position, slope,
-            window, split, score_scale, cap, acc, top, total, 0, 0, 0,
-            D, V, VP, REST, BLOCK, stride, TILE, HAS_CAP, HAS_WINDOW, HAS_ALIBI, False, False,
-            CODES,
-        )  # fmt: skip
+        if OVERLAPS:
+            bulk_end = tl.maximum(bulk_begin, bulk_end)  # a part may begin after the first query
+            acc, top, total = _overlapped_span(
+                q, keys, table, bulk_begin, bulk_end, begin, end, position, slope, window,
+                score_scale, cap, acc, top, total, D, VP, BLOCK, stride, TILE, HAS_CAP, HAS_WINDOW,
+                HAS_ALIBI,
+            )  # fmt: skip
+            bulk_end += TILE
+        else:
+            acc, top, total, _a, _b, _c = _span(
+                q, q_rest, keys, scales, table, bulk_begin, bulk_end, begin, end, position, slope,
+                window, split, score_scale, cap, acc, top, total, 0, 0, 0,
+                D, V, VP, REST, BLOCK, stride, TILE, HAS_CAP, HAS_WINDOW, HAS_ALIBI, False, False,
+                CODES,
+            )  # fmt: skip
         acc, top, total, _a, _b, _c = _span(
             q, q_rest, keys, scales, table, bulk_end, end, begin, end, position, slope,
             window, split, score_scale, cap, acc, top, total, 0, 0, 0,
