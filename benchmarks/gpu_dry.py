@@ -57,7 +57,10 @@ class Report:
 
     def as_json(self) -> dict[str, Any]:
         """All counts, without the signatures of kernels."""
-        found = dataclasses.asdict(self.counts)
+        found: dict[str, Any] = {
+            field.name: getattr(self.counts, field.name)
+            for field in dataclasses.fields(self.counts)
+        }
         found["compiles"] = [[c.kernel, round(c.seconds, 2)] for c in self.counts.compiles]
         return {"name": self.name, "steps": self.num_steps, "host_ms": self.host_ms, **found}
 
@@ -77,6 +80,8 @@ class Traffic:
         self._engine = engine
         self._rng = random.Random(0)
         self._num_asked = 0
+        self.late_compiles: Counter[str] = Counter()
+        """Kernels compiled since the first request, by name."""
 
     def ask(self, num_prompt: int, num_out: int, **params: Any) -> None:
         """Add a request with a random prompt; greedy unless `params` say otherwise."""
@@ -111,10 +116,11 @@ class Traffic:
         """Step until no work is left."""
         while self._engine.has_work():
             self._engine.step()
+        self._note(self._gpu.take())
 
     def measure(self, name: str, num_steps: int, before_each: Any = None) -> Report:
         """Count what `num_steps` steps do; `before_each` may add requests."""
-        self._gpu.take()
+        self._note(self._gpu.take())
         seconds = []
         for _ in range(num_steps):
             if before_each is not None:
@@ -123,11 +129,16 @@ class Traffic:
             self._engine.step()
             seconds.append(time.perf_counter() - begin)
         host_ms = sorted(seconds)[len(seconds) // 2] * 1e3
-        return Report(name=name, num_steps=num_steps, host_ms=host_ms, counts=self._gpu.take())
+        counts = self._note(self._gpu.take())
+        return Report(name=name, num_steps=num_steps, host_ms=host_ms, counts=counts)
+
+    def _note(self, counts: Counts) -> Counts:
+        self.late_compiles.update(c.kernel for c in counts.compiles)
+        return counts
 
 
-def run_engine(gpu: DryGpu, arguments: argparse.Namespace) -> list[Report]:
-    """Start, capture and serve; the reports of each part."""
+def run_engine(gpu: DryGpu, arguments: argparse.Namespace) -> tuple[list[Report], Counter[str]]:
+    """Start, capture and serve; the reports of each part, and the kernels compiled in service."""
     from portalm.config import EngineConfig
     from portalm.engine.engine import Engine
 
@@ -169,12 +180,16 @@ def run_engine(gpu: DryGpu, arguments: argparse.Namespace) -> list[Report]:
         reports.append(traffic.measure(name, NUM_STEPS))
         traffic.drain()
     reports += _mixed(traffic, most)
-    for name, length in (("prompt, 1024", 1024), ("prompt, 20000 in chunks", 20_000)):
+    for name, length in (
+        ("prompt, 1024", 1024),
+        ("prompt, 3000", 3000),
+        ("prompt, 20000 in chunks", 20_000),
+    ):
         if length < arguments.max_model_len:
             traffic.ask(length, 1)
             reports.append(traffic.measure(name, -(-length // 8192)))
             traffic.drain()
-    return reports
+    return reports, traffic.late_compiles
 
 
 def _mixed(traffic: Traffic, most: int) -> list[Report]:
@@ -242,11 +257,10 @@ def main() -> int:
         )
         print(HEAD, flush=True)
         if "engine" in arguments.parts:
-            reports += run_engine(gpu, arguments)
-            late = [c for r in reports[2:] for c in r.counts.compiles]
-            kernels = Counter(c.kernel for c in late)
+            found, late = run_engine(gpu, arguments)
+            reports += found
             if late:
-                errors.append(f"compiled after startup: {dict(kernels)}")
+                errors.append(f"compiled after startup: {dict(late)}")
         if "kit" in arguments.parts:
             more, failed = run_kit(gpu, arguments)
             reports, errors = reports + more, errors + failed

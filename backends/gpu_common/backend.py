@@ -34,6 +34,7 @@ from portalm_backends.gpu_common.buckets import step_buckets
 from portalm_backends.gpu_common.device import Gpu
 from portalm_backends.gpu_common.errors import backend_error
 from portalm_backends.gpu_common.graph import Graphs
+from portalm_backends.gpu_common.late_compiles import LateCompiles
 from portalm_backends.gpu_common.step_uploads import StepUploads
 from portalm_backends.gpu_common.transfers import Transfers
 from portalm_backends.gpu_common.weights import (
@@ -94,6 +95,7 @@ class GpuBackend(TorchBackend):
         """Grouped weights of each layer's experts: gate and up, then down."""
         self._family = self.arch.family
         self._transfers = Transfers(gpu)
+        self.late_compiles = LateCompiles()
         self._uploads = StepUploads(gpu, self._unpack)
         self._graphs = Graphs(gpu, self._transfers, self._uploads, self._sample)
 
@@ -405,10 +407,11 @@ class GpuBackend(TorchBackend):
 
     @contextmanager
     def seal(self) -> Iterator[None]:
-        """Context in which nothing may be captured."""
+        """Context in which nothing may be captured, and compilations of kernels are counted."""
         self._graphs.is_sealed = True
         try:
-            yield
+            with self.late_compiles.counted():
+                yield
         finally:
             self._graphs.is_sealed = False
 

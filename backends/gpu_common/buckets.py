@@ -5,7 +5,7 @@ token on an H200: 0.55 us for Llama-3.1-8B, 0.15 us for Llama-3.2-1B. So an eage
 host up to 340 and 1,230 tokens, and is limited by the device above; capturing it gains nothing
 there. Padding costs nothing below 184 tokens, where reading the weights takes longer than
 multiplying by them (790 TFLOP/s by 4.3 TB/s), and its share of the tokens above. Sizes grow by at
-most an eighth there, so that a large model loses at most that.
+most a sixth there, so that a large model loses at most that.
 
 A padded request costs a row of logits and its sampling: 1.6 us for the 8B model, 0.4 ms for 256.
 Prompts that arrive when few requests run get buckets of their own, up to the size where that is
@@ -17,7 +17,7 @@ from __future__ import annotations
 from portalm.backend import Bucket
 
 _MIXED_TOKENS = (
-    *(32, 64, 128, 192, 256, 288, 320, 352, 384, 448),
+    *(32, 64, 128, 192, 224, 256, 288, 320, 352, 384, 448),
     *(512, 576, 640, 704, 768, 896, 1024),
 )
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from portalm.backend import Backend, KVSpec, Weights, load_backend
 from portalm.config import MAX_PROMPT_LOGPROB_ROWS, EngineConfig, ModelConfig
 from portalm.core.scheduler import Scheduler
-from portalm.errors import ConfigError, Unsupported
+from portalm.errors import BackendError, ConfigError, Unsupported
 from portalm.models.hub import resolve_model
 from portalm.models.loader import open_checkpoint
 from portalm.models.loader.generation_config import read_sampling_defaults
@@ -104,6 +104,8 @@ def set_up(config: EngineConfig, backend: Backend | None, report: Progress) -> E
         scheduler.config,
         enforce_eager=config.enforce_eager,
     )
+    if backend.capabilities.measures_memory and spec is not None and _is_pool_given(config):
+        _try_largest(runner)
     return EngineSetup(
         backend=backend,
         model=model,
@@ -146,8 +148,7 @@ def _num_blocks(
     max_model_len: int,
 ) -> int:
     """Choose the size of the KV pool, in blocks; includes the null block."""
-    is_given = config.num_gpu_blocks_override or config.kv_cache_memory_bytes
-    if backend.capabilities.measures_memory and not is_given:
+    if backend.capabilities.measures_memory and not _is_pool_given(config):
         limits = config.scheduler_config(max_model_len=max_model_len, num_blocks=2)
         activations = measured_bytes(
             lambda kv: ModelRunner(
@@ -173,6 +174,25 @@ def _num_blocks(
         activations=activations,
     )
     return budget.num_blocks
+
+
+def _is_pool_given(config: EngineConfig) -> bool:
+    """True if the KV pool's size is a setting, so that no step has to be measured for it."""
+    return bool(config.num_gpu_blocks_override or config.kv_cache_memory_bytes)
+
+
+def _try_largest(runner: ModelRunner) -> None:
+    """Run the largest step once, so that the device compiles and loads what it needs for it."""
+    try:
+        runner.run_largest()
+    except BackendError as error:
+        if error.kind != "oom":
+            raise
+        logger.warning(
+            "a step of max_num_batched_tokens does not fit in memory, so steps will be smaller: "
+            "lower max_num_batched_tokens or the size of the KV cache (%s)",
+            error,
+        )
 
 
 # -- what to run with -------------------------------------------------------------------------

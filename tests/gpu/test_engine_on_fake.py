@@ -9,11 +9,14 @@ from typing import Any
 import pytest
 import torch
 
+from portalm.backend import StepMeta
 from portalm.engine.engine import Engine
 from portalm.errors import BackendError
 from portalm.runner.memory import kv_budget
+from portalm_backends.gpu_common.kernels.unpack import unpack_plainly
 from portalm_backends.reference.backend import ReferenceBackend
 from tests.gpu.fake_device import FakeGpu
+from tests.gpu.interpreted import complete
 from tests.gpu.plain import PlainGpu
 from tests.tiny import ask, make_engine, run, tokens
 
@@ -66,6 +69,82 @@ def test_every_kind_of_sampling_gives_the_reference_tokens(
     # decodes of 1, 2, 4 and 8 requests, mixed steps of 32 and 64 tokens
     assert gpu.num_captures == num_captures == 2 * (4 + 2)
     assert gpu.num_replays > 100
+
+
+class Poisoned(PlainGpu):
+    """Everything that a step must not depend on is out of range or NaN."""
+
+    eager_tokens = 0
+    """Tokens of steps that fit no bucket."""
+
+    def _unpack(  # type: ignore[override]
+        self,
+        packed: torch.Tensor,
+        arrays: torch.Tensor,
+        table: torch.Tensor,
+        num_words: int,
+        ids_at: int,
+        starts: Any,
+    ) -> None:
+        arrays.fill_(-123_456_789)
+        table.fill_(NUM_BLOCKS - 1)  # the last block is never used, and holds NaN
+        unpack_plainly(packed, arrays, table, num_words, ids_at, starts)
+
+    def prepare(self, meta: StepMeta, specs: Any) -> StepMeta:  # type: ignore[override]
+        self.eager_tokens += 0 if meta.bucket else len(meta.positions)
+        return meta
+
+    def attend(self, *args: Any) -> torch.Tensor:
+        meta, out = args[3], super().attend(*args)
+        is_token = torch.arange(len(out), dtype=torch.int32) < meta.query_start_loc[-1:]
+        return torch.where(is_token[:, None, None], out, float("nan"))
+
+
+NUM_BLOCKS = 256
+
+
+@pytest.mark.parametrize("seed", [0, *(pytest.param(i, marks=complete) for i in range(1, 4))])
+def test_captured_mixed_steps_depend_on_nothing_but_their_inputs(
+    tmp_path: Path, expected: dict[str, dict[str, list[int]]], seed: int
+) -> None:
+    gpu = FakeGpu(seed=seed)
+    with gpu.running():
+        backend = Poisoned(gpu)
+        engine = make_engine(tmp_path, backend, num_gpu_blocks_override=NUM_BLOCKS - 1)
+        while engine.capture_next():
+            pass
+        backend.eager_tokens = 0
+        sampled: dict[str, list[int]] = {}
+        for i, prompt in enumerate(PROMPTS):  # while the others decode
+            kind = ("greedy", "seeded")[i % 2]
+            ask(engine, f"{kind}-{i}", prompt, seed=i, max_tokens=9, **SAMPLING[kind])
+            sampled = merged(sampled, run_steps(engine, 2))
+        sampled = merged(sampled, tokens(run(engine)))
+
+    for name, answer in sampled.items():
+        assert answer == expected[name.partition("-")[0]][name], name
+    assert len(sampled) == len(PROMPTS)
+    assert backend.eager_tokens == 0
+
+
+def test_a_step_that_fits_no_bucket_runs_eagerly_between_captured_ones(
+    tmp_path: Path, expected: dict[str, dict[str, list[int]]]
+) -> None:
+    """Prompt logprobs need more rows of logits than a bucket has."""
+    gpu = FakeGpu()
+    with gpu.running():
+        backend = Poisoned(gpu)
+        engine = make_engine(tmp_path, backend, num_gpu_blocks_override=NUM_BLOCKS - 1)
+        while engine.capture_next():
+            pass
+        ask(engine, "greedy-0", PROMPTS[0], max_tokens=9)
+        early = run_steps(engine, 3)
+        ask(engine, "long", PROMPTS[3], max_tokens=9, prompt_logprobs=2)
+        sampled = merged(early, tokens(run(engine)))
+
+    assert backend.eager_tokens > 0
+    assert sampled["greedy-0"] == expected["greedy"]["greedy-0"]
+    assert sampled["long"] == expected["greedy"]["greedy-3"]
 
 
 @pytest.mark.gpu_interpreted
