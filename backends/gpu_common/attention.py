@@ -25,6 +25,7 @@ from portalm.backend import AttentionSpec, StepMeta
 from portalm.errors import Unsupported
 from portalm_backends.gpu_common import native
 from portalm_backends.gpu_common.cache import KV, parts
+from portalm_backends.gpu_common.kernels import kv_codes
 from portalm_backends.gpu_common.kernels.dependent_launch import options
 from portalm_backends.gpu_common.kernels.paged_attention import (
     attention_kernel,
@@ -391,6 +392,7 @@ def _launch(
         HAS_ALIBI=slopes is not None,
         HAS_SINKS=sinks is not None,
         CODES=codes,
+        **kv_codes.options(),
         num_warps=shape.num_warps,
         num_stages=shape.num_stages,
         enable_fp_fusion=True,

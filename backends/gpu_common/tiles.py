@@ -35,6 +35,7 @@ class TileShape:
 _SHAPES = {
     "nvidia": {
         "narrow": TileShape(rows=16, tile=64, num_warps=4, num_stages=5),
+        "narrow codes": TileShape(rows=16, tile=128, num_warps=4, num_stages=5),
         "wide": TileShape(rows=128, tile=64, num_warps=8, num_stages=5, overlaps=True),
         "wide codes": TileShape(rows=128, tile=64, num_warps=8, num_stages=5),
         "exact": TileShape(rows=16, tile=32, num_warps=4, num_stages=3),
@@ -57,10 +58,14 @@ _SHAPES["rdna3"] = _SHAPES["rdna3"] | {
 }
 _SHAPES["ampere"] = _SHAPES["nvidia"] | {
     "wide": TileShape(rows=128, tile=64, num_warps=8, num_stages=5),
+    "narrow codes": TileShape(rows=16, tile=128, num_warps=4, num_stages=4),
     # its matrix instructions read from registers, which must hold the decoded codes
-    "wide codes": TileShape(rows=64, tile=32, num_warps=4, num_stages=3),
+    "wide codes": TileShape(rows=128, tile=32, num_warps=8, num_stages=4),
 }
-_SHAPES["ada"] = _SHAPES["ampere"]
+_SHAPES["ada"] = _SHAPES["ampere"] | {
+    # two programs fit 100 KiB of shared memory
+    "narrow codes": TileShape(rows=16, tile=64, num_warps=4, num_stages=4),
+}
 """Sizes by family of GPUs. `exact` is for float32, which tensor cores do not multiply exactly."""
 
 

@@ -18,6 +18,7 @@ from triton._C.libtriton import ir
 from triton.compiler.compiler import make_backend
 
 from portalm_backends.gpu_common import attention
+from portalm_backends.gpu_common.kernels import kv_codes
 from portalm_backends.gpu_common.kernels.kv_codes import FP8, INT8
 from tests.gpu import kernel_budgets
 from tests.gpu.kernel_budgets import LATENT, Launch
@@ -65,6 +66,8 @@ def shared_bytes(launch: Launch, target: str) -> int:
     """Bytes of shared memory per program of `launch` on `target`."""
     gpu = TARGETS[target]
     constants = launch.constants
+    if "DECODER" in launch.kernel.arg_names:
+        constants = constants | kv_codes.options_for(gpu)
     if "WAITS" in launch.kernel.arg_names:
         constants = constants | {"WAITS": False}  # waiting takes no shared memory
     source = source_of(launch.kernel, launch.signature, constants, TARGETS[target])

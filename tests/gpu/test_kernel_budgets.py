@@ -57,3 +57,28 @@ def test_kernels_of_common_models_spill_no_registers(target: str) -> None:
     ]
 
     assert not spilling
+
+
+LOOPS = """
+from tests.gpu.loop_instructions import CACHES, decode_times, per_64_tokens
+for cache in CACHES:
+    instructions, cycles = per_64_tokens("narrow", cache)
+    print(cache, instructions, *decode_times(cache, cycles))
+"""
+
+
+@pytest.mark.gpu_compiled
+def test_decodes_over_8_bit_caches_take_at_most_0_6_of_the_time() -> None:
+    """Of the time that bytes and instructions of the compiled kernels for sm_90 allow."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", LOOPS], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    rows = {line.split()[0]: [float(x) for x in line.split()[1:]] for line in
+            done.stdout.splitlines()}  # fmt: skip
+    time = {cache: max(row[1:]) for cache, row in rows.items()}
+
+    for cache, most in (("fp8", 4 * 470), ("int8", 4 * 575)):
+        assert rows[cache][0] <= most
+        assert time[cache] <= 0.6 * time["bf16"]

@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from portalm_backends.gpu_common.archs import CUDA, ROCM
-from portalm_backends.gpu_common.kernels import dependent_launch
+from portalm_backends.gpu_common.kernels import dependent_launch, kv_codes
 
 ARCHS = CUDA | ROCM
 
@@ -86,6 +86,8 @@ def compile_for(
         num_stages: depth of software pipelining.
         options: further options of the target's compiler (waves_per_eu, maxnreg).
     """
+    if "DECODER" in kernel.arg_names:
+        constants = constants | kv_codes.options_for(TARGETS[target])
     if "WAITS" in kernel.arg_names:
         given = dependent_launch.options_for(TARGETS[target])
         constants = constants | {"WAITS": given.pop("WAITS")}

@@ -26,7 +26,12 @@ import triton
 import triton.language as tl
 
 from portalm_backends.gpu_common.kernels.dependent_launch import wait_for_inputs
-from portalm_backends.gpu_common.kernels.kv_codes import decode, load_scales
+from portalm_backends.gpu_common.kernels.kv_codes import (
+    decode,
+    divisor,
+    load_scales,
+)
+from portalm_backends.gpu_common.kernels.softmax import in_float16, weigh, weigh_scaled
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -68,54 +73,36 @@ def _combine(acc, top, total, part_acc, part_top, part_total):
 
 
 @triton.jit
-def _weigh(scores, is_seen, bias, score_scale, cap, top, total, HAS_CAP: tl.constexpr,
-           HAS_BIAS: tl.constexpr, IS_MASKED: tl.constexpr):  # fmt: skip
-    """Add one tile of scores [M, N] to a softmax with largest scores `top` and sums `total` [M].
-
-    Returns:
-        The tile's weights [M, N], the factor [M] for what was summed before, and the new `top` and
-        `total`.
-    """
-    if HAS_CAP:  # tanh(x) = 1 - 2 / (exp(2 x) + 1), which is correct for large |x| too
-        scores = cap * (1.0 - 2.0 / (tl.exp2(scores * score_scale) + 1.0))
-    if HAS_BIAS:
-        if not HAS_CAP:
-            scores = scores * score_scale
-        scores = scores + bias
-    if IS_MASKED:
-        scores = tl.where(is_seen, scores, float("-inf"))
-    # without cap or bias, the scale is folded into the exponent
-    factor = 1.0 if HAS_CAP or HAS_BIAS else score_scale
-    new_top = tl.maximum(top, tl.max(scores, 1) * factor)
-    base = tl.where(new_top == float("-inf"), 0.0, new_top)
-    weights = tl.exp2(scores * factor - base[:, None])
-    shrink = tl.exp2(top - base)
-    return weights, shrink, new_top, total * shrink + tl.sum(weights, 1)
-
-
-@triton.jit
 def _update(q, q_rest, key, key_rest, value, key_scales, value_scales, is_seen, bias, score_scale,
             cap, acc, top, total, HAS_CAP: tl.constexpr, HAS_BIAS: tl.constexpr,
-            IS_MASKED: tl.constexpr, CODES: tl.constexpr, HAS_REST: tl.constexpr):  # fmt: skip
-    """Add one tile of keys and values [N, DP] to the online softmax."""
+            IS_MASKED: tl.constexpr, CODES: tl.constexpr, DECODER: tl.constexpr,
+            HAS_REST: tl.constexpr):  # fmt: skip
+    """Add one tile of keys and values [N, DP] to the online softmax.
+
+    `score_scale` is one number, or [M, 1] if `in_float16` converted the queries.
+    """
     if CODES:
-        key = decode(key, q.dtype, CODES)
-        if q.dtype == tl.float16:  # it can hold every value, but not every weight times a scale
-            value = decode(value, tl.float32, CODES) * value_scales[:, None]
-        else:
-            value = decode(value, q.dtype, CODES)
+        key = decode(key, q.dtype, CODES, DECODER)
     scores = tl.dot(q, tl.trans(key.to(q.dtype)), input_precision="ieee")  # [M, N]
     if HAS_REST:
         rest = tl.trans(key_rest.to(q.dtype))
         scores = tl.dot(q_rest, rest, scores, input_precision="ieee")
     if CODES:
         scores = scores * key_scales[None, :]
-    weights, shrink, top, total = _weigh(
-        scores, is_seen, bias, score_scale, cap, top, total, HAS_CAP, HAS_BIAS, IS_MASKED
-    )
+    if CODES and q.dtype == tl.float16:
+        weights, shrink, top, total = weigh_scaled(
+            scores, value_scales, is_seen, bias, score_scale, cap, top, total, HAS_CAP, HAS_BIAS,
+            IS_MASKED, divisor(q.dtype, CODES, DECODER),
+        )  # fmt: skip
+    else:
+        weights, shrink, top, total = weigh(
+            scores, is_seen, bias, score_scale, cap, top, total, HAS_CAP, HAS_BIAS, IS_MASKED
+        )
+        if CODES:
+            weights = weights * value_scales[None, :]
     acc = acc * shrink[:, None]
-    if CODES and q.dtype != tl.float16:
-        weights = weights * value_scales[None, :]
+    if CODES:
+        value = decode(value, q.dtype, CODES, DECODER)
     value = value.to(q.dtype)
     acc = tl.dot(weights.to(q.dtype), value, acc, input_precision="ieee")
     return acc, top, total
@@ -147,7 +134,7 @@ def _overlapped_span(q, keys, table, start, stop, live_begin, live_end, position
         if HAS_ALIBI:
             distance = (first + tile)[None, :] - position[:, None]
             bias = slope[:, None] * distance.to(tl.float32)
-        weights, shrink, top, total = _weigh(
+        weights, shrink, top, total = weigh(
             scores, True, bias, score_scale, cap, top, total, HAS_CAP, HAS_ALIBI, False
         )
         weights = weights.to(q.dtype)
@@ -167,7 +154,7 @@ def _overlapped_span(q, keys, table, start, stop, live_begin, live_end, position
     bias = 0.0
     if HAS_ALIBI:
         bias = slope[:, None] * (token[None, :] - position[:, None]).to(tl.float32)
-    weights, shrink, top, total = _weigh(
+    weights, shrink, top, total = weigh(
         scores, is_seen, bias, score_scale, cap, top, total, HAS_CAP, HAS_ALIBI, True
     )
     value = _load_rows(keys + BLOCK * D + offset, is_live, dim, D, True)
@@ -182,7 +169,8 @@ def _span(q, q_rest, keys, scales, table, start, stop, live_begin, live_end, pos
           D: tl.constexpr, V: tl.constexpr, VP: tl.constexpr, REST: tl.constexpr,
           BLOCK: tl.constexpr, BLOCK_STRIDE: tl.constexpr, TILE: tl.constexpr,
           HAS_CAP: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_ALIBI: tl.constexpr,
-          IS_MASKED: tl.constexpr, MERGES: tl.constexpr, CODES: tl.constexpr):  # fmt: skip
+          IS_MASKED: tl.constexpr, MERGES: tl.constexpr, CODES: tl.constexpr,
+          DECODER: tl.constexpr):  # fmt: skip
     """Add the tiles of tokens from `start`, a multiple of TILE, to `stop`.
 
     Without IS_MASKED every row attends to every token. With MERGES, partial softmaxes are merged
@@ -205,8 +193,8 @@ def _span(q, q_rest, keys, scales, table, start, stop, live_begin, live_end, pos
             rows = scales + _token_offsets(
                 table, first, token, is_live, 1, BLOCK, BLOCK_STRIDE // D, IS_MASKED
             )
-            key_scales = load_scales(rows, is_live, CODES, IS_MASKED)
-            value_scales = load_scales(rows + BLOCK, is_live, CODES, IS_MASKED)
+            key_scales = load_scales(rows, is_live, IS_MASKED, DECODER)
+            value_scales = load_scales(rows + BLOCK, is_live, IS_MASKED, DECODER)
         is_seen = token[None, :] <= position[:, None]
         if IS_MASKED:
             is_seen = is_seen & is_live[None, :]
@@ -217,10 +205,11 @@ def _span(q, q_rest, keys, scales, table, start, stop, live_begin, live_end, pos
             bias = slope[:, None] * (token[None, :] - position[:, None]).to(tl.float32)
         acc, top, total = _update(
             q, q_rest, key, key_rest, value, key_scales, value_scales, is_seen, bias, score_scale,
-            cap, acc, top, total, HAS_CAP, HAS_ALIBI, IS_MASKED, CODES, REST > 0,
+            cap, acc, top, total, HAS_CAP, HAS_ALIBI, IS_MASKED, CODES, DECODER,
+            REST > 0,
         )  # fmt: skip
         if MERGES:  # noqa: SIM102 (a compile-time condition; the next one is not)
-            if (first + TILE) % split == 0:
+            if ((first + TILE) & (split - 1)) == 0:
                 all_acc, all_top, all_total = _combine(all_acc, all_top, all_total, acc, top, total)
                 acc, total = tl.zeros_like(acc), tl.zeros_like(total)
                 top = tl.full(top.shape, float("-inf"), tl.float32)
@@ -248,7 +237,8 @@ def attention_kernel(
     BLOCK: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
     ITEM_TOKENS: tl.constexpr, IS_WIDE: tl.constexpr, OVERLAPS: tl.constexpr,
     HAS_CAP: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_ALIBI: tl.constexpr,
-    HAS_SINKS: tl.constexpr, CODES: tl.constexpr, WAITS: tl.constexpr,
+    HAS_SINKS: tl.constexpr, CODES: tl.constexpr, DECODER: tl.constexpr,
+    WAITS: tl.constexpr,
 ):  # fmt: skip
     """Compute TOKENS query tokens of one item, with the query heads of one KV head.
 
@@ -287,6 +277,10 @@ def attention_kernel(
     q_rest = q
     if REST > 0:
         q_rest = _load_rows(rows + V, is_row, tl.arange(0, REST), D - V, True)
+    if CODES:
+        score_scale = score_scale * divisor(q.dtype, CODES, DECODER)
+        if q.dtype == tl.bfloat16:
+            q, score_scale = in_float16(q, score_scale)
     position = first_position + tl.where(is_row, token, 0)
     slope = 0.0
     if HAS_ALIBI:
@@ -312,7 +306,7 @@ def attention_kernel(
                 q, q_rest, keys, scales, table, start, tl.minimum(bulk_begin, end), begin, end,
                 position, slope, window, split, score_scale, cap, acc, top, total, 0, 0, 0,
                 D, V, VP, REST, BLOCK, stride, TILE, HAS_CAP, HAS_WINDOW, HAS_ALIBI, True, False,
-                CODES,
+                CODES, DECODER,
             )  # fmt: skip
         if OVERLAPS:
             bulk_end = tl.maximum(bulk_begin, bulk_end)  # a part may begin after the first query
@@ -327,18 +321,20 @@ def attention_kernel(
                 q, q_rest, keys, scales, table, bulk_begin, bulk_end, begin, end, position, slope,
                 window, split, score_scale, cap, acc, top, total, 0, 0, 0,
                 D, V, VP, REST, BLOCK, stride, TILE, HAS_CAP, HAS_WINDOW, HAS_ALIBI, False, False,
-                CODES,
+                CODES, DECODER,
             )  # fmt: skip
         acc, top, total, _a, _b, _c = _span(
             q, q_rest, keys, scales, table, bulk_end, end, begin, end, position, slope,
             window, split, score_scale, cap, acc, top, total, 0, 0, 0,
             D, V, VP, REST, BLOCK, stride, TILE, HAS_CAP, HAS_WINDOW, HAS_ALIBI, True, False, CODES,
+            DECODER,
         )  # fmt: skip
     else:
         acc, top, total, all_acc, all_top, all_total = _span(
             q, q_rest, keys, scales, table, start, end, begin, end, position, slope,
             window, split, score_scale, cap, acc, top, total, acc, top, total,
             D, V, VP, REST, BLOCK, stride, TILE, HAS_CAP, HAS_WINDOW, HAS_ALIBI, True, True, CODES,
+            DECODER,
         )  # fmt: skip
         acc, top, total = _combine(all_acc, all_top, all_total, acc, top, total)
 
@@ -436,7 +432,7 @@ def encoder_kernel(
         v = _load_rows(values + begin * value_stride + tile * value_stride, is_row, dim, D, False)
         acc, top, total = _update(
             q, q, k, k, v, 0.0, 0.0, 0, 0.0, score_scale, 0.0, acc, top, total,
-            False, False, False, 0, False,
+            False, False, False, 0, 0, False,
         )  # fmt: skip
     for first in range(masked, end, TILE):
         begin, other = tl.cast(first, tl.int64), first + tile
@@ -449,7 +445,7 @@ def encoder_kernel(
             is_seen = is_seen & (distance < window) & (distance > -window)
         acc, top, total = _update(
             q, q, k, k, v, 0.0, 0.0, is_seen, 0.0, score_scale, 0.0, acc, top, total,
-            False, False, True, 0, False,
+            False, False, True, 0, 0, False,
         )  # fmt: skip
     targets = out + (start + token).to(tl.int64) * (NUM_KV_HEADS * GROUP * D) + head * D
     tl.store(
