@@ -19,10 +19,8 @@ def test_starting_a_gpu_keeps_partial_sums_of_products_in_float32(
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
     monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
     matmul = torch.backends.cuda.matmul
-    for name in ("bf16", "fp16"):
-        option = f"allow_{name}_reduced_precision_reduction"
-        monkeypatch.setattr(matmul, option, getattr(matmul, option))  # restored after the test
-        setattr(matmul, option, True)
+    matmul.allow_bf16_reduced_precision_reduction = True
+    matmul.allow_fp16_reduced_precision_reduction = True
 
     gpu = TorchGpu()
 
