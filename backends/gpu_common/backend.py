@@ -41,6 +41,7 @@ from portalm_backends.gpu_common.weights import (
     FP8,
     QUANTIZATIONS,
     ExpertWeights,
+    Fp8Weight,
     GpuWeight,
     PackedQuantized,
     group_experts,
@@ -83,6 +84,8 @@ class GpuBackend(TorchBackend):
         _import_kernels()
         self.arch = find_arch(gpu.arch, self.archs)
         self._fp8 = fp8.dtype_of(gpu.handle)
+        self._fp8_widths: set[int] = set()
+        """Columns of float8 weights: such activations are quantized where they are made."""
         self.capabilities = capabilities(self.arch, has_fp8_products=self._fp8 is not None)
         self._gpu = gpu
         self._native: native.NativeKernels | None = None
@@ -306,13 +309,20 @@ class GpuBackend(TorchBackend):
         for_logits: bool = False,
     ) -> GpuWeight:
         """A linear weight [N, K] as the kernels read it; what is rounded is rounded on the GPU."""
-        return pack(
+        packed = pack(
             weight,
             self.device(),
             quantization=quantization,
             for_logits=for_logits,
             fp8=self._fp8,
         )
+        if isinstance(packed, Fp8Weight):
+            self._fp8_widths.add(packed.values.shape[1])
+        return packed
+
+    def _fp8_of(self, width: int, dtype: torch.dtype) -> torch.dtype | None:
+        """The float8 dtype to quantize activations [T, width] to where they are made, or None."""
+        return self._fp8 if width in self._fp8_widths and dtype == torch.bfloat16 else None
 
     def linear(
         self, x: torch.Tensor, weight: GpuWeight, bias: torch.Tensor | None = None
@@ -326,13 +336,15 @@ class GpuBackend(TorchBackend):
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """x / sqrt(mean(x^2) + eps), rounded to x's dtype, times weight."""
-        return norms.rms_norm(x, weight, eps)
+        fp8_dtype = self._fp8_of(x.shape[-1], x.dtype) if x.dim() == 2 else None
+        return norms.rms_norm(x, weight, eps, fp8_dtype)
 
     def add_rms_norm(
         self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(rms_norm(x + residual), x + residual)."""
-        return norms.add_rms_norm(x, residual, weight, eps)
+        fp8_dtype = self._fp8_of(x.shape[-1], x.dtype) if x.dim() == 2 else None
+        return norms.add_rms_norm(x, residual, weight, eps, fp8_dtype)
 
     def layer_norm(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
@@ -354,7 +366,7 @@ class GpuBackend(TorchBackend):
 
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         """silu(gate) * up of [T, 2 I]: [T, I]."""
-        return silu_mul.silu_mul(gate_up)
+        return silu_mul.silu_mul(gate_up, self._fp8_of(gate_up.shape[1] // 2, gate_up.dtype))
 
     def moe(
         self,

@@ -32,9 +32,9 @@ def _types(kind: str, *names: str) -> dict[str, str]:
 def _sampling() -> dict[str, dict[str, Any]]:
     rows = {
         **_types(_FLOAT, "scores_ptr", "temperature_ptr", "top_p_ptr", "min_p_ptr"),
-        **_types(_INT, "top_k_ptr", "left_out_ptr", "kept_ids_ptr", "targets_ptr", "out_ptr"),
-        **_types(_LONG, "seed_ptr", "position_ptr", "best_ptr"),
-        **_types(_FLOAT, "mass_ptr", "kept_scores_ptr"),
+        **_types(_INT, "top_k_ptr", "left_out_ptr", "targets_ptr", "out_ptr"),
+        **_types(_LONG, "seed_ptr", "position_ptr", "best_ptr", "kept_ptr"),
+        "mass_ptr": _FLOAT,
         **_types("i32:16", "vocab_size", "row_stride"),
         "num_chunks": "i32",
     }
@@ -62,7 +62,7 @@ def _sampling() -> dict[str, dict[str, Any]]:
             sampling._choose,
             rows,
             kept | {"NUM_CHUNKS": 32, "SEARCHED": sampling.SEARCHED, "HAS_TARGETS": True},
-            16,
+            8,
         ),
         "sampling, adjust": _launch(adjust._apply, changes, both | {"CHUNK": adjust.CHUNK}),
         "sampling, count": _launch(adjust._count, changes, block | {"IS_PROMPT": True}),
@@ -75,8 +75,9 @@ def _sampling() -> dict[str, dict[str, Any]]:
 def _layers() -> dict[str, dict[str, Any]]:
     norm = {
         **_types(_HALF, "x_ptr", "residual_ptr", "weight_ptr", "bias_ptr", "out_ptr", "total_ptr"),
-        **_types("i32:16", "outer", "residual_outer", "width"),
-        **_types("i32", "num_rows", "group", "inner", "residual_inner"),
+        **_types("i32:16", "outer", "residual_outer", "inner", "residual_inner", "width"),
+        **_types("i32", "num_rows"),
+        **_types(_HALF, "values_ptr", "scales_ptr"),
         "eps": "fp32",
     }
     turn = {
@@ -86,24 +87,27 @@ def _layers() -> dict[str, dict[str, Any]]:
         "positions_ptr": _INT,
         "cos_sin_ptr": _FLOAT,
     }
-    row = {"ROWS": 1, "BLOCK": 4096}
+    row = {"ROWS": 1, "BLOCK": 4096, "group": 1}
     head = {"SIZE": 128, "ROTARY": 128, "HALF": 64, "REST": 0, "HEADS": 8}
-    rows = {**_types("i32:16", "width", "row_stride"), "gate_up_ptr": _HALF, "out_ptr": _HALF}
+    rows = {
+        **_types("i32:16", "width", "row_stride"),
+        **_types(_HALF, "gate_up_ptr", "out_ptr", "values_ptr", "scales_ptr"),
+    }
     return {
         "rms_norm": _launch(norms._norm, norm, row | _flags(False, False), 8),
         "add_rms_norm": _launch(norms._norm, norm, row | _flags(True, False), 8),
         "layer_norm": _launch(norms._norm, norm, row | _flags(False, True), 8),
         "rms_norm of heads": _launch(
-            norms._norm, norm, {"ROWS": 16, "BLOCK": 128} | _flags(False, False)
+            norms._norm, norm | {"group": "i32"}, {"ROWS": 16, "BLOCK": 128} | _flags(False, False)
         ),
-        "silu_mul": _launch(silu_mul._silu_mul, rows, {"BLOCK": silu_mul._BLOCK}),
+        "silu_mul": _launch(silu_mul._silu_mul, rows, {"BLOCK": silu_mul._BLOCK, "LARGEST": 0.0}),
         "rope, halves": _launch(rope._rope, turn, head | {"IS_INTERLEAVED": False}),
         "rope, interleaved": _launch(rope._rope, turn, head | {"IS_INTERLEAVED": True}),
     }
 
 
-def _flags(has_residual: bool, has_bias: bool) -> dict[str, bool]:
-    return {"HAS_RESIDUAL": has_residual, "HAS_BIAS": has_bias}
+def _flags(has_residual: bool, has_bias: bool) -> dict[str, Any]:
+    return {"HAS_RESIDUAL": has_residual, "HAS_BIAS": has_bias, "LARGEST": 0.0}
 
 
 def _products() -> dict[str, dict[str, Any]]:
@@ -281,17 +285,27 @@ FEW_ROWS: dict[str, dict[str, Any]] = {
 
 FP8_EXPERTS = {f"moe, fp8, {rows} rows": {"rows": rows, "form": "fp8"} for rows in (16, 128)}
 
+_CODES = {"values_ptr": "*fp8e4nv", "scales_ptr": _FLOAT}
+_INTO_FP8 = {"LARGEST": 448.0}
+
 FP8_OPERATIONS = {
     "linear, quantize to fp8": _launch(
         fp8._quantize,
-        {
-            **_types("i32:16", "width", "row_stride"),
-            "x_ptr": _HALF,
-            "values_ptr": "*fp8e4nv",
-            "scales_ptr": _FLOAT,
-        },
-        {"LARGEST": 448.0, "BLOCK": 4096},
+        {**_types("i32:16", "width", "row_stride"), "x_ptr": _HALF, **_CODES},
+        _INTO_FP8 | {"BLOCK": 4096},
         8,
-    )
+    ),
+    **{
+        f"{name} to fp8": how
+        | {"signature": how["signature"] | _CODES, "constants": how["constants"] | _INTO_FP8}
+        for name, how in _layers().items()
+        if name in ("rms_norm", "add_rms_norm")
+    },
+    "silu_mul to fp8": _launch(
+        silu_mul._silu_mul,
+        _layers()["silu_mul"]["signature"] | _CODES,
+        _INTO_FP8 | {"BLOCK": 16384},
+        16,
+    ),
 }
 """Launches for targets with the 8-bit floats that checkpoints use."""

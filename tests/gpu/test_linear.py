@@ -11,9 +11,9 @@ import torch
 from portalm.backend import QUANTIZED_FORMATS, QuantizedWeight
 from portalm.errors import BackendError
 from portalm_backends.gpu_common import weights
-from portalm_backends.gpu_common.kernels import fp8, linear, matmul
+from portalm_backends.gpu_common.kernels import fp8, linear, matmul, norms, silu_mul
 from portalm_backends.portable.rounding import round_to
-from tests.gpu.interpreted import complete, some
+from tests.gpu.interpreted import InterpretedBackend, complete, some
 
 CPU = torch.device("cpu")
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
@@ -207,6 +207,81 @@ def test_rows_are_quantized_to_float8_with_their_own_scale(dtype: torch.dtype) -
         # the interpreter truncates where devices round, so the error is four times larger
         assert nmse(back[row], x[row].double()) < 6e-3
         assert float(values[row].float().abs().max()) == torch.finfo(dtype).max
+
+
+QUANTIZING = {
+    "rms_norm": lambda x, to: norms.rms_norm(x, x[0], 1e-6, to),
+    "add_rms_norm": lambda x, to: norms.add_rms_norm(x, x.flip(0), x[0], 1e-6, to)[0],
+    "silu_mul": lambda x, to: silu_mul.silu_mul(torch.cat((x, x.flip(0)), dim=1), to),
+}
+"""Operations of x [T, C] that also quantize their result, given a float8 dtype."""
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e4m3fnuz], ids=str)
+@pytest.mark.parametrize("name", QUANTIZING)
+def test_results_are_quantized_where_they_are_made_to_the_same_bits(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = (normal(5, 96, seed=1) * torch.tensor([1e-3, 1.0, 5.0, 100.0, 0.0])[:, None]).half()
+    plain = QUANTIZING[name](x, None)
+    values, scales = fp8.quantize(plain, dtype)
+    monkeypatch.setattr(fp8, "_quantize", None)  # a launch would fail
+
+    out = QUANTIZING[name](x, dtype)
+
+    fused_values, fused_scales = fp8.quantize(out, dtype)
+    assert out.equal(plain)
+    assert fused_values.view(torch.uint8).equal(values.view(torch.uint8))
+    assert fused_scales.equal(scales)
+
+
+def test_attached_codes_are_ignored_after_a_change_in_place_and_for_other_dtypes() -> None:
+    x = normal(3, 32).half()
+    out = norms.rms_norm(x, x[0], 1e-6, torch.float8_e4m3fn)
+    attached, _ = fp8.quantize(out, torch.float8_e4m3fn)
+    assert fp8.quantize(out, torch.float8_e4m3fn)[0] is attached
+
+    assert fp8.quantize(out, torch.float8_e4m3fnuz)[0] is not attached
+    assert fp8.quantize(out[:2], torch.float8_e4m3fn)[0].shape == (2, 32)
+    out[0] = 7.0  # one value in every column
+
+    values, scales = fp8.quantize(out, torch.float8_e4m3fn)
+    assert values is not attached
+    assert (values[0].float() * scales[0]).allclose(torch.tensor(7.0))
+
+
+def test_nothing_is_attached_in_inference_mode() -> None:
+    with torch.inference_mode():
+        x = normal(3, 32).half()
+        out = norms.rms_norm(x, x[0], 1e-6, torch.float8_e4m3fn)
+        out[0] = 7.0
+
+        values, scales = fp8.quantize(out, torch.float8_e4m3fn)
+
+    assert (values[0].float() * scales[0]).allclose(torch.tensor(7.0))
+
+
+def test_backend_quantizes_only_inputs_of_float8_weights_early(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    backend = InterpretedBackend()
+    backend.capabilities = replace(
+        backend.capabilities, dtypes=backend.capabilities.dtypes | {"bfloat16"}
+    )
+    packed = backend.pack(normal(32, 64).bfloat16(), quantization="fp8")
+    x, other = normal(3, 64).bfloat16(), normal(3, 96).bfloat16()
+    expected = backend.linear(backend.rms_norm(x, x[0], 1e-6).clone(), packed)
+    monkeypatch.setattr(fp8, "_quantize", None)  # a launch would fail
+
+    actual = backend.linear(backend.rms_norm(x, x[0], 1e-6), packed)
+    gated = backend.silu_mul(torch.cat((x, x), dim=1))
+    backend.linear(gated, packed)
+    backend.linear(backend.add_rms_norm(x, x, x[0], 1e-6)[0], packed)
+
+    assert actual.equal(expected)
+    plain = backend.rms_norm(other, other[0], 1e-6)
+    with pytest.raises(TypeError):
+        fp8.quantize(plain, torch.float8_e4m3fn)
 
 
 def test_a_float8_weight_has_one_scale_per_row() -> None:

@@ -33,7 +33,14 @@ def adjust(logits: torch.Tensor, params: SampleParams) -> torch.Tensor:
             width = ids.shape[1]
             if width:
                 _count[(triton.cdiv(width, BLOCK), num_rows)](
-                    ids, counts, width, ids.stride(0), vocab_size, is_prompt, BLOCK
+                    ids,
+                    counts,
+                    width,
+                    ids.stride(0),
+                    vocab_size,
+                    is_prompt,
+                    BLOCK,
+                    enable_fp_fusion=True,
                 )
     masks = logits if allowed is None else allowed
     # without fusion, products and sums are rounded one by one, as in the torch default
@@ -44,12 +51,12 @@ def adjust(logits: torch.Tensor, params: SampleParams) -> torch.Tensor:
     if bias is not None and len(bias.rows):
         _add[(triton.cdiv(len(bias.rows), BLOCK),)](
             bias.rows, bias.token_ids, bias.values, scores, masks, len(bias.rows), vocab_size,
-            masks.stride(0), allowed is not None, BLOCK,
+            masks.stride(0), allowed is not None, BLOCK, enable_fp_fusion=True,
         )  # fmt: skip
     return scores
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width", "row_stride"])
 def _count(
     ids_ptr, counts_ptr, width, row_stride, vocab_size, IS_PROMPT: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -96,7 +103,7 @@ def _apply(
     tl.store(scores_ptr + row * vocab_size + ids, scores, mask=is_token)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _add(
     rows_ptr, ids_ptr, values_ptr, scores_ptr, masks_ptr, count, vocab_size, mask_stride,
     HAS_MASK: tl.constexpr, BLOCK: tl.constexpr,

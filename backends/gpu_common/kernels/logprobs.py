@@ -14,6 +14,8 @@ from portalm.backend import SampleOutput
 from portalm_backends.gpu_common.kernels.ordering import id_of, key_of, log, numbered, score_of
 
 CHUNK = 4096
+_USUAL_TOP = 32
+"""Up to this many top tokens use the same compiled kernel."""
 _LOWEST = tl.constexpr(-0x7FFFFFFFFFFFFFFF)
 
 
@@ -39,13 +41,14 @@ def add_logprobs(output: SampleOutput, raw: torch.Tensor, num_top: int) -> None:
         return
     _scan[(num_chunks, num_rows)](
         raw, output.token_ids, tops, masses, ahead, bests, vocab_size, raw.stride(0), num_top,
-        CHUNK, num_warps=8,
+        CHUNK, num_warps=8, enable_fp_fusion=True,
     )  # fmt: skip
     _merge[(num_rows,)](
         raw, output.token_ids, tops, masses, ahead, bests,
         output.logprobs, output.ranks, output.top_ids, output.top_logprobs,
         raw.stride(0), num_top, num_chunks,
-        triton.next_power_of_2(num_chunks), triton.next_power_of_2(num_chunks * max(num_top, 1)),
+        triton.next_power_of_2(num_chunks),
+        triton.next_power_of_2(num_chunks) * max(_USUAL_TOP, triton.next_power_of_2(num_top)),
     )  # fmt: skip
 
 
@@ -55,7 +58,7 @@ def _mass(scores, top):
     return tl.where(scores == top, 1.0, tl.exp(scores - top))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_top"])
 def _scan(
     raw_ptr, token_ids_ptr, tops_ptr, masses_ptr, ahead_ptr, bests_ptr, vocab_size, row_stride,
     num_top, CHUNK: tl.constexpr,
@@ -79,7 +82,7 @@ def _scan(
         order = tl.where(order == best, _LOWEST, order)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_top"])
 def _merge(
     raw_ptr, token_ids_ptr, tops_ptr, masses_ptr, ahead_ptr, bests_ptr,
     logprobs_ptr, ranks_ptr, top_ids_ptr, top_logprobs_ptr, row_stride, num_top, num_chunks,

@@ -63,7 +63,7 @@ def matmul(
         values if minimums is None else minimums, x if added is None else added,
         result, m, n, k, x.stride(0), num_groups, part, group, bits, minimums is not None,
         added is not None, block_m, block_n, num_warps=4 if block_m < 64 else 8, num_stages=3,
-        **options(),
+        enable_fp_fusion=True, **options(),
     )  # fmt: skip
     if num_parts > 1:
         add_parts(result, bias, out)
@@ -152,7 +152,7 @@ def add_parts(parts: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor)
     block = 256
     _add_parts[(m, triton.cdiv(n, block))](
         parts, parts if bias is None else bias, out, m, n, num_parts, bias is not None, block,
-        **options(),
+        enable_fp_fusion=True, **options(),
     )  # fmt: skip
 
 

@@ -5,6 +5,10 @@ import triton.language as tl
 
 NOTHING = tl.constexpr(-2139095041)
 """`ascending` of -inf: tokens with this key or less cannot be sampled."""
+INFINITE = tl.constexpr(0x7F800000)
+"""`ascending` of inf: NaNs have larger keys, or keys below `NOTHING`, by their sign."""
+NO_PAIR = tl.constexpr(-0x80000000000000)
+"""`pair_of` -inf and id 0."""
 NOT_A_NUMBER = tl.constexpr(0x7FFFFFFFFFFFFFFF)
 """Above every result of `numbered`: marks a part of a row that contains a NaN."""
 
@@ -41,6 +45,24 @@ def id_of(best):
 def key_of(best):
     """The `ascending` key of the score in a key of `numbered`."""
     return (best >> 32).to(tl.int32)
+
+
+@triton.jit
+def pair_of(scores, ids):
+    """Int64 of float32 `scores` and non-negative int32 `ids`, to store both at once."""
+    return (scores.to(tl.int32, bitcast=True).to(tl.int64) << 32) | ids.to(tl.int64)
+
+
+@triton.jit
+def score_of_pair(pair):
+    """The float32 score in the result of `pair_of`."""
+    return (pair >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def id_of_pair(pair):
+    """The int32 id in the result of `pair_of`."""
+    return (pair & 0xFFFFFFFF).to(tl.int32)
 
 
 @triton.jit

@@ -44,7 +44,7 @@ def rope(
     _rope[(num_tokens, query_programs + triton.cdiv(num_kv_heads, heads))](
         query, key, query_out, key_out, positions, cos_sin, num_heads, num_kv_heads,
         query.stride(0), query.stride(1), key.stride(0), key.stride(1), query_programs,
-        size, rotary_dim, half, rest, heads, is_interleaved, **options(),
+        size, rotary_dim, half, rest, heads, is_interleaved, enable_fp_fusion=True, **options(),
     )  # fmt: skip
     return query_out, key_out
 

@@ -7,9 +7,9 @@
 Mapping:  `_scan` has one program per CHUNK tokens of a row, `_choose` one per row. A row's
           parameters are read on the device, so one captured sequence serves all combinations.
 Method:   For greedy rows and rows without filters, `_scan` finds the best token of each chunk and
-          `_choose` the best of the chunks. For filtered rows, `_scan` keeps the CANDIDATES best
-          tokens of each chunk. Each threshold is the smallest score with fewer than k tokens
-          (top_k), or less than p probability mass (top_p), above it. `_choose` finds it by
+          `_choose` the best of the chunks. For filtered rows, `_scan` keeps the best tokens of
+          each chunk, at most CANDIDATES. Each threshold is the smallest score with fewer than k
+          tokens (top_k), or less than p probability mass (top_p), above it. `_choose` finds it by
           bisection: among the candidates if it lies above all tokens that were left out, else over
           the whole row. Truncation before a pivot search: Park et al., "Qrita", 2026; here it is
           exact, because the best token that was left out is known.
@@ -26,20 +26,25 @@ from portalm_backends.gpu_common.kernels import adjust, logprobs
 from portalm_backends.gpu_common.kernels.dependent_launch import options, wait_for_inputs
 from portalm_backends.gpu_common.kernels.gumbel import noise_from, noise_of
 from portalm_backends.gpu_common.kernels.ordering import (
+    INFINITE,
+    NO_PAIR,
     NOT_A_NUMBER,
     NOTHING,
     ascending,
     id_of,
+    id_of_pair,
     key_of,
     log,
     numbered,
+    pair_of,
     score_of,
+    score_of_pair,
 )
 
 CHUNK = 4096
 """Tokens per program of `_scan`: fixed, so that a row's result does not depend on the batch."""
 CANDIDATES = 128
-"""Tokens of each chunk that are kept for rows with filters."""
+"""Most tokens of each chunk that are kept for rows with filters."""
 SEARCHED = 2048
 """Tokens that `_choose` reads at a time."""
 
@@ -67,8 +72,7 @@ def sample_ids(scores: torch.Tensor, params: SampleParams) -> torch.Tensor:
     best = empty(num_rows, num_chunks, dtype=torch.int64)
     mass = empty(num_rows, num_chunks, dtype=torch.float32)
     left_out = empty(num_rows, num_chunks, dtype=torch.int32)
-    kept_scores = empty(num_rows, num_chunks, CANDIDATES, dtype=torch.float32)
-    kept_ids = empty(num_rows, num_chunks, CANDIDATES, dtype=torch.int32)
+    kept = empty(num_rows, num_chunks, CANDIDATES, dtype=torch.int64)
     token_ids = empty(num_rows, dtype=torch.int32)
     if num_rows == 0:
         return token_ids
@@ -80,7 +84,7 @@ def sample_ids(scores: torch.Tensor, params: SampleParams) -> torch.Tensor:
         params.seed,
         params.position,
     )
-    found = (best, mass, left_out, kept_scores, kept_ids)
+    found = (best, mass, left_out, kept)
     _scan[(num_chunks, num_rows)](
         scores,
         *row,
@@ -105,7 +109,8 @@ def sample_ids(scores: torch.Tensor, params: SampleParams) -> torch.Tensor:
         CANDIDATES,
         SEARCHED,
         params.targets is not None,
-        num_warps=16,
+        num_warps=8,
+        enable_fp_fusion=True,
         **options(),
     )
     return token_ids
@@ -126,51 +131,63 @@ def _weight(scaled, top):
 @triton.jit
 def _scan(
     scores_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, seed_ptr, position_ptr,
-    best_ptr, mass_ptr, left_out_ptr, kept_scores_ptr, kept_ids_ptr, vocab_size, row_stride,
+    best_ptr, mass_ptr, left_out_ptr, kept_ptr, vocab_size, row_stride,
     CHUNK: tl.constexpr, CANDIDATES: tl.constexpr, WAITS: tl.constexpr,
 ):  # fmt: skip
-    """Find the best token of a chunk; for filtered rows, also its mass and its candidates."""
+    """Find the best token of a chunk; for filtered rows, its score, mass and candidates."""
     wait_for_inputs(WAITS)
     chunk, row = tl.program_id(0), tl.program_id(1)
     place = row * tl.num_programs(0) + chunk
-    temperature = tl.load(temperature_ptr + row)
+    temperature, top_k = tl.load(temperature_ptr + row), tl.load(top_k_ptr + row)
+    top_p, min_p = tl.load(top_p_ptr + row), tl.load(min_p_ptr + row)
     ids = chunk * CHUNK + tl.arange(0, CHUNK)
     scores = tl.load(
         scores_ptr + row.to(tl.int64) * row_stride + ids, mask=ids < vocab_size, other=float("-inf")
     )
-    scaled = tl.div_rn(scores, tl.where(temperature == 0.0, 1.0, temperature))
-    is_filtered = _is_filtered(
-        temperature, tl.load(top_k_ptr + row), tl.load(top_p_ptr + row), tl.load(min_p_ptr + row)
-    )
-    noisy = scaled
-    if (temperature != 0.0) & (is_filtered == 0):
-        seed, position = tl.load(seed_ptr + row), tl.load(position_ptr + row)
-        noisy += noise_from(seed, position, chunk * CHUNK, CHUNK)
-    best = tl.max(numbered(noisy, ids), axis=0)
-    has_nan = tl.max((scores != scores).to(tl.int32), axis=0) != 0
-    tl.store(best_ptr + place, tl.where(has_nan, NOT_A_NUMBER, best))
-    if is_filtered:
-        tl.store(mass_ptr + place, tl.sum(_weight(scaled, score_of(key_of(best))), axis=0))
-        keys = ascending(scaled)
-        cut = _cut(keys, key_of(best), CANDIDATES)
-        is_kept = keys > cut
+    keys = ascending(scores)
+    highest, lowest = tl.max(keys, axis=0), tl.min(keys, axis=0)
+    has_nan = (highest > INFINITE) | (lowest < NOTHING)
+    if _is_filtered(temperature, top_k, top_p, min_p):
+        # division by the temperature keeps the order, so the search can use the scores themselves
+        best = highest.to(tl.int64) << 32
+        if (top_p < 1.0) & (top_k <= 0) & (min_p <= 0.0):  # else `_choose` needs no mass
+            rate = 1.0 / temperature
+            mass = tl.sum(_weight(scores * rate, score_of(highest) * rate), axis=0)
+            tl.store(mass_ptr + place, mass)
+        is_kept = keys > _cut(keys, CHUNK, CANDIDATES)
         largest = tl.max(tl.where(is_kept, NOTHING, keys), axis=0)
-        tl.store(left_out_ptr + place, tl.where(largest <= NOTHING, NOTHING - 1, largest))
-        slots = place.to(tl.int64) * CANDIDATES
-        at = tl.cumsum(is_kept.to(tl.int32), axis=0) - 1
-        tl.store(kept_scores_ptr + slots + at, scores, mask=is_kept)
-        tl.store(kept_ids_ptr + slots + at, ids, mask=is_kept)
+        left_out = ascending(tl.div_rn(score_of(largest), temperature))
+        tl.store(left_out_ptr + place, tl.where(largest <= NOTHING, NOTHING - 1, left_out))
+        slots = kept_ptr + place.to(tl.int64) * CANDIDATES
+        ends = tl.cumsum(is_kept.to(tl.int32), axis=0)
+        tl.store(slots + ends - 1, pair_of(scores, ids), mask=is_kept)
         rest = tl.arange(0, CANDIDATES)
-        is_free = rest >= tl.sum(is_kept.to(tl.int32), axis=0)
-        tl.store(kept_scores_ptr + slots + rest, float("-inf"), mask=is_free)
-        tl.store(kept_ids_ptr + slots + rest, 0, mask=is_free)
+        tl.store(slots + rest, NO_PAIR, mask=rest >= tl.max(ends, axis=0))
+    else:
+        if temperature != 0.0:
+            seed, position = tl.load(seed_ptr + row), tl.load(position_ptr + row)
+            scaled = tl.div_rn(scores, temperature)
+            keys = ascending(scaled + noise_from(seed, position, chunk * CHUNK, CHUNK))
+            highest = tl.max(keys, axis=0)
+        first = tl.min(tl.where(keys == highest, ids, 0x7FFFFFFF), axis=0)
+        best = (highest.to(tl.int64) << 32) | (0x7FFFFFFF - first).to(tl.int64)
+    tl.store(best_ptr + place, tl.where(has_nan, NOT_A_NUMBER, best))
 
 
 @triton.jit
-def _cut(keys, highest, CANDIDATES: tl.constexpr):
-    """An int32 with at most CANDIDATES of `keys` above it, at least half as many if possible."""
-    low = tl.full((), NOTHING, tl.int32)
-    high, num_above = highest, 0
+def _cut(keys, CHUNK: tl.constexpr, CANDIDATES: tl.constexpr):
+    """An int32 with at most CANDIDATES of `keys` above it, and at least a quarter if possible.
+
+    The smallest of the largest keys of CANDIDATES / 4 groups has at least that many keys from it
+    up, and of random keys hardly ever more than CANDIDATES; bisection handles the other cases.
+    """
+    groups: tl.constexpr = CANDIDATES // 4
+    tops = tl.max(tl.reshape(keys, (CHUNK // groups, groups)), axis=0)
+    low, high, num_above = (
+        tl.maximum(tl.min(tops, axis=0), NOTHING + 1) - 1,
+        tl.max(tops, axis=0),
+        0,
+    )
     if tl.sum((keys > low).to(tl.int32), axis=0) <= CANDIDATES:
         high = low
     while (low + 1 < high) & (num_above * 2 < CANDIDATES):
@@ -181,6 +198,17 @@ def _cut(keys, highest, CANDIDATES: tl.constexpr):
         else:
             low = middle
     return high
+
+
+@triton.jit
+def _load(values_ptr, at, num_values):
+    """Load scores, and the ids of candidates, which are stored in pairs; -inf past the end."""
+    if values_ptr.dtype.element_ty == tl.int64:
+        pairs = tl.load(values_ptr + at, mask=at < num_values, other=NO_PAIR)
+        values, ids = score_of_pair(pairs), id_of_pair(pairs)
+    else:
+        values, ids = tl.load(values_ptr + at, mask=at < num_values, other=float("-inf")), at
+    return values, ids
 
 
 @triton.jit
@@ -196,8 +224,7 @@ def _measure(
     largest = tl.full((SEARCHED,), NOTHING - 1, tl.int32)
     smallest = tl.full((SEARCHED,), 0x7FFFFFFF, tl.int32)
     for start in range(0, num_values, SEARCHED):
-        at = start + tl.arange(0, SEARCHED)
-        values = tl.load(values_ptr + at, mask=at < num_values, other=float("-inf"))
+        values, _ = _load(values_ptr, start + tl.arange(0, SEARCHED), num_values)
         scaled = tl.div_rn(values, temperature)
         keys = ascending(scaled)
         is_above = keys > above
@@ -211,11 +238,16 @@ def _measure(
 
 
 @triton.jit
-def _search(
-    values_ptr, num_values, temperature, target, low, high, floor, top,
+def _narrow(
+    values_ptr, num_values, temperature, low, high, target, floor, top,
     BY_MASS: tl.constexpr, SEARCHED: tl.constexpr,
 ):  # fmt: skip
-    """Halve the interval of keys until `high` is the smallest with a measure below `target`."""
+    """Find the smallest key in (low, high] with a measure below `target` above it.
+
+    The measure above `high` is below the target, and the measure above `low` is not. Each step
+    halves the interval and then shrinks it to the keys of the tokens inside it, so the number of
+    steps depends on how many tokens are close to the threshold, not on the bits of a float32.
+    """
     while low + 1 < high:
         middle = (low & high) + ((low ^ high) >> 1)  # the mean, without overflow
         measured, largest, smallest = _measure(
@@ -236,33 +268,30 @@ def _threshold(
     """Find the smallest key, from `floor` up, with a measure below `target` above it.
 
     The result is the key of a token, or `floor`. Above `left_out` the candidates are all tokens
-    there are; at or below it, the whole row is searched. Each step halves the interval and then
-    shrinks it to the keys of the tokens inside it, so the number of steps depends on how many
-    tokens are close to the threshold, not on the bits of a float32.
+    there are; at or below it, the whole row is searched. The two searches are separate loops:
+    Triton 3.6 cannot compile one loop over either of two pointers for AMD GPUs.
     """
-    # invariant: the measure above `high` is below target, the measure above `low` is not
     low, high = floor - 1, ascending(top)
     measured, _, _ = _measure(
         kept_ptr, num_kept, temperature, left_out, floor, top, BY_MASS, SEARCHED
     )
-    # two searches instead of one with a chosen pointer: AMD's compiler (Triton 3.6) fails on that
     if (measured >= target) | (left_out < floor):
-        high = _search(
-            kept_ptr, num_kept, temperature, target, tl.maximum(low, left_out), high, floor, top,
-            BY_MASS, SEARCHED,
-        )  # fmt: skip
+        low = tl.maximum(low, left_out)
+        high = _narrow(
+            kept_ptr, num_kept, temperature, low, high, target, floor, top, BY_MASS, SEARCHED
+        )
     else:
-        high = _search(
-            row_ptr, vocab_size, temperature, target, low, tl.minimum(high, left_out), floor, top,
-            BY_MASS, SEARCHED,
-        )  # fmt: skip
+        high = tl.minimum(high, left_out)
+        high = _narrow(
+            row_ptr, vocab_size, temperature, low, high, target, floor, top, BY_MASS, SEARCHED
+        )
     return tl.maximum(high, floor)
 
 
 @triton.jit
 def _choose(
     scores_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, seed_ptr, position_ptr,
-    best_ptr, mass_ptr, left_out_ptr, kept_scores_ptr, kept_ids_ptr, targets_ptr, out_ptr,
+    best_ptr, mass_ptr, left_out_ptr, kept_ptr, targets_ptr, out_ptr,
     vocab_size, row_stride, num_chunks,
     NUM_CHUNKS: tl.constexpr, CANDIDATES: tl.constexpr, SEARCHED: tl.constexpr,
     HAS_TARGETS: tl.constexpr, WAITS: tl.constexpr,
@@ -280,11 +309,10 @@ def _choose(
     min_p = tl.load(min_p_ptr + row)
     is_broken = (best == NOT_A_NUMBER) | (key_of(best) <= NOTHING)
     if (is_broken == 0) & _is_filtered(temperature, top_k, top_p, min_p):
-        top = score_of(key_of(best))
+        top = tl.div_rn(score_of(key_of(best)), temperature)
         row_ptr = scores_ptr + row.to(tl.int64) * row_stride
-        kept_ptr = kept_scores_ptr + row.to(tl.int64) * num_chunks * CANDIDATES
-        ids_ptr = kept_ids_ptr + row.to(tl.int64) * num_chunks * CANDIDATES
         num_kept = num_chunks * CANDIDATES
+        kept_ptr += row.to(tl.int64) * num_kept
         left_out = tl.max(tl.load(left_out_ptr + parts, mask=is_chunk, other=NOTHING - 1), axis=0)
 
         floor = tl.full((), NOTHING, tl.int32)
@@ -299,7 +327,7 @@ def _choose(
         if top_p < 1.0:
             if floor <= NOTHING:
                 masses = tl.load(mass_ptr + parts, mask=is_chunk, other=0.0)
-                tops = score_of(key_of(bests))
+                tops = tl.div_rn(score_of(key_of(bests)), temperature)
                 total = tl.sum(tl.where(is_chunk, masses * _weight(tops, top), 0.0), axis=0)
             elif floor > left_out:
                 total, _, _ = _measure(
@@ -318,11 +346,11 @@ def _choose(
         seed, position = tl.load(seed_ptr + row), tl.load(position_ptr + row)
         if floor > left_out:
             best = _best_noisy(
-                kept_ptr, ids_ptr, num_kept, temperature, floor, seed, position, True, SEARCHED
-            )
+                kept_ptr, num_kept, temperature, floor, seed, position, SEARCHED
+            )  # fmt: skip
         else:
             best = _best_noisy(
-                row_ptr, ids_ptr, vocab_size, temperature, floor, seed, position, False, SEARCHED
+                row_ptr, vocab_size, temperature, floor, seed, position, SEARCHED
             )  # fmt: skip
     token_id = tl.where(is_broken, -1, id_of(best))
     if HAS_TARGETS:
@@ -332,21 +360,13 @@ def _choose(
 
 
 @triton.jit
-def _best_noisy(
-    values_ptr, ids_ptr, num_values, temperature, floor, seed, position,
-    HAS_IDS: tl.constexpr, SEARCHED: tl.constexpr,
-):  # fmt: skip
+def _best_noisy(values_ptr, num_values, temperature, floor, seed, position, SEARCHED: tl.constexpr):
     """The largest `numbered` key, with noise added to the scores, of the tokens from `floor` up."""
     best = tl.full((SEARCHED,), -0x7FFFFFFFFFFFFFFF, tl.int64)
     for start in range(0, num_values, SEARCHED):
-        at = start + tl.arange(0, SEARCHED)
-        is_value = at < num_values
-        values = tl.load(values_ptr + at, mask=is_value, other=float("-inf"))
+        values, ids = _load(values_ptr, start + tl.arange(0, SEARCHED), num_values)
         scaled = tl.div_rn(values, temperature)
         is_eligible = ascending(scaled) >= floor
-        ids = at
-        if HAS_IDS:
-            ids = tl.load(ids_ptr + at, mask=is_value, other=0)
         if tl.max(is_eligible.to(tl.int32), axis=0) != 0:
             noisy = numbered(scaled + noise_of(seed, position, ids), ids)
             best = tl.maximum(best, tl.where(is_eligible, noisy, -0x7FFFFFFFFFFFFFFF))
