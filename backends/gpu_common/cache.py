@@ -192,6 +192,7 @@ def copy(part: torch.Tensor, src: torch.Tensor, dst: torch.Tensor) -> None:
             block_words,
             WORDS=_COPY_WORDS,
             num_warps=4,
+            enable_fp_fusion=True,
         )
 
 

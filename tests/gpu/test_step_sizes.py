@@ -17,8 +17,8 @@ ROOT = Path(__file__).parents[2]
 
 VARIANTS = {
     "_matmul": 3,  # tiles of 16, 32 and 128 rows
-    "_product": 6,  # the same, of gate and up, then down
-    "_sort": 3,
+    "_product": 4,  # tiles of 16 and 128 choices, of gate and up, then down
+    "_sort": 2,
     "_count": 2,  # tokens of the prompt, and of the answer
 }
 """Compilations of kernels that exist in several variants, which startup covers; others: 1."""

@@ -53,7 +53,7 @@ def quantize(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.T
     attached = getattr(x, _ATTRIBUTE, None)
     if attached is not None and attached[0].dtype == dtype and attached[2] == x._version:
         return attached[0], attached[1]
-    values, scales = buffers(*x.shape, dtype, x.device)
+    values, scales = buffers(x.shape[0], x.shape[1], dtype, x.device)
     if x.shape[0]:
         block = triton.next_power_of_2(x.shape[1])
         _quantize[(x.shape[0],)](

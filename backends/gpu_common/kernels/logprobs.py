@@ -49,6 +49,7 @@ def add_logprobs(output: SampleOutput, raw: torch.Tensor, num_top: int) -> None:
         raw.stride(0), num_top, num_chunks,
         triton.next_power_of_2(num_chunks),
         triton.next_power_of_2(num_chunks) * max(_USUAL_TOP, triton.next_power_of_2(num_top)),
+        enable_fp_fusion=True,
     )  # fmt: skip
 
 

@@ -29,6 +29,7 @@ import triton.language as tl
 from portalm.backend import Experts
 from portalm.errors import BackendError
 from portalm_backends.gpu_common.kernels import fp8
+from portalm_backends.gpu_common.kernels.dependent_launch import options, wait_for_inputs
 from portalm_backends.gpu_common.kernels.matmul import add_group
 from portalm_backends.gpu_common.weights import ExpertWeights
 
@@ -95,6 +96,7 @@ def sort(expert_ids: torch.Tensor, num_experts: int) -> Tiles:
     _sort[(num_experts,)](
         expert_ids, tiles.choices, tiles.experts, tiles.count, num_choices, num_experts,
         rows, triton.next_power_of_2(num_experts + 1), chunk, num_warps=chunk // 512,
+        enable_fp_fusion=True, **options(),
     )  # fmt: skip
     return tiles
 
@@ -184,17 +186,18 @@ def product(
         1.0 if gate is None else gate.swiglu_alpha,
         group, bits, minimums is not None, is_scaled, bias is not None, gate is not None,
         limit is not None, weight.alignment, BAND, tiles.rows, shape.block_n,
-        num_warps=shape.num_warps, num_stages=shape.num_stages,
+        num_warps=shape.num_warps, num_stages=shape.num_stages, enable_fp_fusion=True, **options(),
     )  # fmt: skip
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_choices"])
 def _sort(
     ids_ptr, choices_ptr, tile_experts_ptr, num_tiles_ptr, num_choices, num_experts,
-    ROWS: tl.constexpr, BINS: tl.constexpr, CHUNK: tl.constexpr,
+    ROWS: tl.constexpr, BINS: tl.constexpr, CHUNK: tl.constexpr, WAITS: tl.constexpr,
 ):  # fmt: skip
     """Write the tiles of one expert after those of the experts before it; keep choices in order."""
+    wait_for_inputs(WAITS)
     expert = tl.program_id(0)
     bins, within = tl.arange(0, BINS), tl.arange(0, CHUNK)
     counts = tl.zeros((BINS,), tl.int32)
@@ -222,7 +225,7 @@ def _sort(
     tl.store(choices_ptr + rest, num_choices, mask=rest < (first + num_mine) * ROWS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_choices"])
 def _product(
     x_ptr, x_scales_ptr, addresses_ptr, values_ptr, scales_ptr, minimums_ptr, bias_ptr,
     choices_ptr, tile_experts_ptr, num_tiles_ptr, out_ptr,
@@ -230,12 +233,14 @@ def _product(
     GROUP: tl.constexpr, BITS: tl.constexpr, HAS_MINIMUMS: tl.constexpr, HAS_SCALES: tl.constexpr,
     HAS_BIAS: tl.constexpr, IS_GATED: tl.constexpr, IS_CLAMPED: tl.constexpr,
     ALIGNMENT: tl.constexpr, BAND: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
+    WAITS: tl.constexpr,
 ):  # fmt: skip
     """Compute BLOCK_N columns of one tile's results; with IS_GATED, both halves and the activation.
 
     `values_ptr`, `scales_ptr` and `minimums_ptr` are those of the first expert and only give the
     types. HAS_SCALES: x and the weight are float8 with a scale per row.
     """
+    wait_for_inputs(WAITS)
     width = n // 2 if IS_GATED else n
     blocks = tl.cdiv(width, BLOCK_N)
     num_tiles = tl.load(num_tiles_ptr)
@@ -320,14 +325,18 @@ def add_up(results: torch.Tensor, expert_weights: torch.Tensor) -> torch.Tensor:
     width = results.shape[1]
     out = torch.empty((num_tokens, width), dtype=results.dtype, device=results.device)
     _add_up[(num_tokens, triton.cdiv(width, _BLOCK))](
-        results, expert_weights, out, width, top_k, _BLOCK
+        results, expert_weights, out, width, top_k, _BLOCK, enable_fp_fusion=True, **options()
     )
     return out
 
 
 @triton.jit
-def _add_up(results_ptr, weights_ptr, out_ptr, width, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
+def _add_up(
+    results_ptr, weights_ptr, out_ptr, width,
+    TOP_K: tl.constexpr, BLOCK: tl.constexpr, WAITS: tl.constexpr,
+):  # fmt: skip
     """Compute BLOCK columns of one token."""
+    wait_for_inputs(WAITS)
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < width

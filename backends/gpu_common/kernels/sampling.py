@@ -94,6 +94,7 @@ def sample_ids(scores: torch.Tensor, params: SampleParams) -> torch.Tensor:
         CHUNK,
         CANDIDATES,
         num_warps=8,
+        enable_fp_fusion=True,
         **options(),
     )
     _choose[(num_rows,)](
