@@ -11,7 +11,16 @@ from typing import Any
 import torch
 
 from portalm.quant.recipe import Recipe, excluding
-from portalm.quant.scheme import LayerParts, Weight, grouped, num_groups, setting, unpacked
+from portalm.quant.scheme import (
+    FLOATS,
+    WORDS,
+    LayerParts,
+    Weight,
+    grouped,
+    num_groups,
+    setting,
+    unpacked,
+)
 
 _ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Which of a word's eight columns each of its nibbles holds, lowest nibble first."""
@@ -39,9 +48,9 @@ class AWQ:
     def read(self, parts: LayerParts) -> Weight:
         """Read a weight [N, K]: scale * (code - zero)."""
         self._recipe.settings(parts)
-        qweight = parts.get("qweight", None, None)
-        scales = parts.get("scales", None, 8 * qweight.shape[1])
-        qzeros = parts.get("qzeros", len(scales), qweight.shape[1])
+        qweight = parts.get("qweight", None, None, dtypes=WORDS)
+        scales = parts.get("scales", None, 8 * qweight.shape[1], dtypes=FLOATS)
+        qzeros = parts.get("qzeros", len(scales), qweight.shape[1], dtypes=WORDS)
         size, columns = self._group_size, len(qweight)
         if size is not None and len(scales) != num_groups(parts, columns, size):
             raise parts.error(

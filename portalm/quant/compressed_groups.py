@@ -109,7 +109,7 @@ def _weights_and_targets(name: str, found: Any) -> tuple[Mapping[str, Any] | Non
             )
         return _PRESETS.get(name), list(found)
     setting(found, "format", _FORMATS, "pack-quantized")
-    return found.get("weights"), list(found.get("targets") or ["Linear"])
+    return found.get("weights"), list(found.get("targets", ["Linear"]))
 
 
 def _read_group(weights: Mapping[str, Any]) -> Group:

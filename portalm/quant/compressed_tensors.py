@@ -12,8 +12,11 @@ import torch
 
 from portalm.errors import UnsupportedModel
 from portalm.quant.compressed_groups import Group, read_recipe
-from portalm.quant.fp8 import FP8_DTYPES
 from portalm.quant.scheme import (
+    FLOATS,
+    FP8_DTYPES,
+    INDEXES,
+    WORDS,
     LayerParts,
     Weight,
     dequantized_by_column,
@@ -66,22 +69,19 @@ class CompressedTensors:
             raise parts.error("it has no weight_zero_point, but its group has symmetric false")
         if group.needs_columns and not parts.has("weight_g_idx"):
             raise parts.error("it has no weight_g_idx, but its group has actorder group")
-        scales = parts.get("weight_scale")
         if group.bits == 4 and group.kind == "float":
-            return _nvfp4(parts, scales)
+            return _nvfp4(parts)
+        scales = parts.get("weight_scale", dtypes=FLOATS)
         if scales.numel() == 1:
             scales = scales.reshape(1, 1)
         elif scales.ndim == 1:
             scales = scales[:, None]
         if parts.has("weight_packed"):
             return self._packed(parts, group, scales)
-        weight = parts.get("weight", None, None)
+        if group.bits != 8:
+            raise parts.error(f"weight has 8 bits, but its group has {group.bits}")
         wanted = (torch.int8,) if group.kind == "int" else FP8_DTYPES
-        if weight.dtype not in wanted or group.bits != 8:
-            raise parts.error(
-                f"weight is {weight.dtype}, but its group has type {group.kind} with "
-                f"{group.bits} bits"
-            )
+        weight = parts.get("weight", None, None, dtypes=wanted)
         if group.block is not None:
             blocks = [-(-n // size) for n, size in zip(weight.shape, group.block, strict=True)]
             if list(scales.shape) != blocks:
@@ -93,29 +93,37 @@ class CompressedTensors:
             return scaled_by_blocks(weight, rows)
         zeros = None
         if parts.has("weight_zero_point"):
-            zeros = parts.get("weight_zero_point").reshape(-1, scales.shape[1]).int() + 128
+            stored = parts.get("weight_zero_point", dtypes=(torch.int8,))
+            if stored.numel() != scales.numel():
+                raise parts.error(
+                    f"weight_zero_point has shape {list(stored.shape)}, but weight_scale "
+                    f"{list(scales.shape)}"
+                )
+            zeros = stored.reshape(scales.shape).int() + 128
             zeros = None if bool((zeros == 128).all()) else zeros.expand(num_rows, -1)
         codes = (weight.short() + 128).to(torch.uint8)
         return grouped(codes, rows, bits=8, zeros=zeros)
 
     def _packed(self, parts: LayerParts, group: Group, scales: torch.Tensor) -> Weight:
-        num_rows, num_columns = parts.get("weight_shape", 2).tolist()
-        words = parts.get("weight_packed", num_rows, None)
+        num_rows, num_columns = parts.get("weight_shape", 2, dtypes=INDEXES).tolist()
+        words = parts.get("weight_packed", num_rows, None, dtypes=WORDS)
         bits = group.bits
         num_words = -(-num_columns * bits // 32)
-        if words.dtype != torch.int32 or words.shape[1] != num_words:
+        if words.shape[1] != num_words or group.kind != "int":
             raise parts.error(
-                f"weight_packed is {words.dtype} with {words.shape[1]} columns, but {num_columns} "
-                f"codes of {bits} bits are int32 with {num_words}"
+                f"weight_packed has {words.shape[1]} columns, but {num_columns} {group.kind}s of "
+                f"{bits} bits need {num_words}"
             )
         codes = unpacked(words, bits, along_rows=False)[:, :num_columns]
         rows = _by_rows(parts, group, scales, num_rows, num_columns)
         zeros = None
         if parts.has("weight_zero_point"):
-            packed = parts.get("weight_zero_point", None, rows.shape[1])
+            packed = parts.get(
+                "weight_zero_point", -(-num_rows * bits // 32), rows.shape[1], dtypes=WORDS
+            )
             zeros = unpacked(packed, bits, along_rows=True)[:num_rows].int()
         if parts.has("weight_g_idx"):
-            groups = parts.get("weight_g_idx", num_columns).long()
+            groups = parts.get("weight_g_idx", num_columns, dtypes=INDEXES).long()
             if int(groups.min()) < 0 or int(groups.max()) >= rows.shape[1]:
                 raise parts.error(f"weight_g_idx has a group outside 0 to {rows.shape[1] - 1}")
             half = torch.full_like(rows, 1 << (bits - 1)) if zeros is None else zeros
@@ -128,8 +136,8 @@ def _by_rows(
 ) -> torch.Tensor:
     """Check the shape of the scales and repeat a single one: [N, G]."""
     count = 1 if group.size is None else num_groups(parts, num_columns, group.size)
-    rows = scales.expand(num_rows, -1) if len(scales) == 1 else scales
-    if len(rows) != num_rows or rows.shape[1] != count or num_columns % count:
+    rows = scales.expand(num_rows, -1) if scales.shape == (1, 1) else scales
+    if rows.ndim != 2 or len(rows) != num_rows or rows.shape[1] != count or num_columns % count:
         raise parts.error(
             f"weight_scale has shape {list(scales.shape)}, which does not fit a weight "
             f"[{num_rows}, {num_columns}] with {count} groups in a row"
@@ -137,17 +145,15 @@ def _by_rows(
     return rows
 
 
-def _nvfp4(parts: LayerParts, scales: torch.Tensor) -> torch.Tensor:
+def _nvfp4(parts: LayerParts) -> torch.Tensor:
     """Dequantize NVFP4 to float32 [N, K]."""
-    pairs = parts.get("weight_packed", None, None)
+    pairs = parts.get("weight_packed", None, None, dtypes=(torch.uint8,))
     columns = 2 * pairs.shape[1]
-    fits = list(scales.shape) == [len(pairs), columns // _NVFP4_GROUP]
-    if pairs.dtype != torch.uint8 or scales.dtype not in FP8_DTYPES or not fits:
-        raise parts.error(
-            f"weight_packed {pairs.dtype} {list(pairs.shape)} and weight_scale {scales.dtype} "
-            f"{list(scales.shape)} are not NVFP4: uint8 [N, K / 2] and FP8 [N, K / 16]"
-        )
-    scale = parts.get("weight_global_scale")
+    if columns % _NVFP4_GROUP:
+        raise parts.error(f"{columns} columns cannot be split into groups of {_NVFP4_GROUP}")
+    shape = len(pairs), columns // _NVFP4_GROUP
+    scales = parts.get("weight_scale", *shape, dtypes=FP8_DTYPES)
+    scale = parts.get("weight_global_scale", dtypes=FLOATS)
     if scale.numel() != 1 or float(scale) == 0:
         raise parts.error("weight_global_scale must be one number other than 0")
     return nvfp4(pairs, scales, 1 / float(scale))

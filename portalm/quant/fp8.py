@@ -9,12 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from portalm.quant.recipe import Recipe, excluding
-from portalm.quant.scheme import LayerParts, Weight, scaled_by_blocks, setting
-
-FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
+from portalm.quant.scheme import FLOATS, FP8_DTYPES, LayerParts, Weight, scaled_by_blocks, setting
 
 
 class FP8:
@@ -40,17 +36,16 @@ class FP8:
     def read(self, parts: LayerParts) -> Weight:
         """Read a weight [N, K]: code * scale (weight_scale_inv is a scale, not an inverse)."""
         self._recipe.settings(parts)
-        weight = parts.get("weight", None, None)
-        if weight.dtype not in FP8_DTYPES:
-            raise parts.error(f"weight is {weight.dtype}, expected float8_e4m3fn or float8_e5m2")
+        weight = parts.get("weight", None, None, dtypes=FP8_DTYPES)
         name = "weight_scale" if parts.has("weight_scale") else "weight_scale_inv"
-        scales = parts.get(name)
+        scales = parts.get(name, dtypes=FLOATS)
         if scales.numel() == 1:
             scales = scales.reshape(1, 1)
         elif scales.ndim == 1:
             scales = scales[:, None]
-        if self._block is not None and name == "weight_scale_inv":
-            wanted = [-(-n // b) for n, b in zip(weight.shape, self._block, strict=True)]
+        block = self._block if name == "weight_scale_inv" else None
+        if block is not None:
+            wanted = [-(-n // b) for n, b in zip(weight.shape, block, strict=True)]
             if list(scales.shape) != wanted:
                 raise parts.error(f"{name} has shape {list(scales.shape)}, expected {wanted}")
         elif scales.shape not in ((1, 1), (len(weight), 1)):
@@ -58,4 +53,4 @@ class FP8:
                 f"{name} has shape {list(scales.shape)}, which does not fit a weight "
                 f"{list(weight.shape)}"
             )
-        return scaled_by_blocks(weight, scales, self._block)
+        return scaled_by_blocks(weight, scales, block)

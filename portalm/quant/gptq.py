@@ -15,6 +15,9 @@ import torch
 from portalm.errors import UnsupportedModel
 from portalm.quant.recipe import Recipe, Rule, by_regex, excluding
 from portalm.quant.scheme import (
+    FLOATS,
+    INDEXES,
+    WORDS,
     LayerParts,
     Weight,
     dequantized_by_column,
@@ -79,13 +82,13 @@ class GPTQ:
         settings = self._recipe.settings(parts)
         bits = settings.bits
         per_word = 32 // bits
-        qweight = parts.get("qweight", None, None)
+        qweight = parts.get("qweight", None, None, dtypes=WORDS)
         num_columns, num_rows = len(qweight) * per_word, qweight.shape[1]
-        scales = parts.get("scales", None, num_rows).T  # [N, G]
+        scales = parts.get("scales", None, num_rows, dtypes=FLOATS).T  # [N, G]
         count = scales.shape[1]
         codes = unpacked(qweight, bits, along_rows=True).T  # [N, K]
         zeros = unpacked(
-            parts.get("qzeros", count, num_rows // per_word), bits, along_rows=False
+            parts.get("qzeros", count, num_rows // per_word, dtypes=WORDS), bits, along_rows=False
         ).T.int()
         # a zero of 0 is stored as all ones in "gptq"
         zeros = (zeros + self._zero_offset) & ((1 << bits) - 1)
@@ -97,7 +100,7 @@ class GPTQ:
         size = -(-num_columns // count) if size in (None, -1) else size
         groups = torch.arange(num_columns) // size
         if parts.has("g_idx"):
-            named = parts.get("g_idx", num_columns)
+            named = parts.get("g_idx", num_columns, dtypes=INDEXES)
             if int(named.min()) < 0 or int(named.max()) >= count:
                 raise parts.error(f"g_idx has a group outside 0 to {count - 1}")
             if not torch.equal(named.long(), groups):

@@ -12,9 +12,16 @@ from typing import Any
 import torch
 
 from portalm.errors import UnsupportedModel
-from portalm.quant.fp8 import FP8_DTYPES
 from portalm.quant.recipe import Recipe, Rule, by_wildcards
-from portalm.quant.scheme import LayerParts, Weight, nvfp4, scaled_by_blocks, setting
+from portalm.quant.scheme import (
+    FLOATS,
+    FP8_DTYPES,
+    LayerParts,
+    Weight,
+    nvfp4,
+    scaled_by_blocks,
+    setting,
+)
 
 _ALGORITHMS = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "NVFP4")
 _BLOCK = (128, 128)
@@ -52,24 +59,24 @@ class ModelOpt:
     def read(self, parts: LayerParts) -> Weight:
         """Read a weight [N, K], dequantized."""
         algorithm = self._recipe.settings(parts)
-        weight = parts.get("weight", None, None)
         wanted = (torch.uint8,) if algorithm == "NVFP4" else FP8_DTYPES
-        if weight.dtype not in wanted:
-            raise parts.error(f"weight is {weight.dtype}, but its quant_algo is {algorithm}")
+        weight = parts.get("weight", None, None, dtypes=wanted)
         if algorithm == "NVFP4":
             columns = 2 * weight.shape[1]
-            scales = parts.get("weight_scale", len(weight), columns // _GROUP)
-            if scales.dtype not in FP8_DTYPES or columns % _GROUP:
-                raise parts.error(f"weight_scale is {scales.dtype} for {columns} columns")
-            scale = parts.get("weight_scale_2")
+            shape = len(weight), columns // _GROUP
+            scales = parts.get("weight_scale", *shape, dtypes=FP8_DTYPES)
+            if columns % _GROUP:
+                raise parts.error(f"{columns} columns cannot be split into groups of {_GROUP}")
+            scale = parts.get("weight_scale_2", dtypes=FLOATS)
             if scale.numel() != 1:
                 raise parts.error(f"weight_scale_2 has shape {list(scale.shape)}, expected []")
             return nvfp4(weight, scales, float(scale))
-        scales = parts.get("weight_scale")
+        scales = parts.get("weight_scale", dtypes=FLOATS)
         blocks = [-(-n // size) for n, size in zip(weight.shape, _BLOCK, strict=True)]
+        by_rows = ([len(weight)], [len(weight), 1])
         if algorithm == "FP8" and scales.numel() == 1:
             return scaled_by_blocks(weight, scales.reshape(1, 1))
-        if algorithm == "FP8_PER_CHANNEL_PER_TOKEN" and scales.numel() == len(weight):
+        if algorithm == "FP8_PER_CHANNEL_PER_TOKEN" and list(scales.shape) in by_rows:
             return scaled_by_blocks(weight, scales.reshape(-1, 1))
         if algorithm == "FP8_PB_WO" and list(scales.shape) in (
             blocks,

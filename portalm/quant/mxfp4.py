@@ -34,8 +34,8 @@ class MXFP4:
     def read(self, parts: LayerParts) -> Weight:
         """Read a weight [E N, K]: the rows of all experts, concatenated."""
         self._recipe.settings(parts)
-        blocks = parts.get("blocks", None, None, None, 16)
-        exponents = parts.get("scales", *blocks.shape[:3])
+        blocks = parts.get("blocks", None, None, None, 16, dtypes=(torch.uint8,))
+        exponents = parts.get("scales", *blocks.shape[:3], dtypes=(torch.uint8,))
         rows, groups = blocks.shape[0] * blocks.shape[1], blocks.shape[2]
         codes = unpacked_e2m1(blocks).view(rows, groups * 32)
         exponents = exponents.reshape(rows, groups).int()

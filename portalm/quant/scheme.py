@@ -18,6 +18,14 @@ Weight: TypeAlias = QuantizedWeight | torch.Tensor
 """[N, K]: quantized, or float32 if no format of `QUANTIZED_FORMATS` has exactly its values."""
 
 
+WORDS = (torch.int32,)
+"""Dtype of packed codes."""
+INDEXES = (torch.int32, torch.int64)
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""Dtypes of scales."""
+FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
 class Tensors(Protocol):
     """Tensors of a checkpoint's files, by their names in the files."""
 
@@ -55,11 +63,16 @@ class LayerParts:
         """True if the layer has this part."""
         return f"{self.layer}{self._separator}{name}" in self._names
 
-    def get(self, name: str, *shape: int | None) -> torch.Tensor:
-        """Read a part and check its shape (None: any size; no `shape`: no check).
+    def get(self, name: str, *shape: int | None, dtypes: tuple[torch.dtype, ...]) -> torch.Tensor:
+        """Read a part.
+
+        Args:
+            name: name of the part.
+            shape: sizes that it must have; None: any size. Without sizes, any shape.
+            dtypes: it must have one of them.
 
         Raises:
-            CheckpointError: the part is missing or has another shape.
+            CheckpointError: the part is missing, or has another shape or dtype.
         """
         tensor = self._tensors.tensor(f"{self.layer}{self._separator}{name}")
         fits = len(shape) == tensor.ndim and all(
@@ -68,6 +81,9 @@ class LayerParts:
         if shape and not fits:
             sizes = ["any" if size is None else size for size in shape]
             raise self.error(f"{name} has shape {list(tensor.shape)}, expected {sizes}")
+        if tensor.dtype not in dtypes:
+            named = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+            raise self.error(f"{name} is {tensor.dtype}, expected {named}")
         return tensor
 
     def error(self, reason: str) -> CheckpointError:

@@ -218,13 +218,13 @@ WRONG: dict[str, tuple[Mapping[str, Write], Write, dict[str, Any], str]] = {
         {DOWN: eight_bits},
         four_bits,
         {**PACKED, **groups(a=(["re:.*down_proj$"], INT4), b=(["Linear"], INT8))},
-        r"weight_packed is torch.int32 with \d+ columns",
+        r"weight_packed has \d+ columns",
     ),
     "one group for layers of 4 and 8 bits": (
         {DOWN: eight_bits},
         four_bits,
         {**PACKED, **groups(a=(["Linear"], INT4))},
-        "down_proj: weight_packed is torch.int32 with 32 columns, but 128 codes of 4 bits",
+        "down_proj: weight_packed has 32 columns, but 128 ints of 4 bits need 16",
     ),
     "a group size that the scales do not have": (
         {},
@@ -266,7 +266,7 @@ WRONG: dict[str, tuple[Mapping[str, Write], Write, dict[str, Any], str]] = {
         {},
         CASES["w8a8"].write,
         {**TENSORS, **groups(a=(["Linear"], FP8_ROWS))},
-        "weight is torch.int8, but its group has type float",
+        "weight is torch.int8, expected float8_e4m3fn",
     ),
     "scaled weights that are not quantized": (
         {},
@@ -275,7 +275,7 @@ WRONG: dict[str, tuple[Mapping[str, Write], Write, dict[str, Any], str]] = {
             plain(shape)[1],
         ),
         {**TENSORS, "format": "dense", **groups(a=(["Linear"], FP8_ROWS))},
-        "weight is torch.float32, but its group has type float",
+        "weight is torch.float32, expected float8_e4m3fn",
     ),
     "rotated weights": (
         {},
@@ -338,7 +338,7 @@ WRONG: dict[str, tuple[Mapping[str, Write], Write, dict[str, Any], str]] = {
     ),
     "modelopt's algorithm of another layer": (
         {DOWN: modelopt_nvfp4}, fp8_tensor, {"quant_method": "modelopt", "quant_algo": "FP8"},
-        "down_proj: weight is torch.uint8, but its quant_algo is FP8",
+        "down_proj: weight is torch.uint8, expected float8_e4m3fn",
     ),
     "a value of the wrong type": (
         {}, four_bits, {**PACKED, "config_groups": [1]}, "value of the wrong type",
