@@ -57,7 +57,11 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "DeepseekV2ForCausalLM": {"num_experts_per_tok": 3},
     "DiffLlamaForCausalLM": {"head_dim": 16},
     "Dots1ForCausalLM": {"n_routed_experts": 8, "num_experts_per_tok": 3, "n_shared_experts": 1},
-    "GraniteMoeHybridForCausalLM": {"layer_types": ["attention"] * 4, "mamba_d_head": 32, "mamba_n_heads": 4},
+    "GraniteMoeHybridForCausalLM": {
+        "layer_types": ["attention"] * 4,
+        "mamba_d_head": 32,
+        "mamba_n_heads": 4,
+    },
     "HunYuanDenseV1ForCausalLM": {"head_dim": 16},
     "HunYuanMoEV1ForCausalLM": {"head_dim": 16},
     "MinistralForCausalLM": {"head_dim": 16},

@@ -119,6 +119,8 @@ class ModelConfig:
     pooling: PoolingConfig = field(default_factory=PoolingConfig)
     encoder: EncoderConfig | None = None
     """None for a decoder."""
+    text_part_of: str | None = None
+    """Architecture of the checkpoint if only its text part is loaded, as `architecture`."""
     values: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
     """All of config.json, or GGUF metadata under config.json's names, with the family's defaults,
     and its own keys also under the common ones. A model family reads its own settings from it."""

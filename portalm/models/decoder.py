@@ -6,6 +6,7 @@ layer; run without a checkpoint, it also lists the tensors that the model has (`
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal
@@ -34,6 +35,9 @@ from portalm.models.loader.checkpoint import Checkpoint, LoadProgress, TensorRea
 from portalm.models.loader.unread import check_all_read, check_tied
 from portalm.models.model import AS_CAST, Quantization, bytes_of
 from portalm.models.registry import has_head
+from portalm.models.text_part import OTHER_PARTS, text_name
+
+logger = logging.getLogger(__name__)
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (False,),
@@ -241,11 +245,15 @@ class Decoder:
         head = rename(f"{self.head}.weight")
         if self.config.tie_word_embeddings:
             check_tied(checkpoint, head, rename(f"{self.embedding}.weight"))
-        is_headless = "generate" not in self.tasks
-        check_all_read(
-            checkpoint,
-            unused=(*self.unused, f"^{re.escape(head)}$") if is_headless else self.unused,
-        )
+        unused = [*self.unused]
+        if "generate" not in self.tasks:
+            unused.append(f"^{re.escape(head)}$")
+        if self.config.text_part_of is not None:
+            unused += OTHER_PARTS
+            logger.warning(
+                "only the text part of %s is loaded: images are not read", self.config.text_part_of
+            )
+        check_all_read(checkpoint, unused=unused)
         config = self.config
         weights["ropes"] = [
             cos_sin_table(rope, head_size=config.head_size, max_position=config.max_position).to(
@@ -259,6 +267,8 @@ class Decoder:
         """Return a function from the model's name of a tensor to the checkpoint's."""
         prefix, first = self.optional_prefix, f"{self.embedding}.weight"
         names = set(checkpoint.names())
+        if self.config.text_part_of is not None:
+            return lambda name: text_name(name, names)
         if first in names or first.removeprefix(prefix) not in names:
             return str
         return lambda name: name.removeprefix(prefix)

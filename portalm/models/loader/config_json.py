@@ -13,6 +13,7 @@ from portalm.models.loader.end_tokens import tokenizer_eos_ids
 from portalm.models.loader.json_file import read_json_object
 from portalm.models.loader.quantization_config import quantization_config
 from portalm.models.loader.sentence_transformers import read_pooling
+from portalm.models.text_part import text_values
 
 _DTYPES = {
     "float32": "float32",
@@ -25,12 +26,17 @@ _DTYPES = {
 def read_config(folder: Path, overrides: Mapping[str, Any]) -> ModelConfig:
     """Read the config of the checkpoint in `folder`; `overrides` replace values of config.json.
 
+    Of a multimodal model it is the config of the text part, whose values `overrides` replace.
+
     Raises:
         CheckpointError: a file or a value is missing or invalid.
         UnsupportedModel: the model, its encoder settings or its pooling are not supported.
     """
     path = folder / "config.json"
-    values = {**read_json_object(path), **overrides}
+    values = read_json_object(path)
+    architecture = str((values.get("architectures") or [""])[0])
+    part = text_values({**values, **_nested(values, overrides)})
+    values = {**(values if part is None else part), **overrides}
     quantized = quantization_config(folder, values)
     if quantized is not None:
         values["quantization_config"] = quantized
@@ -40,12 +46,21 @@ def read_config(folder: Path, overrides: Mapping[str, Any]) -> ModelConfig:
         config = model_config(values, generated)
         ends = (*config.eos_token_ids, *tokenizer_eos_ids(folder))
         config = replace(config, eos_token_ids=tuple(dict.fromkeys(ends)))
+        if part is not None:
+            config = replace(config, text_part_of=architecture)
         pooling = read_pooling(folder, is_encoder=config.encoder is not None)
         return replace(config, pooling=pooling)
     except KeyError as error:
         raise CheckpointError(path, f"it has no {error.args[0]!r}") from None
     except (ConfigError, TypeError, ValueError) as error:
         raise CheckpointError(path, str(error)) from error
+
+
+def _nested(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """text_config with the values of `overrides`, if both have one."""
+    old, new = values.get("text_config"), overrides.get("text_config")
+    both = isinstance(old, Mapping) and isinstance(new, Mapping)
+    return {"text_config": {**old, **new}} if both else {}  # type: ignore[dict-item]
 
 
 def model_config(values: dict[str, Any], generated: dict[str, Any]) -> ModelConfig:
