@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -178,6 +179,7 @@ def parse() -> argparse.Namespace:
 def main() -> int:
     """Run the selected stages; return 1 if anything failed."""
     arguments = parse()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the running part, too
     record = Record(arguments.out, arguments.device, predictions(), resume=arguments.resume)
     record.describe(revision=revision(), arguments=sys.argv[1:])
     run = Run(arguments, record, prepare(arguments.out, arguments.pack, arguments.packages))

@@ -144,6 +144,11 @@ def main() -> None:
         help="seconds for compiling kernels (default: 3600; 2 cores need about 1200)",
     )
     parser.add_argument(
+        "--stages",
+        default="smoke,engine,kernels,numerics",
+        help="stages of gpu_run.py to compile kernels for (default: all that launch any)",
+    )
+    parser.add_argument(
         "--skip",
         default="",
         help="comma-separated parts to leave as they are: wheels, native, triton",
@@ -165,6 +170,7 @@ def main() -> None:
             python_version=arguments.python_version,
             triton=arguments.triton,
             target=arguments.target,
+            stages=arguments.stages,
             limit_s=arguments.limit,
         )
     index.write_text(json.dumps(content, indent=1) + "\n")

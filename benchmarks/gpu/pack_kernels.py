@@ -42,7 +42,14 @@ print(json.dumps([triton_key(), sysconfig.get_config_var("EXT_SUFFIX"),
 
 
 def collect_kernels(
-    folder: Path, *, python: str, python_version: str, triton: str, target: str, limit_s: float
+    folder: Path,
+    *,
+    python: str,
+    python_version: str,
+    triton: str,
+    target: str,
+    stages: str,
+    limit_s: float,
 ) -> dict[str, Any]:
     """Fill `folder` with the kernels that gpu_run.py launches, for one release of Triton.
 
@@ -52,6 +59,7 @@ def collect_kernels(
         python_version: its version: "3.12".
         triton: release of Triton on the GPU machine.
         target: GPU to compile for: "sm_90".
+        stages: the stages to run, as gpu_run.py takes them.
         limit_s: time limit of the dry run that compiles.
     """
     with tempfile.TemporaryDirectory(prefix="portalm-pack-") as name:
@@ -74,7 +82,7 @@ def collect_kernels(
         command = [sys.executable, str(ROOT / "benchmarks/gpu_run.py"), "--device", "dry-pack"]
         command += ["--out", str(work / "run"), "--packages", str(own), "--limit", str(limit_s)]
         status = subprocess.run(
-            [*command, "--stages", "smoke,engine,kernels,numerics", "--go-on"],
+            [*command, "--stages", stages, "--go-on"],
             env={**os.environ, **environment},
             check=False,
         ).returncode
