@@ -141,18 +141,15 @@ def _launchers(folder: Path, sources: Path, triton: Path, facts: Facts) -> int:
         command += ["-Wl,--no-as-needed", f"-L{stub}", "-l:libcuda.so.1"]
         command += [f"-I{nvidia / 'include'}", f"-I{facts.include}"]
         subprocess.run(command, check=True)
-        key = hashlib.sha256((text + _platform_key()).encode()).hexdigest()
-        place = folder / _base32(key)
-        place.mkdir(parents=True, exist_ok=True)
-        shutil.copy(module, place / module.name)
+        for machine in _PLATFORMS:
+            place = folder / _base32(hashlib.sha256((text + machine).encode()).hexdigest())
+            place.mkdir(parents=True, exist_ok=True)
+            shutil.copy(module, place / module.name)
     return len(modules)
 
 
-def _platform_key() -> str:
-    from triton.runtime.build import platform_key
-
-    key: str = platform_key()
-    return key
+_PLATFORMS = ("x86_64,Linux,64bit,ELF", "x86_64,Linux,64bit,")
+"""Triton's `platform_key()` where the program `file` is installed, and where it is not."""
 
 
 def _base32(key: str) -> str:

@@ -1,7 +1,8 @@
 """One minute that shows whether a GPU run makes sense: an 8B-shaped model starts and decodes.
 
-Captures the buckets of 1 and 256 requests, compares captured with uncaptured decodes, computes a
-prompt of 2,048 tokens, and requires that nothing is compiled after `seal`.
+Captures the buckets of 1 and 256 decodes and the largest mixed one, compares captured with
+uncaptured steps, computes a prompt of 2,048 tokens, and requires that nothing is compiled after
+`seal`.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class Smoke:
         self.eager: Any = None
 
     def start(self, clock: Clock) -> None:
-        """Start the model, and capture two buckets."""
+        """Start the model, and capture a few buckets."""
         from portalm.engine.engine import Engine
 
         begin = time.perf_counter()
@@ -140,14 +141,16 @@ class Smoke:
 
 
 def _keep_buckets(backend: Any, sizes: set[int]) -> None:
-    """Let the engine capture only decode buckets of these numbers of requests."""
+    """Let the engine capture decode buckets of these numbers of requests, and one mixed bucket."""
     all_buckets = backend.buckets
 
     def buckets(max_tokens: int, max_requests: int, max_blocks: int) -> list[Bucket] | None:
         found = all_buckets(max_tokens, max_requests, max_blocks)
         if found is None or backend.capabilities.static_shapes:
             return found
-        return [b for b in found if b.max_query_len == 1 and b.num_requests in sizes]
+        mixed = [b for b in found if b.max_query_len > 1]
+        decodes = [b for b in found if b.max_query_len == 1 and b.num_requests in sizes]
+        return [*decodes, *([max(mixed)] if mixed else [])]
 
     backend.buckets = buckets
 
