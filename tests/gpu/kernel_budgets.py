@@ -270,6 +270,17 @@ LAUNCHES: dict[str, Callable[[str], Launch]] = {
 FP8_TARGETS = (*(name for name in CUDA if int(name[3:]) >= 89), "gfx950")
 """Targets whose instructions support the 8-bit floats that checkpoints use."""
 
+SIBLINGS = ("sm_86", "sm_89", "sm_103", "sm_110", "sm_120", "sm_121")
+"""Targets on which only `OF_SIBLINGS` are compiled: their other kernels have the sizes of sm_80, 90
+or 100, and need less shared memory than the smallest GPUs have."""
+
+OF_SIBLINGS = (
+    *(f"attention, {kind}{case}" for kind in ("decode", "prefill")
+      for case in ("", ", head 256", ", int8 cache", ", fp8 cache")),
+    "attention, encoder",
+    "cache, write codes",
+)  # fmt: skip
+
 LATENT = {"head_size": 576, "value_size": 512, "group": 16}
 """DeepSeek's attention: 16 of its 128 query heads per program."""
 
@@ -284,6 +295,8 @@ LATENT_TARGETS = ("sm_90", "gfx942")
 
 def launches(target: str) -> dict[str, Callable[[str], Launch]]:
     """All launches that are compiled for a target."""
+    if target in SIBLINGS:
+        return {name: LAUNCHES[name] for name in OF_SIBLINGS}
     operations = OPERATIONS | (FP8_OPERATIONS if target in FP8_TARGETS else {})
     found = LAUNCHES | {name: partial(_same, how) for name, how in operations.items()}
     of_experts = EXPERTS | (FP8_EXPERTS if target in FP8_TARGETS else {})
