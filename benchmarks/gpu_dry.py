@@ -168,8 +168,9 @@ def run_engine(gpu: DryGpu, arguments: argparse.Namespace) -> tuple[list[Report]
     while engine.capture_next():
         num_captures += 1
     captured = (time.perf_counter() - started) * 1e3
-    name = f"captures, {num_captures} buckets"
-    reports.append(Report(name=name, num_steps=1, host_ms=captured, counts=gpu.take()))
+    counts = gpu.take()
+    name = f"{num_captures} buckets, {counts.captures} graphs"
+    reports.append(Report(name=name, num_steps=1, host_ms=captured, counts=counts))
     traffic, most = Traffic(gpu, engine), arguments.requests
     for count in sorted({1, max(1, most // 4), most}):
         for _ in range(count):

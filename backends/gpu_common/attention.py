@@ -79,6 +79,8 @@ class Tiles:
     """int32 [N, ITEM_FIELDS], most work first."""
     merges: torch.Tensor
     """int32 [M, MERGE_FIELDS]"""
+    num_whole: int
+    """Number of items, padding included, that hold all work of a step without split tiles."""
     num_partials: int
     """Number of partial results to allocate."""
     tokens: int
@@ -91,8 +93,8 @@ class Tiles:
 class AttentionPlan:
     """One step's attention for layers of one kind.
 
-    In a bucket only the values in the tensors vary. A captured step is replayed with other work by
-    copying another plan's tensors into its own.
+    In a bucket only `splits` and the values in the tensors vary. A captured step is replayed with
+    other work by copying another plan's tensors into its own.
     """
 
     narrow: Tiles | None
@@ -100,6 +102,10 @@ class AttentionPlan:
     native_items: torch.Tensor | None = None
     """int32 [N, native.ITEM_FIELDS]: the same work for the native kernel; only for decodes of at
     most `native.MOST_REQUESTS` requests."""
+    splits: bool = True
+    """A tile is split. Without, the launches leave out the items for parts, and the merge."""
+    may_be_whole: bool = False
+    """Steps of this bucket often split nothing: that is worth a graph of its own."""
 
 
 @dataclass(slots=True)
@@ -108,9 +114,11 @@ class _Work:
 
     items: Ints
     merges: Ints
+    num_whole: int
     num_partials: int
     tokens: int
     merge_tokens: int
+    splits: bool
 
 
 def plan_attention(
@@ -174,6 +182,7 @@ def plan_attention(
             Tiles(
                 items=flat[offset:middle].view(-1, ITEM_FIELDS),
                 merges=flat[middle:end].view(-1, MERGE_FIELDS),
+                num_whole=work.num_whole,
                 num_partials=work.num_partials,
                 tokens=work.tokens,
                 merge_tokens=work.merge_tokens,
@@ -181,7 +190,11 @@ def plan_attention(
         )
         offset = end
     native_items = flat[offset:].view(-1, native.ITEM_FIELDS) if is_native else None
-    return AttentionPlan(tiles[0], tiles[1], native_items)
+    # a step splits contexts that are longer than the share of a program. Decodes of more requests
+    # than that many programs, and short prompts, rarely have one
+    may_be_whole = bucket is not None and (longest > 1 or num_requests >= fill)
+    splits = any(work.splits for work in works if work is not None)
+    return AttentionPlan(tiles[0], tiles[1], native_items, splits, may_be_whole)
 
 
 @functools.cache
@@ -273,13 +286,15 @@ def _split(tiles: Ints, fill: int, most_extra: int, tokens: int, num_tiles: int 
     merges[:, 2] = first_item
     merges[:, 3] = num_parts
     num_partials = int(num_parts.sum())
+    num_whole = len(items) if num_tiles is None else num_tiles
     merge_tokens = int(merges[:, 1].max(initial=0))
     if num_tiles is not None:
         extra = min(most_extra, num_tiles * _MOST_PARTS)
         items = _padded(items, num_tiles + extra)
         merges = _padded(merges, min(num_tiles, extra))
         num_partials, merge_tokens = len(merges) + extra, tokens
-    return _Work(items, merges, num_partials, tokens, merge_tokens)
+    splits = bool(is_split.any())
+    return _Work(items, merges, num_whole, num_partials, tokens, merge_tokens, splits)
 
 
 def _padded(rows: Ints, count: int) -> Ints:
@@ -320,13 +335,14 @@ def attend(
     out = torch.empty(shape, dtype=query.dtype, device=query.device)
     for kind, tiles in (("narrow", plan.narrow), ("wide", plan.wide)):
         if tiles is not None:
-            _launch(kind, tiles, layer, query, out, meta, spec, sinks, family)
+            _launch(kind, tiles, plan.splits, layer, query, out, meta, spec, sinks, family)
     return out
 
 
 def _launch(
     kind: str,
     tiles: Tiles,
+    splits: bool,
     layer: KV,
     query: torch.Tensor,
     out: torch.Tensor,
@@ -343,7 +359,7 @@ def _launch(
     group = spec.num_heads // num_kv_heads
     shape = tile_shape(kind, family, query.dtype, size, group, codes != 0)
     tokens = min(shape.rows // group, tiles.tokens)
-    num_partials = max(1, tiles.num_partials)
+    num_partials = max(1, tiles.num_partials) if splits else 1
     rows = num_kv_heads * tiles.tokens * group
     sums = (num_partials, rows, value_size)
     partials = torch.empty(sums, dtype=torch.float32, device=out.device)
@@ -354,7 +370,7 @@ def _launch(
     slopes = None
     if spec.alibi_slopes is not None:
         slopes = slopes_of(spec.alibi_slopes, out.device)
-    axes = (len(tiles.items), num_kv_heads)
+    axes = (len(tiles.items) if splits else tiles.num_whole, num_kv_heads)
     num_parts = math.ceil(tiles.tokens / tokens)
     grid = (*(axes if kind == "wide" else axes[::-1]), num_parts)
     attention_kernel[grid](
@@ -399,7 +415,7 @@ def _launch(
         **shape.options(),
         **options(),
     )
-    if len(tiles.merges):
+    if splits and len(tiles.merges):
         merge_kernel[(num_kv_heads, len(tiles.merges), tiles.merge_tokens)](
             partials,
             part_weights,

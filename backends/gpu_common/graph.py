@@ -1,4 +1,4 @@
-"""Steps captured as device graphs: per bucket one graph of the forward pass and one of sampling.
+"""Steps captured as device graphs: per bucket graphs of the forward pass and one of sampling.
 
 A step's inputs arrive at fixed addresses (step_uploads.py), where its graphs read them; inputs that
 come another way are copied first. The captured sampling covers temperature, greedy rows, top_k,
@@ -132,23 +132,24 @@ class CapturedStep:
         self._kv: KV = None
         self._static: StepInputs | None = None
         self._results: Results | None = None
-        self._forward: Graph | None = None
+        self._forward: dict[bool, Graph] = {}
+        """By `_splits`: the forward pass. A bucket whose steps may be whole has both."""
         self._sampling: Graph | None = None
 
     def __call__(self, weights: Weights, kv: KV, inputs: StepInputs) -> tuple[KV, SampleOutput]:
         """Run the step; the next captured step overwrites the ids that this returns."""
         if inputs.num_states:  # pooled prompts are computed once: a capture gains little
             return self._fn(weights, kv, inputs)
-        if self._forward is None:
+        if not self._forward:
             self._capture(weights, kv, inputs)
         if not self._holds(inputs):
             return self._fn(weights, kv, inputs)
         if kv is not self._kv:
             raise BackendError("shape", "a captured step was called with a different KV cache")
-        assert self._forward is not None and self._sampling is not None
-        assert self._results is not None
+        assert self._sampling is not None and self._results is not None
         self._copy_inputs(inputs)
-        self._forward.replay()
+        # the graph with the launches for split contexts computes every step
+        self._forward.get(_splits(inputs), self._forward[True]).replay()
         if not _is_plain(inputs.sample):
             return kv, self._graphs.sample(self._rows(self._results.logits), inputs.sample)
         self._graphs.wait_for_downloads()  # this replay overwrites the ids that they read
@@ -167,7 +168,7 @@ class CapturedStep:
             static.sample = _plain(static.sample)
             # run once without a graph: this compiles and loads every kernel, lets libraries
             # allocate their workspaces, and gives the number of columns of the logits
-            vocab_size = self._warm_up(weights, kv, static)
+            vocab_size = self._warm_up(weights, kv, _with_splits(static, splits=True))
             num_rows = len(static.meta.logits_rows)
             self._results = graphs.results(self._fn, num_rows, vocab_size)
             static.previous_ids = self._results.ids
@@ -198,21 +199,36 @@ class CapturedStep:
         return vocab_sizes[-1]
 
     def _record(self, weights: Weights, kv: KV) -> None:
-        """Record the step into two graphs; the second starts where the step samples."""
-        assert self._static is not None and self._results is not None
-        graphs, static = self._graphs, self._static
+        """Record the step into graphs: one or two of the forward pass, and one that samples."""
+        assert self._static is not None
+        forward: dict[bool, Graph] = {}
+        if any(plan.may_be_whole for plan in self._static.meta.plan.values()):
+            whole = _with_splits(self._static, splits=False)
+            forward[False], _ = self._record_forward(weights, kv, whole, samples=False)
+        static = _with_splits(self._static, splits=True)
+        forward[True], self._sampling = self._record_forward(weights, kv, static, samples=True)
+        self._forward = forward
+
+    def _record_forward(
+        self, weights: Weights, kv: KV, static: StepInputs, *, samples: bool
+    ) -> tuple[Graph, Graph]:
+        """Record up to where the step samples, and if `samples` the rest into a second graph."""
+        assert self._results is not None
+        graphs, pool = self._graphs, self._results.pool
         logits, ids = self._rows(self._results.logits), self._rows(self._results.ids)
         forward, sampling = graphs.gpu.new_graph(), graphs.gpu.new_graph()
-        open_graph, pool = forward, self._results.pool
+        open_graph: Graph | None = forward
 
         def split(raw: torch.Tensor) -> SampleOutput:
             nonlocal open_graph
             if raw.data_ptr() != logits.data_ptr():
                 logits.copy_(raw)
             forward.capture_end()
-            sampling.capture_begin(pool, _CAPTURE_MODE)
-            open_graph = sampling
-            ids.copy_(graphs.sample(logits, static.sample).token_ids)
+            open_graph = None
+            if samples:
+                sampling.capture_begin(pool, _CAPTURE_MODE)
+                open_graph = sampling
+                ids.copy_(graphs.sample(logits, static.sample).token_ids)
             return SampleOutput(token_ids=ids)
 
         forward.capture_begin(pool, _CAPTURE_MODE)
@@ -220,11 +236,13 @@ class CapturedStep:
             with graphs.sampling_with(split):
                 self._fn(weights, kv, static)
         except BaseException:
-            with suppress(RuntimeError):  # the original error has the better message
-                open_graph.capture_end()
+            if open_graph is not None:
+                with suppress(RuntimeError):  # the original error has the better message
+                    open_graph.capture_end()
             raise
-        open_graph.capture_end()
-        self._forward, self._sampling = forward, sampling
+        if open_graph is not None:
+            open_graph.capture_end()
+        return forward, sampling
 
     def _rows(self, x: torch.Tensor) -> torch.Tensor:
         """The bucket's rows of a shared output buffer."""
@@ -309,6 +327,19 @@ def _with_own_tensors(value: Any, is_fixed: Callable[[torch.Tensor], bool]) -> A
     if isinstance(value, list | tuple):
         return type(value)(_with_own_tensors(v, is_fixed) for v in value)
     return value
+
+
+def _splits(inputs: StepInputs) -> bool:
+    """True if attention splits a context of the step."""
+    return any(plan.splits for plan in inputs.meta.plan.values())
+
+
+def _with_splits(inputs: StepInputs, *, splits: bool) -> StepInputs:
+    """The same inputs, with or without the launches for split contexts."""
+    plan = {
+        spec: dataclasses.replace(plan, splits=splits) for spec, plan in inputs.meta.plan.items()
+    }
+    return dataclasses.replace(inputs, meta=dataclasses.replace(inputs.meta, plan=plan))
 
 
 def _leaves(inputs: StepInputs) -> list[torch.Tensor]:

@@ -336,3 +336,45 @@ def scaled(cache: torch.Tensor, dtype: str) -> ScaledKV:
     """One layer of a cache, [NB, H_kv, 2, B, D], in 8 bits."""
     codes, scales = kv_codes.quantize(cache, dtype)
     return ScaledKV(dtype, codes.view(torch.int8), scales)
+
+
+@pytest.mark.parametrize(
+    ("query_lens", "seq_lens", "max_query_len"),
+    [([1] * 6, [40, 9, 33, 300, 21, 17], 1), ([1, 1, 20, 3], [40, 9, 20, 30], 24)],
+    ids=["decodes", "mixed"],
+)
+def test_a_step_without_splits_needs_no_items_for_parts(
+    query_lens: list[int], seq_lens: list[int], max_query_len: int
+) -> None:
+    bucket = Bucket(num_tokens=32, num_requests=8, num_blocks=64, max_query_len=max_query_len)
+    step = Step(query_lens, seq_lens, bucket)
+    plan = step.plan(SPEC, CROWD)
+    expected = step.attend(SPEC, dataclasses.replace(plan, splits=True))
+
+    assert plan.may_be_whole
+    assert not plan.splits
+    for tiles in (plan.narrow, plan.wide):
+        if tiles is not None:
+            assert len(tiles.items) > tiles.num_whole
+            tiles.items[tiles.num_whole :] = 1 << 30  # a program that reads one fails
+            tiles.merges[:] = 1 << 30
+    assert torch.equal(step.attend(SPEC, plan), expected)
+    require_close("", expected.numpy(), step.expected(SPEC), NMSE_BOUND["float32"])
+
+
+@pytest.mark.parametrize("num_short", [3, 200])
+def test_one_long_context_among_many_short_ones_is_split(num_short: int) -> None:
+    """One program would read it alone, long after the others have ended."""
+    bucket = Bucket(num_tokens=256, num_requests=256, num_blocks=512, max_query_len=1)
+    step = Step([1] * (num_short + 1), [3000] + [10] * num_short, bucket)
+
+    plan = step.plan(SPEC, 264)
+
+    assert plan.splits
+    assert plan.narrow is not None and int((plan.narrow.merges[:, 1] > 0).sum()) == 1
+
+
+def test_few_decodes_have_no_graph_without_splits() -> None:
+    bucket = Bucket(num_tokens=2, num_requests=2, num_blocks=128, max_query_len=1)
+
+    assert not Step([1, 1], [9, 30], bucket).plan(SPEC, ALONE).may_be_whole
