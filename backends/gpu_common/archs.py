@@ -12,7 +12,7 @@ from portalm.errors import Unsupported
 
 logger = logging.getLogger(__name__)
 
-Family = Literal["nvidia", "ampere", "ada", "cdna", "rdna3", "rdna4"]
+Family = Literal["nvidia", "ampere", "ada", "cdna2", "cdna3", "cdna4", "rdna3", "rdna4"]
 """Architectures that share tile sizes. nvidia: data-center GPUs since Hopper, with matrix
 instructions that read shared memory; ada: NVIDIA's other GPUs, with 99 KiB of shared memory per
 program."""
@@ -31,6 +31,14 @@ class Arch:
     """Most bytes of shared memory (AMD: LDS) per program."""
     warp_size: int = 32
     """Threads of a warp (AMD: wavefront)."""
+    cores_per_die: int = 0
+    """Multiprocessors that share an L2 cache; 0: all."""
+
+    def num_dies(self, num_cores: int) -> int:
+        """Dies with an L2 cache of their own in a device (or partition) of `num_cores`."""
+        if not self.cores_per_die or num_cores % self.cores_per_die:
+            return 1
+        return num_cores // self.cores_per_die
 
 
 def _by_name(*archs: Arch) -> dict[str, Arch]:
@@ -52,11 +60,25 @@ CUDA = _by_name(
 Programming Guide, technical specifications per compute capability."""
 
 ROCM = _by_name(
-    Arch(name="gfx90a", product="MI210, MI250", family="cdna", shared_bytes=64 << 10, warp_size=64),
     Arch(
-        name="gfx942", product="MI300X, MI325X", family="cdna", shared_bytes=64 << 10, warp_size=64
+        name="gfx90a", product="MI210, MI250", family="cdna2", shared_bytes=64 << 10, warp_size=64
     ),
-    Arch(name="gfx950", product="MI350X", family="cdna", shared_bytes=160 << 10, warp_size=64),
+    Arch(
+        name="gfx942",
+        product="MI300X, MI325X",
+        family="cdna3",
+        shared_bytes=64 << 10,
+        warp_size=64,
+        cores_per_die=38,
+    ),
+    Arch(
+        name="gfx950",
+        product="MI350X",
+        family="cdna4",
+        shared_bytes=160 << 10,
+        warp_size=64,
+        cores_per_die=32,
+    ),
     Arch(name="gfx1100", product="RX 7900", family="rdna3", shared_bytes=64 << 10),
     Arch(name="gfx1201", product="RX 9070", family="rdna4", shared_bytes=64 << 10),
 )

@@ -27,6 +27,7 @@ from portalm_backends.gpu_common import native
 from portalm_backends.gpu_common.cache import KV, parts
 from portalm_backends.gpu_common.kernels import kv_codes
 from portalm_backends.gpu_common.kernels.dependent_launch import options
+from portalm_backends.gpu_common.kernels.dies import num_piles
 from portalm_backends.gpu_common.kernels.paged_attention import (
     attention_kernel,
     encoder_kernel,
@@ -315,6 +316,7 @@ def attend(
     sinks: torch.Tensor | None = None,
     *,
     family: str = "nvidia",
+    num_dies: int = 1,
 ) -> torch.Tensor:
     """Causal attention of each query token over its request's context.
 
@@ -326,6 +328,7 @@ def attend(
         plan: this step's plan for `spec`.
         sinks: float32 [H] if `spec.has_sinks`.
         family: `Arch.family` of the GPU.
+        num_dies: dies of the GPU with an L2 cache of their own.
 
     Returns:
         [T, H, D], or [T, H, value_size], in the dtype of `query`; rows of padding tokens are not
@@ -335,7 +338,9 @@ def attend(
     out = torch.empty(shape, dtype=query.dtype, device=query.device)
     for kind, tiles in (("narrow", plan.narrow), ("wide", plan.wide)):
         if tiles is not None:
-            _launch(kind, tiles, plan.splits, layer, query, out, meta, spec, sinks, family)
+            _launch(
+                kind, tiles, plan.splits, layer, query, out, meta, spec, sinks, family, num_dies
+            )
     return out
 
 
@@ -350,6 +355,7 @@ def _launch(
     spec: AttentionSpec,
     sinks: torch.Tensor | None,
     family: str,
+    num_dies: int,
 ) -> None:
     """Launch the kernel on the items, and a second one if parts have to be merged."""
     sharing = _spec_of_programs(spec).num_kv_heads // spec.num_kv_heads
@@ -408,6 +414,8 @@ def _launch(
         HAS_ALIBI=slopes is not None,
         HAS_SINKS=sinks is not None,
         CODES=codes,
+        DIES=num_dies,
+        PILES=num_piles(num_kv_heads, num_dies),
         **kv_codes.options(),
         num_warps=shape.num_warps,
         num_stages=shape.num_stages,

@@ -97,6 +97,7 @@ class GpuBackend(TorchBackend):
         self._experts = WeakKeyDictionary()
         """Grouped weights of each layer's experts: gate and up, then down."""
         self._family = self.arch.family
+        self._num_dies = self.arch.num_dies(gpu.num_cores)
         self._transfers = Transfers(gpu)
         self.late_compiles = LateCompiles()
         self._uploads = StepUploads(gpu, self._unpack)
@@ -279,7 +280,10 @@ class GpuBackend(TorchBackend):
             or isinstance(kv, cache.ScaledKV)
             or not self._native.decodes(kv, query)
         ):
-            return attention.attend(kv[layer], query, meta, spec, plan, sinks, family=self._family)
+            return attention.attend(
+                kv[layer], query, meta, spec, plan, sinks,
+                family=self._family, num_dies=self._num_dies,
+            )  # fmt: skip
         slopes = None
         if spec.alibi_slopes is not None:
             slopes = attention.slopes_of(spec.alibi_slopes, query.device)
@@ -384,7 +388,10 @@ class GpuBackend(TorchBackend):
         gate_up, down = self._experts[experts]
         if gate_up is None or down is None:
             return super().moe(x, expert_ids, expert_weights, experts)
-        return moe.moe(x, expert_ids, expert_weights, experts, gate_up, down, family=self._family)
+        return moe.moe(
+            x, expert_ids, expert_weights, experts, gate_up, down,
+            family=self._family, num_dies=self._num_dies,
+        )  # fmt: skip
 
     def _group(self, experts: Experts) -> tuple[ExpertWeights | None, ...]:
         weights = (experts.gate_up, experts.down)

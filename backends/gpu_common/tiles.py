@@ -40,7 +40,7 @@ _SHAPES = {
         "wide codes": TileShape(rows=128, tile=64, num_warps=8, num_stages=5),
         "exact": TileShape(rows=16, tile=32, num_warps=4, num_stages=3),
     },
-    "cdna": {
+    "cdna2": {
         "narrow": TileShape(rows=16, tile=32, num_warps=4, num_stages=2),
         "wide": TileShape(rows=128, tile=32, num_warps=4, num_stages=1),
         "exact": TileShape(rows=16, tile=16, num_warps=4, num_stages=1),
@@ -51,7 +51,19 @@ _SHAPES = {
         "exact": TileShape(rows=16, tile=16, num_warps=4, num_stages=1),
     },
 }
-_SHAPES["rdna4"] = _SHAPES["rdna3"]
+# two programs per compute unit, 256 registers each, overlap softmax and matrix instructions: cdna3
+# has room for a second stage, but not for tiles of 64 (340 registers); cdna4, which converts to
+# bfloat16 in hardware, for tiles of 64, which halve the work of rescaling (docs/adr/0033)
+_SHAPES["cdna3"] = _SHAPES["cdna2"] | {
+    "wide": TileShape(rows=128, tile=32, num_warps=4, num_stages=2),
+}
+_SHAPES["cdna4"] = _SHAPES["cdna2"] | {
+    "wide": TileShape(rows=128, tile=64, num_warps=4, num_stages=1),
+}
+_SHAPES["rdna4"] = _SHAPES["rdna3"] | {
+    "wide": TileShape(rows=64, tile=32, num_warps=4, num_stages=1),
+    "wide codes": TileShape(rows=64, tile=16, num_warps=8, num_stages=1),
+}
 _SHAPES["rdna3"] = _SHAPES["rdna3"] | {
     # its matrix instructions hold every operand twice: decoded codes leave room for half the rows
     "wide codes": TileShape(rows=32, tile=16, num_warps=8, num_stages=1),
@@ -99,7 +111,7 @@ def tile_shape(
     halvings = 0 if head_size <= 128 else 1 if head_size <= 256 else 2
     for _ in range(halvings):  # half the rows, so that larger sums need the same registers
         rows = max(rows // 2, 16, power_of_2(group))
-        tile = max(tile // 2, 16)
+        tile = 16 if family == "cdna4" else max(tile // 2, 16)
         if family == "rdna3":  # its matrix instructions hold every operand twice
             num_warps *= 2
     num_stages = min(shape.num_stages, 3 if halvings == 2 or is_encoder else 5)

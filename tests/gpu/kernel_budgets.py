@@ -125,6 +125,8 @@ def attention(
             "HAS_ALIBI": has_all,
             "HAS_SINKS": has_all,
             "CODES": codes,
+            "DIES": 8 if ARCHS[target].cores_per_die else 1,
+            "PILES": 1,
         },
         num_warps=shape.num_warps,
         num_stages=shape.num_stages,

@@ -229,6 +229,7 @@ def experts(
         "BAND": moe.BAND,
         "ROWS": rows,
         "BLOCK_N": shape.block_n,
+        "DIES": 8 if ARCHS[target].cores_per_die else 1,
     }
     if is_gated:  # several choices read the same row of x
         types["choices_per_row"] = "i32"

@@ -109,6 +109,18 @@ def test_more_tiles_than_one_band_match_the_reference() -> None:
     check(random_choice(61, 2, 10), random_experts(10, hidden=72, inner=70))
 
 
+def test_results_are_the_same_on_several_dies(monkeypatch: pytest.MonkeyPatch) -> None:
+    ids, experts = random_choice(61, 2, 10), random_experts(10, hidden=72, inner=70)
+    x, shares = normal(61, 72, seed=4), random_shares(ids)
+    one = on_gpu(x, ids, shares, experts, arch="gfx942")
+
+    monkeypatch.setattr(FakeGpu, "num_cores", 304)  # 8 dies: programs are renumbered
+    eight = on_gpu(x, ids, shares, experts, arch="gfx942")
+
+    assert torch.equal(eight, one)
+    assert nmse(eight, expected(x, ids, shares, experts)) < NMSE_BOUND["float32"]
+
+
 ROWS = {32: 16, 33: 64, 128: 64, 129: 128, 301: 128}
 
 

@@ -14,7 +14,8 @@ only on the number of choices, not on the chosen experts, so the step can be cap
 
 Mapping:  `_sort`: one program per expert, which reads all ids. `_product`: one program per tile and
           BLOCK_N rows of its expert's weight; programs of BAND tiles are adjacent, so that they
-          read these rows from the cache; programs after the last tile return at once. The weight
+          read these rows from the cache (of one die: dies.py); programs after the last tile return
+          at once. The weight
           is the left operand, as in matmul.py, whose `add_group` is used.
 Bound by: memory while experts have few tokens each: the weights of the chosen experts.
 Meaning:  TorchBackend.moe, except that the activation is computed in float32 and rounded once.
@@ -30,6 +31,7 @@ from portalm.backend import Experts
 from portalm.errors import BackendError
 from portalm_backends.gpu_common.kernels import fp8
 from portalm_backends.gpu_common.kernels.dependent_launch import options, wait_for_inputs
+from portalm_backends.gpu_common.kernels.dies import in_ranges
 from portalm_backends.gpu_common.kernels.matmul import add_group
 from portalm_backends.gpu_common.weights import ExpertWeights
 
@@ -66,19 +68,22 @@ def moe(
     down: ExpertWeights,
     *,
     family: str,
+    num_dies: int = 1,
 ) -> torch.Tensor:
     """`Backend.moe` for x [T, C] with the weights of `experts` as `group_experts` returns them.
 
-    `family` is the device's `Arch.family`. Returns [T, C].
+    `family` is the device's `Arch.family`, and `num_dies` its dies with an L2 cache of their own.
+    Returns [T, C].
     """
     top_k = expert_ids.shape[1]
     if not len(x):
         return torch.empty_like(x)
     tiles = sort(expert_ids.contiguous(), len(experts.down))
     inner = product(
-        x, gate_up, tiles, experts.gate_up_bias, top_k=top_k, gate=experts, family=family
-    )
-    results = product(inner, down, tiles, experts.down_bias, family=family)
+        x, gate_up, tiles, experts.gate_up_bias, top_k=top_k, gate=experts,
+        family=family, num_dies=num_dies,
+    )  # fmt: skip
+    results = product(inner, down, tiles, experts.down_bias, family=family, num_dies=num_dies)
     return add_up(results, expert_weights.contiguous())
 
 
@@ -149,6 +154,7 @@ def product(
     top_k: int = 1,
     gate: Experts | None = None,
     family: str = "nvidia",
+    num_dies: int = 1,
 ) -> torch.Tensor:
     """Multiply each choice's row of x with its expert's weight; add the expert's bias: [T k, N].
 
@@ -161,6 +167,7 @@ def product(
         gate: if given, the weight is gate and up, and its activation is applied: the result is
             [T k, N / 2].
         family: `Arch.family` of the device.
+        num_dies: its dies with an L2 cache of their own.
     """
     values, scales, minimums, bits, group, n, k = weight.first
     if x.shape[1] != k or x.stride(1) != 1:
@@ -185,7 +192,7 @@ def product(
         triton.cdiv(k, group), 0.0 if limit is None else limit,
         1.0 if gate is None else gate.swiglu_alpha,
         group, bits, minimums is not None, is_scaled, bias is not None, gate is not None,
-        limit is not None, weight.alignment, BAND, tiles.rows, shape.block_n,
+        limit is not None, weight.alignment, BAND, tiles.rows, shape.block_n, num_dies,
         num_warps=shape.num_warps, num_stages=shape.num_stages, enable_fp_fusion=True, **options(),
     )  # fmt: skip
     return out
@@ -233,7 +240,7 @@ def _product(
     GROUP: tl.constexpr, BITS: tl.constexpr, HAS_MINIMUMS: tl.constexpr, HAS_SCALES: tl.constexpr,
     HAS_BIAS: tl.constexpr, IS_GATED: tl.constexpr, IS_CLAMPED: tl.constexpr,
     ALIGNMENT: tl.constexpr, BAND: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
-    WAITS: tl.constexpr,
+    DIES: tl.constexpr, WAITS: tl.constexpr,
 ):  # fmt: skip
     """Compute BLOCK_N columns of one tile's results; with IS_GATED, both halves and the activation.
 
@@ -247,6 +254,7 @@ def _product(
     program = tl.program_id(0)
     if program >= num_tiles * blocks:
         return
+    program = in_ranges(program, num_tiles * blocks, DIES)
     band = program // (BAND * blocks) * BAND
     height = tl.minimum(num_tiles - band, BAND)
     tile = band + program % (BAND * blocks) % height

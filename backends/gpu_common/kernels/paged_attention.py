@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 
 from portalm_backends.gpu_common.kernels.dependent_launch import wait_for_inputs
+from portalm_backends.gpu_common.kernels.dies import deal, in_groups, in_ranges
 from portalm_backends.gpu_common.kernels.kv_codes import (
     decode,
     divisor,
@@ -227,6 +228,33 @@ def _finish(acc, top, total, sinks, head, is_row, HAS_SINKS: tl.constexpr):
     return acc / total[:, None]
 
 
+@triton.jit
+def _place(NUM_KV_HEADS: tl.constexpr, SHARING: tl.constexpr, IS_WIDE: tl.constexpr,
+           DIES: tl.constexpr, PILES: tl.constexpr):  # fmt: skip
+    """Item, KV head and part of this program.
+
+    With several dies, those of wide tiles divide the KV heads, and those that share a head divide
+    its items; programs of narrow tiles that read the same keys are on one die.
+    """
+    if DIES == 1:
+        if IS_WIDE:
+            return tl.program_id(0), tl.program_id(1), tl.program_id(2)
+        return tl.program_id(1), tl.program_id(0), tl.program_id(2)
+    num_items = tl.num_programs(0) if IS_WIDE else tl.num_programs(1)
+    num_parts = tl.num_programs(2)
+    num_programs = NUM_KV_HEADS * num_items * num_parts
+    row = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
+    program = row * tl.num_programs(0) + tl.program_id(0)
+    if IS_WIDE:
+        number = in_ranges(program, num_programs, DIES)
+        of_head = number % (num_items * num_parts)
+        index = deal(of_head // num_parts, num_items, PILES)
+        return index, number // (num_items * num_parts), of_head % num_parts
+    number = in_groups(program, num_programs, SHARING, DIES)
+    per_part = NUM_KV_HEADS * num_items
+    return number % per_part // NUM_KV_HEADS, number % NUM_KV_HEADS, number // per_part
+
+
 # these arguments vary from step to step: do not compile a kernel per value
 @triton.jit(do_not_specialize=["table_stride", "window"])
 def attention_kernel(
@@ -237,8 +265,8 @@ def attention_kernel(
     BLOCK: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
     ITEM_TOKENS: tl.constexpr, IS_WIDE: tl.constexpr, OVERLAPS: tl.constexpr,
     HAS_CAP: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_ALIBI: tl.constexpr,
-    HAS_SINKS: tl.constexpr, CODES: tl.constexpr, DECODER: tl.constexpr,
-    WAITS: tl.constexpr,
+    HAS_SINKS: tl.constexpr, CODES: tl.constexpr, DIES: tl.constexpr,
+    PILES: tl.constexpr, DECODER: tl.constexpr, WAITS: tl.constexpr,
 ):  # fmt: skip
     """Compute TOKENS query tokens of one item, with the query heads of one KV head.
 
@@ -247,15 +275,13 @@ def attention_kernel(
 
     Grid: for narrow tiles (few rows, one loop) heads are the first axis, so that long items start
     first; for wide tiles items are, so that programs that run together read the same keys. The
-    third axis divides an item of ITEM_TOKENS into parts of TOKENS.
+    third axis divides an item of ITEM_TOKENS into parts of TOKENS. On GPUs of several dies, see
+    `_place`.
     """
     wait_for_inputs(WAITS)
-    if IS_WIDE:
-        index, kv_head = tl.program_id(0), tl.program_id(1)
-    else:
-        index, kv_head = tl.program_id(1), tl.program_id(0)
+    index, kv_head, part = _place(NUM_KV_HEADS, SHARING, IS_WIDE, DIES, PILES)
     item = items + index * 8
-    first_token = tl.program_id(2) * TOKENS
+    first_token = part * TOKENS
     num_tokens = tl.minimum(tl.load(item + 2) - first_token, TOKENS)
     if num_tokens <= 0:
         return
