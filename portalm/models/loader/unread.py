@@ -39,6 +39,7 @@ def check_all_read(checkpoint: Checkpoint, *, unused: Iterable[str] = ()) -> Non
     Raises:
         CheckpointError: names tensors that were not read.
     """
+    names = set(checkpoint.names())
     patterns = [re.compile(pattern) for pattern in (*_HARMLESS, *unused)]
     left = [n for n in checkpoint.unread() if not any(p.search(n) for p in patterns)]
     scales = [name for name in left if _KV_SCALE.search(name)]
@@ -47,7 +48,7 @@ def check_all_read(checkpoint: Checkpoint, *, unused: Iterable[str] = ()) -> Non
         for name in left
         if not _KV_SCALE.search(name)
         and not _is_prediction_layer(checkpoint, name)
-        and not _is_bias_of_zeros(checkpoint, name)
+        and not (name in names and _is_bias_of_zeros(checkpoint, name))
     ]
     if left:
         named = ", ".join(repr(name) for name in sorted(left)[:_MAX_NAMED])
@@ -75,7 +76,10 @@ def check_tied(checkpoint: Checkpoint, name: str, used: str) -> None:
     """
     if name not in checkpoint.names():
         return
-    if not torch.equal(checkpoint.tensor(name).float(), checkpoint.tensor(used).float()):
+    tensor, other = checkpoint.tensor(name), checkpoint.tensor(used)
+    if tensor.dtype != other.dtype:
+        tensor, other = tensor.float(), other.float()
+    if not torch.equal(tensor, other):
         raise CheckpointError(
             checkpoint.path,
             f"tensor {name!r} is not equal to {used!r}, but config.json has tie_word_embeddings "
@@ -92,6 +96,4 @@ def _is_prediction_layer(checkpoint: Checkpoint, name: str) -> bool:
 
 def _is_bias_of_zeros(checkpoint: Checkpoint, name: str) -> bool:
     """True for a bias that adds nothing; some GPTQ writers add one to every layer."""
-    if not name.endswith(".bias") or name not in checkpoint.names():
-        return False
-    return not bool(checkpoint.tensor(name).any())
+    return name.endswith(".bias") and not bool(checkpoint.tensor(name).any())
