@@ -153,7 +153,7 @@ def _decodes(backend: Any, n: int) -> StepMeta:
     starts = np.arange(n + 1, dtype=np.int32)
     table = np.zeros((n, 320 + n), np.int32)  # its width is that of the longest context
     arrays = [contexts - 1, contexts - 1, starts, contexts, table, starts[1:] - 1]
-    on_device = backend.to_device_all(arrays)
+    on_device = [backend.to_device(array) for array in arrays]
     meta = StepMeta(
         positions=on_device[0],
         slot_mapping=on_device[1],
