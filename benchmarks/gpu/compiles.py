@@ -1,4 +1,4 @@
-"""Counting the kernels that Triton compiles."""
+"""Counting the kernels that Triton compiles, or loads from its cache on disk."""
 
 from __future__ import annotations
 
@@ -6,11 +6,17 @@ from typing import Any
 
 
 class Compiles:
-    """Names of the kernels that Triton compiled since the start, or since `clear`."""
+    """Kernels that Triton compiled or loaded since the start, or since `clear`.
+
+    One that is loaded after startup would be compiled there on a machine whose cache is cold.
+    """
 
     def __init__(self) -> None:
         """Start counting; where Triton is not installed, nothing is ever compiled."""
         self.names: list[str] = []
+        """Names, one for each variant."""
+        self.num_loaded = 0
+        """Variants that were found in the cache on disk."""
         try:
             from triton import knobs
         except ImportError:
@@ -18,8 +24,8 @@ class Compiles:
         previous = knobs.compilation.listener
 
         def listen(*, src: Any, cache_hit: bool, **more: Any) -> None:
-            if not cache_hit:
-                self.names.append(src.name)
+            self.names.append(src.name)
+            self.num_loaded += cache_hit
             if previous is not None:
                 previous(src=src, cache_hit=cache_hit, **more)
 
@@ -28,3 +34,4 @@ class Compiles:
     def clear(self) -> None:
         """Forget what was compiled so far."""
         self.names.clear()
+        self.num_loaded = 0

@@ -9,9 +9,12 @@ from typing import Any
 
 from gpu.common import Clock, Settings, model_folder, report, run_sections, settings
 from gpu.compiles import Compiles
-from gpu.lengths import lengths_like_sharegpt
+from gpu.lengths import FP8_ROWS, lengths_like_sharegpt
 from gpu.profile import steady
 from portalm.backend import Bucket
+
+_FP8 = {"quantization": "fp8", "kv_cache_dtype": "fp8", "max_num_seqs": 512}
+"""Settings of the part fp8."""
 
 
 def engine_config(run: Settings, model: str, **more: Any) -> Any:
@@ -27,7 +30,7 @@ def engine_config(run: Settings, model: str, **more: Any) -> Any:
             "max_num_batched_tokens": run.scaled(8192, 64),
             "max_model_len": run.scaled(4096, 256),
             "enable_prefix_caching": False,
-            **({"quantization": "fp8"} if model == "fp8" and not run.is_tiny else {}),
+            **(_FP8 if model == "fp8" and not run.is_tiny else {}),
             **more,
         }
     )
@@ -110,7 +113,8 @@ class Measured:
             time.perf_counter() - begin,
             "s",
             captures=count,
-            kernels_compiled=len(self.compiles.names),
+            kernels=len(self.compiles.names),
+            kernels_from_cache=self.compiles.num_loaded,
             blocks=engine.ready.num_blocks,
         )
         self.compiles.clear()
@@ -188,6 +192,20 @@ class Measured:
             seconds=taken,
         )
 
+    def fixed_lengths(self, clock: Clock) -> None:
+        """Measure requests of one length each, in the rows that other engines publish."""
+        rows = FP8_ROWS if not self.run.is_tiny else ((32, 8, 4),)
+        for num_in, num_out, count in rows:
+            num_out = min(num_out, self.engine.max_model_len - num_in)
+            count = 8 if self.run.is_dry else count
+            for i in range(count):
+                ask(self.engine, f"fixed-{i}", num_in, 8 if self.run.is_dry else num_out)
+            begin = time.perf_counter()
+            num_tokens = finish(self.engine)
+            taken = time.perf_counter() - begin
+            name = f"{num_in} in, {num_out} out"
+            self._report(name, num_tokens / taken, "tok/s", requests=count, seconds=taken)
+
     def offline_without_mixed(self, clock: Clock) -> None:
         """Measure the same requests with captures of decodes alone, in a second engine."""
         backend = self.engine.backend
@@ -235,6 +253,7 @@ def main() -> None:
             "decode": part.decode,
             "offline": part.offline,
             "prompts": part.prompts,
+            "fixed lengths": part.fixed_lengths,
             "profile": part.profile,
             "offline without mixed captures": part.offline_without_mixed,
         },

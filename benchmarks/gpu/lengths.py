@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import random
 
+FP8_ROWS = ((128, 128, 1024), (1000, 1000, 512), (2048, 128, 256), (2048, 2048, 256))
+"""(prompt tokens, answer tokens, requests) of the rows that are published for float8 weights and
+caches; fewer requests where they take longer."""
+
 
 def lengths_like_sharegpt(count: int) -> list[tuple[int, int]]:
     """(prompt, answer) lengths in tokens; 1,000 pairs have 215,196 and 198,001 in total."""

@@ -21,7 +21,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from gpu.common import LLAMA_1B, LLAMA_8B
-from gpu.lengths import lengths_like_sharegpt
+from gpu.lengths import FP8_ROWS, lengths_like_sharegpt
 
 # -- the device -------------------------------------------------------------------------------
 
@@ -52,33 +52,49 @@ class Device:
     fp8_factor: float = 1.85
     """Assumption: float8 products over bfloat16 products, at equal tiles."""
 
+    @property
+    def issues_per_s(self) -> float:
+        """Warp instructions of all multiprocessors."""
+        return 4 * self.issue_share * self.clock * self.num_cores
+
+
+FLOPS_PER_CYCLE = 4096
+"""Of a multiprocessor's tensor cores in bfloat16, by data sheet."""
+
 
 # -- the code ---------------------------------------------------------------------------------
 
 
+MIXED_SIZES = (
+    *(32, 64, 128, 192, 256, 288, 320, 352, 384, 448),
+    *(512, 576, 640, 704, 768, 896, 1024),
+)
+"""Tokens of the mixed steps that are captured (backends/gpu_common/buckets.py)."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Code:
-    """What the engine launches, as counted on the dry GPU and in the SASS for sm_90."""
+    """What the engine launches, as counted on the dry GPU, and the loops of its SASS for sm_90."""
 
-    decode_instructions: dict[str, int] = field(
-        default_factory=lambda: {"bfloat16": 604, "fp8": 1424}
+    decode_cycles: dict[str, int] = field(
+        default_factory=lambda: {"bfloat16": 2240, "int8": 2152, "fp8": 2022}
     )
-    """Of one warp for a tile of 64 tokens in the loop of the decode attention, by KV dtype."""
-    decode_warps: int = 4
-    prefill_share: float = 0.56
-    """Of `flops`: issue slots of the tensor cores in the loop of the prefill attention."""
-    has_merge: bool = True
-    """A decode bucket launches the merge of split contexts."""
-    num_other: int = 15
-    """Launches of a decode step outside its layers, sampling included."""
+    """Issue cycles of the decode attention for 64 tokens of a KV head of 128, over all warps
+    (python -m tests.gpu.loop_instructions), by KV dtype."""
+    prefill_cycles: int = 3592
+    """The same for a prompt: 128 rows by 64 tokens."""
+    exposed_share: float = 0.5
+    """Assumption: of the shorter of issue and matrix time in that loop, which overlap."""
+    num_other: int = 16
+    """Launches of a decode step outside its layers, sampling and the upload included."""
+    num_quantizing: int = 1
+    """Launches of a layer with float8 weights that only quantize; norms and silu do the rest."""
     eager_layer_s: float = 0.19e-3
     """Host time of a layer in a step that is not captured."""
     host_s: float = 0.5e-3
-    """Host time of a captured step of 256 requests."""
-    most_captured: int = 256
-    """Tokens of the largest captured step; larger ones, and those with prompts if
-    `captures_mixed` is false, are launched one kernel at a time."""
-    captures_mixed: bool = False
+    """Assumption: host time of a captured step."""
+    captures_mixed: bool = True
+    """Steps with prompts are captured up to the last of `MIXED_SIZES`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,9 +178,7 @@ class Predictor:
         d, c, config = self.device, self.code, self.model.config
         moved = decodes * context * self.model.kv_bytes
         tiles = decodes * config["num_key_value_heads"] * math.ceil(context / 64)
-        per_core = 4 * d.issue_share * d.clock
-        instructions = c.decode_instructions[self.model.kv_dtype] * c.decode_warps
-        issued = tiles * instructions / (per_core * d.num_cores)
+        issued = tiles * c.decode_cycles[self.model.kv_dtype] / d.issues_per_s
         # a tile has 64 tokens of a head of 128: smaller heads need proportionally fewer
         issued *= config["head_dim"] / 128
         return max(moved / (d.bytes_per_s * d.read_share), issued)
@@ -174,38 +188,54 @@ class Predictor:
         config = self.model.config
         size = config["num_attention_heads"] * config["head_dim"]
         flops = sum(4 * size * count * (first + (count + 1) / 2) for first, count in prompts)
-        return flops / (self.device.flops * self.code.prefill_share)
+        tile_flops = 4 * 128 * 64 * 128
+        matrix = tile_flops / (FLOPS_PER_CYCLE * self.device.num_cores * self.device.clock)
+        issue = self.code.prefill_cycles / self.device.issues_per_s
+        shorter, longer = sorted((matrix, issue))
+        return flops / tile_flops * (longer + self.code.exposed_share * shorter)
+
+    def padded(self, step: Step) -> tuple[int, int]:
+        """(tokens, rows of logits) that a step computes, padding included."""
+        if not step.prompts:
+            size = step.decodes if step.decodes < 8 else -(-step.decodes // 8) * 8
+            return size, size
+        if not self.is_captured(step):
+            return step.num_tokens, step.rows
+        few = 32 if step.rows <= 32 and step.num_tokens <= 512 else 256
+        tokens = min(size for size in MIXED_SIZES if size >= step.num_tokens)
+        return tokens, min(tokens, few)
+
+    def is_captured(self, step: Step) -> bool:
+        """True if a step is replayed."""
+        if not step.prompts:
+            return True
+        return self.code.captures_mixed and step.num_tokens <= MIXED_SIZES[-1]
 
     def parts(self, step: Step) -> dict[str, float]:
         """Seconds of a step on the device, by kind of work."""
-        d, config, tokens = self.device, self.model.config, step.num_tokens
-        layers = config["num_hidden_layers"]
+        d, config = self.device, self.model.config
+        tokens, rows = self.padded(step)
+        layers, is_fp8 = config["num_hidden_layers"], self.model.weight_bytes < 2
         products = [
             self.product(tokens, n, k, self.model.weight_bytes) for n, k in self.model.products
         ]
-        head = self.product(step.rows, config["vocab_size"], config["hidden_size"], 2)
+        head = self.product(rows, config["vocab_size"], config["hidden_size"], 2)
         hidden, inner = config["hidden_size"], config["intermediate_size"]
-        # activations beyond L2 (60 MB) are read from memory
         norm = self._small(tokens * hidden * 2 * 4)
         silu = self._small(tokens * inner * 2 * 3)
         rotate = self._small(tokens * hidden * 2 * 3)
-        attention = 0.0
-        num_attention = 0
-        if step.decodes:
-            attention += self.decode_attention(step.decodes, step.context)
-            num_attention += 1
-        if step.prompts:
-            attention += self.prefill_attention(step.prompts)
-            num_attention += 1
-        small = 2 * norm + silu + rotate
-        if self.code.has_merge and step.decodes:
-            small += d.floor_s
-            num_attention += 1
-        if self.model.weight_bytes < 2:
-            small += 4 * self._small(tokens * hidden * 3)  # quantization of activations by row
+        # a step with decodes launches narrow tiles, one with prompts wide tiles, and both merges
+        kinds = (step.decodes > 0) + bool(step.prompts)
+        attention = self.decode_attention(step.decodes, step.context) if step.decodes else 0.0
+        attention += self.prefill_attention(step.prompts)
+        small = 2 * norm + silu + rotate + kinds * d.floor_s
+        num_early = 4 + 2 * kinds
+        if is_fp8:
+            small += self.code.num_quantizing * self._small(tokens * hidden * 3)
+            num_early += self.code.num_quantizing
         # products of the vendor do not start early; everything else does
-        gaps = 4 * d.gap_s + (4 + num_attention) * d.early_gap_s
-        sampling = 2 * self._small(step.rows * config["vocab_size"] * 4)
+        gaps = 4 * d.gap_s + num_early * d.early_gap_s
+        sampling = 2 * self._small(rows * config["vocab_size"] * 4)
         return {
             "products": layers * sum(products),
             "attention": layers * attention,
@@ -222,13 +252,9 @@ class Predictor:
 
     def seconds(self, step: Step) -> float:
         """Seconds of a step, with the host's time where it is longer than the device's."""
-        code = self.code
-        is_captured = step.num_tokens <= code.most_captured and (
-            code.captures_mixed or not step.prompts
-        )
-        host = code.host_s
-        if not is_captured:
-            host += code.eager_layer_s * self.model.config["num_hidden_layers"]
+        host = self.code.host_s
+        if not self.is_captured(step):
+            host += self.code.eager_layer_s * self.model.config["num_hidden_layers"]
         return max(sum(self.parts(step).values()), host)
 
     # -- goals ----------------------------------------------------------------------------------
@@ -315,9 +341,6 @@ GOALS: dict[str, tuple[float | None, float, str]] = {
 }
 """(limit, goal, unit) of each figure. A limit counts bytes and operations alone."""
 
-FP8_ROWS = ((128, 128), (1000, 1000), (2048, 128), (2048, 2048))
-"""(prompt, answer) lengths of the rows that compare float8 weights and caches."""
-
 _8B = Predictor(Model(LLAMA_8B))
 _1B = Predictor(Model(LLAMA_1B))
 _FP8 = Predictor(Model(LLAMA_8B, weight_bytes=1, kv_dtype="fp8"))
@@ -335,7 +358,7 @@ def predicted() -> dict[str, float]:
     for length in (1024, 2048, 8192):
         found[f"8b: TTFT, {length}"] = 1e3 * _8B.prefill(length)
     found["8b: offline, 1000 requests"] = _8B.offline(lengths_like_sharegpt(1000))
-    decodes_only = replace(_8B, code=replace(_8B.code, captures_mixed=False, most_captured=256))
+    decodes_only = replace(_8B, code=replace(_8B.code, captures_mixed=False))
     found["8b: offline, 1000 requests, decodes captured only"] = decodes_only.offline(
         lengths_like_sharegpt(1000)
     )
@@ -346,9 +369,10 @@ def predicted() -> dict[str, float]:
         taken = _8B.decode_attention(streams, context)
         moved = streams * context * _8B.model.kv_bytes
         found[f"decode attention, {streams} x {context}"] = moved / taken / 1e12
-    for num_in, num_out in FP8_ROWS:
-        pairs = [(num_in, num_out)] * 1024
+    for num_in, num_out, count in FP8_ROWS:
+        pairs = [(num_in, num_out)] * count
         found[f"fp8: {num_in} in, {num_out} out"] = _FP8.offline(pairs, 512)
+    found["fp8: decode, 256 x 1024"] = _FP8.decode(256, 1024)
     return found
 
 

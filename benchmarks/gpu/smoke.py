@@ -50,7 +50,8 @@ class Smoke:
         while self.engine.has_captures_left:
             self.engine.capture_next()
         report("smoke: captures", time.perf_counter() - begin, "s")
-        report("smoke: kernels compiled at startup", len(self.compiles.names), "kernels")
+        count, loaded = len(self.compiles.names), self.compiles.num_loaded
+        report("smoke: kernels at startup", count, "kernels", from_cache=loaded)
         self.compiles.clear()
 
     def equal(self, clock: Clock) -> None:

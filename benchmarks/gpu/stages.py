@@ -102,7 +102,7 @@ STAGES: dict[str, Stage] = {
             Part(
                 "fp8",
                 "gpu.engine",
-                {"start": 60, "decode": 30, "offline": 30, "prompts": 15},
+                {"start": 60, "decode": 30, "offline": 30, "prompts": 15, "fixed lengths": 120},
                 ENGINE_MODULES,
                 share=0.2,
             ),

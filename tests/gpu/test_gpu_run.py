@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from portalm_backends.gpu_common.buckets import mixed_sizes
+
 ROOT = Path(__file__).parents[2]
 SCRIPT = str(ROOT / "benchmarks/gpu_run.py")
 STAGES = ("smoke", "calib", "numerics", "engine", "kernels", "serve")
@@ -132,6 +134,24 @@ def test_a_section_that_fails_or_takes_too_long_does_not_stop_the_next() -> None
     assert "ValueError: planted" in failed[0]["message"]
     assert "time limit" in failed[1]["message"]
     assert lines[-1] == "DONE good"
+
+
+def test_predictions_stay_below_the_limits_and_follow_the_code() -> None:
+    found = json.loads(
+        python(
+            "import json; from gpu.predict import MIXED_SIZES, predictions\n"
+            "print(json.dumps([predictions(), MIXED_SIZES]))"
+        )
+    )
+
+    predictions, sizes = found
+    assert sizes == mixed_sizes(8192)
+    for name, figure in predictions.items():
+        limit, predicted = figure["limit"], figure["predicted"]
+        if limit is None or predicted is None:
+            continue
+        is_rate = figure["unit"] in ("tok/s", "TB/s", "TFLOP/s")
+        assert 0.5 * limit < predicted < limit if is_rate else predicted > limit, name
 
 
 def wheel(folder: Path, name: str, tags: str) -> None:
