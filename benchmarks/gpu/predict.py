@@ -66,7 +66,7 @@ FLOPS_PER_CYCLE = 4096
 
 
 MIXED_SIZES = (
-    *(32, 64, 128, 192, 256, 288, 320, 352, 384, 448),
+    *(32, 64, 128, 192, 224, 256, 288, 320, 352, 384, 448),
     *(512, 576, 640, 704, 768, 896, 1024),
 )
 """Tokens of the mixed steps that are captured (backends/gpu_common/buckets.py)."""
@@ -197,7 +197,7 @@ class Predictor:
     def padded(self, step: Step) -> tuple[int, int]:
         """(tokens, rows of logits) that a step computes, padding included."""
         if not step.prompts:
-            size = step.decodes if step.decodes < 8 else -(-step.decodes // 8) * 8
+            size = next((n for n in (1, 2, 4) if n >= step.decodes), -(-step.decodes // 8) * 8)
             return size, size
         if not self.is_captured(step):
             return step.num_tokens, step.rows
@@ -224,12 +224,15 @@ class Predictor:
         norm = self._small(tokens * hidden * 2 * 4)
         silu = self._small(tokens * inner * 2 * 3)
         rotate = self._small(tokens * hidden * 2 * 3)
-        # a step with decodes launches narrow tiles, one with prompts wide tiles, and both merges
+        # a step with decodes launches narrow tiles, one with prompts wide tiles; contexts are split
+        # (and merged by another kernel) where whole ones leave half of the device idle
         kinds = (step.decodes > 0) + bool(step.prompts)
+        splits = step.decodes * config["num_key_value_heads"] < 2 * d.num_cores
+        num_merges = kinds if splits and not step.prompts else 0
         attention = self.decode_attention(step.decodes, step.context) if step.decodes else 0.0
         attention += self.prefill_attention(step.prompts)
-        small = 2 * norm + silu + rotate + kinds * d.floor_s
-        num_early = 4 + 2 * kinds
+        small = 2 * norm + silu + rotate + num_merges * d.floor_s
+        num_early = 4 + kinds + num_merges
         if is_fp8:
             small += self.code.num_quantizing * self._small(tokens * hidden * 3)
             num_early += self.code.num_quantizing

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import sysconfig
@@ -21,7 +22,8 @@ STAGES = ("smoke", "calib", "numerics", "engine", "kernels", "serve")
 
 def gpu_run(folder: Path, *arguments: str, limit: int = 300) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, SCRIPT, "--out", str(folder), "--limit", str(limit), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
 
 
 def record(folder: Path) -> dict[str, Any]:
@@ -208,3 +210,13 @@ def test_every_stage_runs_on_any_machine(tmp_path: Path, stage: str) -> None:
 
     assert done.returncode == 0, done.stdout + done.stderr
     assert results(tmp_path)
+
+
+@pytest.mark.gpu_compiled
+def test_the_smoke_stage_passes_on_a_dry_gpu(tmp_path: Path) -> None:
+    done = gpu_run(tmp_path, "--stages", "smoke", "--device", "dry", limit=500)
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = results(tmp_path)
+    assert found["smoke: kernels at startup"]["value"] > 0
+    assert found["smoke: compiles after seal, mixed steps"]["value"] == 0
