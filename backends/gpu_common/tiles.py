@@ -53,7 +53,7 @@ _SHAPES = {
 }
 # two programs per compute unit, 256 registers each, overlap softmax and matrix instructions: cdna3
 # has room for a second stage, but not for tiles of 64 (340 registers); cdna4, which converts to
-# bfloat16 in hardware, for tiles of 64, which halve the work of rescaling (docs/adr/0033)
+# bfloat16 in hardware, for tiles of 64, which halve the work of rescaling (docs/adr/0034)
 _SHAPES["cdna3"] = _SHAPES["cdna2"] | {
     "wide": TileShape(rows=128, tile=32, num_warps=4, num_stages=2),
 }
