@@ -102,3 +102,14 @@ def test_yarn_extends_the_longest_text_as_model_cards_say(tmp_path: Path, origin
         ConfigError, match=r"max_model_len \(257\) is above the model's limit of 256"
     ):
         engine_of(tmp_path, device="cpu", max_model_len=257)
+
+
+def test_yarn_of_a_familys_defaults_does_not_extend_the_longest_text(tmp_path: Path) -> None:
+    values = {"architectures": ["GptOssForCausalLM"], "max_position_embeddings": 256}
+    own = {"rope_scaling": {**YARN, "original_max_position_embeddings": 128}}
+
+    default = read_config(make_config_folder(tmp_path / "default", **values), {})
+    stated = read_config(make_config_folder(tmp_path / "stated", **values, **own), {})
+
+    assert dict(default.rope.scaling)["rope_type"] == "yarn"
+    assert (default.max_position, stated.max_position) == (256, 512)

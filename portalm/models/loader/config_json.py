@@ -87,7 +87,7 @@ def model_config(values: dict[str, Any], generated: dict[str, Any]) -> ModelConf
         num_heads=num_heads,
         num_kv_heads=int(values.get("num_key_value_heads") or num_heads),
         head_size=head_size,
-        max_position=_max_position(values),
+        max_position=_max_position(values, source),
         norm_eps=1e-6 if values.get("rms_norm_eps") is None else float(values["rms_norm_eps"]),
         rope=_rope_config(values, head_size),
         tie_word_embeddings=bool(values.get("tie_word_embeddings", False)),
@@ -141,16 +141,20 @@ def _has_sigmoid(values: dict[str, Any]) -> bool:
     return not str(function).endswith("Identity")
 
 
-def _max_position(values: dict[str, Any]) -> int:
-    """Longest prompt: rows of the position table, minus those that RoBERTa never uses."""
+def _max_position(values: dict[str, Any], source: dict[str, Any]) -> int:
+    """Longest prompt: rows of the position table, minus those that RoBERTa never uses.
+
+    If config.json itself (`source`) has YaRN, also its factor times the original length, which is
+    how model cards give the longest text.
+    """
     encoder = _encoder_config(values)
     num_unused = 0 if encoder is None else encoder.first_position
     longest = _integer(values, "max_position_embeddings")
-    scaling = dict(_rope_config(values, 1).scaling)
-    if scaling.get("rope_type") == "yarn" and scaling.get("factor"):
-        # model cards give the longest text as a factor of the original one
-        extended = float(scaling["factor"]) * int(scaling["original_max_position_embeddings"])
-        longest = max(longest, int(extended))
+    if source.get("rope_parameters") or source.get("rope_scaling"):
+        scaling = dict(_rope_config(values, 1).scaling)
+        if scaling.get("rope_type") == "yarn" and scaling.get("factor"):
+            extended = float(scaling["factor"]) * int(scaling["original_max_position_embeddings"])
+            longest = max(longest, int(extended))
     return longest - num_unused
 
 
