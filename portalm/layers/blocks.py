@@ -100,6 +100,35 @@ class SequentialBlock:
 
 
 @dataclass(frozen=True, slots=True)
+class PartialBlock:
+    """Attention, then feed-forward, of which one or both may be absent."""
+
+    attention: SelfAttention | None
+    attention_norm: Norm | None
+    mlp: FeedForward | None
+    mlp_norm: Norm | None
+
+    def __call__(
+        self,
+        backend: Backend,
+        kv: KV,
+        added: torch.Tensor | None,
+        residual: torch.Tensor,
+        ropes: Sequence[torch.Tensor],
+        meta: StepMeta,
+    ) -> tuple[KV, torch.Tensor, torch.Tensor]:
+        """See `Block`; the first layer has a part, so that there is an output."""
+        if self.attention is not None:
+            x, residual = add_norm(backend, self.attention_norm, added, residual)
+            kv, added = self.attention(backend, kv, x, ropes, meta)
+        if self.mlp is not None:
+            x, residual = add_norm(backend, self.mlp_norm, added, residual)
+            added = self.mlp(backend, x)
+        assert added is not None
+        return kv, added, residual
+
+
+@dataclass(frozen=True, slots=True)
 class ParallelBlock:
     """Attention and feed-forward in parallel: Wang and Komatsuzaki, "GPT-J-6B", 2021."""
 

@@ -99,6 +99,8 @@ class Decoder:
     head = "lm_head"
     out_name = "o_proj"
     feed_forward = "mlp"
+    mlp_names = ("gate_proj", "up_proj", "down_proj")
+    """Names of gate, up and down of a gated feed-forward."""
     optional_prefix = "model."
     """Prefix of all tensor names, which some checkpoints leave out."""
     is_interleaved = False
@@ -107,6 +109,8 @@ class Decoder:
     logit_scale = 1.0
     has_head_bias = False
     """The output head has a bias."""
+    has_normalized_head = False
+    """The rows of the output head are scaled to length 1."""
     logit_cap: float | None = None
     """Logits become cap * tanh(logit / cap); None: no cap."""
 
@@ -291,6 +295,7 @@ class Decoder:
                 f"{self.embedding if is_tied else self.head}.weight",
                 *shape,
                 tied=embedding if is_tied else None,
+                is_normalized=self.has_normalized_head,
             )
             if self.has_head_bias:
                 weights["head_bias"] = read.float32(f"{self.head}.bias", config.vocab_size)
@@ -343,15 +348,16 @@ class Decoder:
     def gated_mlp(self, read: LayerReader, name: str, inner: int) -> GatedMLP:
         """Read a feed-forward with a gate; `inner` is its width."""
         hidden, has_bias = self.config.hidden_size, self.has_bias("mlp")
+        gate, up, down = (f"{name}.{part}" for part in self.mlp_names)
         return GatedMLP(
             gate_up=read.linear(
-                f"{name}.gate_proj",
-                f"{name}.up_proj",
+                gate,
+                up,
                 rows=(inner, inner),
                 columns=hidden,
                 has_bias=has_bias,
             ),
-            down=read.linear(f"{name}.down_proj", rows=(hidden,), columns=inner, has_bias=has_bias),
+            down=read.linear(down, rows=(hidden,), columns=inner, has_bias=has_bias),
             activation=self.activation(),
         )
 

@@ -240,9 +240,29 @@ class LayerReader:
     def _packed(self, *weights: torch.Tensor | QuantizedWeight) -> PackedWeight:
         return pack_weight(self._backend, weights, self.dtype, self._quantization.layers)
 
-    def head(self, name: str, rows: int, columns: int, tied: torch.Tensor | None) -> PackedWeight:
-        """Read the output head [V, C]; `tied`: the embedding on the device, if it is the head."""
+    def head(
+        self,
+        name: str,
+        rows: int,
+        columns: int,
+        tied: torch.Tensor | None,
+        *,
+        is_normalized: bool = False,
+    ) -> PackedWeight:
+        """Read the output head [V, C].
+
+        Args:
+            name: the tensor.
+            rows: V.
+            columns: C.
+            tied: the embedding on the device, if it is the head.
+            is_normalized: scale each row to length 1, which a quantized head is dequantized for.
+        """
         shape = (rows, columns)
+        if is_normalized:
+            unit = torch.nn.functional.normalize(self._host(name, shape).float())
+            form = self._quantization.head
+            return pack_weight(self._backend, [unit], self.dtype, form, for_logits=True)
         is_kept = self._quantization.keep
         weight = self._weight(name, shape) if tied is None or is_kept else tied
         form = self._quantization.head

@@ -28,6 +28,15 @@ class Qwen2(Decoder):
         return layer >= int(self.config.values.get("max_window_layers", 28))
 
 
+class MiMo(Qwen2):
+    """MiMo 7B decoder; its layer that predicts further tokens is not loaded.
+
+    Xiaomi, "MiMo: unlocking the reasoning potential of language model", 2025.
+    """
+
+    reads = Qwen2.reads | {"attention_bias"}
+
+
 class Qwen3(Qwen2):
     """Qwen3 decoder: norms of each query and key head before the rotary embedding."""
 

@@ -235,6 +235,20 @@ CASES = {
             "topk_group": 1,
         },
     ),
+    "minicpm3": Case(
+        "MiniCPM3",
+        {
+            "dim_model_base": 32,
+            "kv_lora_rank": 32,
+            "num_key_value_heads": 4,
+            "q_lora_rank": 24,
+            "qk_nope_head_dim": 12,
+            "qk_rope_head_dim": 16,
+            "scale_depth": 1.4,
+            "scale_emb": 3,
+            "v_head_dim": 20,
+        },
+    ),
     "cohere": Case("Cohere"),
     "command r+": Case("Cohere", {"use_qk_norm": True}),
     "olmo3": Case(
