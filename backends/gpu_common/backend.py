@@ -35,6 +35,7 @@ from portalm_backends.gpu_common.device import Gpu
 from portalm_backends.gpu_common.errors import backend_error
 from portalm_backends.gpu_common.graph import Graphs
 from portalm_backends.gpu_common.late_compiles import LateCompiles
+from portalm_backends.gpu_common.providers import ATTENTION
 from portalm_backends.gpu_common.step_uploads import StepUploads
 from portalm_backends.gpu_common.transfers import Transfers
 from portalm_backends.gpu_common.weights import (
@@ -62,6 +63,7 @@ if TYPE_CHECKING:
         silu_mul,
         unpack,
     )
+    from portalm_backends.gpu_common.providers import check as provider_check
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +100,14 @@ class GpuBackend(TorchBackend):
         """Grouped weights of each layer's experts: gate and up, then down."""
         self._family = self.arch.family
         self._num_dies = self.arch.num_dies(gpu.num_cores)
+        self._prefill = provider_check.PrefillProviders(
+            ATTENTION,
+            self.arch.name,
+            lambda kind: provider_check.OwnAttention(
+                kind, family=self._family, num_programs=self._gpu.num_cores * 2
+            ),
+            gpu.synchronize,
+        )
         self._transfers = Transfers(gpu)
         self.late_compiles = LateCompiles()
         self._uploads = StepUploads(gpu, self._unpack)
@@ -272,8 +282,18 @@ class GpuBackend(TorchBackend):
         spec: AttentionSpec,
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Attention of query [T, H, D] over each request's context, in one to four launches."""
+        """Attention of query [T, H, D] over each request's context, in one to four launches.
+
+        Steps that are not captured have long prompts: an optional package may compute them.
+        """
         plan = meta.plan[spec]
+        if plan.wide is not None and meta.bucket is None and isinstance(kv, torch.Tensor):
+            out = self._prefill.attend(
+                kv[layer], query, meta, spec,
+                to_device=self.to_device, may_check=not self._graphs.is_sealed,
+            )  # fmt: skip
+            if out is not None:
+                return out
         if (
             self._native is None
             or plan.native_items is None
@@ -446,7 +466,8 @@ class GpuBackend(TorchBackend):
 
 def _import_kernels() -> None:
     """Import Triton only when a GPU is started, not when `find` reports one."""
-    global attention, cache, fp8, linear, moe, norms, rope, sampling, silu_mul, unpack
+    global attention, cache, fp8, linear, moe, norms, provider_check, rope, sampling, silu_mul
+    global unpack
     from portalm_backends.gpu_common import attention, cache
     from portalm_backends.gpu_common.kernels import (
         fp8,
@@ -458,6 +479,7 @@ def _import_kernels() -> None:
         silu_mul,
         unpack,
     )
+    from portalm_backends.gpu_common.providers import check as provider_check
 
 
 def capabilities(arch: Arch, *, has_fp8_products: bool) -> Capabilities:
