@@ -8,6 +8,9 @@ from pathlib import Path
 import torch
 
 from portalm.backend import DeviceReport
+from portalm_backends.gpu_common.archs import CUDA, ROCM
+from portalm_backends.gpu_common.providers import ATTENTION
+from portalm_backends.gpu_common.providers.provider import summary
 
 _INSTALL = "see docs/deploy-gpu.md for how to install one"
 
@@ -51,7 +54,10 @@ def find(
         is_available=True,
         summary=f"{count} {maker} GPU{'s' if count > 1 else ''}, torch {torch.__version__} "
         f"({wanted} {version})",
-        details=((f"{wanted} of torch", version),),
+        details=(
+            (f"{wanted} of torch", version),
+            ("attention of long prompts", summary(ATTENTION, CUDA if wanted == "CUDA" else ROCM)),
+        ),
     )
 
 

@@ -6,7 +6,7 @@ import argparse
 
 
 def add_devices(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add `portalm devices`: one line per backend."""
+    """Add `portalm devices`: one line per backend, and details of those that are available."""
     parser = commands.add_parser(
         "devices", help="list the backends, and why those that cannot run here cannot"
     )
@@ -22,6 +22,8 @@ def run_devices(arguments: argparse.Namespace) -> int:
         mark = "*" if name == chosen else " "
         state = "available" if report.is_available else "unavailable"
         print(f"{mark} {name:<10} {state:<11} {report.summary}")
+        for key, value in report.details if report.is_available else ():
+            print(f"    {key}: {value}")
     print()
     if chosen is None:
         print("--device auto finds no usable device; run `portalm doctor` for details")

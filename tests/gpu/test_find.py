@@ -58,6 +58,7 @@ def test_an_available_gpu_is_found_but_not_started(monkeypatch: pytest.MonkeyPat
     report = find(maker="NVIDIA", has_driver=True, driver_hint="", builds=CUDA_BUILD, wanted="CUDA")
 
     assert report.is_available
+    assert "PortaLM's own kernels" in dict(report.details)["attention of long prompts"]
     assert report.summary.startswith("2 NVIDIA GPUs, torch")
 
 

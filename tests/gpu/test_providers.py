@@ -11,6 +11,7 @@ import torch
 
 from portalm.backend import AttentionSpec, Bucket
 from portalm.errors import BackendError
+from portalm_backends.gpu_common.archs import CUDA, ROCM
 from portalm_backends.gpu_common.providers import ATTENTION
 from portalm_backends.gpu_common.providers.check import (
     OwnAttention,
@@ -243,12 +244,14 @@ def test_why_packages_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
 
     assert missing(first, "sm_80") == "flash_attn_interface does not support sm_80"
     assert missing(second, "sm_80") == "flashinfer is not installed"
-    assert summary(ATTENTION, ["sm_90"]) == (
-        "flash_attn_interface is not installed; flashinfer is not installed; "
-        "otherwise PortaLM's own kernel"
+    assert summary(ATTENTION, CUDA) == (
+        "PortaLM's own kernels; flash_attn_interface or flashinfer would be checked if installed"
     )
+    assert summary(ATTENTION, ROCM) == "PortaLM's own kernels"
     install(monkeypatch, "flashinfer", FakeFlashInfer())
-    assert "flashinfer of unknown version, if it passes a check" in summary(ATTENTION, ["sm_90"])
+    assert summary(ATTENTION, CUDA) == (
+        "flashinfer (version unknown), if it passes a check at startup; else PortaLM's own kernels"
+    )
 
 
 @pytest.mark.parametrize("bucket", [None, Bucket(32, 4, 16, 32)], ids=["eager", "captured"])

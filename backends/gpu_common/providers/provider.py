@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -88,20 +88,19 @@ def planes(layer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return layer[:, :, 0], layer[:, :, 1]
 
 
-def summary(providers: Sequence[AttentionProvider], archs: Sequence[str]) -> str:
-    """Which packages may compute long prompts on GPUs of these architectures, for reports."""
-    lines = []
-    for provider in providers:
-        reasons = [missing(provider, arch) for arch in archs]
-        if reasons and None in reasons:
-            lines.append(f"{provider.package} {_version(provider.package)}, if it passes a check")
-        elif reasons:
-            lines.append(str(reasons[0]))
-    return "; ".join([*lines, "otherwise PortaLM's own kernel"])
+def summary(providers: Sequence[AttentionProvider], archs: Iterable[str]) -> str:
+    """What may compute attention of long prompts on GPUs of these architectures; one line."""
+    fitting = [one for one in providers if one.archs & set(archs)]
+    found = [one for one in fitting if importlib.util.find_spec(one.package) is not None]
+    if found:
+        names = " or ".join(f"{one.package} {_version(one.package)}" for one in found)
+        return f"{names}, if it passes a check at startup; else PortaLM's own kernels"
+    if fitting:
+        names = " or ".join(one.package for one in fitting)
+        return f"PortaLM's own kernels; {names} would be checked if installed"
+    return "PortaLM's own kernels"
 
 
 def _version(package: str) -> str:
-    names: dict[str, Any] = dict(importlib.metadata.packages_distributions())
-    for name in names.get(package, ()):
-        return importlib.metadata.version(name)
-    return "of unknown version"
+    names = importlib.metadata.packages_distributions().get(package, ())
+    return next((importlib.metadata.version(name) for name in names), "(version unknown)")
