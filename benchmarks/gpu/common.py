@@ -109,6 +109,10 @@ def fail(name: str, message: str) -> None:
     report(f"FAILED {name}", None, message=message)
 
 
+_START_SHARE = 0.7
+"""Most of a part's time that its section `start` may take."""
+
+
 class OutOfTime(BaseException):
     """A section reached its time limit; not an `Exception`, so that no check swallows it."""
 
@@ -132,12 +136,14 @@ def run_sections(run: Settings, sections: Mapping[str, Section]) -> None:
     """Run the selected sections; a failure or timeout of one does not stop the next ones.
 
     Each section gets its share of the time that is left, so time that one does not use goes to
-    those after it. If `start` fails, nothing after it can run.
+    those after it. If `start` fails, nothing after it can run: it gets more.
     """
     until = time.monotonic() + 0.97 * run.limit_s
     names = list(run.sections)
     for i, name in enumerate(names):
         share = run.sections[name] / sum(run.sections[other] for other in names[i:])
+        if name == "start":
+            share = max(share, _START_SHARE)
         limit = share * max(until - time.monotonic(), 0.1)
         label = f"{run.part} {name}"
         try:
