@@ -334,7 +334,9 @@ def over_budget(target: str, name: str, taken: dict[str, int]) -> list[str]:
 
     The slack allows for other compiler releases; spills have none.
     """
-    allowed = json.loads(TABLE.read_text())[name][target]
+    allowed = json.loads(TABLE.read_text())[name].get(target)
+    if allowed is None:
+        return [f"{name} on {target}: no budget; write it with --write"]
     limits = {
         "registers": allowed["registers"] + 8,
         "shared": min(allowed["shared"] * 9 // 8, SHARED_LIMIT[target]),

@@ -19,8 +19,11 @@ from triton.runtime import driver
 INT8, FP8 = 1, 2
 """Values of a kernel's CODES; 0: the cache holds floats."""
 
-PORTABLE, PTX, PTX_FP8 = 0, 1, 2
-"""Values of a kernel's DECODER: Triton's operations; PTX; PTX with conversions of 8-bit floats."""
+PORTABLE, PTX, PTX_FP8, PTX_MOVABLE = 0, 1, 2, 3
+"""Values of a kernel's DECODER: Triton's operations; PTX; PTX with conversions of 8-bit floats; the
+same without side effects, for wide tiles where matrix instructions read shared memory only
+(tcgen05): Triton has no operand's layout to move it to, and Triton 3.6 cannot pipeline the others
+there."""
 
 _PTX_OF_INT8 = tl.constexpr("""{
     .reg .b32 biased, offset;
@@ -76,6 +79,8 @@ def options_for(target: Any) -> dict[str, Any]:
     """`options` for a `GPUTarget`."""
     if target.backend != "cuda":
         return {"DECODER": PORTABLE}
+    if 100 <= target.arch < 120:
+        return {"DECODER": PTX_MOVABLE}
     return {"DECODER": PTX_FP8 if target.arch >= 89 else PTX}
 
 
@@ -125,16 +130,16 @@ def decode(codes, dtype: tl.constexpr, CODES: tl.constexpr, DECODER: tl.constexp
         # shifted up, the bits after the sign are a float16 whose exponent is smaller by 8
         values = ((codes.to(tl.int16) << 7) & -16512).to(tl.float16, bitcast=True)
         return values if dtype == tl.float16 else values.to(dtype) * 256.0
-    asm: tl.constexpr = _PTX_OF_INT8 if CODES == 1 else _PTX_OF_FP8[DECODER - 1]
+    asm: tl.constexpr = _PTX_OF_INT8 if CODES == 1 else _PTX_OF_FP8[DECODER != 1]
     return tl.inline_asm_elementwise(
-        asm, "=&r,=&r,r", [codes], dtype=tl.float16, is_pure=False, pack=4
+        asm, "=&r,=&r,r", [codes], dtype=tl.float16, is_pure=DECODER == 3, pack=4
     )
 
 
 @triton.constexpr_function
 def divisor(dtype: Any, codes: int, decoder: int) -> float:
     """What the results of `decode` are divided by, for queries of a dtype."""
-    return 256.0 if codes == FP8 and decoder != PTX_FP8 and dtype != tl.float32 else 1.0
+    return 256.0 if codes == FP8 and decoder < PTX_FP8 and dtype != tl.float32 else 1.0
 
 
 @triton.jit
@@ -150,7 +155,7 @@ def load_scales(scales, is_live, IS_MASKED: tl.constexpr, DECODER: tl.constexpr)
     else:
         asm: tl.constexpr = "{ .reg .b16 zero; mov.b16 zero, 0; mov.b32 $0, {zero, $1}; }"
         kept = tl.inline_asm_elementwise(
-            asm, "=r,h", [kept], dtype=tl.float32, is_pure=False, pack=1
+            asm, "=r,h", [kept], dtype=tl.float32, is_pure=DECODER == 3, pack=1
         )
     return tl.where(kept == 0.0, 1.0, kept)
 

@@ -360,7 +360,7 @@ def attention_kernel(
             q, q_rest, keys, scales, table, start, end, begin, end, position, slope,
             window, split, score_scale, cap, acc, top, total, acc, top, total,
             D, V, VP, REST, BLOCK, stride, TILE, HAS_CAP, HAS_WINDOW, HAS_ALIBI, True, True, CODES,
-            DECODER,
+            2 if DECODER == 3 else DECODER,
         )  # fmt: skip
         acc, top, total = _combine(all_acc, all_top, all_total, acc, top, total)
 
