@@ -29,6 +29,7 @@ OTHER_VALUES: dict[str, Any] = {
     "partial_rotary_factor": 0.5,
     "rms_norm_eps": 0.5,
     "rope_theta": 5.0,
+    "vocab_size": 99,
 }
 """A value of each common key that would change the models of test_families.py."""
 
