@@ -1,7 +1,8 @@
 """Compare every decoder of transformers, shrunk and with random weights, through PortaLM.
 
-python ci/model_sweep.py check              all; exit status 1 for a wrong answer, a crash, or an
-                                            out-of-date table in docs/models.md
+python ci/model_sweep.py check              all classes, and the configs in ci/model_configs; exit
+                                            status 1 for a wrong answer, a crash, or an out-of-date
+                                            table in docs/models.md
 python ci/model_sweep.py write              all, and write the table
 python ci/model_sweep.py NAME...            these classes, for example LlamaForCausalLM
 python ci/model_sweep.py --configs FOLDER   the config.json values in FOLDER/*.json
@@ -36,11 +37,14 @@ from portalm.engine.messages import AddRequest, TokenOutput
 from portalm.errors import PortaLMError
 from portalm.models.registry import ARCHITECTURES
 from portalm.models.registry import model_class as find_class
-from portalm.models.small_config import shrink
+from portalm.models.small_config import randomize, shrink
+from portalm.models.text_part import MULTIMODAL
 from portalm.sampling_params import SamplingParams
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "models.md"
+CONFIGS = ROOT / "ci" / "model_configs"
+"""Values of published config.json files."""
 BEGIN, END = "<!-- begin: ci/model_sweep.py write -->", "<!-- end: ci/model_sweep.py write -->"
 
 PROMPTS = {str(n): [(7 * n + i * i) % 120 for i in range(n)] for n in (1, 17, 50)}
@@ -75,7 +79,7 @@ FAILURES = ("wrong", "crashed")
 
 @dataclass(frozen=True)
 class Result:
-    """What became of one architecture."""
+    """The result of one architecture."""
 
     name: str
     status: Status
@@ -104,7 +108,8 @@ def sweep(name: str, values: Mapping[str, Any] | None = None) -> Result:
             model = _make(model_class, name, values)
             model.save_pretrained(path)
             if values is not None:
-                _keep_spelling(path / "config.json", values)
+                small = _small_values(model_class.config_class, values)
+                (path / "config.json").write_text(json.dumps(small))
         except Exception as error:  # transformers' code can raise anything
             return _refused_by_name(name, model_class) or Result(
                 name, "not built", _first_line(error)
@@ -129,7 +134,8 @@ def sweep(name: str, values: Mapping[str, Any] | None = None) -> Result:
             return Result(name, "crashed", f"{type(error).__name__}: {_first_line(error)}")
     if problem:
         return Result(name, "wrong", problem)
-    return Result(name, "match", "own" if name in ARCHITECTURES else "transformers")
+    is_own = name in ARCHITECTURES or name in MULTIMODAL
+    return Result(name, "match", "own" if is_own else "transformers")
 
 
 def _refused_by_name(name: str, model_class: Any) -> Result | None:
@@ -146,17 +152,17 @@ def _refused_by_name(name: str, model_class: Any) -> Result | None:
 
 
 def _make(model_class: Any, name: str, values: Mapping[str, Any] | None) -> Any:
-    """Create a small model with random weights, wide enough that no two logits are equal."""
+    """Create a small model with random weights."""
     config_class = model_class.config_class
-    config = config_class() if values is None else config_class.from_dict(dict(values))
-    small = {**shrink(config.to_dict()), **OVERRIDES.get(name, {})}
+    if values is None:
+        small = {**shrink(config_class().to_dict()), **OVERRIDES.get(name, {})}
+    else:
+        small = _small_values(config_class, values)
     torch.manual_seed(0)
     model = model_class._from_config(
         config_class.from_dict(small), dtype=torch.float32, attn_implementation="eager"
     ).eval()
-    for tensor in model.state_dict().values():  # parameters and persistent buffers
-        if tensor.is_floating_point():
-            tensor.normal_(0, 0.2)
+    randomize(model)
     with torch.inference_mode():
         logits = model(torch.tensor([PROMPTS["17"]])).logits
     if not torch.isfinite(logits).all():
@@ -164,11 +170,20 @@ def _make(model_class: Any, name: str, values: Mapping[str, Any] | None) -> Any:
     return model
 
 
-def _keep_spelling(path: Path, values: Mapping[str, Any]) -> None:
-    """Rewrite config.json with the keys of `values`, and others only where they were shrunk."""
-    written = json.loads(path.read_text())
-    kept = {key: written.get(key, value) for key, value in values.items()}
-    path.write_text(json.dumps({**written, **kept, "architectures": written["architectures"]}))
+def _small_values(config_class: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Shrink the values of a config.json, under the keys that it has.
+
+    Keys that it leaves out stay out, except sizes whose defaults are large.
+    """
+    full = config_class.from_dict(dict(values)).to_dict()
+    small = shrink(full)
+    result = {key: small.get(key, value) for key, value in values.items()}
+    if result.get("rope_scaling"):
+        result["rope_scaling"] = shrink({"rope_parameters": values["rope_scaling"]})[
+            "rope_parameters"
+        ]
+    sizes = {k: v for k, v in small.items() if isinstance(v, int) and v != full[k]}
+    return {**sizes, **result}
 
 
 def _compare(engine: Engine, model: Any) -> str:
@@ -230,7 +245,7 @@ def _first_line(error: object) -> str:
 
 
 def table(results: Sequence[Result]) -> Iterator[str]:
-    """The section of docs/models.md: how many models, and which, by what became of them."""
+    """The section of docs/models.md: how many models have each result, and which."""
     import transformers
 
     matches = [r for r in results if r.status == "match"]
@@ -284,31 +299,20 @@ def page_with(results: Sequence[Result]) -> str:
 def main() -> int:
     """Run the sweep; see the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("names", nargs="+", help="check, write, or names of classes")
-    parser.add_argument("--configs", type=Path, help="folder of config.json values")
+    parser.add_argument("names", nargs="*", help="check, write, or names of classes")
+    parser.add_argument("--configs", type=Path, help="folder of config.json values, as NAME.json")
     arguments = parser.parse_args()
     _silence()
-    is_all = arguments.names[0] in ("check", "write")
-    jobs: list[tuple[str, Mapping[str, Any] | None]]
-    if arguments.configs:
-        jobs = [
-            (values["architectures"][0], values)
-            for path in sorted(arguments.configs.glob("*.json"))
-            for values in [json.loads(path.read_text())]
-        ]
-    else:
-        jobs = [(name, None) for name in (architectures() if is_all else arguments.names)]
-    results = []
-    for name, values in jobs:
-        started = time.perf_counter()
-        result = sweep(name, values)
-        results.append(result)
-        seconds = time.perf_counter() - started
-        print(f"{seconds:5.1f} s  {name:36} {result.status:9} {result.detail}", flush=True)
-    failed = [r.name for r in results if r.status in FAILURES]
+    if not arguments.names and arguments.configs is None:
+        parser.error("pass check, write, names of classes, or --configs FOLDER")
+    is_all = arguments.names[:1] in (["check"], ["write"])
+    results = [_timed(name) for name in (architectures() if is_all else arguments.names)]
+    folder = CONFIGS if is_all else arguments.configs
+    published = [] if folder is None else [_timed(**job) for job in _configs(folder)]
+    failed = [r.name for r in (*results, *published) if r.status in FAILURES]
     if failed:
         print(f"wrong or crashed: {', '.join(failed)}")
-    if is_all and not arguments.configs:
+    if is_all:
         new, old = page_with(results), PAGE.read_text()
         if arguments.names[0] == "write":
             PAGE.write_text(new)
@@ -317,6 +321,22 @@ def main() -> int:
             print("docs/models.md is out of date: run `python ci/model_sweep.py write`")
             return 1
     return 1 if failed else 0
+
+
+def _configs(folder: Path) -> Iterator[dict[str, Any]]:
+    """Arguments of `_timed` for each config.json in `folder`."""
+    for path in sorted(folder.glob("*.json")):
+        values = json.loads(path.read_text())
+        yield {"name": values["architectures"][0], "values": values, "label": path.stem}
+
+
+def _timed(name: str, values: Mapping[str, Any] | None = None, label: str | None = None) -> Result:
+    """Compare one architecture, and print the result."""
+    started = time.perf_counter()
+    result = sweep(name, values)
+    seconds = time.perf_counter() - started
+    print(f"{seconds:5.1f} s  {label or name:36} {result.status:9} {result.detail}", flush=True)
+    return result
 
 
 def _silence() -> None:

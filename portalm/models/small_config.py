@@ -11,6 +11,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
+
 PROMPT_LENGTH = 40
 VOCAB_SIZE = 128
 _MAX_LAYERS = 12
@@ -50,6 +52,18 @@ def shrink(values: Mapping[str, Any]) -> dict[str, Any]:
     layers = _layers(values)
     num_layers = _num_layers(values)
     return {key: _shrunk(key, value, values, layers, num_layers) for key, value in values.items()}
+
+
+def randomize(model: torch.nn.Module) -> None:
+    """Fill parameters and persistent buffers with random values.
+
+    Norm weights are near 1 and matrices wide, so that attention is far from uniform and a wrong
+    position or mask changes the logits.
+    """
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point():
+            is_norm = tensor.ndim == 1 and name.endswith("weight")
+            tensor.normal_(1.0 if is_norm else 0.0, 0.2)
 
 
 def _shrunk(

@@ -15,6 +15,7 @@ from portalm.errors import CheckpointError, UnsupportedModel
 from portalm.models.decoder import Decoder
 from portalm.models.loader.config_json import model_config
 from portalm.models.registry import ARCHITECTURES, model_class
+from portalm.models.small_config import randomize
 from tests.tiny import ask, make_config_folder, run, tokens
 
 PROMPTS = {str(n): [(7 * n + i * i) % 120 for i in range(n)] for n in (1, 17, 33, 90)}
@@ -57,8 +58,7 @@ class Case:
         torch.manual_seed(0)
         config = self.make_config()
         model = getattr(transformers, self.model.format(self.family))(config).eval()
-        for parameter in model.parameters():
-            parameter.data.normal_(0, 0.2)
+        randomize(model)
         return model
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
-from ci.model_sweep import BEGIN, END, PAGE, Result, architectures, sweep, table
+from ci.model_sweep import BEGIN, CONFIGS, END, PAGE, Result, architectures, sweep, table
+from portalm.models.gpt_neox import GPTNeoX
 
 
 @pytest.mark.parametrize(
@@ -39,24 +42,28 @@ def test_a_wrong_answer_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_exception_of_another_kind_is_a_crash(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr("portalm.models.llama.Llama.spec", raising=False)
     monkeypatch.setattr("portalm.models.decoder.Decoder.spec", None)
 
     assert sweep("LlamaForCausalLM").status == "crashed"
 
 
-def test_values_of_a_config_json_are_compared_under_their_own_keys() -> None:
-    values = {
-        "architectures": ["GPT2LMHeadModel"],
-        "model_type": "gpt2",
-        "n_embd": 768,
-        "n_head": 12,
-        "n_layer": 12,
-        "n_positions": 1024,
-        "vocab_size": 50257,
-    }
+def test_published_values_are_compared_under_their_own_keys(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    values = json.loads((CONFIGS / "pythia-1b.json").read_text())
+    assert sweep("GPTNeoXForCausalLM", values) == Result("GPTNeoXForCausalLM", "match", "own")
 
-    assert sweep("GPT2LMHeadModel", values).status == "match"
+    # a family that reads the wrong key for rotary_emb_base
+    monkeypatch.setattr(GPTNeoX, "names", {"rope_theta": ("vocab_size",)})
+    assert sweep("GPTNeoXForCausalLM", values).status == "wrong"
+
+
+def test_every_published_config_names_an_architecture_of_transformers() -> None:
+    import transformers
+
+    names = [json.loads(path.read_text())["architectures"][0] for path in CONFIGS.glob("*.json")]
+
+    assert names and all(hasattr(transformers, name) for name in names)
 
 
 def test_reasons_are_grouped_and_counted() -> None:

@@ -11,6 +11,7 @@ import torch
 
 from portalm.errors import CheckpointError, UnsupportedModel
 from portalm.models.loader.config_json import read_config
+from portalm.models.small_config import randomize
 from portalm.models.text_part import MULTIMODAL
 from tests.models.test_families import PROMPTS, TINY, engine_of
 from tests.tiny import ask, run, tokens
@@ -52,8 +53,7 @@ def make(name: str) -> Any:
     )
     torch.manual_seed(0)
     model = getattr(transformers, f"{name}ForConditionalGeneration")(config).eval()
-    for parameter in model.parameters():
-        parameter.data.normal_(0, 0.2)
+    randomize(model)
     return model
 
 
