@@ -31,9 +31,6 @@ class DeciLM(Decoder):
                 f"config.json: block_configs has {len(blocks)} layers, and num_hidden_layers is "
                 f"{config.num_layers}"
             )
-        for i, block in enumerate(blocks):
-            for part in ("attention", "ffn"):
-                _check(i, part, block[part])
         if all(blocks[0][part].get("no_op") for part in ("attention", "ffn")):
             raise UnsupportedModel("config.json: the first of block_configs has no part")
         self._layers = [i for i, block in enumerate(blocks) if not block["attention"].get("no_op")]
@@ -45,6 +42,9 @@ class DeciLM(Decoder):
         """Find the number of KV heads, which all layers with attention share, and a width."""
         values = super().complete(values)
         blocks = values["block_configs"]
+        for i, block in enumerate(blocks):
+            for part in ("attention", "ffn"):
+                _check(i, part, block[part])
         groups = {
             int(block["attention"]["n_heads_in_group"])
             for block in blocks

@@ -198,7 +198,8 @@ def test_quantization_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("architecture", "values", "message"),
     [
-        ("MambaForCausalLM", {"model_type": "mamba"}, "cannot be replaced"),
+        ("MptForCausalLM", {"model_type": "mpt"}, "cannot be replaced"),
+        ("MambaForCausalLM", {"model_type": "mamba"}, "a recurrent or convolutional state"),
         ("VaxForCausalLM", {}, "no decoder with that name; supported: .*LlamaForCausalLM"),
         ("HeliumForCausalLM", {"model_type": "vax"}, "has no model_type 'vax'"),
         (
