@@ -153,7 +153,7 @@ ALWAYS = ("deepseek2", "gemma3", "granite", "llama", "phi3", "stablelm")
 
 
 def cases() -> Iterator[Any]:
-    for file in {file.name: file for file in KNOWN + FILES}.values():
+    for file in {file.name: file for file in reversed(KNOWN + FILES)}.values():
         marks = () if file.name in ALWAYS else pytest.mark.slow
         yield pytest.param(file, marks=marks, id=file.name)
 
