@@ -53,10 +53,18 @@ _decoder = msgspec.msgpack.Decoder(ToEngine)
 _encoder = msgspec.msgpack.Encoder()
 
 
-def run_core(config: EngineConfig, address: str, pulse: Pulse) -> int:
-    """Serve the client at a ZeroMQ address until it sends Shutdown or exits; return the status.
+def run_core(config: EngineConfig, address: str, pulse: Pulse, *, parents_stderr: int) -> int:
+    """Serve the client at a ZeroMQ address until it sends Shutdown or exits.
 
-    `pulse` always shows what the engine is doing.
+    Args:
+        config: the engine's settings.
+        address: where the client listens.
+        pulse: always shows what the engine is doing.
+        parents_stderr: file descriptor of the parent's stderr: without the parent, nothing reads
+            this process's own.
+
+    Returns:
+        The exit status.
     """
     parent = os.getppid()
     context = zmq.Context()
@@ -69,7 +77,10 @@ def run_core(config: EngineConfig, address: str, pulse: Pulse) -> int:
         socket.send(_encoder.encode(message))
 
     try:
-        return _serve(config, socket, send, parent, pulse)
+        if not _serve(config, socket, send, parent, pulse):
+            os.dup2(parents_stderr, sys.stderr.fileno())
+            logger.warning("the parent process has exited: shutting down the engine")
+        return 0
     except PortaLMError as error:
         send(EngineFailed(str(error)))
         return 2
@@ -88,7 +99,8 @@ def _serve(
     send: Callable[[FromEngine], None],
     parent: int,
     pulse: Pulse,
-) -> int:
+) -> bool:
+    """Serve the client; return True after its Shutdown, False if the parent has exited."""
     # imported modules and the loaded model are never garbage: collecting during startup would take
     # a tenth of its time, and freezing them keeps later collections short
     gc.disable()
@@ -107,7 +119,7 @@ def _serve(
             if isinstance(message, Shutdown):
                 engine.close()
                 gc.unfreeze()
-                return 0
+                return True
             if isinstance(message, Probe):
                 send(_probe(engine, message))
             else:
@@ -120,8 +132,7 @@ def _serve(
             pulse.end()
             send(step_outputs)
         elif not engine.capture_next() and os.getppid() != parent:
-            logger.warning("the parent process has exited: shutting down the engine")
-            return 0
+            return False
 
 
 def _probe(engine: Engine, message: Probe) -> ProbeAnswer:
@@ -165,7 +176,8 @@ def main() -> int:
     faulthandler.enable()  # a crash in native code writes the Python stack to the log
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server handles Ctrl-C
     config = msgspec.json.decode(sys.stdin.buffer.read(), type=EngineConfig)
-    return run_core(config, sys.argv[1], Pulse(Path(sys.argv[2])))
+    pulse = Pulse(Path(sys.argv[2]))
+    return run_core(config, sys.argv[1], pulse, parents_stderr=int(sys.argv[4]))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
 import sys
 import time
@@ -36,6 +37,10 @@ _LAST_MESSAGES_S = 0.2
 
 _MAX_PER_TURN = 64
 """Messages to read before other tasks of the event loop run."""
+
+
+_STDERR = 2
+"""File descriptor of this process's stderr, where the engine's last lines go if this one dies."""
 
 
 class EngineProcess:
@@ -84,18 +89,24 @@ class EngineProcess:
         """Start the process, which then loads its model. Its stderr is passed on to this one's."""
         self._oom_kills_before = oom_kills()
         self._stderr = StderrRelay()
-        self._process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "portalm.engine.core_process",
-            self._address,
-            str(self._pulse_path),
-            msgspec.json.encode(self._logs).decode(),
-            stdin=asyncio.subprocess.PIPE,
-            stderr=self._stderr.child_fd,
-            start_new_session=True,
-            env=engine_environment(),
-        )
+        own_stderr = os.dup(_STDERR)
+        try:
+            self._process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "portalm.engine.core_process",
+                self._address,
+                str(self._pulse_path),
+                msgspec.json.encode(self._logs).decode(),
+                str(own_stderr),
+                stdin=asyncio.subprocess.PIPE,
+                stderr=self._stderr.child_fd,
+                pass_fds=(own_stderr,),
+                start_new_session=True,
+                env=engine_environment(),
+            )
+        finally:
+            os.close(own_stderr)
         self._stderr.start()
         assert self._process.stdin is not None
         self._process.stdin.write(msgspec.json.encode(config))

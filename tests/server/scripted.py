@@ -52,6 +52,7 @@ class ScriptedClient:
             max_model_len=100_000,
             vector_size=0,
             tasks=("generate",),
+            sampling_defaults={},
         )
         self.stats = EngineStats()
         self.num_restarts = 0
