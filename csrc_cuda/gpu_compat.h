@@ -139,8 +139,8 @@ __device__ inline Bytes16 load_stream(const Bytes16* p) {
 #if defined(__CUDA_ARCH__)
   Bytes16 x;
   asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-      : "=r"(x.word[0]), "=r"(x.word[1]), "=r"(x.word[2]), "=r"(x.word[3])
-      : "l"(p));
+               : "=r"(x.word[0]), "=r"(x.word[1]), "=r"(x.word[2]), "=r"(x.word[3])
+               : "l"(p));
   return x;
 #else
   return *p;
