@@ -191,6 +191,7 @@ def test_server_listens_while_it_loads(tmp_path) -> None:
                 statuses.append(status)
                 if status == 200:
                     break
+                time.sleep(0.01)  # a loaded machine needs its cores to load the model
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(20)
