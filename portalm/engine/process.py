@@ -39,8 +39,12 @@ _MAX_PER_TURN = 64
 """Messages to read before other tasks of the event loop run."""
 
 
-_STDERR = 2
-"""File descriptor of this process's stderr, where the engine's last lines go if this one dies."""
+def _copy_of_stderr() -> int:
+    """File descriptor of this process's stderr, for the engine's last lines if this one dies."""
+    try:
+        return os.dup(2)
+    except OSError:  # it was closed, as daemons do
+        return os.open(os.devnull, os.O_WRONLY)
 
 
 class EngineProcess:
@@ -89,7 +93,7 @@ class EngineProcess:
         """Start the process, which then loads its model. Its stderr is passed on to this one's."""
         self._oom_kills_before = oom_kills()
         self._stderr = StderrRelay()
-        own_stderr = os.dup(_STDERR)
+        own_stderr = _copy_of_stderr()
         try:
             self._process = await asyncio.create_subprocess_exec(
                 sys.executable,

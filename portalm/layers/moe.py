@@ -53,14 +53,14 @@ class GroupRouter:
     scoring: Literal["softmax", "sigmoid"]
     top_k: int
     """Experts per token, k."""
-    num_groups: int
-    num_chosen_groups: int
-    """Groups whose experts a token may take; the experts of all other groups are excluded."""
-    num_best: int
-    """A group's score is the sum of this many of its highest expert scores."""
     is_normalized: bool
     """Divide a token's weights by their sum."""
-    factor: float
+    num_groups: int = 1
+    num_chosen_groups: int = 1
+    """Groups whose experts a token may take; the experts of all other groups are excluded."""
+    num_best: int = 1
+    """A group's score is the sum of this many of its highest expert scores."""
+    factor: float = 1.0
     """Multiplies the weights, after normalization."""
     bias: torch.Tensor | None = None
     """float32 [E]: added to the scores that choose experts, not to the weights."""

@@ -11,7 +11,6 @@ from typing import Any
 
 from portalm.errors import UnsupportedModel
 from portalm.layers.attention import Attention
-from portalm.layers.blocks import Block, SequentialBlock
 from portalm.layers.mlp import FeedForward, XieluMLP
 from portalm.models.decoder import Decoder
 from portalm.models.layer_reader import LayerReader
@@ -31,6 +30,7 @@ class Apertus(Decoder):
 
     defaults = {"hidden_act": "xielu", "rms_norm_eps": 1e-5, "rope_theta": 12_000_000.0}
     reads = frozenset({"attention_bias"})
+    layer_names = ("attention_layernorm", "self_attn", "feedforward_layernorm")
 
     @classmethod
     def complete(cls, values: dict[str, Any]) -> dict[str, Any]:
@@ -39,15 +39,6 @@ class Apertus(Decoder):
         if values.get("rope_parameters") is None and values.get("rope_scaling") is None:
             values["rope_parameters"] = _ROPE
         return values
-
-    def block(self, read: LayerReader, layer: int, name: str) -> Block:
-        """Read a layer; its norms have names of their own."""
-        return SequentialBlock(
-            attention_norm=self.norm(read, f"{name}.attention_layernorm"),
-            attention=self.attention(read, layer, f"{name}.self_attn"),
-            mlp_norm=self.norm(read, f"{name}.feedforward_layernorm"),
-            mlp=self.mlp(read, layer, f"{name}.mlp"),
-        )
 
     def attention(self, read: LayerReader, layer: int, name: str) -> Attention:
         """Read attention with norms of each query and key head."""

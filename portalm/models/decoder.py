@@ -97,6 +97,8 @@ class Decoder:
     layer_prefix = "model.layers."
     last_norm = "model.norm"
     head = "lm_head"
+    layer_names = ("input_layernorm", "self_attn", "post_attention_layernorm")
+    """Names within a layer of the norm before attention, attention, and the feed-forward's norm."""
     out_name = "o_proj"
     feed_forward = "mlp"
     mlp_names = ("gate_proj", "up_proj", "down_proj")
@@ -307,10 +309,11 @@ class Decoder:
 
     def block(self, read: LayerReader, layer: int, name: str) -> Block:
         """Read layer number `layer`, whose tensors' names begin with `name`."""
+        attention_norm, attention, mlp_norm = self.layer_names
         return SequentialBlock(
-            attention_norm=self.norm(read, f"{name}.input_layernorm"),
-            attention=self.attention(read, layer, f"{name}.self_attn"),
-            mlp_norm=self.norm(read, f"{name}.post_attention_layernorm"),
+            attention_norm=self.norm(read, f"{name}.{attention_norm}"),
+            attention=self.attention(read, layer, f"{name}.{attention}"),
+            mlp_norm=self.norm(read, f"{name}.{mlp_norm}"),
             mlp=self.mlp(read, layer, f"{name}.{self.feed_forward}"),
         )
 

@@ -71,11 +71,7 @@ class Ernie45Moe(Ernie45):
                 bias=read.float32(bias, 1, num_experts)[0],
                 scoring="softmax",
                 top_k=int(values["num_experts_per_tok"]),
-                num_groups=1,
-                num_chosen_groups=1,
-                num_best=1,
                 is_normalized=True,
-                factor=1.0,
             ),
             experts=read.experts(
                 f"{name}.experts",

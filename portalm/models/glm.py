@@ -81,6 +81,7 @@ class ChatGLM(Glm):
     layer_prefix = "transformer.encoder.layers."
     last_norm = "transformer.encoder.final_layernorm"
     head = "transformer.output_layer"
+    layer_names = ("input_layernorm", "self_attention", "post_attention_layernorm")
     out_name = "dense"
     optional_prefix = "transformer."
 
@@ -106,15 +107,6 @@ class ChatGLM(Glm):
         """Query, key and value, if config.json has add_qkv_bias; all, if it has add_bias_linear."""
         values = self.config.values
         return bool(values["add_bias_linear"] or (part == "qkv" and values["add_qkv_bias"]))
-
-    def block(self, read: LayerReader, layer: int, name: str) -> Block:
-        """Read a layer."""
-        return SequentialBlock(
-            attention_norm=self.norm(read, f"{name}.input_layernorm"),
-            attention=self.attention(read, layer, f"{name}.self_attention"),
-            mlp_norm=self.norm(read, f"{name}.post_attention_layernorm"),
-            mlp=self.mlp(read, layer, f"{name}.mlp"),
-        )
 
     def qkv(self, read: LayerReader, name: str) -> Linear:
         """Read query, key and value, which the checkpoint has merged in this order."""

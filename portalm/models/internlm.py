@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-from portalm.layers.blocks import Block, SequentialBlock
 from portalm.layers.linear import Linear
 from portalm.models.decoder import Decoder
 from portalm.models.layer_reader import LayerReader, ungroup_qkv
@@ -20,21 +19,14 @@ class InternLM2(Decoder):
     defaults = {"bias": True}
     embedding = "model.tok_embeddings"
     head = "output"
+    layer_names = ("attention_norm", "attention", "ffn_norm")
+    feed_forward = "feed_forward"
     out_name = "wo"
     mlp_names = ("w1", "w3", "w2")
 
     def has_bias(self, part: Literal["qkv", "out", "mlp"]) -> bool:
         """Attention projections, if config.json has bias."""
         return part != "mlp" and bool(self.config.values["bias"])
-
-    def block(self, read: LayerReader, layer: int, name: str) -> Block:
-        """Read a layer."""
-        return SequentialBlock(
-            attention_norm=self.norm(read, f"{name}.attention_norm"),
-            attention=self.attention(read, layer, f"{name}.attention"),
-            mlp_norm=self.norm(read, f"{name}.ffn_norm"),
-            mlp=self.mlp(read, layer, f"{name}.feed_forward"),
-        )
 
     def qkv(self, read: LayerReader, name: str) -> Linear:
         """Read query, key and value, which the checkpoint has merged and grouped by KV head."""

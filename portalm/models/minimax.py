@@ -53,11 +53,7 @@ class MiniMaxM2(Decoder):
                 bias=read.float32(f"{name}.e_score_correction_bias", num_experts),
                 scoring="sigmoid",
                 top_k=int(values["num_experts_per_tok"]),
-                num_groups=1,
-                num_chosen_groups=1,
-                num_best=1,
                 is_normalized=True,
-                factor=1.0,
             ),
             experts=read.experts(
                 f"{name}.experts",
