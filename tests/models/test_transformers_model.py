@@ -99,11 +99,18 @@ def test_masks_and_positions_that_attention_does_not_get_are_refused(
         engine_of(tmp_path, device="reference")
 
 
-def test_llama4_without_chunks_and_temperature_tuning_runs(tmp_path: Path) -> None:
+def test_llama4_without_chunks_and_temperature_tuning_equals_transformers(tmp_path: Path) -> None:
     off = {"attn_temperature_tuning": False, "layer_types": ["full_attention"] * 2}
-    Case("Llama4", {**LLAMA4, **off}, config="{}TextConfig").make().save_pretrained(tmp_path)
+    model = Case("Llama4", {**LLAMA4, **off}, config="{}TextConfig").make()
+    model.save_pretrained(tmp_path)
+    engine = engine_of(tmp_path, device="reference")
 
-    engine_of(tmp_path, device="reference")
+    ask(engine, "a", PROMPTS["33"])
+
+    [sampled] = tokens(run(engine)).values()
+    with torch.inference_mode():
+        logits = model(torch.tensor([PROMPTS["33"] + sampled])).logits[0]
+    assert sampled == logits[32:-1].argmax(-1).tolist()
 
 
 def _wrong_window(q: Any, k: Any, v: Any, spec: AttentionSpec, sinks: Any) -> torch.Tensor:
