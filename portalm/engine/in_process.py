@@ -130,7 +130,13 @@ class InProcessEngine:
         """
         arrival_time = time.time()
         answers = Answers(self._worker, [one.request_id for one in processed])
-        self.call(lambda _: self._worker.add(answers, processed, params, vocabulary, arrival_time))
+        try:
+            self.call(
+                lambda _: self._worker.add(answers, processed, params, vocabulary, arrival_time)
+            )
+        except BaseException:  # Ctrl-C, too: then the requests may have been added
+            answers.close()
+            raise
         return answers
 
     def call(self, work: Callable[[Engine], T]) -> T:
@@ -153,8 +159,9 @@ class _Worker:
         self.loaded: Future[Engine] = Future()
         self.outputs = OutputProcessor(None)
         self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
-        self._lock = threading.Lock()
-        """Held to add a command or to end, so that every command is run or fails."""
+        self._lock = threading.RLock()
+        """Held to add a command or to end, so that every command is run or fails. A garbage
+        collection may close a stream, which adds a command, while its thread holds this."""
         self._ended: BaseException | None = None
         """Why no command can be run any more."""
         self._is_closing = False

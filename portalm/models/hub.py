@@ -96,7 +96,7 @@ def _check_local(path: Path) -> Path:
             f"{str(path)!r} is a file but not a .gguf file; pass the model's folder"
         )
     if path.is_dir() and not (path / "config.json").exists():
-        # of a checkpoint that is split over several files, the first stands for all
+        # a checkpoint that is split over several files is opened by its first one
         files = [file for file in sorted(path.glob("*.gguf")) if not _LATER_PART.search(file.name)]
         if len(files) != 1:
             raise ModelNotFound(

@@ -131,6 +131,37 @@ def test_a_stream_that_is_dropped_is_aborted(llm: LLM) -> None:
     assert llm.reset_prefix_cache()
 
 
+def test_a_call_interrupted_while_it_is_added_leaves_no_request(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = llm._worker.call
+
+    def interrupted(work: Callable[[Any], Any]) -> None:
+        call(work)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(llm._worker, "call", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate([5, 6], greedy(450), use_tqdm=False)
+
+    assert llm.get_metrics().num_running == 0
+
+
+def test_a_stream_may_be_closed_by_a_garbage_collection_within_another_call(llm: LLM) -> None:
+    worker = llm._worker._worker
+
+    def nested() -> None:
+        with worker._lock:
+            worker.drop(["unknown"])
+
+    thread = threading.Thread(target=nested, daemon=True)
+    thread.start()
+    thread.join(LIMIT_S)
+
+    assert not thread.is_alive()
+
+
 def test_closing_ends_the_calls_that_wait(folder: Path) -> None:
     llm = make_llm(folder, max_model_len=256)
     entered = threading.Event()

@@ -25,7 +25,7 @@ from tests.gpu.kernel_budgets import LATENT, Launch
 from tests.gpu.triton_targets import SHARED_LIMIT, TARGETS, source_of
 
 MOST_HEADS = -1
-"""Stands for the most query heads per KV head that one program computes."""
+"""Placeholder for the most query heads per KV head that one program computes."""
 
 
 def variants(target: str) -> Iterator[tuple[str, Launch]]:
@@ -118,7 +118,7 @@ class _Passes:
 
 
 class _Llvm:
-    """Stands for Triton's LLVM module: nothing is translated to LLVM."""
+    """Replaces Triton's LLVM module: nothing is translated to LLVM."""
 
     def __getattr__(self, name: str) -> Any:
         raise _Allocated
