@@ -297,7 +297,8 @@ class LLM:
     ) -> Iterator[AnswerDelta]:
         """Yield the answer to one prompt in deltas; closing the iterator aborts the request."""
         params = [sampling_params or self.get_default_sampling_params()]
-        answers = self._submit(self._process([prompt], params, [0]), params)
+        processed = self._process([prompt], params, [0])
+        answers = self._submit(processed, params, is_streamed=True)
         try:
             while not answers.are_complete:
                 yield from answers.take()
@@ -380,10 +381,16 @@ class LLM:
         ]
 
     def _submit(
-        self, processed: Sequence[ProcessedInput], params: Sequence[SamplingParams]
+        self,
+        processed: Sequence[ProcessedInput],
+        params: Sequence[SamplingParams],
+        *,
+        is_streamed: bool = False,
     ) -> Answers:
         """Add all requests, or none."""
-        return self._worker.submit(processed, params, lambda: self._compiler.vocabulary)
+        return self._worker.submit(
+            processed, params, lambda: self._compiler.vocabulary, is_streamed=is_streamed
+        )
 
 
 def _all_outputs(
@@ -395,12 +402,12 @@ def _all_outputs(
     try:
         while not answers.are_complete:
             for delta in answers.take():
-                num_tokens += len(delta.token_ids)
-                if delta.final is not None:
-                    outputs[delta.request_id] = delta.final
-                    seconds = time.perf_counter() - started
-                    # pooling requests generate no tokens
-                    bar.update(f"{num_tokens / seconds:.1f} tok/s" if num_tokens else "")
+                assert delta.final is not None
+                outputs[delta.request_id] = delta.final
+                num_tokens += sum(len(answer.token_ids) for answer in delta.final.outputs)
+                seconds = time.perf_counter() - started
+                # pooling requests generate no tokens
+                bar.update(f"{num_tokens / seconds:.1f} tok/s" if num_tokens else "")
     finally:
         answers.close()
     return [outputs[one.request_id] for one in processed]

@@ -36,8 +36,16 @@ _CLOSE_S = 30.0
 class Answers:
     """The answers to the requests of one call, as they arrive."""
 
-    def __init__(self, worker: _Worker, request_ids: Sequence[str]) -> None:
-        """Expect the answers to these requests."""
+    def __init__(self, worker: _Worker, request_ids: Sequence[str], *, is_streamed: bool) -> None:
+        """Expect the answers to these requests.
+
+        Args:
+            worker: runs the requests.
+            request_ids: the requests.
+            is_streamed: False: `take` returns only each request's last delta, which has the whole
+                output, so that the caller's thread does not run at every step.
+        """
+        self.is_streamed = is_streamed
         self._worker = worker
         self._open = set(request_ids)
         self._arrived: SimpleQueue[list[AnswerDelta] | BaseException] = SimpleQueue()
@@ -48,7 +56,7 @@ class Answers:
         return not self._open
 
     def take(self) -> list[AnswerDelta]:
-        """Wait for the next step that adds to an answer; return what it adds, in order.
+        """Wait for the next step that adds to an answer, or ends one; return the deltas in order.
 
         Raises:
             EngineDead: the engine was closed.
@@ -116,6 +124,8 @@ class InProcessEngine:
         processed: Sequence[ProcessedInput],
         params: Sequence[SamplingParams],
         vocabulary: Callable[[], Vocabulary],
+        *,
+        is_streamed: bool,
     ) -> Answers:
         """Add requests, all of them or none.
 
@@ -123,13 +133,15 @@ class InProcessEngine:
             processed: the checked requests.
             params: their sampling parameters, one each.
             vocabulary: returns the vocabulary that their grammars were compiled for.
+            is_streamed: as in `Answers`.
 
         Raises:
             InvalidRequest: a request can never be answered.
             EngineDead: the engine is closed, or belongs to the parent of this forked process.
         """
         arrival_time = time.time()
-        answers = Answers(self._worker, [one.request_id for one in processed])
+        ids = [one.request_id for one in processed]
+        answers = Answers(self._worker, ids, is_streamed=is_streamed)
         try:
             self.call(
                 lambda _: self._worker.add(answers, processed, params, vocabulary, arrival_time)
@@ -270,7 +282,9 @@ class _Worker:
         """Hand each call what this step adds to its answers."""
         by_call: dict[Answers, list[AnswerDelta]] = {}
         for delta in deltas:
-            by_call.setdefault(self._answers[delta.request_id], []).append(delta)
+            answers = self._answers[delta.request_id]
+            if answers.is_streamed or delta.final is not None:
+                by_call.setdefault(answers, []).append(delta)
             if delta.final is not None:
                 del self._answers[delta.request_id]
                 self.outputs.forget(delta.request_id)
